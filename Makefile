@@ -1,0 +1,54 @@
+# Every target sets itself up from nothing: the first one run creates .venv with the exact versions of constraints.txt.
+# PYTHON picks the interpreter (3.11 or newer); VENV the environment's folder.
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= out
+WORKERS ?= 2
+
+# Two test processes with one thread each: two OpenMP pools on the same cores slow each other down many times over.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup report test test-slow app check format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv with everything the other targets need
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { \
+	  python=$${PYTHON:-}; \
+	  for candidate in python3.11 python3.12 python3.13 python3; do \
+	    test -z "$$python" && $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python=$$candidate; \
+	  done; \
+	  test -n "$$python" || { echo "make: no Python >= 3.11 found; install one or name it: make setup PYTHON=/path/to/python" >&2; exit 1; }; \
+	  $$python -m venv $(VENV); }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[app,ray,test,dev]'
+	@touch $@
+
+report: setup ## record the embedded model and build the report in out/report
+	$(BIN)/avl report --out $(OUT)/report
+
+test: setup ## run the tests (the slow ones apart: make test-slow)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-slow: setup ## run the slow tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m slow --timeout 1800 $(ARGS)
+
+app: setup ## start the dashboard on this machine only
+	$(BIN)/avl app
+
+check: setup ## lint, formatting, types and the import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## rewrite the code in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove built files, not the environment
+	rm -rf $(OUT) build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""Show: the dashboard. Widgets and layout only; numbers come from `avl_analysis`, drawings from its figures."""

@@ -1,0 +1,6 @@
+"""Adaptive attention for large vision-language models that are already loaded.
+
+This package *acts*: it lays out tokens by modality, hooks into the attention and the cache of a stock `transformers`
+model, and restores both on the way out. It needs torch and transformers, nothing else; recording, statistics and
+pictures live in `avl_analysis`, which knows this package while this package does not know it.
+"""
