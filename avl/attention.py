@@ -1,0 +1,150 @@
+"""One call of an attention layer, as seen at the seam, and the softmax weights it implies.
+
+SDPA and flash kernels never return weights. What they do is fully determined by query, key, mask and scale, so any rows
+of the weights can be computed beside the kernel, in float32, for as few rows as one needs: one row costs about as much
+as a decode step's attention, all rows as much as eager attention without the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from avl.tokens import TokenLayout
+
+
+@dataclass(eq=False)
+class Forward:
+    """One pass through the decoder, as told to taps.
+
+    Attributes:
+        kind: "prefill" (nothing cached before), "extend" (a later turn: several new tokens after cached ones) or
+            "decode" (one new token per row).
+        step: 0 for prefill, then the number of decode steps so far, this one included; an extension keeps the count.
+        start: sequence index of this pass's first token = number of tokens seen before, padding included.
+        tokens: number of new tokens per row.
+        layout: layout of all positions 0 .. start + tokens - 1, generated tokens being text.
+        cache: the `past_key_values` of the pass, None without a cache.
+        rows: sequence index of each query row where it is not simply start, start + 1, ...; (batch, rows) or None. Set
+            by a policy that removes hidden states on the way; read it at the time of an attention call.
+        inputs: keyword arguments of the top-level model call (attention_mask, image grids, ...).
+    """
+
+    kind: str
+    step: int
+    start: int
+    tokens: int
+    layout: TokenLayout
+    cache: Any
+    rows: Tensor | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class AttentionCall:
+    """What an attention layer was about to compute.
+
+    Attributes:
+        layer: index of the decoder layer.
+        query: (batch, query heads, rows, head dim), after rotary embedding.
+        key, value: (batch, key/value heads, keys, head dim), after the cache update: what is really attended.
+        mask: as transformers made it for the underlying backend: None (causal if rows > 1), bool (True = attend) or
+            additive float, broadcastable to (batch, query heads, rows, keys); (batch, keys) for flash kernels.
+        scaling: factor on query . key.
+        key_positions: sequence index of every key, -1 for a slot that holds nothing; shape (keys,), (batch, keys) or
+            (batch, key/value heads, keys). None means key j is position j.
+        module: the attention module; `options` all further keyword arguments of the call.
+    """
+
+    forward: Forward
+    layer: int
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    options: dict[str, Any]
+    key_positions: Tensor | None = None
+
+    @property
+    def groups(self) -> int:
+        """Query heads per key/value head (1 = multi-head attention, more = grouped-query attention)."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def causal(self) -> bool:
+        """Whether a missing mask means causal attention; SDPA's `is_causal` compares row i with key i."""
+        wanted = self.options.get("is_causal")
+        wanted = getattr(self.module, "is_causal", True) if wanted is None else wanted
+        return self.mask is None and self.query.shape[2] > 1 and bool(wanted)
+
+
+def attention_logits(call: AttentionCall, rows: slice = slice(None), keys: int | None = None) -> Tensor:
+    """Masked, scaled query-key products of some rows, before the softmax.
+
+    Args:
+        rows: which query rows.
+        keys: only the first `keys` keys (the rest must be invisible to these rows, e.g. a causal future).
+
+    Returns:
+        (batch, query heads, rows, keys) float32, -inf where a key is not attended.
+    """
+    query = call.query[:, :, rows].float()
+    key = call.key[:, :, :keys].float()
+    batch, heads, count, dim = query.shape
+    grouped = query.reshape(batch, key.shape[1], call.groups * count, dim)
+    logits = torch.matmul(grouped, key.transpose(-1, -2)).mul_(call.scaling).view(batch, heads, count, key.shape[2])
+    if (cap := call.options.get("softcap")) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    mask = call.mask
+    if mask is None:
+        if call.causal:
+            first = rows.indices(call.query.shape[2])[0]
+            row = torch.arange(first, first + count, device=logits.device)
+            column = torch.arange(key.shape[2], device=logits.device)
+            logits.masked_fill_(column > row[:, None], -torch.inf)
+        return logits
+    if mask.dim() == 2:  # flash kernels: padding of the keys only; causality is the kernel's
+        hidden = ~mask[:, None, None, : key.shape[2]].bool()
+        if call.query.shape[2] > 1:
+            first = rows.indices(call.query.shape[2])[0] + call.key.shape[2] - call.query.shape[2]
+            row = torch.arange(first, first + count, device=logits.device)
+            hidden = hidden | (torch.arange(key.shape[2], device=logits.device) > row[:, None])
+        return logits.masked_fill_(hidden, -torch.inf)
+    mask = mask[:, :, rows if mask.shape[2] > 1 else slice(None), : key.shape[2]]
+    if mask.dtype == torch.bool:
+        return logits.masked_fill_(~mask, -torch.inf)
+    # transformers writes "not attended" as the most negative finite number; as -inf it survives the addition exactly
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    return (logits + mask.float()).masked_fill_(hidden, -torch.inf)
+
+
+def softmax_weights(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """Softmax over the last axis; rows that attend to nothing (padding) give zeros instead of NaN.
+
+    `sinks`, (query heads,), are learned logits that take part in the normalisation and hold no value (gpt-oss).
+    """
+    top = logits.amax(-1, keepdim=True)
+    if sinks is not None:
+        sink = sinks.float().view(1, -1, 1, 1).expand_as(top)
+        top = torch.maximum(top, sink)
+    top = top.clamp_min(torch.finfo(logits.dtype).min)
+    weights = (logits - top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sink - top).exp()
+    return weights.div_(total.clamp_min(torch.finfo(logits.dtype).tiny))
+
+
+def attention_weights(call: AttentionCall, rows: slice = slice(None), keys: int | None = None) -> Tensor:
+    """Softmax weights of some query rows: (batch, query heads, rows, keys) float32, each row summing to 1 (or 0)."""
+    return softmax_weights(attention_logits(call, rows, keys), call.options.get("s_aux"))
+
+
+Attend = Callable[[AttentionCall], Tensor]
+"""Computes a call's output, (batch, rows, query heads, head dim), with the model's own backend."""

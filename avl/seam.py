@@ -1,0 +1,324 @@
+"""The one place where the project touches a model: a seam at transformers' attention interface.
+
+`attach(model, tap)` puts a tap on the decoder of a loaded model and `Seam.detach` (or leaving `attached(...)`) takes it
+off again and leaves the model exactly as it was. Two kinds of tap exist: one *actor* may compute attention itself and
+exchange the cache (a policy), one *observer* sees what was computed (a recorder). Both can be on at once, in any order.
+
+How it works. transformers 5 looks up the attention function and the mask function of a decoder under one name, the
+config's `_attn_implementation`. We register, once and under a name of our own per backend ("avl_sdpa", ...), a function
+that asks which seam owns the calling module and otherwise just delegates, together with the backend's own mask
+function: a name without a mask function silently loses the padding mask. Attaching then means changing that name in
+the decoder's config, plus a few hooks which learn where in the sequence a pass stands. The delegated call gets the very
+arguments the model passed, so with an observer alone the logits stay bit-identical.
+
+The seam does not know what taps do with what they see. What surprised us: config objects may be shared by two models,
+so the name is counted and restored by the last one to leave; and the only object that lives exactly as long as a
+conversation is its KV cache, so that is where the position in the sequence is remembered.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from avl.attention import Attend, AttentionCall, Forward
+from avl.families import Family, UnsupportedModelError, describe
+from avl.tokens import TokenLayout
+
+_PREFIX = "avl_"
+_LOCK = threading.RLock()
+_OWNERS: WeakKeyDictionary[nn.Module, Seam] = WeakKeyDictionary()  # attention module -> its seam
+_RENAMED: dict[int, list[Any]] = {}  # id(config) -> [config, original name, number of seams using it]
+
+
+class SeamError(RuntimeError):
+    """The model was used in a way the seam cannot follow; the message says what to do instead."""
+
+
+class Tap:
+    """What a policy or recorder overrides. All methods run on the thread that runs the model."""
+
+    def begin(self, forward: Forward) -> None:
+        """A pass through the decoder starts; an actor may exchange `forward.cache.layers` here."""
+
+    def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
+        """Actor only: compute the output, (batch, rows, query heads, head dim). May change `call` first."""
+        return inner(call)
+
+    def observe(self, call: AttentionCall, output: Tensor) -> None:
+        """Observer only: the call (as the actor left it) and its output."""
+
+    def end(self, forward: Forward) -> None:
+        """The pass is over; not called when the pass raised."""
+
+
+@dataclass
+class _Stream:
+    """Where one conversation (one cache) stands."""
+
+    layout: TokenLayout
+    seen: int
+    step: int
+
+
+class Seam:
+    """The taps on one model. Made by `attach`; one per model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.family: Family = describe(model)
+        self.actor: Tap | None = None
+        self.observer: Tap | None = None
+        self.forward: Forward | None = None
+        self._streams: WeakKeyDictionary[Any, _Stream] = WeakKeyDictionary()
+        self._inputs: dict[str, Any] = {}
+        self._calls = 0
+        self._hooks: list[Any] = []
+        self._modules = [m for m in self.family.decoder.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+        configs = [m.config for m in self._modules if hasattr(m, "config")] + [self.family.decoder.config]
+        self._configs = list({id(c): c for c in configs}.values())
+
+    # -- connecting -------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        if not self._modules:
+            raise UnsupportedModelError(
+                f"the decoder of {type(self.model).__name__} has no attention modules with a layer index; recording and "
+                "adapting need a decoder that uses transformers' attention interface"
+            )
+        try:
+            for config in self._configs:
+                _rename(config)
+            for module in self._modules:
+                _OWNERS[module] = self
+            outer = [m for m in (self.model, getattr(self.model, "base_model", None)) if isinstance(m, nn.Module)]
+            for module in {id(m): m for m in outer if m is not self.family.decoder}.values():
+                self._hooks.append(module.register_forward_pre_hook(self._remember_inputs, with_kwargs=True))
+            decoder = self.family.decoder
+            self._hooks.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._hooks.append(decoder.register_forward_hook(self._end, with_kwargs=True))
+        except BaseException:
+            self._disconnect()
+            raise
+
+    def _disconnect(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for module in self._modules:
+            _OWNERS.pop(module, None)
+        for config in self._configs:
+            _restore(config)
+        self.forward = None
+
+    def detach(self, tap: Tap) -> None:
+        """Take a tap off; the last one to leave restores the model. Harmless if the tap is not on."""
+        with _LOCK:
+            if self.actor is not tap and self.observer is not tap:
+                return
+            self.actor = None if self.actor is tap else self.actor
+            self.observer = None if self.observer is tap else self.observer
+            if self.actor is None and self.observer is None:
+                self._disconnect()
+                _SEAMS.pop(self.model, None)
+
+    # -- following the sequence ---------------------------------------------------------------------------------------
+
+    def _remember_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = _named(module, args, kwargs)
+        if given.get("input_ids") is not None or module is self.model:
+            self._inputs = given
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = _named(module, args, kwargs)
+        inputs, self._inputs = self._inputs, {}
+        new = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if new is None:
+            raise SeamError("the decoder was called without input_ids and inputs_embeds")
+        cache, tokens = given.get("past_key_values"), int(new.shape[1])
+        ids = inputs.get("input_ids") if inputs.get("input_ids") is not None else given.get("input_ids")
+        self.forward = self._place(cache, tokens, ids, inputs or given)
+        self._calls = 0
+        for tap in (self.actor, self.observer):
+            if tap is not None:
+                tap.begin(self.forward)
+
+    def _place(self, cache: Any, tokens: int, ids: Tensor | None, inputs: dict[str, Any]) -> Forward:
+        """Where this pass stands in its sequence."""
+        held = int(cache.get_seq_length()) if cache is not None else 0
+        stream = self._streams.get(cache) if cache is not None else None
+        if held == 0:
+            layout = self._layout(ids, inputs, tokens)
+            stream = _Stream(layout, tokens, 0)
+            forward = Forward("prefill", 0, 0, tokens, layout, cache, inputs=inputs)
+        else:
+            if stream is None or stream.seen != held:
+                raise SeamError(
+                    f"the KV cache holds {held} tokens, of which {stream.seen if stream else 0} passed here; start with an "
+                    "empty cache after attaching (caches that are cropped or filled elsewhere cannot be followed)"
+                )
+            decoding = tokens == 1
+            if decoding:
+                layout = stream.layout.extend_text(1)
+            else:
+                layout = stream.layout.extend(self._layout(ids, {**inputs, "attention_mask": None}, tokens, held))
+            stream = replace(stream, layout=layout, seen=held + tokens, step=stream.step + decoding)
+            forward = Forward("decode" if decoding else "extend", stream.step, held, tokens, layout, cache, inputs=inputs)
+        if cache is not None:
+            self._streams[cache] = stream
+        return forward
+
+    def _layout(self, ids: Tensor | None, inputs: dict[str, Any], tokens: int, held: int = 0) -> TokenLayout:
+        if ids is None:
+            raise SeamError("cannot tell image from text tokens without input_ids; call the model with input_ids")
+        ids = ids[:, -tokens:]
+        mask = inputs.get("attention_mask")
+        mask = mask[:, -tokens:] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        return self.family.layout(ids, mask, inputs)
+
+    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        forward, self.forward = self.forward, None
+        if forward is None:
+            return
+        if self._calls == 0:
+            raise UnsupportedModelError(
+                f"no attention layer of {type(self.model).__name__} went through transformers' attention interface, so "
+                f"nothing can be seen of it (model type {self.family.name!r}); see `avl models` for supported families"
+            )
+        for tap in (self.actor, self.observer):
+            if tap is not None:
+                tap.end(forward)
+
+    # -- attention ----------------------------------------------------------------------------------------------------
+
+    def call(self, inner: Attend, call: AttentionCall) -> Tensor:
+        self._calls += 1
+        output = inner(call) if self.actor is None else self.actor.attend(call, inner)
+        if self.observer is not None:
+            self.observer.observe(call, output)
+        return output
+
+
+_SEAMS: WeakKeyDictionary[nn.Module, Seam] = WeakKeyDictionary()
+
+
+def attach(model: nn.Module, tap: Tap, role: str) -> Seam:
+    """Put `tap` on a loaded model.
+
+    Args:
+        role: "actor" (may compute attention and exchange the cache) or "observer".
+
+    Raises:
+        UnsupportedModelError: no image token, no decoder, or a decoder beyond the attention interface.
+        SeamError: there is a tap of this role on the model already (nested or concurrent use of one model).
+    """
+    if role not in ("actor", "observer"):
+        raise ValueError(f"role must be 'actor' or 'observer'; got {role!r}")
+    with _LOCK:
+        seam = _SEAMS.get(model)
+        if seam is not None and getattr(seam, role) is not None:
+            what = {"actor": "a policy (avl.adaptive)", "observer": "a recorder (avl_analysis.record)"}[role]
+            raise SeamError(f"{what} is already on this {type(model).__name__}; leave it before starting another")
+        if seam is None:
+            seam = Seam(model)
+            seam._connect()
+            _SEAMS[model] = seam
+        setattr(seam, role, tap)
+        return seam
+
+
+@contextmanager
+def attached(model: nn.Module, tap: Tap, role: str) -> Iterator[Seam]:
+    """`attach` for the length of a `with` block; detaches also after an exception."""
+    seam = attach(model, tap, role)
+    try:
+        yield seam
+    finally:
+        seam.detach(tap)
+
+
+# -- the registered functions -------------------------------------------------------------------------------------------
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a forward call by name."""
+    return {**dict(zip(signature(module.forward).parameters, args, strict=False)), **kwargs} if args else dict(kwargs)
+
+
+def _backend_of(name: str | None) -> str:
+    return (name or "eager").removeprefix(_PREFIX)
+
+
+def _rename(config: Any) -> None:
+    """Point a config at our function for its backend, counting users of shared configs."""
+    entry = _RENAMED.get(id(config))
+    if entry is not None:
+        entry[2] += 1
+        return
+    original = config._attn_implementation_internal
+    backend = _backend_of(original)
+    if backend not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise UnsupportedModelError(
+            f"attention backend {backend!r} has no mask function in transformers; load the model with "
+            "attn_implementation='sdpa' or 'eager'"
+        )
+    _register(backend)
+    _RENAMED[id(config)] = [config, original, 1]
+    config._attn_implementation_internal = _PREFIX + backend
+
+
+def _restore(config: Any) -> None:
+    entry = _RENAMED.get(id(config))
+    if entry is None:
+        return
+    entry[2] -= 1
+    if entry[2] == 0:
+        config._attn_implementation_internal = entry[1]
+        del _RENAMED[id(config)]
+
+
+def _register(backend: str) -> None:
+    """Register attention and mask function under one name; inert until a config names them."""
+    name = _PREFIX + backend
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        function = _function(backend, module)
+        seam = _OWNERS.get(module)
+        if seam is None or seam.forward is None:
+            return function(module, query, key, value, attention_mask, **options)
+        weights: list[Tensor | None] = [None]
+
+        def inner(call: AttentionCall) -> Tensor:
+            output, weights[0] = function(call.module, call.query, call.key, call.value, call.mask, **call.options)
+            return output
+
+        scaling = options.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        call = AttentionCall(
+            seam.forward, int(module.layer_idx), module, query, key, value, attention_mask, scaling, options
+        )
+        return seam.call(inner, call), weights[0]
+
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])
+
+
+def _function(backend: str, module: nn.Module) -> Any:
+    """The backend's attention function; eager is each modeling file's own."""
+    if backend == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[backend]

@@ -1,0 +1,199 @@
+"""Which position of a prompt is what: system, image or text token, padding, and where in the picture.
+
+Everything else in the project asks this module and never looks at token ids itself. It knows ids and nothing about
+models: families.py supplies the ids that stand for image features, and how one picture's tokens are laid out.
+
+The vocabulary is A-VL's: *system* is everything before the first image token, *image* the positions that carry image
+features, *text* everything else after the first image token: the question, text between two pictures, and all generated
+tokens. A row without an image has no system part, so all of it is text. That is a convention (nothing separates the two
+parts there), and it is why policies without an image act through their text rule only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Modality(IntEnum):
+    """Codes stored in `TokenLayout.modality`; the fixed vocabulary `system image text` plus padding."""
+
+    PADDING = -1
+    SYSTEM = 0
+    IMAGE = 1
+    TEXT = 2
+
+
+MODALITIES: tuple[str, ...] = ("system", "image", "text")
+"""Names of the modalities, in the order of their codes."""
+
+Place = tuple[int, int]
+"""Row and column of a token in its picture's grid, counted from the top left; (-1, -1) where there is none."""
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What each position of a batch of prompts is.
+
+    Attributes:
+        modality: (batch, length) int8, values of `Modality`.
+        image: (batch, length) int16, index of the picture within its row of the batch, -1 outside pictures.
+        row, column: (batch, length) int16, place in the picture's grid, -1 where there is none or it is unknown.
+    """
+
+    modality: Tensor
+    image: Tensor
+    row: Tensor
+    column: Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.modality.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.modality.shape[1]
+
+    @property
+    def valid(self) -> Tensor:
+        """(batch, length) bool: positions that are not padding."""
+        return self.modality != Modality.PADDING
+
+    def mask(self, modality: Modality) -> Tensor:
+        """(batch, length) bool: positions of one modality."""
+        return self.modality == modality
+
+    def counts(self) -> Tensor:
+        """(batch, 3) int64: number of system, image and text positions of each row."""
+        return torch.stack([self.mask(Modality(code)).sum(1) for code in range(3)], dim=1)
+
+    def images(self) -> list[int]:
+        """Number of pictures in each row of the batch."""
+        return [int(row.max()) + 1 for row in self.image]
+
+    def to(self, device: torch.device | str) -> TokenLayout:
+        return TokenLayout(*(t.to(device) for t in (self.modality, self.image, self.row, self.column)))
+
+    def extend(self, other: TokenLayout) -> TokenLayout:
+        """This layout followed by `other` (a later turn of the same conversations).
+
+        What the second part calls system is text here if this part already showed a picture, and pictures are
+        numbered on. Raises ValueError if the batch sizes differ.
+        """
+        if other.batch != self.batch:
+            raise ValueError(f"cannot extend a layout of {self.batch} rows with one of {other.batch} rows")
+        seen = torch.tensor(self.images(), dtype=torch.int16, device=self.image.device)[:, None]
+        late = (other.modality == Modality.SYSTEM) & (seen > 0)
+        early = (self.modality == Modality.TEXT) & (seen == 0) & torch.tensor(
+            [[n > 0] for n in other.images()], device=self.image.device
+        )
+        modality = torch.cat(
+            [
+                self.modality.masked_fill(early, int(Modality.SYSTEM)),
+                other.modality.masked_fill(late, int(Modality.TEXT)),
+            ],
+            dim=1,
+        )
+        image = torch.cat([self.image, torch.where(other.image >= 0, other.image + seen, other.image)], dim=1)
+        return TokenLayout(
+            modality, image, torch.cat([self.row, other.row], 1), torch.cat([self.column, other.column], 1)
+        )
+
+    def extend_text(self, count: int) -> TokenLayout:
+        """This layout followed by `count` generated (text) tokens per row."""
+        new = (self.batch, count)
+        text = torch.full(new, int(Modality.TEXT), dtype=torch.int8, device=self.modality.device)
+        none = torch.full(new, -1, dtype=torch.int16, device=self.modality.device)
+        return TokenLayout(
+            torch.cat([self.modality, text], 1),
+            torch.cat([self.image, none], 1),
+            torch.cat([self.row, none], 1),
+            torch.cat([self.column, none], 1),
+        )
+
+
+def token_layout(
+    input_ids: Tensor,
+    image_token_ids: Sequence[int],
+    *,
+    attention_mask: Tensor | None = None,
+    tokens_per_image: int | Sequence[Sequence[int]] | None = None,
+    places: Callable[[int, int, int], Sequence[Place]] | None = None,
+) -> TokenLayout:
+    """Layout of a batch of prompts.
+
+    Args:
+        input_ids: (batch, length) token ids, image placeholders already expanded (one id per image feature).
+        image_token_ids: ids whose positions carry image features.
+        attention_mask: (batch, length), zero at padding; None means no padding.
+        tokens_per_image: where one run of image tokens may hold several pictures: their common length, or the
+            lengths of every picture of every row. None: every run is one picture.
+        places: `places(row_of_batch, image, count)` gives row and column of each of the `count` tokens of a picture;
+            None leaves the places unknown.
+
+    Raises:
+        ValueError: if ids and mask differ in shape, or picture lengths do not add up to the image tokens found.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be (batch, length); got shape {tuple(input_ids.shape)}")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}; pass the mask "
+            "the processor returned with these ids"
+        )
+    valid = attention_mask.bool()
+    ids = torch.tensor(list(image_token_ids), dtype=input_ids.dtype, device=input_ids.device)
+    is_image = torch.isin(input_ids, ids) & valid
+    seen = is_image.cumsum(1) > 0
+    has_image = is_image.any(1, keepdim=True)
+    modality = torch.full_like(input_ids, int(Modality.TEXT), dtype=torch.int8)
+    modality[has_image & ~seen] = int(Modality.SYSTEM)
+    modality[is_image] = int(Modality.IMAGE)
+    modality[~valid] = int(Modality.PADDING)
+    image = torch.full_like(modality, -1, dtype=torch.int16)
+    row, column = image.clone(), image.clone()
+    for b in range(input_ids.shape[0]):
+        positions = is_image[b].nonzero().flatten()
+        start = 0
+        for index, count in enumerate(_picture_lengths(positions, b, tokens_per_image)):
+            at = positions[start : start + count]
+            image[b, at] = index
+            if places is not None:
+                where = torch.tensor(places(b, index, count), dtype=torch.int16, device=image.device).reshape(count, 2)
+                row[b, at], column[b, at] = where[:, 0], where[:, 1]
+            start += count
+    return TokenLayout(modality, image, row, column)
+
+
+def _picture_lengths(
+    positions: Tensor, batch_row: int, tokens_per_image: int | Sequence[Sequence[int]] | None
+) -> list[int]:
+    """Number of tokens of each picture, given the sorted positions of one row's image tokens."""
+    if positions.numel() == 0:
+        return []
+    if tokens_per_image is not None and not isinstance(tokens_per_image, int):
+        lengths = [int(n) for n in tokens_per_image[batch_row]]
+        if sum(lengths) != positions.numel():
+            raise ValueError(
+                f"row {batch_row} has {positions.numel()} image tokens, but its pictures were said to have {lengths}"
+            )
+        return lengths
+    breaks = ((positions[1:] - positions[:-1]) > 1).nonzero().flatten() + 1
+    bounds = [0, *breaks.tolist(), positions.numel()]
+    runs = [after - before for before, after in zip(bounds[:-1], bounds[1:], strict=True)]
+    if tokens_per_image is None:
+        return runs
+    split: list[int] = []
+    for run in runs:
+        if run % tokens_per_image:
+            raise ValueError(
+                f"row {batch_row} has a run of {run} image tokens, which is not a multiple of {tokens_per_image} per picture"
+            )
+        split += [tokens_per_image] * (run // tokens_per_image)
+    return split
