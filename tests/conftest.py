@@ -6,8 +6,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch  # noqa: E402 - read after the environment is set
-import transformers  # noqa: E402
+import torch
+import transformers
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
