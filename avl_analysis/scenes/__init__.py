@@ -1,0 +1,33 @@
+"""The embedded model: a small LLaVA trained from scratch on drawn scenes, and the scenes themselves.
+
+A trained vision-language model that ships with the package, so that attention can be looked at without a download, and
+pictures whose truth is known to the pixel, so that what attention looks at can be checked. ``generate`` and ``samples``
+give pictures with question, answer, boxes and covered image tokens; ``MODEL_DIR`` is a folder like any downloaded model's, loaded
+by plain ``from_pretrained``. ``python -m avl_analysis.scenes.train`` makes the weights, ``python -m avl_analysis.scenes.evaluate``
+measures them; README.md beside this file says how they were made and what they reach.
+
+Importing this package loads neither torch nor transformers.
+"""
+
+from pathlib import Path
+
+from avl_analysis.scenes.questions import TASKS, Question
+from avl_analysis.scenes.samples import Sample, generate, samples
+from avl_analysis.scenes.world import PLACES, Character, Scene, Text, Thing
+
+MODEL_DIR = Path(__file__).parent / "model"
+"""Folder with the shipped weights, tokenizer and processor."""
+
+__all__ = [
+    "MODEL_DIR",
+    "PLACES",
+    "TASKS",
+    "Character",
+    "Question",
+    "Sample",
+    "Scene",
+    "Text",
+    "Thing",
+    "generate",
+    "samples",
+]
