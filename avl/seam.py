@@ -173,7 +173,9 @@ class Seam:
             else:
                 layout = stream.layout.extend(self._layout(ids, {**inputs, "attention_mask": None}, tokens, held))
             stream = replace(stream, layout=layout, seen=held + tokens, step=stream.step + decoding)
-            forward = Forward("decode" if decoding else "extend", stream.step, held, tokens, layout, cache, inputs=inputs)
+            forward = Forward(
+                "decode" if decoding else "extend", stream.step, held, tokens, layout, cache, inputs=inputs
+            )
         if cache is not None:
             self._streams[cache] = stream
         return forward

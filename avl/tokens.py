@@ -88,8 +88,10 @@ class TokenLayout:
             raise ValueError(f"cannot extend a layout of {self.batch} rows with one of {other.batch} rows")
         seen = torch.tensor(self.images(), dtype=torch.int16, device=self.image.device)[:, None]
         late = (other.modality == Modality.SYSTEM) & (seen > 0)
-        early = (self.modality == Modality.TEXT) & (seen == 0) & torch.tensor(
-            [[n > 0] for n in other.images()], device=self.image.device
+        early = (
+            (self.modality == Modality.TEXT)
+            & (seen == 0)
+            & torch.tensor([[n > 0] for n in other.images()], device=self.image.device)
         )
         modality = torch.cat(
             [
