@@ -93,8 +93,8 @@ class Seam:
     def _connect(self) -> None:
         if not self._modules:
             raise UnsupportedModelError(
-                f"the decoder of {type(self.model).__name__} has no attention modules with a layer index; recording and "
-                "adapting need a decoder that uses transformers' attention interface"
+                f"the decoder of {type(self.model).__name__} has no attention modules with a layer index; recording "
+                "and adapting need a decoder that uses transformers' attention interface"
             )
         try:
             for config in self._configs:
@@ -164,8 +164,8 @@ class Seam:
         else:
             if stream is None or stream.seen != held:
                 raise SeamError(
-                    f"the KV cache holds {held} tokens, of which {stream.seen if stream else 0} passed here; start with an "
-                    "empty cache after attaching (caches that are cropped or filled elsewhere cannot be followed)"
+                    f"the KV cache holds {held} tokens, of which {stream.seen if stream else 0} passed here; start with "
+                    "an empty cache after attaching (caches that are cropped or filled elsewhere cannot be followed)"
                 )
             decoding = tokens == 1
             if decoding:
@@ -249,7 +249,7 @@ def attached(model: nn.Module, tap: Tap, role: str) -> Iterator[Seam]:
         seam.detach(tap)
 
 
-# -- the registered functions -------------------------------------------------------------------------------------------
+# -- the registered functions ---------------------------------------------------------------------------------------
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

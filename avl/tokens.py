@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -146,8 +147,8 @@ def token_layout(
         attention_mask = torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}; pass the mask "
-            "the processor returned with these ids"
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}; pass the "
+            "mask the processor returned with these ids"
         )
     valid = attention_mask.bool()
     ids = torch.tensor(list(image_token_ids), dtype=input_ids.dtype, device=input_ids.device)
@@ -188,14 +189,15 @@ def _picture_lengths(
         return lengths
     breaks = ((positions[1:] - positions[:-1]) > 1).nonzero().flatten() + 1
     bounds = [0, *breaks.tolist(), positions.numel()]
-    runs = [after - before for before, after in zip(bounds[:-1], bounds[1:], strict=True)]
+    runs = [after - before for before, after in pairwise(bounds)]
     if tokens_per_image is None:
         return runs
     split: list[int] = []
     for run in runs:
         if run % tokens_per_image:
             raise ValueError(
-                f"row {batch_row} has a run of {run} image tokens, which is not a multiple of {tokens_per_image} per picture"
+                f"row {batch_row} has a run of {run} image tokens, which is not a multiple of {tokens_per_image} "
+                "per picture"
             )
         split += [tokens_per_image] * (run // tokens_per_image)
     return split

@@ -30,11 +30,11 @@ class Notes(Tap):
 
 
 CASES = {
-    "MHA": (dict(kv_heads=4, heads=4), dict(batch=[9], images=1)),
-    "GQA, left-padded batch": (dict(kv_heads=2, heads=4), dict(batch=[9, 5], images=1)),
-    "two images, text between": (dict(kv_heads=2, heads=4), dict(batch=[7], images=2, between=3)),
-    "no image": (dict(kv_heads=4, heads=4), dict(batch=[9, 4], images=0)),
-    "a picture in one row only": (dict(kv_heads=4, heads=4), dict(batch=[9, 4], images=[1, 0])),
+    "MHA": ({"kv_heads": 4, "heads": 4}, {"batch": [9], "images": 1}),
+    "GQA, left-padded batch": ({"kv_heads": 2, "heads": 4}, {"batch": [9, 5], "images": 1}),
+    "two images, text between": ({"kv_heads": 2, "heads": 4}, {"batch": [7], "images": 2, "between": 3}),
+    "no image": ({"kv_heads": 4, "heads": 4}, {"batch": [9, 4], "images": 0}),
+    "a picture in one row only": ({"kv_heads": 4, "heads": 4}, {"batch": [9, 4], "images": [1, 0]}),
 }
 
 
@@ -113,7 +113,8 @@ def test_the_model_is_restored_after_an_exception():
     with pytest.raises(RuntimeError, match="in the middle"), attached(model, Fails(), "observer"):
         model(**batch)
     assert model.config.text_config._attn_implementation == name
-    assert not model.get_decoder()._forward_pre_hooks and not model._forward_pre_hooks
+    assert not model.get_decoder()._forward_pre_hooks
+    assert not model._forward_pre_hooks
     assert torch.equal(before, model(**batch).logits)
 
 
@@ -146,7 +147,9 @@ def test_two_models_that_share_a_config_do_not_disturb_each_other():
 def test_two_threads_with_two_models_see_only_their_own():
     models = [tiny.llava(layers=2, seed=seed) for seed in (1, 2)]
     batches = [tiny.inputs(model, batch=[6 + i], images=1) for i, model in enumerate(models)]
-    alone = [model.generate(**batch, max_new_tokens=6, do_sample=False) for model, batch in zip(models, batches)]
+    alone = [
+        model.generate(**batch, max_new_tokens=6, do_sample=False) for model, batch in zip(models, batches, strict=True)
+    ]
     notes, together = [Notes(), Notes()], [None, None]
 
     def work(i):
