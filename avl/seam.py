@@ -165,7 +165,7 @@ class Seam:
             if stream is None or stream.seen != held:
                 raise SeamError(
                     f"the KV cache holds {held} tokens, of which {stream.seen if stream else 0} passed here; start "
-                    "with an empty cache after attaching (caches that are cropped or filled elsewhere cannot be followed)"
+                    "with an empty cache after attaching (one cropped or filled elsewhere cannot be followed)"
                 )
             decoding = tokens == 1
             if decoding:
