@@ -1,53 +1,31 @@
 """Load a vision-language model and put pictures and words into the form it was trained on.
 
-`load_model` reads the embedded model, a local folder or a hub id through the same `from_pretrained` calls, checks at
-the door what would otherwise fail late or silently (text-only models, folders without a processor, checkpoints that do
-not cover the model), and returns a `VLM`: model, processor, where they come from, and `prepare`, which turns pictures
-and prompts into model inputs. Weights are read from safetensors only and no code from a repository is ever run.
+`load_model` reads the embedded model, a local folder or a hub id, and returns a `VLM`: model, processor, where they
+come from, and `prepare`, which turns pictures and prompts into model inputs. It knows nothing about attention or
+policies: `vlm.model` is a stock transformers model, and everything else in the project takes such a model wherever it
+was loaded.
 
-It knows nothing about attention or policies: `vlm.model` is a stock transformers model, and everything else in the
-project takes such a model wherever it was loaded.
-
-What surprises: images are always preprocessed by the PIL backend, because the torchvision one resizes slightly
-differently and the same picture would give other numbers on other machines; on a CPU the default type is float32
-whatever the checkpoint holds, because half precision is slower there and rounds attention visibly.
+What surprises: on a CPU the default type is float32 whatever the checkpoint holds, because half precision is slower
+there and rounds attention visibly.
 """
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BatchFeature,
-    PreTrainedModel,
-    ProcessorMixin,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
+from avl_analysis.checkpoint import EMBEDDED, first_line, locate, read_config, read_processor, read_weights
 from avl_analysis.errors import InputError
 from avl_analysis.images import ImageSource, open_image
 from avl_analysis.prompts import Conversation, picture_rows, render
 
-EMBEDDED = "scenes"
-"""Name of the model that comes with the package."""
-
 DTYPES = ("float32", "bfloat16", "float16")
 """Floating types a model can be loaded in by name."""
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HASHED_BYTES = 256 * 2**20  # folders up to this size get a content hash as revision
 
 
 @dataclass(frozen=True)
@@ -169,40 +147,14 @@ def load_model(
         InputError: unknown model, text-only model, folder without processor, weights that are damaged, incomplete or
             not safetensors, models that need code from their repository, backends that are not available.
     """
-    name = str(name_or_path)
-    path, local = _locate(name, allow_download)
-    common: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
+    checkpoint = locate(str(name_or_path), allow_download=allow_download)
     device = _device(device)
-    _check_config(name, path, common, allow_download)
-    processor = _load_processor(name, path, common)
-    try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            path,
-            dtype=_dtype(dtype, device),
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            output_loading_info=True,
-            **common,
-        )
-    except SafetensorError as error:
-        raise InputError(f"the weights of {name} are damaged ({error}): copy or download them again") from error
-    except RuntimeError as error:
-        raise InputError(f"the weights of {name} do not fit its config.json: {_first_line(error)}") from error
-    except OSError as error:
-        raise InputError(
-            f"no usable safetensors weights for {name} ({_first_line(error)}); other weight formats are not read: "
-            "convert them with save_pretrained"
-        ) from error
-    except (ValueError, ImportError) as error:
-        raise InputError(f"cannot load {name} with attention {attn_implementation!r}: {_first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(
-            f"the checkpoint of {name} lacks {len(missing)} of the model's weights, {missing[0]} first; they would be "
-            "random: save the model again, whole"
-        )
+    chosen = _dtype(dtype, device)
+    read_config(checkpoint)
+    processor = read_processor(checkpoint)
+    model = read_weights(checkpoint, dtype=chosen, attn_implementation=attn_implementation)
     model = model.to(device).eval()
-    revision = getattr(model.config, "_commit_hash", None) or _content_hash(Path(path))
-    return VLM(name, model, processor, path, revision, _describe(model))
+    return VLM(checkpoint.name, model, processor, checkpoint.path, checkpoint.revision(model), _describe(model))
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -210,7 +162,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"no device {name!r} here ({_first_line(error)}): use 'cpu' or leave it out") from error
+        raise InputError(f"no device {name!r} here ({first_line(error)}): use 'cpu' or leave it out") from error
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:
@@ -223,93 +175,8 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch
     return getattr(torch, dtype)
 
 
-def _locate(name: str, allow_download: bool) -> tuple[str, bool]:
-    """(what from_pretrained gets, whether only local files may be read)."""
-    if name == EMBEDDED:
-        from avl_analysis.scenes import MODEL_DIR
-
-        return str(MODEL_DIR), True
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(
-                f"{path} holds no config.json, so it is not a model folder: pass one made by save_pretrained"
-            )
-        return str(path), True
-    if path.is_file():
-        raise InputError(f"{path} is a file: pass the folder that holds config.json and the weights")
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise InputError(
-            f"no such model folder: {path}; pass {EMBEDDED!r}, a folder made by save_pretrained, or a hub id"
-        )
-    if "/" not in name:
-        near = difflib.get_close_matches(name, [EMBEDDED])
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"possible: {EMBEDDED!r}, a model folder, or a hub id 'org/name'"
-        )
-        raise InputError(f"unknown model {name!r}: {hint}")
-    return name, not allow_download
-
-
-def _check_config(name: str, path: str, common: dict[str, Any], allow_download: bool) -> None:
-    try:
-        config = AutoConfig.from_pretrained(path, **common)
-    except OSError as error:
-        if Path(path).is_dir():
-            raise InputError(f"cannot read the config of {name}: {_first_line(error)}") from error
-        if allow_download:
-            raise InputError(f"cannot fetch {name}: {_first_line(error)}") from error
-        raise InputError(
-            f"{name} is neither a folder here nor in the local cache: check the name, or allow fetching it from the "
-            "hub with --download (allow_download=True in Python)"
-        ) from error
-    except ValueError as error:
-        raise InputError(
-            f"{name} is of a type this transformers does not know, or needs code from its repository, which is never "
-            f"run: {_first_line(error)}"
-        ) from error
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise InputError(
-            f"{name} is a text-only model or not a language model (type {config.model_type!r}); pass a vision-language "
-            f"model such as {EMBEDDED!r}, LLaVA, Qwen-VL, InternVL or Gemma 3"
-        )
-
-
-def _load_processor(name: str, path: str, common: dict[str, Any]) -> ProcessorMixin:
-    try:
-        processor = AutoProcessor.from_pretrained(path, **common)
-        if getattr(processor, "image_processor", None) is None:
-            raise ValueError(f"found only a {type(processor).__name__}")
-        # Only the image processor may hear of a backend: passed to AutoProcessor it would end up in the tokenizer too.
-        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **common)
-    except (OSError, ValueError, ImportError, TypeError) as error:
-        raise InputError(
-            f"{name} comes without a usable processor (tokenizer and image processor): {_first_line(error)}; "
-            "save it beside the model with processor.save_pretrained"
-        ) from error
-    processor.tokenizer.padding_side = "left"
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return processor
-
-
 def _describe(model: PreTrainedModel) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     size = f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
     dtype = str(model.dtype).removeprefix("torch.")
     return f"{type(model).__name__}, {size} parameters, {dtype} on {model.device}"
-
-
-def _content_hash(folder: Path) -> str | None:
-    """Short hash of a folder's weights, None for hub ids and for folders too large to read twice."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files or sum(file.stat().st_size for file in files) > _HASHED_BYTES:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return f"sha256:{digest.hexdigest()[:16]}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
