@@ -1,0 +1,97 @@
+"""The one palette: what a slot number looks like, on white and on black, in colour and in grey.
+
+Colours are those of Okabe and Ito (2008, "Color Universal Design"), ordered so that the first three, which stand for
+system, image and text wherever modalities are drawn, also differ in lightness; each slot has a dash and a marker of its
+own, so a grey print or a photocopy still works. The dark theme keeps the hues and lifts what would drown in black.
+
+Continuous values use cividis-like maps that rise in lightness (matplotlib's "cividis", plotly's "Cividis"), readable
+with any colour vision. Attention over a picture is drawn in one warm hue whose opacity is the value, because a picture
+brings its own colours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one series looks: colours as "#rrggbb", plotly's and matplotlib's names of dash and marker."""
+
+    light: str
+    dark: str
+    dash: str | tuple[int, tuple[float, ...]]
+    marker: str
+    plotly_dash: str
+    plotly_marker: str
+
+    def colour(self, dark: bool = False) -> str:
+        return self.dark if dark else self.light
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of everything that is not data."""
+
+    paper: str
+    ink: str
+    muted: str
+    grid: str
+
+
+LIGHT = Theme(paper="#ffffff", ink="#1f2328", muted="#59636e", grid="#e1e4e8")
+DARK = Theme(paper="#14171c", ink="#e6e8eb", muted="#a3abb5", grid="#343a42")
+
+STYLES: tuple[Style, ...] = (
+    Style("#3b4754", "#c3ccd6", (0, (1.2, 1.4)), "s", "dot", "square"),
+    Style("#0072b2", "#4da8dc", "-", "o", "solid", "circle"),
+    Style("#e69f00", "#f0b429", "--", "^", "dash", "triangle-up"),
+    Style("#009e73", "#2cc295", "-.", "D", "dashdot", "diamond"),
+    Style("#cc79a7", "#dc94bb", (0, (6, 1.5)), "v", "longdash", "triangle-down"),
+    Style("#d55e00", "#f07f2e", (0, (6, 1.5, 1.2, 1.5, 1.2, 1.5)), "P", "longdashdot", "cross"),
+    Style("#56b4e9", "#86ccf5", (0, (3, 1, 1, 1)), "X", "dashdot", "x"),
+    Style("#8a6d00", "#d6c14a", (0, (2, 3)), "*", "dot", "star"),
+)
+"""Slots 0, 1, 2 stand for system, image and text wherever modalities are drawn; any slot beyond the last repeats."""
+
+SYSTEM, IMAGE, TEXT = 0, 1, 2
+"""Slots of the modalities."""
+
+ATTENTION = "#ffb000"
+"""The hue whose opacity is the attention on a patch."""
+BOX = "#fdfdfd"
+BOX_EDGE = "#010101"
+"""Outlines are white on black, visible on any picture."""
+
+CLASS_COLOURS: tuple[str, ...] = ("#000000", "#0072b2", "#ffb000")
+CLASS_OPACITY: tuple[float, ...] = (0.72, 0.45, 0.60)
+"""Fill of class 0, 1, 2 over a picture: minor is darkened away, secondary is blue, core is amber (lightness rises)."""
+
+
+def style(slot: int) -> Style:
+    """Style of a series; slots beyond the palette start again."""
+    return STYLES[slot % len(STYLES)]
+
+
+def rgb(colour: str) -> tuple[int, int, int]:
+    """Red, green, blue in 0-255 of "#rrggbb"."""
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
+def translucent(colour: str, opacity: float) -> str:
+    """CSS colour with an opacity in 0-1."""
+    return "rgba({},{},{},{:g})".format(*rgb(colour), opacity)
+
+
+def lightness(colour: str) -> float:
+    """CIE 1976 lightness L*, 0 (black) to 100 (white): what is left of a colour in a grey print."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in rgb(colour))]
+    y = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return 116 * y ** (1 / 3) - 16 if y > (6 / 29) ** 3 else y * (29 / 3) ** 3
+
+
+def dark_pairs() -> list[tuple[str, str]]:
+    """(light, dark) for every colour a light figure is made of, as a page needs them to change its theme."""
+    pairs = [(s.light, s.dark) for s in STYLES]
+    pairs += [(getattr(LIGHT, name), getattr(DARK, name)) for name in ("paper", "ink", "muted", "grid")]
+    return pairs
