@@ -79,6 +79,8 @@ def locate(name: str, *, allow_download: bool = False) -> Checkpoint:
         InputError: no such folder, a folder without config.json, a name that can be none of the three.
     """
     if name == EMBEDDED:
+        if not (MODEL_DIR / "config.json").is_file():
+            raise InputError(f"the embedded model is missing from {MODEL_DIR}: install the package again")
         return Checkpoint(name, str(MODEL_DIR), True)
     path = Path(name).expanduser()
     if name and path.is_dir():

@@ -22,6 +22,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 from avl_analysis.checkpoint import EMBEDDED, first_line, locate, read_config, read_processor, read_weights
 from avl_analysis.errors import InputError
 from avl_analysis.images import ImageSource, open_image
+from avl_analysis.inventory import describe_model
 from avl_analysis.prompts import Conversation, picture_rows, render
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -154,7 +155,7 @@ def load_model(
     processor = read_processor(checkpoint)
     model = read_weights(checkpoint, dtype=chosen, attn_implementation=attn_implementation)
     model = model.to(device).eval()
-    return VLM(checkpoint.name, model, processor, checkpoint.path, checkpoint.revision(model), _describe(model))
+    return VLM(checkpoint.name, model, processor, checkpoint.path, checkpoint.revision(model), describe_model(model))
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -173,10 +174,3 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: possible are {', '.join(DTYPES)} and auto")
     return getattr(torch, dtype)
-
-
-def _describe(model: PreTrainedModel) -> str:
-    parameters = sum(p.numel() for p in model.parameters())
-    size = f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
-    dtype = str(model.dtype).removeprefix("torch.")
-    return f"{type(model).__name__}, {size} parameters, {dtype} on {model.device}"
