@@ -11,10 +11,22 @@ if TYPE_CHECKING:
     from avl_analysis.errors import InputError as InputError
     from avl_analysis.models import VLM as VLM
     from avl_analysis.models import load_model as load_model
+    from avl_analysis.recorder import record as record
+    from avl_analysis.recording import Recording as Recording
+    from avl_analysis.recording import load_recording as load_recording
+    from avl_analysis.recording import merge as merge
 
-_HOME = {"InputError": "errors", "VLM": "models", "load_model": "models"}  # public name -> module it lives in
+_HOME = {  # public name -> module it lives in
+    "InputError": "errors",
+    "Recording": "recording",
+    "VLM": "models",
+    "load_model": "models",
+    "load_recording": "recording",
+    "merge": "recording",
+    "record": "recorder",
+}
 
-__all__ = ["VLM", "InputError", "load_model"]
+__all__ = ["VLM", "InputError", "Recording", "load_model", "load_recording", "merge", "record"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,55 @@
+"""Where a recording comes from, as flat attributes that fit into a file: model, libraries, date, settings."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import xarray as xr
+from torch import nn
+
+from avl_analysis.statistics import Statistic
+
+
+def provenance(model: nn.Module, statistics: Sequence[Statistic]) -> dict[str, str]:
+    """Attributes of a recording of `model` made now."""
+    config: Any = getattr(model, "config", None)
+    parameters = next(model.parameters(), None)
+    return {
+        "model": str(getattr(model, "name_or_path", "") or type(model).__name__),
+        "model_class": type(model).__name__,
+        "model_type": str(getattr(config, "model_type", "")),
+        "model_revision": str(getattr(config, "_commit_hash", None) or ""),
+        "attention_backend": str(
+            getattr(config.get_text_config(decoder=True), "_attn_implementation", "")
+        ).removeprefix("avl_"),
+        "dtype": str(parameters.dtype).removeprefix("torch.") if parameters is not None else "",
+        "device": str(parameters.device) if parameters is not None else "",
+        "statistics": " ".join(repr(statistic) for statistic in statistics),
+        "seed": str(torch.initial_seed()),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "libraries": " ".join(
+            f"{name}={value}"
+            for name, value in {
+                "avl": _version("avl"),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "numpy": np.__version__,
+                "xarray": xr.__version__,
+            }.items()
+        ),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,63 @@
+"""Modality mass: how much of a query's attention goes to system, image and text tokens. Justifies treating them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from avl.tokens import MODALITIES
+from avl_analysis.rows import Rows
+from avl_analysis.statistics.base import RowStatistic
+
+
+@dataclass(frozen=True)
+class ModalityMass(RowStatistic):
+    """`sum_{k in M} A[q,k]` for M in system, image, text; in [0, 1], the three add up to 1."""
+
+    name = "modality_mass"
+    title = "attention mass"
+    source = "Zhang et al., A-VL (AAAI 2025), sec. 3"
+    justifies = "treating modalities apart"
+    columns: ClassVar[tuple[str, ...]] = MODALITIES
+
+    def extra(self) -> Mapping[str, Sequence[Any]]:
+        return {"key_modality": MODALITIES}
+
+    def value(self, rows: Rows) -> Tensor:
+        return rows.mass()
+
+
+@dataclass(frozen=True)
+class FirstTokenMass(RowStatistic):
+    """`A[q, first token]`, the usual attention sink; in [0, 1]."""
+
+    name = "first_token_mass"
+    title = "attention mass on the first token"
+    source = "Xiao et al., StreamingLLM (ICLR 2024)"
+    justifies = "keeping system tokens"
+    columns: ClassVar[tuple[str, ...]] = ("first",)
+
+    def value(self, rows: Rows) -> Tensor:
+        return rows.sum("first")
+
+
+@dataclass(frozen=True)
+class Efficiency(RowStatistic):
+    """Mass per token: `sum_{k in M} A[q,k] / |M|`, with |M| the keys of M that row q can see; NaN where there is none."""
+
+    name = "efficiency"
+    title = "attention mass per visible token"
+    source = "Chen et al., FastV (ECCV 2024), attention efficiency"
+    justifies = "treating modalities apart"
+    columns: ClassVar[tuple[str, ...]] = MODALITIES
+
+    def extra(self) -> Mapping[str, Sequence[Any]]:
+        return {"key_modality": MODALITIES}
+
+    def value(self, rows: Rows) -> Tensor:
+        count = rows.count()
+        return torch.where(count > 0, rows.mass() / count, torch.nan)
