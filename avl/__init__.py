@@ -4,3 +4,24 @@ This package *acts*: it lays out tokens by modality, hooks into the attention an
 model, and restores both on the way out. It needs torch and transformers, nothing else; recording, statistics and
 pictures live in `avl_analysis`, which knows this package while this package does not know it.
 """
+
+from avl.accounting import StepUsage, Usage
+from avl.families import UnsupportedModelError
+from avl.policies import AdaptivePolicy, FullPolicy, Policy
+from avl.seam import SeamError
+from avl.selection import Selection, State
+from avl.toggle import AdaptiveSession, adaptive
+
+__all__ = [
+    "adaptive",
+    "AdaptiveSession",
+    "Policy",
+    "AdaptivePolicy",
+    "FullPolicy",
+    "Usage",
+    "StepUsage",
+    "Selection",
+    "State",
+    "SeamError",
+    "UnsupportedModelError",
+]

@@ -101,6 +101,8 @@ def attention_logits(call: AttentionCall, rows: slice = slice(None), keys: int |
     logits = torch.matmul(grouped, key.transpose(-1, -2)).mul_(call.scaling).view(batch, heads, count, key.shape[2])
     if (cap := call.options.get("softcap")) is not None:
         logits = torch.tanh(logits / cap) * cap
+    if (bias := call.options.get("position_bias")) is not None:  # learned, per relative position (T5, Inkling)
+        logits = logits + bias[:, :, rows, : key.shape[2]].float()
     mask = call.mask
     if mask is None:
         if call.causal:
@@ -127,11 +129,12 @@ def attention_logits(call: AttentionCall, rows: slice = slice(None), keys: int |
 def softmax_weights(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
     """Softmax over the last axis; rows that attend to nothing (padding) give zeros instead of NaN.
 
-    `sinks`, (query heads,), are learned logits that take part in the normalisation and hold no value (gpt-oss).
+    `sinks` are learned logits that take part in the normalisation and hold no value: (query heads,) as in gpt-oss, or
+    (batch, query heads, rows, 1) where they depend on the query (Inkling 2).
     """
     top = logits.amax(-1, keepdim=True)
     if sinks is not None:
-        sink = sinks.float().view(1, -1, 1, 1).expand_as(top)
+        sink = (sinks.float().view(1, -1, 1, 1) if sinks.dim() == 1 else sinks.float()).expand_as(top)
         top = torch.maximum(top, sink)
     top = top.clamp_min(torch.finfo(logits.dtype).min)
     weights = (logits - top).exp_()
@@ -143,7 +146,39 @@ def softmax_weights(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
 
 def attention_weights(call: AttentionCall, rows: slice = slice(None), keys: int | None = None) -> Tensor:
     """Softmax weights of some query rows: (batch, query heads, rows, keys) float32, each row summing to 1 (or 0)."""
-    return softmax_weights(attention_logits(call, rows, keys), call.options.get("s_aux"))
+    sinks = call.options.get("s_aux")
+    if sinks is None and (sinks := call.options.get("sinks")) is not None:
+        sinks = sinks[:, :, rows]
+    return softmax_weights(attention_logits(call, rows, keys), sinks)
+
+
+def attend_one_row(call: AttentionCall, empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Output and weights of a decode step, reading every key and value once.
+
+    The products are in the keys' own dtype (as in transformers' eager attention), the softmax in float32. The kernels'
+    own single-row path is slower on CPU and keeps the weights to itself.
+
+    Args:
+        call: one query row per row of the batch; its mask is not read.
+        empty: (batch, 1 or key/value heads, keys) bool, slots that hold nothing; None if there are none.
+
+    Returns:
+        Output (batch, 1, query heads, head dim) and weights (batch, key/value heads, keys, groups) float32.
+    """
+    batch, heads, _, dim = call.query.shape
+    query = call.query.reshape(batch, heads // call.groups, call.groups, dim)
+    logits = torch.matmul(call.key, query.transpose(-1, -2)).float().mul_(call.scaling)
+    if (cap := call.options.get("softcap")) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    if empty is not None:
+        logits.masked_fill_(empty[..., None], -torch.inf)
+    if (sinks := call.options.get("s_aux")) is None:
+        weights = torch.softmax(logits, 2)
+    else:
+        by_head = logits.transpose(-1, -2).reshape(batch, heads, 1, -1)
+        weights = softmax_weights(by_head, sinks).view(batch, -1, call.groups, logits.shape[2]).transpose(-1, -2)
+    output = torch.matmul(weights.transpose(-1, -2).to(call.value.dtype), call.value)
+    return output.reshape(batch, 1, heads, call.value.shape[-1]), weights
 
 
 Attend = Callable[[AttentionCall], Tensor]

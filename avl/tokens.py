@@ -79,6 +79,11 @@ class TokenLayout:
     def to(self, device: torch.device | str) -> TokenLayout:
         return TokenLayout(*(t.to(device) for t in (self.modality, self.image, self.row, self.column)))
 
+    def select(self, rows: Tensor) -> TokenLayout:
+        """Layout of rows `rows` of the batch, in that order, repetitions allowed (beam search, contrastive search)."""
+        parts = (self.modality, self.image, self.row, self.column)
+        return TokenLayout(*(part.index_select(0, rows.to(part.device)) for part in parts))
+
     def extend(self, other: TokenLayout) -> TokenLayout:
         """This layout followed by `other` (a later turn of the same conversations).
 

@@ -1,0 +1,139 @@
+"""What a policy costs and saves, counted physically: bytes of buffers, keys read, against the stock cache.
+
+Everything allocated is counted, slack and empty slots too; keys and values apart from bookkeeping (positions, scores).
+The yardstick is what `transformers`' DynamicCache holds after the same tokens: every position of every row, padding
+included, which it stores as well. Only the layers a policy acts on are counted; sliding-window and linear layers of
+hybrid models keep their own caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from avl.cache import AdaptiveLayer
+
+
+@dataclass(frozen=True)
+class StepUsage:
+    """One pass through the decoder.
+
+    Attributes:
+        step: 0 for a prompt (a later turn's prompt has the number of the step before it), then 1, 2, ...
+        seen: tokens per row seen so far, padding included.
+        attended: keys that each row's newest token attended to; one tuple over rows per layer.
+        held: keys (per key/value head) that each row held after the pass; likewise.
+        filled: bytes of keys and values in use after the pass, all layers.
+        allocated: bytes of all key and value buffers after the pass.
+        bookkeeping: bytes of positions and scores.
+        full: bytes the stock cache would hold.
+    """
+
+    step: int
+    seen: int
+    attended: tuple[tuple[int, ...], ...]
+    held: tuple[tuple[int, ...], ...]
+    filled: int
+    allocated: int
+    bookkeeping: int
+    full: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Cost of the latest conversation under a policy.
+
+    Attributes:
+        layers: indices of the layers counted.
+        steps: one record per pass, the prompt first.
+        peak: most bytes of keys and values at any moment, the prompt's own keys while it ran included.
+    """
+
+    layers: tuple[int, ...]
+    steps: tuple[StepUsage, ...]
+    peak: int
+
+    @property
+    def filled(self) -> int:
+        """Bytes of keys and values in use at the end."""
+        return self.steps[-1].filled
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of key and value buffers at the end."""
+        return self.steps[-1].allocated
+
+    @property
+    def bookkeeping(self) -> int:
+        """Bytes of positions and scores at the end."""
+        return self.steps[-1].bookkeeping
+
+    @property
+    def full(self) -> int:
+        """Bytes the stock cache would hold at the end."""
+        return self.steps[-1].full
+
+    @property
+    def filled_share(self) -> float:
+        """Filled bytes / stock bytes at the end."""
+        return self.filled / self.full
+
+    @property
+    def allocated_share(self) -> float:
+        """Allocated bytes / stock bytes at the end."""
+        return self.allocated / self.full
+
+    @property
+    def attended_share(self) -> float:
+        """Keys attended / keys seen, mean over decode steps, layers and rows; 1.0 before the first decode step."""
+        shares = [keys / step.seen for step in self.steps if step.step > 0 for layer in step.attended for keys in layer]
+        return sum(shares) / len(shares) if shares else 1.0
+
+
+@dataclass(eq=False)
+class Ledger:
+    """Writes down every pass of one conversation; `usage` makes the record."""
+
+    layers: tuple[int, ...]
+    steps: list[StepUsage] = field(default_factory=list)
+    peak: int = 0
+
+    def hold(self, layers: Iterable[AdaptiveLayer], passing: Iterable[Tensor]) -> None:
+        """Note a moment at which `passing` tensors exist beside the layers' buffers."""
+        self.peak = max(self.peak, sum(map(allocated, layers)) + sum(map(_bytes, passing)))
+
+    def write(self, step: int, layers: Sequence[AdaptiveLayer], attended: Sequence[Sequence[int]]) -> None:
+        """Note the end of a pass."""
+        total = sum(map(allocated, layers))
+        self.peak = max(self.peak, total)
+        self.steps.append(
+            StepUsage(
+                step=step,
+                seen=max(layer.seen for layer in layers),
+                attended=tuple(map(tuple, attended)),
+                held=tuple(tuple(layer.held()) for layer in layers),
+                filled=sum(layer.filled * _slot(layer) for layer in layers),
+                allocated=total,
+                bookkeeping=sum(_bytes(t) for a in layers for t in (a.positions, a.scores) if t is not None),
+                full=sum(layer.seen * _slot(layer) for layer in layers),
+            )
+        )
+
+    def usage(self) -> Usage:
+        return Usage(self.layers, tuple(self.steps), self.peak)
+
+
+def allocated(layer: AdaptiveLayer) -> int:
+    """Bytes of a layer's key and value buffers."""
+    return 0 if layer.keys is None else _bytes(layer.keys) + _bytes(layer.values)
+
+
+def _slot(layer: AdaptiveLayer) -> int:
+    """Bytes of one position in all rows and heads of a layer."""
+    return sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in (layer.keys, layer.values))
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,7 @@
+"""Policies: A-VL, the full cache, and baselines at equal bytes. `base` says what a policy is asked."""
+
+from avl.policies.adaptive import AdaptivePolicy
+from avl.policies.base import Policy
+from avl.policies.budget import FullPolicy
+
+__all__ = ["Policy", "AdaptivePolicy", "FullPolicy"]

@@ -1,0 +1,218 @@
+"""What a policy is asked, and what it may look at.
+
+A policy is a frozen dataclass that decides; it never touches a cache or a model. After a prompt has passed a layer it
+is shown that layer once (`Prompt`), measures what it needs (`measure`), and says which keys to hold (`choose`). While
+decoding it answers with plain numbers: how many keys a row may hold (`limit`), how many of the newest are safe
+(`recent`), whether this step attends to everything held (`whole`). Everything physical (buffers, masks, rows of unequal
+length) is the business of cache.py and toggle.py, so that a policy stays about as long as its formula.
+
+Order of a layer's keys: `far` (held, attended only at whole steps), `core`, then `rest`. Most policies know only
+`rest`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from avl.attention import AttentionCall, attention_weights
+from avl.selection import members
+from avl.tokens import Modality
+
+PROTECTED = float("inf")
+"""Score of a key that is never dropped."""
+
+_BLOCK = 64  # query rows whose weights are in memory at once
+
+
+@dataclass(frozen=True)
+class Counts:
+    """True tokens of one row of the batch, padding excluded, generated tokens (text) included.
+
+    Attributes:
+        system, image, text: tokens of each modality.
+        tail: length of the run of text tokens at the end.
+    """
+
+    system: int
+    image: int
+    text: int
+    tail: int
+
+    @property
+    def tokens(self) -> int:
+        return self.system + self.image + self.text
+
+
+class Prompt:
+    """One layer's attention over a prompt (or a later turn), as shown to a policy.
+
+    Attributes:
+        layer: index of the decoder layer.
+        layers: number of layers the policy acts on.
+        positions: (batch, heads, keys) sequence index of each key, -1 where there is none; heads is 1 while all
+            key/value heads hold the same keys.
+        modality: same shape, int8 codes of `Modality`.
+        row_modality: (batch, rows) of the query rows.
+        counts: true tokens of each row of the batch.
+        held: (batch, key/value heads, keys) scores so far of keys held from earlier turns, 0 for new ones; or None.
+    """
+
+    def __init__(
+        self,
+        call: AttentionCall,
+        layers: int,
+        positions: Tensor,
+        modality: Tensor,
+        row_modality: Tensor,
+        counts: Sequence[Counts],
+        held: Tensor | None,
+    ) -> None:
+        self._call = call
+        self.layer = call.layer
+        self.layers = layers
+        self.positions = positions
+        self.modality = modality
+        self.row_modality = row_modality
+        self.counts = counts
+        self.held = held
+
+    def last_row(self) -> Tensor:
+        """Softmax weights of the last query row, (batch, query heads, keys) float32."""
+        rows = self._call.query.shape[2]
+        return attention_weights(self._call, slice(rows - 1, rows))[:, :, 0]
+
+    def row_sums(self, rows: Tensor, *, above: float = 0.0) -> Tensor:
+        """Softmax weights summed over some query rows and over the query heads that share a key/value head.
+
+        Args:
+            rows: (batch, rows) bool, which query rows to sum.
+
+        Returns:
+            (batch, key/value heads, keys) float32.
+        """
+        call, wanted = self._call, rows.any(0).tolist()
+        total = torch.zeros(*call.key.shape[:3], device=call.key.device)
+        for start in range(0, len(wanted), _BLOCK):
+            stop = min(start + _BLOCK, len(wanted))
+            if not any(wanted[start:stop]):
+                continue
+            seen = stop if call.causal else call.key.shape[2]
+            weights = attention_weights(call, slice(start, stop), seen)
+            weights = weights.mul_(rows[:, None, start:stop, None]).sum(2)
+            total[..., :seen] += weights.view(weights.shape[0], -1, call.groups, seen).sum(2)
+        return total
+
+
+@dataclass(eq=False)
+class Measure:
+    """What a policy keeps of a `Prompt` until it chooses.
+
+    Attributes:
+        layer, positions, modality: as in `Prompt`.
+        scores: (batch, heads, keys), higher = more important.
+        extra: whatever else the policy needs.
+    """
+
+    layer: int
+    positions: Tensor
+    modality: Tensor
+    scores: Tensor
+    extra: Tensor | None = None
+
+    def of(self, modality: Modality) -> Tensor:
+        """(batch, heads, keys) bool: keys of one modality."""
+        return self.modality == modality
+
+
+@dataclass(eq=False)
+class Choice:
+    """Which keys of a layer to hold; indices into its keys, (batch, heads, n), -1 for nothing (in front).
+
+    Attributes:
+        far, core: image keys that take turns, or None.
+        rest: sets of keys that are attended at every step.
+        scores: (batch, heads, keys) what the rest's keys are worth when one must go, `PROTECTED` for never; None if
+            nothing is ever dropped while decoding.
+        evictable: number of keys in `rest` that may be dropped later, per row.
+        share: what `limit` is given for each row.
+    """
+
+    rest: Sequence[Tensor]
+    far: Tensor | None = None
+    core: Tensor | None = None
+    scores: Tensor | None = None
+    evictable: Sequence[int] = ()
+    share: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """Base of all policies; the methods below describe one that changes nothing."""
+
+    deferred: ClassVar[bool] = False
+    """Whether `choose` needs the measures of all layers (the whole prompt's keys stay in memory until then)."""
+    evicts_text_only: ClassVar[bool] = False
+    """Whether `limit` and `recent` are about text keys rather than all keys in `rest`."""
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether each step's softmax weights are added to the scores of the keys in `rest`."""
+        return False
+
+    @property
+    def per_head(self) -> bool:
+        """Whether key/value heads of one layer may hold different keys."""
+        return False
+
+    @property
+    def filter_layer(self) -> int | None:
+        """Number of decoder layers a prompt passes in full; after them image tokens leave it. None: all layers."""
+        return None
+
+    def filter_count(self, counts: Counts) -> int:
+        """How many image tokens of a row go on after `filter_layer`."""
+        return counts.image
+
+    @abstractmethod
+    def measure(self, prompt: Prompt) -> Measure:
+        """Look at one layer after its attention over a prompt."""
+
+    @abstractmethod
+    def choose(self, measure: Measure, counts: Sequence[Counts], share: Sequence[float]) -> Choice:
+        """Say which keys to hold. `share` comes from `shares`."""
+
+    def shares(self, measures: Sequence[Measure], counts: Sequence[Counts]) -> list[list[float]]:
+        """A number per layer and row of the batch for `choose` and `limit`; `measures` of all layers if deferred."""
+        return [[1.0] * len(counts) for _ in measures]
+
+    def whole(self, step: int) -> bool:
+        """Whether decode step `step` (1, 2, ...) attends to all keys held, and re-ranks them."""
+        return True
+
+    def rank(self, weights: Tensor) -> Tensor:
+        """Importance of keys from one query row's weights, (batch, query heads, keys) -> (batch, keys)."""
+        return weights.mean(1)
+
+    def limit(self, counts: Counts, share: float) -> int | None:
+        """Most evictable keys a row may hold at this point; None: no limit."""
+        return None
+
+    def recent(self, limit: int) -> int:
+        """How many of the newest evictable keys are safe."""
+        return 1
+
+    def arrival(self, position: int) -> float:
+        """Score a new key starts with."""
+        return 0.0
+
+
+def all_keys(measure: Measure) -> Tensor:
+    """Index set of every key there is, in order."""
+    held = measure.positions >= 0
+    return members(held, int(held.sum(-1).amax()))

@@ -1,0 +1,172 @@
+"""Choosing keys by score, row by row, and remembering what was chosen.
+
+The helpers pick index sets whose sizes differ between the rows of a batch: sizes are plain Python numbers (they follow
+from token counts, never from scores), indices are tensors, and -1 marks a place that holds nothing. Empty places stand
+in front, so that a segment's contents always end where the next segment begins.
+
+`Selection` is the diary a session keeps for drawing: which positions were core, secondary or minor in which layer after
+which step. It stores index sets and replays them on demand; it knows nothing about policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from avl.tokens import Modality, TokenLayout
+
+
+def best(scores: Tensor, counts: Sequence[int]) -> Tensor:
+    """Indices of the `counts[b]` largest scores of row b, best first.
+
+    Args:
+        scores: (batch, heads, keys), higher = more important; -inf at keys that do not compete.
+        counts: how many to take per row of the batch; at least that many keys must compete.
+
+    Returns:
+        (batch, heads, max(counts)) int64, -1 past a row's count. Ties are broken as torch.topk does.
+    """
+    order = scores.topk(max(counts, default=0), dim=-1).indices
+    return _blank(order, [0] * len(counts), counts)
+
+
+def between(order: Tensor, first: Sequence[int], last: Sequence[int]) -> Tensor:
+    """Entries first[b] .. last[b] - 1 of each row of `order`, moved to the end; -1 in front of shorter rows.
+
+    Args:
+        order: (batch, heads, n) as `best` returns it.
+
+    Returns:
+        (batch, heads, max(last - first)) int64, in reverse order.
+    """
+    sizes = [b - a for a, b in zip(first, last, strict=True)]
+    width = max(sizes, default=0)
+    start = torch.tensor(list(first), device=order.device)[:, None, None]
+    at = start + torch.arange(width, device=order.device).expand(order.shape[0], order.shape[1], width)
+    taken = order.gather(-1, at.clamp_max(max(order.shape[-1] - 1, 0))) if width else at
+    return _blank(taken, [0] * len(sizes), sizes).flip(-1)
+
+
+def members(mask: Tensor, width: int) -> Tensor:
+    """Indices of the True entries in ascending order, -1 in front of rows with fewer than `width`.
+
+    Args:
+        mask: (batch, heads, keys) bool, at most `width` True per row.
+    """
+    rank = torch.where(mask, torch.arange(1, mask.shape[-1] + 1, device=mask.device), 0)
+    return rank.topk(width, dim=-1).values.flip(-1) - 1
+
+
+def _blank(order: Tensor, first: Sequence[int], last: Sequence[int]) -> Tensor:
+    """`order` with -1 outside first[b] .. last[b] - 1."""
+    if all(a == 0 and b >= order.shape[-1] for a, b in zip(first, last, strict=True)):
+        return order
+    bounds = torch.tensor([list(first), list(last)], device=order.device)[:, :, None, None]
+    at = torch.arange(order.shape[-1], device=order.device)
+    return torch.where((at >= bounds[0]) & (at < bounds[1]), order, -1)
+
+
+class State(IntEnum):
+    """What has become of a position, in one layer, after one step."""
+
+    PADDING = -1
+    MINOR = 0
+    """dropped for good"""
+    SECONDARY = 1
+    """held in memory, attended at refresh steps only"""
+    CORE = 2
+    """held and attended at every step"""
+
+
+@dataclass(eq=False)
+class _Event:
+    """One change in a layer: what it holds, its core, keys added or dropped (positions), rows moved (indices)."""
+
+    step: int
+    kind: str
+    what: Tensor
+
+
+@dataclass(eq=False)
+class Selection:
+    """Which positions each layer holds and attends, after every step of the latest conversation.
+
+    Attributes:
+        layout: layout of all positions seen so far.
+        layers: indices of the layers a policy acts on.
+    """
+
+    layout: TokenLayout
+    layers: tuple[int, ...]
+    _lengths: list[int] = field(default_factory=list, repr=False)
+    _events: dict[int, list[_Event]] = field(default_factory=dict, repr=False)
+
+    @property
+    def steps(self) -> int:
+        """Decode steps so far; step 0 is the prompt."""
+        return len(self._lengths) - 1
+
+    def begin(self, step: int, layout: TokenLayout) -> None:
+        """A pass begins; a later turn's prompt belongs to the step before it."""
+        self.layout = layout
+        self._lengths[step:] = [layout.length]
+
+    def note(self, layer: int, kind: str, what: Tensor) -> None:
+        """Write an event down.
+
+        Args:
+            kind: "held", "core" (both replace what was), "added" or "dropped" with positions (batch, heads, n), -1 for
+                none; or "rows", after which row i of the batch continues what was row what[i].
+        """
+        self._events.setdefault(layer, []).append(_Event(self.steps, kind, what))
+
+    def state(self, layer: int, step: int | None = None) -> Tensor:
+        """State of every position after decode step `step` (default: the latest).
+
+        Returns:
+            (batch, heads, length) int8 of `State`; heads is 1 where all key/value heads hold the same keys. Tokens
+            generated up to that step are included.
+
+        Raises:
+            ValueError: a layer or a step that is not in the diary.
+        """
+        step = self.steps if step is None else step
+        if layer not in self._events:
+            raise ValueError(f"no policy acted on layer {layer}; layers with a selection: {sorted(self._events)}")
+        if not 0 <= step <= self.steps:
+            raise ValueError(f"step must be 0 (the prompt) to {self.steps} (the latest); got {step}")
+        events = self._events[layer]
+        heads = max(event.what.shape[1] for event in events if event.what.dim() == 3)
+        first, length = events[0].what, self._lengths[step]
+        image = self.layout.mask(Modality.IMAGE)[:, None].to(first.device)
+        state = torch.zeros(first.shape[0], heads, self.layout.length + 1, dtype=torch.int8, device=first.device)
+        for event in events:
+            if event.kind == "rows":  # also later ones: rows are told as their ancestors' history
+                state = state.index_select(0, event.what)
+                continue
+            if event.step > step:
+                continue
+            if event.kind == "held":
+                state.fill_(int(State.MINOR))
+            elif event.kind == "core":
+                state[..., :-1].masked_fill_((state[..., :-1] == State.CORE) & image, int(State.SECONDARY))
+            at = torch.where(event.what < 0, self.layout.length, event.what).long().expand(-1, heads, -1)
+            state.scatter_(-1, at, int(_AFTER[event.kind]))
+        hidden = ~self.layout.valid[:, None, :length].to(state.device)
+        return state[..., :length].masked_fill(hidden, int(State.PADDING))
+
+    def images(self, state: State, layer: int, step: int | None = None) -> list[list[int]]:
+        """Image positions of each row that are in `state` in the given layer after the given step.
+
+        Where key/value heads differ, a position counts as what it is to the head that treats it best.
+        """
+        states = self.state(layer, step).amax(1)
+        image = self.layout.mask(Modality.IMAGE)[:, : states.shape[1]].to(states.device)
+        return [row.nonzero().flatten().tolist() for row in (states == state) & image]
+
+
+_AFTER = {"held": State.SECONDARY, "core": State.CORE, "added": State.CORE, "dropped": State.MINOR}
