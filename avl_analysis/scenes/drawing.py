@@ -92,82 +92,22 @@ SHAPE_FIELDS: dict[str, Callable[[Field, Field, float], Field]] = {
 SHAPES = tuple(SHAPE_FIELDS)
 
 # One base-32 digit per row, five pixels each, most significant bit on the left.
-_GLYPHS = [
-    "A",
-    "ehhvhhh",
-    "B",
-    "uhhuhhu",
-    "C",
-    "ehggghe",
-    "D",
-    "uhhhhhu",
-    "E",
-    "vgguggv",
-    "F",
-    "vgguggg",
-    "G",
-    "ehgnhhe",
-    "H",
-    "hhhvhhh",
-    "J",
-    "72222ic",
-    "K",
-    "hikokih",
-    "L",
-    "ggggggv",
-    "M",
-    "hrllhhh",
-    "N",
-    "hppljjh",
-    "P",
-    "uhhuggg",
-    "R",
-    "uhhukih",
-    "S",
-    "ehge1he",
-    "T",
-    "v444444",
-    "U",
-    "hhhhhhe",
-    "V",
-    "hhhhaa4",
-    "W",
-    "hhhllrh",
-    "X",
-    "hha4ahh",
-    "Y",
-    "hha4444",
-    "Z",
-    "v1248gv",
-    "0",
-    "ehjlphe",
-    "1",
-    "4c4444e",
-    "2",
-    "eh168gv",
-    "3",
-    "v1261he",
-    "4",
-    "26aiv22",
-    "5",
-    "vgu11he",
-    "6",
-    "68guhhe",
-    "7",
-    "v124888",
-    "8",
-    "ehhehhe",
-    "9",
-    "ehhf12c",
-]
-CHARACTERS = "".join(_GLYPHS[::2])
+_GLYPHS = {
+    "A": "ehhvhhh", "B": "uhhuhhu", "C": "ehggghe", "D": "uhhhhhu", "E": "vgguggv", "F": "vgguggg",
+    "G": "ehgnhhe", "H": "hhhvhhh", "J": "72222ic", "K": "hikokih", "L": "ggggggv", "M": "hrllhhh",
+    "N": "hppljjh", "P": "uhhuggg", "R": "uhhukih", "S": "ehge1he", "T": "v444444", "U": "hhhhhhe",
+    "V": "hhhhaa4", "W": "hhhllrh", "X": "hha4ahh", "Y": "hha4444", "Z": "v1248gv", "0": "ehjlphe",
+    "1": "4c4444e", "2": "eh168gv", "3": "v1261he", "4": "26aiv22", "5": "vgu11he", "6": "68guhhe",
+    "7": "v124888", "8": "ehhehhe", "9": "ehhf12c",
+}  # fmt: skip
+CHARACTERS = "".join(_GLYPHS)
 """The 33 characters a string in a picture is made of (I, O and Q look too much like 1 and 0)."""
 GLYPH_WIDTH, GLYPH_HEIGHT, PITCH = 10, 14, 12
 
 
 def glyph(character: str) -> NDArray[np.bool_]:
     """Bitmap of one character at twice the 5x7 font: bool array (14, 10)."""
-    rows = _GLYPHS[_GLYPHS[::2].index(character) * 2 + 1]
+    rows = _GLYPHS[character]
     small = np.array([[int(row, 32) >> (4 - column) & 1 for column in range(5)] for row in rows], dtype=bool)
     return small.repeat(2, axis=0).repeat(2, axis=1)
 

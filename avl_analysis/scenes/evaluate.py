@@ -1,0 +1,160 @@
+"""Measure the embedded model on held-out scenes: ``python -m avl_analysis.scenes.evaluate --samples 500 --out FILE``.
+
+Every prompt goes through the processor and the stock ``generate`` (greedy), as a user's would. Each task is asked about
+its own picture and once more about *another* sample's picture, everything else unchanged: what is still right then
+was not seen. Next to that stands the chance level, the share one would get right without any picture by always giving
+the commonest answer to that kind of question.
+
+Scored strictly: a caption counts only if every word of it is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from avl_analysis.scenes import MODEL_DIR
+from avl_analysis.scenes.language import conversation, load_processor
+from avl_analysis.scenes.questions import TASKS
+from avl_analysis.scenes.samples import Sample, samples
+
+EVALUATION_SEED = 700_000
+Z95 = 1.959963984540054
+"""Two-sided 95 % point of the normal distribution."""
+
+
+def exact_match(prediction: str, answer: str) -> bool:
+    """Whether two texts agree word for word; spaces and a final full stop do not count, capitals do."""
+
+    def plain(text: str) -> list[str]:
+        return text.strip().removesuffix(".").split()
+
+    return plain(prediction) == plain(answer)
+
+
+def wilson(right: int, asked: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion (E. B. Wilson, 1927). Raises ValueError without a single trial."""
+    if not 0 <= right <= asked or asked == 0:
+        raise ValueError(f"{right} of {asked}: need 0 <= right <= asked and at least one trial")
+    p, z2 = right / asked, Z95**2
+    centre = (p + z2 / (2 * asked)) / (1 + z2 / asked)
+    half = Z95 / (1 + z2 / asked) * math.sqrt(p * (1 - p) / asked + z2 / (4 * asked**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def chance(asked: Sequence[Sample]) -> float:
+    """Share right without a picture by giving each kind of question its commonest answer among these samples."""
+    by_kind: dict[str, Counter[str]] = {}
+    for sample in asked:
+        by_kind.setdefault(sample.question.kind, Counter())[sample.answer] += 1
+    return sum(counts.most_common(1)[0][1] for counts in by_kind.values()) / len(asked)
+
+
+@torch.no_grad()
+def answers(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    asked: Sequence[Sample],
+    pictures: Sequence[Sample] | None = None,
+    batch: int = 50,
+) -> list[str]:
+    """The model's greedy answers to the samples' prompts, about the samples' pictures or those of ``pictures``.
+
+    Raises ValueError where ``pictures`` is given and not as long as ``asked``.
+    """
+    shown = asked if pictures is None else pictures
+    if len(shown) != len(asked):
+        raise ValueError(f"{len(asked)} prompts and {len(shown)} pictures: give one picture per prompt")
+    found: list[str] = []
+    for at in range(0, len(asked), batch):
+        prompts = [
+            processor.apply_chat_template(conversation(sample.prompt), add_generation_prompt=True)
+            for sample in asked[at : at + batch]
+        ]
+        images = [sample.picture for sample in shown[at : at + batch]]
+        inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
+        longest = max(len(processor.tokenizer(s.answer).input_ids) for s in asked[at : at + batch]) + 8
+        ids = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
+        found += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in found]
+
+
+def _score(given: Sequence[str], asked: Sequence[Sample]) -> dict[str, Any]:
+    right = sum(exact_match(text, sample.answer) for text, sample in zip(given, asked, strict=True))
+    low, high = wilson(right, len(asked))
+    return {"exact_match": right / len(asked), "interval95": [round(low, 4), round(high, 4)], "right": right}
+
+
+def evaluate(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    n: int = 500,
+    tasks: Sequence[str] = TASKS,
+    seed: int = EVALUATION_SEED,
+    say: Any = None,
+) -> dict[str, Any]:
+    """Per task: exact match with a 95 % Wilson interval, with the right picture and with another sample's, and chance.
+
+    ``n`` held-out samples per task (at least 2); ``say`` is called with a line after each task.
+    """
+    if n < 2:
+        raise ValueError(f"n={n}: need at least 2 samples per task to swap pictures between")
+    found: dict[str, Any] = {}
+    for number, task in enumerate(tasks):
+        began = time.monotonic()
+        asked = samples(n, task, seed + number)
+        others = asked[1:] + asked[:1]
+        given = answers(model, processor, asked)
+        wrong = [
+            {"index": s.index, "prompt": s.prompt, "answer": s.answer, "given": text}
+            for text, s in zip(given, asked, strict=True)
+            if not exact_match(text, s.answer)
+        ]
+        found[task] = {
+            "samples": n,
+            "seed": seed + number,
+            **_score(given, asked),
+            "other_picture": _score(answers(model, processor, asked, others), asked),
+            "chance": round(chance(asked), 4),
+            "first_mistakes": wrong[:5],
+        }
+        if say:
+            line = found[task]
+            say(f"{task:12} {line['exact_match']:.3f}  other picture {line['other_picture']['exact_match']:.3f}  "
+                f"chance {line['chance']:.3f}  {time.monotonic() - began:.0f} s")  # fmt: skip
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Exact match of the scenes model on held-out scenes, per task.")
+    parser.add_argument("--model", type=Path, default=MODEL_DIR, help="model folder (default: the shipped one)")
+    parser.add_argument("--samples", type=int, default=500, help="samples per task")
+    parser.add_argument("--seed", type=int, default=EVALUATION_SEED)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    chosen = parser.parse_args()
+    model = LlavaForConditionalGeneration.from_pretrained(chosen.model, dtype=torch.float32).eval()
+    began = time.monotonic()
+    found = evaluate(model, load_processor(chosen.model), chosen.samples, seed=chosen.seed, say=print)
+    report = {
+        "what": "exact match of greedy answers on held-out scenes, 95 % Wilson intervals; `other_picture` shows the "
+        "next sample's picture instead; `chance` always gives the commonest answer to that kind of question",
+        "dtype": "float32",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": round(time.monotonic() - began),
+        "tasks": found,
+    }
+    if chosen.out:
+        chosen.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
