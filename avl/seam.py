@@ -12,7 +12,9 @@ the decoder's config, plus a few hooks which learn where in the sequence a pass 
 arguments the model passed, so with an observer alone the logits stay bit-identical.
 
 The seam does not know what taps do with what they see. What surprised us: config objects may be shared by two models,
-so the name is counted and restored by the last one to leave; and the only object that lives exactly as long as a
+so the name is counted and restored by the last one to leave; some modeling files branch on the name itself (`in ("eager",
+"sdpa")`), so ours compares equal to the backend's; models that embed text and pictures themselves before calling the
+decoder (BLIP-2) show their token ids only to the embedding layer, so that is watched too; and the only object that lives exactly as long as a
 conversation is its KV cache, so that is where the position in the sequence is remembered.
 """
 
@@ -27,6 +29,7 @@ from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -39,6 +42,25 @@ _PREFIX = "avl_"
 _LOCK = threading.RLock()
 _OWNERS: WeakKeyDictionary[nn.Module, Seam] = WeakKeyDictionary()  # attention module -> its seam
 _RENAMED: dict[int, list[Any]] = {}  # id(config) -> [config, original name, number of seams using it]
+
+
+class _Name(str):
+    """The name of our function for a backend; it looks itself up under its own name and equals the backend's, too.
+
+    DeepSeek-style sparse attention, Gemma 4 and others ask `config._attn_implementation == "sdpa"` to decide what they
+    pass on; with a name of another make they would compute something else. The hash is that of the full text, so
+    registries (dictionaries) find our function and never the backend's.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and str(other).removeprefix(_PREFIX) == self.removeprefix(_PREFIX)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
 
 
 class SeamError(RuntimeError):
@@ -82,6 +104,7 @@ class Seam:
         self.forward: Forward | None = None
         self._streams: WeakKeyDictionary[Any, _Stream] = WeakKeyDictionary()
         self._inputs: dict[str, Any] = {}
+        self._embedded: Tensor | None = None
         self._calls = 0
         self._hooks: list[Any] = []
         self._modules = [m for m in self.family.decoder.modules() if isinstance(getattr(m, "layer_idx", None), int)]
@@ -104,6 +127,8 @@ class Seam:
             outer = [m for m in (self.model, getattr(self.model, "base_model", None)) if isinstance(m, nn.Module)]
             for module in {id(m): m for m in outer if m is not self.family.decoder}.values():
                 self._hooks.append(module.register_forward_pre_hook(self._remember_inputs, with_kwargs=True))
+            embedding = self.model.get_input_embeddings()
+            self._hooks.append(embedding.register_forward_pre_hook(self._remember_ids, with_kwargs=True))
             decoder = self.family.decoder
             self._hooks.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._hooks.append(decoder.register_forward_hook(self._end, with_kwargs=True))
@@ -139,6 +164,11 @@ class Seam:
         if given.get("input_ids") is not None or module is self.model:
             self._inputs = given
 
+    def _remember_ids(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
+        if self.forward is None and ids is not None and ids.dim() == 2 and not ids.is_floating_point():
+            self._embedded = ids
+
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = _named(module, args, kwargs)
         inputs, self._inputs = self._inputs, {}
@@ -147,6 +177,9 @@ class Seam:
             raise SeamError("the decoder was called without input_ids and inputs_embeds")
         cache, tokens = given.get("past_key_values"), int(new.shape[1])
         ids = inputs.get("input_ids") if inputs.get("input_ids") is not None else given.get("input_ids")
+        if ids is None and self._embedded is not None and self._embedded.shape == new.shape[:2]:
+            ids = self._embedded
+        self._embedded = None
         self.forward = self._place(cache, tokens, ids, inputs or given)
         self._calls = 0
         for tap in (self.actor, self.observer):
@@ -205,6 +238,7 @@ class Seam:
 
     def call(self, inner: Attend, call: AttentionCall) -> Tensor:
         self._calls += 1
+        call.key_positions = _newest(call)
         output = inner(call) if self.actor is None else self.actor.attend(call, inner)
         if self.observer is not None:
             self.observer.observe(call, output)
@@ -252,6 +286,15 @@ def attached(model: nn.Module, tap: Tap, role: str) -> Iterator[Seam]:
 # -- the registered functions ---------------------------------------------------------------------------------------
 
 
+def _newest(call: AttentionCall) -> Tensor | None:
+    """Positions of keys that are not simply 0, 1, ...: a sliding window's cache hands out the newest keys only."""
+    forward, count = call.forward, call.key.shape[2]
+    if forward.rows is not None and forward.rows.shape[1] == count:
+        return forward.rows
+    total = forward.start + forward.tokens
+    return torch.arange(total - count, total, device=call.key.device) if count < total else None
+
+
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a forward call by name."""
     return {**dict(zip(signature(module.forward).parameters, args, strict=False)), **kwargs} if args else dict(kwargs)
@@ -276,7 +319,7 @@ def _rename(config: Any) -> None:
         )
     _register(backend)
     _RENAMED[id(config)] = [config, original, 1]
-    config._attn_implementation_internal = _PREFIX + backend
+    config._attn_implementation_internal = _Name(_PREFIX + backend)
 
 
 def _restore(config: Any) -> None:

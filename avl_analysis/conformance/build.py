@@ -1,0 +1,120 @@
+"""A tiny random model of a registered type with a prompt that shows it a picture: one `Case`."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from avl_analysis.conformance.entries import entry
+from avl_analysis.conformance.inputs import has_processor, pixels, prompt
+from avl_analysis.conformance.shrink import shrink
+
+
+def model_types() -> tuple[str, ...]:
+    """Model types the installed transformers registers for image-text-to-text, in its own order."""
+    return tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+
+def picture(width: int = 40, height: int = 30) -> Image.Image:
+    """A picture with a few shapes in it."""
+    image = Image.new("RGB", (width, height), (40, 90, 160))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((width // 5, height // 4, width // 2, height // 2), fill=(220, 180, 30))
+    draw.ellipse((width // 2, height // 2, width - 3, height - 2), fill=(200, 30, 60))
+    return image
+
+
+@dataclass(eq=False)
+class Case:
+    """A tiny model of one type and what to feed it. Nothing is built before it is asked for.
+
+    Attributes:
+        model_type: key of the image-text-to-text registry.
+    """
+
+    model_type: str
+
+    @property
+    def pixels_from(self) -> str:
+        """Where the pixel inputs come from: "processor" or "random"."""
+        return "processor" if has_processor(self.model_type) else "random"
+
+    @property
+    def sees_ahead(self) -> bool:
+        """Whether prompt tokens attend to later ones, so that a prompt is more than its tokens one by one."""
+        return entry(self.model_type).prefix
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        return shrink(CONFIG_MAPPING[self.model_type](), entry(self.model_type).override)
+
+    @property
+    def model_class(self) -> Any:
+        name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[self.model_type]
+        return getattr(transformers, name if isinstance(name, str) else name[0])
+
+    def _make(self, attention: str) -> nn.Module:
+        config = copy.deepcopy(self.config)
+        config._attn_implementation = attention
+        with torch.random.fork_rng(devices=[]), quiet():
+            torch.manual_seed(0)
+            model = self.model_class(config).eval()
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
+        return model
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model as it loads by default: SDPA where the family offers it."""
+        with quiet():
+            try:
+                return self._make("sdpa")
+            except ValueError:
+                return self._make("eager")
+
+    @cached_property
+    def eager(self) -> nn.Module:
+        """The same weights with eager attention."""
+        model = self._make("eager")
+        model.load_state_dict(self.model.state_dict())
+        return model
+
+    @cached_property
+    def picture_inputs(self) -> dict[str, Any]:
+        with quiet():
+            return pixels(self.model_type, self.config, [picture()])
+
+    @cached_property
+    def inputs(self) -> dict[str, Tensor]:
+        """One prompt with one picture."""
+        return prompt(self.model, self.picture_inputs)
+
+    @cached_property
+    def batch(self) -> dict[str, Tensor]:
+        """Two prompts with the same picture, the second shorter and padded on the left."""
+        return prompt(self.model, self.picture_inputs, after=(6, 2))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Mute transformers' advice (missing torchvision, unusual configurations) while tiny models are built."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,148 @@
+"""Prompts with a picture for a tiny model: what its processor would hand it, without a tokenizer.
+
+Pixels come from the family's own image processor (the Pillow one, which needs no download) wherever transformers has
+it, else from random numbers in the shapes the entry states. The number of image tokens is then asked from the model
+itself (`get_image_features`), so that no second copy of every family's token arithmetic is kept here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+from avl_analysis.conformance.entries import entry
+from avl_analysis.conformance.shrink import PATCH, SIDE, VOCABULARY
+
+_PLAIN = 128  # text ids are drawn from here up; special ids lie below
+_PAD = 0
+
+
+def has_processor(model_type: str) -> bool:
+    """Whether real pixel inputs can be made for this type without downloads."""
+    help = entry(model_type)
+    return help.pixels is None and _processor_name(help.processor or model_type) is not None
+
+
+def _processor_name(model_type: str) -> str | None:
+    return (IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}).get("pil")
+
+
+def image_processor(model_type: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> Any:
+    """The Pillow image processor of `model_type`, sized for a tiny configuration.
+
+    Raises:
+        LookupError: transformers has none.
+    """
+    name = _processor_name(model_type)
+    if name is None:
+        raise LookupError(f"{model_type!r} has no Pillow image processor and its entry names no pixels")
+    kind = getattr(transformers, name)
+    default, vision = kind(), getattr(config, "vision_config", None) or config
+    side = _first(getattr(vision, "image_size", None)) or SIDE
+    patch = _first(getattr(vision, "patch_size", None)) or PATCH
+    size = {k for k, v in dict(getattr(default, "size", None) or {}).items() if v is not None}
+    wanted: dict[str, Any] = {}
+    if "height" in size:
+        wanted["size"] = {"height": side, "width": side}
+    elif getattr(default, "merge_size", None) is not None:
+        wanted["size"] = {"shortest_edge": 8 * 8, "longest_edge": 32 * 32}
+    elif size:
+        wanted["size"] = dict.fromkeys(size, side)
+    if getattr(default, "crop_size", None) is not None:
+        wanted["crop_size"] = {"height": side, "width": side}
+    if getattr(default, "patch_size", None) is not None:
+        wanted["patch_size"] = {"height": patch, "width": patch} if isinstance(default.patch_size, dict) else patch
+    for ours, theirs in (("merge_size", "spatial_merge_size"), ("temporal_patch_size", "temporal_patch_size")):
+        if getattr(default, ours, None) is not None and getattr(vision, theirs, None) is not None:
+            wanted[ours] = getattr(vision, theirs)
+    if getattr(config, "image_grid_pinpoints", None):
+        wanted["image_grid_pinpoints"] = config.image_grid_pinpoints
+    return kind(**{**wanted, **options})
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list | tuple) else value
+
+
+def pixels(model_type: str, config: PreTrainedConfig, pictures: Sequence[Image.Image]) -> dict[str, Any]:
+    """Pixel inputs of some pictures, by the family's image processor or at random, as its entry says."""
+    help = entry(model_type)
+    if help.pixels is not None:
+        return help.pixels(config)
+    processor = image_processor(help.processor or model_type, config, help.options)
+    return dict(processor(list(pictures), return_tensors="pt"))
+
+
+def image_features(model: nn.Module, given: Mapping[str, Any]) -> Any:
+    """What the model makes of pixels, by its own `get_image_features`."""
+    owners: list[Any] = [m for m in (model, getattr(model, "model", None)) if hasattr(m, "get_image_features")]
+    takes = {name for owner in owners for name in signature(owner.get_image_features).parameters}
+    fields = ("vision_feature_layer", "vision_feature_select_strategy")
+    defaults = {n: getattr(model.config, n) for n in fields if hasattr(model.config, n)}
+    return owners[0].get_image_features(**{k: v for k, v in {**defaults, **given}.items() if k in takes})
+
+
+def feature_count(output: Any) -> int:
+    """How many image features `get_image_features` returned, whatever it wraps them in."""
+    if hasattr(output, "last_hidden_state"):
+        found = (getattr(output, n, None) for n in ("pooler_output", "last_hidden_state", "deepstack_features"))
+        output = next(part for part in found if part is not None)
+        if isinstance(output[0], tuple):  # Granite 4 Vision: what it adds to every decoder layer, of equal length
+            output = output[0][1]
+    if isinstance(output, Tensor):
+        return output.numel() // output.shape[-1]
+    return sum(feature_count(part) for part in output)
+
+
+@torch.no_grad()
+def prompt(
+    model: Any, given: dict[str, Any], *, before: int = 4, after: Sequence[int] = (6,), seed: int = 0
+) -> dict[str, Any]:
+    """Arguments of a model call: prompts that show the picture of `given`, one per entry of `after`.
+
+    Args:
+        given: pixels and their descriptions, of one picture.
+        before, after: text tokens before and (per prompt) after the picture; shorter prompts are padded on the left.
+    """
+    config = model.config
+    help = entry(config.model_type)
+    count = help.tokens(config, given) if help.tokens else feature_count(image_features(model, given))
+    image = _id(config, "image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    start = _id(config, "vision_start_token_id", "image_start_token_id")
+    end = _id(config, "vision_end_token_id", "image_end_token_id")
+    draw = torch.Generator().manual_seed(seed)
+    rows = []
+    for length in after:
+        text = torch.randint(_PLAIN, VOCABULARY, (before + length,), generator=draw).tolist()
+        rows.append([*text[:before], *start, *(image * count), *end, *text[before:]])
+    longest = max(map(len, rows))
+    ids = torch.tensor([[_PAD] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    kinds = (ids == image[0]).long()
+    result = {**_repeat(given, len(rows), help.along), "input_ids": ids, "attention_mask": mask}
+    result |= {"mm_token_type_ids": kinds, "token_type_ids": 0 * kinds if help.prefix else kinds}
+    return {name: value for name, value in result.items() if name in signature(model.forward).parameters}
+
+
+def _id(config: Any, *names: str) -> list[int]:
+    """The first special id a configuration names among `names`, as a list of one, or an empty list."""
+    return [i for i in (getattr(config, name, None) for name in names) if isinstance(i, int)][:1]
+
+
+def _repeat(given: Mapping[str, Any], times: int, along: int) -> dict[str, Any]:
+    """The same picture for several prompts, laid one after another as processors do; `along` is for the pixels."""
+
+    def repeat(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.cat([value] * times, along if name == "pixel_values" else 0)
+        return list(value) * times
+
+    return {name: repeat(name, value) for name, value in given.items()}
