@@ -20,6 +20,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from avl_analysis import cli_record
+from avl_analysis.cli_record import Download
 from avl_analysis.errors import InputError
 
 app = typer.Typer(
@@ -38,10 +40,6 @@ _INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C; typer re
 
 # typer carries its own copy of click in some versions and imports it in others; the base class is the same either way.
 _UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-
-Download = Annotated[
-    bool, typer.Option("--download", help="Allow fetching a hub id; otherwise only this machine is searched.")
-]
 
 
 @app.callback(epilog="Start with: avl models, then avl record --help.")
@@ -68,6 +66,10 @@ def models(
     table.caption = f"image tokens: for one picture of {SAMPLE_SIZE[0]} x {SAMPLE_SIZE[1]} pixels"
     table.caption_justify = "left"
     Console().print(table)
+
+
+app.command(epilog=cli_record.RECORD_EXAMPLES)(cli_record.record)
+app.command(epilog="Examples: [bold]avl stats run.nc[/], [bold]avl stats run.nc modality_mass[/]")(cli_record.stats)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -100,8 +102,9 @@ def _fail(message: str) -> NoReturn:
 def _correctable() -> tuple[type[Exception], ...]:
     """Exceptions whose message tells a person what to do; every other one is a defect and keeps its traceback."""
     from avl.families import UnsupportedModelError
+    from avl_analysis.schema import RecordingError
 
-    return InputError, UnsupportedModelError
+    return InputError, UnsupportedModelError, RecordingError
 
 
 def _quiet() -> None:

@@ -5,8 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import xarray as xr
 
 from avl_analysis.cli import main
+from avl_analysis.cli_record import parse_numbers
+from avl_analysis.errors import InputError
+from avl_analysis.recording import load_recording
 from tests import tiny
 
 
@@ -77,6 +81,133 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert message in _refused(capsys, *arguments)
+
+
+@pytest.fixture(scope="module")
+def recorded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("recorded") / "scenes.nc"
+    assert _run("record", "--scenes", 3, "--model", folder, "--out", out, "--max-new-tokens", 3) == 0
+    return out
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    path = tmp_path / "weather.nc"
+    xr.Dataset({"rain": ("day", [1.0, 2.0])}).to_netcdf(path, engine="h5netcdf")
+    return path
+
+
+def test_record_asks_a_saved_model_about_a_picture_and_saves_what_it_attended(
+    folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run.nc"
+    arguments = ["record", picture, "what is this?", "--model", folder, "--out", out, "--max-new-tokens", 4]
+    assert _run(*arguments, "--layers", "1") == 0
+    recording = load_recording(out)
+    assert len(recording) == 1
+    assert recording["modality_mass"].sizes["head"] == 4
+    assert recording["modality_mass"]["layer"].values.tolist() == [1]
+    assert recording["modality_mass"].sizes["step"] == 4
+    facts = recording.facts(0)
+    assert facts["prompt"] == "what is this?"
+    assert facts["images"] == [str(picture)]
+    assert facts["answer"] in capsys.readouterr().out
+    assert recording.attrs["model"] == str(folder)
+    assert recording.attrs["model_revision"].startswith("sha256:")
+
+
+def test_record_about_drawn_scenes_keeps_their_truth(recorded: Path) -> None:
+    recording = load_recording(recorded)
+    assert len(recording) == 3
+    for index in range(3):
+        facts = recording.facts(index)
+        assert facts["answers"]
+        assert facts["meta"]["scene"]["seed"] == 0
+
+
+def test_record_replaces_a_file_only_when_told_to(
+    folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run.nc"
+    out.write_text("precious")
+    arguments = ["record", picture, "what?", "--model", folder, "--out", out, "--max-new-tokens", "1"]
+    assert "exists already" in _refused(capsys, *arguments)
+    assert out.read_text() == "precious"
+    assert _run(*arguments, "--force") == 0
+    assert len(load_recording(out)) == 1
+
+
+def test_stats_prints_every_layer_with_intervals_over_samples(
+    recorded: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run("stats", recorded, "modality_mass") == 0
+    out = capsys.readouterr().out
+    assert "3 sample(s)" in out
+    assert "modality_mass: attention mass, decode steps" in out
+    rows = [line.split() for line in out.splitlines() if line[:1] in ("0", "1")]
+    assert [row[0] for row in rows] == ["0", "1"]
+    assert all("[" in row[2] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["record"], "nothing to record: pass a picture and a question"),
+        (["record", "PICTURE"], "a picture without a question"),
+        (["record", "what is this?"], "a prompt without an image"),
+        (["record", "no.png", "what?", "--model", "FOLDER"], "no such file: no.png"),
+        (["record", __file__, "what?", "--model", "FOLDER"], "is not an image this program reads"),
+        (["record", "PICTURE", "  ", "--model", "FOLDER"], "the prompt is empty"),
+        (["record", "PICTURE", "what?", "--model", "TEXT"], "text-only model"),
+        (["record", "PICTURE", "what?", "--model", "gizmo"], "unknown model 'gizmo'"),
+        (["record", "PICTURE", "what?", "--model", "FOLDER", "--layers", "0,7"], "this model has layers 0 to 1"),
+        (["record", "PICTURE", "what?", "--model", "FOLDER", "--layers", "two"], "write it like 0,4-7"),
+        (["record", "PICTURE", "what?", "--model", "FOLDER", "--statistics", "luck"], "no statistic 'luck'"),
+        (["record", "PICTURE", "what?", "--model", "FOLDER", "--dtype", "float7"], "unknown dtype 'float7'"),
+        (["record", "PICTURE", "what?", "--out", "no/folder/run.nc"], "no such folder: no/folder"),
+        (["record", "PICTURE", "what?", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["record", "--scenes", "-3"], "--scenes -3"),
+        (["record", "--scenes", "3", "--task", "poetry"], "unknown task 'poetry'"),
+        (["record", "--scenes", "3", "PICTURE", "what?"], "brings its own pictures"),
+        (["record", "--task", "colour", "PICTURE", "what?"], "add --scenes"),
+        (["stats", "no.nc"], "there is no recording file no.nc"),
+        (["stats", __file__], "not a recording"),
+        (["stats", "FOREIGN"], "a netCDF file but not a recording"),
+        (["stats", "RECORDED", "luck"], "holds no 'luck'; it holds"),
+        (["stats"], "Missing argument"),
+    ],
+)
+def test_what_cannot_be_recorded_or_read_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    arguments: list[str],
+    message: str,
+) -> None:
+    fixtures = {
+        "PICTURE": "picture",
+        "FOLDER": "folder",
+        "TEXT": "text_only",
+        "RECORDED": "recorded",
+        "FOREIGN": "foreign",
+    }
+    given = [request.getfixturevalue(fixtures[word]) if word in fixtures else word for word in arguments]
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert message in _refused(capsys, *given)
+    assert not (tmp_path / "run.nc").exists()
+
+
+@pytest.mark.parametrize(("text", "numbers"), [("0", [0]), ("0,4-7", [0, 4, 5, 6, 7]), ("3-3, 1", [3, 1])])
+def test_lists_of_layers_are_written_with_commas_and_dashes(text: str, numbers: list[int]) -> None:
+    assert parse_numbers(text, "--layers") == numbers
+
+
+@pytest.mark.parametrize("text", ["", "1,", "-1", "7-4", "a"])
+def test_other_lists_of_layers_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="write it like 0,4-7"):
+        parse_numbers(text, "--layers")
 
 
 def test_models_refuses_a_text_only_model(text_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
