@@ -115,6 +115,9 @@ def save(figure: Figure, folder: Path, formats: Iterable[str] = FORMATS, *, dpi:
     """Write `folder/name.<format>` for each format and return the paths; the folder is made if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     canvas = draw(figure)
+    with matplotlib.rc_context(_RC):
+        canvas.draw_without_rendering()
+    canvas.set_layout_engine("none")  # arranged once; arranging again for each file takes most of the time
     dates = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     paths = []
     for suffix in formats:

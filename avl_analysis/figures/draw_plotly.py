@@ -143,7 +143,7 @@ def _heat(panel: Heat, theme: Theme) -> go.Figure:
         hovertemplate=_hover(panel.x, panel.y, panel.value, interval=panel.low is not None),
         texttemplate="%{z:.2f}" if panel.annotate else None,
         textfont={"size": 10},
-        xgap=1,
+        xgap=1 if columns <= 40 else 0,
         ygap=1,
     )
     plot = go.Figure(trace)
@@ -362,7 +362,7 @@ def _axis(axis: Axis, theme: Theme) -> dict[str, Any]:
     }
     if axis.log:
         settings["type"] = "log"
-        settings["dtick"] = 1
+        settings["dtick"] = "D2"
     if axis.limits is not None:
         settings["range"] = list(np.log10(axis.limits)) if axis.log else list(axis.limits)
     if axis.ticks is not None:

@@ -1,0 +1,78 @@
+"""What a figure says about A-VL, decided by rule: supported, not supported, or undecided.
+
+Each figure of a report stands for one choice made in A-VL's design. A `Finding` names the choice, the number that
+speaks about it, and the threshold it was held against; the verdict follows from the number's interval alone. It is
+*supported* if the whole interval lies on the right side of the threshold, *not supported* if the whole interval lies
+on the other side, and *undecided* otherwise, or when nothing could be measured. The thresholds are ours, stated
+beside every verdict, and a reader who wants another one finds the interval there too.
+
+A verdict holds for the model and the samples recorded, not for vision-language models at large.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+
+class Verdict(str, Enum):
+    SUPPORTED = "supported"
+    NOT_SUPPORTED = "not supported"
+    UNDECIDED = "undecided"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over samples with its bootstrap interval, all in the unit of what was measured."""
+
+    value: float
+    low: float
+    high: float
+
+    def words(self, unit: str = "", digits: int = 2) -> str:
+        """ "0.61 [0.58, 0.64]", or with unit "%" as percentages."""
+        if not self.known:
+            return "not measured"
+        scale, sign = (100.0, " %") if unit == "%" else (1.0, f" {unit}" if unit else "")
+        digits = max(0, digits - 2) if unit == "%" and digits < 4 else digits
+        value, low, high = (f"{scale * number:.{digits}f}" for number in (self.value, self.low, self.high))
+        return f"{value}{sign} [{low}, {high}]"
+
+    @property
+    def known(self) -> bool:
+        return all(math.isfinite(number) for number in (self.value, self.low, self.high))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One answer of the report.
+
+    Attributes:
+        choice: the design choice of A-VL the number speaks about.
+        measured: what was measured, in words, with number and interval.
+        rule: the threshold, in words.
+        verdict: what follows from interval and threshold.
+    """
+
+    choice: str
+    measured: str
+    rule: str
+    verdict: Verdict
+
+    @property
+    def text(self) -> str:
+        return f"{self.measured} {self.choice}: {self.verdict.value} ({self.rule})."
+
+
+def judge(interval: Interval, side: Literal["at least", "at most"], threshold: float) -> Verdict:
+    """Verdict on "the number is at least (at most) the threshold" from the number's interval."""
+    if not interval.known:
+        return Verdict.UNDECIDED
+    low, high = interval.low - threshold, interval.high - threshold
+    if side == "at most":
+        low, high = -high, -low
+    if low >= 0:
+        return Verdict.SUPPORTED
+    return Verdict.NOT_SUPPORTED if high < 0 else Verdict.UNDECIDED

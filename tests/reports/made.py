@@ -1,0 +1,103 @@
+"""Recordings made of numbers instead of a model: known answers for the figures, in the layout `record` writes."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from avl import tokens
+from avl_analysis import scenes
+from avl_analysis.recording import Recording
+
+LAYERS, HEADS, GRID = 3, 4, 12
+IMAGE, SYSTEM, QUESTION = GRID * GRID, 5, 8
+PROMPT = SYSTEM + IMAGE + QUESTION
+MODALITIES = list(tokens.MODALITIES)
+
+
+def recording(samples: int = 6, steps: int = 9, *, hostile: bool = False, seed: int = 0) -> Recording:
+    """A recording of drawn scenes whose attention is made up: it lies on what the question is about in layer 1.
+
+    Sample i makes `steps - i` decode steps. Image mass is 0.6, text 0.3, system 0.1, with a little noise. `hostile`
+    puts markup into every text a recording can bring.
+    """
+    rng = np.random.default_rng(seed)
+    names = [f"{i:06d}" for i in range(samples)]
+    drawn = [scenes.generate(3, i, ("ocr", "colour")[i % 2]) for i in range(samples)]
+    made = [_answer(sample, steps - i) for i, sample in enumerate(drawn)]
+    coords = {"sample": np.array(names, dtype=object), "layer": np.arange(LAYERS), "head": np.arange(HEADS)}
+    lengths = np.array([steps - i for i in range(samples)])
+    reached = np.arange(steps + 1)[None] <= lengths[:, None]
+    mass = np.array([0.1, 0.6, 0.3]) + rng.normal(0, 0.01, (samples, LAYERS, HEADS, steps + 1, 3))
+    mass = np.where(reached[:, None, None, :, None], mass / mass.sum(-1, keepdims=True), np.nan)
+    dims = ("sample", "layer", "head", "step", "key_modality")
+    labels = {**coords, "step": np.arange(steps + 1), "key_modality": MODALITIES}
+    counts = np.array([SYSTEM, IMAGE, QUESTION])
+    statistics = xr.Dataset({"modality_mass": (dims, mass), "efficiency": (dims, mass / counts)}, coords=labels)
+    data = {
+        "tokens": _tokens(names, lengths, steps),
+        "sums": xr.Dataset(),
+        "statistics": statistics,
+        "maps": _maps(names, drawn, reached, rng),
+        "attention": xr.Dataset(),
+    }
+    attrs = {"model": "made-up", "model_class": "LlavaForConditionalGeneration", "date": "2025-01-01T00:00:00+00:00"}
+    result = Recording(data, {**attrs, **({"model": "<script>alert(1)</script>"} if hostile else {})})
+    for name, sample, words in zip(names, drawn, made, strict=True):
+        evil = "</script><img src=x onerror=alert(1)>$x$%{y}" if hostile else ""
+        result.annotate(
+            name,
+            task=sample.task,
+            prompt=sample.prompt + evil,
+            answer=sample.answer,
+            truth=sample.answer,
+            words=[word + evil for word in words],
+            boxes=[list(map(int, box)) for box in sample.boxes],
+            scene={"seed": sample.seed, "index": sample.index, "task": sample.task},
+        )
+    return result
+
+
+def _answer(sample: scenes.Sample, steps: int) -> list[str]:
+    """The words of the right answer, as many as there are steps."""
+    return (list(sample.answer) if sample.task == "ocr" else [sample.answer])[:steps]
+
+
+def _tokens(names: list[str], lengths: np.ndarray, steps: int) -> xr.Dataset:
+    total = PROMPT + steps
+    place = np.full(total, -1)
+    image = slice(SYSTEM, SYSTEM + IMAGE)
+    modality = np.full(total, 2)
+    modality[:SYSTEM] = 0
+    modality[image] = 1
+    row, column, picture = place.copy(), place.copy(), place.copy()
+    row[image], column[image], picture[image] = np.arange(IMAGE) // GRID, np.arange(IMAGE) % GRID, 0
+    fields = {"token_id": np.arange(total), "modality": modality, "image": picture, "row": row, "column": column}
+    phase = np.where(np.arange(steps + 1)[None] <= lengths[:, None], np.arange(steps + 1)[None] > 0, -1)
+    return xr.Dataset(
+        {key: (("sample", "position"), np.tile(values, (len(names), 1))) for key, values in fields.items()}
+        | {
+            "phase": (("sample", "step"), phase.astype(np.int8)),
+            "prompt_length": (("sample",), np.full(len(names), PROMPT)),
+            "modality_count": (("sample", "key_modality"), np.tile([SYSTEM, IMAGE, QUESTION], (len(names), 1))),
+        },
+        coords={"sample": np.array(names, dtype=object), "key_modality": MODALITIES, "step": np.arange(steps + 1)},
+    )
+
+
+def _maps(names: list[str], drawn: list[scenes.Sample], reached: np.ndarray, rng: np.random.Generator) -> xr.Dataset:
+    """Layer 1 puts nine tenths of its image attention on the question's patches, the others are uniform."""
+    scores = np.full((len(names), reached.shape[1], LAYERS, IMAGE), 1 / IMAGE)
+    for i, sample in enumerate(drawn):
+        scores[i, :, 1] = 0.1 / IMAGE
+        scores[i, :, 1, list(sample.patches)] += 0.9 / len(sample.patches)
+    scores *= 0.6
+    scores[~reached] = np.nan
+    return xr.Dataset(
+        {"image_score": (("sample", "step", "layer", "token"), scores)},
+        coords={
+            "sample": np.array(names, dtype=object),
+            "step": np.arange(reached.shape[1]),
+            "layer": np.arange(LAYERS),
+        },
+    )

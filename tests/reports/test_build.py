@@ -1,0 +1,177 @@
+"""A report of made-up numbers: what lies in the folder, what the page says, and that nothing from outside becomes
+markup."""
+
+import csv
+import inspect
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from avl_analysis.recording import load_recording
+from reports import fig_localisation, fig_modality, fig_overlay
+from reports.build import FIGURES, build
+from reports.findings import Verdict
+from reports.run import NotMeasured, Run
+from reports.script import run_script
+from tests.reports import made
+
+
+@pytest.fixture(scope="module")
+def recording():
+    return made.recording()
+
+
+@pytest.fixture(scope="module")
+def report(recording, tmp_path_factory):
+    return build(recording, tmp_path_factory.mktemp("report"), commands=["avl report --samples 6"])
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return report.page.read_text("utf-8")
+
+
+def test_every_figure_lies_in_the_folder_in_every_format(report):
+    for section in report.sections:
+        for suffix in ("svg", "pdf", "png", "csv", "txt"):
+            assert (report.folder / "figures" / f"{section.figure.name}.{suffix}").stat().st_size > 50
+
+
+def test_every_caption_says_n_model_and_interval(report):
+    for section in report.sections:
+        caption = (report.folder / "figures" / f"{section.figure.name}.txt").read_text("utf-8")
+        assert re.search(r"n = \d+ samples; model: made-up; 95 % bootstrap intervals over samples\.", caption)
+
+
+def test_the_csv_holds_the_numbers_of_the_figure(report, recording):
+    with (report.folder / "figures" / "modality.csv").open() as file:
+        rows = [
+            row for row in csv.DictReader(file) if row["panel"] == "by layer, decode steps" and row["series"] == "image"
+        ]
+    decode = recording["modality_mass"].sel(key_modality="image", step=slice(1, None))
+    expected = decode.mean(["head", "step"]).mean("sample")
+    assert np.allclose([float(row["value"]) for row in rows], expected)
+    assert all(float(row["low"]) < float(row["value"]) < float(row["high"]) for row in rows)
+
+
+def test_the_json_is_valid_and_names_every_verdict(report):
+    numbers = json.loads((report.folder / "numbers.json").read_text("utf-8"))
+    assert set(numbers) == {"fig_modality", "fig_overlay", "fig_localisation"}
+    verdicts = [finding["verdict"] for entry in numbers.values() for finding in entry["findings"]]
+    assert verdicts
+    assert set(verdicts) <= {verdict.value for verdict in Verdict}
+
+
+def test_the_report_keeps_the_recording_and_rebuilds_from_it(report, tmp_path):
+    again = build(load_recording(report.folder / "run.nc"), tmp_path, formats=())
+    for section, other in zip(report.sections, again.sections, strict=True):
+        assert section.findings == other.findings
+
+
+def test_the_page_is_whole_and_loads_nothing(page):
+    assert len(page) < 15_000_000
+    outside = page.replace("http://www.w3.org", "")
+    markup = re.sub(r"<script.*?</script>", "", outside, flags=re.S)
+    assert "Content-Security-Policy" in page
+    assert not re.search(r'(src|href)="(https?:)?//', markup)
+    for section in ("What was found", "Provenance", "How to reproduce", "avl report --samples 6"):
+        assert section in markup
+
+
+def test_plots_of_the_page_are_valid_json(page):
+    plots = re.findall(r'<script type="application/json" id="plot-([\w-]+)">(.*?)</script>', page, flags=re.S)
+    assert len(plots) >= 8
+    for _, text in plots:
+        assert json.loads(text)["data"] is not None
+
+
+class _Tags(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.scripts, self.handlers = 0, []
+
+    def handle_starttag(self, tag, attrs):
+        self.scripts += tag == "script"
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+
+def test_text_from_models_and_prompts_cannot_become_markup(page, tmp_path):
+    clean, hostile = _Tags(), _Tags()
+    clean.feed(page)
+    text = build(made.recording(hostile=True), tmp_path, formats=("svg",)).page.read_text("utf-8")
+    hostile.feed(text)
+    assert hostile.scripts == clean.scripts
+    assert hostile.handlers == []
+    assert "&lt;script&gt;alert(1)" in text
+    assert "<img src=x" not in text
+
+
+def test_figures_the_recording_cannot_answer_are_named_with_the_reason(tmp_path):
+    recording = made.recording()
+    recording.data["maps"] = recording.data["maps"].drop_vars("image_score")
+    report = build(recording, tmp_path, formats=())
+    assert set(report.missing) == {"fig_overlay", "fig_localisation"}
+    assert "holds no statistic" in report.page.read_text("utf-8")
+
+
+def test_a_recording_that_answers_nothing_is_refused(tmp_path):
+    recording = made.recording()
+    recording.data["statistics"] = recording.data["statistics"].drop_vars(["modality_mass", "efficiency"])
+    with pytest.raises(NotMeasured, match="answers no figure"):
+        build(recording, tmp_path, figures=[fig_modality])
+
+
+def test_the_modality_findings_follow_from_the_numbers(recording):
+    treated, stays = fig_modality.section(Run(recording)).findings
+    assert treated.verdict is Verdict.SUPPORTED  # 0.3 / 8 tokens against 0.6 / 144 tokens: 9 times
+    assert "9.0" in treated.measured
+    assert stays.verdict is Verdict.SUPPORTED
+    assert "60 %" in stays.measured
+
+
+def test_steps_few_samples_reach_are_not_drawn(recording):
+    figure = fig_modality.section(Run(recording)).figure
+    assert np.isfinite(figure.panels[1].lines[0].y).all()
+    assert figure.panels[1].lines[0].x[-1] == 8  # two of six samples make eight steps, one makes nine
+
+
+def test_lift_is_one_where_attention_is_uniform_and_exact_where_it_is_not(recording):
+    lift = fig_localisation.lifts(Run(recording))
+    assert np.allclose(lift.sel(layer=[0, 2]), 1)
+    run = Run(recording)
+    colour = next(e for e in run.examples if e.task == "colour")
+    share = len(colour.regions[0].tokens) / made.IMAGE
+    assert float(lift.sel(sample=colour.name, layer=1)) == pytest.approx((0.9 + 0.1 * share) / share)
+
+
+def test_overlays_show_the_layer_with_the_largest_lift_and_outline_the_truth(recording):
+    figure = fig_overlay.section(Run(recording)).figure
+    maps = [panel for panel in figure.panels if panel.patches is not None]
+    assert all("layer 1" in panel.title for panel in maps[:3])
+    assert all(panel.boxes for panel in maps)
+    assert all(np.nansum(panel.patches) == pytest.approx(1) for panel in maps)
+
+
+def test_a_figure_is_a_script_of_its_own(report, tmp_path, capsys):
+    run_script(fig_localisation.section, [str(report.folder / "run.nc"), str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "localisation.svg") in printed
+    assert (tmp_path / "localisation.csv").is_file()
+    assert "supported: " in printed
+
+
+@pytest.mark.parametrize("module", FIGURES, ids=lambda module: module.__name__)
+def test_every_figure_module_runs_as_a_script(module):
+    text = inspect.getsource(module)
+    assert text.endswith('if __name__ == "__main__":\n    run_script(section)\n')
+    assert module.QUESTION.endswith("?")
+
+
+def test_a_figure_script_without_a_recording_says_so_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_script(fig_modality.section, [str(tmp_path / "none.nc")])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
