@@ -17,21 +17,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from avl.attention import AttentionCall, Forward
 from avl.families import describe
 from avl.seam import SeamError, Tap, attach
+from avl_analysis import schema
 from avl_analysis.errors import InputError
-from avl_analysis.passes import LayerPass, Plan, reduce_call
 from avl_analysis.provenance import provenance
 from avl_analysis.recording import Recording
-from avl_analysis.rows import Tokens, all_tokens
-from avl_analysis.sample import SampleLog
-from avl_analysis.schema import Part
-from avl_analysis.statistics import KeyStatistic, RowStatistic, Statistic, TrajectoryStatistic, select
+from avl_analysis.reduce import LayerPass, Plan, StepRow, reduce_prompt, reduce_step, step_row
+from avl_analysis.rows import Tokens, sample_tokens
+from avl_analysis.sample import SampleLog, token_arrays
+from avl_analysis.statistics import CacheStatistic, KeyStatistic, RowStatistic, Statistic, TrajectoryStatistic, select
+from avl_analysis.view import Part, View, view
+
+
+def plan(statistics: Sequence[Statistic], maps: bool) -> Plan:
+    """What the passes of a recording have to deliver."""
+    keys = [s for s in statistics if isinstance(s, KeyStatistic)]
+    return Plan(
+        rows=tuple(s for s in statistics if isinstance(s, RowStatistic)),
+        cache=tuple(s for s in statistics if isinstance(s, CacheStatistic)),
+        received=bool(keys),
+        ages=any(s.needs_ages for s in keys),
+        scores=maps or any(isinstance(s, TrajectoryStatistic) for s in statistics),
+    )
 
 
 class Recorder(Tap):
@@ -55,109 +67,121 @@ class Recorder(Tap):
         maps: bool = True,
         first: int = 0,
     ) -> None:
-        self.statistics = tuple(statistics)
-        self.plan = Plan(
-            rows=tuple(s for s in self.statistics if isinstance(s, RowStatistic)),
-            keys=any(isinstance(s, KeyStatistic) for s in self.statistics),
-            scores=maps or any(isinstance(s, TrajectoryStatistic) for s in self.statistics),
-        )
+        self.statistics, self.plan = tuple(statistics), plan(statistics, maps)
         self.layers = {layer: index for index, layer in enumerate(layers)}
         self.heads, self.stop, self.maps, self.first = heads, stop, maps, first
-        self.closed: list[tuple[str, Part]] = []
+        self.closed: list[tuple[str, schema.Part]] = []
         self.open: list[SampleLog] = []
-        self._passes: dict[int, LayerPass] = {}
+        self._norms: dict[tuple[int, int], Tensor] = {}  # (sample, layer): norms of value vectors by rank
+        self._begin_pass([])
 
-    def parts(self) -> list[tuple[str, Part]]:
+    def parts(self) -> list[tuple[str, schema.Part]]:
         """Name and arrays of every sample so far; those whose generation is still running as they stand now."""
         return self.closed + [(sample.name, sample.part()) for sample in self.open if sample.phases]
 
     def close(self) -> None:
         """No more passes will follow for the samples so far; their working memory is let go."""
         self.closed, self.open = self.parts(), []
+        self._norms.clear()
 
-    # -- passes ---------------------------------------------------------------------------------------------------------
+    # -- passes -----
 
     def begin(self, forward: Forward) -> None:
-        self._passes = {}
         if forward.kind == "prefill":
             self.close()
-            self._watch_reordering(forward.cache)
-        if forward.kind == "extend" and bool((forward.layout.image[:, forward.start :] >= 0).any()):
+            _refuse_reordering(forward.cache)
+        elif forward.kind == "extend" and bool((forward.layout.image[:, forward.start :] >= 0).any()):
             raise SeamError(
                 "a later turn brought a new picture, so the image tokens of this sample changed; record such a "
-                "conversation with its whole prompt in one prefill (pass all turns at once, with an empty cache)"
+                "conversation with its whole prompt in one prefill (all turns at once, with an empty cache)"
             )
-        self.tokens = all_tokens(forward.layout)
+        self._begin_pass([sample_tokens(forward.layout, b) for b in range(forward.layout.batch)])
+
+    def _begin_pass(self, tokens: list[Tokens]) -> None:
+        self._tokens = tokens
+        self._parts: dict[tuple[int, ...], Part | None] = {}
+        self._passes: dict[tuple[int, int], LayerPass] = {}  # (sample, layer)
+        self._steps: dict[tuple[int, int], StepRow] = {}
 
     @torch.no_grad()
     def observe(self, call: AttentionCall, output: Tensor) -> None:
-        if call.layer in self.layers:
-            self._passes[call.layer] = reduce_call(call, self.tokens, self.plan)
+        if call.layer not in self.layers:
+            return
+        for b, tokens in enumerate(self._tokens):
+            if call.forward.kind == "decode" and self.open[b].finished:
+                continue
+            seen = view(call, tokens, b, self._parts)
+            if seen is None:
+                continue
+            norm = self._value_norm(seen, call.layer, b) if self.plan.reads_values else None
+            try:
+                if call.forward.kind == "decode":
+                    self._steps[b, call.layer] = step_row(seen, self.plan, norm)
+                else:
+                    self._passes[b, call.layer] = reduce_prompt(seen, self.plan, norm)
+            except FloatingPointError as error:
+                raise ValueError(
+                    f"{error} in layer {call.layer}, {call.forward.kind} step {call.forward.step}: the model's queries "
+                    "or keys are NaN or infinite there (float16 overflows easily; load it in bfloat16 or float32)"
+                ) from error
 
+    def _value_norm(self, seen: View, layer: int, b: int) -> Tensor:
+        """(key heads, keys) norms of the value vectors; those of keys met before are remembered."""
+        rank, heads = seen.keys.rank, seen.value.shape[0]
+        known = self._norms.get((b, layer))
+        if known is None:
+            known = seen.value.new_empty((heads, 0), dtype=torch.float32)
+        if (more := int(rank.max()) + 1 - known.shape[1]) > 0:
+            known = torch.cat([known, known.new_full((heads, more + 256), torch.nan)], 1)
+            self._norms[b, layer] = known
+        at = rank.clamp_min(0).expand(heads, -1)
+        head, key = (known.gather(1, at).isnan() & (rank >= 0)).nonzero(as_tuple=True)
+        if len(head):
+            known[head, at[head, key]] = seen.value[head, key].float().norm(dim=-1)
+        return known.gather(1, at).masked_fill(rank < 0, 0.0)
+
+    @torch.no_grad()
     def end(self, forward: Forward) -> None:
         if forward.kind == "prefill":
             count = self.first + len(self.closed)
             self.open = [
-                SampleLog(f"{count + b:06d}", len(self.layers), self.heads, self.statistics, self.maps)
+                SampleLog(f"{count + b:06d}", tuple(self.layers), self.heads, self.statistics, self.plan, self.maps)
                 for b in range(forward.layout.batch)
             ]
-        passes = [self._passes.get(layer) for layer in self.layers]
-        for b, sample in enumerate(self.open):
-            fed = forward.inputs.get("input_ids")
-            sample.finished |= forward.kind == "decode" and fed is not None and int(fed[b, -1]) in self.stop
-            if not sample.finished and any(p is not None for p in passes):
-                self._log(forward, b, sample, passes)
-        self._passes = {}
+        ids = forward.inputs.get("input_ids")
+        new = slice(forward.start, forward.start + forward.tokens)
+        for b, (sample, tokens) in enumerate(zip(self.open, self._tokens, strict=True)):
+            sample.finished |= forward.kind == "decode" and ids is not None and int(ids[b, -1]) in self.stop
+            self._reduce_steps(b)
+            passes = [self._passes.get((b, layer)) for layer in self.layers]
+            if not sample.finished and any(one is not None for one in passes):
+                sample.add_tokens(**token_arrays(tokens, None if ids is None else ids[b, -forward.tokens :], new))
+                sample.add_pass(forward.kind, passes)
+        self._begin_pass([])
 
-    def _watch_reordering(self, cache: Any) -> None:
-        """Refuse caches whose rows are exchanged between steps: rows would silently change their sample."""
-        if cache is None or "reorder_cache" in vars(cache):
-            return
-
-        def refuse(*args: Any, **kwargs: Any) -> None:
-            raise SeamError(
-                "beam search exchanges the rows of the batch between steps, which a recording cannot follow; generate "
-                "with num_beams=1 (greedy or sampling) while recording"
-            )
-
-        cache.reorder_cache = refuse
-
-    # -- from passes to samples -----------------------------------------------------------------------------------------
-
-    def _log(self, forward: Forward, b: int, sample: SampleLog, passes: Sequence[LayerPass | None]) -> None:
-        """Move row b of a pass into its sample."""
-        sample.add_tokens(**_new_tokens(forward, self.tokens, b))
-        for statistic in self.plan.rows:
-            shape = tuple(len(labels) for labels in statistic.extra().values())
-            if forward.kind != "decode":
-                sums = _stack(passes, "sums", statistic.name, b, 0.0)
-                counts = _stack(passes, "counts", statistic.name, b, 0.0)
-                sample.add_prompt(statistic.name, _unfold(sums, shape), _unfold(counts, shape))
-            values = _stack(passes, "steps", statistic.name, b, np.nan)
-            sample.add_step_values(statistic.name, _unfold(values, shape))
-        sample.phases.append(forward.kind)
+    def _reduce_steps(self, b: int) -> None:
+        """Reduce the decode rows of one sample, together for the layers that have equally many keys."""
+        together: dict[tuple[int, ...], list[int]] = {}
+        for layer in self.layers:
+            if (row := self._steps.get((b, layer))) is not None:
+                together.setdefault((*row.weights.shape, *row.keys.rank.shape), []).append(layer)
+        for layers in together.values():
+            reduced = reduce_step([self._steps[b, layer] for layer in layers], self.plan)
+            self._passes.update({(b, layer): one for layer, one in zip(layers, reduced, strict=True)})
 
 
-def _new_tokens(forward: Forward, tokens: Tokens, b: int) -> dict[str, np.ndarray]:
-    """What the new tokens of row b are, padding left out."""
-    new = slice(forward.start, forward.start + forward.tokens)
-    valid = tokens.rank[b, new] >= 0
-    ids = forward.inputs.get("input_ids")
-    named = {name: getattr(tokens, name)[b, new] for name in ("modality", "image", "row", "column")}
-    named["token_id"] = torch.full_like(tokens.rank[b, new], -1) if ids is None else ids[b, -forward.tokens :]
-    return {name: values[valid].cpu().numpy() for name, values in named.items()}
+def _refuse_reordering(cache: Any) -> None:
+    """Beam search exchanges rows of the batch between steps, which would silently give them to another sample."""
+    if cache is None or "reorder_cache" in vars(cache):
+        return
 
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise SeamError(
+            "beam search exchanges the rows of the batch between steps, which a recording cannot follow; generate with "
+            "num_beams=1 (greedy or sampling) while recording"
+        )
 
-def _stack(passes: Sequence[LayerPass | None], what: str, name: str, b: int, fill: float) -> np.ndarray:
-    """(layers, heads, ...) of row b, `fill` where a layer was not seen."""
-    held = [None if p is None else getattr(p, what)[name][b].cpu().numpy() for p in passes]
-    one = next(array for array in held if array is not None)
-    return np.stack([np.full_like(one, fill) if array is None else array for array in held])
-
-
-def _unfold(array: np.ndarray, extra: tuple[int, ...]) -> np.ndarray:
-    """Give the last dimension of (..., values) back its own shape."""
-    return array.reshape(*array.shape[:-1], *extra)
+    cache.reorder_cache = refuse
 
 
 def _check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
@@ -189,9 +213,9 @@ def record(
 ) -> Iterator[Recording]:
     """Record the attention of `model` while the `with` block runs.
 
-    Every prefill (a call with an empty cache) begins new samples, one per row of the batch; decode steps and later turns
-    belong to the samples of their cache. Logits stay bit-identical to those without recording, and the model is restored
-    on leaving the block, also by an exception. Works on an adapted model (inside `avl.adaptive`) as well.
+    Every prefill (a call with an empty cache) begins new samples, one per row of the batch; decode steps and later
+    turns belong to the samples of their cache. Logits stay bit-identical to those without recording, and the model is
+    restored on leaving the block, also by an exception. Works on an adapted model (inside `avl.adaptive`) as well.
 
     Args:
         model: a loaded vision-language model (see `avl.families`).

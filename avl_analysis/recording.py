@@ -4,8 +4,8 @@
     recording["modality_mass_prefill"]   mean over prompt rows, by query modality
     recording.dataset                    all of them; `recording.tree` with tokens, sums, maps and raw attention too
 
-Sums are kept with their counts and divided only when asked, so that merging recordings is concatenation over samples and
-exact in any order and any split.
+Sums are kept with their counts and divided only when asked, so that merging recordings is concatenation over samples
+and exact in any order and any split.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Recording:
     def __len__(self) -> int:
         return len(self.samples)
 
-    # -- reading ----------------------------------------------------------------------------------------------------------
+    # -- reading -----
 
     @property
     def names(self) -> list[str]:
@@ -109,7 +109,7 @@ class Recording:
         """The whole recording."""
         return xr.DataTree.from_dict({"/": xr.Dataset(attrs=self.attrs), **{f"/{k}": v for k, v in self.data.items()}})
 
-    # -- facts about samples ----------------------------------------------------------------------------------------------
+    # -- facts about samples -----
 
     def annotate(self, sample: int | str = -1, **facts: Any) -> None:
         """Remember facts about a sample: prompt, answer, task, boxes, ... (anything JSON can hold).
@@ -142,7 +142,7 @@ class Recording:
         held = f"{names[0]} to {names[-1]}" if names else "none yet"
         raise RecordingError(f"there is no sample {sample!r}; this recording holds {len(names)} samples ({held})")
 
-    # -- files ------------------------------------------------------------------------------------------------------------
+    # -- files -----
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write one netCDF file. The estimates of `dataset` are written too, for readers that know only netCDF.
@@ -194,8 +194,8 @@ def load_recording(path: str | PathLike[str]) -> Recording:
         )
     if int(tree.attrs.get("version", -1)) != VERSION:
         raise RecordingError(
-            f"{source} has recording format {tree.attrs.get('version')}, this program reads {VERSION}; record again, or "
-            "read the file with the version that wrote it"
+            f"{source} has recording format {tree.attrs.get('version')}, this program reads {VERSION}; record again, "
+            "or read the file with the version that wrote it"
         )
     data = {name: tree[name].to_dataset(inherit=False) if name in tree.children else xr.Dataset() for name in GROUPS}
     derived = [name for name in data["sums"].data_vars if name in data["statistics"]]

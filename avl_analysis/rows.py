@@ -1,18 +1,20 @@
-"""Query rows of one attention call together with what their queries and keys are.
+"""What a statistic sees of one sample: query rows, what their queries and keys are, and sums of their weights.
 
-This is what a statistic sees: softmax weights of a block of rows, never a whole map. Sums of the weights over groups of
-keys, which most statistics are made of, come out of one matrix product per block (`Rows.sum`).
+Positions are *ranks* here: the place of a token among the valid tokens of its sample, so a sample in a padded batch
+gives the numbers it would give alone. Key j is not assumed to be token j: under a policy the keys of a layer are
+whatever the cache holds, in whatever order, possibly different ones per key/value head ("key sets": one for all
+heads, or one per key/value head).
 
-Positions are *ranks* here: the place of a token among the valid tokens of its sample. A sample in a padded batch
-therefore gives the numbers it would give alone. Key j is not assumed to be token j: under a policy the keys of a layer
-are whatever the cache holds, in whatever order, possibly different ones per key/value head.
+Most statistics are sums of weights over groups of keys. These come for every row out of one matrix product with
+`COLUMNS`; the weights themselves are only there for the few rows that `WeightStatistic`s read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +23,10 @@ from avl.tokens import Modality, TokenLayout
 
 @dataclass(eq=False)
 class Tokens:
-    """What a set of tokens is; every tensor of the same shape, (batch, rows) for queries, (batch, 1 or key heads, keys)
-    for keys.
+    """What a set of tokens is; five tensors of one shape, e.g. (rows,) for queries, (key sets, keys) for keys.
 
     Attributes:
-        rank: int64 place among the sample's valid tokens; -1 for padding and empty slots.
+        rank: int64 place among the sample's valid tokens; -1 for padding and empty cache slots.
         modality: int8 code of `Modality`, PADDING where rank is -1.
         image, row, column: int16 picture index and place in its grid, -1 where there is none.
     """
@@ -36,104 +37,131 @@ class Tokens:
     row: Tensor
     column: Tensor
 
-    def __getitem__(self, index: object) -> Tokens:
-        return Tokens(*(t[..., index] for t in (self.rank, self.modality, self.image, self.row, self.column)))
+    def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
+        return Tokens(*(change(t) for t in (self.rank, self.modality, self.image, self.row, self.column)))
+
+    def at(self, index: Tensor) -> Tokens:
+        """The tokens of one sample, (length,), at sequence indices `index` of any shape; negative ones give padding."""
+        return self.map(lambda source: source[index.clamp_min(0)].masked_fill(index < 0, -1))
 
 
-def all_tokens(layout: TokenLayout) -> Tokens:
-    """The tokens of a layout: (batch, length)."""
-    rank = (layout.valid.cumsum(1) - 1).masked_fill(~layout.valid, -1)
-    return Tokens(rank, layout.modality, layout.image, layout.row, layout.column)
+def sample_tokens(layout: TokenLayout, sample: int) -> Tokens:
+    """All tokens of one row of a batch, (length,)."""
+    valid = layout.valid[sample]
+    rank = (valid.cumsum(0) - 1).masked_fill(~valid, -1)
+    return Tokens(rank, layout.modality[sample], layout.image[sample], layout.row[sample], layout.column[sample])
 
 
-def at_positions(tokens: Tokens, positions: Tensor) -> Tokens:
-    """The tokens at sequence indices `positions`, (batch, ..., n); negative indices give padding."""
-    batch = tokens.rank.shape[0]
-    flat = positions.clamp_min(0).reshape(batch, -1)
-    empty = positions < 0
-
-    def take(source: Tensor) -> Tensor:
-        return source.gather(1, flat).view(positions.shape).masked_fill(empty, -1)
-
-    return Tokens(*(take(t) for t in (tokens.rank, tokens.modality, tokens.image, tokens.row, tokens.column)))
-
-
-def _is(modality: Modality) -> Callable[[Tokens], Tensor]:
+def _kind(modality: Modality) -> Callable[[Tokens], Tensor]:
     return lambda keys: (keys.modality == modality).float()
 
 
-COLUMNS: dict[str, Callable[[Tokens], Tensor]] = {
-    "system": _is(Modality.SYSTEM),
-    "image": _is(Modality.IMAGE),
-    "text": _is(Modality.TEXT),
+COLUMNS: Mapping[str, Callable[[Tokens], Tensor]] = {
+    "system": _kind(Modality.SYSTEM),
+    "image": _kind(Modality.IMAGE),
+    "text": _kind(Modality.TEXT),
     "first": lambda keys: (keys.rank == 0).float(),
     "text_rank": lambda keys: (keys.modality == Modality.TEXT) * keys.rank.float(),
 }
-"""Key columns: each gives every key a number, and `Rows.sum(name)` is the attention-weighted sum of them."""
+"""Numbers that every key carries, (key sets, keys); `Rows.sum(name)` is their sum weighted by attention."""
+
+KINDS = ("system", "image", "text")
+
+
+def key_columns(keys: Tokens, names: tuple[str, ...]) -> Tensor:
+    """(key sets, columns, keys) float32."""
+    return torch.stack([COLUMNS[name](keys) for name in names], 1)
 
 
 @dataclass(eq=False)
 class Rows:
-    """A block of query rows.
+    """Query rows of one sample. `heads` are query heads of one layer, or of several layers one after another.
 
     Attributes:
-        weights: (batch, query heads, rows, keys) float32 softmax weights; 0 where a key is not attended.
-        visible: (batch or 1, 1 or query heads, rows, keys) bool, whether the row may attend to the key at all.
-        queries: (batch, rows); keys: (batch, 1 or key heads, keys).
+        queries: what the queries are, (rows,).
+        keys: what the keys are, (key sets, keys).
+        counts: (1 or heads, rows, 3) float32, number of system, image and text keys the row may attend to.
+        sums: (heads, rows, columns) weighted sums of the key columns named in `columns`.
+        value_mass: (heads, rows, 3) sums over system, image and text keys of weight x norm of the key's value vector,
+            or None where no statistic asked for it.
+        above: threshold -> (heads, rows), number of weights of at least threshold x the row's largest.
+        given: (heads, rows, keys) float32 softmax weights, 0 where a key is not attended; None if only sums are there.
     """
 
-    weights: Tensor
-    visible: Tensor
     queries: Tokens
     keys: Tokens
-    columns: Tensor  # (batch, 1 or key heads, keys, columns)
-    column_names: tuple[str, ...]
-    _sums: Tensor | None = None
-    _cache: dict[str, Tensor] = field(default_factory=dict)
+    counts: Tensor
+    sums: Tensor
+    columns: tuple[str, ...]
+    above: Mapping[float, Tensor]
+    value_mass: Tensor | None = None
+    given: Tensor | None = None
+    _cache: dict[object, Tensor] = field(default_factory=dict)
 
-    @property
-    def groups(self) -> int:
-        """Query heads per set of keys: all of them where heads share their keys."""
-        return self.weights.shape[1] // self.keys.rank.shape[1]
+    def take(self, rows: Tensor, weights: Tensor) -> Rows:
+        """Only the rows of these indices, with their weights, (heads, rows, keys)."""
+        return Rows(
+            self.queries.map(lambda t: t[rows]),
+            self.keys,
+            self.counts[:, rows],
+            self.sums[:, rows],
+            self.columns,
+            {threshold: above[:, rows] for threshold, above in self.above.items()},
+            None if self.value_mass is None else self.value_mass[:, rows],
+            weights,
+        )
 
     def sum(self, column: str) -> Tensor:
-        """(batch, query heads, rows): sum over keys of weight x column."""
-        if self._sums is None:
-            self._sums = self.against(self.weights, self.columns)
-        return self._sums[..., self.column_names.index(column)]
+        """(heads, rows): sum over keys of weight x column."""
+        return self.sums[..., self.columns.index(column)]
 
     def mass(self) -> Tensor:
-        """(batch, query heads, rows, 3): weight on system, image and text keys."""
-        return torch.stack([self.sum(name) for name in ("system", "image", "text")], -1)
+        """(heads, rows, 3): weight on system, image and text keys."""
+        return torch.stack([self.sum(kind) for kind in KINDS], -1)
 
-    def against(self, weights: Tensor, columns: Tensor) -> Tensor:
-        """(batch, heads, rows, keys) times (batch, 1 or key heads, keys, n): (batch, heads, rows, n)."""
-        batch, heads, rows, keys = weights.shape
-        sets = columns.shape[1]
-        product = torch.matmul(weights.reshape(batch, sets, -1, keys), columns)
-        return product.view(batch, heads, rows, columns.shape[-1])
+    def count(self, modality: Modality) -> Tensor:
+        """(1 or heads, rows): number of keys of a modality that the row may attend to."""
+        return self.counts[..., int(modality)]
 
-    def count(self) -> Tensor:
-        """(batch, 1 or query heads, rows, 3): number of system, image and text keys the row may attend to."""
-        if "count" not in self._cache:
-            names = [self.column_names.index(name) for name in ("system", "image", "text")]
-            kinds = self.columns[..., names]
-            visible = self.visible.float()
-            if visible.shape[1] == 1 and kinds.shape[1] > 1:
-                visible = visible.expand(-1, self.weights.shape[1], -1, -1)
-            visible = visible.expand(self.weights.shape[0], -1, -1, -1)
-            self._cache["count"] = self.against(visible, kinds)
-        return self._cache["count"]
+    @property
+    def weights(self) -> Tensor:
+        """(heads, rows, keys)."""
+        if self.given is None:
+            raise TypeError(
+                "only sums of these rows are there; derive the statistic from WeightStatistic to read weights"
+            )
+        return self.given
 
-    def take(self, rows: Tensor) -> Rows:
-        """Only some rows of the block."""
-        sums = None if self._sums is None else self._sums[:, :, rows]
-        return Rows(
-            self.weights[:, :, rows],
-            self.visible[:, :, rows],
-            self.queries[rows],
-            self.keys,
-            self.columns,
-            self.column_names,
-            sums,
-        )
+    def per_head(self, values: Tensor) -> Tensor:
+        """(key sets, ...) repeated so that it stands beside `weights`: (1 or heads, ...)."""
+        sets = len(values)
+        return values if sets == 1 else values.repeat_interleave(self.weights.shape[0] // sets, 0)
+
+    def against(self, values: Tensor) -> Tensor:
+        """(heads, rows): sum over keys of weight x values, (key sets, rows, keys)."""
+        return (self.weights * self.per_head(values)).sum(-1)
+
+    def on(self, modality: Modality) -> Tensor:
+        """(heads, rows, n): the weights on keys of one modality; other keys are left out or zero."""
+        if ("on", modality) not in self._cache:
+            is_kind = self.keys.modality == modality
+            if is_kind.shape[0] == 1:
+                self._cache["on", modality] = self.weights[..., is_kind[0]]
+            else:
+                self._cache["on", modality] = self.weights * self.per_head(is_kind[:, None])
+        return self._cache["on", modality]
+
+    def shares(self, modality: Modality) -> Tensor:
+        """(heads, rows, n): `on(modality)` divided by its sum, in descending order; NaN where the sum is 0."""
+        if ("shares", modality) not in self._cache:
+            descending = _descending(self.on(modality))
+            total = descending.sum(-1, keepdim=True)
+            self._cache["shares", modality] = descending / torch.where(total > 0, total, torch.nan)
+        return self._cache["shares", modality]
+
+
+def _descending(values: Tensor) -> Tensor:
+    """Sorted along the last axis. numpy sorts with vector instructions, 40 times faster than torch on a CPU."""
+    if values.device.type != "cpu":
+        return values.sort(-1, descending=True).values
+    return torch.from_numpy(np.sort(values.numpy(), axis=-1)).flip(-1)

@@ -1,8 +1,8 @@
 """What is kept of one sample while its model runs, and how that becomes arrays with names.
 
-A `SampleLog` is filled by the recorder with finished per-layer numbers, pass after pass, and knows nothing of models,
-weights or blocks. It holds sums, counts and the values of token-producing rows: a few hundred numbers per layer and head
-and step, plus one or two numbers per key and per image token. `part()` may be asked at any time.
+A `SampleLog` is filled by the recorder with the numbers of every layer, pass after pass, and knows nothing of models,
+masks or blocks. It holds sums and counts over prompt rows, the values of token-producing rows, two numbers per key
+and layer and head, and one number per image token and layer and step. `part()` may be asked at any time.
 """
 
 from __future__ import annotations
@@ -11,21 +11,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from avl.tokens import Modality
+from avl_analysis.ages import AGE_STARTS
+from avl_analysis.reduce import LayerPass, Plan
+from avl_analysis.rows import Tokens
 from avl_analysis.schema import Field, Part
 from avl_analysis.statistics.base import (
+    CacheStatistic,
     KeyScores,
     KeyStatistic,
     RowStatistic,
     Statistic,
+    SumStatistic,
     Trajectory,
     TrajectoryStatistic,
 )
 
 MAX_TRAJECTORY = 512
-"""Steps whose image-token scores are held for trajectory statistics (the first ones); bounds memory at
-512 x layers x image tokens x 4 bytes, 189 MB for 32 layers and 2,880 image tokens."""
+"""Steps whose image-token scores are held (the first ones); bounds memory at 512 x layers x image tokens x 4 bytes,
+189 MB for 32 layers and 2,880 image tokens."""
 
 PHASES = ("prefill", "decode", "extend")
 
@@ -36,73 +43,100 @@ class SampleLog:
 
     Attributes:
         name: its name, unique within a recording.
-        layers, heads: how many of each are recorded.
-        statistics: what is computed.
-        keep_maps: whether image-token scores per step become part of the recording.
+        layers: the decoder layers that are recorded; heads: number of query heads.
+        statistics, plan: what is computed, and what of it concerns single passes.
+        keep_maps: whether the image-token scores of every step become part of the recording.
+        finished: nothing more is to be added.
     """
 
     name: str
-    layers: int
+    layers: tuple[int, ...]
     heads: int
     statistics: Sequence[Statistic]
+    plan: Plan
     keep_maps: bool = True
+    finished: bool = False
     tokens: dict[str, np.ndarray] = field(default_factory=dict)
     phases: list[str] = field(default_factory=list)
-    sums: dict[str, np.ndarray] = field(default_factory=dict)
-    counts: dict[str, np.ndarray] = field(default_factory=dict)
-    steps: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    received: np.ndarray | None = None
-    queries: np.ndarray | None = None
-    scores: list[np.ndarray] = field(default_factory=list)
-    last: np.ndarray | None = None
-    finished: bool = False
+    sums: np.ndarray | float = 0.0  # (layers, heads, 3, values)
+    counts: np.ndarray | float = 0.0
+    steps: list[np.ndarray] = field(default_factory=list)  # (layers, heads, values) each
+    received: np.ndarray | None = None  # (layers, heads, 3, positions)
+    queries: np.ndarray | None = None  # (layers, 1 or heads, 3, positions)
+    ages: np.ndarray | None = None  # (layers, heads, 2, ages)
+    pairs: np.ndarray | None = None
+    scores: list[np.ndarray] = field(default_factory=list)  # (layers, image tokens) each
+    last: np.ndarray | None = None  # (layers, heads, image tokens)
+    cache: dict[str, list[Tensor | None]] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
         """Number of tokens seen so far, padding left out."""
-        return len(self.tokens["token_id"])
+        return len(self.tokens.get("token_id", ()))
 
     @property
     def image_positions(self) -> np.ndarray:
         """Positions of the image tokens, in order."""
         return np.flatnonzero(self.tokens["modality"] == Modality.IMAGE)
 
+    # -- filling -----
+
     def add_tokens(self, **arrays: np.ndarray) -> None:
         """Tokens behind the ones so far: token_id, modality, image, row, column, each (count,)."""
         for name, array in arrays.items():
-            held = self.tokens.get(name)
-            self.tokens[name] = array.copy() if held is None else np.concatenate([held, array])
+            self.tokens[name] = np.concatenate([self.tokens[name], array]) if name in self.tokens else array.copy()
 
-    def add_prompt(self, name: str, sums: np.ndarray, counts: np.ndarray) -> None:
-        """Sums and counts over prompt rows, (layers, heads, 3, *extra)."""
-        if name in self.sums:
-            self.sums[name] = self.sums[name] + sums
-            self.counts[name] = self.counts[name] + counts
-        else:
-            self.sums[name], self.counts[name] = sums.astype(np.float64), counts.astype(np.int64)
+    def add_pass(self, kind: str, passes: Sequence[LayerPass | None]) -> None:
+        """The numbers of one pass, one entry per recorded layer (None: the layer was not seen)."""
+        self.phases.append(kind)
+        size = max((place.stop for place, _ in self.plan.places.values()), default=0)
+        self.steps.append(_stack([p and p.step for p in passes], (self.heads, size), np.nan).astype(np.float32))
+        if kind != "decode":
+            shape = (self.heads, 3, size)
+            self.sums = self.sums + _stack([p and p.sums for p in passes], shape, 0.0)
+            self.counts = self.counts + _stack([p and p.counts for p in passes], shape, 0.0)
+        if self.plan.received:
+            self._add_received(kind, passes)
+        if self.plan.ages:
+            self._add_ages(kind, passes)
+        if self.plan.scores and len(self.scores) < MAX_TRAJECTORY:
+            self._add_scores(passes)
+        for statistic in self.plan.cache if kind == "prefill" else ():
+            self.cache[statistic.name] = [p and p.cache[statistic.name].cpu() for p in passes]
 
-    def add_step_values(self, name: str, values: np.ndarray) -> None:
-        """The values of one token-producing row, (layers, heads, *extra)."""
-        self.steps.setdefault(name, []).append(values.astype(np.float32))
+    def _add_received(self, kind: str, passes: Sequence[LayerPass | None]) -> None:
+        rows = slice(2, 3) if kind == "decode" else slice(0, 2)
+        lead = max((len(p.queries) for p in passes if p is not None and p.queries is not None), default=1)
+        self.received = _room(self.received, (len(self.layers), self.heads, 3), self.length)
+        self.queries = _room(self.queries, (len(self.layers), lead, 3), self.length)
+        for layer, one in enumerate(passes):
+            if one is not None and one.received is not None and one.queries is not None:
+                rank = one.keys.rank
+                self.received[layer, :, rows, : self.length] += by_rank(one.received, rank, self.length, 0.0)
+                self.queries[layer, :, rows, : self.length] += by_rank(one.queries, rank, self.length, 0.0)
 
-    def add_received(self, rows: slice, received: np.ndarray, queries: np.ndarray) -> None:
-        """Attention received per key, (layers, heads, rows, positions), from which of `schema.ROWS` it came."""
-        positions = received.shape[-1]
-        self.received = _room(self.received, (self.layers, self.heads, 3), positions)
-        self.queries = _room(self.queries, (self.layers, queries.shape[1], 3), positions)
-        self.received[:, :, rows, :positions] += received
-        self.queries[:, :, rows, :positions] += queries
+    def _add_ages(self, kind: str, passes: Sequence[LayerPass | None]) -> None:
+        row = 1 if kind == "decode" else 0
+        if self.ages is None or self.pairs is None:
+            self.ages, self.pairs = (np.zeros((len(self.layers), self.heads, 2, len(AGE_STARTS))) for _ in range(2))
+        for layer, one in enumerate(passes):
+            if one is not None and one.ages is not None and one.pairs is not None:
+                self.ages[layer, :, row] += one.ages.numpy()
+                self.pairs[layer, :, row] += one.pairs.numpy()
 
-    def add_scores(self, scores: np.ndarray) -> None:
-        """Image-token scores of one token-producing row, (layers, heads, image tokens); NaN = not attended."""
-        if len(self.scores) < MAX_TRAJECTORY:
-            seen = ~np.isnan(scores).all(1)
-            mean = np.where(np.isnan(scores), 0.0, scores).mean(1)
-            self.scores.append(np.where(seen, mean, np.nan).astype(np.float32))
+    def _add_scores(self, passes: Sequence[LayerPass | None]) -> None:
+        at = self.image_positions
+        scores = np.full((len(self.layers), self.heads, len(at)), np.nan, np.float32)
+        for layer, one in enumerate(passes if len(at) else ()):
+            if one is not None:
+                scores[layer] = by_rank(one.weights[:, None], one.keys.rank, self.length, np.nan)[:, 0, at]
+        present = ~np.isnan(scores)
+        mean = np.where(present, scores, 0.0).mean(1, dtype=np.float32)
+        self.scores.append(np.where(present.any(1), mean, np.float32(np.nan)))
         if self.last is None:
-            self.last = scores.astype(np.float32)
+            self.last = scores
 
-    # -- as arrays ----------------------------------------------------------------------------------------------------
+    # -- as arrays -----
 
     def part(self) -> Part:
         """Everything of this sample, by group."""
@@ -112,19 +146,12 @@ class SampleLog:
         for statistic in self.statistics:
             if isinstance(statistic, RowStatistic):
                 self._row_fields(statistic, sums, values)
-                continue
-            if isinstance(statistic, KeyStatistic):
-                result, count = statistic.value(scores) if scores is not None else (None, None)
-            elif isinstance(statistic, TrajectoryStatistic):
-                result, count = statistic.value(trajectory) if trajectory is not None else (None, None)
-            if result is None:
-                continue
-            described = statistic.field(*statistic.dims)
-            if count is None:
-                values[statistic.name] = (described, result)
-            else:
-                sums[statistic.name] = (described, result)
-                sums[f"{statistic.name}_count"] = (Field(described.dims, 0, described.coords), count)
+            elif isinstance(statistic, CacheStatistic):
+                values[statistic.name] = (statistic.field("layer", "key_head"), self._cache_values(statistic))
+            elif isinstance(statistic, KeyStatistic) and scores is not None:
+                _put(statistic, statistic.dims, statistic.value(scores), sums, values)
+            elif isinstance(statistic, TrajectoryStatistic) and trajectory is not None:
+                _put(statistic, statistic.dims, statistic.value(trajectory), sums, values)
         return {"tokens": self._token_fields(), "sums": sums, "statistics": values, "maps": self._map_fields()}
 
     def _row_fields(
@@ -133,19 +160,27 @@ class SampleLog:
         sums: dict[str, tuple[Field, np.ndarray]],
         values: dict[str, tuple[Field, np.ndarray]],
     ) -> None:
-        name = statistic.name
-        rows = "every prompt row" if statistic.every_row else "evenly spaced prompt rows"
-        if name in self.sums:
-            prompt = statistic.field("layer", "head", "query_modality", prompt_rows=rows)
-            sums[f"{name}_prefill"] = (prompt, self.sums[name])
-            sums[f"{name}_prefill_count"] = (Field(prompt.dims, 0, prompt.coords), self.counts[name])
-        if name in self.steps:
-            values[name] = (statistic.field("layer", "head", "step"), np.stack(self.steps[name], 2))
+        name, (place, shape) = statistic.name, self.plan.places[statistic.name]
+
+        def own(array: np.ndarray) -> np.ndarray:
+            return array[..., place].reshape(*array.shape[:-1], *shape)
+
+        every = isinstance(statistic, SumStatistic)
+        prompt = statistic.field(
+            "layer", "head", "query_modality", prompt_rows="all" if every else "at most 32 per modality, evenly spaced"
+        )
+        if isinstance(self.sums, np.ndarray) and isinstance(self.counts, np.ndarray):
+            _put_sum(f"{name}_prefill", prompt, own(self.sums), own(self.counts), sums)
+        values[name] = (statistic.field("layer", "head", "step"), own(np.stack(self.steps, 2)))
+
+    def _cache_values(self, statistic: CacheStatistic) -> np.ndarray:
+        held = self.cache[statistic.name]
+        shape = next(tuple(array.shape) for array in held if array is not None)
+        return _stack(held, shape, np.nan).astype(np.float32)
 
     def _token_fields(self) -> dict[str, tuple[Field, np.ndarray]]:
-        modality = self.tokens["modality"]
+        modality, prompt = self.tokens["modality"], self.length - self.phases.count("decode")
         fields = {name: (Field(("position",), -1), array) for name, array in self.tokens.items()}
-        prompt = self.length - self.phases.count("decode")
         phases = np.array([PHASES.index(phase) for phase in self.phases], np.int8)
         fields["phase"] = (Field(("step",), -1, attrs={"flag_meanings": " ".join(PHASES)}), phases)
         fields["prompt_length"] = (Field((), -1), np.array(prompt))
@@ -169,26 +204,81 @@ class SampleLog:
     def _key_scores(self) -> KeyScores | None:
         if self.received is None or self.queries is None:
             return None
-        used = slice(0, self.length)
-        received = self.received[..., used]
-        return KeyScores(received, np.broadcast_to(self.queries[..., used], received.shape), self.tokens["modality"])
+        received = self.received[..., : self.length]
+        queries = np.broadcast_to(self.queries[..., : self.length], received.shape)
+        prompt = self.length - self.phases.count("decode")
+        return KeyScores(received, queries, self.tokens["modality"], prompt, self.ages, self.pairs)
 
     def _trajectory(self) -> Trajectory | None:
         if self.last is None or not self.last.shape[-1]:
             return None
         at = self.image_positions
-        places = (self.tokens[name][at] for name in ("image", "row", "column"))
-        return Trajectory(np.stack(self.scores), self.last, *places)
+        image, row, column = (self.tokens[name][at] for name in ("image", "row", "column"))
+        return Trajectory(np.stack(self.scores), self.last, image, row, column, self.layers)
+
+
+def by_rank(values: Tensor, rank: Tensor, length: int, fill: float) -> np.ndarray:
+    """Values per key, (heads, n, keys), put where the keys' tokens stand: (heads, n, length), `fill` where there is
+    none.
+
+    Args:
+        rank: (key sets, keys), -1 for slots that hold nothing.
+    """
+    heads, n, keys = values.shape
+    placed = values.new_full((heads, n, length + 1), fill)  # the last place takes what belongs nowhere
+    if len(rank) == 1:
+        placed[:, :, rank[0].where(rank[0] >= 0, length)] = values
+    else:
+        at = rank.where(rank >= 0, length).repeat_interleave(heads // len(rank), 0)
+        placed.scatter_(2, at[:, None].expand(heads, n, keys), values)
+    return placed[..., :length].cpu().numpy()
+
+
+def token_arrays(tokens: Tokens, ids: Tensor | None, new: slice) -> dict[str, np.ndarray]:
+    """What the new tokens of a sample are, padding left out; tokens (length,), ids (new tokens,)."""
+    valid = tokens.rank[new] >= 0
+    named = {name: getattr(tokens, name)[new] for name in ("modality", "image", "row", "column")}
+    named["token_id"] = torch.full_like(tokens.rank[new], -1) if ids is None else ids
+    return {name: values[valid].cpu().numpy() for name, values in named.items()}
+
+
+def _stack(layers: Sequence[Tensor | None], shape: tuple[int, ...], fill: float) -> np.ndarray:
+    stacked = np.full((len(layers), *shape), fill)
+    for index, array in enumerate(layers):
+        if array is not None:
+            stacked[index] = array.cpu().numpy()
+    return stacked
+
+
+def _put(
+    statistic: Statistic,
+    dims: tuple[str, ...],
+    result: tuple[np.ndarray, np.ndarray | None],
+    sums: dict[str, tuple[Field, np.ndarray]],
+    values: dict[str, tuple[Field, np.ndarray]],
+) -> None:
+    described = statistic.field(*dims)
+    if result[1] is None:
+        values[statistic.name] = (described, result[0])
+    else:
+        _put_sum(statistic.name, described, result[0], result[1], sums)
+
+
+def _put_sum(
+    name: str, described: Field, total: np.ndarray, count: np.ndarray, sums: dict[str, tuple[Field, np.ndarray]]
+) -> None:
+    sums[name] = (described, total)
+    sums[f"{name}_count"] = (Field(described.dims, 0, described.coords), np.round(count).astype(np.int64))
 
 
 def _room(held: np.ndarray | None, lead: tuple[int, ...], positions: int) -> np.ndarray:
-    """`held` with room for `positions` keys; grows in chunks, and from one shared head to all heads if need be."""
+    """`held` with room for `positions` keys; grows in chunks, and from one entry for all heads to one per head."""
     if held is None:
         return np.zeros((*lead, positions), np.float32)
     if held.shape[1] < lead[1]:
         held = np.repeat(held, lead[1], axis=1)
     if held.shape[-1] < positions:
-        grown = np.zeros((*held.shape[:-1], max(positions, held.shape[-1] + 256)), np.float32)
+        grown = np.zeros((*held.shape[:-1], positions + 256), np.float32)
         grown[..., : held.shape[-1]] = held
         held = grown
     return held

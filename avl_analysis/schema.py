@@ -111,8 +111,8 @@ def concatenate(datasets: Sequence[xr.Dataset], what: str) -> xr.Dataset:
         for dim in set(first.dims) - RAGGED - {"sample"}:
             if not np.array_equal(np.asarray(first[dim]), np.asarray(other[dim])):
                 raise RecordingError(
-                    f"cannot merge: the recordings differ in {dim} ({_some(first[dim])} and {_some(other[dim])}); record "
-                    "them with the same model, layers and options"
+                    f"cannot merge: the recordings differ in {dim} ({_some(first[dim])} and {_some(other[dim])}); "
+                    "record them with the same model, layers and options"
                 )
     sizes = {dim: max(d.sizes[dim] for d in datasets) for dim in RAGGED & set(first.dims)}
     grown = [_grow(dataset, sizes) for dataset in datasets]

@@ -5,10 +5,65 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from avl_analysis.errors import InputError
-from avl_analysis.statistics.base import KeyStatistic, RowStatistic, Statistic, TrajectoryStatistic
+from avl_analysis.statistics.accumulated_score import AccumulatedScore
+from avl_analysis.statistics.base import (
+    CacheStatistic,
+    KeyStatistic,
+    RowStatistic,
+    Statistic,
+    SumStatistic,
+    TrajectoryStatistic,
+    WeightStatistic,
+)
+from avl_analysis.statistics.concentration import EffectiveCount, Entropy, Gini
+from avl_analysis.statistics.core_hits import CoreHitRate
+from avl_analysis.statistics.cosine import ConsecutiveCosine
+from avl_analysis.statistics.coverage import Coverage
+from avl_analysis.statistics.distance import PatchDistance, TextDistance
+from avl_analysis.statistics.layer_agreement import LayerAgreement
 from avl_analysis.statistics.modality_mass import Efficiency, FirstTokenMass, ModalityMass
+from avl_analysis.statistics.persistence import ImagePersistence
+from avl_analysis.statistics.position_bias import PositionBias
+from avl_analysis.statistics.ppci import PPCIContinuity, PPCIHeterogeneity, PPCIPrefill
+from avl_analysis.statistics.prefill_recall import PrefillMass, PrefillRecall
+from avl_analysis.statistics.recent_text import RecentTextMass
+from avl_analysis.statistics.redundancy import KeyRedundancy
+from avl_analysis.statistics.sinks import SinkRate
+from avl_analysis.statistics.sparsity import ThresholdSparsity
+from avl_analysis.statistics.spatial_entropy import SpatialEntropy
+from avl_analysis.statistics.text_age import TextAgeFit, TextAgeProfile
+from avl_analysis.statistics.value_mass import ValueWeightedMass
 
-ALL: tuple[Statistic, ...] = (ModalityMass(), FirstTokenMass(), Efficiency())
+ALL: tuple[Statistic, ...] = (
+    ModalityMass(),
+    FirstTokenMass(),
+    Efficiency(),
+    ValueWeightedMass(),
+    ThresholdSparsity(),
+    TextDistance(),
+    Coverage(),
+    Gini(),
+    Entropy(),
+    EffectiveCount(),
+    PatchDistance(),
+    RecentTextMass(),
+    TextAgeProfile(),
+    TextAgeFit(),
+    AccumulatedScore(),
+    SinkRate(),
+    PositionBias(),
+    PPCIContinuity(),
+    PPCIHeterogeneity(),
+    PPCIPrefill(),
+    ConsecutiveCosine(),
+    ImagePersistence(),
+    CoreHitRate(),
+    PrefillRecall(),
+    PrefillMass(),
+    LayerAgreement(),
+    SpatialEntropy(),
+    KeyRedundancy(),
+)
 
 
 def select(statistics: Sequence[Statistic | str] | None) -> tuple[Statistic, ...]:
@@ -28,4 +83,14 @@ def select(statistics: Sequence[Statistic | str] | None) -> tuple[Statistic, ...
     return tuple(chosen.values())
 
 
-__all__ = ["ALL", "KeyStatistic", "RowStatistic", "Statistic", "TrajectoryStatistic", "select"]
+__all__ = [
+    "ALL",
+    "CacheStatistic",
+    "KeyStatistic",
+    "RowStatistic",
+    "Statistic",
+    "SumStatistic",
+    "TrajectoryStatistic",
+    "WeightStatistic",
+    "select",
+]

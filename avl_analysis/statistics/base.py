@@ -1,13 +1,16 @@
-"""What a statistic is: a name, a formula, and one of three shapes of data it reads.
+"""What a statistic is: a name, a formula, and the shape of data it reads.
 
-* A `RowStatistic` gives every query row and head a number (or a small vector). The recorder calls it on blocks of prompt
-  rows and on decode steps; it stores sums and counts over prompt rows by what the query is, and the values of the rows
-  that produce a token (`step`) as they are.
-* A `KeyStatistic` reads, once per sample, how much attention every key received (`KeyScores`).
-* A `TrajectoryStatistic` reads, once per sample, the scores of the image tokens at every step (`Trajectory`).
+* `SumStatistic`: from sums of weights, a number (or small vector) per query row and head, for every row.
+* `WeightStatistic`: the same from the weights themselves (sorting, arg-max), for the last prompt row, every decode
+  step and at most 32 evenly spaced prompt rows of each query modality.
+* `KeyStatistic`: once per sample, from the attention every key received (`KeyScores`).
+* `TrajectoryStatistic`: once per sample, from the scores of the image tokens at every step (`Trajectory`).
+* `CacheStatistic`: once per sample and layer, from the key and value vectors of the prompt.
 
+Of the first two the recording keeps sums and counts over prompt rows by query modality, `<name>_prefill`, and the
+values of token-producing rows, `<name>` with dimension step. The others return a sum and a count, or values and None.
 Instances are frozen dataclasses, so a recording can say with which settings it was made. Undefined is NaN (image
-coverage of a row that sees no image); NaN is left out of sums and counts.
+coverage of a row that sees no image); it is left out of sums and counts.
 """
 
 from __future__ import annotations
@@ -20,8 +23,11 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from avl_analysis.rows import Rows
+from avl_analysis.rows import Rows, Tokens
 from avl_analysis.schema import Field
+
+Result = tuple[np.ndarray, np.ndarray | None]
+"""Sums and their counts, of one shape; or values and None."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Statistic(ABC):
         title: what the numbers are, as an axis label says it.
         unit: their unit, "" for a pure number.
         source: paper and equation.
-        justifies: which part of a policy the statistic speaks about (S, C, K, T, P or in words).
+        justifies: which number of a policy the statistic speaks about (S, C, K, T, P), or which choice in words.
     """
 
     name: ClassVar[str]
@@ -43,7 +49,7 @@ class Statistic(ABC):
     justifies: ClassVar[str] = ""
 
     def extra(self) -> Mapping[str, Sequence[Any]]:
-        """Dimensions of one value and their labels, e.g. {"key_modality": ("system", "image", "text")}; none: a number."""
+        """Dimensions of one value and their labels, e.g. {"tau": (0.5, 0.9)}; empty for a plain number."""
         return {}
 
     def field(self, *dims: str, **attrs: Any) -> Field:
@@ -66,39 +72,71 @@ class RowStatistic(Statistic):
 
     Attributes:
         columns: key columns (`avl_analysis.rows.COLUMNS`) whose weighted sums `value` asks for.
-        every_row: whether prompt sums run over every row. Statistics that sort the weights set this to False: their
-            prompt sums run over at most `rows_per_modality` evenly spaced rows of each query modality. The last prompt
-            row and decode steps are always exact.
+        reads_values: whether it asks for `rows.value_mass`.
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
-    every_row: ClassVar[bool] = True
+    reads_values: ClassVar[bool] = False
 
     @abstractmethod
     def value(self, rows: Rows) -> Tensor:
-        """(batch, query heads, rows, *extra) float32; NaN where undefined."""
+        """(heads, rows, *extra); NaN where undefined."""
+
+
+@dataclass(frozen=True)
+class SumStatistic(RowStatistic):
+    """From `rows.sum`, `rows.mass`, `rows.count` and `rows.above` of `thresholds`; `rows.weights` is not there."""
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Fractions of a row's largest weight for which `rows.above` is wanted."""
+        return ()
+
+
+@dataclass(frozen=True)
+class WeightStatistic(RowStatistic):
+    """From `rows.weights`, `rows.on` or `rows.shares` of some rows."""
+
+
+@dataclass(frozen=True)
+class CacheStatistic(Statistic):
+    """A number (or small vector) per layer and key/value head of the prompt's keys and values."""
+
+    @abstractmethod
+    def value(self, key: Tensor, value: Tensor, tokens: Tokens) -> Tensor:
+        """(key heads, *extra) from key and value, (key heads, keys, head dim) float32, and tokens, (key sets, keys)."""
 
 
 @dataclass(frozen=True)
 class KeyStatistic(Statistic):
-    """Numbers derived from the attention that each key of a sample received."""
+    """Derived from the attention that each key of a sample received.
 
-    @abstractmethod
-    def value(self, scores: KeyScores) -> tuple[np.ndarray, np.ndarray | None]:
-        """Sum and count, or values and None; dimensions as `dims` says."""
+    Attributes:
+        dims: dimensions of the result before `extra`.
+        needs_ages: whether `value` reads the sums by age.
+    """
 
     dims: ClassVar[tuple[str, ...]] = ("layer", "head")
+    needs_ages: ClassVar[bool] = False
+
+    @abstractmethod
+    def value(self, scores: KeyScores) -> Result:
+        """Arrays with dimensions `dims` and `extra`."""
 
 
 @dataclass(frozen=True)
 class TrajectoryStatistic(Statistic):
-    """Numbers derived from the image-token scores of one sample over all its steps."""
+    """Derived from the image-token scores of one sample over its steps; not called for samples without a picture.
+
+    Attributes:
+        dims: dimensions of the result before `extra`.
+    """
 
     dims: ClassVar[tuple[str, ...]] = ("layer",)
 
     @abstractmethod
-    def value(self, trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray | None]:
-        """Sum and count, or values and None; dimensions as `dims` says."""
+    def value(self, trajectory: Trajectory) -> Result:
+        """Arrays with dimensions `dims` and `extra`."""
 
 
 @dataclass(eq=False)
@@ -106,14 +144,21 @@ class KeyScores:
     """Attention received, summed over query rows, of one sample.
 
     Attributes:
-        received: (layers, heads, 3, positions) float32; rows "prompt", "prompt text", "decode" of `schema.ROWS`.
-        queries: same shape (or broadcast to it), number of those query rows that could see the key.
+        received: (layers, heads, 3, positions) float32; from the rows "prompt", "prompt text", "decode"
+            (`schema.ROWS`).
+        queries: same shape, number of those rows that could see the key.
         modality: (positions,) int8 codes of `Modality`.
+        prompt: number of positions that belong to the prompt.
+        by_age: (layers, heads, 2, ages) float64, sum of the weights of text keys by age (`ages.AGE_STARTS`), from the
+            rows "prompt text" and "decode"; pairs: same shape, number of weights in each sum.
     """
 
     received: np.ndarray
     queries: np.ndarray
     modality: np.ndarray
+    prompt: int
+    by_age: np.ndarray | None = None
+    pairs: np.ndarray | None = None
 
 
 @dataclass(eq=False)
@@ -121,10 +166,11 @@ class Trajectory:
     """Scores of one sample's image tokens over its steps.
 
     Attributes:
-        scores: (steps, layers, image tokens) float32, mean over heads; step 0 is the last prompt row. NaN where a token
-            was not attended at all (under a policy).
+        scores: (steps, layers, image tokens) float32, mean over heads; step 0 is the last prompt row. NaN where no head
+            attended to the token (it was not in the cache).
         last: (layers, heads, image tokens) the last prompt row per head.
-        row, column: (image tokens,) place in the picture, -1 where unknown; image: which picture.
+        image, row, column: (image tokens,) which picture, and the place in it, -1 where unknown.
+        layers: the decoder layers, in their order here.
     """
 
     scores: np.ndarray
@@ -132,3 +178,4 @@ class Trajectory:
     image: np.ndarray
     row: np.ndarray
     column: np.ndarray
+    layers: tuple[int, ...]

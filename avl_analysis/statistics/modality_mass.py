@@ -1,4 +1,4 @@
-"""Modality mass: how much of a query's attention goes to system, image and text tokens. Justifies treating them apart."""
+"""Modality mass: how much of a query's attention goes to system, image and text. Justifies treating them apart."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from avl.tokens import MODALITIES
 from avl_analysis.rows import Rows
-from avl_analysis.statistics.base import RowStatistic
+from avl_analysis.statistics.base import SumStatistic
 
 
 @dataclass(frozen=True)
-class ModalityMass(RowStatistic):
+class ModalityMass(SumStatistic):
     """`sum_{k in M} A[q,k]` for M in system, image, text; in [0, 1], the three add up to 1."""
 
     name = "modality_mass"
@@ -32,7 +32,7 @@ class ModalityMass(RowStatistic):
 
 
 @dataclass(frozen=True)
-class FirstTokenMass(RowStatistic):
+class FirstTokenMass(SumStatistic):
     """`A[q, first token]`, the usual attention sink; in [0, 1]."""
 
     name = "first_token_mass"
@@ -46,8 +46,8 @@ class FirstTokenMass(RowStatistic):
 
 
 @dataclass(frozen=True)
-class Efficiency(RowStatistic):
-    """Mass per token: `sum_{k in M} A[q,k] / |M|`, with |M| the keys of M that row q can see; NaN where there is none."""
+class Efficiency(SumStatistic):
+    """Mass per token: `sum_{k in M} A[q,k] / |M|`, with |M| the keys of M that row q can see; NaN if there is none."""
 
     name = "efficiency"
     title = "attention mass per visible token"
@@ -59,5 +59,5 @@ class Efficiency(RowStatistic):
         return {"key_modality": MODALITIES}
 
     def value(self, rows: Rows) -> Tensor:
-        count = rows.count()
+        count = rows.counts
         return torch.where(count > 0, rows.mass() / count, torch.nan)

@@ -1,0 +1,394 @@
+"""From the weights of one layer and one sample to the numbers that are kept.
+
+Prompts: per block of weights only primitive sums are taken (key columns, number of large weights, attention received
+per key and by age); formulas run once per group of heads, on the sums of all its rows and on copies of the few rows
+whose weights are read. Decode steps: one row per layer; the rows of all layers are reduced together when the step
+ends, since one call on many rows is much cheaper than many calls on one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from avl.tokens import Modality
+from avl_analysis.ages import AGE_STARTS, by_age
+from avl_analysis.rows import KINDS, Rows, Tokens, key_columns
+from avl_analysis.statistics.base import CacheStatistic, RowStatistic, SumStatistic, WeightStatistic
+from avl_analysis.view import View, valid_part
+from avl_analysis.weights import Block, row_weights, weight_blocks
+
+ROWS_PER_MODALITY = 32
+"""Prompt rows of each query modality that `WeightStatistic`s read, evenly spaced; the last row is always read."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is wanted of every pass.
+
+    Attributes:
+        rows: statistics per query row.
+        cache: statistics of keys and values.
+        received: whether the attention received per key is wanted; `ages`: that by age of text keys.
+        scores: whether the scores of image tokens are wanted.
+    """
+
+    rows: tuple[RowStatistic, ...] = ()
+    cache: tuple[CacheStatistic, ...] = ()
+    received: bool = False
+    ages: bool = False
+    scores: bool = False
+
+    @cached_property
+    def sums(self) -> tuple[SumStatistic, ...]:
+        return tuple(s for s in self.rows if isinstance(s, SumStatistic))
+
+    @cached_property
+    def weights(self) -> tuple[WeightStatistic, ...]:
+        return tuple(s for s in self.rows if isinstance(s, WeightStatistic))
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*KINDS, *(c for s in self.rows for c in s.columns)]))
+
+    @cached_property
+    def thresholds(self) -> tuple[float, ...]:
+        return tuple(dict.fromkeys(t for s in self.sums for t in s.thresholds))
+
+    @cached_property
+    def reads_values(self) -> bool:
+        return any(s.reads_values for s in self.rows)
+
+    @cached_property
+    def places(self) -> dict[str, tuple[slice, tuple[int, ...]]]:
+        """Where the values of each row statistic lie among all values of a row, and their shape."""
+        places, start = {}, 0
+        for statistic in (*self.sums, *self.weights):
+            shape = tuple(len(labels) for labels in statistic.extra().values())
+            size = torch.Size(shape).numel()
+            places[statistic.name] = (slice(start, start + size), shape)
+            start += size
+        return places
+
+
+@dataclass(eq=False)
+class LayerPass:
+    """Numbers of one pass of one sample through one layer; values of all row statistics side by side (`Plan.places`).
+
+    Attributes:
+        keys: what the keys are, (key sets, keys).
+        step: (heads, values) of the row that produces a token.
+        weights: (heads, keys) of that row.
+        sums, counts: (heads, 3, values) float64, over prompt rows by query modality; None for a decode step.
+        received: (heads, 2, keys) from prompt and prompt text rows, or (heads, 1, keys) from the decode row.
+        queries: (1 or heads, 2 or 1, keys) how many of those rows could see the key.
+        ages: (heads, ages) float64 attention of text rows on text keys by age.
+        pairs: (1 or heads, ages) how many weights that sums.
+        cache: statistic -> (key heads, ...).
+    """
+
+    keys: Tokens
+    step: Tensor
+    weights: Tensor
+    sums: Tensor | None = None
+    counts: Tensor | None = None
+    received: Tensor | None = None
+    queries: Tensor | None = None
+    ages: Tensor | None = None
+    pairs: Tensor | None = None
+    cache: dict[str, Tensor] = field(default_factory=dict)
+
+
+# -- prompts -----
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """What is known of rows and keys before looking at weights.
+
+    Attributes:
+        modality: (3, rows) float32, one where the row's query is of that modality.
+        groups: (2, rows) float32, one for valid rows, and for text rows.
+        picked: rows whose weights are copied, ascending, the last row always; sampled: (3, picked) one where such a row
+            counts for the prompt sums of a modality.
+        columns: (key sets, columns, keys); kinds: the first three of them.
+        value_columns: (key heads, 3, keys) kinds x value norm, or None.
+        counts: (1 or heads, rows, 3).
+        text_rows, text_keys: from the first to the last of them.
+    """
+
+    modality: Tensor
+    groups: Tensor
+    picked: Tensor
+    sampled: Tensor
+    columns: Tensor
+    value_columns: Tensor | None
+    counts: Tensor
+    text_rows: slice
+    text_keys: slice
+
+
+def _prompt(view: View, plan: Plan, value_norm: Tensor | None) -> _Prompt:
+    modality = torch.stack([view.queries.modality == code for code in range(3)]).float()
+    chosen = torch.zeros_like(modality)
+    for code in range(3):
+        at = modality[code].nonzero().flatten()
+        pick = torch.linspace(0, len(at) - 1, min(len(at), ROWS_PER_MODALITY), device=at.device).round().long()
+        chosen[code, at[pick]] = 1.0
+    wanted = chosen.any(0) & bool(plan.weights)
+    wanted[-1] = True
+    picked = wanted.nonzero().flatten()
+    columns = key_columns(view.keys, plan.columns)
+    kinds = columns[:, : len(KINDS)]
+    return _Prompt(
+        modality,
+        torch.stack([modality.sum(0), modality[Modality.TEXT]]),
+        picked,
+        chosen[:, picked],
+        columns,
+        None if value_norm is None else _for_sets(kinds, len(value_norm)) * value_norm[:, None],
+        view.sight.keys_per_row(kinds),
+        valid_part(view.queries.modality == Modality.TEXT),
+        valid_part((view.keys.modality == Modality.TEXT).any(0)),
+    )
+
+
+def reduce_prompt(view: View, plan: Plan, value_norm: Tensor | None = None) -> LayerPass:
+    """Everything that is kept of the prompt rows of one layer.
+
+    Args:
+        value_norm: (key heads, keys) norms of the value vectors where `plan.reads_values`.
+
+    Raises:
+        FloatingPointError: weights of a real token are not numbers.
+    """
+    prompt = _prompt(view, plan, value_norm)
+    parts = [_reduce_heads(view, plan, prompt, heads, blocks) for heads, blocks in weight_blocks(view)]
+    joined = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
+    sums, counts, step, last, received, ages = joined
+    assert step is not None
+    assert last is not None
+    result = LayerPass(view.keys, step, last, sums, counts, received, ages=ages)
+    if received is not None:
+        result.queries = view.sight.rows_per_key(prompt.groups)
+    if ages is not None:
+        result.pairs = _pairs(view, prompt.text_rows, prompt.text_keys)
+    for statistic in plan.cache:
+        result.cache[statistic.name] = statistic.value(view.key.float(), view.value.float(), view.keys)
+    return result
+
+
+def _reduce_heads(
+    view: View, plan: Plan, prompt: _Prompt, heads: slice, blocks: Iterator[Block]
+) -> tuple[Tensor | None, ...]:
+    """Sums, counts, step values, last row's weights, attention received and by age, of a few heads."""
+    tally = _Tally(view, plan, prompt, heads)
+    for block in blocks:
+        tally.add(*block)
+    sums, values = tally.sums.transpose(1, 2), tally.values
+    if bool(sums[:, prompt.groups[0] > 0].isnan().any()):
+        raise FloatingPointError("attention weights are not numbers")
+    counts = prompt.counts if len(prompt.counts) == 1 else prompt.counts[heads]
+    mass = None if values is None else values.transpose(1, 2)
+    every = Rows(view.queries, tally.keys, counts, sums, plan.columns, tally.above, mass)
+    both = _values(plan.sums, every), _values(plan.weights, every.take(prompt.picked, tally.picked))
+    grouped = _grouped(both[0], prompt.modality), _grouped(both[1], prompt.sampled)
+    totals, counted = (torch.cat(parts, -1) for parts in zip(*grouped, strict=True))
+    step = torch.cat([values[:, -1] for values in both], -1)
+    return totals, counted, step, tally.picked[:, -1], tally.received, tally.ages
+
+
+class _Tally:
+    """Primitive sums of a few heads over all rows, taken block by block."""
+
+    def __init__(self, view: View, plan: Plan, prompt: _Prompt, heads: slice) -> None:
+        number, rows, keys = heads.stop - heads.start, view.query.shape[1], view.key.shape[1]
+        own = slice(heads.start // view.groups, heads.stop // view.groups)
+        self.prompt, self.queries = prompt, view.queries
+        self.keys = view.keys if len(view.keys.rank) == 1 else view.keys.map(lambda t: t[own])
+        self.columns = prompt.columns if len(prompt.columns) == 1 else prompt.columns[own]
+        self.value_columns = None if prompt.value_columns is None else prompt.value_columns[own]
+        new = view.query.new_zeros
+        self.sums = new(number, self.columns.shape[1], rows, dtype=torch.float32)
+        self.values = None if self.value_columns is None else new(number, 3, rows, dtype=torch.float32)
+        self.above = {t: new(number, rows, dtype=torch.float32) for t in plan.thresholds}
+        self.picked = new(number, len(prompt.picked), keys, dtype=torch.float32)
+        self.received = new(number, 2, keys, dtype=torch.float32) if plan.received else None
+        self.ages = torch.zeros(number, len(AGE_STARTS), dtype=torch.float64) if plan.ages else None
+        self._places = prompt.picked.tolist()
+        self._scratch = new(0, dtype=torch.float32)
+
+    def add(self, rows: slice, span: slice, weights: Tensor) -> None:
+        self.sums[:, :, rows] = weighted_sums(weights, self.columns[:, :, span])
+        if self.values is not None and self.value_columns is not None:
+            self.values[:, :, rows] = weighted_sums(weights, self.value_columns[:, :, span])
+        for threshold, above in self.above.items():
+            above[:, rows] = self._count_above(weights, threshold)
+        low, high = bisect_left(self._places, rows.start), bisect_left(self._places, rows.stop)
+        if low < high:
+            self.picked[:, low:high, span] = weights[:, self.prompt.picked[low:high] - rows.start]
+        if self.received is not None:
+            self.received[:, :, span] += self.prompt.groups[:, rows] @ weights
+        if self.ages is not None:
+            self._add_ages(rows, span, weights)
+
+    def _count_above(self, weights: Tensor, threshold: float) -> Tensor:
+        if self._scratch.numel() < weights.numel():
+            self._scratch = torch.empty_like(weights).flatten()
+        return count_above(weights, threshold, self._scratch[: weights.numel()].view(weights.shape))
+
+    def _add_ages(self, rows: slice, span: slice, weights: Tensor) -> None:
+        some, keys = _overlap(rows, self.prompt.text_rows), _overlap(span, self.prompt.text_keys)
+        if some.start < some.stop and keys.start < keys.stop:
+            inner = weights[
+                :, some.start - rows.start : some.stop - rows.start, keys.start - span.start : keys.stop - span.start
+            ]
+            queries, tokens = self.queries.map(lambda t: t[some]), self.keys.map(lambda t: t[:, keys])
+            self.ages += by_age(text_only(inner, queries, tokens), queries.rank, tokens.rank)
+
+
+def _pairs(view: View, rows: slice, keys: slice) -> Tensor:
+    """(1 or heads, ages): number of visible pairs of a text row and a text key."""
+    if rows.start == rows.stop or keys.start == keys.stop:
+        return torch.zeros(1, len(AGE_STARTS), dtype=torch.float64)
+    queries, tokens = view.queries.map(lambda t: t[rows]), view.keys.map(lambda t: t[:, keys])
+    visible = view.sight.visible[:, rows, keys].float()
+    if len(tokens.rank) > 1 and len(visible) == 1:
+        visible = visible.expand(len(tokens.rank), -1, -1)
+    return by_age(text_only(visible, queries, tokens), queries.rank, tokens.rank)
+
+
+# -- decode steps -----
+
+
+@dataclass(eq=False)
+class StepRow:
+    """The one row of a decode step in one layer, before it is reduced.
+
+    Attributes:
+        queries, keys: what they are, (1,) and (key sets, keys).
+        weights: (heads, 1, keys); sums: (heads, columns, 1); values: (heads, 3, 1) or None, as in `Rows`.
+        visible: (1 or heads, 1, keys) bool.
+    """
+
+    queries: Tokens
+    keys: Tokens
+    weights: Tensor
+    sums: Tensor
+    values: Tensor | None
+    visible: Tensor
+
+
+def step_row(view: View, plan: Plan, value_norm: Tensor | None = None) -> StepRow:
+    """The weights of a decode step in one layer and their sums.
+
+    Raises:
+        FloatingPointError: the weights are not numbers.
+    """
+    weights = row_weights(view)
+    columns = key_columns(view.keys, plan.columns)
+    sums, values = weighted_sums(weights, columns), None
+    if value_norm is not None:
+        values = weighted_sums(weights, _for_sets(columns[:, : len(KINDS)], len(value_norm)) * value_norm[:, None])
+    if bool(sums.isnan().any()):
+        raise FloatingPointError("attention weights are not numbers")
+    return StepRow(view.queries, view.keys, weights, sums, values, view.sight.visible)
+
+
+def reduce_step(rows: Sequence[StepRow], plan: Plan) -> list[LayerPass]:
+    """Everything that is kept of a decode step; `rows` are those of several layers with equally many keys."""
+    first, layers = rows[0], len(rows)
+    one = all(row.keys.rank is first.keys.rank for row in rows)
+    weights = torch.cat([row.weights for row in rows])
+    keys = first.keys if one else _join([row.keys for row in rows])
+    visible = first.visible if one else torch.cat([row.visible.expand(first.weights.shape[0], -1, -1) for row in rows])
+    kinds = key_columns(keys, KINDS)
+    counts = weighted_sums(visible.float(), kinds if len(visible) > 1 else kinds[:1]).transpose(1, 2)
+    stacked = Rows(
+        first.queries,
+        keys,
+        counts,
+        torch.cat([row.sums for row in rows]).transpose(1, 2),
+        plan.columns,
+        {t: count_above(weights, t, torch.empty_like(weights)) for t in plan.thresholds},
+        None
+        if first.values is None
+        else torch.cat([row.values for row in rows if row.values is not None]).transpose(1, 2),
+        weights,
+    )
+    step = torch.cat([_values(plan.sums, stacked), _values(plan.weights, stacked)], -1)[:, 0]
+    ages = pairs = None
+    if plan.ages:
+        ages = by_age(text_only(weights, first.queries, keys), first.queries.rank, keys.rank).unflatten(0, (layers, -1))
+        pairs = by_age(text_only(visible.float(), first.queries, keys), first.queries.rank, keys.rank)
+        pairs = pairs.expand(max(len(pairs), layers), -1).unflatten(0, (layers, -1))
+    return [
+        LayerPass(
+            row.keys,
+            step.unflatten(0, (layers, -1))[i],
+            row.weights[:, 0],
+            received=row.weights if plan.received else None,
+            queries=row.visible.float() if plan.received else None,
+            ages=None if ages is None else ages[i],
+            pairs=None if pairs is None else pairs[i],
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def _join(keys: Sequence[Tokens]) -> Tokens:
+    fields = ("rank", "modality", "image", "row", "column")
+    return Tokens(*(torch.cat([getattr(one, name) for one in keys]) for name in fields))
+
+
+# -- sums -----
+
+
+def weighted_sums(weights: Tensor, columns: Tensor) -> Tensor:
+    """(heads, rows, keys) with (key sets, n, keys): (heads, n, rows).
+
+    As columns x weights transposed, which is several times faster than the transposed product: n is small.
+    """
+    heads, rows, keys = weights.shape
+    sets = len(columns)
+    products = columns @ weights.reshape(sets, -1, keys).transpose(1, 2)
+    return products.view(sets, -1, heads // sets, rows).transpose(1, 2).flatten(0, 1)
+
+
+def count_above(weights: Tensor, threshold: float, scratch: Tensor) -> Tensor:
+    """(heads, rows): number of weights of at least threshold x the row's largest. In float32: summing bools is slow."""
+    limit = weights.amax(-1, keepdim=True).mul_(threshold)
+    return torch.ge(weights, limit, out=scratch).sum(-1)
+
+
+def text_only(block: Tensor, queries: Tokens, keys: Tokens) -> Tensor:
+    """(heads, rows, keys) with zeros where the query or the key is not text."""
+    is_text = (queries.modality == Modality.TEXT)[:, None] & (keys.modality == Modality.TEXT)[:, None, :]
+    return block if bool(is_text.all()) else block * _for_sets(is_text, len(block))
+
+
+def _for_sets(values: Tensor, sets: int) -> Tensor:
+    """Repeat a value per key set so that there are `sets` of them; one stands for all and stays one."""
+    return values if len(values) in (1, sets) else values.repeat_interleave(sets // len(values), 0)
+
+
+def _values(statistics: Sequence[RowStatistic], rows: Rows) -> Tensor:
+    """(heads, rows, values): the values of all statistics side by side."""
+    heads, count = rows.sums.shape[:2]
+    values = [statistic.value(rows).reshape(heads, count, -1) for statistic in statistics]
+    return torch.cat(values, -1) if values else rows.sums.new_zeros(heads, count, 0)
+
+
+def _grouped(values: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums and counts of the defined values, (heads, 3, values) float64, over the rows marked in member, (3, rows)."""
+    defined, groups = ~values.isnan(), member.double()
+    return groups @ values.where(defined, 0.0).double(), groups @ defined.double()
+
+
+def _overlap(one: slice, other: slice) -> slice:
+    return slice(max(one.start, other.start), min(one.stop, other.stop))

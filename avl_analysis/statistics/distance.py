@@ -1,0 +1,51 @@
+"""Attention distance: how far back a row looks, in tokens over text, in patches within a picture. Speaks about T."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from avl_analysis.rows import Rows
+from avl_analysis.statistics.base import SumStatistic, WeightStatistic
+
+
+@dataclass(frozen=True)
+class TextDistance(SumStatistic):
+    """`sum_k p_k (q - k)` over text keys, p their weights divided by their sum; NaN without text mass."""
+
+    name = "text_distance"
+    title = "mean distance of attended text"
+    unit = "tokens"
+    source = "Vig & Belinkov (2019), mean attention distance"
+    justifies = "T"
+    columns: ClassVar[tuple[str, ...]] = ("text", "text_rank")
+
+    def value(self, rows: Rows) -> Tensor:
+        mass = rows.sum("text")
+        return rows.queries.rank - rows.sum("text_rank") / torch.where(mass > 0, mass, torch.nan)
+
+
+@dataclass(frozen=True)
+class PatchDistance(WeightStatistic):
+    """`sum_k p_k |place(q) - place(k)|`, euclidean, over the keys of the query's own picture, p their weights divided
+    by their sum; defined for image queries whose place in the grid is known."""
+
+    name = "patch_distance"
+    title = "mean distance of attended patches"
+    unit = "patches"
+    source = "Dosovitskiy et al., ViT (ICLR 2021), mean attention distance"
+    justifies = "T"
+
+    def value(self, rows: Rows) -> Tensor:
+        query, key = rows.queries, rows.keys
+        same = (query.image[:, None] == key.image[:, None]) & (key.row[:, None] >= 0) & (query.row >= 0)[:, None]
+        down, right = (
+            (query.row[:, None] - key.row[:, None]).float(),
+            (query.column[:, None] - key.column[:, None]).float(),
+        )
+        distance = torch.hypot(down, right)  # (key sets, rows, keys)
+        mass = rows.against(same.float())
+        return rows.against(distance * same) / torch.where(mass > 0, mass, torch.nan)

@@ -1,0 +1,73 @@
+"""Prefill recall: what the tokens kept after prefill still catch while decoding. Speaks about S."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from avl_analysis.statistics.base import Result, Trajectory, TrajectoryStatistic
+from avl_analysis.statistics.top_sets import overlap, top
+
+
+@dataclass(frozen=True)
+class PrefillRecall(TrajectoryStatistic):
+    """Share of a decode step's best `core` image tokens that are among the best `secondary` of the last prompt row,
+    over all
+    decode steps: `|core & secondary| / |core|`; random baseline: secondary."""
+
+    name = "prefill_recall"
+    title = "share of the decode-time core that prefill keeps"
+    source = "Tu et al., VL-Cache (ICLR 2025), hit rate"
+    justifies = "S"
+    dims: ClassVar[tuple[str, ...]] = ("layer",)
+
+    secondaries: tuple[float, ...] = tuple(round(0.05 * i, 2) for i in range(1, 21))
+    cores: tuple[float, ...] = (0.1, 0.3)
+
+    def extra(self) -> Mapping[str, Sequence[Any]]:
+        return {"secondary": self.secondaries, "core": self.cores}
+
+    def field(self, *dims: str, **attrs: Any) -> Any:
+        return super().field(*dims, random_baseline="secondary", **attrs)
+
+    def value(self, trajectory: Trajectory) -> Result:
+        shape = (trajectory.scores.shape[1], len(self.secondaries), len(self.cores))
+        sums, counts = np.zeros(shape), np.zeros(shape)
+        cores = [top(trajectory.scores[1:], core) for core in self.cores]
+        for s, secondary in enumerate(self.secondaries):
+            kept = top(trajectory.scores[:1], secondary)
+            for c, core in enumerate(cores):
+                recall = overlap(core, np.broadcast_to(kept, core.shape))  # (decode steps, layers)
+                sums[:, s, c], counts[:, s, c] = np.nansum(recall, 0), (~np.isnan(recall)).sum(0)
+        return sums, counts
+
+
+@dataclass(frozen=True)
+class PrefillMass(TrajectoryStatistic):
+    """Share of all image attention of the decode steps together that falls on the best `secondary` image tokens of
+    the last prompt row, in [0, 1]; random baseline: secondary. NaN without decode steps."""
+
+    name = "prefill_mass"
+    title = "share of the decode-time image attention that prefill keeps"
+    source = "Tu et al., VL-Cache (ICLR 2025), hit rate"
+    justifies = "S"
+
+    secondaries: tuple[float, ...] = PrefillRecall.secondaries
+
+    def extra(self) -> Mapping[str, Sequence[Any]]:
+        return {"secondary": self.secondaries}
+
+    def field(self, *dims: str, **attrs: Any) -> Any:
+        return super().field(*dims, random_baseline="secondary", **attrs)
+
+    def value(self, trajectory: Trajectory) -> Result:
+        received = trajectory.scores[1:].sum(0, dtype=np.float64)  # (layers, image tokens)
+        total = received.sum(-1)
+        share = np.full((len(received), len(self.secondaries)), np.nan)
+        for s, secondary in enumerate(self.secondaries):
+            kept = (top(trajectory.scores[0], secondary) * received).sum(-1)
+            share[:, s] = np.divide(kept, total, out=np.full_like(total, np.nan), where=total > 0)
+        return share, None

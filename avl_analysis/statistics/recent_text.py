@@ -1,0 +1,36 @@
+"""Recent text: the share of the text attention that falls on the latest tokens. Speaks about T."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avl.tokens import Modality
+from avl_analysis.rows import Rows
+from avl_analysis.statistics.base import WeightStatistic
+
+
+@dataclass(frozen=True)
+class RecentTextMass(WeightStatistic):
+    """`sum_{k in T, q - k < w} A[q,k] / sum_{k in T} A[q,k]`, the row's own token included; in [0, 1]."""
+
+    name = "recent_text_mass"
+    title = "share of text attention on the most recent tokens"
+    source = "Zhang et al., A-VL (AAAI 2025); windows as in StreamingLLM"
+    justifies = "T"
+
+    windows: tuple[int, ...] = (8, 16, 32, 64)
+
+    def extra(self) -> Mapping[str, Sequence[Any]]:
+        return {"window": self.windows}
+
+    def value(self, rows: Rows) -> Tensor:
+        is_text = rows.keys.modality[:, None] == Modality.TEXT
+        age = rows.queries.rank[:, None] - rows.keys.rank[:, None]  # (key sets, rows, keys)
+        recent = torch.stack([rows.against((is_text & (age < w)).float()) for w in self.windows], -1)
+        mass = rows.sum("text")[..., None]
+        return recent / torch.where(mass > 0, mass, torch.nan)

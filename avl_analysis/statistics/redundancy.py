@@ -1,0 +1,34 @@
+"""Key redundancy: how alike the keys of a modality are. Speaks about merging them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avl.tokens import MODALITIES
+from avl_analysis.rows import Tokens
+from avl_analysis.statistics.base import CacheStatistic
+
+
+@dataclass(frozen=True)
+class KeyRedundancy(CacheStatistic):
+    """`(n |mean khat|^2 - 1) / (n - 1)`, khat the unit keys (after rotary embedding) of one modality: their mean cosine
+    over all pairs; 1 = all alike, 0 = orthogonal on average; NaN with fewer than two keys."""
+
+    name = "key_redundancy"
+    title = "mean cosine between keys"
+    source = "MixKV"
+    justifies = "merging, diversity"
+
+    def extra(self) -> Mapping[str, Sequence[Any]]:
+        return {"key_modality": MODALITIES}
+
+    def value(self, key: Tensor, value: Tensor, tokens: Tokens) -> Tensor:
+        kinds = torch.stack([tokens.modality == code for code in range(3)], 1).float()  # (key sets, 3, keys)
+        n = kinds.sum(-1)
+        mean = kinds @ torch.nn.functional.normalize(key, dim=-1) / n[..., None]
+        return torch.where(n > 1, (n * mean.square().sum(-1) - 1) / (n - 1), torch.nan)

@@ -1,0 +1,38 @@
+"""Sets of the best-scored image tokens, which the overlap statistics compare. Not a statistic itself."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def top(scores: np.ndarray, fraction: float) -> np.ndarray:
+    """Which tokens are among the best `int(fraction * N)`.
+
+    The count is truncated, as A-VL does; of equal scores the earlier tokens are taken.
+
+    Args:
+        scores: (..., N); a row with a NaN in it has no defined set.
+
+    Returns:
+        (..., N) float32 of 0 and 1; all NaN where the set is undefined or would be empty.
+    """
+    n = scores.shape[-1]
+    size = size_of(fraction, n)
+    if size == 0:
+        return np.full(scores.shape, np.nan, np.float32)
+    limit = np.partition(scores, n - size, axis=-1)[..., n - size, None]
+    above, equal = scores > limit, scores == limit
+    room = size - above.sum(-1, keepdims=True)
+    chosen = (above | (equal & (equal.cumsum(-1) <= room))).astype(np.float32)
+    chosen[np.isnan(scores).any(-1)] = np.nan
+    return chosen
+
+
+def size_of(fraction: float, n: int) -> int:
+    """`int(fraction * n)`, robust against 0.3 * 10 being 2.9999999999999996."""
+    return int(fraction * n + 1e-9)
+
+
+def overlap(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """`|one & other| / |one|` over the last axis of two sets as `top` gives them; NaN if either is undefined."""
+    return (one * other).sum(-1) / one.sum(-1)

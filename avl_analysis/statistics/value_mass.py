@@ -1,0 +1,35 @@
+"""Value-weighted mass: attention times the length of what is read. A warning that attention is not contribution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from avl.tokens import MODALITIES
+from avl_analysis.rows import Rows
+from avl_analysis.statistics.base import SumStatistic
+
+
+@dataclass(frozen=True)
+class ValueWeightedMass(SumStatistic):
+    """`sum_{k in M} A[q,k] |v_k| / sum_k A[q,k] |v_k|` for M in system, image, text; in [0, 1], adds up to 1."""
+
+    name = "value_weighted_mass"
+    title = "value-weighted attention mass"
+    source = "Guo et al., VATP (EMNLP 2024)"
+    justifies = "a warning: attention is not contribution"
+    reads_values: ClassVar[bool] = True
+
+    def extra(self) -> Mapping[str, Sequence[Any]]:
+        return {"key_modality": MODALITIES}
+
+    def value(self, rows: Rows) -> Tensor:
+        mass = rows.value_mass
+        if mass is None:
+            raise TypeError("value norms were not taken for these rows")
+        total = mass.sum(-1, keepdim=True)
+        return mass / torch.where(total > 0, total, torch.nan)

@@ -1,0 +1,116 @@
+"""One sample's part of an attention call: its rows, its keys, what they are and which may attend to which.
+
+Padding is cut off here, so nothing behind this knows of batches. What the keys are comes from the call
+(`key_positions`) and what the rows are from the pass (`forward.rows`) wherever a policy has changed them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from avl.attention import AttentionCall
+from avl_analysis.rows import Tokens
+from avl_analysis.sight import Sight, sight
+
+
+@dataclass(eq=False)
+class View:
+    """One sample's valid part of an attention call.
+
+    Attributes:
+        query: (query heads, rows, head dim); key, value: (key heads, keys, head dim), in the model's precision.
+        scaling: factor on query . key.
+        queries, keys: what they are, (rows,) and (key sets, keys).
+        sight: which keys the rows may attend to.
+        sinks: (query heads,) learned logits that take part in the softmax and stand for no key, or None.
+        softcap: logits are `softcap * tanh(logits / softcap)`, None for no cap.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    queries: Tokens
+    keys: Tokens
+    sight: Sight
+    sinks: Tensor | None = None
+    softcap: float | None = None
+
+    @property
+    def groups(self) -> int:
+        """Query heads per key/value head."""
+        return self.query.shape[0] // self.key.shape[0]
+
+
+@dataclass(eq=False)
+class Part:
+    """Which rows and keys of a call belong to one sample, what they are, and what the rows may see."""
+
+    rows: slice
+    columns: slice
+    queries: Tokens
+    keys: Tokens
+    sight: Sight
+
+
+def view(call: AttentionCall, tokens: Tokens, sample: int, parts: dict[tuple[int, ...], Part | None]) -> View | None:
+    """Cut a call to one sample; None if none of its rows is a real token.
+
+    Args:
+        tokens: all tokens of the sample so far, (length,), padding included.
+        parts: those of this pass by mask and size, filled on the way: layers with the same mask share them.
+    """
+    name = (id(call.mask), sample, call.query.shape[2], call.key.shape[2])
+    if call.key_positions is not None or call.forward.rows is not None:
+        part = _part(call, tokens, sample)
+    else:
+        part = parts[name] if name in parts else parts.setdefault(name, _part(call, tokens, sample))
+    if part is None:
+        return None
+    return View(
+        call.query[sample, :, part.rows],
+        call.key[sample, :, part.columns],
+        call.value[sample, :, part.columns],
+        call.scaling,
+        part.queries,
+        part.keys,
+        part.sight,
+        call.options.get("s_aux"),
+        call.options.get("softcap"),
+    )
+
+
+def _part(call: AttentionCall, tokens: Tokens, sample: int) -> Part | None:
+    queries, keys = tokens.at(_query_positions(call, sample)), tokens.at(_key_positions(call, sample))
+    rows, columns = valid_part(queries.rank >= 0), valid_part((keys.rank >= 0).any(0))
+    if rows.start == rows.stop:
+        return None
+    queries, keys = queries.map(lambda t: t[rows]), keys.map(lambda t: t[:, columns])
+    held = keys.rank >= 0
+    if len(held) > 1:
+        held = held.repeat_interleave(call.query.shape[1] // len(held), 0)
+    return Part(rows, columns, queries, keys, sight(call, sample, rows, columns, held))
+
+
+def _query_positions(call: AttentionCall, sample: int) -> Tensor:
+    if call.forward.rows is not None:
+        return call.forward.rows[sample]
+    return torch.arange(call.forward.start, call.forward.start + call.query.shape[2], device=call.query.device)
+
+
+def _key_positions(call: AttentionCall, sample: int) -> Tensor:
+    """(1 or key heads, keys); slots behind the last token of the sequence (of a static cache) are empty."""
+    positions = call.key_positions
+    if positions is None:
+        slots = torch.arange(call.key.shape[2], device=call.key.device)
+        return slots.masked_fill(slots >= call.forward.start + call.forward.tokens, -1)[None]
+    return positions[None] if positions.dim() == 1 else positions[sample].reshape(-1, positions.shape[-1])
+
+
+def valid_part(valid: Tensor) -> slice:
+    """From the first to the last true place of (n,) bool; empty if there is none."""
+    at = valid.nonzero()
+    return slice(int(at[0]), int(at[-1]) + 1) if len(at) else slice(0, 0)
