@@ -1,25 +1,31 @@
 """Record a model while it answers a list of questions.
 
 Between `record`, which knows nothing about prompts, and the command line, which knows nothing about models. Every
-sample of the recording carries what it was: prompt, answer, and the truth where the question came with it.
+sample of the recording carries what a report wants to know about it (`facts_of`), so that one file is enough to draw
+every figure again: the words of the answer, the truth where it is known, and the picture, as the seed it is drawn from
+or as a thumbnail.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from avl_analysis.errors import InputError
+from avl_analysis.figures.pictures import data_uri
+from avl_analysis.generation import end_tokens
+from avl_analysis.images import open_image
 from avl_analysis.models import VLM
 from avl_analysis.recorder import record
 from avl_analysis.recording import Recording
 from avl_analysis.samples import Sample
 
 OnToken = Callable[[int, int], None]
-"""Called after every token with (number of the sample, new tokens so far), to show progress."""
+"""Called after every token with (samples done before this batch, new tokens of this batch so far)."""
 
 
 def record_samples(
@@ -28,60 +34,74 @@ def record_samples(
     *,
     system: str | None = None,
     max_new_tokens: int = 64,
+    batch_size: int = 1,
     generate: Mapping[str, Any] | None = None,
     on_token: OnToken | None = None,
     **options: Any,
 ) -> Recording:
-    """Record the model while it answers each question, one after the other.
+    """Record the model while it answers each question.
 
     Args:
         vlm: a loaded model.
-        samples: the questions; sample i of the recording is `samples[i]`, and its facts hold id, prompt, answer, and
-            task, answers that count as right, regions and meta where known.
+        samples: the questions; sample i of the recording is `samples[i]`, with the facts of `facts_of`.
         system: system prompt of all of them.
         max_new_tokens: longest answer, in tokens.
+        batch_size: questions per pass.
         generate: further arguments of `model.generate`; greedy by default.
-        on_token: see `OnToken`.
+        on_token: see `OnToken`, for showing progress.
         options: passed on to `record`.
 
     Raises:
-        InputError: pictures or prompts that cannot be used, layers or heads out of range.
+        InputError: pictures or prompts that cannot be used, layers or heads out of range, a batch size below 1.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: at least one question must go into a pass")
     arguments = {"do_sample": False, "max_new_tokens": max_new_tokens, **(generate or {})}
     with record(vlm.model, **options) as recording:
-        for index, sample in enumerate(samples):
-            inputs = vlm.prepare(list(sample.images), sample.prompt, system=system)
+        for start in range(0, len(samples), batch_size):
+            chosen = samples[start : start + batch_size]
+            images = [list(sample.images) for sample in chosen]
+            inputs = vlm.prepare(images, [sample.prompt for sample in chosen], system=system)
             length = inputs["input_ids"].shape[1]
-            watch = [_Watch(index, length, on_token)] if on_token else []
-            out = vlm.model.generate(**inputs, stopping_criteria=StoppingCriteriaList(watch), **arguments)
-            answer = vlm.processor.batch_decode(out[:, length:], skip_special_tokens=True)[0].strip()
-            recording.annotate(index, answer=answer, **facts_of(sample))
+            watch = StoppingCriteriaList([_Watch(start, length, on_token)] if on_token else [])
+            out = vlm.model.generate(**inputs, stopping_criteria=watch, **arguments)
+            for row, sample in enumerate(chosen):
+                recording.annotate(start + row, **facts_of(vlm, sample, out[row, length:].tolist()))
     recording.attrs |= {"model": vlm.name, "model_revision": vlm.revision or ""}
     return recording
 
 
-def facts_of(sample: Sample) -> dict[str, Any]:
-    """What is known of a sample, as `Recording.annotate` takes it; files by path, pictures in memory not at all."""
-    facts: dict[str, Any] = {"id": sample.id, "prompt": sample.prompt}
-    if files := [str(image) for image in sample.images if isinstance(image, (str, Path))]:
-        facts["images"] = files
-    if sample.answers is not None:
-        facts["answers"] = list(sample.answers)
-    if sample.task:
-        facts["task"] = sample.task
-    if sample.regions:
-        facts["regions"] = [list(box) for box in sample.regions]
-    if sample.meta:
-        facts["meta"] = dict(sample.meta)
-    return facts
+def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
+    """What to remember about a sample and the answer it got, as `Recording.annotate` takes it.
+
+    prompt, answer, words (text of each token of the answer); where known task, truth (all right answers in `answers`),
+    boxes; and scene (seed, index, task of a drawn picture) or picture (a thumbnail, for samples with one picture).
+    """
+    tokenizer = vlm.processor.tokenizer
+    ends = {*end_tokens(vlm.model), tokenizer.eos_token_id}
+    answer = [*tokens[: next((at for at, token in enumerate(tokens) if token in ends), len(tokens))]]
+    facts: dict[str, Any] = {
+        "id": sample.id,
+        "task": sample.task,
+        "prompt": sample.prompt,
+        "answer": tokenizer.decode(answer, skip_special_tokens=True).strip(),
+        "words": [tokenizer.decode([token]) for token in answer],
+        "truth": sample.answers[0] if sample.answers else "",
+        "answers": list(sample.answers or ()),
+        "boxes": [list(box) for box in sample.regions],
+        **(sample.meta or {}),
+    }
+    if "scene" not in facts and len(sample.images) == 1:
+        facts["picture"] = data_uri(np.asarray(open_image(sample.images[0])))
+    return {name: value for name, value in facts.items() if value not in ("", [])}
 
 
 class _Watch(StoppingCriteria):
     """Never stops anything; unlike a streamer, `generate` allows it for batches too."""
 
-    def __init__(self, index: int, prompt: int, on_token: OnToken) -> None:
-        self.index, self.prompt, self.on_token = index, prompt, on_token
+    def __init__(self, done: int, prompt: int, on_token: OnToken) -> None:
+        self.done, self.prompt, self.on_token = done, prompt, on_token
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.on_token(self.index, input_ids.shape[1] - self.prompt)
+        self.on_token(self.done, input_ids.shape[1] - self.prompt)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -11,6 +11,7 @@ from avl_analysis.cli import main
 from avl_analysis.cli_record import parse_numbers
 from avl_analysis.errors import InputError
 from avl_analysis.recording import load_recording
+from avl_analysis.scenes import generate
 from tests import tiny
 
 
@@ -110,7 +111,7 @@ def test_record_asks_a_saved_model_about_a_picture_and_saves_what_it_attended(
     assert recording["modality_mass"].sizes["step"] == 4
     facts = recording.facts(0)
     assert facts["prompt"] == "what is this?"
-    assert facts["images"] == [str(picture)]
+    assert facts["picture"].startswith("data:image/png;base64,")
     assert facts["answer"] in capsys.readouterr().out
     assert recording.attrs["model"] == str(folder)
     assert recording.attrs["model_revision"].startswith("sha256:")
@@ -121,8 +122,9 @@ def test_record_about_drawn_scenes_keeps_their_truth(recorded: Path) -> None:
     assert len(recording) == 3
     for index in range(3):
         facts = recording.facts(index)
-        assert facts["answers"]
-        assert facts["meta"]["scene"]["seed"] == 0
+        truth = generate(**facts["scene"])
+        assert (facts["prompt"], facts["truth"]) == (truth.prompt, truth.answer)
+        assert "picture" not in facts
 
 
 def test_record_replaces_a_file_only_when_told_to(
