@@ -1,0 +1,148 @@
+"""What a visitor is looking at, mirrored in the address of the page, so that a view can be linked.
+
+Every choice worth sharing is a `Field`: a key of Streamlit's session state that starts from the address, survives while
+its widget is not on the page, and is written back when it differs from the default. What is in the address was typed by
+anybody, so values that do not parse are ignored.
+
+Not in the address: uploaded pictures, files and results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import streamlit as st
+
+Value = TypeVar("Value")
+ALL = "all"
+"""Choice of a layer or head that means the mean over them."""
+MOST_TEXT = 2000
+"""Characters of a question that are taken from an address or a text field."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One shared choice: its default and how it is read from text (None if the text makes no sense)."""
+
+    default: Any
+    read: Callable[[str], Any]
+
+
+def _number(low: float, high: float, kind: type = int) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            return None
+        return value if low <= value <= high else None
+
+    return read
+
+
+def _one_of(*words: str) -> Callable[[str], str | None]:
+    return lambda text: text if text in words else None
+
+
+def _text(text: str) -> str:
+    return text[:MOST_TEXT]
+
+
+def _index(text: str) -> str | None:
+    return text if text == ALL or (text.isdecimal() and len(text) < 5) else None
+
+
+def _flag(text: str) -> bool:
+    return text == "1"
+
+
+VIEWS = ("ask", "heads", "patterns", "live", "benchmark", "report")
+SOURCES = ("example", "upload", "webcam")
+
+FIELDS: dict[str, Field] = {
+    "view": Field("ask", _one_of(*VIEWS)),
+    "model": Field("", _text),
+    "source": Field("example", _one_of(*SOURCES)),
+    "scene": Field(0, _number(0, 999)),
+    "task": Field("caption", _text),
+    "prompt": Field("Describe the image.", _text),
+    "longest": Field(64, _number(1, 4096)),
+    "token": Field(-1, _number(-1, 4096)),
+    "layer": Field(ALL, _index),
+    "head": Field(ALL, _index),
+    "opacity": Field(0.9, _number(0.0, 1.0, float)),
+    "measure": Field("", _text),
+    "other": Field("", _text),
+    "secondary": Field(0.5, _number(0.01, 1.0, float)),
+    "core": Field(0.3, _number(0.01, 1.0, float)),
+    "refresh": Field(3, _number(0, 64)),
+    "text": Field(0.7, _number(0.01, 1.0, float)),
+    "prefill": Field(1.0, _number(0.01, 1.0, float)),
+    "use_core": Field(True, _flag),
+    "use_text": Field(True, _flag),
+    "preset": Field("paper", _text),
+    "rivals": Field("", _text),
+    "budget": Field(0.5, _number(0.02, 1.0, float)),
+    "live_layer": Field("", _text),
+    "step": Field(0, _number(0, 4096)),
+}
+"""Every choice in the address: its name there is the key of the session state."""
+
+
+def begin() -> None:
+    """Take the choices from the address on the first run, and keep those whose widgets are not on this page."""
+    for name, field in FIELDS.items():
+        if name not in st.session_state:
+            text = st.query_params.get(name)
+            value = None if text is None else field.read(text)
+            st.session_state[name] = field.default if value is None else value
+        else:
+            st.session_state[name] = st.session_state[name]  # otherwise dropped with its widget
+
+
+def finish() -> None:
+    """Write the choices that differ from their defaults into the address."""
+    wanted = {
+        name: _written(st.session_state[name])
+        for name, field in FIELDS.items()
+        if st.session_state.get(name, field.default) not in (field.default, None)
+    }
+    if dict(st.query_params.items()) != wanted:
+        st.query_params.from_dict(wanted)
+
+
+def get(name: str) -> Any:
+    """The present value of a choice."""
+    return st.session_state[name]
+
+
+def put(name: str, value: Any) -> None:
+    """Change a choice; before its widget is drawn, or in a callback."""
+    st.session_state[name] = value
+
+
+def within(name: str, options: Sequence[Value], fallback: Value) -> Value:
+    """The present value if it is among the options now possible, else `fallback`, which becomes the value."""
+    if st.session_state.get(name) not in options:
+        st.session_state[name] = fallback
+    value: Value = st.session_state[name]
+    return value
+
+
+def indices(count: int | Iterable[int]) -> list[str]:
+    """Options for a layer or a head: the mean over all, then each."""
+    numbers = range(count) if isinstance(count, int) else count
+    return [ALL, *(str(number) for number in numbers)]
+
+
+def chosen(name: str) -> int | None:
+    """Layer or head as a number, None for all."""
+    value = st.session_state[name]
+    return None if value == ALL else int(value)
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return "1" if value else "0"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,52 @@
+"""Draws token strips as HTML: text that wraps, each token shaded by its value.
+
+Every text is escaped; tags, attributes and colours are this module's own. The value stands in each token's tooltip and,
+for screen readers, in its label. Shade is one hue whose opacity is the value, so it reads in grey and on black alike;
+what is large is underlined too.
+"""
+
+from __future__ import annotations
+
+from html import escape
+
+import numpy as np
+
+from avl_analysis.figures import palette
+from avl_analysis.figures.strip import Span, Strip
+
+_BOX = "border-radius:4px;padding:1px 2px;margin:0 1px;white-space:pre-wrap;"
+_SPECIAL = {"\n": "↵", "\t": "⇥", " ": "␣", "": "∅"}
+"""What stands for a token that would not be seen."""
+
+
+def draw(strip: Strip, *, dark: bool = False) -> str:
+    """The strip as one HTML block."""
+    theme = palette.DARK if dark else palette.LIGHT
+    parts = [_span(strip, span, dark) for span in strip.spans]
+    style = f"font-size:0.95rem;line-height:1.9;color:{theme.ink};overflow-wrap:anywhere"
+    return f'<div style="{style}">{"".join(parts)}</div>'
+
+
+def _span(strip: Strip, span: Span, dark: bool) -> str:
+    theme = palette.DARK if dark else palette.LIGHT
+    name = f'<span style="color:{theme.muted};font-size:0.8rem;margin-right:6px">{escape(span.name)}</span>'
+    words = "".join(_token(strip, at, dark) for at in range(span.first, span.last))
+    return f'<div style="margin-bottom:2px">{name}{words}</div>'
+
+
+def _token(strip: Strip, at: int, dark: bool) -> str:
+    theme = palette.DARK if dark else palette.LIGHT
+    value, text = float(strip.values[at]), strip.tokens[at]
+    low, high = strip.value.limits or (0.0, float(np.nanmax(strip.values, initial=0.0)) or 1.0)
+    known = np.isfinite(value)
+    share = float(np.clip((value - low) / (high - low), 0, 1)) if known else 0.0
+    style = _BOX + f"background:{palette.translucent(palette.style(strip.slot).colour(dark), 0.75 * share)};"
+    if share > 0.5:
+        style += f"text-decoration:underline;text-decoration-color:{theme.ink};"
+    if at == strip.marked:
+        style += f"outline:2px solid {theme.ink};"
+    if not known:
+        style += "opacity:0.45;"
+    said = f"{strip.value.label}: {value:.4f}" if known else "not read"
+    shown = _SPECIAL.get(text) or escape(text.strip() or "␣").replace("\n", "↵")
+    return f'<span title="{escape(said, quote=True)}" style="{style}">{shown}</span> '

@@ -1,0 +1,121 @@
+"""Figures about one token of one answer: the picture, the text and the head that was looking.
+
+Plain arrays in, specs out. Attention is a share of the whole row's attention everywhere here (rows add up to 1 over
+system, image and text), so numbers of picture and text can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avl_analysis.figures.spec import Array, Axis, Bar, Bars, Box, Heat, Line, Lines, Overlay
+from avl_analysis.figures.strip import Span, Strip
+
+ATTENTION = Axis("attention", "share of the row")
+LAYER = Axis("layer", "index")
+HEAD = Axis("head", "index")
+STEP = Axis("answer token", "index")
+STATES = ("minor: dropped", "secondary: held", "core: held and read")
+"""Names of `avl.State` 0, 1, 2, in the palette's class colours."""
+
+
+def token_overlay(
+    picture: NDArray[np.uint8],
+    patches: Array,
+    *,
+    boxes: tuple[Box, ...] = (),
+    title: str = "",
+    top: float | None = None,
+) -> Overlay:
+    """Attention of one token on the patches of a picture; `top` is the value drawn at full strength (default: the
+    largest)."""
+    largest = float(np.nanmax(patches, initial=0.0))
+    axis = Axis(ATTENTION.label, ATTENTION.unit, (0.0, max(top or largest, 1e-6)))
+    return Overlay(picture, axis, patches, boxes=boxes, title=title)
+
+
+def plain_picture(picture: NDArray[np.uint8], boxes: tuple[Box, ...] = ()) -> Overlay:
+    """The picture as it is."""
+    return Overlay(picture, ATTENTION, boxes=boxes)
+
+
+def token_strip(
+    tokens: Sequence[str], values: Array, modality: NDArray[np.int8], prompt: int, marked: int | None = None
+) -> Strip:
+    """Attention of one token on the words before it, the pictures left out.
+
+    Args:
+        modality: (positions,) 0 system, 1 image, 2 text.
+        prompt: number of prompt positions; what follows is the answer.
+        marked: position of the token that was being produced.
+    """
+    kept = np.flatnonzero(modality != 1)
+    text = tuple(tokens[i] for i in kept)
+    shown = np.asarray(values, dtype=float)[kept]
+    system, question = int((modality[kept] == 0).sum()), int((kept < prompt).sum())
+    spans = (Span("system", 0, system), Span("question", system, question), Span("answer", question, len(text)))
+    place = np.flatnonzero(kept == marked)
+    largest = float(np.nanmax(shown, initial=0.0))
+    axis = Axis(ATTENTION.label, ATTENTION.unit, (0.0, max(largest, 1e-6)))
+    return Strip(
+        text,
+        shown,
+        axis,
+        tuple(span for span in spans if span.first < span.last),
+        int(place[0]) if place.size else None,
+    )
+
+
+def mass_by_layer(layers: Sequence[int], mass: Mapping[str, Sequence[float]]) -> Lines:
+    """How one token divides its attention between system, image and text, layer by layer."""
+    lines = tuple(
+        Line(name, np.array(layers), np.array(mass[name]), slot=slot)
+        for slot, name in enumerate(("system", "image", "text"))
+    )
+    return Lines(LAYER, Axis("attention", "share of the row", (0.0, 1.0)), lines, title="by layer")
+
+
+def mass_by_token(words: Sequence[str], mass: Mapping[str, Sequence[float]], chosen: int | None = None) -> Bars:
+    """Attention on the picture and on text for every answer token."""
+    names = tuple(f"{i} {word.strip() or '␣'}" for i, word in enumerate(words))
+    bars = tuple(Bar(name, np.array(mass[name]), slot=slot) for slot, name in ((1, "image"), (2, "text")))
+    title = "" if chosen is None else f"token {chosen} is chosen"
+    return Bars(STEP, Axis("attention", "share of the row", (0.0, 1.0)), names, bars, title=title)
+
+
+def evolution(name: str, values: Mapping[str, Array], axis: Axis, title: str = "") -> Lines:
+    """Curves over answer tokens; NaN where nothing was measured."""
+    lines = tuple(
+        Line(key, np.arange(len(series)), np.asarray(series, dtype=float), slot=slot)
+        for slot, (key, series) in enumerate(values.items(), start=1)
+    )
+    return Lines(STEP, axis, lines, title=title or name)
+
+
+def age_profile(ages: Array, weights: Mapping[str, Array], title: str = "") -> Lines:
+    """Mean attention on a text token by how many tokens ago it was."""
+    lines = tuple(
+        Line(name, np.asarray(ages, dtype=float), np.asarray(series, dtype=float), slot=slot)
+        for slot, (name, series) in enumerate(weights.items(), start=2)
+    )
+    return Lines(
+        Axis("age of the text token", "tokens"), Axis("mean attention", "share of the row"), lines, title=title
+    )
+
+
+def head_map(values: Array, layers: Sequence[int], value: Axis, title: str = "") -> Heat:
+    """Layers x heads, layer 0 at the top."""
+    ticks = tuple((float(i), str(layer)) for i, layer in enumerate(layers))
+    return Heat(HEAD, Axis(LAYER.label, LAYER.unit, ticks=_thin(ticks)), value, values, title=title)
+
+
+def states_overlay(picture: NDArray[np.uint8], states: Array, title: str = "") -> Overlay:
+    """What a policy did with every patch: classes 0, 1, 2 of `STATES`; NaN where there is no token."""
+    return Overlay(picture, Axis("state", "class"), states, classes=STATES, title=title)
+
+
+def _thin(ticks: tuple[tuple[float, str], ...], most: int = 16) -> tuple[tuple[float, str], ...]:
+    return ticks[:: max(1, -(-len(ticks) // most))]
