@@ -155,8 +155,7 @@ def _check_target(out: Path, force: bool) -> None:
 
 def _samples(image: list[str], scenes: int, task: str | None, seed: int) -> list[Sample]:
     from avl_analysis.samples import Sample, scene_sample
-    from avl_analysis.scenes import TASKS
-    from avl_analysis.scenes import samples as draw
+    from avl_analysis.scenes import TASKS, generate
 
     if scenes < 0 or seed < 0:
         raise InputError(f"--scenes {scenes} and --seed {seed}: both must be 0 or more")
@@ -165,7 +164,8 @@ def _samples(image: list[str], scenes: int, task: str | None, seed: int) -> list
     if scenes:
         if image:
             raise InputError(f"--scenes brings its own pictures and questions; leave out {' '.join(image)!r}")
-        return [scene_sample(sample) for sample in draw(scenes, task, seed)]
+        kinds = (task,) if task else TASKS  # tasks take turns, so that any number covers them evenly
+        return [scene_sample(generate(seed, index, kinds[index % len(kinds)])) for index in range(scenes)]
     if task is not None:
         raise InputError("--task chooses questions about drawn scenes: add --scenes with how many")
     if not image:
