@@ -31,11 +31,27 @@ from avl_analysis.figures.draw_matplotlib import FORMATS
 from avl_analysis.figures.pictures import data_uri
 from avl_analysis.figures.spec import rows
 from avl_analysis.recording import Recording
-from reports import fig_localisation, fig_modality, fig_overlay
+from reports import (
+    fig_coverage,
+    fig_localisation,
+    fig_modality,
+    fig_overlay,
+    fig_ppci,
+    fig_sparsity,
+    fig_text_age,
+)
 from reports.run import NotMeasured, Run, Section
 from reports.script import write_figure
 
-FIGURES: tuple[ModuleType, ...] = (fig_modality, fig_overlay, fig_localisation)
+FIGURES: tuple[ModuleType, ...] = (
+    fig_modality,
+    fig_overlay,
+    fig_localisation,
+    fig_sparsity,
+    fig_coverage,
+    fig_text_age,
+    fig_ppci,
+)
 """Figure modules in the order of the report; each has `QUESTION` and `section(run)`."""
 SAMPLES_SHOWN = 24
 _CHART, _PICTURE, _ANIMATION = 360, 250, 470

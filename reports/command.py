@@ -20,9 +20,12 @@ from avl_analysis.errors import InputError
 
 if TYPE_CHECKING:
     from avl_analysis.recording import Recording
+    from avl_analysis.samples import Sample
 
 SAMPLES = 60
 """Scenes a report records unless told otherwise: five of each of the twelve tasks."""
+BATCH = 4
+MAX_NEW_TOKENS = 96
 
 
 def report(
@@ -68,15 +71,33 @@ def report(
 def _record(model: str, samples: int, seed: int, download: bool, console: Console) -> Recording:
     """Record the model answering drawn scenes, with a bar."""
     with console.status("loading the model"):
+        from avl_analysis.corpus import record_samples
         from avl_analysis.models import load_model
-        from reports.scenes_run import draw_samples, record_scenes
 
         vlm = load_model(model, allow_download=download)
+    asked = draw_samples(samples, seed)
     with _bar(console, "samples") as progress:
         task = progress.add_task("recording", total=samples)
-        return record_scenes(
-            vlm, draw_samples(samples, seed), progress=lambda done: progress.update(task, completed=done)
+        recorded = record_samples(
+            vlm,
+            asked,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=BATCH,
+            on_token=lambda done, _: progress.update(task, completed=done),
         )
+    recorded.attrs["data"] = f"{samples} drawn scenes of seed {seed}, all kinds of questions in turn"
+    return recorded
+
+
+def draw_samples(count: int, seed: int) -> list[Sample]:
+    """`count` held-out scenes with the tasks in turn, sorted by task: answers of one batch are then about as long."""
+    from avl_analysis.samples import scene_sample
+    from avl_analysis.scenes import TASKS, generate
+
+    drawn = [generate(seed, index, TASKS[index % len(TASKS)]) for index in range(count)]
+    return [
+        scene_sample(sample) for sample in sorted(drawn, key=lambda sample: (TASKS.index(sample.task), sample.index))
+    ]
 
 
 @contextmanager

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from avl_analysis.figures import Axis, Figure, Heat, Line, Lines
-from reports.estimates import Estimate, estimate, per_sample
+from avl_analysis.figures import Axis, Figure, Heat, Lines
+from reports.estimates import estimate, per_sample
 from reports.findings import Finding, Interval, judge
 from reports.run import Run, Section
 from reports.script import run_script
+from reports.shapes import LAYER, STEP, least, matrix, modality_curves, reached, share
 
 QUESTION = "How is attention divided between picture, text and system tokens?"
 RATIO = 2.0
@@ -17,20 +18,19 @@ RATIO = 2.0
 own."""
 PRESENT = 0.10
 """Share of attention below which the picture could as well be gone while decoding."""
-LAYER = Axis("layer", "index")
 
 
 def section(run: Run) -> Section:
     """The figure and what it says."""
     mass, efficiency = run.decode("modality_mass"), run.decode("efficiency")
-    by_layer = _lines(estimate(mass, ("layer", "key_modality")), "layer")
-    per_token = _lines(estimate(efficiency, ("layer", "key_modality")), "layer")
+    by_layer = modality_curves(estimate(mass, ("layer", "key_modality")), "layer")
+    per_token = modality_curves(estimate(efficiency, ("layer", "key_modality")), "layer")
     share_per_token = Axis("attention per token", "share", log=True)
     figure = Figure(
         "modality",
         "Attention by modality",
         (
-            Lines(LAYER, _share("attention mass"), by_layer, title="by layer, decode steps"),
+            Lines(LAYER, share("attention mass"), by_layer, title="by layer, decode steps"),
             _by_step(run),
             Lines(LAYER, share_per_token, per_token, title="per visible token, decode steps"),
             _by_layer_and_step(run),
@@ -66,42 +66,16 @@ def findings(mass: xr.DataArray, efficiency: xr.DataArray) -> tuple[Finding, ...
     )
 
 
-def least(run: Run) -> int:
-    """Samples a step must be reached by to be drawn."""
-    return max(2, min(10, run.n // 10))
-
-
-def _share(label: str) -> Axis:
-    return Axis(label, "share", (0.0, 1.0))
-
-
-def _lines(shares: Estimate, along: str) -> tuple[Line, ...]:
-    lines = []
-    for slot, name in enumerate(shares.value["key_modality"].values):
-        one = shares.at(key_modality=name)
-        x = one.value[along].values
-        lines.append(Line(str(name), x, one.value.values, one.low.values, one.high.values, slot=slot))
-    return tuple(lines)
-
-
 def _by_step(run: Run) -> Lines:
-    shares = estimate(run["modality_mass"], ("step", "key_modality"), least=least(run))
-    reached = np.flatnonzero(np.isfinite(shares.value).any("key_modality"))
-    cut = Estimate(*(a.isel(step=slice(0, reached[-1] + 1)) for a in (shares.value, shares.low, shares.high, shares.n)))
-    return Lines(
-        Axis("decode step", "tokens"), _share("attention mass"), _lines(cut, "step"), title="by step, all layers"
-    )
+    shares = reached(estimate(run["modality_mass"], ("step", "key_modality"), least=least(run)), "step")
+    return Lines(STEP, share("attention mass"), modality_curves(shares, "step"), title="by step, all layers")
 
 
 def _by_layer_and_step(run: Run) -> Heat:
-    image = estimate(run["modality_mass"].sel(key_modality="image"), ("layer", "step"), least=least(run))
-    reached = np.flatnonzero(np.isfinite(image.value).any("layer"))
-    cut = slice(0, reached[-1] + 1)
-    values, low, high = (a.isel(step=cut).values for a in (image.value, image.low, image.high))
-    value = Axis("attention mass on the picture", "share", (0.0, 1.0))
-    return Heat(
-        Axis("decode step", "tokens"), LAYER, value, values, low, high, title="on the picture, by layer and step"
-    )
+    mass = run["modality_mass"].sel(key_modality="image")
+    image = reached(estimate(mass, ("layer", "step"), least=least(run)), "step")
+    value = share("attention mass on the picture")
+    return matrix(image, "layer", "step", STEP, LAYER, value, "on the picture, by layer and step")
 
 
 if __name__ == "__main__":

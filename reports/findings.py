@@ -76,3 +76,11 @@ def judge(interval: Interval, side: Literal["at least", "at most"], threshold: f
     if low >= 0:
         return Verdict.SUPPORTED
     return Verdict.NOT_SUPPORTED if high < 0 else Verdict.UNDECIDED
+
+
+def judge_within(interval: Interval, bound: float) -> Verdict:
+    """Verdict on "the number lies between -bound and bound"."""
+    below, above = judge(interval, "at most", bound), judge(interval, "at least", -bound)
+    if Verdict.NOT_SUPPORTED in (below, above):
+        return Verdict.NOT_SUPPORTED
+    return Verdict.SUPPORTED if below is above is Verdict.SUPPORTED else Verdict.UNDECIDED
