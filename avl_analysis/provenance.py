@@ -14,10 +14,11 @@ import transformers
 import xarray as xr
 from torch import nn
 
+from avl.families import Family
 from avl_analysis.statistics import Statistic
 
 
-def provenance(model: nn.Module, statistics: Sequence[Statistic]) -> dict[str, str]:
+def provenance(model: nn.Module, family: Family, statistics: Sequence[Statistic]) -> dict[str, str]:
     """Attributes of a recording of `model` made now."""
     config: Any = getattr(model, "config", None)
     parameters = next(model.parameters(), None)
@@ -29,6 +30,9 @@ def provenance(model: nn.Module, statistics: Sequence[Statistic]) -> dict[str, s
         "attention_backend": str(
             getattr(config.get_text_config(decoder=True), "_attn_implementation", "")
         ).removeprefix("avl_"),
+        "query_heads": str(family.query_heads),
+        "key_heads": str(family.key_heads),
+        "layers": str(family.layers),
         "dtype": str(parameters.dtype).removeprefix("torch.") if parameters is not None else "",
         "device": str(parameters.device) if parameters is not None else "",
         "statistics": " ".join(repr(statistic) for statistic in statistics),

@@ -26,6 +26,7 @@ from avl.seam import SeamError, Tap, attach
 from avl_analysis import schema
 from avl_analysis.errors import InputError
 from avl_analysis.provenance import provenance
+from avl_analysis.raw import Raw, raw
 from avl_analysis.recording import Recording
 from avl_analysis.reduce import LayerPass, Plan, StepRow, reduce_prompt, reduce_step, step_row
 from avl_analysis.rows import Tokens, sample_tokens
@@ -34,7 +35,7 @@ from avl_analysis.statistics import CacheStatistic, KeyStatistic, RowStatistic, 
 from avl_analysis.view import Part, View, view
 
 
-def plan(statistics: Sequence[Statistic], maps: bool) -> Plan:
+def plan(statistics: Sequence[Statistic], maps: bool, kept: Raw | None = None) -> Plan:
     """What the passes of a recording have to deliver."""
     keys = [s for s in statistics if isinstance(s, KeyStatistic)]
     return Plan(
@@ -43,6 +44,7 @@ def plan(statistics: Sequence[Statistic], maps: bool) -> Plan:
         received=bool(keys),
         ages=any(s.needs_ages for s in keys),
         scores=maps or any(isinstance(s, TrajectoryStatistic) for s in statistics),
+        raw=kept,
     )
 
 
@@ -53,9 +55,12 @@ class Recorder(Tap):
         statistics: what to compute.
         layers: decoder layers to watch, in the order they will have in the recording.
         heads: query heads per layer.
+        require_image: refuse prompts without a picture instead of leaving the image statistics undefined.
         stop: token ids that mark a finished row when fed in a decode step.
         maps: whether to keep the image-token scores of every step.
         first: number of the first sample; names are numbers of six digits.
+        kept: which raw weights to keep.
+        require_image: refuse prompts without a picture.
     """
 
     def __init__(
@@ -66,8 +71,11 @@ class Recorder(Tap):
         stop: frozenset[int] = frozenset(),
         maps: bool = True,
         first: int = 0,
+        kept: Raw | None = None,
+        require_image: bool = False,
     ) -> None:
-        self.statistics, self.plan = tuple(statistics), plan(statistics, maps)
+        self.statistics, self.plan = tuple(statistics), plan(statistics, maps, kept)
+        self.require_image, self._raw_bytes = require_image, 0
         self.layers = {layer: index for index, layer in enumerate(layers)}
         self.heads, self.stop, self.maps, self.first = heads, stop, maps, first
         self.closed: list[tuple[str, schema.Part]] = []
@@ -89,13 +97,32 @@ class Recorder(Tap):
     def begin(self, forward: Forward) -> None:
         if forward.kind == "prefill":
             self.close()
+            self._check_prompt(forward)
             _refuse_reordering(forward.cache)
         elif forward.kind == "extend" and bool((forward.layout.image[:, forward.start :] >= 0).any()):
             raise SeamError(
                 "a later turn brought a new picture, so the image tokens of this sample changed; record such a "
                 "conversation with its whole prompt in one prefill (all turns at once, with an empty cache)"
             )
+        self._count_raw(forward)
         self._begin_pass([sample_tokens(forward.layout, b) for b in range(forward.layout.batch)])
+
+    def _check_prompt(self, forward: Forward) -> None:
+        without = [b for b, count in enumerate(forward.layout.images()) if count == 0]
+        if self.require_image and without:
+            raise InputError(
+                f"row {without[0]} of the batch has no image tokens; put the image placeholder into the prompt (the "
+                "chat template does), or record with require_image=False"
+            )
+
+    def _count_raw(self, forward: Forward) -> None:
+        """Refuse raw slices that do not fit, before they are made."""
+        if self.plan.raw is None:
+            return
+        layers, length = len(self.layers), forward.start + forward.tokens
+        one = self.plan.raw.step_bytes if forward.kind == "decode" else self.plan.raw.bytes
+        self._raw_bytes += one(layers, length) * forward.layout.batch
+        self.plan.raw.check(self._raw_bytes, layers)
 
     def _begin_pass(self, tokens: list[Tokens]) -> None:
         self._tokens = tokens
@@ -187,7 +214,7 @@ def _refuse_reordering(cache: Any) -> None:
 def _check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
-    chosen = list(dict.fromkeys(int(layer) for layer in layers))
+    chosen = sorted({int(layer) for layer in layers})
     if not chosen or min(chosen) < 0 or max(chosen) >= count:
         raise InputError(f"layers {list(layers)} are out of range; this model has layers 0 to {count - 1}")
     return chosen
@@ -206,8 +233,13 @@ def record(
     model: nn.Module,
     *,
     statistics: Sequence[Statistic | str] | None = None,
+    keep: str | None = None,
     layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    queries: str | Sequence[int] | None = None,
+    limit: int | None = None,
     maps: bool = True,
+    require_image: bool = False,
     stop: Sequence[int] | None = None,
     first_sample: int = 0,
 ) -> Iterator[Recording]:
@@ -220,8 +252,14 @@ def record(
     Args:
         model: a loaded vision-language model (see `avl.families`).
         statistics: names or instances; None means all (`avl_analysis.statistics.ALL`).
+        keep: "attention" keeps raw weights as well, `recording["attention"]`; None keeps none.
         layers: decoder layers to record; None means all.
+        heads: query heads whose raw weights are kept; None means all. Statistics always see all heads.
+        queries: rows whose raw weights are kept: "all" (default), "prompt", "last", "decode", "steps" (the last of the
+            prompt and decode steps), or positions in the prompt counted without padding.
+        limit: bytes that raw weights may take together, default 4 GiB; more is refused before it is computed.
         maps: keep the image-token scores of every step (mean over heads), from which overlays are drawn.
+        require_image: refuse prompts without a picture instead of leaving the image statistics undefined.
         stop: token ids that mark a row as finished when fed in a decode step; None takes padding and end-of-sequence
             from the model's generation config.
         first_sample: number of the first sample; give every recording its own range if they will be merged.
@@ -230,7 +268,9 @@ def record(
         The recording. It can be read inside the block; after the block it is complete.
 
     Raises:
-        InputError: unknown statistic, layers out of range.
+        InputError: unknown statistic, layers or heads out of range, raw weights beyond the limit, no picture where
+        one is
+            required.
         ValueError: weights that are not numbers.
         avl.families.UnsupportedModelError: the model is not a vision-language decoder.
         avl.seam.SeamError: a recorder is on this model already, or its cache cannot be followed (beam search).
@@ -239,10 +279,15 @@ def record(
     family = describe(model)
     numbers = _check_layers(layers, family.layers)
     stops = stop_tokens(model) if stop is None else frozenset(int(token) for token in stop)
-    recorder = Recorder(chosen, numbers, family.query_heads, stops, maps, first_sample)
-    labels = {"layer": numbers, "head": list(range(family.query_heads))}
+    if keep not in (None, "attention"):
+        raise InputError(f"keep={keep!r} is not possible; keep='attention' keeps raw weights, None only statistics")
+    if keep is None and (heads is not None or queries is not None):
+        raise InputError("heads and queries choose raw weights, which are kept with keep='attention' only")
+    kept = raw(heads, queries, family.query_heads, limit) if keep else None
+    recorder = Recorder(chosen, numbers, family.query_heads, stops, maps, first_sample, kept, require_image)
+    labels = schema.layer_labels(numbers, family.query_heads, family.key_heads)
     seam = attach(model, recorder, "observer")
-    recording = Recording.live(recorder.parts, labels, provenance(model, chosen))
+    recording = Recording.live(recorder.parts, labels, provenance(model, family, chosen))
     try:
         yield recording
     finally:

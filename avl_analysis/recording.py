@@ -97,7 +97,8 @@ class Recording:
     @property
     def dataset(self) -> xr.Dataset:
         """All statistics, per sample."""
-        return xr.Dataset({name: self[name] for name in self.names if name not in self.data["maps"]}, attrs=self.attrs)
+        arrays = [self[name].to_dataset(name=name) for name in self.names if name not in self.data["maps"]]
+        return xr.merge(arrays, join="exact", compat="equals", combine_attrs="drop").assign_attrs(self.attrs)
 
     @property
     def tokens(self) -> xr.Dataset:

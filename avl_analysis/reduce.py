@@ -18,6 +18,7 @@ from torch import Tensor
 
 from avl.tokens import Modality
 from avl_analysis.ages import AGE_STARTS, by_age
+from avl_analysis.raw import Raw
 from avl_analysis.rows import KINDS, Rows, Tokens, key_columns
 from avl_analysis.statistics.base import CacheStatistic, RowStatistic, SumStatistic, WeightStatistic
 from avl_analysis.view import View, valid_part
@@ -36,6 +37,7 @@ class Plan:
         cache: statistics of keys and values.
         received: whether the attention received per key is wanted; `ages`: that by age of text keys.
         scores: whether the scores of image tokens are wanted.
+        raw: which weights are kept as they are, None for none.
     """
 
     rows: tuple[RowStatistic, ...] = ()
@@ -43,6 +45,7 @@ class Plan:
     received: bool = False
     ages: bool = False
     scores: bool = False
+    raw: Raw | None = None
 
     @cached_property
     def sums(self) -> tuple[SumStatistic, ...]:
@@ -90,6 +93,8 @@ class LayerPass:
         ages: (heads, ages) float64 attention of text rows on text keys by age.
         pairs: (1 or heads, ages) how many weights that sums.
         cache: statistic -> (key heads, ...).
+        raw: (kept heads, kept rows, keys) weights; raw_visible: (1 or kept heads, kept rows, keys) bool; raw_rows:
+            ranks of these rows.
     """
 
     keys: Tokens
@@ -102,6 +107,9 @@ class LayerPass:
     ages: Tensor | None = None
     pairs: Tensor | None = None
     cache: dict[str, Tensor] = field(default_factory=dict)
+    raw: Tensor | None = None
+    raw_visible: Tensor | None = None
+    raw_rows: Tensor | None = None
 
 
 # -- prompts -----
@@ -120,6 +128,7 @@ class _Prompt:
         value_columns: (key heads, 3, keys) kinds x value norm, or None.
         counts: (1 or heads, rows, 3).
         text_rows, text_keys: from the first to the last of them.
+        raw_rows: rows whose weights are kept as they are.
     """
 
     modality: Tensor
@@ -131,6 +140,7 @@ class _Prompt:
     counts: Tensor
     text_rows: slice
     text_keys: slice
+    raw_rows: Tensor
 
 
 def _prompt(view: View, plan: Plan, value_norm: Tensor | None) -> _Prompt:
@@ -138,8 +148,7 @@ def _prompt(view: View, plan: Plan, value_norm: Tensor | None) -> _Prompt:
     chosen = torch.zeros_like(modality)
     for code in range(3):
         at = modality[code].nonzero().flatten()
-        pick = torch.linspace(0, len(at) - 1, min(len(at), ROWS_PER_MODALITY), device=at.device).round().long()
-        chosen[code, at[pick]] = 1.0
+        chosen[code, at[evenly_spaced(len(at), ROWS_PER_MODALITY).to(at.device)]] = 1.0
     wanted = chosen.any(0) & bool(plan.weights)
     wanted[-1] = True
     picked = wanted.nonzero().flatten()
@@ -155,7 +164,14 @@ def _prompt(view: View, plan: Plan, value_norm: Tensor | None) -> _Prompt:
         view.sight.keys_per_row(kinds),
         valid_part(view.queries.modality == Modality.TEXT),
         valid_part((view.keys.modality == Modality.TEXT).any(0)),
+        picked[:0] if plan.raw is None else plan.raw.prompt_rows(view.queries.rank, produces=True),
     )
+
+
+def evenly_spaced(count: int, most: int) -> Tensor:
+    """Indices of at most `most` of `count` things, the first and the last among them."""
+    wanted = min(count, most)
+    return torch.arange(wanted) * (count - 1) // max(1, wanted - 1)
 
 
 def reduce_prompt(view: View, plan: Plan, value_norm: Tensor | None = None) -> LayerPass:
@@ -170,7 +186,7 @@ def reduce_prompt(view: View, plan: Plan, value_norm: Tensor | None = None) -> L
     prompt = _prompt(view, plan, value_norm)
     parts = [_reduce_heads(view, plan, prompt, heads, blocks) for heads, blocks in weight_blocks(view)]
     joined = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
-    sums, counts, step, last, received, ages = joined
+    sums, counts, step, last, received, ages, raw = joined
     assert step is not None
     assert last is not None
     result = LayerPass(view.keys, step, last, sums, counts, received, ages=ages)
@@ -178,6 +194,10 @@ def reduce_prompt(view: View, plan: Plan, value_norm: Tensor | None = None) -> L
         result.queries = view.sight.rows_per_key(prompt.groups)
     if ages is not None:
         result.pairs = _pairs(view, prompt.text_rows, prompt.text_keys)
+    if raw is not None and plan.raw is not None:
+        visible = view.sight.visible[:, prompt.raw_rows]
+        result.raw, result.raw_rows = raw, view.queries.rank[prompt.raw_rows]
+        result.raw_visible = visible if len(visible) == 1 else visible[list(plan.raw.heads)]
     for statistic in plan.cache:
         result.cache[statistic.name] = statistic.value(view.key.float(), view.value.float(), view.keys)
     return result
@@ -186,7 +206,7 @@ def reduce_prompt(view: View, plan: Plan, value_norm: Tensor | None = None) -> L
 def _reduce_heads(
     view: View, plan: Plan, prompt: _Prompt, heads: slice, blocks: Iterator[Block]
 ) -> tuple[Tensor | None, ...]:
-    """Sums, counts, step values, last row's weights, attention received and by age, of a few heads."""
+    """Sums, counts, step values, last row's weights, attention received and by age, raw weights, of a few heads."""
     tally = _Tally(view, plan, prompt, heads)
     for block in blocks:
         tally.add(*block)
@@ -200,7 +220,7 @@ def _reduce_heads(
     grouped = _grouped(both[0], prompt.modality), _grouped(both[1], prompt.sampled)
     totals, counted = (torch.cat(parts, -1) for parts in zip(*grouped, strict=True))
     step = torch.cat([values[:, -1] for values in both], -1)
-    return totals, counted, step, tally.picked[:, -1], tally.received, tally.ages
+    return totals, counted, step, tally.picked[:, -1], tally.received, tally.ages, tally.raw
 
 
 class _Tally:
@@ -220,6 +240,11 @@ class _Tally:
         self.picked = new(number, len(prompt.picked), keys, dtype=torch.float32)
         self.received = new(number, 2, keys, dtype=torch.float32) if plan.received else None
         self.ages = torch.zeros(number, len(AGE_STARTS), dtype=torch.float64) if plan.ages else None
+        self.raw: Tensor | None = None
+        if plan.raw is not None:
+            self._kept = [head - heads.start for head in plan.raw.heads if heads.start <= head < heads.stop]
+            self.raw = new(len(self._kept), len(prompt.raw_rows), keys, dtype=torch.float32)
+            self._raw_places = prompt.raw_rows.tolist()
         self._places = prompt.picked.tolist()
         self._scratch = new(0, dtype=torch.float32)
 
@@ -236,6 +261,9 @@ class _Tally:
             self.received[:, :, span] += self.prompt.groups[:, rows] @ weights
         if self.ages is not None:
             self._add_ages(rows, span, weights)
+        if self.raw is not None and self._kept:
+            low, high = bisect_left(self._raw_places, rows.start), bisect_left(self._raw_places, rows.stop)
+            self.raw[:, low:high, span] = weights[self._kept][:, self.prompt.raw_rows[low:high] - rows.start]
 
     def _count_above(self, weights: Tensor, threshold: float) -> Tensor:
         if self._scratch.numel() < weights.numel():
@@ -327,18 +355,19 @@ def reduce_step(rows: Sequence[StepRow], plan: Plan) -> list[LayerPass]:
         ages = by_age(text_only(weights, first.queries, keys), first.queries.rank, keys.rank).unflatten(0, (layers, -1))
         pairs = by_age(text_only(visible.float(), first.queries, keys), first.queries.rank, keys.rank)
         pairs = pairs.expand(max(len(pairs), layers), -1).unflatten(0, (layers, -1))
-    return [
-        LayerPass(
-            row.keys,
-            step.unflatten(0, (layers, -1))[i],
-            row.weights[:, 0],
-            received=row.weights if plan.received else None,
-            queries=row.visible.float() if plan.received else None,
-            ages=None if ages is None else ages[i],
-            pairs=None if pairs is None else pairs[i],
-        )
-        for i, row in enumerate(rows)
-    ]
+    results = []
+    for i, row in enumerate(rows):
+        one = LayerPass(row.keys, step.unflatten(0, (layers, -1))[i], row.weights[:, 0])
+        if plan.received:
+            one.received, one.queries = row.weights, row.visible.float()
+        if ages is not None and pairs is not None:
+            one.ages, one.pairs = ages[i], pairs[i]
+        if plan.raw is not None and plan.raw.decode_rows:
+            kept = list(plan.raw.heads)
+            one.raw, one.raw_rows = row.weights[kept], row.queries.rank
+            one.raw_visible = row.visible if len(row.visible) == 1 else row.visible[kept]
+        results.append(one)
+    return results
 
 
 def _join(keys: Sequence[Tokens]) -> Tokens:

@@ -23,6 +23,7 @@ from avl_analysis.statistics.base import (
     CacheStatistic,
     KeyScores,
     KeyStatistic,
+    Result,
     RowStatistic,
     Statistic,
     SumStatistic,
@@ -35,6 +36,15 @@ MAX_TRAJECTORY = 512
 189 MB for 32 layers and 2,880 image tokens."""
 
 PHASES = ("prefill", "decode", "extend")
+
+
+@dataclass(eq=False)
+class RawRows:
+    """Raw weights of one pass: rows (n,) positions; weights and visible (layers, kept heads, n, positions)."""
+
+    rows: np.ndarray
+    weights: np.ndarray
+    visible: np.ndarray
 
 
 @dataclass(eq=False)
@@ -68,6 +78,8 @@ class SampleLog:
     scores: list[np.ndarray] = field(default_factory=list)  # (layers, image tokens) each
     last: np.ndarray | None = None  # (layers, heads, image tokens)
     cache: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    produced: list[int] = field(default_factory=list)  # position of the row that produces a token, per step
+    raw: list[RawRows] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -89,6 +101,7 @@ class SampleLog:
     def add_pass(self, kind: str, passes: Sequence[LayerPass | None]) -> None:
         """The numbers of one pass, one entry per recorded layer (None: the layer was not seen)."""
         self.phases.append(kind)
+        self.produced.append(self.length - 1)
         size = max((place.stop for place, _ in self.plan.places.values()), default=0)
         self.steps.append(_stack([p and p.step for p in passes], (self.heads, size), np.nan).astype(np.float32))
         if kind != "decode":
@@ -101,6 +114,8 @@ class SampleLog:
             self._add_ages(kind, passes)
         if self.plan.scores and len(self.scores) < MAX_TRAJECTORY:
             self._add_scores(passes)
+        if self.plan.raw is not None:
+            self._add_raw(passes)
         for statistic in self.plan.cache if kind == "prefill" else ():
             self.cache[statistic.name] = [p and p.cache[statistic.name].cpu() for p in passes]
 
@@ -136,6 +151,20 @@ class SampleLog:
         if self.last is None:
             self.last = scores
 
+    def _add_raw(self, passes: Sequence[LayerPass | None]) -> None:
+        rows = next((p.raw_rows for p in passes if p is not None), None)
+        if rows is None or not len(rows) or self.plan.raw is None:
+            return
+        weights = np.zeros((len(self.layers), len(self.plan.raw.heads), len(rows), self.length), np.float32)
+        visible = np.zeros(weights.shape, np.int8)
+        for layer, one in enumerate(passes):
+            if one is not None and one.raw is not None and one.raw_visible is not None:
+                weights[layer] = by_rank(one.raw, one.keys.rank, self.length, 0.0)
+                visible[layer] = by_rank(
+                    one.raw_visible.to(torch.int8).expand(one.raw.shape), one.keys.rank, self.length, 0
+                )
+        self.raw.append(RawRows(rows.cpu().numpy(), weights, visible))
+
     # -- as arrays -----
 
     def part(self) -> Part:
@@ -150,9 +179,16 @@ class SampleLog:
                 values[statistic.name] = (statistic.field("layer", "key_head"), self._cache_values(statistic))
             elif isinstance(statistic, KeyStatistic) and scores is not None:
                 _put(statistic, statistic.dims, statistic.value(scores), sums, values)
-            elif isinstance(statistic, TrajectoryStatistic) and trajectory is not None:
-                _put(statistic, statistic.dims, statistic.value(trajectory), sums, values)
-        return {"tokens": self._token_fields(), "sums": sums, "statistics": values, "maps": self._map_fields()}
+            elif isinstance(statistic, TrajectoryStatistic):
+                result = _undefined(statistic, self) if trajectory is None else statistic.value(trajectory)
+                _put(statistic, statistic.dims, result, sums, values)
+        return {
+            "tokens": self._token_fields(),
+            "sums": sums,
+            "statistics": values,
+            "maps": self._map_fields(),
+            "attention": self._raw_fields(),
+        }
 
     def _row_fields(
         self,
@@ -183,6 +219,10 @@ class SampleLog:
         fields = {name: (Field(("position",), -1), array) for name, array in self.tokens.items()}
         phases = np.array([PHASES.index(phase) for phase in self.phases], np.int8)
         fields["phase"] = (Field(("step",), -1, attrs={"flag_meanings": " ".join(PHASES)}), phases)
+        fields["step_position"] = (
+            Field(("step",), -1, attrs={"long_name": "position of the row"}),
+            np.array(self.produced),
+        )
         fields["prompt_length"] = (Field((), -1), np.array(prompt))
         fields["modality_count"] = (
             Field(("key_modality",), 0, attrs={"long_name": "prompt tokens of each modality"}),
@@ -199,6 +239,24 @@ class SampleLog:
         return {
             "image_score": (Field(("step", "layer", "token"), attrs=mean), np.stack(self.scores)),
             "image_score_last": (Field(("layer", "head", "token"), attrs=last), self.last),
+        }
+
+    def _raw_fields(self) -> dict[str, tuple[Field, np.ndarray]]:
+        if self.plan.raw is None or not self.raw:
+            return {}
+        heads, rows = {"head": self.plan.raw.heads}, np.concatenate([one.rows for one in self.raw])
+        weights = np.zeros((len(self.layers), len(self.plan.raw.heads), len(rows), self.length), np.float32)
+        visible, start = np.zeros(weights.shape, np.int8), 0
+        for one in self.raw:
+            at = np.s_[:, :, start : start + len(one.rows), : one.weights.shape[-1]]
+            weights[at], visible[at] = one.weights, one.visible
+            start += len(one.rows)
+        dims = ("layer", "head", "query", "position")
+        named = {"long_name": "attention weight; 0 where a key is not attended"}
+        return {
+            "attention": (Field(dims, np.nan, heads, named), weights),
+            "visible": (Field(dims, 0, heads, {"long_name": "1 where the query may attend to the key"}), visible),
+            "query_position": (Field(("query",), -1, attrs={"long_name": "position of the query"}), rows),
         }
 
     def _key_scores(self) -> KeyScores | None:
@@ -242,6 +300,15 @@ def token_arrays(tokens: Tokens, ids: Tensor | None, new: slice) -> dict[str, np
     return {name: values[valid].cpu().numpy() for name, values in named.items()}
 
 
+def _undefined(statistic: TrajectoryStatistic, log: SampleLog) -> Result:
+    """What a statistic of image tokens is for a sample without a picture: NaN, or sums of nothing."""
+    scores = np.full((len(log.phases), len(log.layers), 1), np.nan, np.float32)
+    none = np.full(1, -1)
+    last = np.full((len(log.layers), log.heads, 1), np.nan, np.float32)
+    values, count = statistic.value(Trajectory(scores, last, none, none, none, log.layers))
+    return (np.full_like(values, np.nan), None) if count is None else (np.zeros_like(values), np.zeros_like(count))
+
+
 def _stack(layers: Sequence[Tensor | None], shape: tuple[int, ...], fill: float) -> np.ndarray:
     stacked = np.full((len(layers), *shape), fill)
     for index, array in enumerate(layers):
@@ -253,7 +320,7 @@ def _stack(layers: Sequence[Tensor | None], shape: tuple[int, ...], fill: float)
 def _put(
     statistic: Statistic,
     dims: tuple[str, ...],
-    result: tuple[np.ndarray, np.ndarray | None],
+    result: Result,
     sums: dict[str, tuple[Field, np.ndarray]],
     values: dict[str, tuple[Field, np.ndarray]],
 ) -> None:

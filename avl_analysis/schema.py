@@ -60,41 +60,58 @@ class Field:
     attrs: Mapping[str, Any] = field(default_factory=dict)
 
 
+def layer_labels(layers: Sequence[int], heads: int, key_heads: int) -> dict[str, Sequence[Any]]:
+    """Labels of the dimensions that follow from the model."""
+    return {"layer": layers, "other_layer": layers, "head": range(heads), "key_head": range(key_heads)}
+
+
 Part = dict[str, dict[str, tuple[Field, np.ndarray]]]
 """One sample: group -> name -> (field, array without the sample dimension)."""
 
 
 def stack(parts: Sequence[Part], names: Sequence[str], coords: Mapping[str, Sequence[Any]]) -> dict[str, xr.Dataset]:
-    """Datasets of several samples, padded where they differ in length; `coords` labels the dimensions all share."""
-    groups: dict[str, xr.Dataset] = {}
-    for group in GROUPS:
-        variables: dict[str, xr.DataArray] = {}
-        for name in dict.fromkeys(name for part in parts for name in part.get(group, {})):
-            held = [part.get(group, {}).get(name) for part in parts]
-            one = next(entry[0] for entry in held if entry is not None)
-            variables[name] = _stack_field(one, [None if entry is None else entry[1] for entry in held])
-        dataset = xr.Dataset(variables)
-        labels = {"sample": np.array(list(names), dtype=object), **FIXED, **coords}
-        dataset = dataset.assign_coords({dim: np.asarray(v) for dim, v in labels.items() if dim in dataset.dims})
-        for dim in RAGGED & set(dataset.dims):
-            dataset = dataset.assign_coords({dim: np.arange(dataset.sizes[dim])})
-        groups[group] = dataset
-    return groups
+    """Datasets of several samples, padded where they differ in length; `coords` labels the dimensions all share.
+
+    Raises:
+        ValueError: two statistics give one dimension different labels (xarray would silently join them).
+    """
+    return {group: _stack_group([part.get(group, {}) for part in parts], names, coords) for group in GROUPS}
 
 
-def _stack_field(one: Field, arrays: Sequence[np.ndarray | None]) -> xr.DataArray:
+def _stack_group(
+    parts: Sequence[dict[str, tuple[Field, np.ndarray]]], names: Sequence[str], coords: Mapping[str, Sequence[Any]]
+) -> xr.Dataset:
+    fields = {name: described for part in parts for name, (described, _) in part.items()}
+    sizes: dict[str, int] = {}
+    for part in parts:
+        for described, array in part.values():
+            for dim, size in zip(described.dims, array.shape, strict=True):
+                sizes[dim] = max(size, sizes.get(dim, 0)) if dim in RAGGED else size
+    variables = {}
+    for name, described in fields.items():
+        arrays = [part[name][1] if name in part else None for part in parts]
+        stacked = _stack_arrays(arrays, tuple(sizes[dim] for dim in described.dims), described.fill)
+        variables[name] = (("sample", *described.dims), stacked, {**described.attrs, "fill": described.fill})
+    dims = {dim for dims, _, _ in variables.values() for dim in dims}
+    known: dict[str, Any] = {"sample": np.array(list(names), dtype=object), **FIXED, **coords}
+    known |= {dim: range(sizes[dim]) for dim in RAGGED & dims}
+    for described in fields.values():
+        for dim, labels in described.coords.items():
+            if dim in known and dim not in coords and list(known[dim]) != list(labels):
+                raise ValueError(f"two statistics label {dim} differently: {list(known[dim])} and {list(labels)}")
+            known[dim] = labels
+    return xr.Dataset(variables, coords={dim: np.asarray(labels) for dim, labels in known.items() if dim in dims})
+
+
+def _stack_arrays(arrays: Sequence[np.ndarray | None], shape: tuple[int, ...], fill: Any) -> np.ndarray:
     present = [array for array in arrays if array is not None]
-    shape = tuple(max(sizes) for sizes in zip(*(a.shape for a in present), strict=True))
-    dtype = np.result_type(*present)
-    if len(present) == len(arrays) == 1:
-        stacked = present[0][None]
-    else:
-        stacked = np.full((len(arrays), *shape), one.fill, dtype=dtype)
-        for index, array in enumerate(arrays):
-            if array is not None:
-                stacked[(index, *(slice(n) for n in array.shape))] = array
-    coords = {dim: np.asarray(labels) for dim, labels in one.coords.items()}
-    return xr.DataArray(stacked, dims=("sample", *one.dims), coords=coords, attrs={**one.attrs, "fill": one.fill})
+    if len(arrays) == 1 and present[0].shape == shape:
+        return present[0][None]
+    stacked = np.full((len(arrays), *shape), fill, dtype=np.result_type(*present))
+    for index, array in enumerate(arrays):
+        if array is not None:
+            stacked[(index, *(slice(n) for n in array.shape))] = array
+    return stacked
 
 
 def concatenate(datasets: Sequence[xr.Dataset], what: str) -> xr.Dataset:
@@ -107,8 +124,11 @@ def concatenate(datasets: Sequence[xr.Dataset], what: str) -> xr.Dataset:
     for other in datasets[1:]:
         if set(other.data_vars) != set(first.data_vars):
             differing = sorted(set(map(str, other.data_vars)) ^ set(map(str, first.data_vars)))
-            raise RecordingError(f"cannot merge: {', '.join(differing)} ({what}) are in some of the recordings only")
-        for dim in set(first.dims) - RAGGED - {"sample"}:
+            raise RecordingError(
+                f"cannot merge: {', '.join(differing)} ({what}) are in some of the recordings only; record them with "
+                "the same statistics and options"
+            )
+        for dim in set(map(str, first.dims)) - RAGGED - {"sample"}:
             if not np.array_equal(np.asarray(first[dim]), np.asarray(other[dim])):
                 raise RecordingError(
                     f"cannot merge: the recordings differ in {dim} ({_some(first[dim])} and {_some(other[dim])}); "

@@ -25,8 +25,11 @@ class View:
         scaling: factor on query . key.
         queries, keys: what they are, (rows,) and (key sets, keys).
         sight: which keys the rows may attend to.
-        sinks: (query heads,) learned logits that take part in the softmax and stand for no key, or None.
-        softcap: logits are `softcap * tanh(logits / softcap)`, None for no cap.
+        softcap: products are `softcap * tanh(products / softcap)`, None for no cap.
+        bias: (1 or query heads, rows, keys) learned, added to the products, or None.
+        sinks: (query heads, 1 or rows) learned logits that take part in the softmax and stand for no key, or None.
+        weights: (query heads, rows, keys) float32 where they are known already (a replay); query and key then have
+            the right number of rows and keys, and no content.
     """
 
     query: Tensor
@@ -36,8 +39,10 @@ class View:
     queries: Tokens
     keys: Tokens
     sight: Sight
-    sinks: Tensor | None = None
     softcap: float | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+    weights: Tensor | None = None
 
     @property
     def groups(self) -> int:
@@ -78,9 +83,22 @@ def view(call: AttentionCall, tokens: Tokens, sample: int, parts: dict[tuple[int
         part.queries,
         part.keys,
         part.sight,
-        call.options.get("s_aux"),
         call.options.get("softcap"),
+        _of_sample(call.options.get("position_bias"), sample, part),
+        _sinks(call, sample, part.rows),
     )
+
+
+def _of_sample(bias: Tensor | None, sample: int, part: Part) -> Tensor | None:
+    return None if bias is None else bias[min(sample, len(bias) - 1), :, part.rows, part.columns].float()
+
+
+def _sinks(call: AttentionCall, sample: int, rows: slice) -> Tensor | None:
+    """gpt-oss: `s_aux`, one per head; Inkling: `sinks`, (batch, query heads, rows, 1)."""
+    if (sinks := call.options.get("s_aux")) is not None:
+        return sinks[:, None].float()
+    sinks = call.options.get("sinks")
+    return None if sinks is None else sinks[sample, :, rows, 0].float()
 
 
 def _part(call: AttentionCall, tokens: Tokens, sample: int) -> Part | None:

@@ -26,6 +26,10 @@ Block = tuple[slice, slice, Tensor]
 
 def weight_blocks(view: View) -> Iterator[tuple[slice, Iterator[Block]]]:
     """A few query heads after another: which, and their blocks of rows. A block is overwritten by the next."""
+    if view.weights is not None:
+        heads, rows, keys = view.weights.shape
+        yield slice(0, heads), iter([(slice(0, rows), slice(0, keys), view.weights)])
+        return
     (_, rows, dim), (key_heads, keys, _), groups = view.query.shape, view.key.shape, view.groups
     elements = (BLOCK_BYTES if view.query.device.type == "cpu" else DEVICE_BLOCK_BYTES) // 4
     size = max(1, min(rows, elements // (groups * keys)))
@@ -66,10 +70,13 @@ def _softmax(logits: Tensor, view: View, heads: slice, rows: slice, span: slice)
     """Turn scaled products into weights, in place."""
     if view.softcap is not None:
         logits.div_(view.softcap).tanh_().mul_(view.softcap)
+    if view.bias is not None:
+        logits += view.bias[heads if len(view.bias) > 1 else slice(None), rows, span]
     view.sight.hide(logits, heads, rows, span)
     share = None
     if view.sinks is not None:
-        share = torch.sigmoid(logits.logsumexp(-1, keepdim=True) - view.sinks[heads, None, None].float())
+        sinks = view.sinks[heads, rows] if view.sinks.shape[1] > 1 else view.sinks[heads]
+        share = torch.sigmoid(logits.logsumexp(-1) - sinks)[..., None]
     torch.softmax(logits, -1, out=logits)
     if share is not None:
         logits *= share

@@ -52,6 +52,10 @@ class Statistic(ABC):
         """Dimensions of one value and their labels, e.g. {"tau": (0.5, 0.9)}; empty for a plain number."""
         return {}
 
+    def labels(self) -> Mapping[str, Sequence[Any]]:
+        """Labels of dimensions in `dims` that only this statistic has, e.g. {"lag": range(1, 33)}."""
+        return {}
+
     def field(self, *dims: str, **attrs: Any) -> Field:
         """The stored array with leading dimensions `dims` and this statistic's own behind them."""
         own = self.extra()
@@ -63,7 +67,9 @@ class Statistic(ABC):
             "settings": repr(self),
             **attrs,
         }
-        return Field((*dims, *own), coords=own, attrs={k: v for k, v in described.items() if v != ""})
+        return Field(
+            (*dims, *own), coords={**self.labels(), **own}, attrs={k: v for k, v in described.items() if v != ""}
+        )
 
 
 @dataclass(frozen=True)

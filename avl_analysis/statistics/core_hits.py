@@ -30,6 +30,9 @@ class CoreHitRate(TrajectoryStatistic):
     fractions: tuple[float, ...] = (0.1, 0.3, 0.5)
     ages: int = 32
 
+    def labels(self) -> Mapping[str, Sequence[Any]]:
+        return {"core_age": range(self.ages)}
+
     def extra(self) -> Mapping[str, Sequence[Any]]:
         return {"core": self.fractions, "hit": ("recall", "mass")}
 

@@ -49,6 +49,9 @@ class PPCIContinuity(_PPCI):
 
     lags: int = 32
 
+    def labels(self) -> Mapping[str, Sequence[Any]]:
+        return {"lag": range(1, self.lags + 1)}
+
     def _of(self, sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         decode = sets[1:]
         sums, counts = np.zeros((sets.shape[1], self.lags)), np.zeros((sets.shape[1], self.lags))

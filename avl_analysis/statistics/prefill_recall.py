@@ -28,7 +28,7 @@ class PrefillRecall(TrajectoryStatistic):
     cores: tuple[float, ...] = (0.1, 0.3)
 
     def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"secondary": self.secondaries, "core": self.cores}
+        return {"secondary": self.secondaries, "decode_core": self.cores}
 
     def field(self, *dims: str, **attrs: Any) -> Any:
         return super().field(*dims, random_baseline="secondary", **attrs)
