@@ -57,6 +57,11 @@ class Case:
         """Whether prompt tokens attend to later ones, so that a prompt is more than its tokens one by one."""
         return entry(self.model_type).prefix
 
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether what a model computes does not depend on what stands in its padding."""
+        return entry(self.model_type).ignores_padding
+
     @cached_property
     def config(self) -> PreTrainedConfig:
         return shrink(CONFIG_MAPPING[self.model_type](), entry(self.model_type).override)

@@ -38,6 +38,8 @@ class Entry:
         along: dimension along which the pixels of several prompts are laid one after another.
         prefix: whether the whole prompt is seen by all its tokens, which `token_type_ids` 0 then stands for (elsewhere they
             mark image tokens with 1).
+        ignores_padding: False where padding takes part in choosing blocks of keys, so that backends, which fill padding
+            differently, choose differently (MiniMax M3; its modeling file says so).
     """
 
     override: Mapping[str, Any] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class Entry:
     tokens: Callable[[Any, Mapping[str, Any]], int] | None = None
     along: int = 0
     prefix: bool = False
+    ignores_padding: bool = True
 
 
 def _noise(*shape: int) -> Tensor:
@@ -281,7 +284,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "hunyuan_vl": Entry({"text_config.head_dim": HEAD, **_thirds()}),
     "granite_docling": Entry({"vision_config.image_size": 32}),
-    "idefics2": Entry({"perceiver_config.num_key_value_heads": 2}),
+    "idefics2": Entry({"perceiver_config.num_key_value_heads": 2, "text_config.sliding_window": None}),
     "idefics3": Entry(options={"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}),
     "smolvlm": Entry(options={"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}),
     "inkling_mm_model": Entry({"vision_config.num_hidden_layers": 3}, pixels=_inkling),
@@ -308,7 +311,14 @@ ENTRIES: dict[str, Entry] = {
     "minicpm_ocr": Entry(_MINICPM, pixels=_minicpm, along=3),
     "minicpmv4_6": Entry(_MINICPM, pixels=_minicpm, along=3),
     "minicpmv4_7": Entry(_MINICPM, pixels=_minicpm, along=3),
-    "minimax_m3_vl": Entry(pixels=patches()),
+    "minimax_m3_vl": Entry(
+        {
+            "text_config.layer_types": ["full_attention", "minimax_m3_sparse"], "text_config.index_block_size": 4,
+            "text_config.index_topk_blocks": 2,
+        },
+        pixels=patches(),
+        ignores_padding=False,
+    ),
     "mistral_large4": Entry(
         {
             "text_config.num_hidden_layers": 3, "text_config.kv_source_layers": [0, 0, 2], "text_config.no_rope_layers": [1, 1, 0],

@@ -50,6 +50,8 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"num_experts_per_tok|moe_topk|top_k_experts|moe_k", 2),
     (r"n_group|topk_group|num_nextn_predict_layers", 1),
     (r"first_k_dense_replace", 1),
+    (r"index_topk", 8),
+    (r"index_kpool", 4),
     (r"(window_size|sliding_window.*)", 8),
     (r"initializer_range|init_std", 0.2),
 )

@@ -1,0 +1,126 @@
+"""Does a policy that keeps everything change nothing, and does the default policy keep what it says?
+
+Two identities (the full policy, and A-VL with every share at one) against plain generation, for one prompt and for a
+left-padded batch. Then twenty steps of the default policy, whose record of bytes and keys is compared with what an
+observer on the same model sees handed to attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import avl
+from avl.attention import AttentionCall, Forward
+from avl.seam import Tap, attached
+from avl.tokens import Modality
+from avl_analysis.conformance.build import Case
+from avl_analysis.conformance.recording import Mismatch
+
+KEEP_ALL = (avl.FullPolicy(), avl.AdaptivePolicy(secondary=1.0, core=1.0, text=1.0))
+IDENTITY_STEPS = 6
+DEFAULT_STEPS = 20
+
+ROUNDING = 1e-3
+"""Largest difference of scores between plain attention and a policy that keeps everything."""
+
+
+@dataclass
+class _Sizes(Tap):
+    """Keys that attention got in every pass and layer, and the bytes of one of them."""
+
+    keys: list[dict[int, int]] = field(default_factory=list)
+    slot: dict[int, int] = field(default_factory=dict)
+
+    def begin(self, forward: Forward) -> None:
+        self.keys.append({})
+
+    def observe(self, call: AttentionCall, output: Tensor) -> None:
+        self.keys[-1][call.layer] = call.key.shape[2]
+        self.slot[call.layer] = sum(t[:, :, 0].numel() * t.element_size() for t in (call.key, call.value))
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What was found for one type.
+
+    Attributes:
+        layers: decoder layers the policy acts on.
+        of: attention layers of the model.
+        filled_share: bytes in use / bytes of the stock cache, at the end of the default policy's run.
+    """
+
+    layers: int
+    of: int
+    filled_share: float
+
+
+@torch.no_grad()
+def check_adapting(case: Case) -> Adapted:
+    """Compare; raises `Mismatch`, or what the policy's machinery raises for a family it refuses."""
+    for inputs in (case.inputs, case.batch):
+        plain = _generate(case, inputs, IDENTITY_STEPS)
+        for policy in KEEP_ALL:
+            with avl.adaptive(case.model, policy):
+                kept = _generate(case, inputs, IDENTITY_STEPS)
+            _identical(plain, kept, policy)
+    sizes = _Sizes()
+    with avl.adaptive(case.model, avl.AdaptivePolicy()) as session, attached(case.model, sizes, "observer"):
+        _generate(case, case.inputs, DEFAULT_STEPS + 1)
+    usage = session.usage()
+    _adds_up(case, usage, sizes)
+    return Adapted(len(usage.layers), len(sizes.slot), usage.filled_share)
+
+
+def _generate(case: Case, inputs: dict[str, Any], tokens: int) -> Any:
+    return case.model.generate(
+        **inputs, max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True, output_scores=True
+    )
+
+
+def _identical(plain: Any, kept: Any, policy: avl.Policy) -> None:
+    for step, (one, other) in enumerate(zip(plain.scores, kept.scores, strict=True)):
+        difference = float((one - other).abs().max())
+        if difference > ROUNDING * max(1.0, float(one.abs().max())):
+            raise Mismatch(f"{policy!r} keeps everything, yet scores of token {step} differ by {difference:.1e}")
+    if not torch.equal(plain.sequences, kept.sequences):
+        raise Mismatch(f"{policy!r} keeps everything, yet other tokens are generated")
+
+
+def _adds_up(case: Case, usage: avl.Usage, sizes: _Sizes) -> None:
+    """Bytes are keys times the bytes of a key; keys are what the default policy's shares leave."""
+    with attached(case.model, watch := _Layout(), "observer"):
+        case.model(**case.inputs)
+    system, image, text = (int(watch.layout.mask(Modality(code)).sum()) for code in range(3))
+    if len(usage.steps) != DEFAULT_STEPS + 1:
+        raise Mismatch(f"{DEFAULT_STEPS} decode steps were written down as {len(usage.steps) - 1}")
+    for index, step in enumerate(usage.steps):
+        held = {layer: step.held[i][0] for i, layer in enumerate(usage.layers)}
+        seen = case.inputs["input_ids"].shape[1] + index
+        bytes_held = sum(held[layer] * sizes.slot[layer] for layer in usage.layers)
+        freed = sum(sizes.slot[layer] for layer in usage.layers)  # an evicted key's slot waits for the next key
+        if not bytes_held <= step.filled <= bytes_held + freed:
+            raise Mismatch(f"step {index} of the default policy: {step.filled} bytes filled hold {bytes_held} bytes")
+        _equal("bytes of the stock cache", step.full, sum(seen * sizes.slot[layer] for layer in usage.layers), index)
+        texts = min(text + index, max(round(0.7 * (text + index)), 20))
+        core = image if index == 0 else int((0.5 if index % 3 == 0 else 0.3) * image)
+        for i, layer in enumerate(usage.layers):
+            _equal("keys held", held[layer], system + int(0.5 * image) + texts, index)
+            _equal("keys handed to attention", sizes.keys[index][layer], step.attended[i][0], index)
+            if index % 3 or text + index <= 20:
+                _equal("keys attended", step.attended[i][0], system + core + min(text + index, texts + 1), index)
+        if step.allocated < step.filled:
+            raise Mismatch(f"step {index}: {step.allocated} bytes allocated hold {step.filled} bytes")
+
+
+class _Layout(Tap):
+    def begin(self, forward: Forward) -> None:
+        self.layout = forward.layout
+
+
+def _equal(what: str, found: int, expected: int, step: int) -> None:
+    if found != expected:
+        raise Mismatch(f"step {step} of the default policy: {what} {found}, expected {expected}")
