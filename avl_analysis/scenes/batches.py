@@ -46,6 +46,8 @@ FIRST_MIX = {
 """How often each task is asked at first (the caption is always asked once)."""
 LAST_MIX = FIRST_MIX | {"colour": 1.0, "shape": 1.0, "count": 2.0, "exist": 1.4, "relation": 1.8, "size": 0.7}
 """... and once objects are found reliably: relations and counts come last."""
+BY_SHAPE = ("colour", "colour", "where", "where", "size", "exist", "count")
+"""Tasks of the questions that find an object by its shape."""
 
 _TOKENIZER = build_tokenizer()
 _USER, _ASSISTANT, _EOS = (_TOKENIZER.convert_tokens_to_ids(token) for token in (USER, ASSISTANT, EOS))
@@ -117,6 +119,16 @@ def branch(turns: list[questions.Question]) -> Branch:
     return Branch(tuple(ids), tuple(scored), tuple(question.task for question in turns))
 
 
+def _by_shape(rng: np.random.Generator, scene: Scene) -> Branch | None:
+    """A single question that finds its object by shape and never by colour or place, or None after a few tries."""
+    for _ in range(8):
+        question = questions.ask(rng, scene, BY_SHAPE[int(rng.integers(len(BY_SHAPE)))])
+        words = question.prompt.strip("?.").split() if question else []
+        if question and not set(words) & set(COLOURS) and any(w.startswith(SHAPES) for w in words):
+            return branch([question])
+    return None
+
+
 def _turns(rng: np.random.Generator, scene: Scene, tasks: tuple[str, ...], odds: NDArray[np.float64]) -> Branch | None:
     count = int(rng.integers(2, 5)) if rng.random() < MULTI_TURN else 1
     asked: dict[str, questions.Question] = {}
@@ -127,8 +139,11 @@ def _turns(rng: np.random.Generator, scene: Scene, tasks: tuple[str, ...], odds:
     return branch(list(asked.values())) if asked else None
 
 
-def lay(rng: np.random.Generator, scene: Scene, mix: dict[str, float]) -> list[list[Branch]]:
-    """Rows of branches for one scene: the caption first, then questions for as long as they fit."""
+def lay(rng: np.random.Generator, scene: Scene, mix: dict[str, float], by_shape: float = 0.0) -> list[list[Branch]]:
+    """Rows of branches for one scene: the caption first, then questions for as long as they fit.
+
+    ``by_shape`` is the share of questions that must find their object by its shape alone.
+    """
     tasks, odds = tuple(mix), np.array(list(mix.values()))
     odds = odds / odds.sum()
     rows: list[list[Branch]] = [[] for _ in range(ROWS_PER_PICTURE)]
@@ -144,7 +159,8 @@ def lay(rng: np.random.Generator, scene: Scene, mix: dict[str, float]) -> list[l
     room[0] -= len(first.ids)
     misses = 0
     while misses < 3:
-        one = _turns(rng, scene, tasks, odds)
+        one = _by_shape(rng, scene) if rng.random() < by_shape else None
+        one = one or _turns(rng, scene, tasks, odds)
         fitting = [i for i in range(ROWS_PER_PICTURE) if one and len(one.ids) <= room[i]]
         if one is None or not fitting:
             misses += 1
@@ -219,7 +235,7 @@ def pack(scenes: list[Scene], laid: list[list[list[Branch]]]) -> Batch:
     )
 
 
-def make(rng: np.random.Generator, pictures: int, mix: dict[str, float], most: int = 6) -> Batch:
+def make(rng: np.random.Generator, pictures: int, mix: dict[str, float], most: int = 6, by_shape: float = 0.0) -> Batch:
     """A batch of fresh scenes with up to ``most`` objects each, questions drawn by ``mix`` (task -> odds)."""
     scenes = [world.draw(rng, most) for _ in range(pictures)]
-    return pack(scenes, [lay(rng, scene, mix) for scene in scenes])
+    return pack(scenes, [lay(rng, scene, mix, by_shape) for scene in scenes])

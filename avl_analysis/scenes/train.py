@@ -24,7 +24,7 @@ import argparse
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,8 @@ class Settings:
     patch_weight: float = 1.0
     word_weight: float = 1.0
     background_weight: float = 0.15
+    by_shape: float = 0.5
+    by_shape_until: float = 0.93
     seed: int = 0
 
 
@@ -114,6 +116,7 @@ class Trainer:
         self.muon = Muon({n: p.data for n, p in matrices.items()}, rank=rank, world=settings.processes)
         self.adam = torch.optim.AdamW(self.others, lr=settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
         self.step, self.elapsed = 0, 0.0
+        self.looked: dict[str, float] = {}
 
     def share(self) -> float:
         """How much of the budget is used, 0 to 1."""
@@ -129,7 +132,8 @@ class Trainer:
         rng = np.random.default_rng([TRAINING_SEED + s.seed, self.rank, self.step])
         mix = batches.FIRST_MIX if share < s.last_mix_from else batches.LAST_MIX
         pictures, most = (s.early_pictures if share < s.early_share else s.pictures), (4 if share < s.easy_share else 6)
-        return batches.make(rng, pictures, mix, most)
+        found = min(self.looked.get(task, 0.0) for task in ("colour", "where")) >= s.by_shape_until
+        return batches.make(rng, pictures, mix, most, 0.1 if found else s.by_shape)
 
     def losses(self, batch: Batch, patches_only: bool) -> dict[str, Tensor]:
         weights = {n: p.to(torch.bfloat16) for n, p in self.named.items()}
@@ -227,7 +231,8 @@ def _run(rank: int, settings: Settings, out: Path, resume: bool, rendezvous: str
         found = trainer.update(time.monotonic() - began)
         looked = {}
         if trainer.elapsed >= look_at or trainer.share() >= 1:
-            looked, look_at = trainer.watch(), trainer.elapsed + 180
+            trainer.looked = looked = trainer.watch()
+            look_at = trainer.elapsed + 180
         if rank == 0 and (looked or trainer.elapsed >= line_at):
             line = {"step": trainer.step, "minutes": round(trainer.elapsed / 60, 2), "rate": round(trainer.rate(), 3)}
             line |= {name: round(value, 4) for name, value in found.items()} | ({"held_out": looked} if looked else {})
@@ -242,7 +247,7 @@ def _run(rank: int, settings: Settings, out: Path, resume: bool, rendezvous: str
 
 
 def train(settings: Settings, out: Path, resume: bool = False) -> LlavaForConditionalGeneration:
-    """Run to the end of the budget; ``out`` gets ``log.jsonl``, ``settings.json``, ``checkpoint.pt`` and ``model/``."""
+    """Run to the end of the budget; ``out`` gets ``log.jsonl``, ``checkpoint.pt`` and ``model/``."""
     out.mkdir(parents=True, exist_ok=True)
     if resume and not (out / "checkpoint.pt").exists():
         raise FileNotFoundError(f"{out / 'checkpoint.pt'}: nothing to resume from; run without --resume")
@@ -252,7 +257,8 @@ def train(settings: Settings, out: Path, resume: bool = False) -> LlavaForCondit
     keep = str(2**33)
     for name, value in {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": keep, "MALLOC_TRIM_THRESHOLD_": keep}.items():
         os.environ.setdefault(name, value)
-    (out / "settings.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    with open(out / "log.jsonl", "a") as log:
+        log.write(json.dumps({"resumed" if resume else "started": asdict(settings)}) + "\n")
     meeting = out / "rendezvous"
     meeting.unlink(missing_ok=True)
     arguments = (settings, out, resume, f"file://{meeting.resolve()}")
@@ -268,10 +274,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True, help="wall-clock budget; the schedule ends with it")
     parser.add_argument("--out", type=Path, required=True, help="folder for log, checkpoint and weights")
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    known = {field.name: type(field.default) for field in fields(Settings)[2:]}
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=f"one of {', '.join(known)}")
     chosen = parser.parse_args()
-    train(Settings(chosen.minutes, chosen.processes, seed=chosen.seed), chosen.out, chosen.resume)
+    changed = dict(pair.split("=", 1) for pair in chosen.set if "=" in pair)
+    if len(changed) != len(chosen.set) or not set(changed) <= set(known):
+        parser.error(f"--set {' '.join(chosen.set)}: give NAME=VALUE with a NAME of {', '.join(known)}")
+    settings = Settings(chosen.minutes, chosen.processes, **{n: known[n](value) for n, value in changed.items()})
+    train(settings, chosen.out, chosen.resume)
 
 
 if __name__ == "__main__":
