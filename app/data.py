@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tempfile
 import threading
+import time
+import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -25,20 +29,23 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from avl_analysis.errors import InputError
-from avl_analysis.figures.pictures import data_uri
 from avl_analysis.images import FORMATS, open_image
-from avl_analysis.samples import Sample
+from avl_analysis.samples import Sample, read_samples, scene_sample
 
 if TYPE_CHECKING:
     import avl
+    from avl_analysis.comparison import Comparison
     from avl_analysis.live import Answer, Disagreement, Observation
     from avl_analysis.models import VLM
     from avl_analysis.recording import Recording
+    from reports.run import Section
 
 Result = TypeVar("Result")
 OnToken = Callable[[str, int], None]
 Waiting = Callable[[], None]
 _POLL = 0.1  # seconds between two looks at a lock that is taken
+_PART = 4  # samples recorded in one pass
+_TURN = 0.005  # seconds the lock is free between two parts of long work; waiting callers take it at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +117,11 @@ class Question:
 
     @property
     def sample(self) -> Sample:
-        """As the analysis takes it."""
+        """As the analysis takes it, with the truth where it is known."""
+        from app.examples import asked_scene
+
+        if (scene := asked_scene(self.picture, self.prompt)) is not None:
+            return scene_sample(scene)
         return Sample("question", (self.picture.pixels,), self.prompt)
 
 
@@ -144,12 +155,21 @@ class Shared:
     vlm: VLM
     lock: threading.Lock
 
-    @contextmanager
-    def use(self, waiting: Waiting | None = None) -> Iterator[VLM]:
-        """The model for the length of a block, alone; `waiting` is called now and then until it is free."""
+    def give_way(self, waiting: Waiting | None = None) -> None:
+        """Let others run for a moment in the middle of long work; call it inside `use`, with nothing attached."""
+        self.lock.release()
+        time.sleep(_TURN)
+        self._take(waiting)
+
+    def _take(self, waiting: Waiting | None) -> None:
         while not self.lock.acquire(timeout=_POLL):
             if waiting is not None:
                 waiting()
+
+    @contextmanager
+    def use(self, waiting: Waiting | None = None) -> Iterator[VLM]:
+        """The model for the length of a block, alone; `waiting` is called now and then until it is free."""
+        self._take(waiting)
         try:
             yield self.vlm
         finally:
@@ -246,12 +266,49 @@ class Workbench:
         from avl_analysis import live
 
         def run(vlm: VLM) -> Recording:
-            sample = question.sample
-            recording = live.recorded(vlm, sample, policy, max_new_tokens=question.tokens, on_token=on_token)
-            recording.annotate(**_facts(vlm, question, recording.facts()["answer"]))
-            return recording
+            return live.recorded(vlm, question.sample, policy, max_new_tokens=question.tokens, on_token=on_token)
 
         return self._once("recording", question, policy, run, waiting)
+
+    def comparison(
+        self,
+        model: str,
+        samples: Sequence[Sample],
+        chosen: Mapping[str, avl.Policy],
+        *,
+        tokens: int,
+        progress: Callable[[int, int], None],
+    ) -> Comparison:
+        """Policies compared on many samples; others may use the model between two batches.
+
+        Args:
+            progress: called with (done, total) after each batch under each policy; may raise to stop.
+        """
+        from avl_analysis.compare import compare
+
+        shared = self.model(model)
+        with shared.use() as vlm:
+
+            def advance(done: int, total: int) -> None:
+                shared.give_way()
+                progress(done, total)
+
+            return compare(vlm, samples, chosen, max_new_tokens=tokens, progress=advance)
+
+    def corpus(
+        self, model: str, samples: Sequence[Sample], *, tokens: int, progress: Callable[[int, int], None]
+    ) -> Recording:
+        """All statistics of many samples; others may use the model in between."""
+        from avl_analysis import merge
+        from avl_analysis.corpus import record_samples
+
+        shared, parts = self.model(model), []
+        for start in range(0, len(samples), _PART):
+            part = samples[start : start + _PART]
+            with shared.use() as vlm:
+                parts.append(record_samples(vlm, part, max_new_tokens=tokens, batch_size=_PART, first_sample=start))
+            progress(min(start + _PART, len(samples)), len(samples))
+        return merge(parts)
 
     def _once(
         self,
@@ -273,6 +330,21 @@ class Workbench:
             return known
 
 
+def from_bytes(read: Callable[[Path], Result], data: bytes, name: str) -> Result:
+    """What `read` makes of a file with this content; its messages name the file, not the folder it lay in for a moment.
+
+    Raises:
+        InputError: as `read` does.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(data)
+        try:
+            return read(path)
+        except InputError as error:
+            raise InputError(str(error).replace(str(path), f"the file sent ({name})")) from error
+
+
 def _size(data: bytes) -> tuple[int, int]:
     """Width and height from the header; (0, 0) if there is none to read, which `open_image` then explains."""
     try:
@@ -288,14 +360,85 @@ def _load(name: str, allow_hub: bool) -> VLM:
     return load_model(name, allow_download=allow_hub)
 
 
-def _facts(vlm: VLM, question: Question, answer: str) -> dict[str, Any]:
-    """What a report wants to know about the sample: the truth where it is known, else the picture itself."""
-    from app.examples import asked_scene
-    from reports.scenes_run import facts
+def sections(recording: Recording) -> tuple[dict[str, Section], dict[str, str]]:
+    """The report's sections that a recording can answer, by name, and why the others are missing."""
+    from reports.build import FIGURES
+    from reports.run import NotMeasured, Run
 
-    sample = asked_scene(question.picture, question.prompt)
-    if sample is None:
-        return {"picture": data_uri(question.picture.pixels)}
-    tokens = vlm.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-    known = facts(vlm, sample, tokens)
-    return {key: value for key, value in known.items() if key not in ("prompt", "answer", "words")}
+    run = Run(recording)
+    found: dict[str, Section] = {}
+    missing: dict[str, str] = {}
+    for module in FIGURES:
+        name = module.__name__.rpartition(".")[2].removeprefix("fig_")
+        try:
+            found[name] = module.section(run)
+        except NotMeasured as error:
+            missing[name] = str(error)
+    return found, missing
+
+
+@dataclass(frozen=True)
+class Built:
+    """A report as files in memory.
+
+    Attributes:
+        page: the self-contained HTML page.
+        archive: ZIP of everything: page, figures, numbers, recording.
+        pdf: the report as one PDF, None if the builder makes none.
+        missing: figures that could not be drawn, and why.
+    """
+
+    page: bytes
+    archive: bytes
+    pdf: bytes | None
+    missing: dict[str, str]
+
+
+def build_report(recording: Recording, title: str, progress: Callable[[str], None]) -> Built:
+    """The report of a recording.
+
+    Raises:
+        InputError: the recording answers none of the report's questions.
+    """
+    from reports.build import build
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = build(recording, Path(folder) / "report", title=title, progress=progress)
+        progress("archive")
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            for path in sorted(made.folder.rglob("*")):
+                if path.is_file():
+                    file.write(path, Path("report") / path.relative_to(made.folder))
+        pdf = next(iter(sorted(made.folder.glob("*.pdf"))), None)
+        return Built(made.page.read_bytes(), archive.getvalue(), pdf and pdf.read_bytes(), dict(made.missing))
+
+
+def sent_samples(files: Mapping[str, bytes], *, most_bytes: int, most_pixels: int) -> list[Sample]:
+    """Samples from one JSONL file and the pictures it names, all sent together.
+
+    A file may name only pictures that came with it; nothing else on this machine is opened.
+
+    Raises:
+        InputError: not exactly one JSONL file, pictures missing, too large or damaged, lines that cannot be used.
+    """
+    lists = [name for name in files if name.lower().endswith(".jsonl")]
+    if len(lists) != 1:
+        raise InputError(f"{len(lists)} JSONL files were sent: send one, together with the pictures it names")
+    pictures = {
+        Path(name).name: uploaded(data, name, most_bytes=most_bytes, most_pixels=most_pixels).pixels
+        for name, data in files.items()
+        if name not in lists
+    }
+    samples = from_bytes(read_samples, files[lists[0]], "samples.jsonl")
+    return [
+        replace(sample, images=tuple(_sent(sample, image, pictures) for image in sample.images)) for sample in samples
+    ]
+
+
+def _sent(sample: Sample, image: Any, pictures: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    name = Path(str(image)).name
+    if name not in pictures:
+        known = ", ".join(sorted(pictures)) or "none"
+        raise InputError(f"sample {sample.id} names the picture {name!r}, which was not sent; sent were: {known}")
+    return pictures[name]

@@ -53,6 +53,10 @@ def _index(text: str) -> str | None:
     return text if text == ALL or (text.isdecimal() and len(text) < 5) else None
 
 
+def _several(text: str) -> list[str]:
+    return [part for part in text.split(",") if part][:16]
+
+
 def _flag(text: str) -> bool:
     return text == "1"
 
@@ -82,7 +86,8 @@ FIELDS: dict[str, Field] = {
     "use_core": Field(True, _flag),
     "use_text": Field(True, _flag),
     "preset": Field("paper", _text),
-    "rivals": Field("", _text),
+    "avl_on": Field(True, _flag),
+    "rivals": Field([], _several),
     "budget": Field(0.5, _number(0.02, 1.0, float)),
     "live_layer": Field("", _text),
     "step": Field(0, _number(0, 4096)),
@@ -145,4 +150,6 @@ def chosen(name: str) -> int | None:
 def _written(value: Any) -> str:
     if isinstance(value, bool):
         return "1" if value else "0"
+    if isinstance(value, list):
+        return ",".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

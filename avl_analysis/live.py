@@ -32,6 +32,7 @@ from avl.attention import AttentionCall, Forward, attention_weights
 from avl.seam import Tap, attached
 from avl.tokens import Modality
 from avl_analysis.compare import kl_divergence
+from avl_analysis.corpus import facts_of
 from avl_analysis.errors import InputError
 from avl_analysis.generation import end_tokens, generate
 from avl_analysis.models import VLM
@@ -198,13 +199,15 @@ class Observation:
     def on_picture(self, look: Floats, picture: int = 0) -> Floats:
         """(rows, columns) of one picture's grid from (positions,) values; NaN where a patch has no token.
 
+        Values of another answer to the same prompt may be given too: only prompt positions are read.
+
         Raises:
             InputError: no such picture, or its patches' places are unknown.
         """
         if not 0 <= picture < len(self.grids) or self.grids[picture] == (0, 0):
             raise InputError(f"picture {picture} has no known grid of patches, so there is nothing to draw over it")
         grid = np.full(self.grids[picture], np.nan, np.float32)
-        at = self.image == picture
+        at = np.flatnonzero(self.image == picture)
         grid[self.row[at], self.column[at]] = look[at]
         return grid
 
@@ -317,10 +320,10 @@ def recorded(
     max_new_tokens: int = 64,
     on_token: OnToken | None = None,
 ) -> Recording:
-    """As `answer`, with every statistic recorded; the sample is annotated with `prompt`, `answer` and `words`."""
+    """As `answer`, with every statistic recorded; the sample is annotated as `facts_of` says."""
     with record(vlm.model) as recording:
         said = answer(vlm, sample, policy, max_new_tokens=max_new_tokens, on_token=on_token)
-    recording.annotate(prompt=sample.prompt, answer=said.text, words=list(said.words))
+    recording.annotate(**facts_of(vlm, sample, said.ids))
     recording.attrs |= {"model_name": vlm.name, "policy": "full cache" if policy is None else repr(policy)}
     if vlm.revision:
         recording.attrs["model_revision"] = vlm.revision

@@ -1,0 +1,182 @@
+"""Benchmark: policies on many questions, quality against bytes; or a comparison made before."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import streamlit as st
+
+import avl
+from app import examples, policies
+from app.data import from_bytes, sent_samples
+from app.page import Context, plain, plot, problem
+from avl_analysis.comparison import Comparison, load_comparison
+from avl_analysis.errors import InputError
+from avl_analysis.figures.spec import Axis
+from avl_analysis.figures.tradeoff import Place, tradeoff
+from avl_analysis.policy_files import POLICIES, with_budget
+from avl_analysis.samples import Sample, scene_samples
+from avl_analysis.scenes import TASKS
+
+Asking = Callable[[], list[Sample]]
+_SCENES, _JSONL, _SAVED = "drawn scenes", "my own questions", "a comparison made before"
+_PAPER = "A-VL (paper)"
+_SHOWN = {
+    "correct": ("answers that are right", "share of samples", (0.0, 1.05)),
+    "kl": ("KL(full || policy)", "nats", None),
+    "agreement": ("same next token as the full cache", "share of tokens", (0.0, 1.05)),
+    "rouge_l": ("ROUGE-L against the full cache's answer", "share", (0.0, 1.05)),
+}
+
+
+def show(context: Context) -> None:
+    """Draw the view."""
+    source = st.segmented_control(
+        "Questions", [_SCENES, _JSONL, _SAVED], default=_SCENES, key="bench_source", required=True
+    )
+    if source == _SAVED:
+        _load(context)
+    else:
+        ask = _scenes() if source == _SCENES else _own(context)
+        chosen = _policies()
+        hint = "Any other click stops it."
+        if st.button("Compare", type="primary", disabled=ask is None or not chosen, help=hint) and ask is not None:
+            st.session_state["comparison"] = _run(context, ask, chosen)
+    comparison: Comparison | None = st.session_state.get("comparison")
+    if comparison is None:
+        st.info(
+            "Nothing is compared yet: choose policies and questions and press Compare, or load a comparison.",
+            icon=":material/info:",
+        )
+        return
+    _result(comparison)
+
+
+def _scenes() -> Asking | None:
+    """Held-out drawn scenes of some tasks, drawn when they are needed."""
+    left, right = st.columns([3, 1])
+    tasks = left.multiselect(
+        "Tasks",
+        TASKS,
+        default=["colour", "ocr", "caption"],
+        key="tasks",
+        format_func=lambda t: examples.TASK_NAMES.get(t, t),
+    )
+    count = right.number_input("Samples of each task", 1, 200, 8, key="count")
+    return partial(scene_samples, int(count), tasks) if tasks else None
+
+
+def _own(context: Context) -> Asking | None:
+    """Questions from a JSONL file with its pictures."""
+    sent = st.file_uploader(
+        'One JSONL file and the pictures it names; a line: {"image": "cat.jpg", "prompt": "...", "answer": "..."}',
+        ["jsonl", "png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"],
+        accept_multiple_files=True,
+        key="samples",
+        max_upload_size=max(1, context.settings.upload_bytes >> 20),
+    )
+    if not sent:
+        return None
+    limits = {"most_bytes": context.settings.upload_bytes, "most_pixels": context.settings.picture_pixels}
+    try:
+        samples = sent_samples({file.name: file.getvalue() for file in sent}, **limits)
+    except InputError as error:
+        problem(error)
+        return None
+    st.caption(f"{len(samples)} questions")
+    return lambda: samples
+
+
+def _policies() -> dict[str, avl.Policy]:
+    """Policies at the paper's settings and at budgets."""
+    names = {_PAPER: _PAPER, "a-vl": "A-VL at the budget", **policies.BASELINES}
+    left, right = st.columns([3, 1])
+    wanted = left.multiselect(
+        "Policies", list(names), default=[_PAPER, "random", "h2o"], key="bench_policies", format_func=names.__getitem__
+    )
+    budget = right.slider("Budget, share of all keys", 0.02, 1.0, 0.5, step=0.01, key="bench_budget")
+    chosen: dict[str, avl.Policy] = {}
+    for name in wanted:
+        if name == _PAPER:
+            chosen[_PAPER] = avl.AdaptivePolicy()
+        else:
+            label = "A-VL" if name == "a-vl" else policies.BASELINES[name]
+            chosen[f"{label} {budget:.0%}"] = with_budget(POLICIES[name], float(budget))
+    return chosen
+
+
+def _run(context: Context, ask: Asking, chosen: Mapping[str, avl.Policy]) -> Comparison | None:
+    """Compare with a bar and a way out; any click stops it, because the page is drawn anew."""
+    bar = st.progress(0.0, text="Loading the model …")
+    stop = st.empty()
+    stop.button("Cancel", key="cancel", icon=":material/stop:")
+
+    def progress(done: int, total: int) -> None:
+        bar.progress(done / total, text=f"{done} of {total} answers")
+
+    try:
+        return context.bench.comparison(
+            context.question.model, ask(), chosen, tokens=context.question.tokens, progress=progress
+        )
+    except InputError as error:
+        problem(error)
+        return None
+    finally:
+        bar.empty()
+        stop.empty()
+
+
+def _load(context: Context) -> None:
+    """A comparison file becomes the one shown."""
+    sent = st.file_uploader("Comparison made by avl compare (.nc)", ["nc"], key="comparison_file", max_upload_size=50)
+    if sent is None or st.session_state.get("loaded_comparison") == sent.file_id:
+        return
+    try:
+        st.session_state["comparison"] = from_bytes(load_comparison, sent.getvalue(), "comparison.nc")
+        st.session_state["loaded_comparison"] = sent.file_id
+    except InputError as error:
+        problem(error)
+
+
+def _result(comparison: Comparison) -> None:
+    """Quality against bytes, the numbers, and files to keep."""
+    n = comparison.dataset.sizes["sample"]
+    about = comparison.dataset.attrs
+    st.markdown(
+        f"#### {len(comparison.policies)} policies on {n} questions, model {plain(str(about.get('model', '')))}"
+    )
+    shown = [metric for metric in _SHOWN if metric in comparison.metrics]
+    for column, metric in zip(st.columns(2), shown[:2], strict=False):
+        with column:
+            _tradeoff(comparison, metric)
+    for column, metric in zip(st.columns(2), shown[2:4], strict=False):
+        with column:
+            _tradeoff(comparison, metric)
+    st.caption(f"Bars: 95 % intervals over samples, n = {n}. Bytes: keys and values in use at the end of each answer.")
+    table = comparison.table(
+        [m for m in (*shown, "kv_filled_share", "keys_attended", "tpot") if m in comparison.metrics]
+    )
+    st.dataframe(table, hide_index=True, alt="means with intervals of every policy")
+    if len(failures := comparison.failures):
+        with st.expander(f"{len(failures)} samples could not be measured"):
+            st.dataframe(failures, hide_index=True)
+    with tempfile.TemporaryDirectory() as folder:
+        data = comparison.save(Path(folder) / "compare.nc").read_bytes()
+    left, right, _ = st.columns([1, 1, 3])
+    left.download_button(
+        "Numbers as CSV", comparison.table().to_csv(index=False), "compare.csv", "text/csv", on_click="ignore"
+    )
+    right.download_button("Comparison file", data, "compare.nc", "application/x-netcdf", on_click="ignore")
+
+
+def _tradeoff(comparison: Comparison, metric: str) -> None:
+    label, unit, limits = _SHOWN[metric]
+    st.markdown(f"**{plain(label)}**")
+    places = []
+    for name in comparison.policies:
+        share, value = comparison.mean("kv_filled_share", name), comparison.mean(metric, name)
+        places.append(Place(name, share.mean, value.mean, value.low, value.high))
+    plot(tradeoff(places, Axis(label, unit, limits)), f"tradeoff_{metric}", titled=False)

@@ -1,0 +1,74 @@
+"""Report: built from this answer, from a recording, or from scenes recorded now; previewed and downloaded."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from app.data import Built, build_report
+from app.page import Context, plain, problem
+from app.views.patterns import choose_recording
+from avl_analysis.errors import InputError
+from avl_analysis.recording import Recording
+from avl_analysis.samples import scene_samples
+
+_PREVIEW_HEIGHT = 900
+
+
+def show(context: Context) -> None:
+    """Draw the view."""
+    st.markdown(
+        "A report is one page that works offline, every figure as SVG, PDF and PNG, the numbers behind them as CSV and "
+        "JSON, and the recording itself."
+    )
+    many = st.toggle("Record drawn scenes for it", key="many", help="Many samples give intervals, and verdicts.")
+    count = int(st.slider("Scenes of each kind of question", 1, 20, 2, key="per_task")) if many else 0
+    recording = None if many else choose_recording(context)
+    title = st.text_input("Title", placeholder="by default it names the model", key="title", max_chars=120)
+    if st.button(
+        "Build the report", type="primary", icon=":material/description:", disabled=not many and recording is None
+    ):
+        st.session_state["report"] = _build(context, recording, count, str(title))
+    built: Built | None = st.session_state.get("report")
+    if built is not None:
+        _offer(built)
+
+
+def _build(context: Context, recording: Recording | None, count: int, title: str) -> Built | None:
+    """Record if asked to, and build, with progress; any click stops it."""
+    with st.status("Building the report", expanded=True) as status:
+        bar = st.progress(0.0, text="starting")
+        try:
+            if recording is None:
+                samples = scene_samples(count)
+                recording = context.bench.corpus(
+                    context.question.model,
+                    samples,
+                    tokens=96,
+                    progress=lambda done, total: bar.progress(done / total, text=f"recorded {done} of {total} scenes"),
+                )
+            built = build_report(recording, title, lambda name: bar.progress(1.0, text=f"drawing {name}"))
+        except InputError as error:
+            status.update(label="No report", state="error")
+            problem(error)
+            return None
+        status.update(label="The report is ready", state="complete", expanded=False)
+        return built
+
+
+def _offer(built: Built) -> None:
+    """Downloads and a preview."""
+    offers = [
+        ("Page (HTML)", built.page, "report.html", "text/html"),
+        ("Everything (ZIP)", built.archive, "report.zip", "application/zip"),
+    ]
+    if built.pdf is not None:
+        offers.insert(1, ("PDF", built.pdf, "report.pdf", "application/pdf"))
+    for column, (label, data, name, kind) in zip(st.columns(len(offers) + 2), offers, strict=False):
+        size = f"{label}, {max(len(data) / 2**20, 0.1):.1f} MB"
+        column.download_button(size, data, name, kind, on_click="ignore", icon=":material/download:", width="stretch")
+    if built.missing:
+        with st.expander(f"{len(built.missing)} figures could not be drawn from this recording"):
+            for name, reason in built.missing.items():
+                st.markdown(f"**{plain(name.removeprefix('fig_'))}**: {plain(reason)}")
+    if st.toggle("Preview", value=True, key="preview"):
+        st.iframe(built.page.decode("utf-8"), height=_PREVIEW_HEIGHT, alt="preview of the report")

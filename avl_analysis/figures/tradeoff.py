@@ -1,0 +1,36 @@
+"""What is kept of a model's quality at what share of the bytes, for several policies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from avl_analysis.figures.spec import Axis, Points, Scatter
+
+
+@dataclass(frozen=True)
+class Place:
+    """One policy: its share of the full cache's bytes, and a quality with its interval."""
+
+    name: str
+    share: float
+    value: float
+    low: float
+    high: float
+
+
+def tradeoff(places: Sequence[Place], quality: Axis, title: str = "") -> Scatter:
+    """Quality against bytes, one point with its interval per policy; places without a value are left out."""
+    known = [place for place in places if np.isfinite(place.value)]
+    points = tuple(_point(place, slot) for slot, place in enumerate(known, start=1))
+    share = Axis("bytes of keys and values held", "share of the full cache", (0.0, 1.08))
+    return Scatter(share, quality, points, title=title)
+
+
+def _point(place: Place, slot: int) -> Points:
+    ends = (
+        (np.array([place.low]), np.array([place.high])) if np.isfinite([place.low, place.high]).all() else (None, None)
+    )
+    return Points(place.name, np.array([place.share]), np.array([place.value]), *ends, slot=slot)
