@@ -31,7 +31,7 @@ from avl.families import Family, describe
 from avl_analysis.comparison import METRICS, Comparison, build
 from avl_analysis.errors import InputError
 from avl_analysis.flops import attention_flops, linear_flops
-from avl_analysis.generation import Run, decode_texts, generate
+from avl_analysis.generation import Run, decode_texts, generate, prompt_lengths
 from avl_analysis.models import VLM
 from avl_analysis.provenance import provenance
 from avl_analysis.samples import Sample
@@ -126,7 +126,7 @@ def compare(
     if len(reasons) == len(results):
         raise InputError(f"none of the {len(samples)} samples could be measured; the first failed with: {reasons[0]}")
     attrs = {
-        **provenance(vlm.model, ()),
+        **provenance(vlm.model, job.family, ()),
         "model": vlm.name,
         "model_revision": vlm.revision or "",
         "max_new_tokens": max_new_tokens,
@@ -139,9 +139,8 @@ def compare(
 
 def batches(vlm: VLM, samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
     """Indices of the samples in batches: rows alike in number of pictures and length of the prompt go together."""
-    tokenizer = vlm.processor.tokenizer
-    lengths = tokenizer([sample.prompt for sample in samples], add_special_tokens=False)["input_ids"]
-    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].images), len(lengths[i]), i))
+    lengths = prompt_lengths(vlm, samples)
+    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].images), lengths[i], i))
     found: list[list[int]] = []
     for i in order:
         mixed = found and bool(samples[found[-1][0]].images) != bool(samples[i].images)
@@ -301,9 +300,11 @@ def _cost(run: Run, row: int, family: Family, linear: float) -> Values:
         "kv_full": last.full / batch,
         "kv_filled_share": usage.filled_share,
         "kv_allocated_share": usage.allocated_share,
-        "keys_held": float(np.mean([layer[row] for layer in last.held])),
     }
-    decode = [step for step in usage.steps if step.step > 0][: len(run.tokens[row]) - 1]
+    decode = usage.steps[1 : len(run.tokens[row])]
+    end = usage.steps[len(run.tokens[row]) - 1]  # where this row ended; others of the batch may have gone on
+    values["keys_held"] = float(np.mean([layer[row] for layer in end.held]))
+    values["keys_held_share"] = values["keys_held"] / (run.prompt_tokens[row] + len(decode))
     if decode:
         keys = np.array([[layer[row] for layer in step.attended] for step in decode], dtype=float)
         attention = attention_flops(family, keys.sum(1).mean())

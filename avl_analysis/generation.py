@@ -24,6 +24,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from avl import Policy, Usage, adaptive
 from avl.families import describe
 from avl_analysis.models import VLM
+from avl_analysis.prompts import Conversation, render
 from avl_analysis.samples import Sample
 
 OnLogits = Callable[[int, Tensor], None]
@@ -93,6 +94,17 @@ def generate(
         attention=list(attention)[:steps],
         usage=session.usage() if session is not None else None,
     )
+
+
+def prompt_lengths(vlm: VLM, samples: Sequence[Sample]) -> list[int]:
+    """Tokens of each prompt as the model is given it, a picture counted as one: samples alike in pictures and in this
+    number need no padding together.
+
+    Raises:
+        InputError: prompts the model's chat template cannot take.
+    """
+    texts = [render(vlm.processor, Conversation(sample.prompt, len(sample.images))) for sample in samples]
+    return [len(row) for row in vlm.processor.tokenizer(texts)["input_ids"]]
 
 
 def decode_texts(vlm: VLM, tokens: Sequence[Sequence[int]]) -> list[str]:

@@ -61,6 +61,7 @@ def test_the_full_cache_compared_with_itself_differs_in_nothing(result) -> None:
     assert (result["exact_prefix"].sel(policy="full") == TOKENS).all()
     assert float(abs(result["perplexity_change"].sel(policy="full")).max()) < 1e-5
     assert (result["kv_filled_share"].sel(policy="full") == 1).all()
+    assert (result["keys_held_share"].sel(policy="full") == 1).all()
     for metric in result.metrics:
         if metric not in ("correct", "attention_seconds"):
             assert result.difference(metric, "full").mean == 0, metric

@@ -1,0 +1,192 @@
+"""Policies by name and as small JSON files, so that a choice made once can be used everywhere.
+
+    h2o                         the policy's own settings
+    a-vl:0.5                    scaled to half of the full cache's bytes
+    a-vl,core=0.2,text=none     fields changed
+    my.json                     what `save_policy` (or calibration) wrote
+
+A file names the class and the fields that differ from its defaults, and may carry the evidence they were chosen by.
+Only the policies listed in `POLICIES` can be named: a file never runs code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import avl
+from avl import Policy
+from avl_analysis.errors import InputError
+
+POLICIES: Mapping[str, type[Policy]] = {
+    "full": avl.FullPolicy,
+    "a-vl": avl.AdaptivePolicy,
+    "random": avl.RandomPolicy,
+    "stride": avl.StridePolicy,
+    "streaming": avl.StreamingPolicy,
+    "h2o": avl.H2OPolicy,
+    "snapkv": avl.SnapKVPolicy,
+    "fastv": avl.FastVPolicy,
+    "vl-cache": avl.VLCachePolicy,
+}
+"""Name on the command line -> policy."""
+
+FORMAT, VERSION = "avl-policy", 1
+
+
+def named_policy(text: str) -> Policy:
+    """The policy meant by a name with settings, or by the path of a JSON file; see the module.
+
+    Raises:
+        InputError: an unknown name, no such file, settings the policy does not have or does not accept.
+    """
+    if text.endswith(".json"):
+        return load_policy(text)
+    head, *settings = [part.strip() for part in text.split(",")]
+    name, _, budget = head.partition(":")
+    if name not in POLICIES:
+        raise InputError(f"unknown policy {name!r}: choose from {', '.join(POLICIES)}, or name a .json file")
+    values = {}
+    for setting in settings:
+        key, sign, value = setting.partition("=")
+        if not sign:
+            raise InputError(f"{setting!r} in {text!r} is no setting: write name=value, for example core=0.3")
+        values[key.strip()] = _value(value.strip())
+    policy = with_budget(POLICIES[name], _number(budget, text)) if budget else POLICIES[name]()
+    return changed(policy, values)
+
+
+def with_budget(kind: type[Policy], budget: float) -> Policy:
+    """The policy of this class that holds at most `budget` of the full cache's keys.
+
+    Raises:
+        InputError: a class without a budget, or a number it does not accept.
+    """
+    try:
+        if issubclass(kind, avl.AdaptivePolicy):
+            return kind.for_budget(budget)
+        if issubclass(kind, avl.BudgetPolicy):
+            return kind(budget=budget)
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
+    raise InputError(f"{kind.__name__} has no budget: leave out :{budget:g}")
+
+
+def changed(policy: Policy, values: Mapping[str, Any]) -> Policy:
+    """The policy with some fields replaced.
+
+    Raises:
+        InputError: a field it does not have, or a value it does not accept.
+    """
+    known = [field.name for field in fields(policy)]
+    for name in values:
+        if name not in known:
+            raise InputError(f"{type(policy).__name__} has no setting {name!r}; it has {', '.join(known) or 'none'}")
+    try:
+        return replace(policy, **values)
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
+
+
+def policy_to_json(policy: Policy) -> dict[str, Any]:
+    """Class and fields of a policy that differ from its defaults.
+
+    Raises:
+        InputError: a policy that is not one of `POLICIES`.
+    """
+    if type(policy) not in POLICIES.values():
+        raise InputError(f"{type(policy).__name__} cannot be written to a file; these can: {', '.join(POLICIES)}")
+    plain = {field.name: getattr(policy, field.name) for field in fields(policy)}
+    default = type(policy)()
+    different = {name: value for name, value in plain.items() if value != getattr(default, name)}
+    return {"policy": type(policy).__name__, "fields": different}
+
+
+def policy_from_json(content: Any, source: str = "this content") -> Policy:
+    """The policy that `policy_to_json` described.
+
+    Raises:
+        InputError: anything else; `source` is named in the message.
+    """
+    classes = {kind.__name__: kind for kind in POLICIES.values()}
+    if not isinstance(content, dict) or not isinstance(content.get("fields", {}), dict):
+        raise InputError(f"{source} does not describe a policy: an object with 'policy' and 'fields' is needed")
+    if content.get("policy") not in classes:
+        raise InputError(f"{source} names policy {content.get('policy')!r}; possible are {', '.join(classes)}")
+    given = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.get("fields", {}).items()
+    }
+    try:
+        return changed(classes[content["policy"]](), given)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def save_policy(policy: Policy, path: str | PathLike[str], evidence: Mapping[str, Any] | None = None) -> Path:
+    """Write a policy, and what it was chosen by, as JSON.
+
+    Raises:
+        InputError: a policy that is not one of `POLICIES`, or a file that cannot be written.
+    """
+    content: dict[str, Any] = {"format": FORMAT, "version": VERSION, **policy_to_json(policy)}
+    if evidence is not None:
+        content["evidence"] = dict(evidence)
+    try:
+        Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write the policy to {path}: {error}") from error
+    return Path(path)
+
+
+def load_policy(path: str | PathLike[str]) -> Policy:
+    """Read a policy that `save_policy` wrote.
+
+    Raises:
+        InputError: no such file, not JSON, not a policy, of another version of the format, or settings out of range.
+    """
+    return policy_from_json(_read(path), str(path))
+
+
+def load_evidence(path: str | PathLike[str]) -> dict[str, Any] | None:
+    """What the policy in a file was chosen by; None if the file does not say. Raises as `load_policy`."""
+    evidence = _read(path).get("evidence")
+    return None if evidence is None else dict(evidence)
+
+
+def _read(path: str | PathLike[str]) -> dict[str, Any]:
+    source = Path(path).expanduser()
+    if not source.is_file():
+        raise InputError(f"there is no policy file {source}; make one with avl calibrate --out {source}")
+    try:
+        content = json.loads(source.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+        raise InputError(f"{source} is not a JSON file: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f'{source} is JSON but not a policy (no "format": "{FORMAT}" in it)')
+    if content.get("version") != VERSION:
+        raise InputError(f"{source} has policy format {content.get('version')}, this program reads {VERSION}")
+    return content
+
+
+def _value(text: str) -> Any:
+    """A setting as Python means it: none, true, false, a number, otherwise the text."""
+    plain = {"none": None, "true": True, "false": False}
+    if text.lower() in plain:
+        return plain[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"{text!r} in {where!r} is not a number: write the budget like a-vl:0.5") from error
