@@ -7,7 +7,19 @@ pictures live in `avl_analysis`, which knows this package while this package doe
 
 from avl.accounting import StepUsage, Usage
 from avl.families import UnsupportedModelError
-from avl.policies import AdaptivePolicy, FullPolicy, Policy
+from avl.policies import (
+    AdaptivePolicy,
+    BudgetPolicy,
+    FastVPolicy,
+    FullPolicy,
+    H2OPolicy,
+    Policy,
+    RandomPolicy,
+    SnapKVPolicy,
+    StreamingPolicy,
+    StridePolicy,
+    VLCachePolicy,
+)
 from avl.seam import SeamError
 from avl.selection import Selection, State
 from avl.toggle import AdaptiveSession, adaptive
@@ -18,6 +30,14 @@ __all__ = [
     "Policy",
     "AdaptivePolicy",
     "FullPolicy",
+    "BudgetPolicy",
+    "RandomPolicy",
+    "StridePolicy",
+    "StreamingPolicy",
+    "H2OPolicy",
+    "SnapKVPolicy",
+    "FastVPolicy",
+    "VLCachePolicy",
     "Usage",
     "StepUsage",
     "Selection",

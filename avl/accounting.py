@@ -114,9 +114,9 @@ class Ledger:
                 seen=max(layer.seen for layer in layers),
                 attended=tuple(map(tuple, attended)),
                 held=tuple(tuple(layer.held()) for layer in layers),
-                filled=sum(layer.filled * _slot(layer) for layer in layers),
+                filled=sum((layer.filled - layer.front) * _slot(layer) for layer in layers),
                 allocated=total,
-                bookkeeping=sum(_bytes(t) for a in layers for t in (a.positions, a.scores) if t is not None),
+                bookkeeping=sum(_bytes(t) for a in layers for t in (a.positions, a.scores, a.worth) if t is not None),
                 full=sum(layer.seen * _slot(layer) for layer in layers),
             )
         )

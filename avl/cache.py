@@ -63,9 +63,11 @@ class AdaptiveLayer(CacheLayerMixin):
         keys, values: buffers of shape (batch, key/value heads, capacity, head dim).
         positions: (batch, heads, capacity) int32 sequence index of each slot, -1 if empty; heads is 1 while all
             key/value heads hold the same keys.
-        scores: (batch, heads, capacity) float32 worth of the keys in `rest` if one must go, or None.
+        scores: (batch, heads, capacity) float32 worth of each key when one must go, or None.
+        worth: (batch, far) what the keys in `far` were worth when last ranked, kept only if they may be dropped.
         far: width of the first segment; `filled` the slots in use.
         cores: slots (start, stop) of the core of each row.
+        widths: heads, key width and value width of what the model caches.
         whole: whether the next step reads everything or only what follows `far`.
         evictable: number of keys in `rest` that may be dropped, per row; `share` what the policy wants to know.
         seen: tokens that passed this layer, padding included.
@@ -79,11 +81,15 @@ class AdaptiveLayer(CacheLayerMixin):
         self.conversation = conversation
         self.index = index
         conversation.layers[index] = self
-        self.positions: Tensor | None = None
-        self.scores: Tensor | None = None
+        self.keys: Any = None
+        self.values: Any = None
+        self.positions: Any = None
+        self.scores: Any = None
+        self.worth: Any = None
         self.far = self.filled = self.seen = 0
         self.cores: list[tuple[int, int]] = []
         self.whole = True
+        self.widths = (0, 0, 0)
         self.evictable: list[int] = []
         self.share: list[float] = []
         self._missing: list[int] = []  # empty slots per row in front of far
@@ -105,9 +111,10 @@ class AdaptiveLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        self.widths = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
         self.seen = forward.start + forward.tokens
         if forward.kind == "decode":
-            self._append(key_states, value_states, forward.start)
+            self._append(key_states.detach(), value_states.detach(), forward.start)
             return self.attended()
         if self.filled:
             key_states = torch.cat([self.keys[:, :, : self.filled], key_states], 2)
@@ -154,6 +161,7 @@ class AdaptiveLayer(CacheLayerMixin):
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
         self.positions = self.positions.index_select(0, rows)
         self.scores = None if self.scores is None else self.scores.index_select(0, rows)
+        self.worth = None if self.worth is None else self.worth.index_select(0, rows)
         order = rows.tolist()
         for name in ("cores", "evictable", "share", "_missing", "_holes"):
             setattr(self, name, [getattr(self, name)[i] for i in order])
@@ -161,14 +169,19 @@ class AdaptiveLayer(CacheLayerMixin):
     # -- reading ----------------------------------------------------------------------------------------------------
 
     @property
+    def front(self) -> int:
+        """First slot that holds anything."""
+        return min(self._missing)
+
+    @property
     def first(self) -> int:
         """First slot that the current step reads."""
-        return 0 if self.whole else self.far
+        return self.front if self.whole else self.far
 
     @property
     def ragged(self) -> bool:
         """Whether any slot the current step reads is empty in some row."""
-        return any(self._holes) or (self.whole and any(self._missing))
+        return any(self._holes) or (self.whole and len(set(self._missing)) > 1)
 
     def attended(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the current step, (batch, key/value heads, keys, head dim); views."""
@@ -220,15 +233,18 @@ class AdaptiveLayer(CacheLayerMixin):
             shared = max(part.shape[1], positions.shape[1]) == 1
             at = part.clamp_min(0).expand(-1, 1 if shared else heads, -1)
             self.positions[:, :, to] = positions.expand(-1, at.shape[1], -1).gather(2, at).masked_fill(part < 0, -1)
-            if self.scores is not None:
+            if choice.scores is not None:
                 self.scores[:, :, to] = choice.scores.expand(-1, heads, -1).gather(2, at.expand(-1, heads, -1))
         empty = self.positions[:, 0, : self.filled] < 0
         self._missing = empty[:, : self.far].sum(1).tolist()
         self._holes = empty[:, self.far :].sum(1).tolist()
+        self.worth = None
+        if choice.worth is not None:
+            self.worth = choice.worth[:, 0].gather(1, far[:, 0].clamp_min(0)).float()
         sizes = [0] * batch if choice.core is None else (choice.core[:, 0] >= 0).sum(1).tolist()
         self.cores = [(self.far + a, self.far + a + n) for a, n in zip(self._holes, sizes, strict=True)]
         self.evictable = list(choice.evictable) or self.held()
-        self.share = list(choice.share)
+        self.share = list(choice.share) or [1.0] * batch
 
     def _append(self, key: Tensor, value: Tensor, position: int) -> None:
         """Write one new key and value per row into a hole, or behind the last slot where a row has none."""
@@ -275,7 +291,9 @@ class AdaptiveLayer(CacheLayerMixin):
         """
         positions = self.positions[:, :, self.far : self.filled]
         scores = self.scores[:, :, self.far : self.filled]
-        worst = scores.masked_fill((positions >= newest) | (positions < 0), torch.inf).argmin(2, keepdim=True)
+        largest = torch.finfo(scores.dtype).max  # protected keys go only when nothing else is left, empty slots never
+        worst = scores.clamp_max(largest).masked_fill_((positions >= newest) | (positions < 0), torch.inf)
+        worst = worst.argmin(2, keepdim=True)
         dropped = positions.gather(2, worst)
         if all(rows):
             positions.scatter_(2, worst, -1)
@@ -291,29 +309,53 @@ class AdaptiveLayer(CacheLayerMixin):
         """Exchange keys between `far` and core so that the best image keys are core.
 
         Args:
-            scores: (batch, filled), one for every slot.
+            scores: (batch, keys), one for every slot the step has read, all of them.
         """
         for row, (start, stop) in enumerate(self.cores):
-            far = scores[row, self._missing[row] : self.far]
-            order = torch.cat([far, scores[row, start:stop]]).topk(stop - start).indices
+            missing, seen = self._missing[row], scores[row]
+            far = seen[missing - self.front : self.far - self.front]
+            order = torch.cat([far, seen[start - self.front : stop - self.front]]).topk(stop - start).indices
             best = torch.zeros(len(far) + stop - start, dtype=torch.bool, device=scores.device)
             best[order] = True
-            enter = best[: len(far)].nonzero()[:, 0] + self._missing[row]
+            enter = best[: len(far)].nonzero()[:, 0] + missing
             leave = (~best[len(far) :]).nonzero()[:, 0] + start
             for tensor in (self.keys[row], self.values[row], self.positions[row]):
                 old = tensor.index_select(1, enter)
                 tensor.index_copy_(1, enter, tensor.index_select(1, leave))
                 tensor.index_copy_(1, leave, old)
+            if self.worth is not None:
+                self.worth[row, missing : self.far] = far
+                self.worth[row, enter] = seen[leave - self.front]
+
+    def drop_far(self, row: int) -> Tensor:
+        """Drop the worst key of a row's `far`, as last ranked; returns its position, (1, 1)."""
+        missing = self._missing[row]
+        worst = int(self.worth[row, missing : self.far].argmin()) + missing
+        dropped = self.positions[row, :1, worst : worst + 1].clone()
+        for tensor in (self.keys[row], self.values[row], self.positions[row], self.worth[None, row]):
+            tensor[:, worst] = tensor[:, missing]
+        self.positions[row, :, missing] = -1
+        self._missing[row] += 1
+        return dropped
+
+    def far_held(self, row: int) -> int:
+        """Keys a row holds in `far`."""
+        return self.far - self._missing[row]
 
     def _grow(self) -> None:
-        """Move to buffers with room for more."""
-        capacity = self._roomy(self.filled)
+        """Move to buffers with room for more, leaving empty slots in front behind."""
+        front = self.front
+        capacity = self._roomy(self.filled - front)
         for name in ("keys", "values", "positions", "scores"):
             old = getattr(self, name)
             if old is not None:
                 new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
-                new[:, :, : self.filled] = old[:, :, : self.filled]
+                new[:, :, : self.filled - front] = old[:, :, front : self.filled]
                 setattr(self, name, new)
+        self.worth = None if self.worth is None else self.worth[:, front:].contiguous()
+        self.far, self.filled = self.far - front, self.filled - front
+        self.cores = [(start - front, stop - front) for start, stop in self.cores]
+        self._missing = [missing - front for missing in self._missing]
 
     @staticmethod
     def _roomy(filled: int) -> int:

@@ -51,6 +51,23 @@ def between(order: Tensor, first: Sequence[int], last: Sequence[int]) -> Tensor:
     return _blank(taken, [0] * len(sizes), sizes).flip(-1)
 
 
+def newest_and_best(scores: Tensor, positions: Tensor, counts: Sequence[int], recent: Sequence[int]) -> Tensor:
+    """The `recent[b]` newest keys of row b, and the best-scored of the others, `counts[b]` in all.
+
+    Args:
+        scores: (batch, heads, keys), -inf at keys that do not compete.
+        positions: (batch, 1 or heads, keys) sequence index of each key.
+
+    Returns:
+        (batch, heads, max(counts)) int64, -1 in front of rows with fewer.
+    """
+    competing = torch.where(scores > -torch.inf, positions.expand_as(scores), -1)
+    newest = best(competing, [min(r, n) for r, n in zip(recent, counts, strict=True)])
+    safe = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool, device=scores.device)
+    safe.scatter_(-1, torch.where(newest < 0, scores.shape[2], newest), True)
+    return between(best(scores.masked_fill(safe[..., :-1], torch.inf), counts), [0] * len(counts), counts)
+
+
 def members(mask: Tensor, width: int) -> Tensor:
     """Indices of the True entries in ascending order, -1 in front of rows with fewer than `width`.
 

@@ -134,7 +134,7 @@ class AdaptiveSession(Tap):
         conversation.forward = forward
         conversation.arrival = self.policy.arrival(forward.start)
         self._count(conversation, forward)
-        self._arrived = torch.full((forward.layout.batch, 1, 1), forward.start)
+        self._arrived = torch.full((forward.layout.batch, 1, 1), forward.start, device=forward.layout.modality.device)
         for layer in conversation.layers.values():
             layer.whole = forward.kind != "decode" or self.policy.whole(forward.step)
         if self._filter is not None:
@@ -192,7 +192,7 @@ class AdaptiveSession(Tap):
         conversation = Conversation()
         if not cache.layers:
             cache.layers.extend(DynamicLayer() for _ in range(self._seam.family.layers))
-        if any(cache.is_dummy):
+        if "reuse" in (getattr(self._seam.family.decoder.config, "kv_sharing_modes", None) or ()):
             raise UnsupportedModelError(
                 f"layers of {self._seam.family.name} share the KV cache of other layers; policies act on layers "
                 "that own their keys"
@@ -200,6 +200,12 @@ class AdaptiveSession(Tap):
         for index, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer or isinstance(layer, AdaptiveLayer):
                 cache.layers[index] = AdaptiveLayer(conversation, index)
+        own = {type(c).__name__ for c in cache.layers if isinstance(c, DynamicLayer) and not c.is_sliding}
+        if own and conversation.layers:
+            raise UnsupportedModelError(
+                f"{self._seam.family.name} mixes full attention with layers that choose their keys themselves "
+                f"({', '.join(sorted(own))}) under one mask; policies act on full attention, sliding windows beside it"
+            )
         if not conversation.layers:
             kinds = sorted({type(layer).__name__ for layer in cache.layers})
             raise UnsupportedModelError(
@@ -242,6 +248,7 @@ class AdaptiveSession(Tap):
                 f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave {layer.filled} + "
                 f"{call.query.shape[2]}; models that change keys behind the cache cannot be adapted"
             )
+        _check_keys(call, layer)
         rows = _row_positions(forward, call.key.device)
         positions = rows[:, None]
         if layer.filled:
@@ -251,13 +258,14 @@ class AdaptiveSession(Tap):
         if layer.filled or forward.rows is not None:
             call.key_positions = positions
         output = inner(call)
-        self._filter_tokens(call)
-        assert self._now is not None
-        self._reads[layer.index] = (positions[:, 0] >= 0).sum(1).tolist()
-        measure = self.policy.measure(self._shown(call, layer, positions, rows))
-        self._measures[layer.index] = (measure, call.key, call.value)
-        if not self.policy.deferred:
-            self._settle(self._now)
+        with torch.no_grad():
+            self._filter_tokens(call)
+            measure = self.policy.measure(self._shown(call, layer, positions, rows))
+            self._measures[layer.index] = (measure, call.key.detach(), call.value.detach())
+            self._reads[layer.index] = (positions[:, 0] >= 0).sum(1).tolist()
+            if not self.policy.deferred:
+                assert self._now is not None
+                self._settle(self._now)
         return output
 
     def _shown(self, call: AttentionCall, layer: AdaptiveLayer, positions: Tensor, rows: Tensor) -> Prompt:
@@ -274,6 +282,7 @@ class AdaptiveSession(Tap):
             len(self._now.layers),
             positions,
             _modality_at(modality, positions),
+            rows,
             _modality_at(modality, rows[:, None])[:, 0],
             self._now.counts,
             held,
@@ -299,11 +308,10 @@ class AdaptiveSession(Tap):
         """Let the policy choose, and hold what it chose."""
         assert self._ledger is not None
         measures, self._measures = self._measures, {}
-        shares = self.policy.shares([measure for measure, _, _ in measures.values()], conversation.counts)
-        for index, share in zip(list(measures), shares, strict=True):
+        choices = self.policy.choices([measure for measure, _, _ in measures.values()], conversation.counts)
+        for index, choice in zip(list(measures), choices, strict=True):
             measure, keys, values = measures[index]
             layer = conversation.layers[index]
-            choice = self.policy.choose(measure, conversation.counts, share)
             layer.fill(keys, values, measure.positions, choice, keys.shape[1] if self.policy.per_head else 1)
             self._ledger.hold(conversation.layers.values(), [t for _, *kv in measures.values() for t in kv])
             del measures[index], keys, values
@@ -330,7 +338,7 @@ class AdaptiveSession(Tap):
             call.mask = _for_query_heads(~empty, call)[:, :, None]
         output, weights = attend_one_row(call, empty)
         if self.policy.accumulates or (layer.whole and layer.far):
-            self._after[layer.index] = weights
+            self._after[layer.index] = weights.detach()
         self._reads[layer.index] = layer.reads()
         return output
 
@@ -346,14 +354,31 @@ class AdaptiveSession(Tap):
         if weights is not None and self.policy.accumulates:
             layer.scores[:, :, layer.far : layer.filled] += weights[:, :, layer.far - layer.first :].sum(-1)
         self._selection.note(layer.index, "added", self._arrived)
+        self._drop_text(layer, conversation)
+        self._drop_far(layer, conversation)
+
+    def _drop_text(self, layer: AdaptiveLayer, conversation: Conversation) -> None:
         if layer.scores is None:
             return
+        assert self._selection is not None
         layer.evictable = [count + 1 for count in layer.evictable]
         limits = [self.policy.limit(c, s) for c, s in zip(conversation.counts, layer.share, strict=True)]
         over = [limit is not None and n > limit for n, limit in zip(layer.evictable, limits, strict=True)]
         if any(over):
             dropped = layer.evict(over, self._newest(conversation, limits))
             self._selection.note(layer.index, "dropped", dropped)
+
+    def _drop_far(self, layer: AdaptiveLayer, conversation: Conversation) -> None:
+        if layer.worth is None:
+            return
+        assert self._selection is not None
+        dropped = torch.full_like(layer.positions[:, :1, :1], -1)
+        for row, counts in enumerate(conversation.counts):
+            limit = self.policy.image_limit(counts, layer.evictable[row])
+            start, stop = layer.cores[row]
+            if limit is not None and layer.far_held(row) and layer.far_held(row) + stop - start > limit:
+                dropped[row] = layer.drop_far(row)
+                self._selection.note(layer.index, "dropped", dropped)
 
     def _newest(self, conversation: Conversation, limits: Sequence[int | None]) -> Tensor | int:
         """Position from which on keys are too new to be dropped, for all rows or (batch, 1, 1)."""
@@ -397,6 +422,23 @@ def adaptive(model: nn.Module, policy: Policy) -> Iterator[AdaptiveSession]:
 
 
 # -- small parts ------------------------------------------------------------------------------------------------------
+
+
+def _check_keys(call: AttentionCall, layer: AdaptiveLayer) -> None:
+    """Refuse attention that is more than scaled products of the keys the cache holds."""
+    name = type(call.module).__name__
+    given = (call.key.shape[1], call.key.shape[3], call.value.shape[3])
+    if given != layer.widths:
+        raise UnsupportedModelError(
+            f"{name} caches {layer.widths[0]} heads of width {layer.widths[1]} and attends to {given[0]} heads of "
+            f"width {given[1]}: its cache holds compressed keys (multi-head latent attention), beyond policies"
+        )
+    names = ("position_bias", "sinks", "indices", "block_indices")
+    if others := [n for n in names if call.options.get(n) is not None]:
+        raise UnsupportedModelError(
+            f"{name} attends with {', '.join(others)}, made for all keys of the sequence in order; policies drop and "
+            "reorder keys, and support plain, grouped-query and soft-capped attention and sinks that are parameters"
+        )
 
 
 def _row_positions(forward: Forward, device: torch.device) -> Tensor:

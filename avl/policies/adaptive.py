@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from avl.policies.base import PROTECTED, Choice, Counts, Measure, Policy, Prompt
-from avl.selection import best, between, members
+from avl.selection import best, between, members, newest_and_best
 from avl.tokens import Modality
 
 TEXT_FLOOR = 20
@@ -70,7 +70,8 @@ class AdaptivePolicy(Policy):
                 f"core={self.core} is larger than secondary={secondary}: core image tokens are chosen among the "
                 f"secondary ones. Pass core <= {secondary}, or core=None to attend to all that are held"
             )
-        if None not in (self.prefill, self.secondary) and secondary > self.prefill and self.budget is None:
+        filtered = self.prefill is not None and self.secondary is not None and self.budget is None
+        if filtered and secondary > (self.prefill or 1.0):
             raise ValueError(
                 f"secondary={secondary} is larger than prefill={self.prefill}: later layers cannot hold image tokens "
                 f"that the prefill filter removed. Pass secondary <= {self.prefill}, or prefill=None to let all pass"
@@ -80,9 +81,9 @@ class AdaptivePolicy(Policy):
     def for_budget(cls, budget: float, **changes: Any) -> AdaptivePolicy:
         """The paper's policy scaled so that a layer holds at most `budget` of the full cache's keys at every moment.
 
-        System tokens are always held and 20 text tokens are never dropped; where these alone exceed the budget, no
-        image token is held and the budget is missed. The text rule keeps at most the share `budget`, so that answers,
-        however long, stay within it too. `changes` are further fields, for example `refresh_every`.
+        The text rule keeps at most the share `budget`, and image keys outside the core give way, worst first, when
+        the text needs their place. System keys, 20 text keys and the core never do; where these alone exceed the
+        budget, it is missed. `changes` are further fields, for example `refresh_every`.
         """
         check_share("budget", budget)
         text = min(budget, cls.text) if cls.text is not None else budget
@@ -114,6 +115,9 @@ class AdaptivePolicy(Policy):
     def recent(self, limit: int) -> int:
         return limit - int(HEAVY_SHARE * limit)
 
+    def image_limit(self, counts: Counts, text: int) -> int | None:
+        return None if self.budget is None else max(int(self.budget * counts.tokens) - counts.system - text, 0)
+
     def measure(self, prompt: Prompt) -> Measure:
         """Image keys: the last row's weights. Text keys: weights summed over text rows, earlier turns included."""
         text = None
@@ -123,7 +127,7 @@ class AdaptivePolicy(Policy):
         image = self.rank(prompt.last_row())[:, None]
         return Measure(prompt.layer, prompt.positions, prompt.modality, image, text)
 
-    def choose(self, measure: Measure, counts: Sequence[Counts], share: Sequence[float]) -> Choice:
+    def choose(self, measure: Measure, counts: Sequence[Counts]) -> Choice:
         image = measure.of(Modality.IMAGE)[:, :1]
         system, text = measure.of(Modality.SYSTEM), measure.of(Modality.TEXT)
         kept = [n if (r := self.limit(c, 1.0)) is None else min(n, r) for n, c in zip(sizes(text), counts, strict=True)]
@@ -136,15 +140,15 @@ class AdaptivePolicy(Policy):
             core=between(order, [0] * len(core), core),
             rest=[members(system, max(sizes(system), default=0)), self._texts(measure, text, kept)],
             scores=scores,
+            worth=None if self.budget is None else measure.scores,
             evictable=kept,
-            share=share,
         )
 
     # -- the counts -------------------------------------------------------------------------------------------------
 
     def _secondary(self, counts: Counts, text: int) -> int:
-        if self.budget is not None:
-            return max(int(self.budget * counts.tokens) - counts.system - text, 0)
+        if (limit := self.image_limit(counts, text)) is not None:
+            return limit
         return counts.image if self.secondary is None else int(self.secondary * counts.image)
 
     def _core(self, counts: Counts, secondary: int) -> int:
@@ -158,13 +162,8 @@ class AdaptivePolicy(Policy):
         """Text keys to keep: the newest, and the best-scored of the others."""
         if measure.extra is None or kept == sizes(text):
             return members(text, max(kept, default=0))
-        newest = best(
-            measure.positions.masked_fill(~text, -1), [min(self.recent(k), k) if k >= TEXT_FLOOR else k for k in kept]
-        )
         scores = measure.extra.masked_fill(~text, -torch.inf)
-        safe = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool, device=scores.device)
-        safe.scatter_(-1, torch.where(newest < 0, scores.shape[2], newest).expand(*scores.shape[:2], -1), True)
-        return between(best(scores.masked_fill(safe[..., :-1], torch.inf), kept), [0] * len(kept), kept)
+        return newest_and_best(scores, measure.positions, kept, [self.recent(k) for k in kept])
 
 
 def sizes(mask: Tensor) -> list[int]:

@@ -13,7 +13,7 @@ Order of a layer's keys: `far` (held, attended only at whole steps), `core`, the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -58,6 +58,7 @@ class Prompt:
         positions: (batch, heads, keys) sequence index of each key, -1 where there is none; heads is 1 while all
             key/value heads hold the same keys.
         modality: same shape, int8 codes of `Modality`.
+        rows: (batch, rows) sequence index of each query row, -1 where it is no token.
         row_modality: (batch, rows) of the query rows.
         counts: true tokens of each row of the batch.
         held: (batch, key/value heads, keys) scores so far of keys held from earlier turns, 0 for new ones; or None.
@@ -69,6 +70,7 @@ class Prompt:
         layers: int,
         positions: Tensor,
         modality: Tensor,
+        rows: Tensor,
         row_modality: Tensor,
         counts: Sequence[Counts],
         held: Tensor | None,
@@ -78,6 +80,7 @@ class Prompt:
         self.layers = layers
         self.positions = positions
         self.modality = modality
+        self.rows = rows
         self.row_modality = row_modality
         self.counts = counts
         self.held = held
@@ -87,7 +90,21 @@ class Prompt:
         rows = self._call.query.shape[2]
         return attention_weights(self._call, slice(rows - 1, rows))[:, :, 0]
 
-    def row_sums(self, rows: Tensor, *, above: float = 0.0) -> Tensor:
+    def weights(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Softmax weights of the blocks of query rows that contain any of `rows`, (batch, rows) bool.
+
+        Yields:
+            The block and its weights, (batch, query heads, block, keys) float32. Under a purely causal mask, keys
+            behind the block are left out.
+        """
+        call, wanted = self._call, rows.any(0).tolist()
+        for start in range(0, len(wanted), _BLOCK):
+            stop = min(start + _BLOCK, len(wanted))
+            if any(wanted[start:stop]):
+                seen = stop if call.causal else call.key.shape[2]
+                yield slice(start, stop), attention_weights(call, slice(start, stop), seen)
+
+    def row_sums(self, rows: Tensor) -> Tensor:
         """Softmax weights summed over some query rows and over the query heads that share a key/value head.
 
         Args:
@@ -96,17 +113,17 @@ class Prompt:
         Returns:
             (batch, key/value heads, keys) float32.
         """
-        call, wanted = self._call, rows.any(0).tolist()
-        total = torch.zeros(*call.key.shape[:3], device=call.key.device)
-        for start in range(0, len(wanted), _BLOCK):
-            stop = min(start + _BLOCK, len(wanted))
-            if not any(wanted[start:stop]):
-                continue
-            seen = stop if call.causal else call.key.shape[2]
-            weights = attention_weights(call, slice(start, stop), seen)
-            weights = weights.mul_(rows[:, None, start:stop, None]).sum(2)
-            total[..., :seen] += weights.view(weights.shape[0], -1, call.groups, seen).sum(2)
+        batch, heads, keys, _ = self._call.key.shape
+        total = torch.zeros(batch, heads, keys, device=self._call.key.device)
+        for block, weights in self.weights(rows):
+            summed = weights.mul_(rows[:, None, block, None]).sum(2)
+            total[..., : weights.shape[3]] += summed.view(batch, heads, self._call.groups, -1).sum(2)
         return total
+
+    def newest(self, count: int) -> Tensor:
+        """(batch, rows) bool: the last `count` query rows that are tokens."""
+        token = self.row_modality != Modality.PADDING
+        return token & (token.flip(1).cumsum(1).flip(1) <= count)
 
 
 @dataclass(eq=False)
@@ -139,14 +156,16 @@ class Choice:
         rest: sets of keys that are attended at every step.
         scores: (batch, heads, keys) what the rest's keys are worth when one must go, `PROTECTED` for never; None if
             nothing is ever dropped while decoding.
+        worth: (batch, 1, keys) what keys in `far` are worth, if the policy drops some of them later; else None.
         evictable: number of keys in `rest` that may be dropped later, per row.
-        share: what `limit` is given for each row.
+        share: what `limit` is given for each row; 1.0 if left out.
     """
 
     rest: Sequence[Tensor]
     far: Tensor | None = None
     core: Tensor | None = None
     scores: Tensor | None = None
+    worth: Tensor | None = None
     evictable: Sequence[int] = ()
     share: Sequence[float] = ()
 
@@ -156,7 +175,7 @@ class Policy(ABC):
     """Base of all policies; the methods below describe one that changes nothing."""
 
     deferred: ClassVar[bool] = False
-    """Whether `choose` needs the measures of all layers (the whole prompt's keys stay in memory until then)."""
+    """Whether `choices` needs the measures of all layers (the whole prompt's keys stay in memory until then)."""
     evicts_text_only: ClassVar[bool] = False
     """Whether `limit` and `recent` are about text keys rather than all keys in `rest`."""
 
@@ -184,12 +203,12 @@ class Policy(ABC):
         """Look at one layer after its attention over a prompt."""
 
     @abstractmethod
-    def choose(self, measure: Measure, counts: Sequence[Counts], share: Sequence[float]) -> Choice:
-        """Say which keys to hold. `share` comes from `shares`."""
+    def choose(self, measure: Measure, counts: Sequence[Counts]) -> Choice:
+        """Say which keys of one layer to hold."""
 
-    def shares(self, measures: Sequence[Measure], counts: Sequence[Counts]) -> list[list[float]]:
-        """A number per layer and row of the batch for `choose` and `limit`; `measures` of all layers if deferred."""
-        return [[1.0] * len(counts) for _ in measures]
+    def choices(self, measures: Sequence[Measure], counts: Sequence[Counts]) -> list[Choice]:
+        """Say which keys to hold in each of some layers: all of them if `deferred`, else one at a time."""
+        return [self.choose(measure, counts) for measure in measures]
 
     def whole(self, step: int) -> bool:
         """Whether decode step `step` (1, 2, ...) attends to all keys held, and re-ranks them."""
@@ -201,6 +220,10 @@ class Policy(ABC):
 
     def limit(self, counts: Counts, share: float) -> int | None:
         """Most evictable keys a row may hold at this point; None: no limit."""
+        return None
+
+    def image_limit(self, counts: Counts, text: int) -> int | None:
+        """Most keys a row may hold in `far` and core together while it holds `text` evictable ones; None: no limit."""
         return None
 
     def recent(self, limit: int) -> int:

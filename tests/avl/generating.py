@@ -1,0 +1,43 @@
+"""Greedy runs of tiny models with and without a policy, and a batch's rows one by one."""
+
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from tests import tiny
+
+Inputs = dict[str, torch.Tensor]
+
+
+def generate(model: Any, inputs: Inputs, steps: int = 12, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """New tokens (rows, steps) and logits (steps, rows, vocabulary); sampling starts from a fixed seed."""
+    torch.manual_seed(0)
+    options = {"do_sample": False, **options}
+    out = model.generate(**inputs, max_new_tokens=steps, return_dict_in_generate=True, output_logits=True, **options)
+    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits)
+
+
+def difference(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Largest absolute difference of two sets of logits, where both are finite; infinite if shapes differ."""
+    if first.shape != second.shape:
+        return float("inf")
+    finite = torch.isfinite(first) & torch.isfinite(second)
+    return float((first - second)[finite].abs().max())
+
+
+def rows_alone(
+    model: LlavaForConditionalGeneration, batch: list[int], images: int | list[int] = 1, between: int = 0
+) -> tuple[Inputs, list[Inputs]]:
+    """A left-padded batch, and each of its rows as a batch of its own without padding."""
+    together = tiny.inputs(model, batch, images, between=between)
+    counts = [images] * len(batch) if isinstance(images, int) else images
+    alone, first = [], 0
+    for row, count in enumerate(counts):
+        kept = together["attention_mask"][row].bool()
+        one = {name: together[name][row : row + 1, kept] for name in ("input_ids", "attention_mask")}
+        if count:
+            one["pixel_values"] = together["pixel_values"][first : first + count]
+        first += count
+        alone.append(one)
+    return together, alone
