@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from avl_analysis.errors import InputError
@@ -52,6 +52,16 @@ def record(
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     layers: Annotated[str | None, typer.Option(help="Decoder layers to record, e.g. 0,4-7. Default: all.")] = None,
     statistics: Annotated[str | None, typer.Option(help="Statistics to record, by name. Default: all.")] = None,
+    keep_attention: Annotated[
+        bool, typer.Option("--keep-attention", help="Keep raw attention weights too, of --heads and --queries.")
+    ] = False,
+    heads: Annotated[str | None, typer.Option(help="Heads whose raw weights are kept, e.g. 0,3. Default: all.")] = None,
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows whose raw weights are kept: all, prompt, last, decode, steps, or positions like 5,7-9."
+        ),
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     attention: Attention = "sdpa",
@@ -59,23 +69,26 @@ def record(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Record where a model looks while it answers, every layer and head, and save that as one file."""
-    _check_target(out, force)
+    check_target(out, force)
     samples = _samples(image or [], scenes, task, seed)
     numbers = None if layers is None else parse_numbers(layers, "--layers")
+    kept = _raw(keep_attention, heads, queries)
     names = None if statistics is None else [name for name in re.split(r"[,\s]+", statistics) if name]
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 
     from avl_analysis.corpus import record_samples
 
-    with progress("recording", len(samples) * max_new_tokens) as advance:
+    total = len(samples) * max_new_tokens
+    with progress("recording") as advance:
         recording = record_samples(
             vlm,
             samples,
             system=system,
             max_new_tokens=max_new_tokens,
-            on_token=lambda index, token: advance(index * max_new_tokens + token),
+            on_token=lambda done, token: advance(done * max_new_tokens + token, total),
             layers=numbers,
             statistics=names,
+            **kept,
         )
     recording.save(out)
     for index in range(min(len(samples), 3)):
@@ -96,7 +109,7 @@ def stats(
     console = Console()
     _heading(console, loaded)
     for table in tables:
-        console.print(f"\n[bold]{table.title}[/]")
+        console.print(f"\n[bold]{table.title}[/]", highlight=False, soft_wrap=True)
         drawn = Table("layer", *table.columns, box=None, pad_edge=False)
         for layer, row in zip(table.layers, table.cells, strict=True):
             drawn.add_row(str(layer), *row)
@@ -128,15 +141,16 @@ def parse_numbers(text: str, option: str) -> list[int]:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Any]:
-    """A progress bar on stderr where that is a terminal; yields a function that takes how much is done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"))
+def progress(what: str, unit: str = "tokens") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr where that is a terminal; yields a function that takes what is done and the total."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     console = Console(stderr=True)
     with Progress(
-        *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
+        disable=not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager
@@ -144,7 +158,26 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _check_target(out: Path, force: bool) -> None:
+def _raw(keep: bool, heads: str | None, queries: str | None) -> dict[str, Any]:
+    """Arguments of `record` for raw weights."""
+    if not keep:
+        if heads is not None or queries is not None:
+            raise InputError("--heads and --queries choose raw weights, which are kept with --keep-attention only")
+        return {}
+    named = queries is None or not queries[:1].isdigit()
+    return {
+        "keep": "attention",
+        "heads": None if heads is None else parse_numbers(heads, "--heads"),
+        "queries": queries if named else parse_numbers(str(queries), "--queries"),
+    }
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Refuse a file that cannot or should not be written, before anything is computed.
+
+    Raises:
+        InputError: no such folder, a folder in place of a file, an existing file without --force.
+    """
     if not out.parent.is_dir():
         raise InputError(f"no such folder: {out.parent}; make it first, or choose another --out")
     if out.is_dir():
@@ -187,4 +220,5 @@ def _heading(console: Console, recording: Recording) -> None:
         f"{len(recording)} sample(s), prompts of {int(lengths.min())} to {int(lengths.max())} tokens, "
         f"answers of {int(steps.min()) + 1} to {int(steps.max()) + 1}",
         highlight=False,
+        soft_wrap=True,
     )

@@ -1,5 +1,6 @@
 """The command line: what it prints, and that every mistake is one clear line and exit code 2."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import xarray as xr
 
 from avl_analysis.cli import main
 from avl_analysis.cli_record import parse_numbers
+from avl_analysis.comparison import load_comparison
 from avl_analysis.errors import InputError
 from avl_analysis.recording import load_recording
 from avl_analysis.scenes import generate
@@ -117,6 +119,18 @@ def test_record_asks_a_saved_model_about_a_picture_and_saves_what_it_attended(
     assert recording.attrs["model_revision"].startswith("sha256:")
 
 
+def test_record_keeps_raw_attention_of_the_heads_and_rows_asked_for(
+    folder: Path, picture: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run.nc"
+    arguments = ["record", picture, "what?", "--model", folder, "--out", out, "--max-new-tokens", 3]
+    assert _run(*arguments, "--keep-attention", "--heads", "0,3", "--queries", "last") == 0
+    weights = load_recording(out)["attention"]
+    assert weights["head"].values.tolist() == [0, 3]
+    assert weights.sizes["query"] == 1
+    assert float(abs(weights.sum("position") - 1).max()) < 1e-5
+
+
 def test_record_about_drawn_scenes_keeps_their_truth(recorded: Path) -> None:
     recording = load_recording(recorded)
     assert len(recording) == 3
@@ -145,7 +159,7 @@ def test_stats_prints_every_layer_with_intervals_over_samples(
     assert _run("stats", recorded, "modality_mass") == 0
     out = capsys.readouterr().out
     assert "3 sample(s)" in out
-    assert "modality_mass: attention mass, decode steps" in out
+    assert "modality_mass: " in out
     rows = [line.split() for line in out.splitlines() if line[:1] in ("0", "1")]
     assert [row[0] for row in rows] == ["0", "1"]
     assert all("[" in row[2] for row in rows)
@@ -166,6 +180,9 @@ def test_stats_prints_every_layer_with_intervals_over_samples(
         (["record", "PICTURE", "what?", "--model", "FOLDER", "--layers", "two"], "write it like 0,4-7"),
         (["record", "PICTURE", "what?", "--model", "FOLDER", "--statistics", "luck"], "no statistic 'luck'"),
         (["record", "PICTURE", "what?", "--model", "FOLDER", "--dtype", "float7"], "unknown dtype 'float7'"),
+        (["record", "PICTURE", "what?", "--model", "FOLDER", "--keep-attention", "--heads", "9"], "heads 0 to 3"),
+        (["record", "PICTURE", "what?", "--model", "FOLDER", "--keep-attention", "--queries", "odd"], "odd"),
+        (["record", "PICTURE", "what?", "--heads", "1"], "with --keep-attention only"),
         (["record", "PICTURE", "what?", "--out", "no/folder/run.nc"], "no such folder: no/folder"),
         (["record", "PICTURE", "what?", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["record", "--scenes", "-3"], "--scenes -3"),
@@ -234,3 +251,64 @@ def test_an_interrupt_is_reported_in_one_line_with_its_own_code(
     monkeypatch.setattr("avl_analysis.inventory.inspect_model", interrupted)
     assert _run("models", folder) == 130
     assert capsys.readouterr().err == "avl: interrupted\n"
+
+
+@pytest.fixture
+def questions(tmp_path: Path, picture: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    lines = [{"image": picture.name, "prompt": prompt, "answer": "red"} for prompt in ("what is this?", "the colour?")]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_compare_measures_policies_on_a_file_of_questions_against_the_full_cache(
+    folder: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "compare.nc"
+    policies = ["-p", "full", "-p", "random:0.5", "-p", "a-vl,core=0.2"]
+    arguments = ["compare", questions, *policies, "--model", folder, "--max-new-tokens", 3, "--out", out]
+    assert _run(*arguments) == 0
+    comparison = load_comparison(out)
+    assert comparison.policies == ["full", "random:0.5", "a-vl,core=0.2"]
+    assert comparison["kl"].sizes["sample"] == 2
+    assert float(comparison["kl"].sel(policy="full").max()) < 1e-5
+    printed = capsys.readouterr().out
+    assert "random:0.5" in printed
+    assert "kl: KL(full || policy)" in printed
+
+
+def test_compare_writes_its_tables_where_asked(folder: Path, questions: Path, tmp_path: Path) -> None:
+    out = tmp_path / "compare.csv"
+    arguments = ["compare", questions, "-p", "full", "--metric", "accuracy", "--model", folder]
+    assert _run(*arguments, "--max-new-tokens", 2, "--out", out) == 0
+    assert out.read_text().startswith("policy,metric,mean,low,high")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "luck"], "unknown policy 'luck': choose from full, a-vl"),
+        (["-p", "a-vl:2"], "budget"),
+        (["-p", "h2o:0.5", "-p", "h2o:0.5"], "named twice"),
+        (["-p", "a-vl,speed=3"], "has no setting 'speed'"),
+        (["-p", "tuned.json"], "no policy file tuned.json"),
+        (["--out", "result.txt"], "must end in .nc"),
+        (["--task", "poetry"], "unknown task 'poetry'"),
+        (["nothing.jsonl"], "no such file: nothing.jsonl"),
+        (["QUESTIONS", "--task", "colour"], "leave one out"),
+        (["QUESTIONS", "--model", "FOLDER", "--metric", "beauty"], "beauty"),
+        (["QUESTIONS", "--model", "TEXT"], "text-only"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    arguments: list[str],
+    message: str,
+) -> None:
+    fixtures = {"FOLDER": "folder", "TEXT": "text_only", "QUESTIONS": "questions"}
+    given = [request.getfixturevalue(fixtures[word]) if word in fixtures else word for word in arguments]
+    monkeypatch.chdir(tmp_path)
+    assert message in _refused(capsys, "compare", *given)
