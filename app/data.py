@@ -284,7 +284,7 @@ class Workbench:
         Args:
             progress: called with (done, total) after each batch under each policy; may raise to stop.
         """
-        from avl_analysis.compare import compare
+        from avl_analysis.comparing import compare
 
         shared = self.model(model)
         with shared.use() as vlm:

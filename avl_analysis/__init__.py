@@ -8,6 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from avl_analysis.comparing import compare as compare
+    from avl_analysis.comparison import Comparison as Comparison
+    from avl_analysis.comparison import load_comparison as load_comparison
     from avl_analysis.errors import InputError as InputError
     from avl_analysis.models import VLM as VLM
     from avl_analysis.models import load_model as load_model
@@ -15,18 +18,41 @@ if TYPE_CHECKING:
     from avl_analysis.recording import Recording as Recording
     from avl_analysis.recording import load_recording as load_recording
     from avl_analysis.recording import merge as merge
+    from avl_analysis.samples import Sample as Sample
+    from avl_analysis.samples import read_samples as read_samples
+    from avl_analysis.samples import scene_samples as scene_samples
 
-_HOME = {  # public name -> module it lives in
+_HOME = {  # public name -> module it lives in; no module may have the name of something public
+    "Comparison": "comparison",
     "InputError": "errors",
     "Recording": "recording",
+    "Sample": "samples",
     "VLM": "models",
+    "compare": "comparing",
+    "load_comparison": "comparison",
     "load_model": "models",
     "load_recording": "recording",
     "merge": "recording",
+    "read_samples": "samples",
     "record": "recorder",
+    "scene_samples": "samples",
 }
 
-__all__ = ["VLM", "InputError", "Recording", "load_model", "load_recording", "merge", "record"]
+__all__ = [
+    "VLM",
+    "Comparison",
+    "InputError",
+    "Recording",
+    "Sample",
+    "compare",
+    "load_comparison",
+    "load_model",
+    "load_recording",
+    "merge",
+    "read_samples",
+    "record",
+    "scene_samples",
+]
 
 
 def __getattr__(name: str) -> Any:

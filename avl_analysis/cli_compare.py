@@ -71,7 +71,7 @@ def compare(
     samples = _samples(data, scenes, task)
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 
-    from avl_analysis.compare import compare as measure
+    from avl_analysis.comparing import compare as measure
     from avl_analysis.comparison import METRICS
 
     with progress("comparing", unit="answers") as advance:

@@ -28,7 +28,7 @@ from avl_analysis.intervals import Estimate, mean_interval, paired_difference, w
 from avl_analysis.samples import Sample
 
 METRICS = ("fidelity", "text", "accuracy", "cost")
-"""Groups of numbers; see `avl_analysis.compare`."""
+"""Groups of numbers; see `avl_analysis.comparing`."""
 
 FORMAT, VERSION = "avl-comparison", 1
 

@@ -36,7 +36,7 @@ from torch import nn
 
 import avl
 from avl import Policy
-from avl_analysis.compare import Failure, divide
+from avl_analysis.comparing import Failure, divide
 from avl_analysis.errors import InputError
 from avl_analysis.generation import Run, decode_texts, generate, prompt_lengths
 from avl_analysis.intervals import paired_difference, wilson

@@ -31,7 +31,7 @@ import avl
 from avl.attention import AttentionCall, Forward, attention_weights
 from avl.seam import Tap, attached
 from avl.tokens import Modality
-from avl_analysis.compare import kl_divergence
+from avl_analysis.comparing import kl_divergence
 from avl_analysis.corpus import facts_of
 from avl_analysis.errors import InputError
 from avl_analysis.generation import end_tokens, generate

@@ -9,7 +9,7 @@ import torch
 
 import avl
 from avl_analysis import frontier
-from avl_analysis.compare import compare
+from avl_analysis.comparing import compare
 from avl_analysis.errors import InputError
 from avl_analysis.models import VLM
 from avl_analysis.samples import scene_samples

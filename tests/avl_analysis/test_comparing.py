@@ -9,7 +9,7 @@ import xarray as xr
 from transformers import DynamicCache
 
 import avl
-from avl_analysis.compare import compare, divide, kl_divergence
+from avl_analysis.comparing import compare, divide, kl_divergence
 from avl_analysis.comparison import METRICS, load_comparison
 from avl_analysis.errors import InputError
 from avl_analysis.generation import generate
