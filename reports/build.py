@@ -32,13 +32,20 @@ from avl_analysis.figures.pictures import data_uri
 from avl_analysis.figures.spec import rows
 from avl_analysis.recording import Recording
 from reports import (
+    fig_core_age,
     fig_coverage,
+    fig_layer_agreement,
     fig_localisation,
     fig_modality,
     fig_overlay,
+    fig_persistence,
+    fig_position_bias,
     fig_ppci,
+    fig_prefill_recall,
+    fig_sinks,
     fig_sparsity,
     fig_text_age,
+    fig_values,
 )
 from reports.run import NotMeasured, Run, Section
 from reports.script import write_figure
@@ -47,14 +54,20 @@ FIGURES: tuple[ModuleType, ...] = (
     fig_modality,
     fig_overlay,
     fig_localisation,
+    fig_persistence,
     fig_sparsity,
     fig_coverage,
     fig_text_age,
+    fig_prefill_recall,
     fig_ppci,
+    fig_core_age,
+    fig_sinks,
+    fig_position_bias,
+    fig_layer_agreement,
+    fig_values,
 )
 """Figure modules in the order of the report; each has `QUESTION` and `section(run)`."""
 SAMPLES_SHOWN = 24
-_CHART, _PICTURE, _ANIMATION = 360, 250, 470
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,7 @@ def render(
     environment = Environment(
         loader=PackageLoader("reports", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.filters["close"] = lambda text: str(text).replace(" %", "\u00a0%")
     templates = resources.files("reports") / "templates"
     views = [_view(name, section, formats) for name, section in sections.items()]
     return environment.get_template("page.html").render(
@@ -163,14 +177,14 @@ def _view(name: str, section: Section, formats: tuple[str, ...]) -> dict[str, An
     plots = []
     for number, panel in enumerate(figure.panels):
         plot = draw_plotly.draw(panel, titled=False)
-        height = plot.layout.height or _CHART
+        height = f"height: {plot.layout.height}px"
         if isinstance(panel, Overlay):
-            height = _PICTURE
+            height = f"aspect-ratio: {panel.picture.shape[1]} / {panel.picture.shape[0]}"
         plots.append(
             {
                 "id": f"plot-{figure.name}-{number}",
                 "title": panel.title if not isinstance(panel, Animation) else "",
-                "height": height,
+                "size": height,
                 "json": draw_plotly.as_json(plot),
             }
         )

@@ -11,25 +11,25 @@ from reports.findings import Finding, judge
 from reports.policy_numbers import CORE, SECONDARY, TARGET, TEXT
 from reports.run import Run, Section
 from reports.script import run_script
-from reports.shapes import LAYER, SLOTS, constant, curve, share
+from reports.shapes import LAYER, SLOTS, constant, curve
 
 QUESTION = "How few keys hold nearly all of the attention?"
 _TAU = Axis("share of the attention to be held", "share", (0.5, 1.0))
-_KEYS = share("keys needed")
+_KEYS = Axis("keys needed", "share", (0.004, 1.1), log=True)
 
 
 def section(run: Run) -> Section:
     """Coverage curves of image and text keys at decode steps and at the last prompt row, and by layer."""
     decode, last = run.decode("coverage"), run["coverage"].sel(step=0)
-    rules = (Rule(CORE, "C", "y"), Rule(SECONDARY, "S", "y"), Rule(TEXT, "T", "y"))
+    attended, held = (Rule(CORE, "C", "y"), Rule(TEXT, "T", "y")), (Rule(SECONDARY, "S", "y"),)
     figure = Figure(
         "coverage",
         "Keys needed to hold a share of the attention",
         (
-            Lines(_TAU, _KEYS, _curves(decode), rules, title="decode steps"),
-            Lines(_TAU, _KEYS, _curves(last), rules, title="last prompt row"),
-            Lines(LAYER, _KEYS, _by_layer(decode), rules, title=f"for {100 * TARGET:.0f} %, decode steps"),
-            Lines(LAYER, _KEYS, _by_layer(last), rules, title=f"for {100 * TARGET:.0f} %, last prompt row"),
+            Lines(_TAU, _KEYS, _curves(decode), attended, title="decode steps"),
+            Lines(_TAU, _KEYS, _curves(last), held, title="last prompt row"),
+            Lines(LAYER, _KEYS, _by_layer(decode), attended, title=f"for {100 * TARGET:.0f} %, decode steps"),
+            Lines(LAYER, _KEYS, _by_layer(last), held, title=f"for {100 * TARGET:.0f} %, last prompt row"),
         ),
         run.caption(
             "Smallest share of the image (text) keys that together hold a given share of a row's attention on image "
@@ -64,7 +64,7 @@ def findings(decode: xr.DataArray, last: xr.DataArray) -> tuple[Finding, ...]:
 def _curves(array: xr.DataArray) -> tuple[Line, ...]:
     needed = estimate(array, ("key_modality", "tau"))
     lines = [curve(name, needed.at(key_modality=name), "tau", SLOTS[name]) for name in ("image", "text")]
-    return (*lines, constant("uniform", np.array([0.5, 1.0]), np.array([0.5, 1.0])))
+    return (*lines, constant("uniform", *[np.linspace(0.5, 1.0, 11)] * 2))
 
 
 def _by_layer(array: xr.DataArray) -> tuple[Line, ...]:

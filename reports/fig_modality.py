@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from avl_analysis.figures import Axis, Figure, Heat, Lines
+from avl_analysis.figures import Figure, Heat, Lines
 from reports.estimates import estimate, per_sample
 from reports.findings import Finding, Interval, judge
 from reports.run import Run, Section
 from reports.script import run_script
-from reports.shapes import LAYER, STEP, least, matrix, modality_curves, reached, share
+from reports.shapes import LAYER, STEP, least, log_share, matrix, modality_curves, reached, share
 
 QUESTION = "How is attention divided between picture, text and system tokens?"
 RATIO = 2.0
@@ -25,14 +25,15 @@ def section(run: Run) -> Section:
     mass, efficiency = run.decode("modality_mass"), run.decode("efficiency")
     by_layer = modality_curves(estimate(mass, ("layer", "key_modality")), "layer")
     per_token = modality_curves(estimate(efficiency, ("layer", "key_modality")), "layer")
-    share_per_token = Axis("attention per token", "share", log=True)
     figure = Figure(
         "modality",
         "Attention by modality",
         (
             Lines(LAYER, share("attention mass"), by_layer, title="by layer, decode steps"),
             _by_step(run),
-            Lines(LAYER, share_per_token, per_token, title="per visible token, decode steps"),
+            Lines(
+                LAYER, log_share("attention per token", per_token), per_token, title="per visible token, decode steps"
+            ),
             _by_layer_and_step(run),
         ),
         run.caption(
@@ -74,8 +75,8 @@ def _by_step(run: Run) -> Lines:
 def _by_layer_and_step(run: Run) -> Heat:
     mass = run["modality_mass"].sel(key_modality="image")
     image = reached(estimate(mass, ("layer", "step"), least=least(run)), "step")
-    value = share("attention mass on the picture")
-    return matrix(image, "layer", "step", STEP, LAYER, value, "on the picture, by layer and step")
+    value = share("image mass")
+    return matrix(image, "layer", "step", STEP, LAYER, value, "mass on the picture, by layer and step")
 
 
 if __name__ == "__main__":

@@ -98,8 +98,9 @@ def _maps(example: Example, scores: xr.DataArray, layer: int) -> list[tuple[int,
     layers."""
     measured = np.flatnonzero(np.isfinite(scores).any(("token", "layer")).values)
     steps = [int(t) for t in measured if t < max(1, len(example.words))]
-    long = [t for t in steps if t < len(example.words) and len(example.words[t].strip()) > 3]
-    pool = long if len(long) >= MAPS_PER_EXAMPLE else steps
+    said = [t for t in steps if t < len(example.words) and example.words[t].strip(" ,.")]
+    long = [t for t in said if len(example.words[t].strip()) > 3]
+    pool = next((pool for pool in (long, said) if len(pool) >= MAPS_PER_EXAMPLE), said[:1] or steps)
     if len(pool) >= MAPS_PER_EXAMPLE:
         return [(pool[i], layer) for i in _spread(len(pool))]
     layers = [int(number) for number in scores["layer"].values]

@@ -23,6 +23,7 @@ def section(run: Run) -> Section:
     if not bool(np.isfinite(continuity).any()):
         raise NotMeasured("no answer is long enough to compare two decode steps")
     layers = estimate(run["ppci_heterogeneity"].sel(p=CORE), ("layer", "other_layer"))
+    cosine = estimate(run.decode("consecutive_cosine"), ("layer",))
     figure = Figure(
         "ppci",
         "Overlap of the most attended image tokens",
@@ -31,6 +32,8 @@ def section(run: Run) -> Section:
                   title="two decode steps apart"),
             Lines(STEP, _OVERLAP, _prefill(run), title="prefill's last row and a decode step"),
             matrix(layers, "layer", "other_layer", LAYER, LAYER, _OVERLAP, f"two layers, best {100 * CORE:.0f} %"),
+            Lines(LAYER, Axis("cosine", "0 to 1", (0.0, 1.0)), (curve("consecutive steps", cosine, "layer", 1),),
+                  title="image scores of two consecutive steps"),
         ),
         run.caption(
             "Share of the best image tokens (by mean score over heads) that two moments or two layers have in common; "

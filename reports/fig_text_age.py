@@ -11,21 +11,21 @@ from reports.estimates import Estimate, estimate
 from reports.findings import Finding, judge
 from reports.run import NotMeasured, Run, Section
 from reports.script import run_script
-from reports.shapes import LAYER, curve, least
+from reports.shapes import LAYER, curve, least, log_share
 
 QUESTION = "Does a text token lose attention as it gets older?"
 _AGE = Axis("age of the text token", "tokens", log=True)
-_WEIGHT = Axis("mean weight", "share", log=True)
 
 
 def section(run: Run) -> Section:
     """The age profile with its fits, at decode steps and in the prompt, and the fitted decay by layer."""
+    decode, prompt = _profile(run, "decode"), _profile(run, "prefill")
     figure = Figure(
         "text_age",
         "Text attention by age",
         (
-            Lines(_AGE, _WEIGHT, _profile(run, "decode"), title="decode steps"),
-            Lines(_AGE, _WEIGHT, _profile(run, "prefill"), title="text rows of the prompt"),
+            Lines(_AGE, log_share("mean weight", decode), decode, title="decode steps"),
+            Lines(_AGE, log_share("mean weight", prompt), prompt, title="text rows of the prompt"),
             Lines(LAYER, Axis("decay rate", "power of age"), (_rate(run, "power"),), title="power law, decode steps"),
             Lines(
                 LAYER, Axis("decay rate", "per token"), (_rate(run, "exponential"),), title="exponential, decode steps"

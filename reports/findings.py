@@ -32,11 +32,12 @@ class Interval:
     high: float
 
     def words(self, unit: str = "", digits: int = 2) -> str:
-        """ "0.61 [0.58, 0.64]", or with unit "%" as percentages."""
+        """ "0.61 [0.58, 0.64]"; with unit "%" as percentages, in whole ones from ten per cent on."""
         if not self.known:
             return "not measured"
         scale, sign = (100.0, " %") if unit == "%" else (1.0, f" {unit}" if unit else "")
-        digits = max(0, digits - 2) if unit == "%" and digits < 4 else digits
+        if unit == "%":
+            digits = 0 if abs(self.value) >= 0.1 else 1
         value, low, high = (f"{scale * number:.{digits}f}" for number in (self.value, self.low, self.high))
         return f"{value}{sign} [{low}, {high}]"
 

@@ -22,6 +22,14 @@ def share(label: str) -> Axis:
     return Axis(label, "share", (0.0, 1.0))
 
 
+def log_share(label: str, lines: Iterable[Line]) -> Axis:
+    """A logarithmic axis over the values of some lines; intervals that reach towards zero do not stretch it."""
+    values = np.concatenate([line.y[np.isfinite(line.y) & (line.y > 0)] for line in lines])
+    if not values.size:
+        return share(label)
+    return Axis(label, "share", (float(values.min()) / 2, float(values.max()) * 2), log=True)
+
+
 def least(run: Run) -> int:
     """Samples that must reach a step, lag or age for it to be drawn: a tenth of them, between 2 and 10."""
     return max(2, min(10, run.n // 10)) if run.n > 1 else 1

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import Normal, Stroke
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
@@ -48,6 +48,8 @@ from avl_analysis.figures.spec import (
     Points,
     Rule,
     Scatter,
+    log_ticks,
+    repeated,
 )
 
 FORMATS = ("png", "svg", "pdf")
@@ -164,7 +166,7 @@ def _panel_size(panels: Sequence[Panel]) -> tuple[float, float]:
     pictures = [p.frames[0] if isinstance(p, Animation) else p for p in panels if isinstance(p, Overlay | Animation)]
     if len(pictures) == len(panels):
         width = 2.1 if len(panels) > 1 else 3.2
-        return width, width * max(p.picture.shape[0] / p.picture.shape[1] for p in pictures) + 0.45
+        return width, 0.94 * width * max(p.picture.shape[0] / p.picture.shape[1] for p in pictures) + 0.42
     rows = max((p.values.shape[0] for p in panels if isinstance(p, Heat)), default=0)
     bars = max((len(p.categories) for p in panels if isinstance(p, Bars) and p.horizontal), default=0)
     return PANEL_WIDTH, min(6.0, max(PANEL_HEIGHT, 0.9 + 0.17 * rows, 0.9 + 0.26 * bars))
@@ -172,7 +174,9 @@ def _panel_size(panels: Sequence[Panel]) -> tuple[float, float]:
 
 def _draw_panel(canvas: Canvas, place: Axes, panel: Panel, *, legend: bool) -> None:
     if panel.title:
-        place.set_title(textwrap.fill(panel.title, 34 if isinstance(panel, Overlay | Animation) else 56))
+        crowned = any(rule.axis == "x" for rule in getattr(panel, "rules", ()))  # rule labels stand above the frame
+        width = 34 if isinstance(panel, Overlay | Animation) else 56
+        place.set_title(textwrap.fill(panel.title, width), pad=15 if crowned else None)
     if isinstance(panel, Lines):
         _lines(place, panel)
     elif isinstance(panel, Heat):
@@ -365,7 +369,9 @@ def _axes(place: Axes, x: Axis, y: Axis) -> None:
         axis.set_label_text(spec.text)
         if spec.log:
             scale("log")
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_locator(
+                LogLocator(subs=(1, 2, 5)) if spec.limits is None else FixedLocator(log_ticks(*spec.limits))
+            )
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
         else:
@@ -381,19 +387,19 @@ def _rules(place: Axes, rules: Sequence[Rule]) -> None:
         line = place.axvline if rule.axis == "x" else place.axhline
         line(rule.at, color=LIGHT.muted, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
         if rule.axis == "x":
-            at, frame, shift, align = (rule.at, 1.0), place.get_xaxis_transform(), (2, -2), ("left", "top")
+            at, frame, shift, align = (rule.at, 1.0), place.get_xaxis_transform(), (0, 2), ("center", "bottom")
         else:
             at, frame, shift, align = (1.0, rule.at), place.get_yaxis_transform(), (-2, 1), ("right", "bottom")
         place.annotate(
             rule.label, at, xycoords=frame, xytext=shift, textcoords="offset points", ha=align[0], va=align[1],
-            rotation=90 if rule.axis == "x" else 0, fontsize=6.5, color=LIGHT.muted,
+            fontsize=6.5, color=LIGHT.muted,
         )  # fmt: skip
 
 
 def _handles(panel: Panel) -> list[Any]:
     """Legend entries of a panel, in drawing order."""
     if isinstance(panel, Lines):
-        return [Line2D([], [], **_line_look(line)) for line in panel.lines]
+        return [Line2D([], [], **_line_look(line)) for line in panel.lines if not repeated(panel, line)]
     if isinstance(panel, Scatter):
         return [_point_handle(points) for points in panel.points]
     if isinstance(panel, Bars) and len(panel.bars) > 1:

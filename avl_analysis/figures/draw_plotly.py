@@ -35,6 +35,8 @@ from avl_analysis.figures.spec import (
     Points,
     Rule,
     Scatter,
+    log_ticks,
+    repeated,
 )
 
 HEIGHT = 340
@@ -91,11 +93,13 @@ def _lines(panel: Lines, theme: Theme, dark: bool) -> go.Figure:
                 line=look,
                 marker={"symbol": palette.style(line.slot).plotly_marker, "size": 6, "maxdisplayed": 14},
                 legendgroup=str(number),
+                showlegend=not repeated(panel, line),
                 customdata=_interval(line.low, line.high),
                 hovertemplate=_hover(panel.x, panel.y, interval=line.low is not None),
             )
         )
     _frame(plot, panel.x, panel.y, theme, panel.rules)
+    plot.update_layout(showlegend=len(panel.lines) > 1)
     return plot
 
 
@@ -340,13 +344,27 @@ def _frame(plot: go.Figure, x: Axis, y: Axis, theme: Theme, rules: tuple[Rule, .
     plot.update_xaxes(**_axis(x, theme))
     plot.update_yaxes(**_axis(y, theme))
     for rule in rules:
-        line = {"color": theme.muted, "width": 1.2, "dash": "5px,3px"}
-        words = {"text": _text(rule.label), "font": {"size": 10, "color": theme.muted}}
-        if rule.axis == "x":
-            # Shapes and notes on a log axis are placed by the logarithm of their position.
-            plot.add_vline(rule.at, line=line, annotation={**words, "textangle": -90}, annotation_position="top right")
-        else:
-            plot.add_hline(rule.at, line=line, annotation=words, annotation_position="top right")
+        _rule(plot, rule, x if rule.axis == "x" else y, theme)
+
+
+def _rule(plot: go.Figure, rule: Rule, axis: Axis, theme: Theme) -> None:
+    """A line across the panel with its name at the end; on a log axis notes, unlike lines, are placed by logarithm."""
+    other = "y" if rule.axis == "x" else "x"
+    line = {"color": theme.muted, "width": 1.2, "dash": "5px,3px"}
+    plot.add_shape(
+        {"type": "line", "line": line, f"{rule.axis}0": rule.at, f"{rule.axis}1": rule.at, f"{rule.axis}ref": rule.axis}
+        | {f"{other}0": 0, f"{other}1": 1, f"{other}ref": f"{other} domain"}
+    )
+    note: dict[str, Any] = {"text": _text(rule.label), "showarrow": False, "font": {"size": 10, "color": theme.muted}}
+    at = float(np.log10(rule.at)) if axis.log else rule.at
+    note |= {
+        rule.axis: at,
+        f"{rule.axis}ref": rule.axis,
+        other: 1,
+        f"{other}ref": f"{other} domain",
+        "yanchor": "bottom",
+    }
+    plot.add_annotation(note | {"xanchor": "center" if rule.axis == "x" else "right"})
 
 
 def _axis(axis: Axis, theme: Theme) -> dict[str, Any]:
@@ -362,9 +380,11 @@ def _axis(axis: Axis, theme: Theme) -> dict[str, Any]:
     }
     if axis.log:
         settings["type"] = "log"
-        settings["dtick"] = "D2"
     if axis.limits is not None:
         settings["range"] = list(np.log10(axis.limits)) if axis.log else list(axis.limits)
+        if axis.log:
+            ticks = log_ticks(*axis.limits)
+            settings |= {"tickmode": "array", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     if axis.ticks is not None:
         settings |= {"tickmode": "array", "tickvals": [at for at, _ in axis.ticks]}
         settings["ticktext"] = [_text(name) for _, name in axis.ticks]
@@ -378,7 +398,7 @@ def _dress(plot: go.Figure, theme: Theme) -> None:
         paper_bgcolor=_CLEAR,
         plot_bgcolor=_CLEAR,
         font={"family": _FONT, "size": 12, "color": theme.ink},
-        margin={"l": 56, "r": 16, "t": 16, "b": 48},
+        margin={"l": 56, "r": 16, "t": 22, "b": 48},
         legend={"orientation": "h", "y": -0.24, "yanchor": "top", "x": 0, "font": {"size": 11}},
         hoverlabel={"bgcolor": theme.paper, "bordercolor": theme.muted, "font": {"color": theme.ink}},
     )

@@ -292,6 +292,19 @@ class Figure:
             raise ValueError(f"figure {self.name!r} needs at least one column; got {self.columns}")
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ticks of a logarithmic axis: powers of ten, with their doubles and halves where there is room for them."""
+    decades = range(int(np.floor(np.log10(low))) - 1, int(np.ceil(np.log10(high))) + 1)
+    steps = (1, 2, 5) if high < 300 * low else (1,)
+    return [tick for d in decades for step in steps if low <= (tick := float(f"{step}e{d}")) <= high]
+
+
+def repeated(panel: Lines, line: Line) -> bool:
+    """Whether a baseline of the same name stands before this one, so that the legend needs no second entry."""
+    before = panel.lines[: panel.lines.index(line)]
+    return line.role == "baseline" and any(other.role == "baseline" and other.name == line.name for other in before)
+
+
 def rows(figure: Figure) -> list[Row]:
     """Every number of a figure in long form: one row per value with panel, series, place and interval.
 
