@@ -75,8 +75,8 @@ class Raw:
         if total > self.limit:
             raise InputError(
                 f"raw attention of {layers} layers and {len(self.heads)} heads would take {total / 2**30:.1f} GiB, "
-                f"more than the limit of {self.limit / 2**30:.1f} GiB; choose fewer with layers=, heads= or queries='last', "
-                "or raise limit="
+                f"more than the limit of {self.limit / 2**30:.1f} GiB; choose fewer with layers=, heads= or "
+                "queries='last', or raise limit="
             )
 
 

@@ -94,6 +94,18 @@ class Recording:
             return total if count is None else (total / count.where(count > 0)).rename(name).assign_attrs(total.attrs)
         raise KeyError(f"this recording holds no {name!r}; it holds {', '.join(self.names)}")
 
+    def total(self, name: str) -> xr.DataArray:
+        """The undivided sum of a statistic that is a sum and a count, e.g. H2O's accumulated score.
+
+        Raises:
+            KeyError: the statistic is not kept as a sum.
+        """
+        sums = self.data["sums"]
+        if name not in sums:
+            kept = ", ".join(str(n) for n in sums.data_vars if not str(n).endswith("_count"))
+            raise KeyError(f"{name!r} is not kept as a sum; these are: {kept}")
+        return sums[name]
+
     @property
     def dataset(self) -> xr.Dataset:
         """All statistics, per sample."""

@@ -46,7 +46,7 @@ class CoreHitRate(TrajectoryStatistic):
         total = scores.sum(-1)
         for f, fraction in enumerate(self.fractions):
             sets = top(scores, fraction)
-            for age in range(min(self.ages, len(scores) - 1)):
+            for age in range(min(self.ages, len(scores))):
                 start = max(age, 1)  # evaluated at decode steps only
                 chosen, now = sets[start - age : len(sets) - age], slice(start, None)
                 recall = overlap(chosen, sets[now])
