@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import tempfile
 import threading
 import time
@@ -417,7 +418,7 @@ def build_report(recording: Recording, title: str, progress: Callable[[str], Non
 def sent_samples(files: Mapping[str, bytes], *, most_bytes: int, most_pixels: int) -> list[Sample]:
     """Samples from one JSONL file and the pictures it names, all sent together.
 
-    A file may name only pictures that came with it; nothing else on this machine is opened.
+    Only the last part of a picture's path counts, so nothing on this machine is opened but what was sent.
 
     Raises:
         InputError: not exactly one JSONL file, pictures missing, too large or damaged, lines that cannot be used.
@@ -425,20 +426,36 @@ def sent_samples(files: Mapping[str, bytes], *, most_bytes: int, most_pixels: in
     lists = [name for name in files if name.lower().endswith(".jsonl")]
     if len(lists) != 1:
         raise InputError(f"{len(lists)} JSONL files were sent: send one, together with the pictures it names")
-    pictures = {
-        Path(name).name: uploaded(data, name, most_bytes=most_bytes, most_pixels=most_pixels).pixels
-        for name, data in files.items()
-        if name not in lists
-    }
-    samples = from_bytes(read_samples, files[lists[0]], "samples.jsonl")
-    return [
-        replace(sample, images=tuple(_sent(sample, image, pictures) for image in sample.images)) for sample in samples
-    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "samples.jsonl").write_text("\n".join(map(_local, _lines(files[lists[0]]))), encoding="utf-8")
+        pictures = {}
+        for sent in set(files) - set(lists):
+            path = folder / Path(sent).name
+            pictures[path] = uploaded(files[sent], sent, most_bytes=most_bytes, most_pixels=most_pixels).pixels
+            path.touch()
+        try:
+            samples = read_samples(folder / "samples.jsonl")
+        except InputError as error:
+            raise InputError(str(error).replace(f"{folder}/", "")) from error
+    return [replace(s, images=tuple(pictures[Path(str(image))] for image in s.images)) for s in samples]
 
 
-def _sent(sample: Sample, image: Any, pictures: Mapping[str, NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    name = Path(str(image)).name
-    if name not in pictures:
-        known = ", ".join(sorted(pictures)) or "none"
-        raise InputError(f"sample {sample.id} names the picture {name!r}, which was not sent; sent were: {known}")
-    return pictures[name]
+def _lines(data: bytes) -> list[str]:
+    try:
+        return data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"the JSONL file is not UTF-8 text ({error.reason}): save it as UTF-8") from error
+
+
+def _local(line: str) -> str:
+    """A line of the list with its pictures' folders taken away; what is not JSON stays for the reader."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError:
+        return line
+    if isinstance(entry, dict):
+        for key in entry.keys() & {"image", "images"}:
+            named = entry[key]
+            entry[key] = [Path(str(n)).name for n in named] if isinstance(named, list) else Path(str(named)).name
+    return json.dumps(entry)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import streamlit as st
 
 from app import sidebar, state
@@ -17,6 +18,10 @@ from app.settings import Settings, settings
 from avl_analysis.errors import InputError
 
 _LOG = logging.getLogger("avl.app")
+_STYLE = """<style>
+.stMainBlockContainer { padding-top: 3.2rem; padding-bottom: 3rem; }
+[data-testid="stSidebarHeader"] { height: 2rem; }
+</style>"""
 TITLES = {
     "ask": ":material/visibility: Ask",
     "heads": ":material/grid_on: Heads",
@@ -33,6 +38,13 @@ def workbench(given: Settings) -> Workbench:
     return Workbench(allow_hub=given.hub, results=given.results)
 
 
+def _icon() -> np.ndarray:
+    """A few lit patches, as an array, because a named icon would be fetched from the network."""
+    lit = np.array([[0, 0, 1, 0], [0, 2, 2, 0], [1, 2, 2, 0], [0, 0, 0, 1]])
+    colours = np.array([[0x3B, 0x47, 0x54], [0x00, 0x72, 0xB2], [0xFF, 0xB0, 0x00]], np.uint8)
+    return colours[lit].repeat(8, 0).repeat(8, 1)
+
+
 def show(view: str, context: Context) -> None:
     """Draw a view; each is imported when first looked at, so that the first screen comes early."""
     from importlib import import_module
@@ -42,7 +54,8 @@ def show(view: str, context: Context) -> None:
 
 def main() -> None:
     """Draw the page."""
-    st.set_page_config("avl: attention of vision-language models", ":material/visibility:", layout="wide")
+    st.set_page_config("avl: attention of vision-language models", _icon(), layout="wide")
+    st.html(_STYLE)
     state.begin()
     view = st.segmented_control(
         "View", state.VIEWS, key="view", format_func=TITLES.__getitem__, required=True, label_visibility="collapsed"

@@ -52,6 +52,9 @@ def plot(
     drawn = draw_plotly.draw(panel, dark=is_dark(), titled=titled)
     if opacity is not None:
         with_opacity(drawn, opacity)
+    if isinstance(panel, Overlay) and panel.classes:
+        drawn.update_layout(legend={"y": -0.01})
+    drawn.update_yaxes(exponentformat="power")
     if height is not None:
         drawn.update_layout(height=height)
     config = {**_CONFIG, "staticPlot": isinstance(panel, Overlay) and panel.patches is None}

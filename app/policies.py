@@ -47,17 +47,17 @@ def choose() -> dict[str, avl.Policy]:
         InputError: settings that contradict each other; the message says which.
     """
     chosen: dict[str, avl.Policy] = {FULL: avl.FullPolicy()}
-    first, second, third = st.columns([1, 2, 1], vertical_alignment="bottom")
+    first, second, third = st.columns([1, 5, 2], vertical_alignment="bottom")
     on = first.toggle("A-VL on", key="avl_on", help="Adaptive attention on the loaded model, for your answers only.")
     state.put("rivals", [name for name in state.get("rivals") or [] if name in BASELINES])
     rivals = second.pills(
-        "Baselines at one budget, beside it",
+        "Baselines beside it, all at one budget",
         list(BASELINES),
         selection_mode="multi",
         key="rivals",
         format_func=BASELINES.__getitem__,
     )
-    budget = third.slider("Budget of the baselines, share of all keys", 0.02, 1.0, step=0.01, key="budget")
+    third.slider("Their budget, share of all keys", 0.02, 1.0, step=0.01, key="budget", disabled=not rivals)
     if on:
         with st.expander("A-VL's settings", icon=":material/tune:"):
             adaptive = _adaptive()
@@ -66,7 +66,7 @@ def choose() -> dict[str, avl.Policy]:
     if len(rivals) > MOST_RIVALS:
         problem(f"{len(rivals)} baselines are chosen; the first {MOST_RIVALS} are shown, take some away to see others.")
     for name in rivals[:MOST_RIVALS]:
-        chosen[BASELINES[name]] = with_budget(POLICIES[name], float(budget))
+        chosen[BASELINES[name]] = with_budget(POLICIES[name], float(state.get("budget")))
     return chosen
 
 

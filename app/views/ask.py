@@ -17,6 +17,7 @@ from reports.regions import Region, word_regions
 
 def show(context: Context) -> None:
     """Draw the view."""
+    st.markdown(f"### {plain(context.question.prompt)}")
     seen = observe(context)
     sample = asked_scene(context.question.picture, context.question.prompt)
     step = pick_token(seen, sample)
@@ -121,8 +122,10 @@ def _pictures(
         st.markdown(f"**Attention for “{visible(seen.answer.words[step])}”**")
         pictures = [i for i, grid in enumerate(seen.grids) if grid != (0, 0)]
         if pictures:
+            top = float(np.nanmax(look[seen.image == pictures[0]], initial=0.0))
             overlay = looks.token_overlay(pixels, seen.on_picture(look, pictures[0]), boxes=region.boxes)
             plot(overlay, "overlay", opacity=float(state.get("opacity")), height=320)
+            st.caption(f"Full amber: {top:.1%} of all attention, on the patch that gets most.")
         else:
             st.info("This model does not say which patch of the picture a token stands for.", icon=":material/info:")
     with lines:

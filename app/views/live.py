@@ -109,8 +109,8 @@ def _table(answers: dict[str, Answer], off: dict[str, Disagreement]) -> None:
         alt="cost and fidelity of every policy",
     )
     st.caption(
-        "Times are single runs on this machine, one policy after the other; on a small model a policy's own work outweighs "
-        "what it saves. KL and same prediction: fed the full cache's answer, mean over tokens."
+        "Times are single runs on this machine, one policy after the other; on a small model a policy's own work "
+        "outweighs what it saves. KL and same prediction: fed the full cache's answer, mean over tokens."
     )
 
 

@@ -18,6 +18,8 @@ ATTENTION = Axis("attention", "share of the row")
 LAYER = Axis("layer", "index")
 HEAD = Axis("head", "index")
 STEP = Axis("answer token", "index")
+FAINT = 0.05
+"""Attention on a word that is drawn at full strength even if no word gets more, so that crumbs look like crumbs."""
 STATES = ("minor: dropped", "secondary: held", "core: held and read")
 """Names of `avl.State` 0, 1, 2, in the palette's class colours."""
 
@@ -59,7 +61,7 @@ def token_strip(
     spans = (Span("system", 0, system), Span("question", system, question), Span("answer", question, len(text)))
     place = np.flatnonzero(kept == marked)
     largest = float(np.nanmax(shown, initial=0.0))
-    axis = Axis(ATTENTION.label, ATTENTION.unit, (0.0, max(largest, 1e-6)))
+    axis = Axis(ATTENTION.label, ATTENTION.unit, (0.0, max(largest, FAINT)))
     return Strip(
         text,
         shown,

@@ -1,0 +1,210 @@
+"""Between pages and models: limits on what is sent, results kept by what they depend on, one run at a time."""
+
+from __future__ import annotations
+
+import io
+import struct
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import avl
+from app.data import Question, Shelf, Workbench, from_bytes, picture, sent_samples, uploaded
+from app.settings import Settings, settings
+from avl_analysis.errors import InputError
+from avl_analysis.models import VLM
+from avl_analysis.recording import load_recording
+from tests import tiny
+
+LIMITS = {"most_bytes": 1 << 20, "most_pixels": 10_000}
+POLICY = avl.AdaptivePolicy(secondary=0.5, core=0.25, refresh_every=2, text=None)
+
+
+def png(width: int = 20, height: int = 10) -> bytes:
+    file = io.BytesIO()
+    tiny.picture((width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """A valid PNG header that announces side x side pixels, and next to no data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+def tiny_vlm(seed: int = 0) -> VLM:
+    model = tiny.llava(2, seed=seed)
+    return VLM("tiny", model, tiny.processor(model), "memory", None, "")
+
+
+@pytest.fixture(scope="module")
+def bench() -> Workbench:
+    return Workbench(loader=lambda name: tiny_vlm())
+
+
+def question(prompt: str = "what is the colour?", seed: int = 0, tokens: int = 12) -> Question:
+    return Question("tiny", picture(np.asarray(tiny.picture(seed=seed)), "a picture"), prompt, tokens)
+
+
+# -- what is sent -----------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_judged_by_its_content() -> None:
+    assert uploaded(png(), "name.txt", **LIMITS).pixels.shape == (10, 20, 3)
+    with pytest.raises(InputError, match="not an image"):
+        uploaded(b"<svg onload='alert(1)'/>", "innocent.png", **LIMITS)
+
+
+@pytest.mark.parametrize("side", [101, 20_000, 65_000])
+def test_too_many_pixels_are_refused_before_they_are_decoded(side: int) -> None:
+    with pytest.raises(InputError, match="pixels"):
+        uploaded(bomb(side), "bomb.png", **LIMITS)
+
+
+def test_too_many_bytes_and_truncated_files_are_refused() -> None:
+    with pytest.raises(InputError, match="at most 1 MB"):
+        uploaded(b"\0" * (1 << 21), "large.png", **LIMITS)
+    with pytest.raises(InputError, match="damaged"):
+        uploaded(png()[:60], "cut.png", **LIMITS)
+
+
+def test_a_list_of_questions_may_name_only_pictures_that_came_with_it(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png())
+    line = b'{"image": "cat.png", "prompt": "what is it?", "answer": "a cat"}\n'
+    samples = sent_samples({"q.jsonl": line, "cat.png": png()}, **LIMITS)
+    assert samples[0].answers == ("a cat",)
+    assert np.asarray(samples[0].images[0]).shape == (10, 20, 3)
+    stolen = f'{{"image": "{secret}", "prompt": "what is it?"}}\n'.encode()
+    with pytest.raises(InputError, match=r"line 1: no such picture: secret\.png"):
+        sent_samples({"q.jsonl": stolen, "cat.png": png()}, **LIMITS)
+    with pytest.raises(InputError, match="0 JSONL files"):
+        sent_samples({"cat.png": png()}, **LIMITS)
+
+
+def test_a_file_that_is_no_recording_is_refused_without_naming_the_servers_folders() -> None:
+    with pytest.raises(InputError, match=r"the file sent \(recording.nc\)") as caught:
+        from_bytes(load_recording, b"not a recording", "recording.nc")
+    assert "/tmp" not in str(caught.value)
+
+
+def test_settings_survive_the_environment_and_nonsense_is_refused() -> None:
+    given = Settings(("a", "b"), folders=False, hub=True)
+    assert settings({"AVL_APP": given.as_json()}) == given
+    assert settings({}) == Settings()
+    with pytest.raises(InputError, match="not settings of the dashboard"):
+        settings({"AVL_APP": '{"nonsense": 1}'})
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_shelf_gives_away_what_was_not_used_longest() -> None:
+    shelf = Shelf(2)
+    shelf.put("a", 1)
+    shelf.put("b", 2)
+    assert shelf.get("a") == 1
+    shelf.put("c", 3)
+    assert (shelf.get("a"), shelf.get("b"), shelf.get("c")) == (1, None, 3)
+
+
+def test_results_are_kept_by_picture_prompt_length_and_policy(bench: Workbench) -> None:
+    one = bench.answer(question())
+    assert bench.answer(question()) is one
+    assert bench.known("answer", question()) is one
+    others = [question("where is it?"), question(seed=1), question(tokens=3)]
+    assert all(bench.known("answer", other) is None for other in others)
+    assert bench.known("answer", question(), POLICY) is None
+    assert bench.known("observation", question()) is None
+
+
+def test_two_visitors_on_one_model_get_exactly_what_they_get_alone() -> None:
+    """One with A-VL, one without, one watching, all at once and again and again on the same loaded model."""
+    questions = [question(seed=seed) for seed in range(3)]
+    alone = Workbench(loader=lambda name: tiny_vlm())
+    jobs = [(q, policy) for q in questions for policy in (None, POLICY, avl.H2OPolicy(budget=0.5))]
+    expected = {job: alone.answer(*job).ids for job in jobs}
+    assert len(set(expected.values())) > len(questions)  # the policies do change answers
+    together = Workbench(loader=lambda name: tiny_vlm())
+    found: dict[tuple[Question, avl.Policy | None], set[tuple[int, ...]]] = {job: set() for job in jobs}
+    start = threading.Barrier(3)
+
+    def visit(policy: avl.Policy | None, watch: bool) -> None:
+        start.wait()
+        for q in questions:
+            said = together.observation(q, policy).answer if watch else together.answer(q, policy)
+            found[q, policy].add(said.ids)
+
+    visits = [(None, True), (POLICY, False), (avl.H2OPolicy(budget=0.5), False)]
+    threads = [threading.Thread(target=visit, args=visit_) for visit_ in visits]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert {job: {ids} for job, ids in expected.items()} == found
+
+
+def test_a_visitor_who_leaves_in_the_middle_leaves_the_model_free_and_unchanged(bench: Workbench) -> None:
+    class Gone(BaseException):
+        pass
+
+    def leave(text: str, count: int) -> None:
+        raise Gone
+
+    before = bench.answer(question("what is the image?")).ids
+    with pytest.raises(Gone):
+        bench.observation(question("what is the image?"), POLICY, on_token=leave)
+    assert bench.known("observation", question("what is the image?"), POLICY) is None
+    assert bench.observation(question("what is the image?")).answer.ids == before
+
+
+def test_a_waiting_visitor_is_told_and_may_leave(bench: Workbench) -> None:
+    class Gone(Exception):
+        pass
+
+    def leave() -> None:
+        raise Gone
+
+    with bench.model("tiny").use(), pytest.raises(Gone):
+        bench.answer(question("describe the image"), waiting=leave)
+
+
+def test_a_comparison_lets_others_in_between_two_batches(bench: Workbench) -> None:
+    shared, order = bench.model("tiny"), []
+    samples = [question(seed=seed).sample for seed in range(2)]
+    named = [type(s)(f"s{i}", s.images, s.prompt) for i, s in enumerate(samples)]
+
+    def progress(done: int, total: int) -> None:
+        order.append(done)
+        if done == 2:
+            other = threading.Thread(target=lambda: (bench.answer(question("red"), POLICY), order.append("other")))
+            other.start()
+            waiting.append(other)
+
+    waiting: list[threading.Thread] = []
+    result = bench.comparison("tiny", named, {"A-VL": POLICY}, tokens=6, progress=progress)
+    waiting[0].join(30)
+    assert result.policies == ["full", "A-VL"]
+    assert order[-1] == "other" or "other" in order
+    assert shared.lock.acquire(timeout=1)
+    shared.lock.release()
+
+
+def test_pictures_are_copied_and_cannot_be_changed() -> None:
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    kept = picture(pixels, "x")
+    pixels[:] = 255
+    assert kept.pixels.max() == 0
+    with pytest.raises(ValueError, match="read-only"):
+        kept.pixels[0] = 1
+    assert picture(np.asarray(Image.new("RGB", (4, 4))), "other name").digest == kept.digest

@@ -1,0 +1,172 @@
+"""One watched answer on tiny random models: what is shown is what the model computed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import avl
+from avl_analysis import headmaps, live
+from avl_analysis.errors import InputError
+from avl_analysis.models import VLM
+from avl_analysis.samples import Sample
+from tests import tiny
+
+TOKENS = 7
+
+
+def vlm(kv_heads: int = 2, attn: str = "sdpa") -> VLM:
+    model = tiny.llava(kv_heads, attn=attn)
+    return VLM("tiny", model, tiny.processor(model), "memory", None, "")
+
+
+@pytest.fixture(scope="module")
+def model() -> VLM:
+    return vlm()
+
+
+@pytest.fixture(scope="module")
+def sample() -> Sample:
+    return Sample("one", (tiny.picture(),), "what is the colour?")
+
+
+@pytest.fixture(scope="module")
+def seen(model: VLM, sample: Sample) -> live.Observation:
+    return live.observe(model, sample, max_new_tokens=TOKENS)
+
+
+def test_an_answer_is_what_generate_gives_and_every_token_has_its_time(model: VLM, sample: Sample) -> None:
+    heard: list[tuple[str, int]] = []
+    said = live.answer(model, sample, max_new_tokens=TOKENS, on_token=lambda *event: heard.append(event))
+    inputs = model.prepare(list(sample.images), sample.prompt)
+    out = model.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+    assert said.ids == tuple(out[0, inputs["input_ids"].shape[1] :].tolist())
+    assert said.text == model.processor.decode(list(said.ids), skip_special_tokens=True).strip() == heard[-1][0]
+    assert [count for _, count in heard] == list(range(1, TOKENS + 1))
+    assert all(np.diff(said.seconds) > 0)
+    assert said.ttft == said.seconds[0]
+    assert said.usage is None
+    assert said.states is None
+
+
+def test_watching_does_not_change_the_answer(model: VLM, sample: Sample, seen: live.Observation) -> None:
+    assert seen.answer.ids == live.answer(model, sample, max_new_tokens=TOKENS).ids
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_watched_weights_are_the_rows_of_eager_attention(kv_heads: int, sample: Sample) -> None:
+    watched = live.observe(vlm(kv_heads), sample, max_new_tokens=TOKENS)
+    eager = vlm(kv_heads, "eager")
+    out = eager.model.generate(
+        **eager.prepare(list(sample.images), sample.prompt),
+        max_new_tokens=TOKENS,
+        do_sample=False,
+        output_attentions=True,
+        return_dict_in_generate=True,
+    )
+    for step, layers in enumerate(out.attentions):
+        rows = torch.stack([layer[0, :, -1] for layer in layers]).numpy()
+        kept = watched.weights[step]
+        np.testing.assert_allclose(kept[..., : rows.shape[-1]], rows, atol=1e-3)  # kept in half precision
+        assert np.isnan(kept[..., rows.shape[-1] :]).all()
+
+
+def test_rows_add_up_to_one_over_system_image_and_text(seen: live.Observation) -> None:
+    for step in range(seen.steps):
+        assert sum(seen.mass(step, 1, 2).values()) == pytest.approx(1, abs=2e-3)
+        assert sum(seen.mass(step).values()) == pytest.approx(1, abs=2e-3)
+
+
+def test_patches_stand_where_the_layout_says(seen: live.Observation) -> None:
+    grid = seen.on_picture(np.arange(seen.modality.size, dtype=float))
+    first = int(np.flatnonzero(seen.image == 0)[0])
+    assert grid.shape == seen.grids[0] == (4, 4)
+    assert grid[0, 0] == first
+    assert grid[1, 2] == first + 6
+    with pytest.raises(InputError, match="picture 3 has no known grid"):
+        seen.on_picture(grid.ravel(), 3)
+
+
+def test_the_focus_counts_patches_and_the_lift_of_a_region(seen: live.Observation) -> None:
+    row = np.zeros((1, 1, 1, seen.modality.size), np.float16)
+    row[0, 0, 0, np.flatnonzero(seen.image == 0)[:3]] = [0.5, 0.25, 0.25]
+    one = live.Observation(seen.answer, seen.tokens, seen.modality, seen.image, seen.row, seen.column, (0,), row)
+    focus = one.focus(0, 0, 0, region=[0, 5])
+    assert (focus.mass, focus.patches, focus.of) == (1.0, 3, 16)
+    assert focus.region == 0.5
+    assert focus.lift == pytest.approx(0.5 / (2 / 16))
+    assert np.isnan(one.focus(0).lift)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [((99, 0, 0), "token 99"), ((0, 9, 0), "layer 9"), ((0, 0, 77), "head 77")]
+)
+def test_places_that_are_not_there_are_named(seen: live.Observation, place: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        seen.look(*place)
+
+
+def test_under_a_policy_keys_that_were_not_read_have_no_weight(model: VLM, sample: Sample) -> None:
+    policy = avl.AdaptivePolicy(secondary=0.5, core=0.25, text=None)
+    watched = live.observe(model, sample, policy, max_new_tokens=TOKENS)
+    states = watched.answer.states
+    assert states is not None
+    assert states.shape == (2, TOKENS, watched.modality.size)
+    image = watched.image == 0
+    read = ~np.isnan(watched.weights[:, :, 0, :])
+    assert read[0][:, image].all()  # the prompt reads everything
+    for layer in range(2):
+        for step in range(1, TOKENS):
+            core = states[layer, step - 1][image] == avl.State.CORE
+            held = states[layer, step - 1][image] >= avl.State.SECONDARY
+            expected = held if step % policy.refresh_every == 0 else core
+            assert (read[step, layer][image] == expected).all()
+            assert (core.sum(), held.sum()) == (4, 8)
+
+
+def test_full_cache_policy_and_full_cache_do_not_disagree_and_a_harsh_policy_does(model: VLM, sample: Sample) -> None:
+    full = live.answer(model, sample, max_new_tokens=TOKENS)
+    same = live.disagreement(model, sample, avl.FullPolicy(), full.ids)
+    assert same.kl.shape == (TOKENS,)
+    assert same.kl.max() < 1e-6
+    assert same.agree.all()
+    harsh = avl.AdaptivePolicy(secondary=0.1, core=0.1, text=None)
+    other = live.disagreement(model, sample, harsh, full.ids)
+    assert other.kl[0] < 1e-6  # the first token comes from the prompt, before anything is dropped
+    assert other.kl.max() > 1e-3
+
+
+def test_the_model_is_free_again_after_a_reader_stops(model: VLM, sample: Sample) -> None:
+    class Gone(Exception):
+        pass
+
+    def leave(text: str, count: int) -> None:
+        if count == 2:
+            raise Gone
+
+    with pytest.raises(Gone):
+        live.observe(model, sample, avl.AdaptivePolicy(), max_new_tokens=TOKENS, on_token=leave)
+    before = live.answer(model, sample, max_new_tokens=TOKENS).ids
+    assert live.observe(model, sample, max_new_tokens=TOKENS).answer.ids == before
+
+
+def test_head_maps_cover_every_head_and_rank_them(model: VLM, sample: Sample, seen: live.Observation) -> None:
+    recording = live.recorded(model, sample, max_new_tokens=TOKENS)
+    assert recording.facts()["answer"] == seen.answer.text
+    image = headmaps.measure(recording, "modality_mass/image")
+    for step in range(TOKENS):
+        values = headmaps.matrix(recording, image, step)
+        watched = [[seen.mass(step, layer, head)["image"] for head in range(4)] for layer in range(2)]
+        np.testing.assert_allclose(values, watched, atol=2e-3)
+    means = headmaps.matrix(recording, image)
+    per_step = np.stack([headmaps.matrix(recording, image, step) for step in range(1, TOKENS)])
+    np.testing.assert_allclose(means, per_step.mean(0), rtol=1e-5)
+    ranked = headmaps.rank(means, (0, 1))
+    assert [value for *_, value in ranked] == sorted(means.ravel().tolist(), reverse=True)
+    assert {(layer, head) for layer, head, _ in ranked} == {(a, b) for a in range(2) for b in range(4)}
+    kinds = headmaps.kinds(recording)
+    assert kinds.shape == (2, 4)
+    assert ((kinds == "visual") == (means >= headmaps.VISUAL)).all()
+    with pytest.raises(InputError, match="no measure 'nonsense'"):
+        headmaps.measure(recording, "nonsense")
