@@ -391,7 +391,7 @@ class AdaptiveSession(Tap):
                 positions.append(forward.start + 1 - recent)
             else:
                 texts = (forward.layout.modality[row] == Modality.TEXT).nonzero()[:, 0]
-                positions.append(int(texts[-recent]))
+                positions.append(int(texts[-recent]) if len(texts) >= recent else 0)
         if len(set(positions)) == 1:
             return positions[0]
         return torch.tensor(positions, device=forward.layout.modality.device)[:, None, None]

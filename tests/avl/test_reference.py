@@ -1,6 +1,7 @@
 """A-VL against traces of its authors' program: tokens, logits and cache lengths of a small LLaVA, policy by policy."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 import avl
+from avl.cache import AdaptiveLayer
+from avl.policies import adaptive as rules
 
 FOLDER = Path(__file__).parents[1] / "data" / "avl_reference"
 TRACE = json.loads((FOLDER / "trace.json").read_text())
@@ -76,3 +79,73 @@ def test_tokens_logits_and_cache_lengths_equal_the_authors_program(model: Any, t
     assert tokens == expected["tokens"]
     assert (logits - tensors[f"logits/{case}"]).abs().max() < 1e-3
     assert lengths == expected["cache_lengths"]
+
+
+def _whole_one_step_late(self: avl.AdaptivePolicy, step: int) -> bool:
+    return (step - 1) % self.refresh_every == 0
+
+
+def _best_head(self: avl.AdaptivePolicy, weights: torch.Tensor) -> torch.Tensor:
+    return weights.amax(1)
+
+
+def _first_head(self: avl.AdaptivePolicy, weights: torch.Tensor) -> torch.Tensor:
+    return weights[:, 0]
+
+
+def _no_accumulation(self: avl.AdaptivePolicy) -> bool:
+    return False
+
+
+def _held_length(self: AdaptiveLayer) -> int:
+    return self.filled
+
+
+def _worst_core(self: AdaptiveLayer, scores: torch.Tensor) -> None:
+    _recore(self, -scores)
+
+
+_recore = AdaptiveLayer.recore
+
+MUTATIONS: dict[str, tuple[str, Any, str, Any]] = {
+    "heavy share 0.5 instead of 0.7": ("text", rules, "HEAVY_SHARE", 0.5),
+    "no floor under the text budget": ("vision_text", rules, "TEXT_FLOOR", 1),
+    "refresh one step late": ("vision", avl.AdaptivePolicy, "whole", _whole_one_step_late),
+    "largest head instead of the mean": ("vision_no_refresh", avl.AdaptivePolicy, "rank", _best_head),
+    "the first head alone ranks the prefill filter": ("prefill", avl.AdaptivePolicy, "rank", _first_head),
+    "decode steps do not add to text scores": ("text", avl.AdaptivePolicy, "accumulates", property(_no_accumulation)),
+    "a refresh keeps the worst": ("prefill_vision", AdaptiveLayer, "recore", _worst_core),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_rule_does_not_reproduce_the_trace(
+    model: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    case, place, attribute, wrong = MUTATIONS[name]
+    monkeypatch.setattr(place, attribute, wrong)
+    assert not agrees(model, tensors, case, policy_of(case))
+
+
+def test_positions_counted_from_the_keys_held_are_noticed(
+    model: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AdaptiveLayer, "get_seq_length", _held_length)
+    with pytest.raises(avl.SeamError, match="holds 74 tokens, of which 106"):
+        agrees(model, tensors, "vision", policy_of("vision"))
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("vision", {"refresh_every": 2}),
+        ("vision", {"core": 0.29}),
+        ("vision_no_refresh", {"secondary": 0.52}),
+        ("prefill", {"prefill_layer": 1}),
+        ("vision_text", {"text": 0.65}),
+    ],
+)
+def test_another_policy_does_not_reproduce_the_trace(
+    model: Any, tensors: Any, case: str, change: dict[str, Any]
+) -> None:
+    assert not agrees(model, tensors, case, replace(policy_of(case), **change))
