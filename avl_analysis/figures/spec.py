@@ -54,6 +54,11 @@ class Axis:
         """Label and unit as written on the axis."""
         return f"{self.label} ({self.unit})"
 
+    @property
+    def counted(self) -> bool:
+        """Whether the axis counts things, so that only whole numbers make sense as ticks."""
+        return self.unit in ("index", "tokens", "decode steps", "patches") and not self.log
+
 
 @dataclass(frozen=True, eq=False)
 class Line:

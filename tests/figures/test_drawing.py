@@ -165,6 +165,25 @@ def test_series_common_to_all_panels_get_one_legend():
     assert all(axes.get_legend() is None for axes in canvas.axes)
 
 
-def test_a_caption_is_written_whole_under_the_figure():
-    canvas = draw_matplotlib.draw(specs.figure("f", specs.lines()), captioned=True)
-    assert " ".join(canvas.get_supxlabel().split()) == specs.CAPTION.text
+def test_a_printed_page_carries_words_figure_and_the_whole_caption():
+    figure = specs.figure("f", specs.lines(), specs.bars())
+    page = draw_matplotlib.figure_page(figure, [draw_matplotlib.Paragraph("A question?", bold=True)])
+    assert len(page.subfigs[0].axes) == 2
+    words = " ".join(text.get_text() for text in page.texts)
+    assert words == f"A question? {figure.title}. {specs.CAPTION.text}"
+
+
+def test_flowing_text_takes_as_many_pages_as_it_needs_and_loses_nothing():
+    paragraphs = [draw_matplotlib.Paragraph(f"paragraph {i} " + "word " * 60) for i in range(60)]
+    pages = draw_matplotlib.text_pages(paragraphs)
+    words = [text.get_text() for page in pages for text in page.texts]
+    assert len(pages) > 1
+    assert " ".join(words).split() == " ".join(p.text for p in paragraphs).split()
+    assert all(0 < text.get_position()[1] < 1 for page in pages for text in page.texts)
+
+
+def test_pages_are_bound_into_one_document(tmp_path):
+    pages = draw_matplotlib.text_pages([draw_matplotlib.Paragraph("one")])
+    pages.append(draw_matplotlib.figure_page(specs.figure("f", specs.overlay(), specs.overlay("b"), columns=2)))
+    path = draw_matplotlib.save_document(pages, tmp_path / "a.pdf", title="A report")
+    assert path.read_bytes().count(b"/Type /Page ") == 2

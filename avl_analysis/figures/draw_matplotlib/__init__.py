@@ -1,0 +1,72 @@
+"""Draws figure specs on paper: PNG, SVG and PDF files through matplotlib, and animated pictures as GIF or WebP.
+
+The only module that imports matplotlib. It decides nothing about content; a spec that passes its own checks can be
+drawn. No pyplot and no global state but an rc context around each drawing, so figures can be made in any thread and
+without a display. Files are reproducible: no dates, fixed SVG ids, text of SVG and PDF stays text or outlines that
+need no fonts of ours.
+
+What surprises: dollar signs in labels (prompts come from anywhere) must stay dollar signs, so mathematical typesetting
+is off, and log axes get plain numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure as Canvas
+
+from avl_analysis.figures.draw_matplotlib.arrange import fill, size_of
+from avl_analysis.figures.draw_matplotlib.look import RC
+from avl_analysis.figures.draw_matplotlib.overlays import raster
+from avl_analysis.figures.draw_matplotlib.pages import Paragraph, figure_page, save_document, text_pages
+from avl_analysis.figures.spec import Animation, Figure
+
+__all__ = ["FORMATS", "Paragraph", "draw", "figure_page", "save", "save_animation", "save_document", "text_pages"]
+
+FORMATS = ("png", "svg", "pdf")
+
+
+def draw(figure: Figure, *, titled: bool = True) -> Canvas:
+    """The figure as a matplotlib canvas of its own size, panels row by row."""
+    width, height = size_of(figure)
+    with matplotlib.rc_context(RC):
+        canvas = Canvas(figsize=(width, height + (0.35 if titled else 0.0)), layout="constrained")
+        FigureCanvasAgg(canvas)
+        fill(canvas, figure)
+        if titled:
+            canvas.suptitle(figure.title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    return canvas
+
+
+def save(figure: Figure, folder: Path, formats: Iterable[str] = FORMATS, *, dpi: int = 200) -> list[Path]:
+    """Write `folder/name.<format>` for each format and return the paths; the folder is made if needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    canvas = draw(figure)
+    with matplotlib.rc_context(RC):
+        canvas.draw_without_rendering()
+    canvas.set_layout_engine("none")  # arranged once; arranging again for each file takes most of the time
+    dates = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    paths = []
+    for suffix in formats:
+        if suffix not in dates:
+            raise ValueError(f"cannot write figures as {suffix!r}; possible: {', '.join(FORMATS)}")
+        path = folder / f"{figure.name}.{suffix}"
+        with matplotlib.rc_context(RC):
+            canvas.savefig(path, dpi=dpi, metadata=dates[suffix])
+        paths.append(path)
+    return paths
+
+
+def save_animation(animation: Animation, path: Path, *, dpi: int = 110) -> Path:
+    """Write an animation as one file, GIF or WebP by the path's suffix, endlessly repeating."""
+    if path.suffix not in (".gif", ".webp"):
+        raise ValueError(f"animations are written as .gif or .webp; got {path.name!r}")
+    images = [raster(frame, dpi) for frame in animation.frames]
+    duration = round(1000 * animation.seconds)
+    options: dict[str, Any] = {"quality": 82, "method": 4} if path.suffix == ".webp" else {"optimize": True}
+    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0, **options)
+    return path

@@ -1,0 +1,145 @@
+"""Charts on paper: curves with bands, heat maps, bars and points with intervals, their axes and reference lines."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import FigureBase
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from avl_analysis.figures import palette
+from avl_analysis.figures.draw_matplotlib.look import HATCHES, line_look
+from avl_analysis.figures.palette import LIGHT
+from avl_analysis.figures.spec import Axis, Bars, Heat, Lines, Rule, Scatter, log_ticks
+
+
+def draw_lines(place: Axes, panel: Lines) -> None:
+    for line in panel.lines:
+        look = line_look(line)
+        every = max(1, line.x.size // 9)
+        place.plot(line.x, line.y, markevery=every, **look)
+        if line.low is not None and line.high is not None:
+            place.fill_between(line.x, line.low, line.high, color=look["color"], alpha=0.2, linewidth=0)
+    _axes(place, panel.x, panel.y)
+    _rules(place, panel.rules)
+
+
+def draw_heat(canvas: FigureBase, place: Axes, panel: Heat) -> None:
+    limits = panel.value.limits or (float(np.nanmin(panel.values)), float(np.nanmax(panel.values)))
+    norm = Normalize(*limits)
+    place.set_facecolor(LIGHT.grid)
+    place.imshow(panel.values, cmap="cividis", norm=norm, aspect="auto", origin="lower" if panel.upward else "upper")
+    place.grid(False)
+    bar = canvas.colorbar(ScalarMappable(norm, "cividis"), ax=place, pad=0.02)
+    bar.set_label(textwrap.fill(panel.value.text, 30))
+    bar.outline.set_visible(False)
+    if panel.annotate:
+        middle = (limits[0] + limits[1]) / 2
+        for (row, column), value in np.ndenumerate(panel.values):
+            if np.isfinite(value):
+                colour = LIGHT.ink if value > middle else LIGHT.paper
+                place.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color=colour)
+    rows, columns = panel.values.shape
+    _category_ticks(place.xaxis, panel.x, columns)
+    _category_ticks(place.yaxis, panel.y, rows)
+    place.set_xlabel(panel.x.text)
+    place.set_ylabel(panel.y.text)
+
+
+def _category_ticks(axis: Any, spec: Axis, count: int) -> None:
+    if spec.ticks is not None:
+        axis.set_ticks([at for at, _ in spec.ticks], [name for _, name in spec.ticks])
+    else:
+        axis.set_ticks(np.arange(0, count, max(1, -(-count // 12))))
+
+
+def draw_bars(place: Axes, panel: Bars) -> None:
+    at = np.arange(len(panel.categories), dtype=float)
+    width = 0.8 / len(panel.bars)
+    for number, bar in enumerate(panel.bars):
+        offset = at + (number - (len(panel.bars) - 1) / 2) * width
+        colour = palette.style(bar.slot).light
+        hatch = HATCHES[number % 4] if len(panel.bars) > 1 else ""
+        error = None if bar.low is None or bar.high is None else np.abs([bar.values - bar.low, bar.high - bar.values])
+        look: dict[str, Any] = {
+            "color": colour,
+            "edgecolor": LIGHT.paper,
+            "hatch": hatch,
+            "linewidth": 0.4,
+            "label": bar.name,
+        }
+        marks: dict[str, Any] = {"ecolor": LIGHT.ink, "capsize": 2.0, "error_kw": {"linewidth": 0.9}}
+        if panel.horizontal:
+            place.barh(offset, bar.values, width * 0.95, xerr=error, **look, **marks)
+        else:
+            place.bar(offset, bar.values, width * 0.95, yerr=error, **look, **marks)
+    if panel.horizontal:
+        _axes(place, panel.value, panel.category)
+        place.set_yticks(at, panel.categories)
+        place.invert_yaxis()
+        place.grid(False, axis="y")
+    else:
+        _axes(place, panel.category, panel.value)
+        place.set_xticks(at, panel.categories)
+        place.grid(False, axis="x")
+    _rules(place, panel.rules)
+
+
+def draw_scatter(place: Axes, panel: Scatter) -> None:
+    for points in panel.points:
+        style = palette.style(points.slot)
+        if points.low is not None and points.high is not None:
+            error = np.abs([points.y - points.low, points.high - points.y])
+            place.errorbar(points.x, points.y, error, fmt="none", ecolor=style.light, elinewidth=0.8, capsize=1.8)
+        dash = style.dash if points.joined else "none"
+        place.plot(points.x, points.y, linestyle=dash, marker=style.marker, color=style.light, markersize=5)
+        for x, y, label in zip(points.x, points.y, points.labels, strict=False):
+            place.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=6.5)
+    _axes(place, panel.x, panel.y)
+    _rules(place, panel.rules)
+
+
+def _axes(place: Axes, x: Axis, y: Axis) -> None:
+    for axis, spec, scale, limit in (
+        (place.xaxis, x, place.set_xscale, place.set_xlim),
+        (place.yaxis, y, place.set_yscale, place.set_ylim),
+    ):
+        axis.set_label_text(_label(spec, axis))
+        if spec.log:
+            scale("log")
+            axis.set_major_locator(
+                LogLocator(subs=(1, 2, 5)) if spec.limits is None else FixedLocator(log_ticks(*spec.limits))
+            )
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        else:
+            axis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], nbins=8, integer=spec.counted))
+        if spec.limits is not None:
+            limit(*spec.limits)
+        if spec.ticks is not None:
+            axis.set_ticks([at for at, _ in spec.ticks], [name for _, name in spec.ticks])
+
+
+def _label(spec: Axis, axis: Any) -> str:
+    """Label and unit; beside a panel, which is less tall than wide, in two lines if long."""
+    return textwrap.fill(spec.text, 30) if axis.axis_name == "y" else spec.text
+
+
+def _rules(place: Axes, rules: Sequence[Rule]) -> None:
+    for rule in rules:
+        line = place.axvline if rule.axis == "x" else place.axhline
+        line(rule.at, color=LIGHT.muted, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
+        if rule.axis == "x":
+            at, frame, shift, align = (rule.at, 1.0), place.get_xaxis_transform(), (0, 2), ("center", "bottom")
+        else:
+            at, frame, shift, align = (1.0, rule.at), place.get_yaxis_transform(), (-2, 1), ("right", "bottom")
+        place.annotate(
+            rule.label, at, xycoords=frame, xytext=shift, textcoords="offset points", ha=align[0], va=align[1],
+            fontsize=6.5, color=LIGHT.muted,
+        )  # fmt: skip

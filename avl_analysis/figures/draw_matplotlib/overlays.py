@@ -1,0 +1,98 @@
+"""Pictures on paper: patches of attention or of classes over them, outlines, and frames of animations."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
+from matplotlib.figure import Figure as Canvas
+from matplotlib.figure import FigureBase
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import Normal, Stroke
+from PIL import Image
+
+from avl_analysis.figures import palette
+from avl_analysis.figures.draw_matplotlib.look import RC, handles_of
+from avl_analysis.figures.pictures import dimmed
+from avl_analysis.figures.spec import Box, Overlay, Panel
+
+_ATTENTION = LinearSegmentedColormap.from_list("attention", ["#3a3a3a", palette.ATTENTION])
+
+
+def draw_overlay(canvas: FigureBase, place: Axes, panel: Overlay, *, legend: bool) -> None:
+    height, width = panel.picture.shape[:2]
+    extent = (0.0, float(width), float(height), 0.0)
+    picture = panel.picture if panel.patches is None or panel.classes else dimmed(panel.picture)
+    place.imshow(picture, extent=extent, interpolation="bilinear")
+    if panel.patches is not None:
+        place.imshow(_patch_colours(panel), extent=extent, interpolation="nearest")
+    for box in panel.boxes:
+        _box(place, box)
+    place.set_title(textwrap.fill(panel.title, 34))
+    place.set_axis_off()
+    place.set(xlim=(0, width), ylim=(height, 0))
+    if legend and panel.classes:
+        handles = handles_of(panel)
+        place.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, handlelength=1.2)
+
+
+def _patch_colours(panel: Overlay) -> np.ndarray:
+    """RGBA of every patch: the class's fill, or the attention hue with the value as its opacity."""
+    assert panel.patches is not None
+    if panel.classes:
+        fills = np.array([to_rgba(c, a) for c, a in zip(palette.CLASS_COLOURS, palette.CLASS_OPACITY, strict=True)])
+        colours = fills[np.nan_to_num(panel.patches).astype(int)]
+        colours[np.isnan(panel.patches)] = 0
+        return colours
+    low, high = panel.value.limits or (0.0, float(np.nanmax(panel.patches)))
+    colours = np.empty((*panel.patches.shape, 4))
+    colours[:] = to_rgba(palette.ATTENTION)
+    colours[..., 3] = 0.92 * np.clip(np.nan_to_num((panel.patches - low) / (high - low)), 0, 1)
+    return colours
+
+
+def _box(place: Axes, box: Box) -> None:
+    outline = Rectangle(
+        (box.left, box.top),
+        box.right - box.left,
+        box.bottom - box.top,
+        fill=False,
+        edgecolor=palette.BOX,
+        linewidth=1.3,
+    )
+    effects = [Stroke(linewidth=2.8, foreground=palette.BOX_EDGE), Normal()]
+    outline.set_path_effects(effects)
+    place.add_patch(outline)
+    if box.label:
+        text = place.text(box.left + 1, box.top - 1, box.label, fontsize=6, color=palette.BOX, va="bottom")
+        text.set_path_effects([Stroke(linewidth=1.6, foreground=palette.BOX_EDGE), Normal()])
+
+
+def attention_bar(canvas: FigureBase, axes: list[Axes], panels: Sequence[Panel]) -> None:
+    """One colour bar for all pictures of the figure that share one scale."""
+    found = [(a, p) for a, p in zip(axes, panels, strict=False) if isinstance(p, Overlay) and p.patches is not None]
+    scales = {(p.value.text, p.value.limits) for _, p in found if not p.classes}
+    if len(scales) != 1:
+        return
+    text, limits = scales.pop()
+    if limits is None:
+        return
+    bar = canvas.colorbar(ScalarMappable(Normalize(*limits), _ATTENTION), ax=axes, shrink=0.55, pad=0.01, aspect=28)
+    bar.set_label(text)
+    bar.outline.set_visible(False)
+
+
+def raster(frame: Overlay, dpi: int) -> Image.Image:
+    with matplotlib.rc_context(RC):
+        canvas = Canvas(figsize=(3.2, 3.6), dpi=dpi)
+        agg = FigureCanvasAgg(canvas)
+        place = canvas.add_axes((0.03, 0.1, 0.94, 0.8))
+        draw_overlay(canvas, place, frame, legend=True)
+        agg.draw()
+        return Image.fromarray(np.asarray(agg.buffer_rgba())[..., :3].copy())

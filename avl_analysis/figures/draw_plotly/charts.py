@@ -1,0 +1,176 @@
+"""Charts on the screen: curves with bands, heat maps, bars and points with intervals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from avl_analysis.figures import palette
+from avl_analysis.figures.draw_plotly.look import (
+    CLEAR,
+    HEIGHT,
+    frame,
+    hover_text,
+    interval_of,
+    literal,
+    range_text,
+)
+from avl_analysis.figures.palette import Theme
+from avl_analysis.figures.spec import Array, Axis, Bars, Heat, Line, Lines, Points, Scatter, repeated
+
+
+def draw_lines(panel: Lines, theme: Theme, dark: bool) -> go.Figure:
+    plot = go.Figure()
+    for number, line in enumerate(panel.lines):
+        look = line_look(line, theme, dark)
+        if line.low is not None and line.high is not None:
+            _band(plot, line.x, line.low, line.high, palette.translucent(look["color"], 0.2), group=str(number))
+        plot.add_trace(
+            go.Scatter(
+                x=line.x,
+                y=line.y,
+                name=literal(line.name),
+                mode="lines+markers" if line.role == "measured" else "lines",
+                line=look,
+                marker={"symbol": palette.style(line.slot).plotly_marker, "size": 6, "maxdisplayed": 14},
+                legendgroup=str(number),
+                showlegend=not repeated(panel, line),
+                customdata=interval_of(line.low, line.high),
+                hovertemplate=hover_text(panel.x, panel.y, interval=line.low is not None),
+            )
+        )
+    frame(plot, panel.x, panel.y, theme, panel.rules)
+    plot.update_layout(showlegend=len(panel.lines) > 1)
+    return plot
+
+
+def line_look(line: Line, theme: Theme, dark: bool) -> dict[str, Any]:
+    style = palette.style(line.slot)
+    if line.role == "baseline":
+        return {"color": theme.muted, "dash": "dot", "width": 1.5}
+    if line.role == "fit":
+        return {"color": style.colour(dark), "dash": "3px,2px", "width": 1.2}
+    return {"color": style.colour(dark), "dash": style.plotly_dash, "width": 2}
+
+
+def _band(plot: go.Figure, x: Array, low: Array, high: Array, fill: str, group: str) -> None:
+    """The interval as a filled outline, one for each unbroken stretch of measured points."""
+    finite = np.isfinite(low) & np.isfinite(high)
+    for stretch in np.split(np.arange(finite.size), np.flatnonzero(np.diff(finite.astype(int))) + 1):
+        if stretch.size and finite[stretch[0]]:
+            outline_x = np.concatenate([x[stretch], x[stretch][::-1]])
+            outline_y = np.concatenate([high[stretch], low[stretch][::-1]])
+            plot.add_trace(
+                go.Scatter(
+                    x=outline_x,
+                    y=outline_y,
+                    fill="toself",
+                    fillcolor=fill,
+                    line={"width": 0, "color": CLEAR},
+                    mode="lines",
+                    hoverinfo="skip",
+                    showlegend=False,
+                    legendgroup=group,
+                )
+            )
+
+
+def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
+    low, high = panel.value.limits or (float(np.nanmin(panel.values)), float(np.nanmax(panel.values)))
+    rows, columns = panel.values.shape
+    trace = go.Heatmap(
+        z=panel.values,
+        zmin=low,
+        zmax=high,
+        colorscale="Cividis",
+        colorbar={"title": {"text": literal(panel.value.text), "side": "right"}, "outlinewidth": 0, "thickness": 14},
+        customdata=interval_of(panel.low, panel.high),
+        hovertemplate=hover_text(panel.x, panel.y, panel.value, interval=panel.low is not None),
+        texttemplate="%{z:.2f}" if panel.annotate else None,
+        textfont={"size": 10},
+        xgap=1 if columns <= 40 else 0,
+        ygap=1,
+    )
+    plot = go.Figure(trace)
+    frame(plot, panel.x, panel.y, theme, ())
+    plot.update_xaxes(showgrid=False, **_index_ticks(panel.x, columns))
+    plot.update_yaxes(showgrid=False, autorange=None if panel.upward else "reversed", **_index_ticks(panel.y, rows))
+    plot.update_layout(height=max(HEIGHT, 110 + 18 * rows))
+    return plot
+
+
+def _index_ticks(axis: Axis, count: int) -> dict[str, Any]:
+    if axis.ticks is not None:
+        return {}
+    return {"tickmode": "array", "tickvals": list(range(0, count, max(1, -(-count // 12))))}
+
+
+def draw_bars(panel: Bars, theme: Theme, dark: bool) -> go.Figure:
+    plot = go.Figure()
+    names = [literal(name) for name in panel.categories]
+    for number, bar in enumerate(panel.bars):
+        error: dict[str, Any] | None = None
+        if bar.low is not None and bar.high is not None:
+            error = {
+                "type": "data",
+                "symmetric": False,
+                "array": bar.high - bar.values,
+                "arrayminus": bar.values - bar.low,
+                "color": theme.ink,
+                "thickness": 1.3,
+                "width": 3,
+            }
+        shape = ("", "/", ".", "x")[number % 4] if len(panel.bars) > 1 else ""
+        along, across = ("x", "y") if panel.horizontal else ("y", "x")
+        hover = f"%{{{across}}}<br>{literal(panel.value.label)}: %{{{along}:.4g}}{range_text(bar.low is not None)}"
+        trace = go.Bar(
+            name=literal(bar.name),
+            orientation="h" if panel.horizontal else "v",
+            marker={"color": palette.style(bar.slot).colour(dark), "pattern": {"shape": shape, "fgcolor": theme.paper}},
+            customdata=interval_of(bar.low, bar.high),
+            hovertemplate=hover + "<extra>%{fullData.name}</extra>",
+        )
+        trace.update({along: bar.values, across: names, f"error_{along}": error})
+        plot.add_trace(trace)
+    axes = (panel.value, panel.category) if panel.horizontal else (panel.category, panel.value)
+    frame(plot, *axes, theme, panel.rules)
+    if panel.horizontal:
+        plot.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
+        plot.update_layout(height=max(HEIGHT, 110 + 26 * len(names)))
+    else:
+        plot.update_xaxes(showgrid=False, type="category")
+    plot.update_layout(showlegend=len(panel.bars) > 1, barmode="group")
+    return plot
+
+
+def draw_scatter(panel: Scatter, theme: Theme, dark: bool) -> go.Figure:
+    plot = go.Figure()
+    for points in panel.points:
+        plot.add_trace(_point_trace(points, panel, dark))
+    frame(plot, panel.x, panel.y, theme, panel.rules)
+    return plot
+
+
+def _point_trace(points: Points, panel: Scatter, dark: bool) -> go.Scatter:
+    style = palette.style(points.slot)
+    error = None
+    if points.low is not None and points.high is not None:
+        spread = {"array": points.high - points.y, "arrayminus": points.y - points.low}
+        error = {"type": "data", "symmetric": False, "thickness": 1.2, "width": 3, **spread}
+    mode = "markers" + ("+lines" if points.joined else "") + ("+text" if points.labels else "")
+    return go.Scatter(
+        x=points.x,
+        y=points.y,
+        error_y=error,
+        name=literal(points.name),
+        mode=mode,
+        text=[literal(label) for label in points.labels] or None,
+        textposition="top right",
+        textfont={"size": 10},
+        marker={"symbol": style.plotly_marker, "size": 9, "color": style.colour(dark)},
+        line={"dash": style.plotly_dash, "color": style.colour(dark), "width": 1.8},
+        customdata=interval_of(points.low, points.high),
+        hovertemplate=hover_text(panel.x, panel.y, interval=points.low is not None),
+    )

@@ -1,0 +1,120 @@
+"""Pictures on the screen: patches of attention or of classes over them, outlines, and animations with a slider."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from avl_analysis.figures import palette
+from avl_analysis.figures.draw_plotly.look import CLEAR, dress, literal
+from avl_analysis.figures.palette import Theme
+from avl_analysis.figures.pictures import data_uri, dimmed
+from avl_analysis.figures.spec import Animation, Box, Overlay
+
+
+def draw_overlay(panel: Overlay, theme: Theme) -> go.Figure:
+    height, width = panel.picture.shape[:2]
+    plot = go.Figure()
+    if panel.patches is not None:
+        plot.add_trace(_patches(panel))
+    if panel.classes:
+        _class_legend(plot, panel)
+    shown = panel.picture if panel.patches is None or panel.classes else dimmed(panel.picture)
+    plot.add_layout_image(
+        source=data_uri(shown), xref="x", yref="y", x=0, y=0, sizex=width, sizey=height, sizing="stretch", layer="below"
+    )
+    for box in panel.boxes:
+        _box(plot, box)
+    dress(plot, theme)
+    plot.update_xaxes(range=[0, width], visible=False, constrain="domain")
+    plot.update_yaxes(range=[height, 0], visible=False, scaleanchor="x", constrain="domain")
+    plot.update_layout(height=300, margin={"l": 4, "r": 4, "t": 4, "b": 4})
+    return plot
+
+
+def _patches(panel: Overlay) -> go.Heatmap:
+    assert panel.patches is not None
+    rows, columns = panel.patches.shape
+    height, width = panel.picture.shape[:2]
+    common: dict[str, Any] = {
+        "x": (np.arange(columns) + 0.5) * width / columns,
+        "y": (np.arange(rows) + 0.5) * height / rows,
+        "z": panel.patches,
+        "showscale": False,
+        "customdata": np.moveaxis(np.indices((rows, columns)), 0, -1),
+    }
+    place = "row %{customdata[0]}, column %{customdata[1]}<br>"
+    if panel.classes:
+        names = np.array([*map(literal, panel.classes), "none"], dtype=object)
+        picked = np.where(np.isnan(panel.patches), len(panel.classes), np.nan_to_num(panel.patches)).astype(int)
+        return go.Heatmap(
+            **common,
+            zmin=-0.5,
+            zmax=len(panel.classes) - 0.5,
+            colorscale=_class_scale(len(panel.classes)),
+            text=names[picked],
+            hovertemplate=place + "%{text}<extra></extra>",
+        )
+    low, high = panel.value.limits or (0.0, float(np.nanmax(panel.patches)))
+    fade = [[0, palette.translucent(palette.ATTENTION, 0)], [1, palette.translucent(palette.ATTENTION, 0.92)]]
+    label = literal(panel.value.label)
+    return go.Heatmap(
+        **common, zmin=low, zmax=high, colorscale=fade, hovertemplate=place + label + ": %{z:.4f}<extra></extra>"
+    )
+
+
+def _class_scale(count: int) -> list[list[Any]]:
+    """Plotly colour scale with one flat step per class."""
+    scale: list[list[Any]] = []
+    for number in range(count):
+        fill = palette.translucent(palette.CLASS_COLOURS[number], palette.CLASS_OPACITY[number])
+        scale += [[number / count, fill], [(number + 1) / count, fill]]
+    return scale
+
+
+def _class_legend(plot: go.Figure, panel: Overlay) -> None:
+    for number, name in enumerate(panel.classes):
+        fill = palette.translucent(palette.CLASS_COLOURS[number], max(0.8, palette.CLASS_OPACITY[number]))
+        marker = {"symbol": "square", "size": 12, "color": fill}
+        plot.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=literal(name), marker=marker))
+
+
+def _box(plot: go.Figure, box: Box) -> None:
+    corners = {"x0": box.left, "y0": box.top, "x1": box.right, "y1": box.bottom, "type": "rect"}
+    plot.add_shape(**corners, line={"color": palette.BOX_EDGE, "width": 4})
+    plot.add_shape(**corners, line={"color": palette.BOX, "width": 2})
+    if box.label:
+        plot.add_annotation(
+            x=box.left, y=box.top, text=literal(box.label), showarrow=False, xanchor="left", yanchor="bottom",
+            font={"color": palette.BOX, "size": 11}, bgcolor="rgba(1,1,1,0.6)", borderpad=1,
+        )  # fmt: skip
+
+
+def draw_animation(panel: Animation, theme: Theme) -> go.Figure:
+    plot = draw_overlay(panel.frames[0], theme)
+    plot.frames = [
+        go.Frame(data=[_patches(frame)], traces=[0], name=str(step), layout={"title": {"text": literal(frame.title)}})
+        for step, frame in zip(panel.steps, panel.frames, strict=True)
+    ]
+    wait = round(1000 * panel.seconds)
+    instant = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
+    play = {"fromcurrent": True, "frame": {"duration": wait, "redraw": True}, "transition": {"duration": 0}}
+    buttons = [
+        {"label": "play", "method": "animate", "args": [None, play]},
+        {"label": "pause", "method": "animate", "args": [[None], instant]},
+    ]
+    steps = [{"label": str(step), "method": "animate", "args": [[str(step)], instant]} for step in panel.steps]
+    colour = {"color": theme.ink}
+    plot.update_layout(
+        height=430,
+        margin={"l": 4, "r": 4, "t": 44, "b": 90},
+        title={"text": literal(panel.frames[0].title), "font": {"size": 13}},
+        updatemenus=[{"type": "buttons", "direction": "left", "buttons": buttons, "x": 0, "y": -0.04, "xanchor": "left",
+                      "yanchor": "top", "font": colour, "bgcolor": CLEAR, "bordercolor": theme.muted}],
+        sliders=[{"steps": steps, "x": 0.32, "len": 0.68, "y": -0.02, "pad": {"t": 0}, "font": colour,
+                  "currentvalue": {"prefix": "decode step "}}],
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+    )  # fmt: skip
+    return plot
