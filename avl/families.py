@@ -1,19 +1,22 @@
-"""What differs between model families: where the decoder is, which ids are image tokens, how a picture's tokens lie.
+"""What differs between model families: where the decoder is, which ids are image tokens, which cannot be followed.
 
-One `Family` describes a loaded model. The generic description (config field names, `get_decoder`, a square grid where
-the number of tokens is a square) serves most of transformers; a family that needs more adds one entry to `_GRIDS`.
+One `Family` describes a loaded model. The generic description (config field names, `get_decoder`) serves most of
+transformers; how a family's tokens lie in a picture is one entry in `avl.grids`, and a family that cannot be recorded
+is one entry in `REFUSED`, with the reason.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from avl.tokens import Place, TokenLayout, token_layout
+from avl.grids import describe_rows
+from avl.places import Picture, PictureMap, count, map_pictures
+from avl.tokens import TokenLayout, token_layout
 
 _IMAGE_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -45,47 +48,62 @@ class Family:
 
     def layout(self, input_ids: Tensor, attention_mask: Tensor | None, inputs: Mapping[str, Any]) -> TokenLayout:
         """Token layout of a prompt. `inputs` are the other arguments of the model call (grids, image sizes)."""
-        describe = _GRIDS.get(self.name, _square)
-        tokens_per_image, places = describe(self.config, inputs)
+        pictures, _ = self._pictures(input_ids, attention_mask, inputs)
         return token_layout(
             input_ids,
             self.image_token_ids,
             attention_mask=attention_mask,
-            tokens_per_image=tokens_per_image,
-            places=places,
+            tokens_per_image=[[count(picture) for picture in row] for row in pictures],
+            places=lambda b, index, _: [place for view in pictures[b][index] for place in view.places()],
         )
 
+    def picture_map(
+        self,
+        layout: TokenLayout,
+        inputs: Mapping[str, Any],
+        picture_sizes: Sequence[Sequence[tuple[int, int]]],
+        processor: Any = None,
+    ) -> PictureMap:
+        """Which part of its picture every image token of a prompt stands for.
 
-Places = Callable[[int, int, int], list[Place]]
+        Args:
+            layout: of the prompt.
+            inputs: what the processor returned, `input_ids` included.
+            picture_sizes: (width, height) in pixels of every original picture, for every row of the batch.
+            processor: the model's processor or image processor; where the family's processors differ in how they crop,
+                it says what was done. None assumes the processor of the family's released models.
+
+        Raises:
+            ValueError: no `input_ids` in `inputs`, or other pictures than the prompt shows.
+        """
+        ids = inputs.get("input_ids")
+        if ids is None:
+            raise ValueError("inputs must contain input_ids; pass everything the processor returned")
+        processor = getattr(processor, "image_processor", processor)
+        pictures, note = self._pictures(ids, inputs.get("attention_mask"), inputs, picture_sizes, processor)
+        return map_pictures(layout, pictures, picture_sizes, note)
+
+    def _pictures(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        inputs: Mapping[str, Any],
+        sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
+        processor: Any = None,
+    ) -> tuple[list[list[Picture]], str]:
+        """The pictures of every row, as views, and what was assumed."""
+        image = torch.isin(input_ids, torch.tensor(self.image_token_ids, device=input_ids.device))
+        if attention_mask is not None and attention_mask.shape == image.shape:
+            image &= attention_mask.bool()
+        runs = [_runs(row) for row in image.tolist()]
+        return describe_rows(self.name, self.config, input_ids.tolist(), runs, inputs, sizes, processor)
 
 
-def _square_places(_batch_row: int, _image: int, count: int) -> list[Place]:
-    """Raster order over a square, the fallback assumption; unknown where `count` is not a square."""
-    side = math.isqrt(count)
-    return [(i // side, i % side) if side * side == count else (-1, -1) for i in range(count)]
-
-
-def _square(_config: Any, _inputs: Mapping[str, Any]) -> tuple[int | None, Places]:
-    return None, _square_places
-
-
-def _llava(config: Any, _inputs: Mapping[str, Any]) -> tuple[int | None, Places]:
-    """LLaVA-1.5 and ViP-LLaVA: (image_size / patch_size)^2 tokens per picture, plus CLS where the strategy is "full"."""
-    vision = config.vision_config
-    if getattr(vision, "image_size", None) is None or getattr(vision, "model_type", "") == "pixtral":
-        return None, _square_places
-    side = vision.image_size // vision.patch_size
-    extra = 1 if getattr(config, "vision_feature_select_strategy", "default") == "full" else 0
-
-    def places(_batch_row: int, _image: int, count: int) -> list[Place]:
-        if count != side * side + extra:
-            return _square_places(0, 0, count)
-        return [(-1, -1)] * extra + [(i // side, i % side) for i in range(side * side)]
-
-    return side * side + extra, places
-
-
-_GRIDS: dict[str, Callable[[Any, Mapping[str, Any]], tuple[Any, Places]]] = {"llava": _llava, "vipllava": _llava}
+def _runs(image: Sequence[bool]) -> list[tuple[int, int]]:
+    """Start and length of every unbroken run of True."""
+    starts = [i for i, here in enumerate(image) if here and (i == 0 or not image[i - 1])]
+    stops = [i + 1 for i, here in enumerate(image) if here and (i + 1 == len(image) or not image[i + 1])]
+    return [(start, stop - start) for start, stop in zip(starts, stops, strict=True)]
 
 
 def describe(model: nn.Module) -> Family:
@@ -103,7 +121,9 @@ def describe(model: nn.Module) -> Family:
         )
     ids = tuple(
         dict.fromkeys(
-            int(value) for field in _IMAGE_ID_FIELDS if isinstance(value := getattr(config, field, None), int) and value >= 0
+            int(value)
+            for field in _IMAGE_ID_FIELDS
+            if isinstance(value := getattr(config, field, None), int) and value >= 0
         )
     )
     if not ids:

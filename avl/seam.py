@@ -12,10 +12,11 @@ the decoder's config, plus a few hooks which learn where in the sequence a pass 
 arguments the model passed, so with an observer alone the logits stay bit-identical.
 
 The seam does not know what taps do with what they see. What surprised us: config objects may be shared by two models,
-so the name is counted and restored by the last one to leave; some modeling files branch on the name itself (`in ("eager",
-"sdpa")`), so ours compares equal to the backend's; models that embed text and pictures themselves before calling the
-decoder (BLIP-2) show their token ids only to the embedding layer, so that is watched too; and the only object that lives exactly as long as a
-conversation is its KV cache, so that is where the position in the sequence is remembered.
+so the name is counted and restored by the last one to leave; some modeling files branch on the name itself (`in
+("eager", "sdpa")`), so ours compares equal to the backend's; models that embed text and pictures themselves before
+calling the decoder (BLIP-2) show their token ids only to the embedding layer, so that is watched too; a sliding
+window's cache hands out its newest keys only, so key j is not position j; and the only object that lives exactly as
+long as a conversation is its KV cache, so that is where the position in the sequence is remembered.
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ class Seam:
             if decoding:
                 layout = stream.layout.extend_text(1)
             else:
-                layout = stream.layout.extend(self._layout(ids, {**inputs, "attention_mask": None}, tokens, held))
+                layout = stream.layout.extend(self._layout(ids, inputs, tokens, held))
             stream = replace(stream, layout=layout, seen=held + tokens, step=stream.step + decoding)
             forward = Forward(
                 "decode" if decoding else "extend", stream.step, held, tokens, layout, cache, inputs=inputs
@@ -218,7 +219,10 @@ class Seam:
             raise SeamError("cannot tell image from text tokens without input_ids; call the model with input_ids")
         ids = ids[:, -tokens:]
         mask = inputs.get("attention_mask")
-        mask = mask[:, -tokens:] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == held + tokens:
+            mask = mask[:, -tokens:]
+        else:
+            mask = None
         return self.family.layout(ids, mask, inputs)
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

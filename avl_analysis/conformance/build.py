@@ -77,6 +77,7 @@ class Case:
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(0)
             model = self.model_class(config).eval()
+        _fill_zeros(model)
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
         return model
@@ -111,6 +112,14 @@ class Case:
     def batch(self) -> dict[str, Tensor]:
         """Two prompts with the same picture, the second shorter and padded on the left."""
         return prompt(self.model, self.picture_inputs, after=(6, 2))
+
+
+def _fill_zeros(model: nn.Module) -> None:
+    """Random numbers in place of matrices that start as zeros (gates, projectors), which would hide what they multiply."""
+    draw = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not bool(parameter.any()):
+            parameter.data = torch.randn(parameter.shape, generator=draw) * parameter.shape[-1] ** -0.5
 
 
 @contextmanager

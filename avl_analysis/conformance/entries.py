@@ -23,6 +23,8 @@ Pixels = Callable[[Any], dict[str, Any]]
 
 IMAGE_ID = 90
 """Image token id given to families whose default configuration names none."""
+BREAK, END, NEWLINE = 100, 101, 102
+"""Ids of text tokens between image tokens: row break or view marker, end of a picture or view, line break."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,11 @@ class Entry:
         options: arguments of the image processor beyond those read off the configuration.
         pixels: random pixel inputs instead of a processor's.
         tokens: number of image tokens, where the model cannot be asked for it.
+        shown: the ids that stand for a picture, where other tokens come between image tokens.
         along: dimension along which the pixels of several prompts are laid one after another.
         prefix: whether the whole prompt is seen by all its tokens, which `token_type_ids` 0 then stands for (elsewhere they
             mark image tokens with 1).
+        reach: pixels that resampling spreads a change of the picture over.
         ignores_padding: False where padding takes part in choosing blocks of keys, so that backends, which fill padding
             differently, choose differently (MiniMax M3; its modeling file says so).
     """
@@ -47,8 +51,10 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
     pixels: Pixels | None = None
     tokens: Callable[[Any, Mapping[str, Any]], int] | None = None
+    shown: Callable[[Any, Mapping[str, Any], int], list[int]] | None = None
     along: int = 0
     prefix: bool = False
+    reach: float = 3.0
     ignores_padding: bool = True
 
 
@@ -183,6 +189,26 @@ _CONVOLUTIONS = {
     "model_type": "convnext", "num_stages": 2, "hidden_sizes": [16, WIDTH], "depths": [1, 1], "patch_size": PATCH,
     "hidden_size": WIDTH,
 }  # fmt: skip
+def _broken_rows(config: Any, given: Mapping[str, Any], image: int) -> list[int]:
+    """A break token after each row of merged patches, an end token after the last (Pixtral)."""
+    cell = config.vision_config.patch_size * config.spatial_merge_size
+    rows, columns = (int(n) // cell for n in given["image_sizes"][0])
+    return ([*[image] * columns, BREAK] * rows)[:-1] + [END]
+
+
+def _marked_tiles(config: Any, given: Mapping[str, Any], image: int) -> list[int]:
+    """Every tile behind the token of its row and column, a line break after each row, the whole picture last (Idefics3)."""
+    vision = config.vision_config
+    view = [image] * (vision.image_size // vision.patch_size // config.scale_factor) ** 2
+    rows, columns = int(given["rows"][0][0]), int(given["cols"][0][0])
+    ids: list[int] = []
+    for row in range(rows):
+        ids += [i for column in range(columns) for i in (END, BREAK + 10 + 6 * row + column, *view)] + [NEWLINE]
+    return [*ids, END, BREAK, *view, END]
+
+
+_SPLIT = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}, "return_row_col_info": True}
+_SOFT = {"patch_size": PATCH, "pooling_kernel_size": 2, "max_soft_tokens": 70}
 _PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 _VQ = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "latent_channels": 32, "embed_dim": 32}
 _ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
@@ -259,12 +285,12 @@ ENTRIES: dict[str, Entry] = {
         },
         pixels=square,
     ),
-    "gemma4": Entry({"vision_config": _GEMMA4_VISION}, pixels=_positions),
+    "gemma4": Entry({"vision_config": _GEMMA4_VISION}, options=_SOFT),
     "gemma4_unified": Entry(
         {
             "vision_config": {
                 "model_type": "gemma4_unified_vision", "patch_size": PATCH, "pooling_kernel_size": 2, "mm_embed_dim": WIDTH,
-                "mm_posemb_size": 32, "output_proj_dims": WIDTH,
+                "mm_posemb_size": 64, "output_proj_dims": WIDTH,
             },
         },
         pixels=_positions,
@@ -274,8 +300,8 @@ ENTRIES: dict[str, Entry] = {
     "glm46v": Entry(_thirds()),
     "glmga": Entry(_thirds()),
     "glm_ocr": Entry(_thirds(), processor="glm46v"),
-    "got_ocr2": Entry({f"vision_config.{k}": v for k, v in _SAM.items()}, pixels=_large_square),
-    "pp_chart2table": Entry({f"vision_config.{k}": v for k, v in _SAM.items()}, pixels=_large_square),
+    "got_ocr2": Entry({f"vision_config.{k}": v for k, v in _SAM.items()}, reach=20.0),  # 3 x 3 convolutions
+    "pp_chart2table": Entry({f"vision_config.{k}": v for k, v in _SAM.items()}, reach=20.0),
     "granite4_vision": Entry(
         {
             "downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [0, 0, 1, 1],
@@ -285,12 +311,14 @@ ENTRIES: dict[str, Entry] = {
     "hunyuan_vl": Entry({"text_config.head_dim": HEAD, **_thirds()}),
     "granite_docling": Entry({"vision_config.image_size": 32}),
     "idefics2": Entry({"perceiver_config.num_key_value_heads": 2, "text_config.sliding_window": None}),
-    "idefics3": Entry(options={"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}),
-    "smolvlm": Entry(options={"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}}),
+    "idefics3": Entry(options=_SPLIT, shown=_marked_tiles, reach=5.0),  # resized twice
+    "smolvlm": Entry(options=_SPLIT, shown=_marked_tiles, reach=5.0),
     "inkling_mm_model": Entry({"vision_config.num_hidden_layers": 3}, pixels=_inkling),
     "inkling2": Entry({}, pixels=_inkling2),
     "instructblip": Entry({"image_token_index": IMAGE_ID, "num_query_tokens": 8}, pixels=_qformer),
     "instructblipvideo": Entry({"video_token_index": IMAGE_ID, "num_query_tokens": 8}, pixels=_frames, tokens=lambda c, _: 4 * c.num_query_tokens),
+    "internvl": Entry(options={"crop_to_patches": True}),
+    "qianfan_ocr": Entry(options={"crop_to_patches": True}),
     "janus": Entry({f"vq_config.{k}": v for k, v in _VQ.items()}),
     "kimi_k25": Entry(pixels=_patch_images),
     "lfm2_vl": Entry({"text_config.full_attn_idxs": DROP, "text_config.layer_types": ["conv", "full_attention"]}, pixels=_naflex),
@@ -306,8 +334,8 @@ ENTRIES: dict[str, Entry] = {
     "llava_next": Entry({"image_grid_pinpoints": _PINPOINTS}),
     "llava_next_video": Entry({"image_grid_pinpoints": _PINPOINTS}),
     "llava_onevision": Entry({"image_grid_pinpoints": _PINPOINTS}),
-    "lighton_ocr": Entry({"vision_config.image_size": 48}),
-    "mistral3": Entry({"vision_config.image_size": 48}),
+    "lighton_ocr": Entry({"vision_config.image_size": 48}, shown=_broken_rows),
+    "mistral3": Entry({"vision_config.image_size": 48}, shown=_broken_rows),
     "minicpm_ocr": Entry(_MINICPM, pixels=_minicpm, along=3),
     "minicpmv4_6": Entry(_MINICPM, pixels=_minicpm, along=3),
     "minicpmv4_7": Entry(_MINICPM, pixels=_minicpm, along=3),
@@ -324,7 +352,8 @@ ENTRIES: dict[str, Entry] = {
             "text_config.num_hidden_layers": 3, "text_config.kv_source_layers": [0, 0, 2], "text_config.no_rope_layers": [1, 1, 0],
             "text_config.index_topk": 8,
             "vision_config.image_size": 48,
-        }
+        },
+        shown=_broken_rows,
     ),
     "molmo2": Entry(
         {

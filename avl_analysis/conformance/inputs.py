@@ -7,7 +7,7 @@ itself (`get_image_features`), so that no second copy of every family's token ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -53,7 +53,7 @@ def image_processor(model_type: str, config: PreTrainedConfig, options: Mapping[
     if "height" in size:
         wanted["size"] = {"height": side, "width": side}
     elif getattr(default, "merge_size", None) is not None:
-        wanted["size"] = {"shortest_edge": 8 * 8, "longest_edge": 32 * 32}
+        wanted["size"] = {"shortest_edge": 48 * 48, "longest_edge": 72 * 72}
     elif size:
         wanted["size"] = dict.fromkeys(size, side)
     if getattr(default, "crop_size", None) is not None:
@@ -90,16 +90,18 @@ def image_features(model: nn.Module, given: Mapping[str, Any]) -> Any:
     return owners[0].get_image_features(**{k: v for k, v in {**defaults, **given}.items() if k in takes})
 
 
-def feature_count(output: Any) -> int:
-    """How many image features `get_image_features` returned, whatever it wraps them in."""
+def parts(output: Any) -> Iterator[Tensor]:
+    """The image features `get_image_features` returned, (tokens, width) each, whatever it wraps them in."""
     if hasattr(output, "last_hidden_state"):
         found = (getattr(output, n, None) for n in ("pooler_output", "last_hidden_state", "deepstack_features"))
         output = next(part for part in found if part is not None)
         if isinstance(output[0], tuple):  # Granite 4 Vision: what it adds to every decoder layer, of equal length
             output = output[0][1]
     if isinstance(output, Tensor):
-        return output.numel() // output.shape[-1]
-    return sum(feature_count(part) for part in output)
+        yield output.reshape(-1, output.shape[-1])
+        return
+    for part in output:
+        yield from parts(part)
 
 
 @torch.no_grad()
@@ -114,7 +116,7 @@ def prompt(
     """
     config = model.config
     help = entry(config.model_type)
-    count = help.tokens(config, given) if help.tokens else feature_count(image_features(model, given))
+    count = help.tokens(config, given) if help.tokens else sum(map(len, parts(image_features(model, given))))
     image = _id(config, "image_token_id", "image_token_index", "video_token_id", "video_token_index")
     start = _id(config, "vision_start_token_id", "image_start_token_id")
     end = _id(config, "vision_end_token_id", "image_end_token_id")
@@ -122,7 +124,8 @@ def prompt(
     rows = []
     for length in after:
         text = torch.randint(_PLAIN, VOCABULARY, (before + length,), generator=draw).tolist()
-        rows.append([*text[:before], *start, *(image * count), *end, *text[before:]])
+        shown = image * count if help.shown is None else help.shown(config, given, image[0])
+        rows.append([*text[:before], *start, *shown, *end, *text[before:]])
     longest = max(map(len, rows))
     ids = torch.tensor([[_PAD] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

@@ -1,0 +1,425 @@
+"""How each model family lays a picture out as tokens: one small function per way of doing it, one line per family.
+
+A function gets a `Prompt` (one row of a batch, and what the model was called with) and yields the pictures of that row,
+each as its `View`s. Numbers come from the model's config and inputs wherever they say them (grids, image sizes). Two
+things only the original picture's size tells, the centre crop of LLaVA-1.5 and the tile grid of InternVL; then
+`Prompt.size` may be known, and if it is not, neither are the places.
+
+To add a family, write what its processor and its `get_image_features` do to a picture as views, and name it in `GRIDS`;
+the conformance suite then paints pictures and sees whether the tokens that change are those the views say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+from transformers.image_processing_utils import select_best_resolution
+
+from avl.places import WHOLE, Box, Picture, View, count, nowhere
+
+Size = tuple[int, int]
+"""Width and height in pixels."""
+
+UNKNOWN = "the inputs do not tell where image tokens lie"
+SQUARE = "image tokens are assumed to lie in raster order over a square grid that covers what the processor keeps"
+NO_PLACE = "image tokens of this family stand for the whole picture, none of them for a part of it"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a batch of prompts.
+
+    Attributes:
+        config: the model's config.
+        inputs: keyword arguments of the model call, of the whole batch.
+        ids: token ids of the row, padding included.
+        runs: (start, length) of every unbroken run of image tokens in the row.
+        batch_runs: number of runs in the whole batch.
+        supply: what is left of inputs that hold one row per picture of the whole batch (grids, sizes), in order.
+        sizes: sizes of this row's original pictures, if known.
+        processor: the image processor, if known.
+    """
+
+    config: Any
+    inputs: Mapping[str, Any]
+    ids: Sequence[int]
+    runs: Sequence[tuple[int, int]]
+    batch_runs: int
+    supply: Mapping[str, deque[list[int]]]
+    sizes: Sequence[Size] | None = None
+    processor: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of image tokens in the row."""
+        return sum(length for _, length in self.runs)
+
+    def position(self, index: int) -> int:
+        """Sequence index of the row's image token number `index`."""
+        for start, length in self.runs:
+            if index < length:
+                return start + index
+            index -= length
+        raise IndexError(f"the row has {self.tokens} image tokens")
+
+    def size(self, index: int) -> Size | None:
+        """Width and height of the row's picture number `index`."""
+        return self.sizes[index] if self.sizes is not None and index < len(self.sizes) else None
+
+    def take(self, name: str) -> list[int] | None:
+        """The next picture's row of a (pictures, ...) integer input; None if there is none."""
+        queue = self.supply.get(name)
+        return queue.popleft() if queue else None
+
+    def vision(self, name: str, default: Any = None) -> Any:
+        """A number of the vision config, the first of it where it is a pair."""
+        value = getattr(getattr(self.config, "vision_config", None), name, default)
+        return value[0] if isinstance(value, list | tuple) else value
+
+    @property
+    def patches(self) -> int:
+        """Patches along one side of the vision tower's square input."""
+        return self.vision("image_size") // self.vision("patch_size")
+
+
+Pictures = Iterator[Picture]
+Describe = Callable[[Prompt], Pictures]
+
+
+def square(prompt: Prompt) -> Pictures:
+    """Fallback: every run of image tokens is a picture, its tokens a square grid over what the processor keeps of it.
+
+    Not where a run holds several tiles or pictures (more pixel arrays than runs): nothing says how those lie.
+    """
+    pixels = prompt.inputs.get("pixel_values")
+    if isinstance(pixels, Tensor) and pixels.dim() >= 4 and math.prod(pixels.shape[:-3]) != prompt.batch_runs:
+        return
+    for index, (_, length) in enumerate(prompt.runs):
+        side = math.isqrt(length)
+        box = WHOLE if prompt.processor is None else _kept(prompt.size(index), prompt.processor)
+        yield (View(side, side, box),) if side * side == length else nowhere(length)
+
+
+def latent(prompt: Prompt) -> Pictures:
+    """Learned queries that look at the whole picture (Q-Former, perceiver): no token has a place."""
+    for _, length in prompt.runs:
+        yield nowhere(length)
+
+
+def _whole(prompt: Prompt, length: int) -> range:
+    """Numbers of the row's pictures, each of `length` tokens; none if the runs do not hold whole pictures."""
+    if any(run % length for _, run in prompt.runs):
+        return range(0)
+    return range(prompt.tokens // length)
+
+
+# -- one grid ----------------------------------------------------------------------------------------------------------
+
+
+def fixed(prompt: Prompt) -> Pictures:
+    """A square grid of known size over the whole picture (PaliGemma, Gemma 3)."""
+    pooled = getattr(prompt.config, "mm_tokens_per_image", None)
+    side = math.isqrt(pooled) if pooled else prompt.patches
+    for _ in _whole(prompt, side * side):
+        yield (View(side, side),)
+
+
+def clip(prompt: Prompt) -> Pictures:
+    """LLaVA-1.5, ViP-LLaVA: patches of a CLIP tower over the picture's centre square, at times behind a class token."""
+    if prompt.vision("model_type") == "pixtral":
+        yield from pixtral(prompt)
+        return
+    if prompt.vision("image_size") is None:
+        yield from square(prompt)
+        return
+    side = prompt.patches
+    extra = 1 if getattr(prompt.config, "vision_feature_select_strategy", "default") == "full" else 0
+    for index in _whole(prompt, side * side + extra):
+        yield (View(side, side, _kept(prompt.size(index), prompt.processor), before=extra),)
+
+
+def _kept(size: Size | None, processor: Any) -> Box | None:
+    """What a processor keeps of a picture; without one, as CLIP's: shortest side resized, centre cropped."""
+    if size is None:
+        return None
+    if getattr(processor, "do_pad", False):
+        return _squared(*size)
+    if processor is not None and not getattr(processor, "do_center_crop", False):
+        return WHOLE
+    width, height = size
+    short = _number(processor, "size", "shortest_edge") or min(width, height)
+    wide, high = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    cropped = _number(processor, "crop_size", "height") or short
+    left, top = (wide - cropped) // 2, (high - cropped) // 2
+    return (left / wide, top / high, (left + cropped) / wide, (top + cropped) / high)
+
+
+def _number(processor: Any, setting: str, name: str) -> int | None:
+    """One number of a processor's size settings, which are dictionaries or objects."""
+    value = getattr(processor, setting, None)
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+def _squared(width: int, height: int) -> Box:
+    """A picture padded to a square, as a box around it."""
+    longest = max(width, height)
+    x, y = (longest - width) // 2, (longest - height) // 2
+    return (-x / width, -y / height, (longest - x) / width, (longest - y) / height)
+
+
+def padded(prompt: Prompt) -> Pictures:
+    """DeepSeek-VL, Janus: a square grid over the picture resized to fit a square and padded there."""
+    side, edge = prompt.patches, prompt.vision("image_size")
+    for index in _whole(prompt, side * side):
+        if (size := prompt.size(index)) is None:
+            yield (View(side, side, None),)
+            continue
+        wide, high = (max(1, int(length * edge / max(size))) for length in size)
+        x, y = (edge - wide) // 2, (edge - high) // 2
+        yield (View(side, side, (-x / wide, -y / high, (edge - x) / wide, (edge - y) / high)),)
+
+
+def grid_thw(prompt: Prompt) -> Pictures:
+    """Qwen-VL and kin: `image_grid_thw` patches, merged `merge` x `merge`; one view per frame of a video."""
+    names = ("spatial_merge_size", "merge_size", "merge_kernel_size")
+    default = next((merge for name in names if (merge := prompt.vision(name))), 1)
+    done = 0
+    while done < prompt.tokens:
+        here = prompt.ids[prompt.position(done)]
+        kind = "video" if here == getattr(prompt.config, "video_token_id", None) else "image"
+        grid, own = prompt.take(f"{kind}_grid_thw"), prompt.take(f"{kind}_merge_sizes")
+        if grid is None:
+            return
+        merge = own[0] if own else default
+        frames, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
+        done += frames * rows * columns
+        if frames == 1:
+            yield (View(rows, columns),)
+        else:
+            yield tuple(View(rows, columns, origin=None, tile=frame + 1) for frame in range(frames))
+
+
+def newlines(prompt: Prompt) -> Pictures:
+    """HunYuan-VL: merged patches with a newline token after each row, between a begin and an end token."""
+    merge = prompt.vision("spatial_merge_size")
+    done = 0
+    while done < prompt.tokens and (grid := prompt.take("image_grid_thw")) is not None:
+        view = View(grid[1] // merge, grid[2] // merge, before=1, breaks=1, after=1)
+        done += view.count
+        yield (view,)
+
+
+def pixtral(prompt: Prompt) -> Pictures:
+    """Pixtral, Mistral 3: rows of merged patches, a text token between rows; `image_sizes` are those after resizing."""
+    cell = prompt.vision("patch_size") * (getattr(prompt.config, "spatial_merge_size", None) or 1)
+    done = 0
+    while done < prompt.tokens and (size := prompt.take("image_sizes")) is not None:
+        rows, columns = size[0] // cell, size[1] // cell
+        done += rows * columns
+        yield (View(rows, columns),)
+
+
+def positions(prompt: Prompt) -> Pictures:
+    """Gemma 4: `image_position_ids` give column and row of every patch (-1 in padding), which are pooled after that."""
+    pooled = prompt.vision("pooling_kernel_size") if prompt.vision("model_patch_size") is None else 1
+    done = 0
+    while done < prompt.tokens and (at := prompt.take("image_position_ids")) is not None:
+        view = View((max(at[1::2]) + 1) // pooled, (max(at[::2]) + 1) // pooled)
+        done += view.count
+        yield (view,)
+
+
+# -- a view of the whole picture and tiles -----------------------------------------------------------------------------
+
+
+def anyres(prompt: Prompt) -> Pictures:
+    """LLaVA-NeXT, LLaVA-OneVision: a base grid, then unpadded tiles in one grid, one newline after each of its rows."""
+    base = prompt.patches
+    done = 0
+    while done < prompt.tokens and (size := prompt.take("image_sizes")) is not None:
+        height, width = size
+        together = prompt.take("batch_num_images")
+        if together is not None and together[0] != 1:  # OneVision gives pictures of one prompt no tiles
+            picture: Picture = (View(base, base, _squared(width, height), after=1),)
+        else:
+            picture = (View(base, base, origin=None), _tiles(prompt, base, width, height))
+        done += count(picture)
+        yield picture
+
+
+def _tiles(prompt: Prompt, base: int, width: int, height: int) -> View:
+    """The grid of an anyres picture's tiles: resized into the best canvas, padded, and cut back by whole cells."""
+    canvas_high, canvas_wide = select_best_resolution((height, width), prompt.config.image_grid_pinpoints)
+    side = prompt.vision("image_size")
+    rows, columns = canvas_high // side * base, canvas_wide // side * base
+    if canvas_wide / width < canvas_high / height:
+        wide, high = canvas_wide, min(math.ceil(height * canvas_wide / width), canvas_high)
+    else:
+        wide, high = min(math.ceil(width * canvas_high / height), canvas_wide), canvas_high
+    x, y = (canvas_wide - wide) // 2, (canvas_high - high) // 2
+    cut_rows = cut_columns = 0
+    if width / height > columns / rows:
+        cut_rows = (rows - int(round(height * (columns / width), 7))) // 2
+    else:
+        cut_columns = (columns - int(round(width * (rows / height), 7))) // 2
+    cell_high, cell_wide = canvas_high / rows, canvas_wide / columns
+    box = (
+        (cut_columns * cell_wide - x) / wide,
+        (cut_rows * cell_high - y) / high,
+        ((columns - cut_columns) * cell_wide - x) / wide,
+        ((rows - cut_rows) * cell_high - y) / high,
+    )
+    rows, columns = rows - 2 * cut_rows, columns - 2 * cut_columns
+    most = getattr(prompt.config, "vision_aspect_ratio", None)
+    if isinstance(most, str) and most.startswith("anyres_max_"):  # OneVision shrinks grids that are larger than this
+        ratio = math.sqrt(rows * columns / (int(most.removeprefix("anyres_max_")) * base**2))
+        if ratio > 1.1:
+            rows, columns = int(rows // ratio), int(columns // ratio)
+    return View(rows, columns, box, tile=1, breaks=1)
+
+
+def _tile_grid(side: int, rows: int, columns: int) -> Picture:
+    """`rows` x `columns` tiles of side x side tokens in raster order, then a view of the whole picture."""
+    tiles = [
+        View(
+            side,
+            side,
+            (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows),
+            origin=(r * side, c * side),
+            tile=r * columns + c + 1,
+        )
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    return (*tiles, View(side, side, origin=None))
+
+
+def internvl(prompt: Prompt) -> Pictures:
+    """InternVL: tiles in raster order, then the whole picture; their grid follows from the picture's size."""
+    side = int(prompt.patches * prompt.config.downsample_ratio)
+    for index, (_, run) in enumerate(prompt.runs):
+        views, rest = divmod(run, side * side)
+        if rest:
+            return
+        if views == 1:
+            yield (View(side, side),)
+            continue
+        shape = _canvas(prompt.size(index), views - 1, prompt.vision("image_size"), prompt.processor)
+        yield _tile_grid(side, *shape) if shape else nowhere(run)
+
+
+def _canvas(size: Size | None, tiles: int, pixels: int, processor: Any) -> tuple[int, int] | None:
+    """Rows and columns of the tile grid that InternVL's processor chose; None if the picture's size is not known."""
+    if size is None:
+        return None
+    width, height = size
+    low, high = getattr(processor, "min_patches", None) or 1, getattr(processor, "max_patches", None) or 12
+    shapes = [(c, r) for c in range(1, high + 1) for r in range(1, high + 1) if low <= c * r <= high]
+    best, least = (1, 1), math.inf
+    for columns, rows in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
+        difference = abs(width / height - columns / rows)
+        if difference < least or (difference == least and width * height > 0.5 * pixels**2 * columns * rows):
+            best, least = (columns, rows), difference
+    return (best[1], best[0]) if best[0] * best[1] == tiles else None
+
+
+def idefics3(prompt: Prompt) -> Pictures:
+    """Idefics3, SmolVLM: tiles marked by text tokens in between, the whole picture last.
+
+    Every view is a run of its own, and the token before it names it: the one before a whole picture is the same every
+    time. Between two tiles of a row stand two tokens, and more at the end of a row.
+    """
+    side = prompt.patches // prompt.config.scale_factor
+    if any(length != side * side for _, length in prompt.runs):
+        return
+    marker = [prompt.ids[start - 1] if start else -1 for start, _ in prompt.runs]
+    begin = 0
+    for at, name in enumerate(marker):
+        if name != marker[-1]:
+            continue
+        tiles, begin = prompt.runs[begin:at], at + 1
+        if not tiles:
+            yield (View(side, side),)
+            continue
+        ends = [after[0] - sum(before) > 2 for before, after in pairwise(tiles)]
+        columns = ends.index(True) + 1 if True in ends else len(tiles)
+        yield _tile_grid(side, len(tiles) // columns, columns)
+
+
+GRIDS: dict[str, Describe] = {
+    "llava": clip,
+    "vipllava": clip,
+    "video_llava": clip,
+    "llava_next": anyres,
+    "llava_next_video": anyres,
+    "llava_onevision": anyres,
+    "paligemma": fixed,
+    "gemma3": fixed,
+    "shieldgemma2": fixed,
+    "gemma4": positions,
+    "gemma4_unified": positions,
+    "mistral3": pixtral,
+    "mistral_large4": pixtral,
+    "lighton_ocr": pixtral,
+    "internvl": internvl,
+    "qianfan_ocr": internvl,
+    "idefics3": idefics3,
+    "smolvlm": idefics3,
+    "hunyuan_vl": newlines,
+    "deepseek_vl": padded,
+    "janus": padded,
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "idefics2", "aria", "deepseek_ocr2"), latent),
+}
+"""Family -> its way of laying out pictures; families with an `image_grid_thw` input need no entry."""
+
+
+def describe_rows(
+    name: str,
+    config: Any,
+    rows: Sequence[Sequence[int]],
+    runs: Sequence[Sequence[tuple[int, int]]],
+    inputs: Mapping[str, Any],
+    sizes: Sequence[Sequence[Size]] | None = None,
+    processor: Any = None,
+) -> tuple[list[list[Picture]], str]:
+    """The pictures of every row of a batch, and what was assumed about them.
+
+    Where the views do not add up to the image tokens found (inputs not given, features made elsewhere), each run of
+    image tokens counts as a picture without places.
+
+    Args:
+        rows: token ids; `runs` the unbroken runs of image tokens in them.
+    """
+    describe = GRIDS.get(name) or (grid_thw if inputs.get("image_grid_thw") is not None else square)
+    supply, batch_runs = _supply(inputs), sum(map(len, runs))
+    found, notes = [], []
+    for b, (ids, spans) in enumerate(zip(rows, runs, strict=True)):
+        prompt = Prompt(config, inputs, ids, spans, batch_runs, supply, None if sizes is None else sizes[b], processor)
+        pictures = list(describe(prompt))
+        if sum(map(count, pictures)) != prompt.tokens:
+            pictures = [nowhere(length) for _, length in spans]
+            notes.append(UNKNOWN)
+        elif spans and describe in (square, latent):
+            notes.append(SQUARE if describe is square else NO_PLACE)
+        found.append(pictures)
+    return found, "; ".join(dict.fromkeys(notes))
+
+
+def _supply(inputs: Mapping[str, Any]) -> dict[str, deque[list[int]]]:
+    """One queue for every input that describes pictures one by one."""
+    supply: dict[str, deque[list[int]]] = {}
+    for name in ("image_grid_thw", "video_grid_thw", "image_sizes", "image_merge_sizes", "video_merge_sizes"):
+        if (value := inputs.get(name)) is not None:
+            rows = value.tolist() if isinstance(value, Tensor) else list(value)
+            supply[name] = deque([int(v) for v in row] if isinstance(row, list | tuple) else [int(row)] for row in rows)
+    if (value := inputs.get("image_position_ids")) is not None:
+        supply["image_position_ids"] = deque(row.flatten().tolist() for row in value)
+    if (value := inputs.get("batch_num_images")) is not None:
+        supply["batch_num_images"] = deque([int(n)] for n in value for _ in range(int(n)))
+    return supply

@@ -1,0 +1,124 @@
+"""Do image tokens lie where the picture map says? Paint a part of a picture and see which tokens change.
+
+Attention in the vision tower is silenced first (its output projections set to zero), so that a token's features depend
+on its own patch only. A token whose box lies within the painted part must change; one whose box lies beyond the reach
+of the resampling filter must not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from avl.families import describe
+from avl_analysis.conformance.build import Case, quiet
+from avl_analysis.conformance.entries import entry
+from avl_analysis.conformance.inputs import image_features, image_processor, parts, pixels, prompt
+
+SIZES = ((40, 28), (24, 44), (32, 32))
+"""Width and height of the pictures painted: wide, high, square, none a multiple of a patch."""
+
+PAINTED = ((0.0, 0.0, 0.4, 0.45), (0.3, 0.35, 0.75, 0.8), (0.62, 0.55, 1.0, 1.0), (0.0, 0.45, 1.0, 0.6), (0.4, 0.0, 0.6, 1.0))
+"""Painted parts as fractions: two corners, the middle, a row, a column."""
+
+_OUTPUTS = ("out_proj", "o_proj", "proj", "projection_layer", "wo", "dense")
+
+
+@dataclass(frozen=True)
+class Painted:
+    """What a picture map was held against.
+
+    Attributes:
+        placed: image tokens with a box; `of` all image tokens of the pictures painted.
+        inside, outside: tokens found within, and beyond, painted parts.
+        wrong: those of them that behaved otherwise.
+        assumption: what the map took for granted.
+    """
+
+    placed: int
+    of: int
+    inside: int
+    outside: int
+    wrong: int
+    assumption: str
+
+
+@torch.no_grad()
+def check_places(case: Case) -> Painted:
+    """Paint pictures of three shapes and compare."""
+    model, family = _silenced(case), describe(case.model)
+    help = entry(case.model_type)
+    processor = image_processor(help.processor or case.model_type, case.config, help.options)
+    placed = of = inside = outside = wrong = 0
+    assumption = ""
+    for size in SIZES:
+        picture = _noise(size)
+        given = _pixels(case, picture)
+        inputs = prompt(model, given)
+        layout = family.layout(inputs["input_ids"], inputs["attention_mask"], inputs)
+        shown = {**given, **inputs}
+        found = family.picture_map(layout, shown, [[size]], processor)
+        boxes = found.boxes[0][layout.image[0] >= 0]
+        assumption = assumption or found.assumption
+        plain = torch.cat(list(parts(image_features(model, given))))
+        placed, of = placed + int((~boxes[:, 0].isnan()).sum()), of + len(boxes)
+        for part, painted in _paint(picture):
+            changed = (torch.cat(list(parts(image_features(model, _pixels(case, painted))))) - plain).abs().amax(-1) > 1e-6
+            within, beyond = _sides(boxes, part, help.reach)
+            inside, outside = inside + int(within.sum()), outside + int(beyond.sum())
+            wrong += int((within & ~changed).sum()) + int((beyond & changed).sum())
+    return Painted(placed, of, inside, outside, wrong, assumption)
+
+
+def _pixels(case: Case, picture: Image.Image) -> dict[str, Any]:
+    with quiet():
+        return pixels(case.model_type, case.config, [picture])
+
+
+def _silenced(case: Case) -> nn.Module:
+    """The model with vision attention that adds nothing."""
+    model: Any = copy.deepcopy(case.model)
+    own = {id(module) for module in model.get_decoder().modules()}
+    for module in model.modules():
+        if id(module) in own or not any(part in type(module).__name__ for part in ("Attention", "ShortConv")):
+            continue
+        for name in _OUTPUTS:
+            layer = getattr(module, name, None)
+            if isinstance(layer := getattr(layer, "linear", layer), nn.Linear):
+                nn.init.zeros_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+    return model
+
+
+def _noise(size: tuple[int, int]) -> Image.Image:
+    draw = torch.Generator().manual_seed(0)
+    return Image.fromarray(torch.randint(60, 190, (size[1], size[0], 3), generator=draw, dtype=torch.uint8).numpy())
+
+
+def _paint(picture: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
+    width, height = picture.size
+    for left, top, right, bottom in PAINTED:
+        part = (int(left * width), int(top * height), round(right * width), round(bottom * height))
+        painted = picture.copy()
+        painted.paste((255, 0, 0), part)
+        yield part, painted
+
+
+def _sides(boxes: Tensor, part: tuple[int, int, int, int], reach: float) -> tuple[Tensor, Tensor]:
+    """Which tokens lie within a part, and which beyond it, as do newlines beside tokens with a place."""
+    left, top, right, bottom = boxes.unbind(-1)
+    wide, high = right - left, bottom - top
+    close = 1e-3
+    within = (left >= part[0] - close) & (top >= part[1] - close) & (right <= part[2] + close) & (bottom <= part[3] + close)
+    within &= (wide > 0.5) & (high > 0.5)  # a sliver of the picture beside padding may leave no trace
+    beyond = (left >= part[2] + reach) | (top >= part[3] + reach)
+    beyond |= (right <= part[0] - reach) | (bottom <= part[1] - reach)
+    known = ~left.isnan()
+    return within, (beyond | ~known) & known.any()
