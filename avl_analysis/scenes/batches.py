@@ -192,8 +192,8 @@ def patch_labels(scene: Scene) -> dict[str, NDArray[np.int64]]:
                 if shared > most[patch]:
                     most[patch] = shared
                     labels["character"][patch] = CHARACTERS.index(character.character)
-    patch = np.arange(GRID * GRID)
-    labels["row"], labels["column"] = patch // GRID * PATCH // CELL, patch % GRID * PATCH // CELL
+    every = np.arange(GRID * GRID)
+    labels["row"], labels["column"] = every // GRID * PATCH // CELL, every % GRID * PATCH // CELL
     return labels
 
 

@@ -34,7 +34,7 @@ PALETTE: dict[str, tuple[float, float, float]] = {
 }
 COLOURS = tuple(PALETTE)
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating]
 
 
 def _circle(x: Field, y: Field, r: float) -> Field:

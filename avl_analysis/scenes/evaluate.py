@@ -94,63 +94,87 @@ def _score(given: Sequence[str], asked: Sequence[Sample]) -> dict[str, Any]:
     return {"exact_match": right / len(asked), "interval95": [round(low, 4), round(high, 4)], "right": right}
 
 
+def evaluate_task(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    task: str,
+    n: int = 500,
+    seed: int = EVALUATION_SEED,
+) -> dict[str, Any]:
+    """Exact match on ``n`` held-out samples of one task with 95 % intervals: own picture, another sample's, chance.
+
+    Raises ValueError for fewer than two samples, between which no pictures can be swapped.
+    """
+    if n < 2:
+        raise ValueError(f"n={n}: need at least 2 samples per task to swap pictures between")
+    asked = samples(n, task, seed + TASKS.index(task))
+    others = asked[1:] + asked[:1]
+    given = answers(model, processor, asked)
+    wrong = [
+        {"index": s.index, "prompt": s.prompt, "answer": s.answer, "given": text}
+        for text, s in zip(given, asked, strict=True)
+        if not exact_match(text, s.answer)
+    ]
+    return {
+        "samples": n,
+        "seed": seed + TASKS.index(task),
+        **_score(given, asked),
+        "other_picture": _score(answers(model, processor, asked, others), asked),
+        "chance": round(chance(asked), 4),
+        "first_mistakes": wrong[:5],
+    }
+
+
 def evaluate(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     n: int = 500,
     tasks: Sequence[str] = TASKS,
     seed: int = EVALUATION_SEED,
-    say: Any = None,
 ) -> dict[str, Any]:
-    """Per task: exact match with a 95 % Wilson interval, with the right picture and with another sample's, and chance.
+    """``evaluate_task`` for each task, by name."""
+    return {task: evaluate_task(model, processor, task, n, seed) for task in tasks}
 
-    ``n`` held-out samples per task (at least 2); ``say`` is called with a line after each task.
-    """
-    if n < 2:
-        raise ValueError(f"n={n}: need at least 2 samples per task to swap pictures between")
-    found: dict[str, Any] = {}
-    for number, task in enumerate(tasks):
-        began = time.monotonic()
-        asked = samples(n, task, seed + number)
-        others = asked[1:] + asked[:1]
-        given = answers(model, processor, asked)
-        wrong = [
-            {"index": s.index, "prompt": s.prompt, "answer": s.answer, "given": text}
-            for text, s in zip(given, asked, strict=True)
-            if not exact_match(text, s.answer)
-        ]
-        found[task] = {
-            "samples": n,
-            "seed": seed + number,
-            **_score(given, asked),
-            "other_picture": _score(answers(model, processor, asked, others), asked),
-            "chance": round(chance(asked), 4),
-            "first_mistakes": wrong[:5],
-        }
-        if say:
-            line = found[task]
-            say(f"{task:12} {line['exact_match']:.3f}  other picture {line['other_picture']['exact_match']:.3f}  "
-                f"chance {line['chance']:.3f}  {time.monotonic() - began:.0f} s")  # fmt: skip
-    return found
+
+def _one(job: tuple[Path, str, int, int]) -> tuple[str, dict[str, Any], int]:
+    folder, task, n, seed = job
+    torch.set_num_threads(1)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    found = evaluate_task(model, load_processor(folder), task, n, seed)
+    return task, found, sum(p.numel() for p in model.parameters())
+
+
+def _line(task: str, found: dict[str, Any]) -> str:
+    low, high = found["interval95"]
+    return (
+        f"{task:12} {found['exact_match']:.3f} [{low:.3f}, {high:.3f}]  "
+        f"other picture {found['other_picture']['exact_match']:.3f}  chance {found['chance']:.3f}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Exact match of the scenes model on held-out scenes, per task.")
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="model folder (default: the shipped one)")
-    parser.add_argument("--samples", type=int, default=500, help="samples per task")
+    parser.add_argument("--samples", type=int, default=500, help="samples per task, at least 2")
     parser.add_argument("--seed", type=int, default=EVALUATION_SEED)
+    parser.add_argument("--processes", type=int, default=2, help="tasks measured at a time")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     chosen = parser.parse_args()
-    model = LlavaForConditionalGeneration.from_pretrained(chosen.model, dtype=torch.float32).eval()
-    began = time.monotonic()
-    found = evaluate(model, load_processor(chosen.model), chosen.samples, seed=chosen.seed, say=print)
+    if chosen.samples < 2 or not (chosen.model / "config.json").exists():
+        parser.error(f"--samples {chosen.samples} --model {chosen.model}: need 2 samples or more and a model folder")
+    began, found, parameters = time.monotonic(), {}, 0
+    jobs = [(chosen.model, task, chosen.samples, chosen.seed) for task in reversed(TASKS)]  # the long one first
+    with torch.multiprocessing.get_context("spawn").Pool(chosen.processes) as pool:
+        for task, result, count in pool.imap_unordered(_one, jobs):
+            found[task], parameters = result, count
+            print(_line(task, result), flush=True)
     report = {
         "what": "exact match of greedy answers on held-out scenes, 95 % Wilson intervals; `other_picture` shows the "
         "next sample's picture instead; `chance` always gives the commonest answer to that kind of question",
         "dtype": "float32",
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters,
         "seconds": round(time.monotonic() - began),
-        "tasks": found,
+        "tasks": {task: found[task] for task in TASKS},
     }
     if chosen.out:
         chosen.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -41,7 +41,7 @@ class _RMSNorm(torch.autograd.Function):
         return unit * weight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         unit, inverse, weight = ctx.saved_tensors
         scaled = grad * weight
         shared = (scaled * unit).mean(-1, keepdim=True, dtype=torch.float32).to(grad.dtype)
@@ -50,7 +50,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    return _RMSNorm.apply(x, weight, eps)  # type: ignore[no-any-return,no-untyped-call]
+    return _RMSNorm.apply(x, weight, eps)
 
 
 class _Rotate(torch.autograd.Function):
@@ -70,13 +70,13 @@ class _Rotate(torch.autograd.Function):
         return _Rotate.turn(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _Rotate.turn(grad, cos, -sin), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _Rotate.apply(x, cos, sin)  # type: ignore[no-any-return,no-untyped-call]
+    return _Rotate.apply(x, cos, sin)
 
 
 def vision(weights: Weights, config: LlavaConfig, pixels: Tensor) -> Tensor:

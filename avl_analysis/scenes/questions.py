@@ -10,13 +10,16 @@ board. Asked what is at a place where nothing is, the right answer is "nothing";
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from avl_analysis.scenes.drawing import COLOURS, SHAPES
 from avl_analysis.scenes.world import PLACES, SIZES, Box, Scene, Text, Thing
+
+T = TypeVar("T")
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
@@ -117,7 +120,7 @@ def caption(scene: Scene) -> str:
     return ", ".join(part for _, part in sorted(parts))
 
 
-def _pick(rng: np.random.Generator, options):  # type: ignore[no-untyped-def]
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
@@ -247,7 +250,7 @@ def _ocr(rng: np.random.Generator, scene: Scene) -> Question | None:
 
 
 def _caption(rng: np.random.Generator, scene: Scene) -> Question:
-    parts = [*scene.things, *([scene.text] if scene.text else [])]
+    parts: list[Thing | Text] = [*scene.things, *([scene.text] if scene.text else [])]
     return _about("caption", "caption", _say(rng, "caption"), caption(scene), *sorted(parts, key=lambda p: p.cell))
 
 

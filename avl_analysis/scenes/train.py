@@ -26,6 +26,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,14 +61,17 @@ class Settings:
     adam_rate: float = 3e-3
     warm_up_steps: int = 60
     patches_only_minutes: float = 2.0
-    easy_share: float = 0.06
+    easy_objects: int = 4
     decay_from: float = 0.45
     last_mix_from: float = 0.5
     patch_weight: float = 1.0
     word_weight: float = 1.0
     background_weight: float = 0.15
     by_shape: float = 0.5
-    by_shape_until: float = 0.93
+    by_shape_until: float = 0.9
+    by_shape_latest: float = 0.82
+    weight_decay: float = 0.1
+    soften: float = 1.0
     seed: int = 0
 
 
@@ -131,9 +135,11 @@ class Trainer:
         s, share = self.settings, self.share()
         rng = np.random.default_rng([TRAINING_SEED + s.seed, self.rank, self.step])
         mix = batches.FIRST_MIX if share < s.last_mix_from else batches.LAST_MIX
-        pictures, most = (s.early_pictures if share < s.early_share else s.pictures), (4 if share < s.easy_share else 6)
+        pictures = s.early_pictures if share < s.early_share else s.pictures
         found = min(self.looked.get(task, 0.0) for task in ("colour", "where")) >= s.by_shape_until
-        return batches.make(rng, pictures, mix, most, 0.1 if found else s.by_shape)
+        if not found and share < s.by_shape_latest:
+            return batches.make(rng, pictures, mix, s.easy_objects, s.by_shape)
+        return batches.make(rng, pictures, mix, by_shape=0.1)
 
     def losses(self, batch: Batch, patches_only: bool) -> dict[str, Tensor]:
         weights = {n: p.to(torch.bfloat16) for n, p in self.named.items()}
@@ -152,7 +158,7 @@ class Trainer:
         loss = found.get("answers", 0.0) + s.patch_weight * found["patches"] + s.word_weight * found.get("words", 0.0)
         for p in [*self.named.values(), *self.head.parameters()]:
             p.grad = None
-        loss.backward()  # type: ignore[union-attr]
+        loss.backward()
         parameters = [*self.matrices.values(), *self.others]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         told = torch.tensor([seconds if self.rank == 0 else 0.0, *(float(f.detach()) for f in found.values())])
@@ -177,7 +183,7 @@ class Trainer:
         directions = self.muon.directions(gradients)
         if s.processes > 1:
             dist.all_reduce(directions)
-        self.muon.apply(directions, s.muon_rate * factor)
+        self.muon.apply(directions, s.muon_rate * factor, s.weight_decay)
         for group in self.adam.param_groups:
             group["lr"] = s.adam_rate * factor
         self.adam.step()
@@ -216,6 +222,10 @@ class Trainer:
         self.head.load_state_dict(state["head"])
         self.adam.load_state_dict(state["adam"])
         self.muon.velocity, self.step, self.elapsed = state["velocity"], state["step"], state["elapsed"]
+        with torch.no_grad():
+            for name, p in self.matrices.items():
+                if name.startswith(packed.DECODER) and ("q_proj" in name or "k_proj" in name):
+                    p.mul_(self.settings.soften)
 
 
 def _run(rank: int, settings: Settings, out: Path, resume: bool, rendezvous: str) -> None:
@@ -234,7 +244,11 @@ def _run(rank: int, settings: Settings, out: Path, resume: bool, rendezvous: str
             trainer.looked = looked = trainer.watch()
             look_at = trainer.elapsed + 180
         if rank == 0 and (looked or trainer.elapsed >= line_at):
-            line = {"step": trainer.step, "minutes": round(trainer.elapsed / 60, 2), "rate": round(trainer.rate(), 3)}
+            line: dict[str, Any] = {
+                "step": trainer.step,
+                "minutes": round(trainer.elapsed / 60, 2),
+                "rate": round(trainer.rate(), 3),
+            }
             line |= {name: round(value, 4) for name, value in found.items()} | ({"held_out": looked} if looked else {})
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
@@ -275,7 +289,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for log, checkpoint and weights")
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    known = {field.name: type(field.default) for field in fields(Settings)[2:]}
+    known: dict[str, Any] = {field.name: type(field.default) for field in fields(Settings)[2:]}
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=f"one of {', '.join(known)}")
     chosen = parser.parse_args()
     changed = dict(pair.split("=", 1) for pair in chosen.set if "=" in pair)
