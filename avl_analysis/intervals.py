@@ -7,6 +7,7 @@ has been averaged within the sample before. NaN means "this sample has no such n
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,3 +76,31 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
     centre = (p + z2 / (2 * asked)) / (1 + z2 / asked)
     half = math.sqrt(z2) / (1 + z2 / asked) * math.sqrt(p * (1 - p) / asked + z2 / (4 * asked**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_intervals(values: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Means and percentile-bootstrap intervals of many numbers at once, the samples resampled together.
+
+    Args:
+        values: (samples, ...), NaN where a sample has no value.
+
+    Returns:
+        Mean, lower and upper bound and number of samples, each (...), as `mean_interval` gives them one by one (up to
+        the draw of the resamples).
+    """
+    array = np.asarray(values, dtype=float)
+    count = len(array)
+    flat = array.reshape(count, -1)
+    known = np.isfinite(flat)
+    n = known.sum(0)
+    flat = np.where(known, flat, 0.0)
+    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / max(count, 1)), RESAMPLES).astype(float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean, drawn = flat.sum(0) / n, (weights @ flat) / (weights @ known)
+    drawn = np.where(n > 1, drawn, np.nan)
+    tail = (1 - CONFIDENCE) / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # columns without a single value
+        low, high = np.nanquantile(drawn, [tail, 1 - tail], axis=0)
+    shape = array.shape[1:]
+    return mean.reshape(shape), low.reshape(shape), high.reshape(shape), n.reshape(shape)
