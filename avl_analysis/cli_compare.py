@@ -68,7 +68,7 @@ def compare(
     if out is not None:
         _check_out(out, force)
     policies = _policies(policy or DEFAULT_POLICIES)
-    samples = _samples(data, scenes, task)
+    samples = read_or_draw(data, scenes, task)
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 
     from avl_analysis.comparing import compare as measure
@@ -97,7 +97,12 @@ def _policies(names: list[str] | tuple[str, ...]) -> dict[str, Policy]:
     return {Path(name).stem if name.endswith(".json") else name: named_policy(name) for name in names}
 
 
-def _samples(data: Path | None, scenes: int, task: list[str] | None) -> list[Sample]:
+def read_or_draw(data: Path | None, scenes: int, task: list[str] | None) -> list[Sample]:
+    """The questions of a file, or `scenes` drawn ones of each task.
+
+    Raises:
+        InputError: a file that cannot be read, an unknown task, a task beside a file.
+    """
     from avl_analysis.samples import read_samples, scene_samples
 
     if data is None:

@@ -141,8 +141,12 @@ def parse_numbers(text: str, option: str) -> list[int]:
 
 
 @contextmanager
-def progress(what: str, unit: str = "tokens") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr where that is a terminal; yields a function that takes what is done and the total."""
+def progress(what: str, unit: str = "tokens") -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr where that is a terminal.
+
+    Yields:
+        `advance(done, total, what=what)`.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
     console = Console(stderr=True)
     with Progress(
@@ -150,7 +154,11 @@ def progress(what: str, unit: str = "tokens") -> Iterator[Callable[[int, int], N
         disable=not console.is_terminal,
     ) as bar:  # fmt: skip
         task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def advance(done: int, total: int, what: str = what) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield advance
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from avl_analysis.cli import main
 from avl_analysis.cli_record import parse_numbers
 from avl_analysis.comparison import load_comparison
 from avl_analysis.errors import InputError
+from avl_analysis.policy_files import load_evidence
 from avl_analysis.recording import load_recording
 from avl_analysis.scenes import generate
 from tests import tiny
@@ -312,3 +313,41 @@ def test_what_cannot_be_compared_is_one_line_and_exit_code_2(
     given = [request.getfixturevalue(fixtures[word]) if word in fixtures else word for word in arguments]
     monkeypatch.chdir(tmp_path)
     assert message in _refused(capsys, "compare", *given)
+
+
+def test_calibrate_writes_a_policy_that_compare_takes(
+    folder: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "tuned.json"
+    questions.write_text(questions.read_text() * 2)
+    arguments = ["calibrate", questions, "--model", folder, "--target", 0.5, "--max-new-tokens", 4, "--out", out]
+    assert _run(*arguments) == 0
+    assert "secondary = " in capsys.readouterr().out
+    assert load_evidence(out)["target"] == 0.5
+    assert _run("compare", questions, "-p", out, "--model", folder, "--metric", "text", "--max-new-tokens", 2) == 0
+    assert "tuned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "policy.txt"], "must end in .json"),
+        (["--target", "1.5"], "--target 1.5: choose a share"),
+        (["nothing.jsonl"], "no such file: nothing.jsonl"),
+        (["--task", "poetry"], "unknown task 'poetry'"),
+        (["ONE", "--model", "FOLDER"], "pass more samples"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    picture: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps({"image": picture.name, "prompt": "what?"}))
+    monkeypatch.chdir(tmp_path)
+    given = [{"FOLDER": folder, "ONE": "one.jsonl"}.get(word, word) for word in arguments]
+    assert message in _refused(capsys, "calibrate", *given)
