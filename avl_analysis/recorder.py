@@ -28,11 +28,12 @@ from avl_analysis.errors import InputError
 from avl_analysis.provenance import provenance
 from avl_analysis.raw import Raw, raw
 from avl_analysis.recording import Recording
-from avl_analysis.reduce import LayerPass, Plan, StepRow, reduce_prompt, reduce_step, step_row
+from avl_analysis.reduce import LayerPass, Plan, StepRow, reduce_prompt, reduce_step
 from avl_analysis.rows import Tokens, sample_tokens
 from avl_analysis.sample import SampleLog, token_arrays
 from avl_analysis.statistics import CacheStatistic, KeyStatistic, RowStatistic, Statistic, TrajectoryStatistic, select
 from avl_analysis.view import Part, View, view
+from avl_analysis.weights import row_weights
 
 
 def plan(statistics: Sequence[Statistic], maps: bool, kept: Raw | None = None) -> Plan:
@@ -80,7 +81,7 @@ class Recorder(Tap):
         self.heads, self.stop, self.maps, self.first = heads, stop, maps, first
         self.closed: list[tuple[str, schema.Part]] = []
         self.open: list[SampleLog] = []
-        self._norms: dict[tuple[int, int], Tensor] = {}  # (sample, layer): norms of value vectors by rank
+        self._norms: dict[tuple[int, int], tuple[Tensor, int]] = {}  # (sample, layer): by rank; how many in order
         self._begin_pass([])
 
     def parts(self) -> list[tuple[str, schema.Part]]:
@@ -141,30 +142,29 @@ class Recorder(Tap):
             if seen is None:
                 continue
             norm = self._value_norm(seen, call.layer, b) if self.plan.reads_values else None
+            if call.forward.kind == "decode":
+                self._steps[b, call.layer] = StepRow(call.layer, seen, row_weights(seen), norm)
+                continue
             try:
-                if call.forward.kind == "decode":
-                    self._steps[b, call.layer] = step_row(seen, self.plan, norm)
-                else:
-                    self._passes[b, call.layer] = reduce_prompt(seen, self.plan, norm)
+                self._passes[b, call.layer] = reduce_prompt(seen, self.plan, norm)
             except FloatingPointError as error:
-                raise ValueError(
-                    f"{error} in layer {call.layer}, {call.forward.kind} step {call.forward.step}: the model's queries "
-                    "or keys are NaN or infinite there (float16 overflows easily; load it in bfloat16 or float32)"
-                ) from error
+                raise _not_numbers(f"{error} in layer {call.layer}", call.forward) from error
 
     def _value_norm(self, seen: View, layer: int, b: int) -> Tensor:
-        """(key heads, keys) norms of the value vectors; those of keys met before are remembered."""
+        """(key heads, keys) norms of the value vectors; those of keys met before are remembered, by rank."""
         rank, heads = seen.keys.rank, seen.value.shape[0]
-        known = self._norms.get((b, layer))
-        if known is None:
-            known = seen.value.new_empty((heads, 0), dtype=torch.float32)
-        if (more := int(rank.max()) + 1 - known.shape[1]) > 0:
-            known = torch.cat([known, known.new_full((heads, more + 256), torch.nan)], 1)
-            self._norms[b, layer] = known
+        known, count = self._norms.get((b, layer), (seen.value.new_empty((heads, 0), dtype=torch.float32), 0))
+        length = int(seen.queries.rank[-1]) + 1
+        if length > known.shape[1]:
+            known = torch.cat([known, known.new_full((heads, length + 256 - known.shape[1]), torch.nan)], 1)
+        if seen.in_order:
+            known[:, count:length] = seen.value[:, count:length].float().norm(dim=-1)
+            self._norms[b, layer] = known, length
+            return known[:, :length]
         at = rank.clamp_min(0).expand(heads, -1)
         head, key = (known.gather(1, at).isnan() & (rank >= 0)).nonzero(as_tuple=True)
-        if len(head):
-            known[head, at[head, key]] = seen.value[head, key].float().norm(dim=-1)
+        known[head, at[head, key]] = seen.value[head, key].float().norm(dim=-1)
+        self._norms[b, layer] = known, count
         return known.gather(1, at).masked_fill(rank < 0, 0.0)
 
     @torch.no_grad()
@@ -179,22 +179,32 @@ class Recorder(Tap):
         new = slice(forward.start, forward.start + forward.tokens)
         for b, (sample, tokens) in enumerate(zip(self.open, self._tokens, strict=True)):
             sample.finished |= forward.kind == "decode" and ids is not None and int(ids[b, -1]) in self.stop
-            self._reduce_steps(b)
+            self._reduce_steps(b, forward)
             passes = [self._passes.get((b, layer)) for layer in self.layers]
             if not sample.finished and any(one is not None for one in passes):
                 sample.add_tokens(**token_arrays(tokens, None if ids is None else ids[b, -forward.tokens :], new))
                 sample.add_pass(forward.kind, passes)
         self._begin_pass([])
 
-    def _reduce_steps(self, b: int) -> None:
+    def _reduce_steps(self, b: int, forward: Forward) -> None:
         """Reduce the decode rows of one sample, together for the layers that have equally many keys."""
         together: dict[tuple[int, ...], list[int]] = {}
         for layer in self.layers:
             if (row := self._steps.get((b, layer))) is not None:
-                together.setdefault((*row.weights.shape, *row.keys.rank.shape), []).append(layer)
+                together.setdefault((*row.weights.shape, len(row.view.keys.rank)), []).append(layer)
         for layers in together.values():
-            reduced = reduce_step([self._steps[b, layer] for layer in layers], self.plan)
+            try:
+                reduced = reduce_step([self._steps[b, layer] for layer in layers], self.plan)
+            except FloatingPointError as error:
+                raise _not_numbers(str(error), forward) from error
             self._passes.update({(b, layer): one for layer, one in zip(layers, reduced, strict=True)})
+
+
+def _not_numbers(what: str, forward: Forward) -> ValueError:
+    return ValueError(
+        f"{what}, {forward.kind} step {forward.step}: the model's queries or keys are NaN or infinite there (float16 "
+        "overflows easily; load it in bfloat16 or float32)"
+    )
 
 
 def _refuse_reordering(cache: Any) -> None:

@@ -22,7 +22,7 @@ from avl_analysis.raw import Raw
 from avl_analysis.rows import KINDS, Rows, Tokens, key_columns
 from avl_analysis.statistics.base import CacheStatistic, RowStatistic, SumStatistic, WeightStatistic
 from avl_analysis.view import View, valid_part
-from avl_analysis.weights import Block, row_weights, weight_blocks
+from avl_analysis.weights import Block, weight_blocks
 
 ROWS_PER_MODALITY = 32
 """Prompt rows of each query modality that `WeightStatistic`s read, evenly spaced; the last row is always read."""
@@ -124,9 +124,10 @@ class _Prompt:
         groups: (2, rows) float32, one for valid rows, and for text rows.
         picked: rows whose weights are copied, ascending, the last row always; sampled: (3, picked) one where such a row
             counts for the prompt sums of a modality.
-        columns: (key sets, columns, keys); kinds: the first three of them.
-        value_columns: (key heads, 3, keys) kinds x value norm, or None.
+        columns: (key sets, columns, keys), the first three of them being the kinds of keys.
         counts: (1 or heads, rows, 3).
+        queries: (1 or heads, 2, keys) how many rows of `groups` could see a key; None where nobody asks.
+        pairs: (1 or heads, ages) number of visible pairs of a text row and a text key; None where nobody asks.
         text_rows, text_keys: from the first to the last of them.
         raw_rows: rows whose weights are kept as they are.
     """
@@ -136,14 +137,15 @@ class _Prompt:
     picked: Tensor
     sampled: Tensor
     columns: Tensor
-    value_columns: Tensor | None
     counts: Tensor
+    queries: Tensor | None
+    pairs: Tensor | None
     text_rows: slice
     text_keys: slice
     raw_rows: Tensor
 
 
-def _prompt(view: View, plan: Plan, value_norm: Tensor | None) -> _Prompt:
+def _prompt(view: View, plan: Plan) -> _Prompt:
     modality = torch.stack([view.queries.modality == code for code in range(3)]).float()
     chosen = torch.zeros_like(modality)
     for code in range(3):
@@ -152,18 +154,21 @@ def _prompt(view: View, plan: Plan, value_norm: Tensor | None) -> _Prompt:
     wanted = chosen.any(0) & bool(plan.weights)
     wanted[-1] = True
     picked = wanted.nonzero().flatten()
+    groups = torch.stack([modality.sum(0), modality[Modality.TEXT]])
     columns = key_columns(view.keys, plan.columns)
-    kinds = columns[:, : len(KINDS)]
+    text_rows = valid_part(view.queries.modality == Modality.TEXT)
+    text_keys = valid_part((view.keys.modality == Modality.TEXT).any(0))
     return _Prompt(
         modality,
-        torch.stack([modality.sum(0), modality[Modality.TEXT]]),
+        groups,
         picked,
         chosen[:, picked],
         columns,
-        None if value_norm is None else _for_sets(kinds, len(value_norm)) * value_norm[:, None],
-        view.sight.keys_per_row(kinds),
-        valid_part(view.queries.modality == Modality.TEXT),
-        valid_part((view.keys.modality == Modality.TEXT).any(0)),
+        view.sight.keys_per_row(columns[:, : len(KINDS)]),
+        view.sight.rows_per_key(groups) if plan.received else None,
+        _pairs(view, text_rows, text_keys) if plan.ages else None,
+        text_rows,
+        text_keys,
         picked[:0] if plan.raw is None else plan.raw.prompt_rows(view.queries.rank, produces=True),
     )
 
@@ -183,17 +188,13 @@ def reduce_prompt(view: View, plan: Plan, value_norm: Tensor | None = None) -> L
     Raises:
         FloatingPointError: weights of a real token are not numbers.
     """
-    prompt = _prompt(view, plan, value_norm)
-    parts = [_reduce_heads(view, plan, prompt, heads, blocks) for heads, blocks in weight_blocks(view)]
+    prompt = view.memo["prompt"] if "prompt" in view.memo else view.memo.setdefault("prompt", _prompt(view, plan))
+    parts = [_reduce_heads(view, plan, prompt, value_norm, heads, blocks) for heads, blocks in weight_blocks(view)]
     joined = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
     sums, counts, step, last, received, ages, raw = joined
     assert step is not None
     assert last is not None
-    result = LayerPass(view.keys, step, last, sums, counts, received, ages=ages)
-    if received is not None:
-        result.queries = view.sight.rows_per_key(prompt.groups)
-    if ages is not None:
-        result.pairs = _pairs(view, prompt.text_rows, prompt.text_keys)
+    result = LayerPass(view.keys, step, last, sums, counts, received, prompt.queries, ages, prompt.pairs)
     if raw is not None and plan.raw is not None:
         visible = view.sight.visible[:, prompt.raw_rows]
         result.raw, result.raw_rows = raw, view.queries.rank[prompt.raw_rows]
@@ -204,10 +205,10 @@ def reduce_prompt(view: View, plan: Plan, value_norm: Tensor | None = None) -> L
 
 
 def _reduce_heads(
-    view: View, plan: Plan, prompt: _Prompt, heads: slice, blocks: Iterator[Block]
+    view: View, plan: Plan, prompt: _Prompt, value_norm: Tensor | None, heads: slice, blocks: Iterator[Block]
 ) -> tuple[Tensor | None, ...]:
     """Sums, counts, step values, last row's weights, attention received and by age, raw weights, of a few heads."""
-    tally = _Tally(view, plan, prompt, heads)
+    tally = _Tally(view, plan, prompt, value_norm, heads)
     for block in blocks:
         tally.add(*block)
     sums, values = tally.sums.transpose(1, 2), tally.values
@@ -226,13 +227,15 @@ def _reduce_heads(
 class _Tally:
     """Primitive sums of a few heads over all rows, taken block by block."""
 
-    def __init__(self, view: View, plan: Plan, prompt: _Prompt, heads: slice) -> None:
+    def __init__(self, view: View, plan: Plan, prompt: _Prompt, value_norm: Tensor | None, heads: slice) -> None:
         number, rows, keys = heads.stop - heads.start, view.query.shape[1], view.key.shape[1]
         own = slice(heads.start // view.groups, heads.stop // view.groups)
         self.prompt, self.queries = prompt, view.queries
         self.keys = view.keys if len(view.keys.rank) == 1 else view.keys.map(lambda t: t[own])
         self.columns = prompt.columns if len(prompt.columns) == 1 else prompt.columns[own]
-        self.value_columns = None if prompt.value_columns is None else prompt.value_columns[own]
+        self.value_columns = None
+        if value_norm is not None:
+            self.value_columns = _for_sets(self.columns[:, : len(KINDS)], own.stop - own.start) * value_norm[own, None]
         new = view.query.new_zeros
         self.sums = new(number, self.columns.shape[1], rows, dtype=torch.float32)
         self.values = None if self.value_columns is None else new(number, 3, rows, dtype=torch.float32)
@@ -299,73 +302,61 @@ class StepRow:
     """The one row of a decode step in one layer, before it is reduced.
 
     Attributes:
-        queries, keys: what they are, (1,) and (key sets, keys).
-        weights: (heads, 1, keys); sums: (heads, columns, 1); values: (heads, 3, 1) or None, as in `Rows`.
-        visible: (1 or heads, 1, keys) bool.
+        layer: which.
+        view: its keys and what it sees.
+        weights: (heads, 1, keys).
+        value_norm: (key heads, keys), or None where nobody asks.
     """
 
-    queries: Tokens
-    keys: Tokens
+    layer: int
+    view: View
     weights: Tensor
-    sums: Tensor
-    values: Tensor | None
-    visible: Tensor
-
-
-def step_row(view: View, plan: Plan, value_norm: Tensor | None = None) -> StepRow:
-    """The weights of a decode step in one layer and their sums.
-
-    Raises:
-        FloatingPointError: the weights are not numbers.
-    """
-    weights = row_weights(view)
-    columns = key_columns(view.keys, plan.columns)
-    sums, values = weighted_sums(weights, columns), None
-    if value_norm is not None:
-        values = weighted_sums(weights, _for_sets(columns[:, : len(KINDS)], len(value_norm)) * value_norm[:, None])
-    if bool(sums.isnan().any()):
-        raise FloatingPointError("attention weights are not numbers")
-    return StepRow(view.queries, view.keys, weights, sums, values, view.sight.visible)
+    value_norm: Tensor | None
 
 
 def reduce_step(rows: Sequence[StepRow], plan: Plan) -> list[LayerPass]:
-    """Everything that is kept of a decode step; `rows` are those of several layers with equally many keys."""
-    first, layers = rows[0], len(rows)
-    one = all(row.keys.rank is first.keys.rank for row in rows)
-    weights = torch.cat([row.weights for row in rows])
-    keys = first.keys if one else _join([row.keys for row in rows])
-    visible = first.visible if one else torch.cat([row.visible.expand(first.weights.shape[0], -1, -1) for row in rows])
-    kinds = key_columns(keys, KINDS)
-    counts = weighted_sums(visible.float(), kinds if len(visible) > 1 else kinds[:1]).transpose(1, 2)
-    stacked = Rows(
-        first.queries,
-        keys,
-        counts,
-        torch.cat([row.sums for row in rows]).transpose(1, 2),
-        plan.columns,
-        {t: count_above(weights, t, torch.empty_like(weights)) for t in plan.thresholds},
-        None
-        if first.values is None
-        else torch.cat([row.values for row in rows if row.values is not None]).transpose(1, 2),
-        weights,
-    )
-    step = torch.cat([_values(plan.sums, stacked), _values(plan.weights, stacked)], -1)[:, 0]
+    """Everything that is kept of a decode step; `rows` are those of several layers with equally many keys.
+
+    Raises:
+        FloatingPointError: weights are not numbers.
+    """
+    views, layers, heads = [row.view for row in rows], len(rows), rows[0].weights.shape[0]
+    queries, shared = views[0].queries, all(view.keys is views[0].keys for view in views)
+    keys = views[0].keys if shared else _join([view.keys for view in views])
+    visible = views[0].sight.visible
+    if not shared:
+        visible = torch.cat([view.sight.visible.expand(heads, -1, -1) for view in views])
+    weights, columns = torch.cat([row.weights for row in rows]), key_columns(keys, plan.columns)
+    kinds, value_mass = columns[:, : len(KINDS)], None
+    if plan.reads_values:
+        norms = torch.cat([row.value_norm for row in rows if row.value_norm is not None])
+        by_head = norms.repeat_interleave(len(weights) // len(norms), 0)[:, None]
+        value_mass = weighted_sums(weights * by_head, kinds).transpose(1, 2)
+    sums = weighted_sums(weights, columns).transpose(1, 2)
+    if bool((broken := sums.isnan().any(-1).any(-1)).any()):
+        raise FloatingPointError(
+            f"attention weights are not numbers in layer {rows[int(broken.int().argmax()) // heads].layer}"
+        )
+    above = {t: count_above(weights, t, torch.empty_like(weights)) for t in plan.thresholds}
+    counts = weighted_sums(visible.float(), kinds).transpose(1, 2)
+    stacked = Rows(queries, keys, counts, sums, plan.columns, above, value_mass, weights)
+    step = torch.cat([_values(plan.sums, stacked), _values(plan.weights, stacked)], -1)[:, 0].unflatten(0, (layers, -1))
     ages = pairs = None
     if plan.ages:
-        ages = by_age(text_only(weights, first.queries, keys), first.queries.rank, keys.rank).unflatten(0, (layers, -1))
-        pairs = by_age(text_only(visible.float(), first.queries, keys), first.queries.rank, keys.rank)
+        ages = by_age(text_only(weights, queries, keys), queries.rank, keys.rank).unflatten(0, (layers, -1))
+        pairs = by_age(text_only(visible.float(), queries, keys), queries.rank, keys.rank)
         pairs = pairs.expand(max(len(pairs), layers), -1).unflatten(0, (layers, -1))
     results = []
     for i, row in enumerate(rows):
-        one = LayerPass(row.keys, step.unflatten(0, (layers, -1))[i], row.weights[:, 0])
+        one = LayerPass(row.view.keys, step[i], row.weights[:, 0])
         if plan.received:
-            one.received, one.queries = row.weights, row.visible.float()
+            one.received, one.queries = row.weights, row.view.sight.visible.float()
         if ages is not None and pairs is not None:
             one.ages, one.pairs = ages[i], pairs[i]
         if plan.raw is not None and plan.raw.decode_rows:
-            kept = list(plan.raw.heads)
-            one.raw, one.raw_rows = row.weights[kept], row.queries.rank
-            one.raw_visible = row.visible if len(row.visible) == 1 else row.visible[kept]
+            kept, seen = list(plan.raw.heads), row.view.sight.visible
+            one.raw, one.raw_rows = row.weights[kept], queries.rank
+            one.raw_visible = seen if len(seen) == 1 else seen[kept]
         results.append(one)
     return results
 

@@ -17,7 +17,7 @@ from avl_analysis import schema
 from avl_analysis.errors import InputError
 from avl_analysis.recorder import plan
 from avl_analysis.recording import Recording
-from avl_analysis.reduce import Plan, reduce_prompt, reduce_step, step_row
+from avl_analysis.reduce import Plan, StepRow, reduce_prompt, reduce_step
 from avl_analysis.rows import Tokens
 from avl_analysis.sample import PHASES, SampleLog
 from avl_analysis.sight import Sight
@@ -81,7 +81,7 @@ def _replay_sample(log: SampleLog, tokens: xr.Dataset, attention: xr.Dataset, wh
         )
         views = [_view(one, seen, known, new) for one, seen in zip(weights, visible, strict=True)]
         if PHASES[phase] == "decode":
-            passes = reduce_step([step_row(view, what) for view in views], what)
+            passes = reduce_step([StepRow(i, view, view.weights, None) for i, view in enumerate(views)], what)
         else:
             passes = [reduce_prompt(view, what) for view in views]
         log.add_pass(PHASES[phase], passes)

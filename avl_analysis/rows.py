@@ -52,6 +52,11 @@ def sample_tokens(layout: TokenLayout, sample: int) -> Tokens:
     return Tokens(rank, layout.modality[sample], layout.image[sample], layout.row[sample], layout.column[sample])
 
 
+def last_rank(keys: Tokens) -> Tensor:
+    """(key sets, 1): rank of the newest key; distances are counted from there, so that recent ones stay exact."""
+    return keys.rank.amax(-1, keepdim=True)
+
+
 def _kind(modality: Modality) -> Callable[[Tokens], Tensor]:
     return lambda keys: (keys.modality == modality).float()
 
@@ -61,7 +66,7 @@ COLUMNS: Mapping[str, Callable[[Tokens], Tensor]] = {
     "image": _kind(Modality.IMAGE),
     "text": _kind(Modality.TEXT),
     "first": lambda keys: (keys.rank == 0).float(),
-    "text_rank": lambda keys: (keys.modality == Modality.TEXT) * keys.rank.float(),
+    "text_back": lambda keys: (keys.modality == Modality.TEXT) * (last_rank(keys) - keys.rank).float(),
 }
 """Numbers that every key carries, (key sets, keys); `Rows.sum(name)` is their sum weighted by attention."""
 
@@ -133,9 +138,9 @@ class Rows:
         return self.given
 
     def per_head(self, values: Tensor) -> Tensor:
-        """(key sets, ...) repeated so that it stands beside `weights`: (1 or heads, ...)."""
+        """(key sets, ...) repeated so that it stands beside weights and sums: (1 or heads, ...)."""
         sets = len(values)
-        return values if sets == 1 else values.repeat_interleave(self.weights.shape[0] // sets, 0)
+        return values if sets == 1 else values.repeat_interleave(self.sums.shape[0] // sets, 0)
 
     def against(self, values: Tensor) -> Tensor:
         """(heads, rows): sum over keys of weight x values, (key sets, rows, keys)."""
@@ -143,21 +148,37 @@ class Rows:
 
     def on(self, modality: Modality) -> Tensor:
         """(heads, rows, n): the weights on keys of one modality; other keys are left out or zero."""
-        if ("on", modality) not in self._cache:
-            is_kind = self.keys.modality == modality
-            if is_kind.shape[0] == 1:
-                self._cache["on", modality] = self.weights[..., is_kind[0]]
-            else:
-                self._cache["on", modality] = self.weights * self.per_head(is_kind[:, None])
-        return self._cache["on", modality]
+        is_kind = self.keys.modality == modality
+        if len(is_kind) > 1:
+            return self.weights * self.per_head(is_kind[:, None])
+        at = is_kind[0].nonzero().flatten()
+        if len(at) and int(at[-1]) - int(at[0]) + 1 == len(at):
+            return self.weights[..., int(at[0]) : int(at[-1]) + 1]
+        return self.weights[..., at]
 
     def shares(self, modality: Modality) -> Tensor:
         """(heads, rows, n): `on(modality)` divided by its sum, in descending order; NaN where the sum is 0."""
-        if ("shares", modality) not in self._cache:
-            descending = _descending(self.on(modality))
-            total = descending.sum(-1, keepdim=True)
-            self._cache["shares", modality] = descending / torch.where(total > 0, total, torch.nan)
-        return self._cache["shares", modality]
+        return self._once(("shares", modality), lambda: self._shares(modality))
+
+    def _shares(self, modality: Modality) -> Tensor:
+        descending = _descending(self.on(modality))
+        total = descending.sum(-1, keepdim=True)
+        return descending / torch.where(total > 0, total, torch.nan)
+
+    def entropy(self, modality: Modality) -> Tensor:
+        """(heads, rows): `-sum p ln p` of the shares, in nats; NaN where they are undefined."""
+        return self._once(("entropy", modality), lambda: self._entropy(self.shares(modality)))
+
+    @staticmethod
+    def _entropy(shares: Tensor) -> Tensor:
+        if not shares.shape[-1]:
+            return shares.new_full(shares.shape[:-1], torch.nan)
+        return -torch.xlogy(shares, shares).sum(-1)
+
+    def _once(self, name: object, compute: Callable[[], Tensor]) -> Tensor:
+        if name not in self._cache:
+            self._cache[name] = compute()
+        return self._cache[name]
 
 
 def _descending(values: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ Padding is cut off here, so nothing behind this knows of batches. What the keys 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class View:
         softcap: products are `softcap * tanh(products / softcap)`, None for no cap.
         bias: (1 or query heads, rows, keys) learned, added to the products, or None.
         sinks: (query heads, 1 or rows) learned logits that take part in the softmax and stand for no key, or None.
+        memo: what was found out about these rows and keys alone, shared by the layers they are the same in.
         weights: (query heads, rows, keys) float32 where they are known already (a replay); query and key then have
             the right number of rows and keys, and no content.
     """
@@ -42,7 +44,18 @@ class View:
     softcap: float | None = None
     bias: Tensor | None = None
     sinks: Tensor | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
     weights: Tensor | None = None
+
+    @property
+    def in_order(self) -> bool:
+        """Whether key j is token j, for all heads, and none is missing."""
+        if "in_order" not in self.memo:
+            rank = self.keys.rank
+            self.memo["in_order"] = len(rank) == 1 and bool(
+                (rank[0] == torch.arange(rank.shape[1], device=rank.device)).all()
+            )
+        return bool(self.memo["in_order"])
 
     @property
     def groups(self) -> int:
@@ -59,6 +72,7 @@ class Part:
     queries: Tokens
     keys: Tokens
     sight: Sight
+    memo: dict[str, Any] = field(default_factory=dict)
 
 
 def view(call: AttentionCall, tokens: Tokens, sample: int, parts: dict[tuple[int, ...], Part | None]) -> View | None:
@@ -86,6 +100,7 @@ def view(call: AttentionCall, tokens: Tokens, sample: int, parts: dict[tuple[int
         call.options.get("softcap"),
         _of_sample(call.options.get("position_bias"), sample, part),
         _sinks(call, sample, part.rows),
+        part.memo,
     )
 
 

@@ -25,12 +25,10 @@ class _Concentration(WeightStatistic):
         return {"key_modality": MODALITIES}
 
     def value(self, rows: Rows) -> Tensor:
-        kinds = [Modality(code) for code in range(len(MODALITIES))]
-        return torch.stack([self._of(rows.shares(kind), rows.count(kind)) for kind in kinds], -1)
+        return torch.stack([self._of(rows, Modality(code)) for code in range(len(MODALITIES))], -1)
 
-    def _of(self, shares: Tensor, count: Tensor) -> Tensor:
-        """(heads, rows) from shares in descending order, (heads, rows, n), NaN where there is no mass; count (1 or
-        heads, rows) of keys, which may be smaller than n: what lies behind is zero."""
+    def _of(self, rows: Rows, modality: Modality) -> Tensor:
+        """(heads, rows); NaN where there is no mass on the modality."""
         raise NotImplementedError
 
 
@@ -45,9 +43,11 @@ class Gini(_Concentration):
     title = "Gini coefficient of the attention"
     source = "Wang et al., PrefixKV (2412.03409)"
 
-    def _of(self, shares: Tensor, count: Tensor) -> Tensor:
-        place = torch.arange(1, shares.shape[-1] + 1, device=shares.device)
-        return 1 + 1 / count - 2 / count * (place * shares).sum(-1) + 0 * _defined(shares)
+    def _of(self, rows: Rows, modality: Modality) -> Tensor:
+        shares, count = rows.shares(modality), rows.count(modality)
+        place = torch.arange(1, shares.shape[-1] + 1, device=shares.device, dtype=shares.dtype)
+        gini = 1 + 1 / count - 2 / count * (shares @ place)
+        return gini.where(count > 0, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Entropy(_Concentration):
     unit = "nat"
     source = "Wan et al., MEDA (2502.17599); Qin et al., CAKE (ICLR 2025)"
 
-    def _of(self, shares: Tensor, count: Tensor) -> Tensor:
-        return _entropy(shares)
+    def _of(self, rows: Rows, modality: Modality) -> Tensor:
+        return rows.entropy(modality)
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,5 @@ class EffectiveCount(_Concentration):
     unit = "tokens"
     source = "Wan et al., MEDA (2502.17599); Qin et al., CAKE (ICLR 2025)"
 
-    def _of(self, shares: Tensor, count: Tensor) -> Tensor:
-        return _entropy(shares).exp()
-
-
-def _entropy(shares: Tensor) -> Tensor:
-    return -torch.xlogy(shares, shares).sum(-1) + 0 * _defined(shares)
-
-
-def _defined(shares: Tensor) -> Tensor:
-    """(heads, rows): NaN where a row has no key of the modality at all (an empty sum would be 0)."""
-    return shares[..., 0] if shares.shape[-1] else shares.new_full(shares.shape[:-1], torch.nan)
+    def _of(self, rows: Rows, modality: Modality) -> Tensor:
+        return rows.entropy(modality).exp()

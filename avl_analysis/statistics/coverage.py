@@ -39,6 +39,7 @@ class Coverage(WeightStatistic):
     def _over(self, rows: Rows, modality: Modality) -> Tensor:
         """(heads, rows, taus)"""
         reached = rows.shares(modality).cumsum(-1)
-        fewer = torch.stack([(reached < tau - SLACK).sum(-1) for tau in self.taus], -1)
+        taus = reached.new_tensor(self.taus).sub_(SLACK)
+        fewer = torch.searchsorted(reached, taus.expand(*reached.shape[:-1], -1).contiguous())
         undefined = rows.mass()[..., int(modality)] == 0
         return ((fewer + 1) / rows.count(modality)[..., None]).masked_fill(undefined[..., None], torch.nan)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from avl_analysis.rows import Rows
+from avl_analysis.rows import Rows, last_rank
 from avl_analysis.statistics.base import SumStatistic, WeightStatistic
 
 
@@ -21,11 +21,12 @@ class TextDistance(SumStatistic):
     unit = "tokens"
     source = "Vig & Belinkov (2019), mean attention distance"
     justifies = "T"
-    columns: ClassVar[tuple[str, ...]] = ("text", "text_rank")
+    columns: ClassVar[tuple[str, ...]] = ("text", "text_back")
 
     def value(self, rows: Rows) -> Tensor:
         mass = rows.sum("text")
-        return rows.queries.rank - rows.sum("text_rank") / torch.where(mass > 0, mass, torch.nan)
+        ahead = rows.per_head(last_rank(rows.keys)) - rows.queries.rank  # of the query, to the newest key
+        return rows.sum("text_back") / torch.where(mass > 0, mass, torch.nan) - ahead
 
 
 @dataclass(frozen=True)

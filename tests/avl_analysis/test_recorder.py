@@ -79,7 +79,7 @@ def test_chosen_layers_heads_and_queries_are_the_same_numbers_as_in_the_whole(ea
             n = int(whole.tokens["prompt_length"][b])
             expected = whole["attention"][b].sel(layer=[1, 2], head=[0, 3]).values[:, :, list(wanted(n, 4))]
             found = part["attention"][b].values[:, :, : expected.shape[2]]
-                assert np.array_equal(found, expected, equal_nan=True)
+            assert np.array_equal(found, expected, equal_nan=True)
 
 
 def test_recording_under_sdpa_gives_the_same_statistics_as_under_eager_attention(sdpa, eager):
@@ -127,11 +127,11 @@ def test_a_sample_in_a_padded_batch_has_the_numbers_it_has_alone(eager, side):
 def test_blocks_and_heads_split_in_any_way_give_the_same_numbers(eager, monkeypatch):
     batch = tiny.inputs(eager, [9, 30], images=[1, 2])
     with record(eager, keep="attention") as whole:
-        generate(eager, batch)
-    for size in (4 * 61, 4 * 400, 4 * 2000):
+        generate(eager, batch, steps=1)
+    for size in (4 * 200, 4 * 2000):
         monkeypatch.setattr(weights, "BLOCK_BYTES", size)
         with record(eager, keep="attention") as split:
-            generate(eager, batch)
+            generate(eager, batch, steps=1)
         for name in whole.names:
             close(split[name], whole[name], 1e-3 if name == "text_age_fit" else 1e-5)
 
