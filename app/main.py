@@ -10,6 +10,7 @@ import logging
 
 import numpy as np
 import streamlit as st
+from PIL import Image
 
 from app import sidebar, state
 from app.data import Workbench
@@ -38,11 +39,11 @@ def workbench(given: Settings) -> Workbench:
     return Workbench(allow_hub=given.hub, results=given.results)
 
 
-def _icon() -> np.ndarray:
-    """A few lit patches, as an array, because a named icon would be fetched from the network."""
+def _icon() -> Image.Image:
+    """A few lit patches, drawn here, because a named icon would be fetched from the network."""
     lit = np.array([[0, 0, 1, 0], [0, 2, 2, 0], [1, 2, 2, 0], [0, 0, 0, 1]])
     colours = np.array([[0x3B, 0x47, 0x54], [0x00, 0x72, 0xB2], [0xFF, 0xB0, 0x00]], np.uint8)
-    return colours[lit].repeat(8, 0).repeat(8, 1)
+    return Image.fromarray(colours[lit].repeat(8, 0).repeat(8, 1))
 
 
 def show(view: str, context: Context) -> None:
