@@ -146,9 +146,10 @@ def softmax_weights(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
 
 def attention_weights(call: AttentionCall, rows: slice = slice(None), keys: int | None = None) -> Tensor:
     """Softmax weights of some query rows: (batch, query heads, rows, keys) float32, each row summing to 1 (or 0)."""
-    sinks = call.options.get("s_aux")
-    if sinks is None and (sinks := call.options.get("sinks")) is not None:
-        sinks = sinks[:, :, rows]
+    sinks: Tensor | None = call.options.get("s_aux")
+    by_row: Tensor | None = call.options.get("sinks")
+    if sinks is None and by_row is not None:
+        sinks = by_row[:, :, rows]
     return softmax_weights(attention_logits(call, rows, keys), sinks)
 
 

@@ -47,6 +47,7 @@ class AdaptiveSession(Tap):
         self._after: dict[int, Tensor] = {}
         self._measures: dict[int, tuple[Measure, Tensor, Tensor]] = {}
         self._reads: dict[int, list[int]] = {}
+        self._thresholds: dict[tuple[int, ...], Tensor | int] = {}
         self._arrived: Tensor | None = None
         self._ledger: Ledger | None = None
         self._selection: Selection | None = None
@@ -93,7 +94,7 @@ class AdaptiveSession(Tap):
         self._forget_pass()
 
     def _forget_pass(self) -> None:
-        self._after, self._measures, self._reads = {}, {}, {}
+        self._after, self._measures, self._reads, self._thresholds = {}, {}, {}, {}
 
     # -- what happened ----------------------------------------------------------------------------------------------
 
@@ -272,6 +273,7 @@ class AdaptiveSession(Tap):
         """The layer as the policy sees it."""
         assert self._now is not None
         modality = call.forward.layout.modality.to(positions.device)
+        places = (modality != Modality.PADDING).long().cumsum(1) - 1
         held = None
         if layer.scores is not None:
             held = torch.zeros(*layer.scores.shape[:2], call.key.shape[2], device=layer.scores.device)
@@ -281,9 +283,10 @@ class AdaptiveSession(Tap):
             call,
             len(self._now.layers),
             positions,
-            _modality_at(modality, positions),
+            _at(modality, positions, int(Modality.PADDING)),
+            _at(places, positions, 0),
             rows,
-            _modality_at(modality, rows[:, None])[:, 0],
+            _at(modality, rows[:, None], int(Modality.PADDING))[:, 0],
             self._now.counts,
             held,
         )
@@ -382,19 +385,24 @@ class AdaptiveSession(Tap):
 
     def _newest(self, conversation: Conversation, limits: Sequence[int | None]) -> Tensor | int:
         """Position from which on keys are too new to be dropped, for all rows or (batch, 1, 1)."""
+        recent = tuple(0 if limit is None else self.policy.recent(limit) for limit in limits)
+        if recent not in self._thresholds:
+            positions = [self._nth_newest(conversation, row, count) for row, count in enumerate(recent)]
+            device = conversation.layers[min(conversation.layers)].device
+            one = len(set(positions)) == 1
+            self._thresholds[recent] = positions[0] if one else torch.tensor(positions, device=device)[:, None, None]
+        return self._thresholds[recent]
+
+    def _nth_newest(self, conversation: Conversation, row: int, count: int) -> int:
+        """Position of the `count`-th newest token of a row that the policy may drop."""
         forward = conversation.forward
         assert forward is not None
-        positions = []
-        for row, (count, limit) in enumerate(zip(conversation.counts, limits, strict=True)):
-            recent = 0 if limit is None else self.policy.recent(limit)
-            if recent <= count.tail or not self.policy.evicts_text_only:
-                positions.append(forward.start + 1 - recent)
-            else:
-                texts = (forward.layout.modality[row] == Modality.TEXT).nonzero()[:, 0]
-                positions.append(int(texts[-recent]) if len(texts) >= recent else 0)
-        if len(set(positions)) == 1:
-            return positions[0]
-        return torch.tensor(positions, device=forward.layout.modality.device)[:, None, None]
+        if count <= conversation.counts[row].tail:
+            return forward.start + 1 - count
+        modality = forward.layout.modality[row]
+        droppable = modality == Modality.TEXT if self.policy.evicts_text_only else modality != Modality.PADDING
+        positions = droppable.nonzero()[:, 0]
+        return int(positions[-count]) if len(positions) >= count else 0
 
 
 @contextmanager
@@ -451,10 +459,10 @@ def _row_positions(forward: Forward, device: torch.device) -> Tensor:
     return torch.where(valid[:, forward.start :], at, -1)
 
 
-def _modality_at(modality: Tensor, positions: Tensor) -> Tensor:
-    """Modality codes at (batch, heads, n) positions, padding where there is none."""
-    codes = modality[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp_min(0))
-    return codes.masked_fill(positions < 0, int(Modality.PADDING))
+def _at(facts: Tensor, positions: Tensor, nothing: int) -> Tensor:
+    """What (batch, length) `facts` say at (batch, heads, n) positions; `nothing` where a position is -1."""
+    found = facts[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp_min(0))
+    return found.masked_fill(positions < 0, nothing)
 
 
 def _for_query_heads(mask: Tensor, call: AttentionCall) -> Tensor:

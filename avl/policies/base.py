@@ -58,6 +58,7 @@ class Prompt:
         positions: (batch, heads, keys) sequence index of each key, -1 where there is none; heads is 1 while all
             key/value heads hold the same keys.
         modality: same shape, int8 codes of `Modality`.
+        places: same shape, number of each key among its row's true tokens, from 0; 0 where there is none.
         rows: (batch, rows) sequence index of each query row, -1 where it is no token.
         row_modality: (batch, rows) of the query rows.
         counts: true tokens of each row of the batch.
@@ -70,6 +71,7 @@ class Prompt:
         layers: int,
         positions: Tensor,
         modality: Tensor,
+        places: Tensor,
         rows: Tensor,
         row_modality: Tensor,
         counts: Sequence[Counts],
@@ -80,6 +82,7 @@ class Prompt:
         self.layers = layers
         self.positions = positions
         self.modality = modality
+        self.places = places
         self.rows = rows
         self.row_modality = row_modality
         self.counts = counts

@@ -92,7 +92,7 @@ class RandomPolicy(BudgetPolicy):
     def importance(self, prompt: Prompt) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 10_007 + prompt.layer)
         draws = torch.rand(int(prompt.positions.max()) + 1, generator=generator).to(prompt.positions.device)
-        return tiered(draws[_places(prompt)], prompt)
+        return tiered(draws[prompt.places], prompt)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class StridePolicy(BudgetPolicy):
 
     def importance(self, prompt: Prompt) -> Tensor:
         image = prompt.modality == Modality.IMAGE
-        place = torch.where(image.any(-1, keepdim=True) & image, image.long().cumsum(-1) - 1, _places(prompt))
+        place = torch.where(image.any(-1, keepdim=True) & image, image.long().cumsum(-1) - 1, prompt.places)
         inverse = torch.zeros_like(place, dtype=torch.float32)
         for bit in range(20):
             inverse += ((place >> bit) & 1) * 0.5 ** (bit + 1)
@@ -129,8 +129,8 @@ class StreamingPolicy(BudgetPolicy):
         check_count("sinks", self.sinks, 0, "0 keeps only the newest tokens")
 
     def importance(self, prompt: Prompt) -> Tensor:
-        place = _places(prompt)
-        return torch.where(place < self.sinks, 4 * _TIER - place, prompt.positions.float())
+        first = 4 * _TIER - prompt.places
+        return torch.where(prompt.places < self.sinks, first, prompt.positions.float())
 
     def arrival(self, position: int) -> float:
         return float(position)
@@ -194,7 +194,7 @@ class SnapKVPolicy(BudgetPolicy):
         scores = prompt.row_sums(prompt.newest(self.window))
         pooled = torch.nn.functional.avg_pool1d(scores, self.kernel, stride=1, padding=self.kernel // 2)
         first = torch.tensor([c.tokens - self.window for c in prompt.counts], device=pooled.device)[:, None, None]
-        own = (_places(prompt) >= first).expand_as(pooled)
+        own = (prompt.places >= first).expand_as(pooled)
         return torch.where(own, _TIER + prompt.positions, pooled)
 
 
@@ -292,13 +292,6 @@ def tiered(scores: Tensor, prompt: Prompt) -> Tensor:
     scores = scores.expand(-1, prompt.positions.shape[1], -1)
     rank = scores.argsort(dim=-1, stable=True).argsort(dim=-1).float()
     return rank + _TIER * (prompt.modality != Modality.IMAGE)
-
-
-def _places(prompt: Prompt) -> Tensor:
-    """(batch, heads, keys) number of each key among its row's true tokens, from 0; 0 where there is none."""
-    seen = int(prompt.positions.max()) + 1
-    padding = torch.tensor([seen - c.tokens for c in prompt.counts], device=prompt.positions.device)
-    return (prompt.positions - padding[:, None, None]).clamp_min(0)
 
 
 def _post_vision(prompt: Prompt) -> Tensor:

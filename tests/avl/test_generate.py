@@ -106,34 +106,37 @@ def test_the_rows_can_be_rearranged_between_steps() -> None:
     assert difference(steps[0][6:], steps[1]) < 1e-4
 
 
-def two_turns(model: Any, policy: avl.Policy | None, first: Inputs, later: torch.Tensor, pixels: Any) -> torch.Tensor:
-    """Logits of a second turn's answer, continuing the cache of the first."""
+def two_turns(
+    model: Any, policy: avl.Policy | None, first: Inputs, later: list[list[int]], pixels: torch.Tensor | None
+) -> torch.Tensor:
+    """Logits of a second turn's answer, continuing the cache of the first; shorter turns are padded on the left."""
+    longest = max(map(len, later))
+    turn = torch.tensor([[tiny.PAD] * (longest - len(ids)) + ids for ids in later])
+    given = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in later])
     with avl.adaptive(model, policy) if policy is not None else nullcontext():
         out = model.generate(**first, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
-        ids = torch.cat([out.sequences, later.expand(len(out.sequences), -1)], 1)
-        new = torch.ones(len(ids), ids.shape[1] - first["attention_mask"].shape[1], dtype=torch.long)
-        second = {"input_ids": ids, "attention_mask": torch.cat([first["attention_mask"], new], 1)}
+        mask = torch.cat([first["attention_mask"], torch.ones(len(later), 6, dtype=torch.long), given], 1)
+        second = {"input_ids": torch.cat([out.sequences, turn], 1), "attention_mask": mask}
         if pixels is not None:
             second["pixel_values"] = pixels
-        _, logits = generate(model, second, 8, past_key_values=out.past_key_values)
+        _, logits = generate(model, second, 6, past_key_values=out.past_key_values)
     return logits
 
 
-@pytest.mark.parametrize("picture", [False, True], ids=["text", "another picture"])
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize(("attn", "picture"), [("sdpa", False), ("eager", True)], ids=["text", "another picture"])
 def test_a_returned_cache_is_continued_with_another_turn(attn: str, picture: bool) -> None:
     model = tiny.llava(kv_heads=2, attn=attn)
     together, alone = rows_alone(model, [30, 9])
-    later = torch.tensor([[20, 30, *([tiny.IMAGE] * 16 if picture else []), 40, 50, 60, 21, 22, 23]])
+    image = [tiny.IMAGE] * 16 if picture else []
+    later = [[20, 30, *image, 40, 50, 60, 21, 22, 23], [33, *image, 44, 55, 66]]
     pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(3)) if picture else None
     plain = two_turns(model, None, together, later, pixels)
-    assert difference(plain, two_turns(model, avl.FullPolicy(), together, later, pixels)) < 1e-4
-    neutral = avl.AdaptivePolicy(secondary=1, core=1, text=1)
-    assert difference(plain, two_turns(model, neutral, together, later, pixels)) < 1e-4
-    for policy in (avl.AdaptivePolicy(text=0.4), *DROPPING):
+    for policy in (avl.FullPolicy(), avl.AdaptivePolicy(secondary=1, core=1, text=1)):
+        assert difference(plain, two_turns(model, policy, together, later, pixels)) < 1e-4
+    for policy in (avl.RandomPolicy(budget=0.5), avl.StreamingPolicy(budget=0.5), *DROPPING):
         logits = two_turns(model, policy, together, later, pixels)
         for row, one in enumerate(alone):
-            its = two_turns(model, policy, one, later, pixels[row : row + 1] if picture else None)
+            its = two_turns(model, policy, one, later[row : row + 1], pixels[row : row + 1] if picture else None)
             assert difference(its[:, 0], logits[:, row]) < 1e-4, policy
 
 
