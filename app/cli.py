@@ -50,3 +50,8 @@ def _import_ahead() -> None:
 
     for name in ("avl_analysis.live", "avl_analysis.figures.draw_plotly", "app.views.ask"):
         import_module(name)
+
+
+def main() -> None:
+    """`python -c "from app.cli import main; main()"`: the command alone, where the package is not installed."""
+    typer.run(app)

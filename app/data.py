@@ -361,21 +361,25 @@ def _load(name: str, allow_hub: bool) -> VLM:
     return load_model(name, allow_download=allow_hub)
 
 
-def sections(recording: Recording) -> tuple[dict[str, Section], dict[str, str]]:
-    """The report's sections that a recording can answer, by name, and why the others are missing."""
+def figures() -> dict[str, str]:
+    """The figures of a report by name, with the question each answers."""
     from reports.build import FIGURES
-    from reports.run import NotMeasured, Run
 
-    run = Run(recording)
-    found: dict[str, Section] = {}
-    missing: dict[str, str] = {}
-    for module in FIGURES:
-        name = module.__name__.rpartition(".")[2].removeprefix("fig_")
-        try:
-            found[name] = module.section(run)
-        except NotMeasured as error:
-            missing[name] = str(error)
-    return found, missing
+    return {module.__name__.rpartition(".fig_")[2]: str(module.QUESTION) for module in FIGURES}
+
+
+def section(recording: Recording, name: str, comparison: Comparison | None = None) -> Section:
+    """One figure of the report of a recording.
+
+    Raises:
+        NotMeasured: the recording cannot answer it; the message says what is missing.
+    """
+    from importlib import import_module
+
+    from reports.run import Run
+
+    made: Section = import_module(f"reports.fig_{name}").section(Run(recording, comparison))
+    return made
 
 
 @dataclass(frozen=True)
@@ -395,8 +399,10 @@ class Built:
     missing: dict[str, str]
 
 
-def build_report(recording: Recording, title: str, progress: Callable[[str], None]) -> Built:
-    """The report of a recording.
+def build_report(
+    recording: Recording, title: str, progress: Callable[[str], None], comparison: Comparison | None = None
+) -> Built:
+    """The report of a recording, with the policies of a comparison where there is one.
 
     Raises:
         InputError: the recording answers none of the report's questions.
@@ -404,7 +410,7 @@ def build_report(recording: Recording, title: str, progress: Callable[[str], Non
     from reports.build import build
 
     with tempfile.TemporaryDirectory() as folder:
-        made = build(recording, Path(folder) / "report", title=title, progress=progress)
+        made = build(recording, Path(folder) / "report", comparison=comparison, title=title, progress=progress)
         progress("archive")
         archive = io.BytesIO()
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app.data import from_bytes, sections
+from app.data import figures, from_bytes, section
 from app.page import Context, plain, plot, problem
 from app.views.heads import recorded
+from avl_analysis.comparison import Comparison
 from avl_analysis.errors import InputError
 from avl_analysis.figures import Animation, Overlay
 from avl_analysis.recording import Recording, load_recording
 from reports.findings import Finding, Verdict
-from reports.run import Section
+from reports.run import NotMeasured, Section
 
 _HERE, _FILE = "this answer", "a recording file"
 _BADGES = {
@@ -26,24 +27,32 @@ def show(context: Context) -> None:
     recording = choose_recording(context)
     if recording is None:
         return
-    found, missing = sections(recording)
     if len(recording) == 1:
         st.caption(
-            "One answer has no interval over samples, so most verdicts stay undecided; a recording of many samples "
-            "(avl record --scenes 100, or Benchmark's report) decides them."
+            "One answer has no interval over samples, so verdicts stay undecided; a recording of many samples "
+            "(avl record --scenes 100) decides them."
         )
-    names = {key: section.figure.title for key, section in found.items()}
-    if not names:
-        problem("This recording answers none of the report's questions; record with all statistics.")
-        return
-    if st.session_state.get("pattern") not in names:
-        st.session_state["pattern"] = next(iter(names))
-    st.pills("Figure", list(names), key="pattern", format_func=names.__getitem__, required=True)
-    _section(found[st.session_state["pattern"]])
-    if missing:
-        with st.expander(f"{len(missing)} figures cannot be drawn from this recording"):
-            for name, reason in missing.items():
-                st.markdown(f"**{plain(name)}**: {plain(reason)}")
+    questions = figures()
+    if st.session_state.get("pattern") not in questions:
+        st.session_state["pattern"] = next(iter(questions))
+    names = {name: name.replace("_", " ") for name in questions}
+    name = st.pills("Figure", list(names), key="pattern", format_func=names.__getitem__, required=True)
+    try:
+        _section(_made(recording, str(name), st.session_state.get("comparison")))
+    except NotMeasured as error:
+        st.markdown(f"#### {plain(questions[str(name)])}")
+        st.info(f"This figure cannot be drawn here: {plain(str(error))}.", icon=":material/info:")
+
+
+def _made(recording: Recording, name: str, comparison: Comparison | None) -> Section:
+    """A figure of this recording, made once per visitor."""
+    held = st.session_state.get("sections")
+    if held is None or held[0] is not recording or held[1] is not comparison:
+        held = st.session_state["sections"] = (recording, comparison, {})
+    if name not in held[2]:
+        held[2][name] = section(recording, name, comparison)
+    made: Section = held[2][name]
+    return made
 
 
 def choose_recording(context: Context) -> Recording | None:
@@ -80,11 +89,11 @@ def _read(key: str, data: bytes) -> Recording:
     return recording
 
 
-def _section(section: Section) -> None:
+def _section(shown: Section) -> None:
     """A figure with its question, its plots and its findings."""
-    figure = section.figure
-    st.markdown(f"#### {plain(section.question)}")
-    for finding in section.findings:
+    figure = shown.figure
+    st.markdown(f"#### {plain(shown.question)}")
+    for finding in shown.findings:
         _finding(finding)
     columns = st.columns(min(figure.columns, len(figure.panels), 4))
     for number, panel in enumerate(figure.panels):
@@ -93,8 +102,8 @@ def _section(section: Section) -> None:
                 st.markdown(f"**{plain(panel.title)}**")
             height = 240 if isinstance(panel, Overlay) else None
             plot(panel, f"{figure.name}{number}", titled=isinstance(panel, Animation), height=height)
-    if section.text:
-        st.markdown(plain(section.text))
+    if shown.text:
+        st.markdown(plain(shown.text))
     st.caption(plain(figure.caption.text))
 
 

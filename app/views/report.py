@@ -35,6 +35,7 @@ def show(context: Context) -> None:
 
 def _build(context: Context, recording: Recording | None, count: int, title: str) -> Built | None:
     """Record if asked to, and build, with progress; any click stops it."""
+    comparison = st.session_state.get("comparison")
     with st.status("Building the report", expanded=True) as status:
         bar = st.progress(0.0, text="starting")
         try:
@@ -46,7 +47,7 @@ def _build(context: Context, recording: Recording | None, count: int, title: str
                     tokens=96,
                     progress=lambda done, total: bar.progress(done / total, text=f"recorded {done} of {total} scenes"),
                 )
-            built = build_report(recording, title, lambda name: bar.progress(1.0, text=f"drawing {name}"))
+            built = build_report(recording, title, lambda name: bar.progress(1.0, text=f"drawing {name}"), comparison)
         except InputError as error:
             status.update(label="No report", state="error")
             problem(error)
