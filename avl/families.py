@@ -21,6 +21,23 @@ from avl.tokens import TokenLayout, token_layout
 _IMAGE_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
+_CROSS = "its decoder reaches the picture through cross-attention, so there are no image tokens in its sequence"
+
+REFUSED: dict[str, str] = {
+    "blip": _CROSS,
+    "idefics": _CROSS,
+    "mllama": _CROSS,
+    "evolla": "it answers questions about proteins, which its decoder reaches through cross-attention",
+    "git": "it puts image features ahead of the text inside its decoder, so positions there are not those of input_ids",
+    "kosmos-2": "it marks image positions by a mask (image_embeds_position_mask), not by a token id",
+    "kosmos-2.5": "it marks image positions by a mask (image_embeds_position_mask), not by a token id",
+    "mistral4": "under this type is the language model alone, without a vision tower",
+    "pi0": "it predicts the actions of a robot by denoising and generates no text",
+    "diffusion_gemma": "it writes blocks of text by denoising, not token after token",
+}
+"""Model types that can be neither recorded nor adapted, and why."""
+
+
 class UnsupportedModelError(ValueError):
     """The model cannot be recorded or adapted; the message says why and what is supported."""
 
@@ -106,11 +123,22 @@ def _runs(image: Sequence[bool]) -> list[tuple[int, int]]:
     return [(start, stop - start) for start, stop in zip(starts, stops, strict=True)]
 
 
+def _refusal(name: str, config: Any) -> str | None:
+    """Why models of this type and config are not supported; None if nothing speaks against them."""
+    if name in REFUSED:
+        return REFUSED[name]
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
+        return f"it is an encoder-decoder; {_CROSS}"
+    return None
+
+
 def describe(model: nn.Module) -> Family:
     """Facts about a loaded model.
 
     Raises:
-        UnsupportedModelError: text-only models (no image token id in the config) and models without a decoder.
+        UnsupportedModelError: text-only models (no image token id in the config), models without a decoder, and
+            families that cannot be followed (`REFUSED`, encoder-decoders).
     """
     config: Any = getattr(model, "config", None)
     name = getattr(config, "model_type", None)
@@ -118,6 +146,11 @@ def describe(model: nn.Module) -> Family:
         raise UnsupportedModelError(
             f"{type(model).__name__} is not a transformers model with a decoder; load one with "
             "AutoModelForImageTextToText.from_pretrained(...)"
+        )
+    if reason := _refusal(name, config):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model type {name!r}) is not supported: {reason}. Decoders whose sequence holds image "
+            "tokens are supported, such as LLaVA, Qwen-VL or InternVL; `avl models --families` lists all types"
         )
     ids = tuple(
         dict.fromkeys(
