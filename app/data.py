@@ -400,7 +400,10 @@ class Built:
 
 
 def build_report(
-    recording: Recording, title: str, progress: Callable[[str], None], comparison: Comparison | None = None
+    recording: Recording,
+    title: str,
+    progress: Callable[[int, int, str], None],
+    comparison: Comparison | None = None,
 ) -> Built:
     """The report of a recording, with the policies of a comparison where there is one.
 
@@ -411,14 +414,13 @@ def build_report(
 
     with tempfile.TemporaryDirectory() as folder:
         made = build(recording, Path(folder) / "report", comparison=comparison, title=title, progress=progress)
-        progress("archive")
         archive = io.BytesIO()
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
             for path in sorted(made.folder.rglob("*")):
                 if path.is_file():
                     file.write(path, Path("report") / path.relative_to(made.folder))
-        pdf = next(iter(sorted(made.folder.glob("*.pdf"))), None)
-        return Built(made.page.read_bytes(), archive.getvalue(), pdf and pdf.read_bytes(), dict(made.missing))
+        pdf = next((path.read_bytes() for path in sorted(made.folder.glob("*.pdf"))), None)
+        return Built(made.page.read_bytes(), archive.getvalue(), pdf, dict(made.missing))
 
 
 def sent_samples(files: Mapping[str, bytes], *, most_bytes: int, most_pixels: int) -> list[Sample]:

@@ -43,7 +43,7 @@ from avl_analysis.samples import Sample
 MAX_WEIGHTS = 1 << 29
 """Bytes of weights kept per observation; 64 tokens of a 32 x 32 model at 3,000 keys take 390 MB."""
 
-Floats = NDArray[np.floating[Any]]
+Floats = NDArray[np.float64]
 OnToken = Callable[[str, int], None]
 """Called with the answer so far and its number of tokens after every token."""
 
@@ -165,7 +165,7 @@ class Observation:
             raise InputError(f"layer {layer} is not there: layers {self.layers[0]} to {self.layers[-1]} were watched")
         if head is not None and not 0 <= head < self.heads:
             raise InputError(f"head {head} is not there: heads 0 to {self.heads - 1} were watched")
-        rows = self.weights[step].astype(np.float32)
+        rows = self.weights[step].astype(np.float64)
         rows = rows if layer is None else rows[[self.layers.index(layer)]]
         rows = rows if head is None else rows[:, [head]]
         rows = rows.reshape(-1, rows.shape[-1])
@@ -206,7 +206,7 @@ class Observation:
         """
         if not 0 <= picture < len(self.grids) or self.grids[picture] == (0, 0):
             raise InputError(f"picture {picture} has no known grid of patches, so there is nothing to draw over it")
-        grid = np.full(self.grids[picture], np.nan, np.float32)
+        grid = np.full(self.grids[picture], np.nan)
         at = np.flatnonzero(self.image == picture)
         grid[self.row[at], self.column[at]] = look[at]
         return grid
@@ -295,10 +295,12 @@ def observe(
         said = answer(vlm, sample, policy, max_new_tokens=max_new_tokens, on_token=on_token)
     assert tap.layout is not None
     layout = tap.layout
-    parts = [getattr(layout, name)[0].cpu().numpy() for name in ("modality", "image", "row", "column")]
-    prompt = ["" if m == Modality.IMAGE else p for m, p in zip(parts[0], _pieces(vlm, tap.prompt), strict=False)]
+    modality, image, row, column = (
+        _frozen(getattr(layout, name)[0].cpu().numpy()) for name in ("modality", "image", "row", "column")
+    )
+    prompt = ["" if m == Modality.IMAGE else p for m, p in zip(modality, _pieces(vlm, tap.prompt), strict=False)]
     tokens = (*prompt, *said.words)[: layout.length]
-    return Observation(said, tokens, *(_frozen(p) for p in parts), tuple(tap.layers), _frozen(tap.stack()))
+    return Observation(said, tokens, modality, image, row, column, tuple(tap.layers), _frozen(tap.stack()))
 
 
 def disagreement(vlm: VLM, sample: Sample, policy: avl.Policy | None, reference: Sequence[int]) -> Disagreement:
@@ -338,11 +340,12 @@ class _Watch(StoppingCriteria):
 
     def __init__(self, vlm: VLM, prompt: int, on_token: OnToken | None) -> None:
         self.vlm, self.prompt, self.on_token = vlm, prompt, on_token
-        self.start, self.paused, self.seconds = time.perf_counter(), 0.0, ()
+        self.start, self.paused = time.perf_counter(), 0.0
+        self.seconds: tuple[float, ...] = ()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         now = time.perf_counter()
-        self.seconds: tuple[float, ...] = (*self.seconds, now - self.start - self.paused)
+        self.seconds = (*self.seconds, now - self.start - self.paused)
         if self.on_token is not None:
             new = input_ids[0, self.prompt :]
             self.on_token(self.vlm.processor.decode(new, skip_special_tokens=True).strip(), len(new))

@@ -143,16 +143,16 @@ def _compare(
     )
     shown = [first]
     if second:
-        layer, _, head = str(second).partition(".")
-        shown.append((int(layer), int(head)))
-    for column, (layer, head) in zip(st.columns(2) if len(shown) == 2 else [st.container()], shown, strict=True):
+        layer, _, number = str(second).partition(".")
+        shown.append((int(layer), int(number)))
+    for column, (row, head) in zip(st.columns(2) if len(shown) == 2 else [st.container()], shown, strict=True):
         with column:
-            at = seen.layers.index(layer)
+            at = seen.layers.index(row)
             st.markdown(
-                f"#### Layer {layer}, head {head}: a {kinds[at, head]} head\n"
+                f"#### Layer {row}, head {head}: a {kinds[at, head]} head\n"
                 f"{_KIND_TEXTS[str(kinds[at, head])]} · {plain(chosen.title)} {values[at, head]:.3f}"
             )
-            _head(context, seen, recording, step, layer, head, narrow=len(shown) == 2)
+            _head(context, seen, recording, step, row, head, narrow=len(shown) == 2)
 
 
 def _head(

@@ -179,7 +179,7 @@ def _player(context: Context, seen: Observation, said: Answer, layer: int, playi
     else:
         state.put("step", step)
         st.slider("Decode step", 0, last, key="step", help="0 is the choice made after the prompt.")
-    codes = states[step].astype(np.float32)
+    codes = states[step].astype(np.float64)
     codes[codes < 0] = np.nan
     image = codes[: len(seen.image)][seen.image[: len(codes)] == 0]
     counts = {int(code): int((image == code).sum()) for code in avl.State if code >= 0}

@@ -47,7 +47,12 @@ def _build(context: Context, recording: Recording | None, count: int, title: str
                     tokens=96,
                     progress=lambda done, total: bar.progress(done / total, text=f"recorded {done} of {total} scenes"),
                 )
-            built = build_report(recording, title, lambda name: bar.progress(1.0, text=f"drawing {name}"), comparison)
+            built = build_report(
+                recording,
+                title,
+                lambda done, total, part: bar.progress(min(done / max(total, 1), 1.0), text=f"drawing {part}"),
+                comparison,
+            )
         except InputError as error:
             status.update(label="No report", state="error")
             problem(error)

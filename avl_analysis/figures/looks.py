@@ -55,7 +55,7 @@ def token_strip(
         marked: position of the token that was being produced.
     """
     kept = np.flatnonzero(modality != 1)
-    text = tuple(tokens[i] for i in kept)
+    text = tuple(tokens[int(i)] for i in kept)
     shown = np.asarray(values, dtype=float)[kept]
     system, question = int((modality[kept] == 0).sum()), int((kept < prompt).sum())
     spans = (Span("system", 0, system), Span("question", system, question), Span("answer", question, len(text)))
@@ -74,7 +74,7 @@ def token_strip(
 def mass_by_layer(layers: Sequence[int], mass: Mapping[str, Sequence[float]]) -> Lines:
     """How one token divides its attention between system, image and text, layer by layer."""
     lines = tuple(
-        Line(name, np.array(layers), np.array(mass[name]), slot=slot)
+        Line(name, np.array(layers, dtype=float), np.array(mass[name], dtype=float), slot=slot)
         for slot, name in enumerate(("system", "image", "text"))
     )
     return Lines(LAYER, Axis("attention", "share of the row", (0.0, 1.0)), lines, title="by layer")
@@ -91,7 +91,7 @@ def mass_by_token(words: Sequence[str], mass: Mapping[str, Sequence[float]], cho
 def evolution(name: str, values: Mapping[str, Array], axis: Axis, title: str = "") -> Lines:
     """Curves over answer tokens; NaN where nothing was measured."""
     lines = tuple(
-        Line(key, np.arange(len(series)), np.asarray(series, dtype=float), slot=slot)
+        Line(key, np.arange(len(series), dtype=float), np.asarray(series, dtype=float), slot=slot)
         for slot, (key, series) in enumerate(values.items(), start=1)
     )
     return Lines(STEP, axis, lines, title=title or name)
