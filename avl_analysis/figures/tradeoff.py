@@ -30,7 +30,6 @@ def tradeoff(places: Sequence[Place], quality: Axis, title: str = "") -> Scatter
 
 
 def _point(place: Place, slot: int) -> Points:
-    ends = (
-        (np.array([place.low]), np.array([place.high])) if np.isfinite([place.low, place.high]).all() else (None, None)
-    )
-    return Points(place.name, np.array([place.share]), np.array([place.value]), *ends, slot=slot)
+    known = bool(np.isfinite([place.low, place.high]).all())
+    low, high = (np.array([place.low]), np.array([place.high])) if known else (None, None)
+    return Points(place.name, np.array([place.share]), np.array([place.value]), low, high, slot=slot)
