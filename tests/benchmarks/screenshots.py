@@ -1,0 +1,66 @@
+"""Pictures of every view, light and dark: `python -m tests.benchmarks.screenshots folder [view ...]`.
+
+Starts the dashboard, opens links to views in a headless Chromium and saves each as a PNG as tall as the page. Made for
+looking at: a page can be right in every test and still be hard to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from tests.app.server import chromium, server, settled
+
+LINKS = {
+    "ask": "view=ask",
+    "heads": "view=heads&other=3.5",
+    "patterns": "view=patterns",
+    "live": "view=live&rivals=random&step=4",
+    "benchmark": "view=benchmark",
+    "report": "view=report",
+}
+WIDTH, TALLEST, COLOURS = 1360, 2600, 192
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("views", nargs="*", default=list(LINKS), help=f"of {', '.join(LINKS)}; default: all")
+    parser.add_argument("--themes", nargs="+", default=["light", "dark"], choices=["light", "dark"])
+    parser.add_argument("--address", default="", help="further parameters of every link, e.g. scene=3")
+    given = parser.parse_args()
+    if chromium() is None:
+        raise SystemExit("no Chromium is installed, so nothing can be photographed")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    from playwright.sync_api import sync_playwright
+
+    with tempfile.TemporaryDirectory() as log, server(Path(log) / "log.txt") as address, sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        for theme in given.themes:
+            page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme=theme)
+            page.set_default_timeout(300_000)
+            for view in given.views:
+                page.goto(f"{address}/?{LINKS[view]}&{given.address}", wait_until="domcontentloaded")
+                print(photograph(page, given.folder / f"{view}_{theme}.png"))
+        browser.close()
+
+
+def photograph(page: Any, path: Path) -> Path:
+    """The whole page as a PNG with a palette, which keeps it small."""
+    settled(page)
+    page.wait_for_timeout(1500)  # plots are drawn after the script has ended
+    height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
+    page.set_viewport_size({"width": WIDTH, "height": min(max(height, 760), TALLEST)})
+    page.wait_for_timeout(800)
+    page.screenshot(path=path)
+    page.set_viewport_size({"width": WIDTH, "height": 900})
+    Image.open(path).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    return path
+
+
+if __name__ == "__main__":
+    main()
