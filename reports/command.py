@@ -7,25 +7,33 @@ packages above it.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from avl_analysis.cli_record import Attention, Device, Download, Dtype, Model, load, progress
 from avl_analysis.errors import InputError
 
 if TYPE_CHECKING:
+    from avl_analysis.comparison import Comparison
+    from avl_analysis.models import VLM
     from avl_analysis.recording import Recording
     from avl_analysis.samples import Sample
 
-SAMPLES = 60
-"""Scenes a report records unless told otherwise: five of each of the twelve tasks."""
+SAMPLES = 204
+"""Scenes a report records unless told otherwise: seventeen of each of the twelve tasks."""
+COMPARED = 4
+"""Scenes per task on which policies are compared unless told otherwise."""
+BUDGETS = (0.6, 0.3)
+"""Shares of the full cache's bytes at which policies are compared, beside A-VL with the paper's settings."""
 BATCH = 4
 MAX_NEW_TOKENS = 96
+
+EXAMPLES = """
+Examples: [bold]avl report[/], [bold]avl report --model ./my-llava --samples 48[/],
+[bold]avl report run.nc --comparison compare.nc --out paper[/] (no model needed)
+"""
 
 
 def report(
@@ -33,59 +41,75 @@ def report(
         Path | None,
         typer.Argument(help="A recording made before; without one, the model is recorded on drawn scenes now."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder to write into; made if needed.")] = Path("report"),
-    model: Annotated[str, typer.Option("--model", help="scenes, a folder, or a hub id.")] = "scenes",
-    samples: Annotated[int, typer.Option("--samples", min=2, help="Drawn scenes to record.")] = SAMPLES,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Which scenes; below 1,000,000 all are held out.")] = 7,
-    title: Annotated[str, typer.Option("--title", help="Heading of the page.")] = "",
-    download: Annotated[bool, typer.Option("--download", help="Allow fetching a hub id.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder to write into; made if needed.")] = Path("report"),
+    model: Model = "scenes",
+    samples: Annotated[
+        int, typer.Option(min=2, help="Drawn scenes to record, all kinds of questions in turn.")
+    ] = SAMPLES,
+    seed: Annotated[int, typer.Option(min=0, help="Which scenes; below 1,000,000 all are held out.")] = 7,
+    compare: Annotated[int, typer.Option(min=0, help="Scenes per task to compare policies on; 0: none.")] = COMPARED,
+    comparison: Annotated[Path | None, typer.Option(help="A file of avl compare to show instead.")] = None,
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "",
+    dtype: Dtype = None,
+    device: Device = None,
+    attention: Attention = "sdpa",
+    download: Download = False,
 ) -> None:
-    """Figures and findings about a model's attention: one page, and a folder of figures and numbers."""
-    from reports.build import build
-
+    """Figures and findings about a model's attention: one page, one PDF, and a folder of figures and numbers."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a folder to write the report into")
-    console = Console(stderr=True)
-    if recording is not None:
-        from avl_analysis.recording import load_recording
 
+    from avl_analysis.comparison import load_comparison
+    from avl_analysis.recording import load_recording
+    from reports.build import build
+
+    compared = None if comparison is None else load_comparison(comparison)
+    if recording is not None:
         recorded = load_recording(recording)
-        commands = [f"avl report {shlex.quote(str(recording))} --out {shlex.quote(str(out))}"]
+        commands = [_line("avl report", recording, "--comparison" if comparison else None, comparison, "--out", out)]
     else:
-        recorded = _record(model, samples, seed, download, console)
-        commands = [f"avl report --model {shlex.quote(model)} --samples {samples} --seed {seed}"]
-    commands.append(f"avl report {shlex.quote(str(out / 'run.nc'))}    # the same figures from the same recording")
-    with _bar(console, "figures") as progress:
-        task = progress.add_task("figures", total=None)
+        vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
+        recorded = record_scenes(vlm, samples, seed)
+        if compared is None and compare:
+            compared = compare_policies(vlm, compare)
+        commands = [
+            _line(
+                "avl report", "--model", model, "--samples", samples, "--seed", seed, "--compare", compare, "--out", out
+            )
+        ]
+    again = ("--comparison", out / "compare.nc") if compared is not None else ()
+    commands.append(_line("avl report", out / "run.nc", *again) + "    # the same figures from the same recording")
+    commands.append(_line("python -m reports.fig_modality", out / "run.nc") + "    # one figure alone")
+    with progress("figures", unit="parts") as advance:
         built = build(
-            recorded, out, title=title, commands=commands, progress=lambda name: progress.update(task, description=name)
+            recorded,
+            out,
+            comparison=compared,
+            title=title,
+            commands=commands,
+            progress=lambda done, total, name: advance(done, total, name),
         )
     for name, reason in built.missing.items():
-        console.print(f"not shown: {name.removeprefix('fig_')} ({reason})", markup=False, highlight=False)
+        typer.echo(f"not shown: {name.removeprefix('fig_')} ({reason})", err=True)
     for section in built.sections:
         for finding in section.findings:
-            console.print(f"{finding.verdict.value:>14}  {finding.choice}", markup=False, highlight=False)
-    print(built.page)
+            typer.echo(f"{finding.verdict.value:>14}  {finding.choice}", err=True)
+    typer.echo(f"report in {built.page}")
 
 
-def _record(model: str, samples: int, seed: int, download: bool, console: Console) -> Recording:
-    """Record the model answering drawn scenes, with a bar."""
-    with console.status("loading the model"):
-        from avl_analysis.corpus import record_samples
-        from avl_analysis.models import load_model
+def record_scenes(vlm: VLM, count: int, seed: int) -> Recording:
+    """Record the model answering `count` drawn scenes, with a bar."""
+    from avl_analysis.corpus import record_samples
 
-        vlm = load_model(model, allow_download=download)
-    asked = draw_samples(samples, seed)
-    with _bar(console, "samples") as progress:
-        task = progress.add_task("recording", total=samples)
+    with progress("recording", unit="samples") as advance:
         recorded = record_samples(
             vlm,
-            asked,
+            draw_samples(count, seed),
             max_new_tokens=MAX_NEW_TOKENS,
             batch_size=BATCH,
-            on_token=lambda done, _: progress.update(task, completed=done),
+            on_token=lambda done, _: advance(done, count),
         )
-    recorded.attrs["data"] = f"{samples} drawn scenes of seed {seed}, all kinds of questions in turn"
+    recorded.attrs["data"] = f"{count} drawn scenes of seed {seed}, all kinds of questions in turn"
     return recorded
 
 
@@ -100,15 +124,22 @@ def draw_samples(count: int, seed: int) -> list[Sample]:
     ]
 
 
-@contextmanager
-def _bar(console: Console, unit: str) -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield progress
+def compare_policies(vlm: VLM, per_task: int) -> Comparison:
+    """Every policy at every budget, and A-VL with the paper's settings, against the full cache; with a bar."""
+    import avl
+    from avl_analysis.comparing import compare
+    from avl_analysis.policy_files import POLICIES, with_budget
+    from avl_analysis.samples import scene_samples
+
+    policies: dict[str, avl.Policy] = {"full": avl.FullPolicy(), "A-VL (paper)": avl.AdaptivePolicy()}
+    for name, kind in POLICIES.items():
+        if kind is not avl.FullPolicy:
+            policies |= {f"{name}:{budget:g}": with_budget(kind, budget) for budget in BUDGETS}
+    with progress("comparing policies", unit="answers") as advance:
+        return compare(
+            vlm, scene_samples(per_task), policies, max_new_tokens=MAX_NEW_TOKENS, batch_size=8, progress=advance
+        )
+
+
+def _line(command: str, *parts: object) -> str:
+    return " ".join([command, *(shlex.quote(str(part)) for part in parts if part is not None)])

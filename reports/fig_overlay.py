@@ -19,14 +19,14 @@ _TASKS = ("caption", "ocr", "count", "where", "colour")
 
 def section(run: Run) -> Section:
     """Examples of maps over their pictures and, where the truth is known, the lift on the region by layer."""
-    grids = _grids(run)
+    places = grids(run)
     lift = lifts(run)
     by_layer = None if lift is None else estimate(lift, ("layer",))
     layer = _layer(run, by_layer)
-    shown = _choose(run, grids)
+    shown = _choose(run, places)
     if not shown:
         raise NotMeasured("no sample of the recording keeps its picture together with a map of attention on it")
-    panels: list[Panel] = [panel for example in shown for panel in _example(run, example, grids[example.name], layer)]
+    panels: list[Panel] = [panel for example in shown for panel in _example(run, example, places[example.name], layer)]
     figure = Figure(
         "overlay",
         "Attention on the picture",
@@ -44,16 +44,16 @@ def section(run: Run) -> Section:
     )
 
 
-def _grids(run: Run) -> dict[str, tuple[int, int]]:
+def grids(run: Run) -> dict[str, tuple[int, int]]:
     """Rows and columns of the picture's grid, for samples with one picture of known grid."""
     tokens = run.recording.tokens
-    grids = {}
+    found = {}
     for name in run.recording.samples:
         one = tokens.sel(sample=name)
         row, column = one["row"].values, one["column"].values
         if one["image"].values.max(initial=-1) == 0 and row.max(initial=-1) >= 0:
-            grids[name] = (int(row.max()) + 1, int(column.max()) + 1)
-    return grids
+            found[name] = (int(row.max()) + 1, int(column.max()) + 1)
+    return found
 
 
 def _layer(run: Run, by_layer: Estimate | None) -> int:
@@ -66,9 +66,9 @@ def _why(by_layer: Estimate | None) -> str:
     return "is the middle one" if by_layer is None else "puts the most attention on that region, over all samples"
 
 
-def _choose(run: Run, grids: dict[str, tuple[int, int]]) -> list[Example]:
+def _choose(run: Run, places: dict[str, tuple[int, int]]) -> list[Example]:
     """The first rightly answered example of each of some tasks, then whatever else has a picture."""
-    drawable = [e for e in run.examples if e.picture is not None and e.name in grids]
+    drawable = [e for e in run.examples if e.picture is not None and e.name in places]
     ranked = [e for task in _TASKS for e in [e for e in drawable if e.task == task and e.correct][:1]]
     ranked += [e for e in drawable if e not in ranked]
     return ranked[:EXAMPLES]

@@ -40,8 +40,8 @@ def section(run: Run) -> Section:
         ),
         run.caption(
             "Share of all image attention of the decode steps, and of each step's best image tokens, that falls on "
-            "the S best image tokens of the last prompt row; scores are means over heads, curves means over layers. Keeping "
-            "tokens at random catches S."
+            "the S best image tokens of the last prompt row; scores are means over heads, curves means over layers. "
+            "Keeping tokens at random catches S."
         ),
     )  # fmt: skip
     caught = estimate(mass.sel(secondary=SECONDARY)).interval

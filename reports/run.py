@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avl_analysis import scenes
+from avl_analysis.comparison import Comparison, load_comparison
 from avl_analysis.errors import InputError
-from avl_analysis.figures import Box, Caption, Figure
+from avl_analysis.figures import Animation, Box, Caption, Figure
 from avl_analysis.recording import Recording, load_recording
 from reports.estimates import INTERVAL
 from reports.findings import Finding
@@ -43,12 +44,16 @@ class Section:
         figure: the figure.
         findings: what it says about A-VL's choices.
         text: how to read it, one or two sentences.
+        moving: an animation that goes with the figure, shown on the page and written to files of its own.
+        table: rows of text below the figure, the first one the header.
     """
 
     question: str
     figure: Figure
     findings: tuple[Finding, ...] = ()
     text: str = ""
+    moving: Animation | None = None
+    table: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +86,22 @@ class Example:
 
 
 class Run:
-    """A recording and its samples."""
+    """A recording with its samples, and a comparison of policies where one was made."""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Recording, comparison: Comparison | None = None) -> None:
         if not len(recording):
             raise NotMeasured("the recording holds no samples, so there is nothing to report")
         self.recording = recording
+        self._comparison = comparison
+
+    @property
+    def comparison(self) -> Comparison:
+        """Raises NotMeasured if there is none."""
+        if self._comparison is None:
+            raise NotMeasured(
+                "no policies were compared; pass a comparison as `avl compare --out compare.nc` writes it"
+            )
+        return self._comparison
 
     def __getitem__(self, name: str) -> xr.DataArray:
         """A statistic per sample. Raises NotMeasured if the recording does not hold it."""
@@ -121,9 +136,14 @@ class Run:
         return [example(name, self.recording.facts(name)) for name in self.recording.samples]
 
 
-def load_run(path: str | PathLike[str]) -> Run:
-    """Read a recording file for reporting. Raises RecordingError or NotMeasured."""
-    return Run(load_recording(path))
+def load_run(path: str | PathLike[str], comparison: str | PathLike[str] | None = None) -> Run:
+    """Read a recording file, and a comparison file, for reporting.
+
+    Raises:
+        RecordingError, InputError: unreadable or foreign files.
+        NotMeasured: an empty recording.
+    """
+    return Run(load_recording(path), None if comparison is None else load_comparison(comparison))
 
 
 def example(name: str, facts: Mapping[str, Any]) -> Example:

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from avl_analysis.recording import load_recording
 from reports import fig_localisation, fig_modality, fig_overlay
@@ -18,6 +19,10 @@ from reports.run import NotMeasured, Run
 from reports.script import run_script
 from tests.reports import made
 
+COMMANDS = ["avl report --samples 6"]
+MADE = {"fig_modality", "fig_overlay", "fig_localisation", "fig_sets", "fig_policies"}
+"""Figures that the made-up numbers answer."""
+
 
 @pytest.fixture(scope="module")
 def recording():
@@ -26,7 +31,8 @@ def recording():
 
 @pytest.fixture(scope="module")
 def report(recording, tmp_path_factory):
-    return build(recording, tmp_path_factory.mktemp("report"), commands=["avl report --samples 6"])
+    folder = tmp_path_factory.mktemp("report")
+    return build(recording, folder, comparison=made.comparison(), commands=COMMANDS, formats=("svg",))
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +40,27 @@ def page(report):
     return report.page.read_text("utf-8")
 
 
-def test_every_figure_lies_in_the_folder_in_every_format(report):
+def test_every_figure_lies_in_the_folder_with_its_numbers_and_caption(report):
     for section in report.sections:
-        for suffix in ("svg", "pdf", "png", "csv", "txt"):
+        for suffix in ("svg", "csv", "txt"):
             assert (report.folder / "figures" / f"{section.figure.name}.{suffix}").stat().st_size > 50
+
+
+def test_the_animation_lies_beside_the_pictures(report):
+    for suffix in ("gif", "webp"):
+        with Image.open(report.folder / "figures" / f"sets.{suffix}") as image:
+            assert image.n_frames > 2
+
+
+def test_the_document_has_a_page_for_every_figure(report):
+    pages = (report.folder / "report.pdf").read_bytes().count(b"/Type /Page ")
+    assert pages >= len(report.sections) + 2
 
 
 def test_every_caption_says_n_model_and_interval(report):
     for section in report.sections:
         caption = (report.folder / "figures" / f"{section.figure.name}.txt").read_text("utf-8")
-        assert re.search(r"n = \d+ samples; model: made-up; 95 % bootstrap intervals over samples\.", caption)
+        assert re.search(r"n = \d+ samples?; model: made-up; 95 % bootstrap intervals over samples\.", caption)
 
 
 def test_the_csv_holds_the_numbers_of_the_figure(report, recording):
@@ -59,14 +76,14 @@ def test_the_csv_holds_the_numbers_of_the_figure(report, recording):
 
 def test_the_json_is_valid_and_names_every_verdict(report):
     numbers = json.loads((report.folder / "numbers.json").read_text("utf-8"))
-    assert set(numbers) == {"fig_modality", "fig_overlay", "fig_localisation"}
+    assert set(numbers) == MADE
     verdicts = [finding["verdict"] for entry in numbers.values() for finding in entry["findings"]]
     assert verdicts
     assert set(verdicts) <= {verdict.value for verdict in Verdict}
 
 
 def test_the_report_keeps_the_recording_and_rebuilds_from_it(report, tmp_path):
-    again = build(load_recording(report.folder / "run.nc"), tmp_path, formats=())
+    again = build(load_recording(report.folder / "run.nc"), tmp_path, formats=(), document=False)
     for section, other in zip(report.sections, again.sections, strict=True):
         assert section.findings == other.findings
 
@@ -101,7 +118,7 @@ class _Tags(HTMLParser):
 def test_text_from_models_and_prompts_cannot_become_markup(page, tmp_path):
     clean, hostile = _Tags(), _Tags()
     clean.feed(page)
-    text = build(made.recording(hostile=True), tmp_path, formats=("svg",)).page.read_text("utf-8")
+    text = build(made.recording(hostile=True), tmp_path, formats=(), document=False).page.read_text("utf-8")
     hostile.feed(text)
     assert hostile.scripts == clean.scripts
     assert hostile.handlers == []
@@ -112,8 +129,8 @@ def test_text_from_models_and_prompts_cannot_become_markup(page, tmp_path):
 def test_figures_the_recording_cannot_answer_are_named_with_the_reason(tmp_path):
     recording = made.recording()
     recording.data["maps"] = recording.data["maps"].drop_vars("image_score")
-    report = build(recording, tmp_path, formats=())
-    assert set(report.missing) == {"fig_overlay", "fig_localisation"}
+    report = build(recording, tmp_path, formats=(), document=False)
+    assert {"fig_overlay", "fig_localisation", "fig_sets"} <= set(report.missing)
     assert "holds no statistic" in report.page.read_text("utf-8")
 
 
@@ -156,7 +173,7 @@ def test_overlays_show_the_layer_with_the_largest_lift_and_outline_the_truth(rec
 
 
 def test_a_figure_is_a_script_of_its_own(report, tmp_path, capsys):
-    run_script(fig_localisation.section, [str(report.folder / "run.nc"), str(tmp_path)])
+    run_script(fig_localisation.section, [str(report.folder / "run.nc"), "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert str(tmp_path / "localisation.svg") in printed
     assert (tmp_path / "localisation.csv").is_file()

@@ -1,0 +1,174 @@
+"""What does each policy cost, and what does it save?"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from avl_analysis.comparison import Comparison
+from avl_analysis.figures import Axis, Figure, Heat, Panel, Points, Scatter
+from avl_analysis.intervals import Estimate
+from reports.findings import Finding, Interval, judge
+from reports.run import NotMeasured, Run, Section
+from reports.script import run_script
+from reports.shapes import share
+
+QUESTION = "What do policies lose, and what do they save?"
+LOSS = -0.02
+"""Change of accuracy that counts as none: two percentage points."""
+SAVED = 0.75
+"""Share of the full cache's bytes below which a policy saves something worth the trouble."""
+_NAMES = {"FullPolicy": "full cache", "AdaptivePolicy": "A-VL", "RandomPolicy": "random", "StridePolicy": "stride",
+          "StreamingPolicy": "StreamingLLM", "H2OPolicy": "H2O", "SnapKVPolicy": "SnapKV", "FastVPolicy": "FastV",
+          "VLCachePolicy": "VL-Cache"}  # fmt: skip
+_SLOTS = ("full cache", "A-VL", "random", "stride", "StreamingLLM", "H2O", "SnapKV", "FastV", "VL-Cache")
+_COLUMNS = (
+    ("kv_filled_share", "bytes in use / full", "%"),
+    ("keys_attended", "keys read per step", ""),
+    ("attention_flops", "attention FLOP per step", ""),
+    ("ttft", "TTFT (s)", ""),
+    ("tpot", "TPOT (s)", ""),
+    ("attention_seconds", "attention per step (s)", ""),
+    ("correct", "accuracy", "%"),
+    ("kl", "KL (nats)", ""),
+    ("same_text", "same text", "%"),
+)
+
+
+def section(run: Run) -> Section:
+    """Accuracy and KL divergence against bytes for every policy, accuracy by task, and the cost table."""
+    compared = run.comparison
+    if "kv_filled_share" not in compared.metrics:
+        raise NotMeasured("the comparison holds no cost; compare with --metric cost too")
+    size = Axis("keys and values in use", "share of the full cache's bytes", (0.0, 1.08))
+    panels: list[Panel] = []
+    for metric, axis in (("correct", share("accuracy")), ("kl", Axis("KL from the full cache", "nats"))):
+        if metric in compared.metrics:
+            panels.append(Scatter(size, axis, _frontiers(compared, metric), title=f"{axis.label} against bytes"))
+    panels += _by_task(compared)
+    figure = Figure(
+        "policies",
+        "Policies: quality against bytes",
+        tuple(panels),
+        run.caption(
+            "Accuracy: free-running answers against the truth (Wilson intervals). KL: next-token distribution along "
+            "the full cache's own answer. Bytes of keys and values in use at the end of an answer, relative to the "
+            f"stock cache. Batches of {_batch(compared)}, times of this machine.",
+            compared.dataset.sizes["sample"],
+        ),
+    )
+    return Section(QUESTION, figure, findings(compared), "", None, table(compared))
+
+
+def findings(compared: Comparison) -> tuple[Finding, ...]:
+    """Whether A-VL keeps accuracy, saves bytes, and beats random selection of as many bytes."""
+    ours = next((name for name in compared.policies if family(compared, name) == "A-VL"), None)
+    if ours is None:
+        return ()
+    saved = _interval(compared.mean("kv_filled_share", ours))
+    found = [
+        Finding("A-VL saves memory", f"“{ours}” uses {saved.words('%')} of the full cache's bytes.",
+                f"at most {100 * SAVED:.0f} %", judge(saved, "at most", SAVED))
+    ]  # fmt: skip
+    if "correct" not in compared.metrics:
+        return tuple(found)
+    change = _interval(compared.difference("correct", ours))
+    found.append(
+        Finding("A-VL keeps the answers right", f"Under “{ours}” accuracy changes by {change.words('%')} (paired).",
+                f"at least {100 * LOSS:.0f} points", judge(change, "at least", LOSS))
+    )  # fmt: skip
+    if (rival := _rival(compared, ours)) is not None:
+        gain = _interval(compared.difference("correct", ours, rival))
+        found.append(
+            Finding("Choosing by attention beats choosing at random",
+                    f"“{ours}” answers {gain.words('%')} more questions rightly than “{rival}” at like bytes.",
+                    "above 0", judge(gain, "at least", 0.0))
+        )  # fmt: skip
+    return tuple(found)
+
+
+def table(compared: Comparison) -> tuple[tuple[str, ...], ...]:
+    """The cost table as text: a header and a row per policy, means with intervals."""
+    columns = [column for column in _COLUMNS if column[0] in compared.metrics]
+    rows = [("policy", *(heading for _, heading, _ in columns))]
+    for name in compared.policies:
+        cells = [_cell(compared.mean(metric, name), unit) for metric, _, unit in columns]
+        rows.append((name, *cells))
+    return tuple(rows)
+
+
+def family(compared: Comparison, name: str) -> str:
+    """What kind of policy a name of the comparison stands for."""
+    described = json.loads(compared.dataset.attrs["policies"])[name]
+    kind = described.partition("(")[0]
+    return _NAMES.get(kind, kind)
+
+
+def _frontiers(compared: Comparison, metric: str) -> tuple[Points, ...]:
+    """One series per kind of policy, its settings joined by bytes."""
+    kinds = sorted(
+        {family(compared, name) for name in compared.policies},
+        key=lambda k: (_SLOTS.index(k) if k in _SLOTS else 99, k),
+    )
+    series = []
+    for number, kind in enumerate(kinds):
+        names = [name for name in compared.policies if family(compared, name) == kind]
+        held = np.array([compared.mean("kv_filled_share", name).mean for name in names])
+        order = np.argsort(held)
+        found = [compared.mean(metric, names[i]) for i in order]
+        y, low, high = (np.array([getattr(e, end) for e in found]) for end in ("mean", "low", "high"))
+        known = bool(np.isfinite(low).all() and np.isfinite(high).all())
+        slot = _SLOTS.index(kind) if kind in _SLOTS else number
+        series.append(
+            Points(
+                kind,
+                held[order],
+                y,
+                low if known else None,
+                high if known else None,
+                slot=slot,
+                joined=len(names) > 1,
+            )
+        )
+    return tuple(series)
+
+
+def _by_task(compared: Comparison) -> list[Heat]:
+    tasks = [str(task) for task in dict.fromkeys(compared.dataset["task"].values) if str(task)]
+    if "correct" not in compared.metrics or len(tasks) < 2:
+        return []
+    values = np.array(
+        [[compared.select_task(task).mean("correct", name).mean for task in tasks] for name in compared.policies]
+    )
+    x = Axis("task", "name", ticks=tuple(enumerate(tasks)))
+    y = Axis("policy", "name", ticks=tuple(enumerate(compared.policies)))
+    return [Heat(x, y, share("accuracy"), values, annotate=True, title="accuracy by task")]
+
+
+def _rival(compared: Comparison, ours: str) -> str | None:
+    """The random policy whose bytes are nearest to ours; None if it uses clearly more or fewer."""
+    size = compared.mean("kv_filled_share", ours).mean
+    rivals = [name for name in compared.policies if family(compared, name) == "random"]
+    best = min(rivals, key=lambda name: abs(compared.mean("kv_filled_share", name).mean - size), default=None)
+    return best if best is not None and abs(compared.mean("kv_filled_share", best).mean - size) < 0.1 else None
+
+
+def _batch(compared: Comparison) -> str:
+    return f"{int(np.nanmax(compared['batch'].values))}" if "batch" in compared.metrics else "unknown size"
+
+
+def _interval(estimate: Estimate) -> Interval:
+    return Interval(estimate.mean, estimate.low, estimate.high)
+
+
+def _cell(estimate: Estimate, unit: str) -> str:
+    if not np.isfinite(estimate.mean):
+        return "-"
+    scale, sign = (100.0, " %") if unit == "%" else (1.0, "")
+    spread = f" [{scale * estimate.low:.3g}, {scale * estimate.high:.3g}]" if estimate.low < estimate.high else ""
+    return f"{scale * estimate.mean:.3g}{sign}{spread}"
+
+
+if __name__ == "__main__":
+    run_script(section)

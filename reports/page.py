@@ -1,0 +1,131 @@
+"""The page: sections and numbers as one HTML file that works without a network.
+
+The template escapes everything; plots travel as JSON in which no "<" is left. Only what this package brings itself
+(style, script, plotly.js) enters unescaped. A content security policy in the page forbids it to load anything from
+anywhere, so it either works offline or not at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from avl_analysis.figures import Animation, Figure, Overlay, Panel, draw_plotly, palette
+from avl_analysis.figures.draw_matplotlib import FORMATS
+from avl_analysis.figures.pictures import data_uri
+from reports.facts import LEAD, READING, VERDICTS, facts, heading, provenance
+from reports.run import Run, Section
+from reports.script import MOVING, csv_text
+
+SAMPLES_SHOWN = 24
+
+
+def render(
+    run: Run,
+    sections: dict[str, Section],
+    missing: dict[str, str],
+    *,
+    title: str = "",
+    commands: Sequence[str] = (),
+    formats: tuple[str, ...] = FORMATS,
+) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("reports", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["close"] = lambda text: str(text).replace(" %", "\u00a0%")
+    templates = resources.files("reports") / "templates"
+    return environment.get_template("page.html").render(
+        title=heading(run, title),
+        lead=LEAD,
+        verdicts=VERDICTS,
+        reading=READING,
+        facts=facts(run),
+        sections=[_view(name, section, formats) for name, section in sections.items()],
+        findings=[finding for section in sections.values() for finding in section.findings],
+        missing=[(name.removeprefix("fig_"), reason) for name, reason in missing.items()],
+        samples=_samples(run),
+        n=run.n,
+        provenance=provenance(run),
+        commands=list(commands),
+        footer=f"Made by avl from {run.n} recorded samples. Figures, numbers and the recording lie beside this page.",
+        css=(templates / "page.css").read_text("utf-8"),
+        script=(templates / "page.js").read_text("utf-8"),
+        plotly=draw_plotly.library(),
+        colours=json.dumps(_colours()),
+    )
+
+
+def _view(name: str, section: Section, formats: tuple[str, ...]) -> dict[str, Any]:
+    """What the template shows of a section."""
+    figure = section.figure
+    moving = () if section.moving is None else (section.moving,)
+    suffixes = (*formats, *(MOVING if moving and formats else ()))
+    return {
+        "question": section.question,
+        "text": section.text,
+        "figure": figure,
+        "findings": section.findings,
+        "kind": _kind(figure),
+        "moving": [_plot(panel, f"moving-{figure.name}") for panel in moving],
+        "plots": [_plot(panel, f"{figure.name}-{number}") for number, panel in enumerate(figure.panels)],
+        "legend": _legend(figure),
+        "table": section.table,
+        "csv": "data:text/csv;base64," + base64.b64encode(csv_text(figure).encode()).decode("ascii"),
+        "files": [f"figures/{figure.name}.{suffix}" for suffix in suffixes],
+        "script": f"reports.{name}",
+    }
+
+
+def _plot(panel: Panel, name: str) -> dict[str, str]:
+    """One plot: its place on the page and its data. Pictures keep their proportions, charts their height."""
+    plot = draw_plotly.draw(panel, titled=False)
+    size = f"height: {plot.layout.height}px"
+    if isinstance(panel, Overlay):
+        size = f"aspect-ratio: {panel.picture.shape[1]} / {panel.picture.shape[0]}"
+    title = "" if isinstance(panel, Animation) else panel.title
+    return {"id": f"plot-{name}", "title": title, "size": size, "json": draw_plotly.as_json(plot)}
+
+
+def _kind(figure: Figure) -> str:
+    """How the page lays the panels out."""
+    if all(isinstance(panel, Overlay) for panel in figure.panels):
+        return "pictures"
+    return "single" if len(figure.panels) == 1 else "charts"
+
+
+def _legend(figure: Figure) -> str:
+    """The scale that the pictures of a figure share, in words."""
+    scales = {(p.value.text, p.value.limits) for p in figure.panels if isinstance(p, Overlay) and not p.classes}
+    if len(scales) != 1:
+        return ""
+    text, limits = scales.pop()
+    return "" if limits is None else f"Opacity of the amber patches: {text}, {limits[0]:g} to {limits[1]:g} or more."
+
+
+def _suffixes(figure: Figure, formats: tuple[str, ...]) -> tuple[str, ...]:
+    moving = any(isinstance(panel, Animation) for panel in figure.panels)
+    return (*formats, *(("gif", "webp") if moving else ()))
+
+
+def _samples(run: Run) -> list[dict[str, str]]:
+    shown = []
+    for example in run.examples[:SAMPLES_SHOWN]:
+        fields = {key: getattr(example, key) for key in ("name", "task", "prompt", "answer", "truth")}
+        shown.append({**fields, "picture": "" if example.picture is None else data_uri(example.picture, 96)})
+    return shown if any(sample["prompt"] for sample in shown) else []
+
+
+def _colours() -> list[tuple[str, str]]:
+    """Pairs of light and dark colours, as hexadecimal numbers and as the start of rgba(...)."""
+    pairs = []
+    for light, dark in palette.dark_pairs():
+        pairs.append((light, dark))
+        starts = ["rgba({},{},{},".format(*palette.rgb(colour)) for colour in (light, dark)]
+        pairs.append((starts[0], starts[1]))
+    return pairs

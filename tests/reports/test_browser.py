@@ -1,0 +1,93 @@
+"""The page in a real browser, without a network: no errors, every plot drawn, both themes, any width."""
+
+import pytest
+
+from reports.build import build
+from tests.app.server import chromium
+from tests.reports import made
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need the extra [test]")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(chromium() is None, reason="no Chromium is installed"),
+]
+
+WAIT = 300_000  # milliseconds; a busy machine draws slowly
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    return build(made.recording(hostile=True), folder, comparison=made.comparison(), formats=(), document=False).page
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def opened(browser, page_file):
+    """The page on a wide light screen, and what it said while it was opened."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme="light", offline=True)
+    page = context.new_page()
+    said = []
+    page.on("console", lambda message: said.append((message.type, message.text)))
+    page.on("pageerror", lambda error: said.append(("error", str(error))))
+    page.on("dialog", lambda dialog: (said.append(("dialog", dialog.message)), dialog.dismiss()))
+    page.on("request", lambda request: said.append(("request", request.url)))
+    page.goto(page_file.as_uri(), timeout=WAIT)
+    page.wait_for_selector("html[data-ready=yes]", timeout=WAIT)
+    yield page, said
+    context.close()
+
+
+def test_the_page_opens_without_errors_and_asks_for_nothing(opened, page_file):
+    _, said = opened
+    own = [text for kind, text in said if kind == "request" and not text.startswith(("data:", "blob:"))]
+    assert own == [page_file.as_uri()]
+    assert [entry for entry in said if entry[0] != "request"] == []
+
+
+def test_every_plot_is_drawn(opened):
+    page, _ = opened
+    empty = page.evaluate(
+        "[...document.querySelectorAll('.plot')].filter(p => !p.querySelector('svg.main-svg')).length"
+    )
+    count = page.evaluate("document.querySelectorAll('.plot').length")
+    assert count > 15
+    assert empty == 0
+
+
+def test_the_theme_can_be_changed_and_reaches_the_plots(opened):
+    page, said = opened
+    colour = "getComputedStyle(document.body).backgroundColor + document.querySelector('.plot .xtick text').style.fill"
+    before = page.evaluate(colour)
+    page.evaluate("delete document.documentElement.dataset.ready")
+    page.click("#theme")
+    page.wait_for_selector("html[data-ready=yes]", timeout=WAIT)
+    after = page.evaluate(colour)
+    assert before != after
+    assert "rgb(230, 232, 235)" in after
+    assert not [entry for entry in said if entry[0] in ("error", "dialog")]
+
+
+def test_an_animation_plays(opened):
+    page, _ = opened
+    label = ".panels.animated .slider-current-value, .panels.animated .slider-label"
+    before = page.locator(label).first.text_content()
+    page.evaluate("Plotly.animate(document.querySelector('.panels.animated .plot'), ['2'], {mode: 'immediate'})")
+    page.wait_for_timeout(500)
+    assert page.locator(label).first.text_content() != before
+
+
+def test_a_narrow_screen_needs_no_sideways_scrolling(opened):
+    page, _ = opened
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_timeout(500)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390

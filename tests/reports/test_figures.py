@@ -1,0 +1,149 @@
+"""Every figure on a recording of a real (tiny) model, and the findings of some on numbers that decide them."""
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from avl_analysis.figures import Heat, Lines, Overlay
+from avl_analysis.recorder import record
+from reports import fig_core_age, fig_localisation, fig_policies, fig_ppci, fig_prefill_recall, fig_sets
+from reports.build import FIGURES
+from reports.findings import Verdict
+from reports.run import NotMeasured, Run
+from tests import tiny
+from tests.reports import made
+
+NEEDS_MORE = {fig_localisation, fig_policies}
+"""Figures that need known regions, or a comparison."""
+
+
+@pytest.fixture(scope="module")
+def recording():
+    model = tiny.llava(layers=3)
+    batch = tiny.inputs(model, batch=[9, 5, 7, 6])
+    torch.manual_seed(0)
+    with record(model) as recorded:
+        model.generate(**batch, max_new_tokens=10, do_sample=False)
+    picture = np.asarray(tiny.picture())
+    for name in recorded.samples:
+        recorded.annotate(
+            name, prompt="what <b>is</b> it", answer="a b c", words=["a", "b", "c"], picture=address(picture)
+        )
+    return recorded
+
+
+def address(picture: np.ndarray) -> str:
+    from avl_analysis.figures.pictures import data_uri
+
+    return data_uri(picture)
+
+
+@pytest.mark.parametrize(
+    "module", [m for m in FIGURES if m not in NEEDS_MORE], ids=lambda m: m.__name__.split("_", 1)[1]
+)
+def test_every_figure_can_be_made_of_any_recording(recording, module):
+    section = module.section(Run(recording))
+    assert section.question.endswith("?")
+    assert section.figure.caption.n >= 1
+    for panel in section.figure.panels:
+        values = {Lines: lambda p: p.lines[0].y, Heat: lambda p: p.values, Overlay: lambda p: np.ones(1)}
+        assert np.isfinite(values[type(panel)](panel)).any()
+    for finding in section.findings:
+        assert finding.measured.endswith(".")
+        assert finding.verdict in Verdict
+
+
+@pytest.mark.parametrize("module", sorted(NEEDS_MORE, key=str), ids=lambda m: m.__name__.split("_", 1)[1])
+def test_a_figure_says_what_it_lacks(recording, module):
+    with pytest.raises(NotMeasured, match=r"does not say|were compared"):
+        module.section(Run(recording))
+
+
+def test_overlap_figures_draw_their_random_baseline(recording):
+    panel = fig_ppci.section(Run(recording)).figure.panels[0]
+    baselines = [line for line in panel.lines if line.role == "baseline"]
+    assert [set(line.y.tolist()) for line in baselines] == [{0.1}, {0.3}, {0.5}]
+    assert panel.lines[0].x[0] == 1
+
+
+def test_a_core_that_never_ages_supports_refreshing_rarely(recording):
+    hits = recording["core_hit_rate"]
+    steady = hits.copy(data=np.where(np.isfinite(hits), 0.9, np.nan))
+    assert fig_core_age.finding(steady).verdict is Verdict.SUPPORTED
+    fading = xr.where(hits["core_age"] == 0, 0.9, 0.3) * xr.ones_like(hits)
+    assert fig_core_age.finding(fading).verdict is Verdict.NOT_SUPPORTED
+
+
+def test_prefill_is_enough_only_if_it_catches_the_target(recording):
+    run = Run(recording)
+    held = recording.data["statistics"]["prefill_mass"]
+    saved = held.copy()
+    held[:] = 0.97
+    supported = fig_prefill_recall.section(run).findings[0]
+    held[:] = 0.5
+    refused = fig_prefill_recall.section(run).findings[0]
+    held[:] = saved
+    assert (supported.verdict, refused.verdict) == (Verdict.SUPPORTED, Verdict.NOT_SUPPORTED)
+    assert "97 %" in supported.measured
+
+
+def test_sets_follow_the_rules_step_by_step():
+    rng = np.random.default_rng(0)
+    scores = rng.random((9, 20))
+    found = fig_sets.choose_sets(scores, 0.5, 0.3, 3)
+    held = set(np.argsort(-scores[0])[:10])
+    core = set(sorted(held, key=lambda token: -scores[0, token])[:6])
+    for step in range(9):
+        assert set(np.flatnonzero(found[step] >= 1)) == held
+        assert set(np.flatnonzero(found[step] == 2)) == core
+        if step and step % 3 == 0:
+            core = set(sorted(held, key=lambda token: -scores[step, token])[:6])
+
+
+def test_without_refreshing_the_core_stays():
+    scores = np.random.default_rng(1).random((5, 20))
+    found = fig_sets.choose_sets(scores, 0.5, 0.3, 0)
+    assert (found == found[0]).all()
+
+
+def test_the_sets_are_animated_step_by_step():
+    section = fig_sets.section(Run(made.recording()))
+    assert section.moving is not None
+    assert section.moving.steps == tuple(range(len(section.moving.frames)))
+    assert {0.0, 1.0, 2.0} == set(np.unique(section.moving.frames[0].patches))
+    assert len(section.figure.panels) <= fig_sets.SHOWN
+
+
+@pytest.fixture(scope="module")
+def compared():
+    return made.comparison()
+
+
+def test_policies_are_judged_by_paired_differences(compared):
+    saves, keeps, beats = fig_policies.findings(compared)
+    assert (saves.verdict, keeps.verdict, beats.verdict) == (Verdict.SUPPORTED,) * 3
+    assert "60 %" in saves.measured
+    assert "random:0.6" in beats.measured  # the random policy of like bytes, not the smaller one
+
+
+def test_settings_of_one_policy_are_joined_by_bytes(compared):
+    figure = fig_policies.section(Run(made.recording(), compared)).figure
+    series = {points.name: points for points in figure.panels[0].points}
+    assert list(series) == ["full cache", "A-VL", "random"]
+    assert series["random"].x.tolist() == [0.3, 0.62]
+    assert series["random"].joined
+    assert not series["A-VL"].joined
+
+
+def test_accuracy_by_task_is_a_map_of_policies_and_tasks(compared):
+    heat = fig_policies.section(Run(made.recording(), compared)).figure.panels[2]
+    assert [name for _, name in heat.x.ticks] == ["colour", "count"]
+    assert heat.values.shape == (4, 2)
+    assert heat.values[0].tolist() == [1, 1]
+
+
+def test_the_cost_table_has_a_row_per_policy(compared):
+    header, *rows = fig_policies.table(compared)
+    assert [row[0] for row in rows] == compared.policies
+    assert rows[1][header.index("bytes in use / full")].startswith("60 %")
