@@ -46,6 +46,8 @@ FIRST_MIX = {
 """How often each task is asked at first (the caption is always asked once)."""
 LAST_MIX = FIRST_MIX | {"colour": 1.0, "shape": 1.0, "count": 2.0, "exist": 1.4, "relation": 1.8, "size": 0.7}
 """... and once objects are found reliably: relations and counts come last."""
+FINAL_MIX = LAST_MIX | {"count": 6.0, "exist": 4.0, "character": 1.0, "ocr": 1.0}
+"""... and at the very end, when little but counting and existence is still wrong."""
 BY_SHAPE = ("colour", "colour", "where", "where", "size", "exist", "count")
 """Tasks of the questions that find an object by its shape."""
 

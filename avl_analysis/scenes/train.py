@@ -64,6 +64,7 @@ class Settings:
     easy_objects: int = 4
     decay_from: float = 0.45
     last_mix_from: float = 0.5
+    final_mix_from: float = 0.9
     patch_weight: float = 1.0
     word_weight: float = 1.0
     background_weight: float = 0.15
@@ -139,6 +140,8 @@ class Trainer:
         found = min(self.looked.get(task, 0.0) for task in ("colour", "where")) >= s.by_shape_until
         if not found and share < s.by_shape_latest:
             return batches.make(rng, pictures, mix, s.easy_objects, s.by_shape)
+        if share >= s.final_mix_from:
+            return batches.make(rng, pictures, batches.FINAL_MIX)
         return batches.make(rng, pictures, mix, by_shape=0.1)
 
     def losses(self, batch: Batch, patches_only: bool) -> dict[str, Tensor]:
