@@ -200,6 +200,8 @@ class Workbench:
         Raises:
             InputError: it cannot be loaded; the message says why and what to do.
         """
+        if (known := self._models.get(name)) is not None:
+            return known  # without waiting for another one that is being loaded
         with self._loading:
             if name not in self._models:
                 self._models[name] = Shared(self._loader(name), threading.Lock())

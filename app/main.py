@@ -66,6 +66,7 @@ def main() -> None:
         bench = workbench(given)
         question = sidebar.show(given, bench)
         if question is not None:
+            state.asked(question)
             show(view or "ask", Context(given, bench, question))
     except InputError as error:
         problem(error)

@@ -24,6 +24,7 @@ def show(given: Settings, bench: Workbench) -> Question | None:
         if picture is None:
             return None
         prompt = _prompt(picture)
+        state.put("longest", min(int(state.get("longest")), given.longest))
         st.slider("Longest answer, in tokens", 1, given.longest, key="longest")
         st.button("Ask", type="primary", width="stretch", help="Answers are remembered; asking again is immediate.")
         if not prompt.strip():

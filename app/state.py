@@ -18,6 +18,8 @@ import streamlit as st
 Value = TypeVar("Value")
 ALL = "all"
 """Choice of a layer or head that means the mean over them."""
+AUTO = ""
+"""No layer chosen yet: the one that says most is taken."""
 MOST_TEXT = 2000
 """Characters of a question that are taken from an address or a text field."""
 
@@ -73,14 +75,14 @@ FIELDS: dict[str, Field] = {
     "prompt": Field("Describe the image.", _text),
     "longest": Field(64, _number(1, 4096)),
     "token": Field(-1, _number(-1, 4096)),
-    "layer": Field(ALL, _index),
+    "layer": Field(AUTO, _index),
     "head": Field(ALL, _index),
     "opacity": Field(0.9, _number(0.0, 1.0, float)),
     "measure": Field("", _text),
     "other": Field("", _text),
     "secondary": Field(0.5, _number(0.01, 1.0, float)),
     "core": Field(0.3, _number(0.01, 1.0, float)),
-    "refresh": Field(3, _number(0, 64)),
+    "refresh": Field(3, _number(0, 16)),
     "text": Field(0.7, _number(0.01, 1.0, float)),
     "prefill": Field(1.0, _number(0.01, 1.0, float)),
     "use_core": Field(True, _flag),
@@ -125,6 +127,15 @@ def get(name: str) -> Any:
 def put(name: str, value: Any) -> None:
     """Change a choice; before its widget is drawn, or in a callback."""
     st.session_state[name] = value
+
+
+def asked(question: object) -> None:
+    """Note what is being asked; another question than before starts without a chosen token, layer or step."""
+    before = st.session_state.get("asked", question)
+    st.session_state["asked"] = question
+    if before != question:
+        for name in ("token", "layer", "head", "step"):
+            put(name, FIELDS[name].default)
 
 
 def within(name: str, options: Sequence[Value], fallback: Value) -> Value:

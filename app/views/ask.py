@@ -67,10 +67,7 @@ def pick_token(seen: Observation, sample: Sample | None = None) -> int:
 def _layer_and_head(seen: Observation, step: int) -> tuple[int | None, int | None]:
     """Controls for layer, head and opacity, in one row."""
     layers, heads = state.indices(seen.layers), state.indices(seen.heads)
-    if "shown" not in st.session_state and state.get("layer") == state.ALL and "layer" not in st.query_params:
-        state.put("layer", str(seen.most_telling[1]))  # the first screen shows the layer that says most
-    st.session_state["shown"] = True
-    state.within("layer", layers, state.ALL)
+    state.within("layer", layers, str(seen.most_telling[1]))
     state.within("head", heads, state.ALL)
     first, second, third = st.columns([3, 3, 2])
     first.select_slider("Layer", layers, key="layer", format_func=lambda v: "mean over layers" if v == state.ALL else v)

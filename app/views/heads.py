@@ -70,11 +70,11 @@ def _measure(recording: Recording) -> tuple[Measure, bool]:
 
 def _present(seen: Observation, values: headmaps.Matrix) -> tuple[int, int]:
     """The chosen head; the one with the largest value until one is chosen."""
-    best = headmaps.rank(values, seen.layers)[0]
-    if state.get("layer") not in map(str, seen.layers):
-        state.put("layer", str(best[0]))
-    if state.get("head") not in map(str, range(seen.heads)):
-        state.put("head", str(best[1]))
+    known = state.get("layer") in map(str, seen.layers) and state.get("head") in map(str, range(seen.heads))
+    if not known:
+        layer, head, _ = headmaps.rank(values, seen.layers)[0]
+        state.put("layer", str(layer))
+        state.put("head", str(head))
     return int(state.get("layer")), int(state.get("head"))
 
 

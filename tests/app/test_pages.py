@@ -74,6 +74,15 @@ def test_choosing_another_token_layer_and_head_changes_the_sentence_and_the_addr
     assert "the model gives" in texts(test)
 
 
+def test_another_question_starts_with_the_token_that_says_most() -> None:
+    test = page(**ONE_WORD, token="0", layer="1", head="2")
+    test.selectbox(key="task").set_value("ocr").run()
+    assert errors(test) == []
+    assert test.session_state["head"] == "all"
+    assert "layer" in texts(test)
+    assert len(test.pills(key="token").options) > 2
+
+
 def test_an_address_nobody_could_mean_is_ignored() -> None:
     test = page(
         **ONE_WORD, token="999", layer="77", head="<script>", opacity="-3", scene="x", view="nowhere", rivals="a,b"
@@ -81,7 +90,8 @@ def test_an_address_nobody_could_mean_is_ignored() -> None:
     assert errors(test) == []
     assert test.session_state["view"] == "ask"
     assert test.session_state["scene"] == 0
-    assert test.session_state["layer"] == "all"
+    assert test.session_state["layer"] in {"0", "1", "2", "3", "4"}
+    assert test.session_state["token"] < len(test.pills(key="token").options)
 
 
 def test_own_questions_are_asked_and_empty_ones_explained() -> None:
