@@ -150,7 +150,7 @@ def describe(model: nn.Module) -> Family:
     if reason := _refusal(name, config):
         raise UnsupportedModelError(
             f"{type(model).__name__} (model type {name!r}) is not supported: {reason}. Decoders whose sequence holds image "
-            "tokens are supported, such as LLaVA, Qwen-VL or InternVL; `avl models --families` lists all types"
+            "tokens are supported, such as LLaVA, Qwen-VL or InternVL; docs/families.md lists all types"
         )
     ids = tuple(
         dict.fromkeys(

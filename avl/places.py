@@ -62,7 +62,7 @@ class View:
         """Part of the picture under every token, NaN where there is none."""
         none = (torch.nan,) * 4
         if self.box is None:
-            return [none] * self.count  # type: ignore[list-item]
+            return [none] * self.count
         left, top, right, bottom = self.box
         width, height = (right - left) / self.columns, (bottom - top) / self.rows
         cells = [

@@ -14,6 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -50,11 +51,26 @@ def _avl() -> None:
 @app.command(epilog="Examples: [bold]avl models[/], [bold]avl models ./my-llava llava-hf/llava-1.5-7b-hf --download[/]")
 def models(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Models to describe: scenes, a folder or a hub id. Default: scenes.")
+        list[str] | None,
+        typer.Argument(
+            help="Models to describe: scenes, a folder or a hub id. Default: scenes. With --check: model types of "
+            "transformers, default all."
+        ),
     ] = None,
     download: Download = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check recording, policies and picture maps on a tiny model of each type.")
+    ] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="With --check of all types: renew the table at the end of this Markdown file.")
+    ] = None,
 ) -> None:
     """Describe models without loading their weights: size, layers, heads, image tokens, recordable or why not."""
+    if check or write is not None:
+        from avl_analysis.cli_check import check_types
+
+        check_types(names, write)
+        return
     from avl_analysis.inventory import SAMPLE_SIZE, count_of, inspect_model
 
     table = Table("model", "type", "parameters", "layers", "heads", "image tokens", "recordable", box=None)

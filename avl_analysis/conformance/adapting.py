@@ -105,13 +105,12 @@ def _adds_up(case: Case, usage: avl.Usage, sizes: _Sizes) -> None:
         if not bytes_held <= step.filled <= bytes_held + freed:
             raise Mismatch(f"step {index} of the default policy: {step.filled} bytes filled hold {bytes_held} bytes")
         _equal("bytes of the stock cache", step.full, sum(seen * sizes.slot[layer] for layer in usage.layers), index)
-        texts = min(text + index, max(round(0.7 * (text + index)), 20))
+        texts, before = (min(n, max(round(0.7 * n), 20)) for n in (text + index, text + index - 1))
         core = image if index == 0 else int((0.5 if index % 3 == 0 else 0.3) * image)
         for i, layer in enumerate(usage.layers):
             _equal("keys held", held[layer], system + int(0.5 * image) + texts, index)
             _equal("keys handed to attention", sizes.keys[index][layer], step.attended[i][0], index)
-            if index % 3 or text + index <= 20:
-                _equal("keys attended", step.attended[i][0], system + core + min(text + index, texts + 1), index)
+            _equal("keys attended", step.attended[i][0], system + core + (before + 1 if index else text), index)
         if step.allocated < step.filled:
             raise Mismatch(f"step {index}: {step.allocated} bytes allocated hold {step.filled} bytes")
 

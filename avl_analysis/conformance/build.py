@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from avl.families import Family, describe
 from avl_analysis.conformance.entries import entry
 from avl_analysis.conformance.inputs import has_processor, pixels, prompt
 from avl_analysis.conformance.shrink import shrink
@@ -78,8 +79,8 @@ class Case:
             torch.manual_seed(0)
             model = self.model_class(config).eval()
         _fill_zeros(model)
-        model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
+        if (settings := getattr(model, "generation_config", None)) is not None:
+            settings.eos_token_id, settings.pad_token_id = None, 0
         return model
 
     @cached_property
@@ -90,6 +91,11 @@ class Case:
                 return self._make("sdpa")
             except ValueError:
                 return self._make("eager")
+
+    @property
+    def family(self) -> Family:
+        """Facts about the model; raises UnsupportedModelError for types that are refused."""
+        return describe(self.model)
 
     @cached_property
     def eager(self) -> nn.Module:
@@ -115,7 +121,7 @@ class Case:
 
 
 def _fill_zeros(model: nn.Module) -> None:
-    """Random numbers in place of matrices that start as zeros (gates, projectors), which would hide what they multiply."""
+    """Random numbers in place of matrices that start as zeros (gates, projectors) and would hide what they multiply."""
     draw = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1 and not bool(parameter.any()):

@@ -11,20 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from avl_analysis.conformance.tower import toy_tower
-
+from avl_analysis.conformance import random_pixels as px
 from avl_analysis.conformance.shrink import DROP, HEAD, PATCH, SIDE, VOCABULARY, WIDTH
-
-Pixels = Callable[[Any], dict[str, Any]]
-"""Random pixel inputs for a tiny configuration."""
+from avl_analysis.conformance.tower import toy_tower
 
 IMAGE_ID = 90
 """Image token id given to families whose default configuration names none."""
-BREAK, END, NEWLINE = 100, 101, 102
-"""Ids of text tokens between image tokens: row break or view marker, end of a picture or view, line break."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +31,8 @@ class Entry:
         tokens: number of image tokens, where the model cannot be asked for it.
         shown: the ids that stand for a picture, where other tokens come between image tokens.
         along: dimension along which the pixels of several prompts are laid one after another.
-        prefix: whether the whole prompt is seen by all its tokens, which `token_type_ids` 0 then stands for (elsewhere they
-            mark image tokens with 1).
+        prefix: whether the whole prompt is seen by all its tokens, which `token_type_ids` 0 then stands for (elsewhere
+            they mark image tokens with 1).
         reach: pixels that resampling spreads a change of the picture over.
         ignores_padding: False where padding takes part in choosing blocks of keys, so that backends, which fill padding
             differently, choose differently (MiniMax M3; its modeling file says so).
@@ -49,46 +41,13 @@ class Entry:
     override: Mapping[str, Any] = field(default_factory=dict)
     processor: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    pixels: Pixels | None = None
+    pixels: px.Pixels | None = None
     tokens: Callable[[Any, Mapping[str, Any]], int] | None = None
     shown: Callable[[Any, Mapping[str, Any], int], list[int]] | None = None
     along: int = 0
     prefix: bool = False
     reach: float = 3.0
     ignores_padding: bool = True
-
-
-def _noise(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-
-
-def square(config: Any) -> dict[str, Any]:
-    """One square picture."""
-    return {"pixel_values": _noise(1, 3, SIDE, SIDE)}
-
-
-def patches(channels_last: int | None = None, rows: int = 4, columns: int = 6, frames: int = 2) -> Pixels:
-    """Flattened patches of one picture and its grid, as the Qwen family takes them."""
-
-    def make(config: Any) -> dict[str, Any]:
-        width = channels_last or 3 * frames * PATCH * PATCH
-        return {"pixel_values": _noise(rows * columns, width), "image_grid_thw": torch.tensor([[1, rows, columns]])}
-
-    return make
-
-
-def _patch_images(config: Any) -> dict[str, Any]:
-    """Patches as small pictures (Kimi)."""
-    return {"pixel_values": _noise(24, 3, PATCH, PATCH), "image_grid_thw": torch.tensor([[1, 4, 6]])}
-
-
-def _naflex(config: Any) -> dict[str, Any]:
-    """SigLIP 2 patches with their grid (LFM2-VL)."""
-    return {
-        "pixel_values": _noise(1, 24, 3 * PATCH * PATCH),
-        "spatial_shapes": torch.tensor([[4, 6]]),
-        "pixel_attention_mask": torch.ones(1, 24, dtype=torch.long),
-    }
 
 
 def _thirds(text: str = "text_config", **more: Any) -> dict[str, Any]:
@@ -116,97 +75,10 @@ _MINICPM = {
 }
 
 
-def _positions(config: Any) -> dict[str, Any]:
-    """Merged patches of one picture with their coordinates (Gemma 4), unpadded."""
-    vision = config.vision_config
-    side = getattr(vision, "model_patch_size", vision.patch_size)
-    where = torch.tensor([[x, y] for y in range(4) for x in range(6)])
-    return {"pixel_values": _noise(1, 24, 3 * side * side).sigmoid(), "image_position_ids": where[None]}
-
-
-def _minicpm(config: Any) -> dict[str, Any]:
-    """A strip of patches of one picture, four rows of eight (MiniCPM-V)."""
-    return {"pixel_values": _noise(1, 3, PATCH, 32 * PATCH), "target_sizes": torch.tensor([[4, 8]])}
-
-
-def _molmo(config: Any) -> dict[str, Any]:
-    """One low-resolution crop whose 6 x 6 patches are pooled two by two (Molmo 2)."""
-    index = torch.arange(36).view(3, 2, 3, 2).permute(0, 2, 1, 3).reshape(9, 4)
-    return {
-        "pixel_values": _noise(1, 36, 3 * PATCH * PATCH),
-        "image_token_pooling": index,
-        "image_grids": torch.tensor([[3, 3, 0, 0]]),
-        "image_num_crops": torch.tensor([1]),
-    }
-
-
-def _inkling(config: Any) -> dict[str, Any]:
-    vision = config.vision_config
-    return {"pixel_values": _noise(12, vision.temporal_patch_size, vision.patch_size, vision.patch_size, 3)}
-
-
-def _inkling2(config: Any) -> dict[str, Any]:
-    side = 2 * config.vision_config.patch_size
-    return {"pixel_values": _noise(12, side, side, 3), "image_grid_thw": torch.tensor([[1, 3, 4]])}
-
-
-def _radio(config: Any) -> dict[str, Any]:
-    return {"pixel_values": _noise(24, 3 * PATCH * PATCH), "image_grid_hw": torch.tensor([[4, 6]])}
-
-
-def _large_square(config: Any) -> dict[str, Any]:
-    return {"pixel_values": _noise(1, 3, 64, 64)}
-
-
-def _frames(config: Any) -> dict[str, Any]:
-    ids = torch.tensor([[5, 6, 7]])
-    return {
-        "pixel_values": _noise(1, 4, 3, SIDE, SIDE),
-        "qformer_input_ids": ids,
-        "qformer_attention_mask": torch.ones_like(ids),
-    }
-
-
-def _qformer(config: Any) -> dict[str, Any]:
-    ids = torch.tensor([[5, 6, 7]])
-    return {**square(config), "qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
-
-
-def _fuyu(config: Any) -> dict[str, Any]:
-    return {"pixel_values": _noise(1, 12, 3 * config.patch_size**2)}
-
-
-def _emu(config: Any) -> dict[str, Any]:
-    return {**square(config), "image_sizes": torch.tensor([[SIDE, SIDE]])}
-
-
-def _tiles(config: Any) -> dict[str, Any]:
-    """Two tiles of one picture."""
-    return {"pixel_values": _noise(1, 2, 3, SIDE, SIDE)}
-
-
 _CONVOLUTIONS = {
     "model_type": "convnext", "num_stages": 2, "hidden_sizes": [16, WIDTH], "depths": [1, 1], "patch_size": PATCH,
     "hidden_size": WIDTH,
 }  # fmt: skip
-def _broken_rows(config: Any, given: Mapping[str, Any], image: int) -> list[int]:
-    """A break token after each row of merged patches, an end token after the last (Pixtral)."""
-    cell = config.vision_config.patch_size * config.spatial_merge_size
-    rows, columns = (int(n) // cell for n in given["image_sizes"][0])
-    return ([*[image] * columns, BREAK] * rows)[:-1] + [END]
-
-
-def _marked_tiles(config: Any, given: Mapping[str, Any], image: int) -> list[int]:
-    """Every tile behind the token of its row and column, a line break after each row, the whole picture last (Idefics3)."""
-    vision = config.vision_config
-    view = [image] * (vision.image_size // vision.patch_size // config.scale_factor) ** 2
-    rows, columns = int(given["rows"][0][0]), int(given["cols"][0][0])
-    ids: list[int] = []
-    for row in range(rows):
-        ids += [i for column in range(columns) for i in (END, BREAK + 10 + 6 * row + column, *view)] + [NEWLINE]
-    return [*ids, END, BREAK, *view, END]
-
-
 _SPLIT = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}, "return_row_col_info": True}
 _SOFT = {"patch_size": PATCH, "pooling_kernel_size": 2, "max_soft_tokens": 70}
 _PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
@@ -214,16 +86,20 @@ _VQ = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "
 _ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
 
 ENTRIES: dict[str, Entry] = {
-    "aria": Entry({"projector_patch_to_query_dict": {36: 9}, "max_value_projector_patch_to_query_dict": 9}, pixels=square),
+    "aria": Entry(
+        {"projector_patch_to_query_dict": {36: 9}, "max_value_projector_patch_to_query_dict": 9},
+        pixels=px.square,
+    ),
     "blip-2": Entry({"image_token_index": IMAGE_ID, "num_query_tokens": 8}),
     "chameleon": Entry(
         {
-            "vq_config.num_embeddings": 32, "vq_config.resolution": SIDE, **{f"vq_config.{k}": v for k, v in _VQ.items()},
+            "vq_config.num_embeddings": 32, "vq_config.resolution": SIDE, **{f"vq_config.{k}": v for k,
+                v in _VQ.items()},
             "vocabulary_map": {"<image>": IMAGE_ID, **{f"IMGIMG{c}{d}Z": 91 + 10 * i + j
                for i, c in enumerate("ABC") for j, d in enumerate("ABCDEFGHIJ")}, "IMGIMGDAZ": 121, "IMGIMGDBZ": 122},
         },
     ),
-    "cohere2_vision": Entry(pixels=square),
+    "cohere2_vision": Entry(pixels=px.square),
     "cohere_compass": Entry(
         {
             "text_config.layer_types": ["sliding_attention", "full_attention"],
@@ -241,11 +117,14 @@ ENTRIES: dict[str, Entry] = {
             **{f"vision_config.sam_config.{k}": v for k, v in _SAM.items()},
             "vision_config.sam_config.downsample_channels": [32, WIDTH],
         },
-        pixels=_large_square,
+        pixels=px.large_square,
     ),
     "deepseek_vl_hybrid": Entry(
         {**{f"high_res_vision_config.{k}": v for k, v in _SAM.items()}},
         options={"high_res_size": {"height": 64, "width": 64}, "size": {"height": SIDE, "width": SIDE}, "min_size": 4},
+    ),
+    "diffusion_gemma": Entry(
+        {"text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": WIDTH}
     ),
     "dots3_note": Entry(
         {
@@ -257,22 +136,23 @@ ENTRIES: dict[str, Entry] = {
             "vision_config.adapter_in_dim": WIDTH, "vision_config.adapter_out_dim": WIDTH,
             "audio_config.adapter_input_size": WIDTH, "audio_config.adapter_out_dim": WIDTH,
         },
-        pixels=patches(frames=1),
+        pixels=px.patches(frames=1),
     ),
     "ernie4_5_vl_moe": Entry(
-        {**_thirds(mrope_section=[3, 3, 2]), "text_config.moe_intermediate_size": [32, 32]}, pixels=patches(frames=1)
+        {**_thirds(mrope_section=[3, 3, 2]), "text_config.moe_intermediate_size": [32, 32]}, pixels=px.patches(frames=1)
     ),
     "emu3": Entry(
         {
-            "vq_config.codebook_size": 16, "vq_config.base_channels": WIDTH, "vq_config.num_res_blocks": 1, "vq_config.embed_dim": 4,
+            "vq_config.codebook_size": 16, "vq_config.base_channels": WIDTH, "vq_config.num_res_blocks": 1,
+            "vq_config.embed_dim": 4,
             "vq_config.channel_multiplier": [1, 1], "vq_config.attn_resolutions": [1], "image_token_id": IMAGE_ID,
             "vocabulary_map": {"<image>": IMAGE_ID, "<|extra_200|>": 91,
                                **{f"<|visual token {i:06d}|>": 92 + i for i in range(16)}},
         },
-        pixels=_emu,
+        pixels=px.emu,
     ),
     "fast_vlm": Entry({"vision_config": _CONVOLUTIONS}, processor="llava"),
-    "fuyu": Entry({"text_config.num_attention_heads": 4}, pixels=_fuyu),
+    "fuyu": Entry({"text_config.num_attention_heads": 4}, pixels=px.fuyu),
     "gemma3": Entry({"mm_tokens_per_image": 9}),
     "gemma3n": Entry(
         {
@@ -283,17 +163,18 @@ ENTRIES: dict[str, Entry] = {
             "vision_config": toy_tower(), "audio_config.vocab_size": 8, "audio_config.vocab_offset": VOCABULARY + 16,
             "vision_soft_tokens_per_image": (SIDE // PATCH) ** 2,
         },
-        pixels=square,
+        pixels=px.square,
     ),
     "gemma4": Entry({"vision_config": _GEMMA4_VISION}, options=_SOFT),
     "gemma4_unified": Entry(
         {
             "vision_config": {
-                "model_type": "gemma4_unified_vision", "patch_size": PATCH, "pooling_kernel_size": 2, "mm_embed_dim": WIDTH,
+                "model_type": "gemma4_unified_vision", "patch_size": PATCH, "pooling_kernel_size": 2,
+                "mm_embed_dim": WIDTH,
                 "mm_posemb_size": 64, "output_proj_dims": WIDTH,
             },
         },
-        pixels=_positions,
+        pixels=px.positions,
     ),
     "glm4v": Entry(_thirds()),
     "glm4v_moe": Entry(_thirds(partial_rotary_factor=1.0), processor="glm4v"),
@@ -311,17 +192,25 @@ ENTRIES: dict[str, Entry] = {
     "hunyuan_vl": Entry({"text_config.head_dim": HEAD, **_thirds()}),
     "granite_docling": Entry({"vision_config.image_size": 32}),
     "idefics2": Entry({"perceiver_config.num_key_value_heads": 2, "text_config.sliding_window": None}),
-    "idefics3": Entry(options=_SPLIT, shown=_marked_tiles, reach=5.0),  # resized twice
-    "smolvlm": Entry(options=_SPLIT, shown=_marked_tiles, reach=5.0),
-    "inkling_mm_model": Entry({"vision_config.num_hidden_layers": 3}, pixels=_inkling),
-    "inkling2": Entry({}, pixels=_inkling2),
-    "instructblip": Entry({"image_token_index": IMAGE_ID, "num_query_tokens": 8}, pixels=_qformer),
-    "instructblipvideo": Entry({"video_token_index": IMAGE_ID, "num_query_tokens": 8}, pixels=_frames, tokens=lambda c, _: 4 * c.num_query_tokens),
+    "idefics3": Entry(options=_SPLIT, shown=px.marked_tiles, reach=5.0),  # resized twice
+    "smolvlm": Entry(options=_SPLIT, shown=px.marked_tiles, reach=5.0),
+    "inkling_mm_model": Entry({"vision_config.num_hidden_layers": 3}, pixels=px.inkling),
+    "inkling2": Entry({}, pixels=px.inkling2),
+    "instructblip": Entry({"image_token_index": IMAGE_ID, "num_query_tokens": 8}, pixels=px.qformer),
+    "instructblipvideo": Entry(
+        {"video_token_index": IMAGE_ID, "num_query_tokens": 8},
+        pixels=px.frames,
+        tokens=lambda c,
+        _: 4 * c.num_query_tokens,
+    ),
     "internvl": Entry(options={"crop_to_patches": True}),
     "qianfan_ocr": Entry(options={"crop_to_patches": True}),
     "janus": Entry({f"vq_config.{k}": v for k, v in _VQ.items()}),
-    "kimi_k25": Entry(pixels=_patch_images),
-    "lfm2_vl": Entry({"text_config.full_attn_idxs": DROP, "text_config.layer_types": ["conv", "full_attention"]}, pixels=_naflex),
+    "kimi_k25": Entry(pixels=px.patch_images),
+    "lfm2_vl": Entry(
+        {"text_config.full_attn_idxs": DROP, "text_config.layer_types": ["conv", "full_attention"]},
+        pixels=px.naflex,
+    ),
     "llama4": Entry(
         {
             "text_config.moe_layers": DROP,
@@ -329,31 +218,32 @@ ENTRIES: dict[str, Entry] = {
             "vision_config.vision_output_dim": WIDTH, "vision_config.intermediate_size": 4 * WIDTH,
             "text_config.no_rope_layers": [1, 0], "text_config.attention_chunk_size": 8,
         },
-        pixels=square,
+        pixels=px.square,
     ),
     "llava_next": Entry({"image_grid_pinpoints": _PINPOINTS}),
     "llava_next_video": Entry({"image_grid_pinpoints": _PINPOINTS}),
     "llava_onevision": Entry({"image_grid_pinpoints": _PINPOINTS}),
-    "lighton_ocr": Entry({"vision_config.image_size": 48}, shown=_broken_rows),
-    "mistral3": Entry({"vision_config.image_size": 48}, shown=_broken_rows),
-    "minicpm_ocr": Entry(_MINICPM, pixels=_minicpm, along=3),
-    "minicpmv4_6": Entry(_MINICPM, pixels=_minicpm, along=3),
-    "minicpmv4_7": Entry(_MINICPM, pixels=_minicpm, along=3),
+    "lighton_ocr": Entry({"vision_config.image_size": 48}, shown=px.broken_rows),
+    "mistral3": Entry({"vision_config.image_size": 48}, shown=px.broken_rows),
+    "minicpm_ocr": Entry(_MINICPM, pixels=px.minicpm, along=3),
+    "minicpmv4_6": Entry(_MINICPM, pixels=px.minicpm, along=3),
+    "minicpmv4_7": Entry(_MINICPM, pixels=px.minicpm, along=3),
     "minimax_m3_vl": Entry(
         {
             "text_config.layer_types": ["full_attention", "minimax_m3_sparse"], "text_config.index_block_size": 4,
             "text_config.index_topk_blocks": 2,
         },
-        pixels=patches(),
+        pixels=px.patches(),
         ignores_padding=False,
     ),
     "mistral_large4": Entry(
         {
-            "text_config.num_hidden_layers": 3, "text_config.kv_source_layers": [0, 0, 2], "text_config.no_rope_layers": [1, 1, 0],
+            "text_config.num_hidden_layers": 3, "text_config.kv_source_layers": [0, 0, 2],
+            "text_config.no_rope_layers": [1, 1, 0],
             "text_config.index_topk": 8,
             "vision_config.image_size": 48,
         },
-        shown=_broken_rows,
+        shown=px.broken_rows,
     ),
     "molmo2": Entry(
         {
@@ -361,16 +251,20 @@ ENTRIES: dict[str, Entry] = {
             "adapter_config.text_hidden_size": WIDTH, "vision_config.num_position_embeddings": 36,
             "vision_config.image_size": [SIDE, SIDE],
         },
-        pixels=_molmo,
+        pixels=px.molmo,
     ),
-    "muse_glimmer": Entry({"text_config.layer_rope_theta": [1e4, 0], "out_hidden_size": 4 * WIDTH}, pixels=patches()),
+    "muse_glimmer": Entry(
+        {"text_config.layer_rope_theta": [1e4, 0], "out_hidden_size": 4 * WIDTH},
+        pixels=px.patches(),
+    ),
     "muse_spark": Entry(
         {
             "text_config.layer_rope_theta": [1e4, 0], "out_hidden_size": 4 * WIDTH,
-            "audio_config.num_hidden_layers": 2, "audio_config.patch_sizes": [4, 2], "audio_config.hidden_sizes": [16, 16],
+            "audio_config.num_hidden_layers": 2, "audio_config.patch_sizes": [4, 2],
+            "audio_config.hidden_sizes": [16, 16],
             "audio_config.depths": [1, 1], "text_config.moe_hidden_size": WIDTH,
         },
-        pixels=patches(),
+        pixels=px.patches(),
     ),
     "nemotron_h_omni": Entry(
         {
@@ -378,21 +272,31 @@ ENTRIES: dict[str, Entry] = {
             "text_config.mamba_num_heads": 4, "text_config.mamba_head_dim": HEAD, "text_config.n_groups": 2,
             "text_config.ssm_state_size": 16, "vision_config.patch_dim": DROP, "vision_config.video_patch_dim": DROP,
         },
-        pixels=_radio,
+        pixels=px.radio,
     ),
     "paddleocr_vl": Entry(_thirds()),
     "paligemma": Entry(prefix=True),
-    "perception_lm": Entry({"vision_config": {**_CLIP, "model_args": {"embed_dim": WIDTH}}, "vision_use_cls_token": True}, pixels=_tiles),
+    "perception_lm": Entry(
+        {"vision_config": {**_CLIP, "model_args": {"embed_dim": WIDTH}}, "vision_use_cls_token": True},
+        pixels=px.tiles,
+    ),
     "qwen2_vl": Entry(_thirds()),
     "qwen2_5_vl": Entry(_thirds()),
-    "qwen2_5_omni_thinker": Entry({**_thirds(), "vision_start_token_id": 60, "vision_end_token_id": 61}, processor="qwen2_vl"),
-    "qwen3_omni_moe_thinker": Entry({**_thirds(), "vision_start_token_id": 60, "vision_end_token_id": 61}, processor="qwen2_vl"),
+    "qwen2_5_omni_thinker": Entry(
+        {**_thirds(), "vision_start_token_id": 60, "vision_end_token_id": 61},
+        processor="qwen2_vl",
+    ),
+    "qwen3_omni_moe_thinker": Entry(
+        {**_thirds(), "vision_start_token_id": 60, "vision_end_token_id": 61},
+        processor="qwen2_vl",
+    ),
     "qwen3_vl_moe": Entry(processor="qwen2_vl"),
     "qwen4_exp": Entry(
         {
             "text_config.indexer_n_heads": 2, "text_config.indexer_kv_heads": 1, "text_config.indexer_head_dim": HEAD,
             "text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 2, "text_config.hc_lowrank": 8,
-            "text_config.ple_embed_dim": 32, "text_config.ngram_vocab_size_base": 64, "text_config.output_gate_type": "silu",
+            "text_config.ple_embed_dim": 32, "text_config.ngram_vocab_size_base": 64,
+            "text_config.output_gate_type": "silu",
         },
     ),
     "shieldgemma2": Entry({"mm_tokens_per_image": 9}),
@@ -401,14 +305,14 @@ ENTRIES: dict[str, Entry] = {
             "text_config.layer_types": ["full_attention", "sliding_attention"], "text_config.sliding_window": 8,
             "text_config.rope_parameters": _ROPES, "text_config.num_sliding_attention_heads": 4,
         },
-        pixels=square,
+        pixels=px.square,
     ),
     "unlimited_ocr": Entry(
         {
             **{f"vision_config.sam_config.{k}": v for k, v in _SAM.items()},
             "vision_config.sam_config.downsample_channels": [32, WIDTH],
         },
-        pixels=_large_square,
+        pixels=px.large_square,
     ),
     "vipllava": Entry({"vision_feature_layer": [-1, -2]}),
 }  # fmt: skip

@@ -24,7 +24,13 @@ from avl_analysis.conformance.inputs import image_features, image_processor, par
 SIZES = ((40, 28), (24, 44), (32, 32))
 """Width and height of the pictures painted: wide, high, square, none a multiple of a patch."""
 
-PAINTED = ((0.0, 0.0, 0.4, 0.45), (0.3, 0.35, 0.75, 0.8), (0.62, 0.55, 1.0, 1.0), (0.0, 0.45, 1.0, 0.6), (0.4, 0.0, 0.6, 1.0))
+PAINTED = (
+    (0.0, 0.0, 0.4, 0.45),
+    (0.3, 0.35, 0.75, 0.8),
+    (0.62, 0.55, 1.0, 1.0),
+    (0.0, 0.45, 1.0, 0.6),
+    (0.4, 0.0, 0.6, 1.0),
+)
 """Painted parts as fractions: two corners, the middle, a row, a column."""
 
 _OUTPUTS = ("out_proj", "o_proj", "proj", "projection_layer", "wo", "dense")
@@ -69,7 +75,8 @@ def check_places(case: Case) -> Painted:
         plain = torch.cat(list(parts(image_features(model, given))))
         placed, of = placed + int((~boxes[:, 0].isnan()).sum()), of + len(boxes)
         for part, painted in _paint(picture):
-            changed = (torch.cat(list(parts(image_features(model, _pixels(case, painted))))) - plain).abs().amax(-1) > 1e-6
+            features = torch.cat(list(parts(image_features(model, _pixels(case, painted)))))
+            changed = (features - plain).abs().amax(-1) > 1e-6
             within, beyond = _sides(boxes, part, help.reach)
             inside, outside = inside + int(within.sum()), outside + int(beyond.sum())
             wrong += int((within & ~changed).sum()) + int((beyond & changed).sum())
@@ -116,7 +123,8 @@ def _sides(boxes: Tensor, part: tuple[int, int, int, int], reach: float) -> tupl
     left, top, right, bottom = boxes.unbind(-1)
     wide, high = right - left, bottom - top
     close = 1e-3
-    within = (left >= part[0] - close) & (top >= part[1] - close) & (right <= part[2] + close) & (bottom <= part[3] + close)
+    within = (left >= part[0] - close) & (top >= part[1] - close)
+    within &= (right <= part[2] + close) & (bottom <= part[3] + close)
     within &= (wide > 0.5) & (high > 0.5)  # a sliver of the picture beside padding may leave no trace
     beyond = (left >= part[2] + reach) | (top >= part[3] + reach)
     beyond |= (right <= part[0] - reach) | (bottom <= part[1] - reach)

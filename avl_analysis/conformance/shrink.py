@@ -26,21 +26,12 @@ _FIRST_SPECIAL = 16  # ids below stay; ids from here on are numbered anew
 
 _SIZES: tuple[tuple[str, Any], ...] = (
     (r"vocab_size.*|.*_vocab_size", VOCABULARY),
-    (
-        r"(text_|vision_|encoder_|out_|image_text_|projector_|projection_|vision_output_|merged_|downsample_)?hidden_(size|dim)",
-        WIDTH,
-    ),
-    (
-        r"d_model|embed_dim|n_embd|word_embed_proj_dim|projection_dim|output_dim|image_token_embed_dim|qformer_hidden_size",
-        WIDTH,
-    ),
+    (r"(.*_)?hidden_(size|dim)|d_model|n_embd|word_embed_proj_dim|projection_dim|output_dim", WIDTH),
+    (r"embed_dim|image_token_embed_dim", WIDTH),
     (r".*(intermediate_size|ffn_dim|mlp_dim|ffn_hidden_size)(_mlp)?|d_ff|share_expert_dim|.*intermediate_dim", WIDTH),
     (r".*(num_)?key_value_heads", HEADS // 2),
     (r".*num_attention_heads|.*num_heads|.*attention_heads|n_heads", HEADS),
-    (
-        r"(swa_|global_|resampler_)?head_dim|d_kv|v_head_dim|qk_(nope|rope)_head_dim|index_head_dim|linear_(key|value)_head_dim|linear_head_dim",
-        HEAD,
-    ),
+    (r"(?!qk_head_dim)(.*_)?head_dim|d_kv|qk_(nope|rope)_head_dim", HEAD),
     (r"(q|kv)_lora_rank", HEAD),
     (r".*num_(hidden_)?layers|depth|encoder_layers|decoder_layers|resampler_depth|num_layers", 2),
     (r"max_position_embeddings", 1024),
@@ -82,9 +73,8 @@ def shrink(config: PreTrainedConfig, override: Mapping[str, Any] | None = None) 
 DROP = object()
 """Override value: leave the field out."""
 
-_BASE_FIELDS = frozenset(PreTrainedConfig().to_dict()) - {
-    "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "is_encoder_decoder", "decoder_start_token_id",
-}  # fmt: skip
+_KEPT = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "is_encoder_decoder")
+_BASE_FIELDS = frozenset(PreTrainedConfig().to_dict()) - {*_KEPT, "decoder_start_token_id"}
 
 
 def _shrink(config: PreTrainedConfig, ids: Mapping[int, int], override: Mapping[str, Any], path: str) -> dict[str, Any]:

@@ -23,17 +23,16 @@ def config(**fields):
 
 def describe_one(name, config, ids, sizes=None, processor=None, **inputs):
     """Pictures of one row of ids, and the note."""
-    image = [i == IMAGE for i in ids]
-    starts = [i for i, here in enumerate(image) if here and not (i and image[i - 1])]
-    runs = [
-        (start, next(n for n in range(1, len(ids) - start + 1) if start + n == len(ids) or not image[start + n]))
-        for start in starts
-    ]
+    runs = []
+    for at, here in enumerate(ids):
+        if here == IMAGE:
+            start = runs.pop()[0] if runs and sum(runs[-1]) == at else at
+            runs.append((start, at + 1 - start))
     (row,), note = describe_rows(name, config, [ids], [runs], inputs, None if sizes is None else [sizes], processor)
     return row, note
 
 
-# -- views ----------------------------------------------------------------------------------------------------------------
+# -- views ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_view_numbers_its_tokens_in_raster_order_with_breaks_between_rows():
@@ -64,7 +63,7 @@ def test_other_pictures_than_the_prompt_shows_are_refused():
         map_pictures(layout, [[(View(1, 1),)]], [[(10, 10), (10, 10)]], "")
 
 
-# -- families -------------------------------------------------------------------------------------------------------------
+# -- families ---------------------------------------------------------------------------------------------------------
 
 
 def test_llava_sees_the_centre_square_of_a_picture():
@@ -179,7 +178,7 @@ def test_inputs_that_do_not_add_up_leave_places_unknown():
     assert (pictures, note) == ([nowhere(5)], UNKNOWN)
 
 
-# -- through a model ------------------------------------------------------------------------------------------------------
+# -- through a model --------------------------------------------------------------------------------------------------
 
 
 def test_a_picture_map_of_a_padded_batch_puts_every_picture_where_its_tokens_are():

@@ -1,0 +1,130 @@
+"""One line per registered model type: recorded, adapted, picture map, or the reason why not.
+
+`check` finds out by running a tiny model; `markdown` and `parse` write and read the table that is committed as
+docs/families.md and compared by the tests, so that a change of transformers or of this project shows as a changed line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+
+import transformers
+
+from avl.families import UnsupportedModelError
+from avl_analysis.conformance.adapting import check_adapting
+from avl_analysis.conformance.build import Case
+from avl_analysis.conformance.painting import check_places
+from avl_analysis.conformance.recording import Mismatch, check_recording
+
+YES = "exact"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is true of one model type.
+
+    Attributes:
+        model_type: its name in transformers.
+        recorded: "exact", or why it cannot be recorded.
+        adapted: "n of m layers" that a policy acts on, or why none.
+        picture_map: what is known of places in the picture, and how.
+        pixels: what the tiny model was shown: "processor" (its own image processor) or "random".
+    """
+
+    model_type: str
+    recorded: str
+    adapted: str
+    picture_map: str
+    pixels: str
+
+    @property
+    def is_recorded(self) -> bool:
+        return self.recorded == YES
+
+    @property
+    def is_adapted(self) -> bool:
+        return re.fullmatch(r"\d+ of \d+ layers?", self.adapted) is not None
+
+
+def check(model_type: str) -> Row:
+    """Build a tiny model of a type and find out.
+
+    Raises:
+        Mismatch: something that should hold does not.
+    """
+    case = Case(model_type)
+    try:
+        family = case.family
+    except UnsupportedModelError as refusal:
+        return Row(model_type, _reason(refusal), "-", "-", "-")
+    if not family.image_token_ids:
+        raise Mismatch(f"{model_type} is neither described nor refused")
+    check_recording(case)
+    return Row(model_type, YES, _adapted(case), _places(case), case.pixels_from)
+
+
+def _adapted(case: Case) -> str:
+    try:
+        found = check_adapting(case)
+    except UnsupportedModelError as refusal:
+        return _reason(refusal)
+    return f"{found.layers} of {found.of} layer{'s' if found.of > 1 else ''}"
+
+
+def _places(case: Case) -> str:
+    """How well the picture map is known: from the inputs or by assumption, and whether painting confirmed it."""
+    if case.pixels_from != "processor":
+        return "not checked (no Pillow image processor)"
+    found = check_places(case)
+    if not found.placed:
+        return "none"
+    kind = "assumed square" if found.assumption else "grid"
+    if found.wrong and not found.assumption:
+        raise Mismatch(f"{found.wrong} image tokens of {case.model_type} do not lie where the picture map says")
+    if found.wrong or not (found.inside and found.outside):
+        return f"{kind}, not confirmed"
+    return f"{kind}, confirmed by painting"
+
+
+def _reason(refusal: UnsupportedModelError) -> str:
+    """The reason inside a refusal, without the advice around it."""
+    text = str(refusal)
+    if "is not supported: " in text:
+        text = text.split("is not supported: ")[1].split(". ")[0]
+    return text.split("; policies act")[0]
+
+
+# -- the table as text ------------------------------------------------------------------------------------------------
+
+_HEAD = ("type", "recorded", "adapted", "picture map", "pixels")
+
+
+def counts(rows: Sequence[Row]) -> str:
+    """One sentence that sums a table up."""
+    recorded, adapted = sum(row.is_recorded for row in rows), sum(row.is_adapted for row in rows)
+    return f"{len(rows)} types: {recorded} recorded exactly, {adapted} adapted, {len(rows) - recorded} refused."
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table as committed: what was checked, the counts, one line per type."""
+    lines = [
+        "| " + " | ".join(_HEAD) + " |",
+        "|" + "---|" * len(_HEAD),
+        *("| " + " | ".join(astuple(row)) + " |" for row in sorted(rows, key=lambda row: row.model_type)),
+    ]
+    return f"transformers {transformers.__version__}. {counts(rows)}\n\n" + "\n".join(lines) + "\n"
+
+
+def parse(text: str) -> list[Row]:
+    """The rows of a committed table."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    rows = [Row(*(cell.strip() for cell in line.strip("|").split("|"))) for line in lines]
+    if any(len(fields(Row)) != len(astuple(row)) for row in rows):
+        raise ValueError("the table has lines with other columns than " + ", ".join(_HEAD))
+    return rows
+
+
+MARK = "<!-- table -->"
+"""Line of the committed file behind which the table stands."""
