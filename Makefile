@@ -3,6 +3,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+OLDEST := .venv-oldest
+OLDEST_TRANSFORMERS := 5.17.0
 OUT ?= out
 WORKERS ?= 2
 
@@ -10,7 +12,7 @@ WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report test test-slow app check format clean
+.PHONY: help setup report test test-slow test-oldest app check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +38,17 @@ test: setup ## run the tests (the slow ones apart: make test-slow)
 
 test-slow: setup ## run the slow tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m slow --timeout 1800 $(ARGS)
+
+test-oldest: $(OLDEST)/.installed ## run the model-facing tests on the oldest supported transformers
+	$(TEST_ENV) $(OLDEST)/bin/python -m pytest -n $(WORKERS) tests/avl tests/avl_analysis $(ARGS)
+
+# Only transformers and what it insists on is installed anew; everything else is looked up in $(VENV).
+$(OLDEST)/.installed: $(STAMP)
+	$(BIN)/python -m venv $(OLDEST)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(OLDEST)/bin/python -m pip install --quiet 'transformers==$(OLDEST_TRANSFORMERS)'
+	@touch $@
 
 app: setup ## start the dashboard on this machine only
 	$(BIN)/avl app

@@ -30,6 +30,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils import is_torchvision_available
 
 from avl_analysis.errors import InputError
 from avl_analysis.scenes import MODEL_DIR
@@ -145,10 +146,12 @@ def read_processor(checkpoint: Checkpoint) -> ProcessorMixin:
         processor = AutoProcessor.from_pretrained(checkpoint.path, **checkpoint.options)
         if getattr(processor, "image_processor", None) is None:
             raise ValueError(f"found only a {type(processor).__name__}")
-        # Only the image processor may hear of a backend: passed to AutoProcessor it would end up in the tokenizer too.
-        processor.image_processor = AutoImageProcessor.from_pretrained(
-            checkpoint.path, backend="pil", **checkpoint.options
-        )
+        if is_torchvision_available():
+            # Only the image processor may hear of a backend: AutoProcessor would pass it on to the tokenizer. Without
+            # torchvision the PIL backend is what it loads anyway.
+            processor.image_processor = AutoImageProcessor.from_pretrained(
+                checkpoint.path, backend="pil", **checkpoint.options
+            )
     except (OSError, ValueError, ImportError, TypeError) as error:
         raise InputError(
             f"{checkpoint.name} comes without a usable processor (tokenizer and image processor): {first_line(error)}; "

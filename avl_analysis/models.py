@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
+from avl.families import UnsupportedModelError, describe
 from avl_analysis.checkpoint import EMBEDDED, first_line, locate, read_config, read_processor, read_weights
 from avl_analysis.errors import InputError
 from avl_analysis.images import ImageSource, open_image
@@ -95,6 +96,7 @@ class VLM:
                 f"the {type(self.processor).__name__} refused {sum(map(len, rows))} picture(s) with this text: {error}"
             ) from error
         self._check_length(inputs["input_ids"].shape[1])
+        self._check_pictures(inputs["input_ids"], [len(row) for row in rows])
         return inputs.to(device=self.model.device, dtype=self.model.dtype)
 
     def answer(
@@ -124,6 +126,24 @@ class VLM:
                 f"the prompt has {length} tokens, pictures included; {self.name} takes at most {limit}: "
                 "shorten it or pass fewer pictures"
             )
+
+    def _check_pictures(self, ids: torch.Tensor, pictures: list[int]) -> None:
+        """Not every processor notices that a chat template left a picture out."""
+        wanted = torch.tensor(_image_ids(self.model), dtype=ids.dtype)
+        found = torch.isin(ids, wanted).any(1).tolist()
+        for row, count in enumerate(pictures):
+            if len(wanted) and found[row] != (count > 0):
+                raise InputError(
+                    f"row {row} has {count} picture(s) but {'some' if found[row] else 'no'} image tokens: the chat "
+                    f"template of {self.name} puts them elsewhere; repair it, or write the placeholder into the prompt"
+                )
+
+
+def _image_ids(model: PreTrainedModel) -> list[int]:
+    try:
+        return list(describe(model).image_token_ids)
+    except UnsupportedModelError:  # it still loads and answers; recording it will say why it cannot be recorded
+        return []
 
 
 def load_model(

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from avl_analysis import checkpoint
 from avl_analysis.errors import InputError
 from avl_analysis.models import VLM, load_model
 from tests import tiny
@@ -123,7 +125,9 @@ def test_a_template_that_drops_the_system_prompt_is_noticed(vlm: VLM, tmp_path: 
 def test_a_template_that_drops_the_picture_is_noticed(tmp_path: Path) -> None:
     blind = load_model(tiny.save_folder(tmp_path))
     blind.processor.chat_template = blind.processor.chat_template.replace("<image>", "")
-    with pytest.raises(InputError, match=r"LlavaProcessor refused 1 picture"):
+    with pytest.raises(
+        InputError, match=r"LlavaProcessor refused 1 picture|row 0 has 1 picture\(s\) but no image tokens"
+    ):
         blind.prepare(tiny.picture(), "what?")
 
 
@@ -145,6 +149,35 @@ def test_dtype_and_attention_backend_are_taken_as_asked(folder: Path) -> None:
     assert half.model.dtype == torch.bfloat16
     assert half.model.config.text_config._attn_implementation == "eager"
     assert half.prepare(tiny.picture(), "what?")["pixel_values"].dtype == torch.bfloat16
+
+
+def test_pictures_are_prepared_by_pillow_even_where_torchvision_is_installed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def load(path: str, **options: object) -> object:
+        asked.update(options)
+        return tiny.processor().image_processor
+
+    monkeypatch.setattr(checkpoint, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(checkpoint, "AutoImageProcessor", SimpleNamespace(from_pretrained=load))
+    processor = load_model(folder).processor
+    assert asked["backend"] == "pil"
+    assert processor.tokenizer.init_kwargs.get("backend") != "pil"
+    assert type(processor.image_processor).__name__ == "CLIPImageProcessorPil"
+
+
+def test_a_picture_without_image_tokens_is_noticed_whatever_the_processor_says(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Careless(type(vlm.processor)):  # type: ignore[misc]
+        def __call__(self, images: object = None, text: object = None, **kwargs: object) -> object:
+            return super().__call__(images=None, text=["what?"], **kwargs)
+
+    monkeypatch.setattr(vlm.processor, "__class__", Careless)
+    with pytest.raises(InputError, match=r"row 0 has 1 picture\(s\) but no image tokens"):
+        vlm.prepare(tiny.picture(), "what?")
 
 
 def _without_config(path: Path) -> None:
