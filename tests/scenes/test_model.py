@@ -88,7 +88,7 @@ def test_chance_is_the_commonest_answer_of_each_kind_of_question() -> None:
 
 def test_evaluation_refuses_too_few_samples_and_unequal_pictures(shipped) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="n=1"):
-        evaluate.evaluate(*shipped, n=1)
+        evaluate.evaluate_task(*shipped, "ocr", n=1)
     with pytest.raises(ValueError, match="2 prompts and 1 pictures"):
         evaluate.answers(*shipped, scenes.samples(2, "ocr"), scenes.samples(1, "ocr"))
 
