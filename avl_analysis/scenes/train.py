@@ -15,9 +15,9 @@ What the loss is made of:
   vocabulary from the start and hastens the day on which "the circle" finds the circle.
 
 What is asked changes on the way: until held-out questions show that objects are found, scenes are easy and many
-questions find their object by shape (the kind that is learned last); relations and counts weigh more in the second half
-and counting and existence at the very end. ``soften`` shrinks the decoder's query and key matrices once, on resuming: the
-remedy where heads have become so sharp that nothing new is learned, which ``weight_decay`` is there to prevent.
+questions find their object by shape (the kind that is learned last); relations and counts weigh more in the second
+half, counting and existence at the very end. ``soften`` shrinks the decoder's query and key matrices once, on resuming:
+the remedy where heads have become so sharp that nothing new is learned, which ``weight_decay`` is there to prevent.
 
 There is **no loss on attention weights**: where heads look is what they came to by themselves. What one should know
 when reading attention from this model is that image tokens were asked to resemble words.
