@@ -79,18 +79,23 @@ class Recorder(Tap):
         self.require_image, self._raw_bytes = require_image, 0
         self.layers = {layer: index for index, layer in enumerate(layers)}
         self.heads, self.stop, self.maps, self.first = heads, stop, maps, first
-        self.closed: list[tuple[str, schema.Part]] = []
+        self.running = True
+        self._closed: list[tuple[str, schema.Part]] = []
         self.open: list[SampleLog] = []
         self._norms: dict[tuple[int, int], tuple[Tensor, int]] = {}  # (sample, layer): by rank; how many in order
         self._begin_pass([])
 
-    def parts(self) -> list[tuple[str, schema.Part]]:
-        """Name and arrays of every sample so far; those whose generation is still running as they stand now."""
-        return self.closed + [(sample.name, sample.part()) for sample in self.open if sample.phases]
+    def names(self) -> list[str]:
+        """Names of the samples so far."""
+        return [name for name, _ in self._closed] + [sample.name for sample in self.open if sample.phases]
+
+    def parts(self) -> list[schema.Part]:
+        """Their arrays; those of samples whose generation is still running as they stand now."""
+        return [part for _, part in self._closed] + [sample.part() for sample in self.open if sample.phases]
 
     def close(self) -> None:
         """No more passes will follow for the samples so far; their working memory is let go."""
-        self.closed, self.open = self.parts(), []
+        self._closed, self.open = list(zip(self.names(), self.parts(), strict=True)), []
         self._norms.clear()
 
     # -- passes -----
@@ -170,7 +175,7 @@ class Recorder(Tap):
     @torch.no_grad()
     def end(self, forward: Forward) -> None:
         if forward.kind == "prefill":
-            count = self.first + len(self.closed)
+            count = self.first + len(self._closed)
             self.open = [
                 SampleLog(f"{count + b:06d}", tuple(self.layers), self.heads, self.statistics, self.plan, self.maps)
                 for b in range(forward.layout.batch)
@@ -297,9 +302,10 @@ def record(
     recorder = Recorder(chosen, numbers, family.query_heads, stops, maps, first_sample, kept, require_image)
     labels = schema.layer_labels(numbers, family.query_heads, family.key_heads)
     seam = attach(model, recorder, "observer")
-    recording = Recording.live(recorder.parts, labels, provenance(model, family, chosen))
+    recording = Recording.live(recorder, labels, provenance(model, family, chosen))
     try:
         yield recording
     finally:
         seam.detach(recorder)
         recorder.close()
+        recorder.running = False

@@ -11,15 +11,28 @@ and exact in any order and any split.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import xarray as xr
 
+from avl_analysis.intervals import mean_interval
 from avl_analysis.schema import FORMAT, GROUPS, VERSION, Part, RecordingError, concatenate, stack
+
+
+class Source(Protocol):
+    """What a recording in the making is read from."""
+
+    running: bool
+
+    def names(self) -> list[str]:
+        """Names of the samples so far."""
+
+    def parts(self) -> list[Part]:
+        """Their arrays."""
 
 
 class Recording:
@@ -27,43 +40,40 @@ class Recording:
 
     def __init__(self, data: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> None:
         self._data: dict[str, xr.Dataset] | None = dict(data)
-        self._parts: Callable[[], list[tuple[str, Part]]] | None = None
+        self._source: Source | None = None
         self._labels: Mapping[str, Sequence[Any]] = {}
         self._state: tuple[int, ...] = ()
         self._facts: dict[str, dict[str, Any]] = {}
         self.attrs = dict(attrs)
 
     @classmethod
-    def live(
-        cls,
-        parts: Callable[[], list[tuple[str, Part]]],
-        labels: Mapping[str, Sequence[Any]],
-        attrs: Mapping[str, Any],
-    ) -> Recording:
-        """A recording in the making; `parts` gives the samples so far, `labels` the layers and heads."""
+    def live(cls, source: Source, labels: Mapping[str, Sequence[Any]], attrs: Mapping[str, Any]) -> Recording:
+        """A recording in the making; `labels` are those of layers and heads."""
         recording = cls({}, attrs)
-        recording._parts, recording._labels, recording._data = parts, labels, None
+        recording._source, recording._labels, recording._data = source, labels, None
         return recording
 
     @property
     def data(self) -> dict[str, xr.Dataset]:
-        """Group -> dataset, as in `schema.GROUPS`."""
-        if self._parts is None:
+        """Group -> dataset, as in `schema.GROUPS`. While the model still runs, of the samples as they stand."""
+        source = self._source
+        if source is None:
             return self._data or {}
-        parts = self._parts()
-        state = tuple(int(part["tokens"]["token_id"][1].size) for _, part in parts)
+        parts = source.parts()
+        state = tuple(int(part["tokens"]["token_id"][1].size) for part in parts)
         if self._data is None or state != self._state:
-            self._data = stack([part for _, part in parts], [name for name, _ in parts], self._labels)
-            self._state = state
+            self._data, self._state = stack(parts, source.names(), self._labels), state
+        if not source.running:  # nothing can follow: let go of the parts
+            self._source = None
         return self._data
 
     @property
     def samples(self) -> list[str]:
         """Names of the samples."""
-        tokens = self.data.get("tokens")
-        return (
-            [] if tokens is None or "sample" not in tokens.coords else [str(name) for name in tokens["sample"].values]
-        )
+        if self._source is not None:
+            return self._source.names()
+        tokens = (self._data or {}).get("tokens", xr.Dataset())
+        return [str(name) for name in tokens["sample"].values] if "sample" in tokens.coords else []
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -110,7 +120,7 @@ class Recording:
     def dataset(self) -> xr.Dataset:
         """All statistics, per sample."""
         arrays = [self[name].to_dataset(name=name) for name in self.names if name not in self.data["maps"]]
-        return xr.merge(arrays, join="exact", compat="equals", combine_attrs="drop").assign_attrs(self.attrs)
+        return xr.merge(arrays, join="exact", compat="equals", combine_attrs="override").assign_attrs(self.attrs)
 
     @property
     def tokens(self) -> xr.Dataset:
@@ -121,6 +131,34 @@ class Recording:
     def tree(self) -> xr.DataTree:
         """The whole recording."""
         return xr.DataTree.from_dict({"/": xr.Dataset(attrs=self.attrs), **{f"/{k}": v for k, v in self.data.items()}})
+
+    def estimate(self, name: str, keep: Iterable[str] = (), **labels: Any) -> xr.Dataset:
+        """Mean over samples with its 95 % bootstrap interval.
+
+        Each sample counts once: it is averaged over all other dimensions first, leaving out what is undefined.
+
+        Args:
+            keep: dimensions of the result, e.g. ("layer", "key_modality"); none gives one number.
+            labels: select these coordinates before averaging, e.g. step=slice(1, None) for decode steps.
+
+        Returns:
+            Variables mean, low, high, n (samples that have a value). One sample has a mean, but no interval (NaN).
+
+        Raises:
+            KeyError: unknown name. RecordingError: a dimension it does not have.
+        """
+        array = self[name].sel(labels)
+        kept = tuple(keep)
+        if unknown := set(kept) - set(map(str, array.dims)):
+            raise RecordingError(
+                f"{name} has no {', '.join(sorted(unknown))}; it has {', '.join(map(str, array.dims))}"
+            )
+        other = [dim for dim in array.dims if dim != "sample" and dim not in kept]
+        samples = array.mean(other, skipna=True).transpose("sample", *kept)
+        like = samples.isel(sample=0, drop=True)
+        found = [mean_interval(column) for column in samples.values.reshape(len(samples), -1).T]
+        parts = {part: [getattr(one, part) for one in found] for part in ("mean", "low", "high", "n")}
+        return xr.Dataset({part: like.copy(data=np.reshape(values, like.shape)) for part, values in parts.items()})
 
     # -- facts about samples -----
 
@@ -242,23 +280,30 @@ def merge(recordings: Sequence[Recording]) -> Recording:
     for key in ("model", "model_type", "statistics"):
         if len(values := {str(recording.attrs.get(key)) for recording in filled}) > 1:
             raise RecordingError(f"cannot merge: the recordings differ in {key}: {' | '.join(sorted(values))}")
+    first = min(filled, key=lambda recording: min(recording.samples))  # its date and seed, whatever the order
     data = {group: concatenate([recording.data[group] for recording in filled], group) for group in GROUPS}
-    merged = Recording({g: d.sortby("sample") if "sample" in d.dims else d for g, d in data.items()}, filled[0].attrs)
+    merged = Recording({g: d.sortby("sample") if "sample" in d.dims else d for g, d in data.items()}, first.attrs)
     for recording in filled:
         merged._facts.update(recording._facts)
     return merged
 
 
+LEAST_CHUNK = 1 << 16
+"""Bytes; chunks of a file are not made smaller than this."""
+
+
 def _encoding(variable: xr.DataArray) -> dict[str, Any]:
-    """Compressed; big per-head arrays in one chunk per sample, layer and head, so that one head can be read alone."""
+    """Compressed; arrays per head and key are cut so that one head can be read alone, if that is worth a chunk."""
     if variable.dtype == object or variable.ndim < 2 or variable.size == 0:
         return {}
     encoding: dict[str, Any] = {"zlib": True, "complevel": 4, "shuffle": True}
-    if "head" in variable.dims and ("position" in variable.dims or "token" in variable.dims):
-        single = {"sample", "layer", "head", "rows"}
-        encoding["chunksizes"] = tuple(
-            1 if d in single else n for d, n in zip(variable.dims, variable.shape, strict=True)
-        )
+    if "head" in variable.dims and {"position", "token"} & set(variable.dims):
+        sizes = dict(variable.sizes)
+        chunk = {dim: 1 if dim in ("sample", "layer", "head", "rows") else size for dim, size in sizes.items()}
+        for dim in ("rows", "layer", "sample", "head"):
+            if dim in chunk and np.prod(list(chunk.values())) * variable.dtype.itemsize < LEAST_CHUNK:
+                chunk[dim] = sizes[dim]
+        encoding["chunksizes"] = tuple(chunk[dim] for dim in variable.dims)
     if variable.dtype.kind == "f":
         encoding["_FillValue"] = np.nan
     return encoding

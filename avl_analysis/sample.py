@@ -232,7 +232,7 @@ class SampleLog:
         return fields
 
     def _map_fields(self) -> dict[str, tuple[Field, np.ndarray]]:
-        if not self.keep_maps or self.last is None or not self.last.shape[-1]:
+        if not self.keep_maps or self.last is None:
             return {}
         mean = {"long_name": "attention weight of an image token, mean over heads"}
         last = {"long_name": "attention weight of an image token from the last prompt row"}

@@ -135,11 +135,11 @@ def concatenate(datasets: Sequence[xr.Dataset], what: str) -> xr.Dataset:
                     "record them with the same model, layers and options"
                 )
     sizes = {dim: max(d.sizes[dim] for d in datasets) for dim in RAGGED & set(first.dims)}
-    grown = [_grow(dataset, sizes) for dataset in datasets]
+    grown = [pad(dataset, sizes) for dataset in datasets]
     return xr.concat(grown, dim="sample", join="exact", data_vars="all", combine_attrs="override")
 
 
-def _grow(dataset: xr.Dataset, sizes: Mapping[str, int]) -> xr.Dataset:
+def pad(dataset: xr.Dataset, sizes: Mapping[str, int]) -> xr.Dataset:
     """Pad the ragged dimensions of every variable to `sizes` with the variable's own fill value."""
     wanted = {dim: np.arange(n) for dim, n in sizes.items()}
     fills = {name: variable.attrs.get("fill", np.nan) for name, variable in dataset.data_vars.items()}

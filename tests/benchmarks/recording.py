@@ -1,0 +1,330 @@
+"""What recording costs, at the width of LLaVA-1.5-7B: 32 heads of 128 in decoder layers with random weights.
+
+    python tests/benchmarks/recording.py                 every setting, about 15 minutes on 2 cores
+    python tests/benchmarks/recording.py --quick         one layer, the short prompt, float32
+    python tests/benchmarks/recording.py --out cost.json
+
+One process measures everything, in rounds: plain SDPA prefill, the same with all statistics recorded, and eager
+attention with `output_attentions=True`, one after another. Ratios are taken within a round and their median is
+reported, so that a machine that is busy with other things slows all three alike. Decode steps are timed the same way.
+
+Memory is measured in a round of its own, with large allocations returned to the system at once, so that the resident
+size follows what is really held. "own" is the most the recorder held at any moment, what it keeps included; "maps" is
+the size of ONE layer's maps in float32, n x n x heads x 4 bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from avl_analysis.recorder import Recorder, record
+
+HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 32, 128, 4096, 11008
+IMAGE, VOCABULARY, SIDE, PATCH = 5, 1000, 24, 4
+PROMPTS = {640: 1, 2944: 5}
+"""Prompt length -> pictures of 24 x 24 tokens in it; the other 64 tokens are text."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Cost:
+    """One setting; times in seconds, sizes in bytes, ratios as medians over rounds."""
+
+    prompt: int
+    dtype: str
+    layers: int
+    rounds: int
+    plain_prefill: float
+    recorded_prefill: float
+    eager_prefill: float
+    recorded_over_plain: float
+    recorded_over_eager: float
+    plain_step: float
+    recorded_step: float
+    step_ratio: float
+    maps: int
+    own_peak: int
+    own_over_maps: float
+    kept: int
+    eager_peak_extra: int
+
+
+def build(layers: int, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        image_size=SIDE * PATCH,
+        patch_size=PATCH,
+    )
+    text = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        num_hidden_layers=layers,
+        vocab_size=VOCABULARY,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(0)
+        return LlavaForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def prompt(length: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """System text, pictures, question."""
+    pictures = PROMPTS[length]
+    image = [IMAGE] * (pictures * SIDE * SIDE)
+    text = length - len(image)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(10, VOCABULARY, (text,), generator=generator).tolist()
+    system = min(8, text - 1)
+    ids = torch.tensor([words[:system] + image + words[system:]])
+    pixels = torch.randn(pictures, 3, SIDE * PATCH, SIDE * PATCH, generator=generator).to(dtype)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+class Bench:
+    """One model and prompt, run in the three ways."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, inputs: dict[str, Tensor], steps: int) -> None:
+        self.model, self.inputs, self.steps = model, inputs, steps
+
+    @torch.no_grad()
+    def prefill(self, **options: Any) -> tuple[float, DynamicCache]:
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        start = time.perf_counter()
+        kept = self.model(**self.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
+        elapsed = time.perf_counter() - start
+        del kept
+        return elapsed, cache
+
+    @torch.no_grad()
+    def decode(self, cache: DynamicCache) -> list[float]:
+        """Seconds of every decode step; the first, which touches new memory, left out."""
+        seconds, mask = [], self.inputs["attention_mask"]
+        for token in range(self.steps + 1):
+            mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
+            start = time.perf_counter()
+            self.model(
+                input_ids=torch.tensor([[20 + token]]), attention_mask=mask, past_key_values=cache, use_cache=True
+            )
+            seconds.append(time.perf_counter() - start)
+        return seconds[1:]
+
+    def plain(self) -> tuple[float, float]:
+        self.model.set_attn_implementation("sdpa")
+        seconds, cache = self.prefill()
+        return seconds, statistics.median(self.decode(cache))
+
+    def recorded(self) -> tuple[float, float]:
+        self.model.set_attn_implementation("sdpa")
+        with record(self.model, stop=()) as recording:
+            seconds, cache = self.prefill()
+            step = statistics.median(self.decode(cache))
+        assert len(recording) == 1
+        return seconds, step
+
+    def eager(self) -> float:
+        self.model.set_attn_implementation("eager")
+        seconds, _ = self.prefill(output_attentions=True)
+        return seconds
+
+
+def measure(bench: Bench, rounds: int) -> dict[str, float]:
+    """Times and ratios; a first round of everything is thrown away."""
+    taken: list[tuple[tuple[float, float], tuple[float, float], float]] = []
+    for _ in range(rounds + 1):
+        taken.append((bench.plain(), bench.recorded(), bench.eager()))
+        gc.collect()
+    taken = taken[1:]
+    middle = statistics.median
+    return {
+        "plain_prefill": middle(p[0] for p, _, _ in taken),
+        "recorded_prefill": middle(r[0] for _, r, _ in taken),
+        "eager_prefill": middle(e for _, _, e in taken),
+        "recorded_over_plain": middle(r[0] / p[0] for p, r, _ in taken),
+        "recorded_over_eager": middle(r[0] / e for _, r, e in taken),
+        "plain_step": middle(p[1] for p, _, _ in taken),
+        "recorded_step": middle(r[1] for _, r, _ in taken),
+        "step_ratio": middle(r[1] / p[1] for p, r, _ in taken),
+    }
+
+
+# -- memory -----
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def return_large_blocks() -> None:
+    """Have the C library give freed blocks above 64 KiB back at once instead of keeping them for reuse."""
+    m_mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)
+
+
+@contextmanager
+def watched_recorder() -> Iterator[dict[str, int]]:
+    """Resident size while the recorder works: the most it held at a time, and what it kept."""
+    sizes = {"peak": 0, "kept": 0}
+    names = ("begin", "observe", "end")
+    originals = {name: getattr(Recorder, name) for name in names}
+
+    def watch(original: Callable[..., None]) -> Callable[..., None]:
+        def watching(self: Recorder, *args: Any) -> None:
+            _reset_peak()
+            before = _status("VmRSS")
+            original(self, *args)
+            sizes["peak"] = max(sizes["peak"], sizes["kept"] + _status("VmHWM") - before)
+            sizes["kept"] += _status("VmRSS") - before
+
+        return watching
+
+    for name, original in originals.items():
+        setattr(Recorder, name, watch(original))
+    try:
+        yield sizes
+    finally:
+        for name, original in originals.items():
+            setattr(Recorder, name, original)
+
+
+def memory(bench: Bench) -> dict[str, int]:
+    return_large_blocks()
+    bench.model.set_attn_implementation("sdpa")
+    with watched_recorder() as sizes, record(bench.model, stop=()):
+        bench.prefill()
+    peaks = []
+    for implementation, options in (("sdpa", {}), ("eager", {"output_attentions": True})):
+        bench.model.set_attn_implementation(implementation)
+        gc.collect()
+        _reset_peak()
+        before = _status("VmRSS")
+        bench.prefill(**options)
+        peaks.append(_status("VmHWM") - before)
+    return {"own_peak": sizes["peak"], "kept": sizes["kept"], "eager_peak_extra": peaks[1] - peaks[0]}
+
+
+# -- report -----
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "cpu": next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            platform.processor(),
+        ),
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "load": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def show(cost: Cost) -> str:
+    mib = 1 << 20
+    return (
+        f"{cost.dtype}, {cost.prompt} tokens, {cost.layers} layers, {cost.rounds} rounds\n"
+        f"  prefill   plain {cost.plain_prefill:6.2f} s   recorded {cost.recorded_prefill:6.2f} s   eager with "
+        f"output_attentions {cost.eager_prefill:6.2f} s\n"
+        f"            recorded / plain {cost.recorded_over_plain:.3f}   "
+        f"recorded / eager {cost.recorded_over_eager:.3f}\n"
+        f"  decode    plain {cost.plain_step * 1e3:6.1f} ms   recorded {cost.recorded_step * 1e3:6.1f} ms   "
+        f"ratio {cost.step_ratio:.3f}\n"
+        f"  memory    one layer's maps {cost.maps / mib:.0f} MiB   recorder at most {cost.own_peak / mib:.1f} MiB, "
+        f"{cost.own_over_maps:.1%} of them (kept {cost.kept / mib:.1f} MiB)   "
+        f"eager {cost.eager_peak_extra / mib:.0f} MiB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Cost of recording at 7B width.")
+    parser.add_argument("--quick", action="store_true", help="one layer, 640 tokens, float32, two rounds")
+    parser.add_argument("--prompts", type=int, nargs="+", choices=list(PROMPTS), default=list(PROMPTS))
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--layers", type=int, default=3, help="decoder layers (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, help="measured rounds (default 3)")
+    parser.add_argument("--steps", type=int, default=12, help="decode steps per round (default 12)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
+    parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
+    options = parser.parse_args()
+    if options.quick:
+        options.prompts, options.dtypes, options.layers, options.rounds, options.steps = [640], ["float32"], 1, 2, 6
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    print(json.dumps(environment()), flush=True)
+    costs, timed = [], {}
+    for dtype in options.dtypes:
+        model = build(options.layers, DTYPES[dtype])
+        for length in options.prompts:
+            bench = Bench(model, prompt(length, DTYPES[dtype]), options.steps)
+            timed[dtype, length] = measure(bench, options.rounds)
+        del model, bench
+        gc.collect()
+    for dtype in options.dtypes:  # behind all timing: the allocator setting for it slows allocation
+        model = build(options.layers, DTYPES[dtype])
+        for length in options.prompts:
+            bench = Bench(model, prompt(length, DTYPES[dtype]), options.steps)
+            sizes, maps = memory(bench), length * length * HEADS * 4
+            cost = Cost(
+                prompt=length,
+                dtype=dtype,
+                layers=options.layers,
+                rounds=options.rounds,
+                maps=maps,
+                own_over_maps=sizes["own_peak"] / maps,
+                **timed[dtype, length],
+                **sizes,
+            )
+            costs.append(cost)
+            print(show(cost), flush=True)
+        del model, bench
+        gc.collect()
+    if options.out:
+        options.out.write_text(
+            json.dumps({"environment": environment(), "costs": [asdict(c) for c in costs]}, indent=2)
+        )
+
+
+if __name__ == "__main__":
+    main()
