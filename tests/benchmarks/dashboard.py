@@ -53,9 +53,7 @@ def main() -> None:
                 for view in VIEWS:
                     settled(page)
                     start = time.perf_counter()
-                    page.get_by_role(
-                        "radio" if page.get_by_role("radio", name=view).count() else "button", name=view
-                    ).first.click()
+                    page.locator(".st-key-view").get_by_role("radio", name=view).click()
                     page.wait_for_selector(f"text={DRAWN[view]}", timeout=300_000)
                     settled(page)
                     if number:  # the first round answers and records
