@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from avl.seam import SeamError
+import avl
+from avl.attention import AttentionCall, attention_weights
+from avl.seam import SeamError, Tap, attached
 from avl_analysis import reduce, weights
 from avl_analysis.errors import InputError
 from avl_analysis.recorder import record
@@ -325,3 +327,57 @@ def test_statistics_over_rows_look_at_evenly_spaced_rows():
     assert reduce.evenly_spaced(0, 32).tolist() == []
     picked = reduce.evenly_spaced(100, 4).tolist()
     assert picked == [0, 33, 66, 99]
+
+
+class Watch(Tap):
+    """Weights of every call as one map over the sequence, computed all at once by `avl.attention`."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[int, int], list[torch.Tensor]] = {}
+
+    def observe(self, call: AttentionCall, output: torch.Tensor) -> None:
+        with torch.no_grad():
+            found = attention_weights(call)
+        batch, heads, rows, keys = found.shape
+        total = call.forward.start + call.forward.tokens
+        at = torch.arange(keys) if call.key_positions is None else call.key_positions
+        at = at.expand(batch, -1)[:, None] if at.dim() <= 2 else at
+        at = torch.where(at < 0, total, at).repeat_interleave(heads // at.shape[1], 1)
+        full = torch.zeros(batch, heads, rows, total + 1)
+        full.scatter_(3, at[:, :, None].expand(-1, -1, rows, -1), found)
+        self.rows.setdefault((call.forward.step, call.layer), []).append(full[..., :total])
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        avl.AdaptivePolicy(secondary=0.5, core=0.3, refresh_every=3, text=None),
+        avl.AdaptivePolicy(secondary=0.6, core=0.3, refresh_every=2, text=0.5, prefill=0.7, prefill_layer=1),
+        avl.FullPolicy(),
+    ],
+    ids=["core", "filter and text", "full"],
+)
+def test_an_adapted_model_is_recorded_by_what_its_keys_are_not_by_where_they_lie(sdpa, policy):
+    batch = tiny.inputs(sdpa, [40, 33])
+    with avl.adaptive(sdpa, policy), record(sdpa, keep="attention", queries="steps") as recording:
+        generate(sdpa, batch, steps=6)
+    watch = Watch()
+    with avl.adaptive(sdpa, policy), attached(sdpa, watch, "observer"):
+        generate(sdpa, batch, steps=6)
+    for b, padding in enumerate((0, 7)):
+        for layer in range(3):
+            for step in range(7):
+                row = watch.rows[step, layer][0][b, :, -1, padding:]
+                kept = recording["attention"][b].isel(layer=layer, query=step).values[:, : row.shape[-1]]
+                close(kept, row, 1e-5)
+    assert np.allclose(recording["modality_mass"].sum("key_modality"), 1, atol=1e-5)
+    if policy != avl.FullPolicy():
+        dropped = recording["image_score"].isel(step=slice(1, None)).isnull()
+        assert 0.2 < float(dropped.mean()) < 0.9  # not attended is not the same as a weight of zero
+        assert float(recording.data["sums"]["ppci_continuity_count"].sum()) == 0
+    else:
+        with record(sdpa, keep="attention", queries="steps") as plain:
+            generate(sdpa, batch, steps=6)
+        for name in recording.names:
+            if name != "text_age_fit":
+                close(recording[name], plain[name], 1e-4)
