@@ -51,7 +51,7 @@ class Family:
         decoder: the module that runs the sequence of text and image tokens.
         image_token_ids: ids whose positions carry image features.
         layers: number of decoder layers.
-        query_heads, key_heads: attention heads per layer.
+        query_heads: attention heads per layer; key_heads: key/value heads, the most of any layer.
         config: the model's config.
     """
 
@@ -149,8 +149,8 @@ def describe(model: nn.Module) -> Family:
         )
     if reason := _refusal(name, config):
         raise UnsupportedModelError(
-            f"{type(model).__name__} (model type {name!r}) is not supported: {reason}. Decoders whose sequence holds image "
-            "tokens are supported, such as LLaVA, Qwen-VL or InternVL; docs/families.md lists all types"
+            f"{type(model).__name__} (model type {name!r}) is not supported: {reason}. Decoders whose sequence holds "
+            "image tokens are supported, such as LLaVA, Qwen-VL or InternVL; docs/families.md lists all types"
         )
     ids = tuple(
         dict.fromkeys(
@@ -167,13 +167,20 @@ def describe(model: nn.Module) -> Family:
         )
     decoder = model.get_decoder()
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    heads = int(text.num_attention_heads)
+    per_layer = getattr(text, "per_layer_config", None) or [text]
+    heads, *more = sorted({int(layer.num_attention_heads) for layer in per_layer})
+    if more:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model type {name!r}) is not supported: its layers have different numbers of "
+            f"query heads ({', '.join(map(str, (heads, *more)))}), and recordings have one number for all. Decoders with "
+            "equal layers are supported; docs/families.md lists all types"
+        )
     return Family(
         name=name,
         decoder=decoder,
         image_token_ids=ids,
         layers=int(text.num_hidden_layers),
         query_heads=heads,
-        key_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+        key_heads=max(int(getattr(layer, "num_key_value_heads", None) or heads) for layer in per_layer),
         config=config,
     )

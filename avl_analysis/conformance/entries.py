@@ -129,7 +129,7 @@ ENTRIES: dict[str, Entry] = {
     "dots3_note": Entry(
         {
             "text_config.num_key_value_heads": 4, "text_config.layer_types": ["indexed_attention", "sliding_attention"],
-            **{f"text_config.swa_{k}": 4 for k in ("num_attention_heads", "num_key_value_heads")},
+            **{f"text_config.swa_{k}": 2 for k in ("num_attention_heads", "num_key_value_heads")},
             **{f"text_config.swa_{k}": HEAD for k in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")},
             "text_config.swa_head_dim": 24, "text_config.qk_rope_head_dim": 8, "text_config.head_dim": 24,
             "text_config.rope_parameters": DROP, "text_config.sliding_window": 8, "text_config.index_topk": 8,

@@ -17,6 +17,7 @@ from torch import Tensor
 from avl.attention import AttentionCall, Forward, attention_weights
 from avl.seam import Tap, attached
 from avl.tokens import Modality
+from avl_analysis import record
 from avl_analysis.conformance.build import Case
 
 EXACT = 1e-5
@@ -159,6 +160,7 @@ def _generation(case: Case) -> None:
     if kinds != ["prefill"] + ["decode"] * (STEPS - 1):
         raise Mismatch(f"a generation of {STEPS} tokens was followed as {kinds}")
     _positions(case, watch, recorded.sequences)
+    _recorder(case, watch, options)
     watch = Watch()
     with attached(case.eager, watch, "observer"):
         output = case.eager.generate(**case.inputs, **options, output_attentions=True)
@@ -168,6 +170,20 @@ def _generation(case: Case) -> None:
             difference = float((recorded_weights - weights.float()).abs().max())
             if difference > EXACT:
                 raise Mismatch(f"recorded weights of a decode step differ from eager attention's by {difference:.1e}")
+
+
+def _recorder(case: Case, watch: Watch, options: dict[str, Any]) -> None:
+    """The recorder's sums over modalities are those of the weights of the last decode step."""
+    with record(case.model, statistics=["modality_mass"]) as recording:
+        case.model.generate(**case.inputs, **options)
+    mass = recording["modality_mass"].isel(sample=0, step=-1)
+    modality = watch.passes[-1].layout.modality[0]
+    for layer, weights in watch.last.items():
+        sums = [float(weights[0, :, modality == code].sum()) for code in range(3)]
+        found = mass.sel(layer=layer).sum("head").values
+        difference = max(abs(one - other) for one, other in zip(sums, found, strict=True))
+        if not difference < STEPWISE:
+            raise Mismatch(f"the recorder's modality mass of layer {layer} is off by {difference:.1e}")
 
 
 def _positions(case: Case, stepwise: Watch, sequence: Tensor) -> None:

@@ -150,7 +150,6 @@ def test_policies_act_on_the_attention_layers_of_a_hybrid_model_only():
         ("kimi_k25", "compressed keys"),
         ("gemma3n", "share the KV cache of other layers"),
         ("minimax_m3_vl", "choose their keys themselves"),
-        ("dots3_note", "no full-attention layer"),
         ("inkling_mm_model", "no full-attention layer"),
     ],
 )
