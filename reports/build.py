@@ -26,6 +26,8 @@ from avl_analysis.recording import Recording
 from reports import (
     fig_core_age,
     fig_coverage,
+    fig_head_maps,
+    fig_heads,
     fig_layer_agreement,
     fig_localisation,
     fig_modality,
@@ -58,6 +60,8 @@ FIGURES: tuple[ModuleType, ...] = (
     fig_ppci,
     fig_core_age,
     fig_sets,
+    fig_heads,
+    fig_head_maps,
     fig_sinks,
     fig_position_bias,
     fig_layer_agreement,

@@ -23,7 +23,7 @@ def section(run: Run) -> Section:
     lift = lifts(run)
     by_layer = None if lift is None else estimate(lift, ("layer",))
     layer = _layer(run, by_layer)
-    shown = _choose(run, places)
+    shown = choose(run, places)
     if not shown:
         raise NotMeasured("no sample of the recording keeps its picture together with a map of attention on it")
     panels: list[Panel] = [panel for example in shown for panel in _example(run, example, places[example.name], layer)]
@@ -66,7 +66,7 @@ def _why(by_layer: Estimate | None) -> str:
     return "is the middle one" if by_layer is None else "puts the most attention on that region, over all samples"
 
 
-def _choose(run: Run, places: dict[str, tuple[int, int]]) -> list[Example]:
+def choose(run: Run, places: dict[str, tuple[int, int]]) -> list[Example]:
     """The first rightly answered example of each of some tasks, then whatever else has a picture."""
     drawable = [e for e in run.examples if e.picture is not None and e.name in places]
     ranked = [e for task in _TASKS for e in [e for e in drawable if e.task == task and e.correct][:1]]
@@ -80,7 +80,7 @@ def _example(run: Run, example: Example, grid: tuple[int, int], layer: int) -> l
     rows, columns = grid
     value = Axis("attention on the patch", "share of image attention", (0.0, 0.15))
     question = f"{example.prompt} → {example.answer}"
-    panels: list[Panel] = [Overlay(example.picture, value, boxes=example.boxes, title=_short(question, 64))]
+    panels: list[Panel] = [Overlay(example.picture, value, boxes=example.boxes, title=short(question, 64))]
     scores = run["image_score"].sel(sample=example.name)
     for step, shown in _maps(example, scores, layer):
         weights = scores.sel(step=step, layer=shown).values[: rows * columns]
@@ -114,7 +114,7 @@ def _spread(count: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, MAPS_PER_EXAMPLE)).round().astype(int)).tolist()
 
 
-def _short(text: str, length: int) -> str:
+def short(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 

@@ -23,8 +23,13 @@ def section(run: Run) -> Section:
         raise NotMeasured("nothing was decoded, so prefill's choice cannot be held against it")
     rules = (Rule(SECONDARY, "S"),)
     tokens = tuple(
-        curve(f"decode-time best {100 * c:.0f} %", estimate(recall.sel(core=c), ("secondary",)), "secondary", slot + 1)
-        for slot, c in enumerate(recall["core"].values)
+        curve(
+            f"decode-time best {100 * c:.0f} %",
+            estimate(recall.sel(decode_core=c), ("secondary",)),
+            "secondary",
+            slot + 1,
+        )
+        for slot, c in enumerate(recall["decode_core"].values)
     )
     attention = (curve("image attention", estimate(mass, ("secondary",)), "secondary", 1),)
     at = estimate(mass.sel(secondary=SECONDARY), ("layer",))

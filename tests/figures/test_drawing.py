@@ -138,7 +138,7 @@ def test_text_from_outside_is_neither_html_nor_mathematics():
     text = draw_plotly.as_json(draw_plotly.draw(specs.lines()))
     assert "<b>" not in text
     assert "</" not in text
-    assert "&lt;b&gt;$a$" in json.loads(text)["data"][-2]["name"]
+    assert "&lt;b&gt;&#36;a&#36;" in json.loads(text)["data"][-2]["name"]
     legend = draw_matplotlib.draw(specs.figure("f", specs.lines())).axes[0].get_legend()
     entry = next(t for t in legend.get_texts() if "$" in t.get_text())
     assert not entry.get_parse_math()

@@ -82,12 +82,11 @@ def test_an_animation_plays(opened):
     label = ".panels.animated .slider-current-value, .panels.animated .slider-label"
     before = page.locator(label).first.text_content()
     page.evaluate("Plotly.animate(document.querySelector('.panels.animated .plot'), ['2'], {mode: 'immediate'})")
-    page.wait_for_timeout(500)
-    assert page.locator(label).first.text_content() != before
+    changed = "([query, old]) => document.querySelector(query).textContent !== old"
+    page.wait_for_function(changed, arg=[label, before], timeout=60_000)
 
 
 def test_a_narrow_screen_needs_no_sideways_scrolling(opened):
     page, _ = opened
     page.set_viewport_size({"width": 390, "height": 800})
-    page.wait_for_timeout(500)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.wait_for_function("document.documentElement.scrollWidth <= 390", timeout=60_000)

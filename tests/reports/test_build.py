@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from avl_analysis.comparison import load_comparison
 from avl_analysis.recording import load_recording
 from reports import fig_localisation, fig_modality, fig_overlay
 from reports.build import FIGURES, build
@@ -83,7 +84,13 @@ def test_the_json_is_valid_and_names_every_verdict(report):
 
 
 def test_the_report_keeps_the_recording_and_rebuilds_from_it(report, tmp_path):
-    again = build(load_recording(report.folder / "run.nc"), tmp_path, formats=(), document=False)
+    again = build(
+        load_recording(report.folder / "run.nc"),
+        tmp_path,
+        comparison=load_comparison(report.folder / "compare.nc"),
+        formats=(),
+        document=False,
+    )
     for section, other in zip(report.sections, again.sections, strict=True):
         assert section.findings == other.findings
 
@@ -118,7 +125,9 @@ class _Tags(HTMLParser):
 def test_text_from_models_and_prompts_cannot_become_markup(page, tmp_path):
     clean, hostile = _Tags(), _Tags()
     clean.feed(page)
-    text = build(made.recording(hostile=True), tmp_path, formats=(), document=False).page.read_text("utf-8")
+    evil = made.recording(hostile=True)
+    built = build(evil, tmp_path, comparison=made.comparison(), formats=(), document=False)
+    text = built.page.read_text("utf-8")
     hostile.feed(text)
     assert hostile.scripts == clean.scripts
     assert hostile.handlers == []

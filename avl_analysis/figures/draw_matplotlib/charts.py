@@ -39,6 +39,8 @@ def draw_heat(canvas: FigureBase, place: Axes, panel: Heat) -> None:
     bar = canvas.colorbar(ScalarMappable(norm, "cividis"), ax=place, pad=0.02)
     bar.set_label(textwrap.fill(panel.value.text, 30))
     bar.outline.set_visible(False)
+    if panel.value.ticks is not None:
+        bar.set_ticks([at for at, _ in panel.value.ticks], labels=[name for _, name in panel.value.ticks])
     if panel.annotate:
         middle = (limits[0] + limits[1]) / 2
         for (row, column), value in np.ndenumerate(panel.values):

@@ -85,7 +85,7 @@ def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
         zmin=low,
         zmax=high,
         colorscale="Cividis",
-        colorbar={"title": {"text": literal(panel.value.text), "side": "right"}, "outlinewidth": 0, "thickness": 14},
+        colorbar=_colour_bar(panel.value),
         customdata=interval_of(panel.low, panel.high),
         hovertemplate=hover_text(panel.x, panel.y, panel.value, interval=panel.low is not None),
         texttemplate="%{z:.2f}" if panel.annotate else None,
@@ -99,6 +99,13 @@ def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
     plot.update_yaxes(showgrid=False, autorange=None if panel.upward else "reversed", **_index_ticks(panel.y, rows))
     plot.update_layout(height=max(HEIGHT, 110 + 18 * rows))
     return plot
+
+
+def _colour_bar(value: Axis) -> dict[str, Any]:
+    bar: dict[str, Any] = {"title": {"text": literal(value.text), "side": "right"}, "outlinewidth": 0, "thickness": 14}
+    if value.ticks is not None:
+        bar |= {"tickvals": [at for at, _ in value.ticks], "ticktext": [literal(name) for _, name in value.ticks]}
+    return bar
 
 
 def _index_ticks(axis: Axis, count: int) -> dict[str, Any]:

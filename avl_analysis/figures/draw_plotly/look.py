@@ -101,5 +101,5 @@ def hover_text(x: Axis, y: Axis, z: Axis | None = None, *, interval: bool) -> st
 
 
 def literal(text: str) -> str:
-    """Text that plotly shows as it is."""
-    return html.escape(text, quote=False).replace("%{", "%&#123;")
+    """Text that plotly shows as it is: neither HTML nor TeX nor a template."""
+    return html.escape(text, quote=False).replace("$", "&#36;").replace("%{", "%&#123;")
