@@ -172,7 +172,7 @@ def describe(model: nn.Module) -> Family:
     if more:
         raise UnsupportedModelError(
             f"{type(model).__name__} (model type {name!r}) is not supported: its layers have different numbers of "
-            f"query heads ({', '.join(map(str, (heads, *more)))}), and recordings have one number for all. Decoders with "
+            f"query heads ({', '.join(map(str, (heads, *more)))}), and recordings have one for all. Decoders with "
             "equal layers are supported; docs/families.md lists all types"
         )
     return Family(

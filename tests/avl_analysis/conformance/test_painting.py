@@ -9,7 +9,9 @@ import pytest
 from avl import grids
 from avl.places import View
 from avl_analysis.conformance.build import Case, model_types
+from avl_analysis.conformance.entries import ENTRIES, entry
 from avl_analysis.conformance.painting import check_places
+from avl_analysis.conformance.shrink import SIDE
 
 QUICK = ("llava", "llava_next", "qwen2_vl", "internvl", "idefics3", "mistral3", "gemma3")
 SLOW = (
@@ -38,9 +40,28 @@ def test_painted_tokens_are_those_of_the_map(model_type):
     _holds(model_type)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model_type", [t for t in SLOW if t in model_types()])
 def test_painted_tokens_are_those_of_the_map_in_further_families(model_type):
+    _holds(model_type)
+
+
+VARIANTS = {
+    "LLaVA with pictures padded to a square": ("llava", {"options": {"do_pad": True}}),
+    "LLaVA with pictures squeezed": (
+        "llava", {"options": {"do_center_crop": False, "size": {"height": SIDE, "width": SIDE}}}
+    ),
+    "OneVision with more tiles than it keeps": (
+        "llava_onevision",
+        {"override": {"image_grid_pinpoints": [[4 * SIDE, 4 * SIDE]]}, "reach": 6.0},  # bilinear after resizing
+    ),
+    "PaliGemma with more tokens": ("paligemma", {"override": {"vision_config.image_size": 48}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_painted_tokens_are_those_of_the_map_with_other_settings(variant, monkeypatch):
+    model_type, changes = VARIANTS[variant]
+    monkeypatch.setitem(ENTRIES, model_type, replace(entry(model_type), **changes))
     _holds(model_type)
 
 
