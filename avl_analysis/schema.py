@@ -110,7 +110,8 @@ def _stack_arrays(arrays: Sequence[np.ndarray | None], shape: tuple[int, ...], f
     stacked = np.full((len(arrays), *shape), fill, dtype=np.result_type(*present))
     for index, array in enumerate(arrays):
         if array is not None:
-            stacked[(index, *(slice(n) for n in array.shape))] = array
+            at: tuple[int | slice, ...] = (index, *(slice(n) for n in array.shape))
+            stacked[at] = array
     return stacked
 
 
