@@ -164,22 +164,40 @@ def attend_one_row(call: AttentionCall, empty: Tensor | None = None) -> tuple[Te
         empty: (batch, 1 or key/value heads, keys) bool, slots that hold nothing; None if there are none.
 
     Returns:
-        Output (batch, 1, query heads, head dim) and weights (batch, key/value heads, keys, groups) float32.
+        Output (batch, 1, query heads, head dim) and weights (batch, key/value heads, groups, keys) float32.
     """
     batch, heads, _, dim = call.query.shape
-    query = call.query.reshape(batch, heads // call.groups, call.groups, dim)
-    logits = torch.matmul(call.key, query.transpose(-1, -2)).float().mul_(call.scaling)
+    shape = (batch, heads // call.groups, call.groups, call.key.shape[2])
+    query = call.query.reshape(-1, call.groups, dim).transpose(1, 2)
+    logits = _products(call.key.flatten(0, 1), query).transpose(1, 2).float().mul_(call.scaling).view(shape)
     if (cap := call.options.get("softcap")) is not None:
         logits = torch.tanh(logits / cap) * cap
     if empty is not None:
-        logits.masked_fill_(empty[..., None], -torch.inf)
+        logits.masked_fill_(empty[:, :, None], -torch.inf)
     if (sinks := call.options.get("s_aux")) is None:
-        weights = torch.softmax(logits, 2)
+        weights = torch.softmax(logits, -1)
     else:
-        by_head = logits.transpose(-1, -2).reshape(batch, heads, 1, -1)
-        weights = softmax_weights(by_head, sinks).view(batch, -1, call.groups, logits.shape[2]).transpose(-1, -2)
-    output = torch.matmul(weights.transpose(-1, -2).to(call.value.dtype), call.value)
+        weights = softmax_weights(logits.reshape(batch, heads, 1, -1), sinks).view(shape)
+    output = _products(weights.to(call.value.dtype).flatten(0, 1), call.value.flatten(0, 1))
     return output.reshape(batch, 1, heads, call.value.shape[-1]), weights
+
+
+_COPIED_BYTES = 2**22
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """torch.bmm, (n, a, b) x (n, b, c), that does not suffer from views in half precision on CPU.
+
+    There, oneDNN takes packed batches only: a view of a larger buffer is copied first, and copies beyond 32 MB are
+    fresh memory in every call, several times slower than the product. In pieces that fit the cache it costs little.
+    """
+    if left.device.type != "cpu" or left.dtype == torch.float32:
+        return torch.bmm(left, right)
+    matrix = max(left[0].numel(), right[0].numel()) * left.element_size()
+    pieces = max(_COPIED_BYTES // matrix, 1)
+    if pieces >= left.shape[0]:
+        return torch.bmm(left, right)
+    return torch.cat([torch.bmm(*pair) for pair in zip(left.split(pieces), right.split(pieces), strict=True)])
 
 
 Attend = Callable[[AttentionCall], Tensor]

@@ -193,7 +193,7 @@ class AdaptiveSession(Tap):
         conversation = Conversation()
         if not cache.layers:
             cache.layers.extend(DynamicLayer() for _ in range(self._seam.family.layers))
-        if "reuse" in (getattr(self._seam.family.decoder.config, "kv_sharing_modes", None) or ()):
+        if _shares_keys(self._seam.family.decoder.config):
             raise UnsupportedModelError(
                 f"layers of {self._seam.family.name} share the KV cache of other layers; policies act on layers "
                 "that own their keys"
@@ -351,11 +351,10 @@ class AdaptiveSession(Tap):
         assert conversation.forward is not None
         weights = self._after.pop(layer.index, None)
         if weights is not None and layer.whole and layer.far:
-            by_head = weights.transpose(-1, -2).flatten(1, 2)
-            layer.recore(self.policy.rank(by_head))
+            layer.recore(self.policy.rank(weights.flatten(1, 2)))
             self._selection.note(layer.index, "core", layer.core_positions())
         if weights is not None and self.policy.accumulates:
-            layer.scores[:, :, layer.far : layer.filled] += weights[:, :, layer.far - layer.first :].sum(-1)
+            layer.scores[:, :, layer.far : layer.filled] += weights[..., layer.far - layer.first :].sum(2)
         self._selection.note(layer.index, "added", self._arrived)
         self._drop_text(layer, conversation)
         self._drop_far(layer, conversation)
@@ -430,6 +429,12 @@ def adaptive(model: nn.Module, policy: Policy) -> Iterator[AdaptiveSession]:
 
 
 # -- small parts ------------------------------------------------------------------------------------------------------
+
+
+def _shares_keys(config: Any) -> bool:
+    """Whether layers attend to the keys of other layers; older versions of transformers only say how many."""
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    return "reuse" in modes or bool(getattr(config, "num_kv_shared_layers", 0))
 
 
 def _check_keys(call: AttentionCall, layer: AdaptiveLayer) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from avl_analysis.cli_corpus import read, record_many
 from avl_analysis.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ Attention = Annotated[str, typer.Option(help="Attention backend of transformers:
 RECORD_EXAMPLES = """
 Examples: [bold]avl record photo.jpg 'what is on the table?'[/],
 [bold]avl record --scenes 20 --out scenes.nc[/] (pictures drawn with known truth),
-[bold]avl record photo.jpg 'describe the image' --model ./my-llava --layers 0,8-15[/]
+[bold]avl record photo.jpg 'describe the image' --model ./my-llava --layers 0,8-15[/],
+[bold]avl record --data questions.jsonl --out run.nc --workers 4[/] (goes on where it was interrupted)
 """
 
 
@@ -45,6 +47,17 @@ def record(
     out: Annotated[Path, typer.Option(help="File to write; an existing one is replaced only with --force.")] = Path(
         "run.nc"
     ),
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a picture, a JSONL file with one {image, prompt, answer} per line; can be resumed."
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; more than one needs Ray and can be resumed.")] = 1,
+    address: Annotated[
+        str | None, typer.Option(help="A running Ray cluster. Default: workers on this machine.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Questions per pass.")] = 1,
     scenes: Annotated[int, typer.Option(help="Instead of a picture, ask about this many drawn scenes.")] = 0,
     task: Annotated[str | None, typer.Option(help="Kind of question about the scenes. Default: all kinds.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the drawn scenes.")] = 0,
@@ -70,10 +83,22 @@ def record(
 ) -> None:
     """Record where a model looks while it answers, every layer and head, and save that as one file."""
     check_target(out, force)
-    samples = _samples(image or [], scenes, task, seed)
+    samples = _samples(image or [], scenes, task, seed) if data is None else read(data, image or [], scenes, task)
     numbers = None if layers is None else parse_numbers(layers, "--layers")
     kept = _raw(keep_attention, heads, queries)
     names = None if statistics is None else [name for name in re.split(r"[,\s]+", statistics) if name]
+    options = {
+        "system": system,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "layers": numbers,
+        "statistics": names,
+        **kept,
+    }
+    if data is not None or workers > 1 or address is not None:
+        how = {"dtype": dtype, "device": device, "attn_implementation": attention, "allow_download": download}
+        record_many(model, samples, out, how, force=force, workers=workers, address=address, options=options)
+        return
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 
     from avl_analysis.corpus import record_samples
@@ -83,12 +108,8 @@ def record(
         recording = record_samples(
             vlm,
             samples,
-            system=system,
-            max_new_tokens=max_new_tokens,
             on_token=lambda done, token: advance(done * max_new_tokens + token, total),
-            layers=numbers,
-            statistics=names,
-            **kept,
+            **options,
         )
     recording.save(out)
     for index in range(min(len(samples), 3)):

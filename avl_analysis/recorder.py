@@ -35,8 +35,11 @@ from avl_analysis.statistics import CacheStatistic, KeyStatistic, RowStatistic, 
 from avl_analysis.view import Part, View, view
 from avl_analysis.weights import row_weights
 
+MAPS = ("none", "mean", "heads")
+"""Which image-token scores of every step a recording keeps; any but "none" brings the last prompt row per head, too."""
 
-def plan(statistics: Sequence[Statistic], maps: bool, kept: Raw | None = None) -> Plan:
+
+def plan(statistics: Sequence[Statistic], maps: str, kept: Raw | None = None) -> Plan:
     """What the passes of a recording have to deliver."""
     keys = [s for s in statistics if isinstance(s, KeyStatistic)]
     return Plan(
@@ -44,7 +47,7 @@ def plan(statistics: Sequence[Statistic], maps: bool, kept: Raw | None = None) -
         cache=tuple(s for s in statistics if isinstance(s, CacheStatistic)),
         received=bool(keys),
         ages=any(s.needs_ages for s in keys),
-        scores=maps or any(isinstance(s, TrajectoryStatistic) for s in statistics),
+        scores=maps != "none" or any(isinstance(s, TrajectoryStatistic) for s in statistics),
         raw=kept,
     )
 
@@ -58,7 +61,7 @@ class Recorder(Tap):
         heads: query heads per layer.
         require_image: refuse prompts without a picture instead of leaving the image statistics undefined.
         stop: token ids that mark a finished row when fed in a decode step.
-        maps: whether to keep the image-token scores of every step.
+        maps: which image-token scores to keep of every step, one of `MAPS`.
         first: number of the first sample; names are numbers of six digits.
         kept: which raw weights to keep.
         require_image: refuse prompts without a picture.
@@ -70,7 +73,7 @@ class Recorder(Tap):
         layers: Sequence[int],
         heads: int,
         stop: frozenset[int] = frozenset(),
-        maps: bool = True,
+        maps: str = "mean",
         first: int = 0,
         kept: Raw | None = None,
         require_image: bool = False,
@@ -253,7 +256,7 @@ def record(
     heads: Sequence[int] | None = None,
     queries: str | Sequence[int] | None = None,
     limit: int | None = None,
-    maps: bool = True,
+    maps: str | bool = "mean",
     require_image: bool = False,
     stop: Sequence[int] | None = None,
     first_sample: int = 0,
@@ -273,7 +276,9 @@ def record(
         queries: rows whose raw weights are kept: "all" (default), "prompt", "last", "decode", "steps" (the last of the
             prompt and decode steps), or positions in the prompt counted without padding.
         limit: bytes that raw weights may take together, default 4 GiB; more is refused before it is computed.
-        maps: keep the image-token scores of every step (mean over heads), from which overlays are drawn.
+        maps: image-token scores to keep of every step (the first 512), from which overlays are drawn: "mean" over
+            heads, "heads" (every head as well, float16: layers x heads x image tokens x 2 bytes a step), or "none";
+            True and False mean the first and the last.
         require_image: refuse prompts without a picture instead of leaving the image statistics undefined.
         stop: token ids that mark a row as finished when fed in a decode step; None takes padding and end-of-sequence
             from the model's generation config.
@@ -298,6 +303,9 @@ def record(
         raise InputError(f"keep={keep!r} is not possible; keep='attention' keeps raw weights, None only statistics")
     if keep is None and (heads is not None or queries is not None):
         raise InputError("heads and queries choose raw weights, which are kept with keep='attention' only")
+    maps = {True: "mean", False: "none"}.get(maps, maps) if isinstance(maps, bool) else maps
+    if maps not in MAPS:
+        raise InputError(f"maps={maps!r} is not one of {', '.join(MAPS)}")
     kept = raw(heads, queries, family.query_heads, limit) if keep else None
     recorder = Recorder(chosen, numbers, family.query_heads, stops, maps, first_sample, kept, require_image)
     labels = schema.layer_labels(numbers, family.query_heads, family.key_heads)

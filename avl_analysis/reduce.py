@@ -22,10 +22,13 @@ from avl_analysis.raw import Raw
 from avl_analysis.rows import KINDS, Rows, Tokens, key_columns
 from avl_analysis.statistics.base import CacheStatistic, RowStatistic, SumStatistic, WeightStatistic
 from avl_analysis.view import View, valid_part
-from avl_analysis.weights import Block, weight_blocks
+from avl_analysis.weights import share_of_maps, weight_blocks
 
 ROWS_PER_MODALITY = 32
 """Prompt rows of each query modality that `WeightStatistic`s read, evenly spaced; the last row is always read."""
+
+COPIED_BYTES = (1 << 20, 8 << 20)
+"""Least and most bytes of copied rows at a time; sorting them takes about three times as much again."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ def reduce_prompt(view: View, plan: Plan, value_norm: Tensor | None = None) -> L
         FloatingPointError: weights of a real token are not numbers.
     """
     prompt = view.memo["prompt"] if "prompt" in view.memo else view.memo.setdefault("prompt", _prompt(view, plan))
-    parts = [_reduce_heads(view, plan, prompt, value_norm, heads, blocks) for heads, blocks in weight_blocks(view)]
+    parts = [_reduce_heads(view, plan, prompt, value_norm, some) for some in _head_groups(view, prompt)]
     joined = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
     sums, counts, step, last, received, ages, raw = joined
     assert step is not None
@@ -204,13 +207,22 @@ def reduce_prompt(view: View, plan: Plan, value_norm: Tensor | None = None) -> L
     return result
 
 
+def _head_groups(view: View, prompt: _Prompt) -> Iterator[slice]:
+    """Key heads whose copied rows, for all their query heads, take a bounded part of the memory of the maps."""
+    key_heads, keys, _ = view.key.shape
+    each = view.groups * len(prompt.picked) * keys * 4
+    together = max(1, share_of_maps(view, *COPIED_BYTES) // each)
+    return (slice(first, min(first + together, key_heads)) for first in range(0, key_heads, together))
+
+
 def _reduce_heads(
-    view: View, plan: Plan, prompt: _Prompt, value_norm: Tensor | None, heads: slice, blocks: Iterator[Block]
+    view: View, plan: Plan, prompt: _Prompt, value_norm: Tensor | None, key_heads: slice
 ) -> tuple[Tensor | None, ...]:
     """Sums, counts, step values, last row's weights, attention received and by age, raw weights, of a few heads."""
+    heads = slice(key_heads.start * view.groups, key_heads.stop * view.groups)
     tally = _Tally(view, plan, prompt, value_norm, heads)
-    for block in blocks:
-        tally.add(*block)
+    for which, rows, span, weights in weight_blocks(view, key_heads):
+        tally.add(slice(which.start - heads.start, which.stop - heads.start), rows, span, weights)
     sums, values = tally.sums.transpose(1, 2), tally.values
     if bool(sums[:, prompt.groups[0] > 0].isnan().any()):
         raise FloatingPointError("attention weights are not numbers")
@@ -230,7 +242,7 @@ class _Tally:
     def __init__(self, view: View, plan: Plan, prompt: _Prompt, value_norm: Tensor | None, heads: slice) -> None:
         number, rows, keys = heads.stop - heads.start, view.query.shape[1], view.key.shape[1]
         own = slice(heads.start // view.groups, heads.stop // view.groups)
-        self.prompt, self.queries = prompt, view.queries
+        self.prompt, self.queries, self.groups = prompt, view.queries, view.groups
         self.keys = view.keys if len(view.keys.rank) == 1 else view.keys.map(lambda t: t[own])
         self.columns = prompt.columns if len(prompt.columns) == 1 else prompt.columns[own]
         self.value_columns = None
@@ -249,38 +261,46 @@ class _Tally:
             self.raw = new(len(self._kept), len(prompt.raw_rows), keys, dtype=torch.float32)
             self._raw_places = prompt.raw_rows.tolist()
         self._places = prompt.picked.tolist()
-        self._scratch = new(0, dtype=torch.float32)
 
-    def add(self, rows: slice, span: slice, weights: Tensor) -> None:
-        self.sums[:, :, rows] = weighted_sums(weights, self.columns[:, :, span])
+    def add(self, heads: slice, rows: slice, span: slice, weights: Tensor) -> None:
+        """Take what is wanted from a block of some of these heads; the block is overwritten."""
+        sets = slice(heads.start // self.groups, heads.stop // self.groups)
+        columns = self.columns if len(self.columns) == 1 else self.columns[sets]
+        self.sums[heads, :, rows] = weighted_sums(weights, columns[:, :, span])
         if self.values is not None and self.value_columns is not None:
-            self.values[:, :, rows] = weighted_sums(weights, self.value_columns[:, :, span])
-        for threshold, above in self.above.items():
-            above[:, rows] = self._count_above(weights, threshold)
+            self.values[heads, :, rows] = weighted_sums(weights, self.value_columns[sets, :, span])
         low, high = bisect_left(self._places, rows.start), bisect_left(self._places, rows.stop)
         if low < high:
-            self.picked[:, low:high, span] = weights[:, self.prompt.picked[low:high] - rows.start]
+            self.picked[heads, low:high, span] = weights[:, self.prompt.picked[low:high] - rows.start]
         if self.received is not None:
-            self.received[:, :, span] += self.prompt.groups[:, rows] @ weights
+            self.received[heads, :, span] += self.prompt.groups[:, rows] @ weights
         if self.ages is not None:
-            self._add_ages(rows, span, weights)
-        if self.raw is not None and self._kept:
-            low, high = bisect_left(self._raw_places, rows.start), bisect_left(self._raw_places, rows.stop)
-            self.raw[:, low:high, span] = weights[self._kept][:, self.prompt.raw_rows[low:high] - rows.start]
+            self._add_ages(self.ages, heads, rows, span, weights)
+        if self.raw is not None:
+            self._keep(self.raw, heads, rows, span, weights)
+        for place, (threshold, above) in enumerate(self.above.items(), 1):
+            scratch = weights if place == len(self.above) else torch.empty_like(weights)
+            above[heads, rows] = count_above(weights, threshold, scratch)
 
-    def _count_above(self, weights: Tensor, threshold: float) -> Tensor:
-        if self._scratch.numel() < weights.numel():
-            self._scratch = torch.empty_like(weights).flatten()
-        return count_above(weights, threshold, self._scratch[: weights.numel()].view(weights.shape))
+    def _keep(self, raw: Tensor, heads: slice, rows: slice, span: slice, weights: Tensor) -> None:
+        at = [place for place, head in enumerate(self._kept) if heads.start <= head < heads.stop]
+        low, high = bisect_left(self._raw_places, rows.start), bisect_left(self._raw_places, rows.stop)
+        if at and low < high:
+            which = torch.tensor([self._kept[place] - heads.start for place in at], device=weights.device)
+            chosen = self.prompt.raw_rows[low:high] - rows.start
+            raw[at[0] : at[-1] + 1, low:high, span] = weights[which[:, None], chosen]
 
-    def _add_ages(self, rows: slice, span: slice, weights: Tensor) -> None:
+    def _add_ages(self, ages: Tensor, heads: slice, rows: slice, span: slice, weights: Tensor) -> None:
         some, keys = _overlap(rows, self.prompt.text_rows), _overlap(span, self.prompt.text_keys)
         if some.start < some.stop and keys.start < keys.stop:
             inner = weights[
                 :, some.start - rows.start : some.stop - rows.start, keys.start - span.start : keys.stop - span.start
             ]
             queries, tokens = self.queries.map(lambda t: t[some]), self.keys.map(lambda t: t[:, keys])
-            self.ages += by_age(text_only(inner, queries, tokens), queries.rank, tokens.rank)
+            if len(tokens.rank) > 1:
+                sets = slice(heads.start // self.groups, heads.stop // self.groups)
+                tokens = tokens.map(lambda t: t[sets])
+            ages[heads] += by_age(text_only(inner, queries, tokens), queries.rank, tokens.rank)
 
 
 def _pairs(view: View, rows: slice, keys: slice) -> Tensor:

@@ -43,7 +43,7 @@ def replay(recording: Recording, statistics: Sequence[Statistic | str] | None = 
     if unable := [s.name for s in chosen if _needs_more(s)]:
         raise InputError(f"{', '.join(unable)} cannot be replayed: keys and values are not in a recording")
     layers = tuple(int(layer) for layer in attention["layer"].values)
-    what = plan(chosen, maps=True)
+    what = plan(chosen, maps="mean")
     parts = []
     for name in recording.samples:
         log = SampleLog(name, layers, heads, chosen, what)

@@ -55,7 +55,8 @@ class SampleLog:
         name: its name, unique within a recording.
         layers: the decoder layers that are recorded; heads: number of query heads.
         statistics, plan: what is computed, and what of it concerns single passes.
-        keep_maps: whether the image-token scores of every step become part of the recording.
+        maps: which image-token scores of every step become part of the recording: "none", "mean" over heads, or
+            "heads".
         finished: nothing more is to be added.
     """
 
@@ -64,7 +65,7 @@ class SampleLog:
     heads: int
     statistics: Sequence[Statistic]
     plan: Plan
-    keep_maps: bool = True
+    maps: str = "mean"
     finished: bool = False
     tokens: dict[str, np.ndarray] = field(default_factory=dict)
     phases: list[str] = field(default_factory=list)
@@ -77,6 +78,7 @@ class SampleLog:
     pairs: np.ndarray | None = None
     scores: list[np.ndarray] = field(default_factory=list)  # (layers, image tokens) each
     last: np.ndarray | None = None  # (layers, heads, image tokens)
+    head_scores: list[np.ndarray] = field(default_factory=list)  # (layers, heads, image tokens) float16 each
     cache: dict[str, list[Tensor | None]] = field(default_factory=dict)
     produced: list[int] = field(default_factory=list)  # position of the row that produces a token, per step
     raw: list[RawRows] = field(default_factory=list)
@@ -145,11 +147,15 @@ class SampleLog:
         for layer, one in enumerate(passes if len(at) else ()):
             if one is not None:
                 scores[layer] = by_rank(one.weights[:, None], one.keys.rank, self.length, np.nan)[:, 0, at]
-        present = ~np.isnan(scores)
-        mean = np.where(present, scores, 0.0).mean(1, dtype=np.float32)
-        self.scores.append(np.where(present.any(1), mean, np.float32(np.nan)))
+        mean = scores.mean(1)
+        if np.isnan(mean).any():
+            present = ~np.isnan(scores)
+            mean = np.where(present.any(1), np.where(present, scores, 0.0).mean(1), np.float32(np.nan))
+        self.scores.append(mean)
         if self.last is None:
             self.last = scores
+        if self.maps == "heads":
+            self.head_scores.append(scores.astype(np.float16))
 
     def _add_raw(self, passes: Sequence[LayerPass | None]) -> None:
         rows = next((p.raw_rows for p in passes if p is not None), None)
@@ -232,14 +238,19 @@ class SampleLog:
         return fields
 
     def _map_fields(self) -> dict[str, tuple[Field, np.ndarray]]:
-        if not self.keep_maps or self.last is None:
+        if self.maps == "none" or self.last is None:
             return {}
         mean = {"long_name": "attention weight of an image token, mean over heads"}
         last = {"long_name": "attention weight of an image token from the last prompt row"}
-        return {
+        maps = {
             "image_score": (Field(("step", "layer", "token"), attrs=mean), np.stack(self.scores)),
             "image_score_last": (Field(("layer", "head", "token"), attrs=last), self.last),
         }
+        if self.head_scores:
+            each = {"long_name": "attention weight of an image token", "precision": "float16"}
+            dims = ("step", "layer", "head", "token")
+            maps["image_score_heads"] = (Field(dims, attrs=each), np.stack(self.head_scores))
+        return maps
 
     def _raw_fields(self) -> dict[str, tuple[Field, np.ndarray]]:
         if self.plan.raw is None or not self.raw:
@@ -283,6 +294,8 @@ def by_rank(values: Tensor, rank: Tensor, length: int, fill: float) -> np.ndarra
         rank: (key sets, keys), -1 for slots that hold nothing.
     """
     heads, n, keys = values.shape
+    if in_order(rank) and keys == length:
+        return values.cpu().numpy()
     placed = values.new_full((heads, n, length + 1), fill)  # the last place takes what belongs nowhere
     if len(rank) == 1:
         placed[:, :, rank[0].where(rank[0] >= 0, length)] = values
@@ -290,6 +303,11 @@ def by_rank(values: Tensor, rank: Tensor, length: int, fill: float) -> np.ndarra
         at = rank.where(rank >= 0, length).repeat_interleave(heads // len(rank), 0)
         placed.scatter_(2, at[:, None].expand(heads, n, keys), values)
     return placed[..., :length].cpu().numpy()
+
+
+def in_order(rank: Tensor) -> bool:
+    """Whether key j is token j for all heads, (key sets, keys)."""
+    return len(rank) == 1 and bool((rank[0] == torch.arange(rank.shape[1], device=rank.device)).all())
 
 
 def token_arrays(tokens: Tokens, ids: Tensor | None, new: slice) -> dict[str, np.ndarray]:

@@ -15,32 +15,40 @@ from torch import Tensor
 
 from avl_analysis.view import View
 
-BLOCK_BYTES = 2 << 20
-"""Size of one block of weights on a CPU, about what stays in a core's own cache."""
-DEVICE_BLOCK_BYTES = 128 << 20
-"""Size of one block elsewhere, where starting a kernel costs more than moving data."""
+BLOCK_BYTES = (1 << 20, 2 << 20)
+"""Least and most bytes of one block of weights on a CPU, about what stays in a core's own cache. In between it is a
+fiftieth of the layer's maps, so that short prompts take little memory beside a model, too."""
+DEVICE_BLOCK_BYTES = (16 << 20, 128 << 20)
+"""The same elsewhere, where starting a kernel costs more than moving data."""
 
-Block = tuple[slice, slice, Tensor]
-"""Rows; keys outside of which the weights of these rows are 0; the weights, (heads, rows, keys) float32."""
+Block = tuple[slice, slice, slice, Tensor]
+"""Query heads; rows; keys outside of which the weights of these rows are 0; the weights, (heads, rows, keys) float32.
+A block is valid until the next one is asked for, and may be overwritten."""
 
 
-def weight_blocks(view: View) -> Iterator[tuple[slice, Iterator[Block]]]:
-    """A few query heads after another: which, and their blocks of rows. A block is overwritten by the next."""
+def share_of_maps(view: View, least: int, most: int) -> int:
+    """A fiftieth of the bytes of the layer's maps in float32, within bounds."""
+    maps = view.query.shape[0] * view.query.shape[1] * view.key.shape[1] * 4
+    return max(least, min(most, maps // 50))
+
+
+def weight_blocks(view: View, key_heads: slice) -> Iterator[Block]:
+    """The weights of the query heads that read these key heads, head after head and row after row."""
+    groups, rows, keys = view.groups, view.query.shape[1], view.key.shape[1]
     if view.weights is not None:
-        heads, rows, keys = view.weights.shape
-        yield slice(0, heads), iter([(slice(0, rows), slice(0, keys), view.weights)])
+        heads = slice(key_heads.start * groups, key_heads.stop * groups)
+        yield heads, slice(0, rows), slice(0, keys), view.weights[heads].clone()
         return
-    (_, rows, dim), (key_heads, keys, _), groups = view.query.shape, view.key.shape, view.groups
-    elements = (BLOCK_BYTES if view.query.device.type == "cpu" else DEVICE_BLOCK_BYTES) // 4
+    limits = BLOCK_BYTES if view.query.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    elements = share_of_maps(view, *limits) // 4
     size = max(1, min(rows, elements // (groups * keys)))
     together = elements // (groups * size * keys)
-    if view.key.dtype != torch.float32:  # the converted keys of the heads shall fit as well
-        together = min(together, elements // (keys * dim))
-    together = max(1, min(key_heads, together))
+    if view.key.dtype != torch.float32:  # the converted keys of these heads shall fit as well
+        together = min(together, elements // (keys * view.key.shape[2]))
+    together = max(1, min(key_heads.stop - key_heads.start, together))
     buffer = torch.empty(together * groups * size * keys, device=view.query.device)
-    for first in range(0, key_heads, together):
-        some = slice(first, min(first + together, key_heads))
-        yield slice(some.start * groups, some.stop * groups), _row_blocks(view, some, size, buffer)
+    for first in range(key_heads.start, key_heads.stop, together):
+        yield from _row_blocks(view, slice(first, min(first + together, key_heads.stop)), size, buffer)
 
 
 def _row_blocks(view: View, key_heads: slice, size: int, buffer: Tensor) -> Iterator[Block]:
@@ -55,7 +63,7 @@ def _row_blocks(view: View, key_heads: slice, size: int, buffer: Tensor) -> Iter
         weights = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
         _products(query[:, at].reshape(count, -1, query.shape[2]), key[:, span], weights)
         _softmax(weights, view, heads, at, span)
-        yield at, span, weights
+        yield heads, at, span, weights
 
 
 def _products(query: Tensor, key: Tensor, out: Tensor) -> None:
@@ -84,9 +92,12 @@ def _softmax(logits: Tensor, view: View, heads: slice, rows: slice, span: slice)
 
 
 def row_weights(view: View) -> Tensor:
-    """Weights of all rows at once, (query heads, rows, keys) float32; for a decode step, or a short prompt."""
-    whole = torch.zeros(view.query.shape[0], view.query.shape[1], view.key.shape[1], device=view.query.device)
-    for heads, blocks in weight_blocks(view):
-        for rows, span, weights in blocks:
-            whole[heads, rows, span] = weights
-    return whole
+    """Weights of all rows at once, (query heads, rows, keys) float32; for decode steps."""
+    shape = (view.query.shape[0], view.query.shape[1], view.key.shape[1])
+    whole: Tensor | None = None
+    for heads, rows, span, weights in weight_blocks(view, slice(0, view.key.shape[0])):
+        if weights.shape == shape:
+            return weights
+        whole = weights.new_zeros(shape) if whole is None else whole
+        whole[heads, rows, span] = weights
+    return torch.zeros(shape) if whole is None else whole

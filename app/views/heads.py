@@ -32,7 +32,7 @@ def show(context: Context) -> None:
     step = pick_token(seen)
     chosen, single = _measure(recording)
     values = headmaps.matrix(recording, chosen, step if single else None)
-    kinds = headmaps.kinds(recording)
+    _, kinds = _known(recording)
     layer, head = _present(seen, values)
     left, right = st.columns([3, 2])
     with left:
@@ -56,8 +56,7 @@ def recorded(context: Context) -> Recording:
 
 def _measure(recording: Recording) -> tuple[Measure, bool]:
     """The chosen statistic, and whether it is that of the chosen token alone."""
-    all_of_them = [m for m in headmaps.measures(recording) if np.isfinite(headmaps.matrix(recording, m)).any()]
-    keys = {m.key: m for m in all_of_them}
+    keys, _ = _known(recording)
     first, second = st.columns([3, 2], vertical_alignment="bottom")
     state.within("measure", list(keys), _FIRST if _FIRST in keys else next(iter(keys)))
     first.selectbox("Statistic", list(keys), key="measure", format_func=lambda key: keys[key].title)
@@ -66,6 +65,16 @@ def _measure(recording: Recording) -> tuple[Measure, bool]:
     if headmaps.has_steps(recording, chosen):
         single = second.toggle("of the chosen token alone", key="single_token")
     return chosen, single
+
+
+def _known(recording: Recording) -> tuple[dict[str, Measure], np.ndarray]:
+    """The measures this recording has values of, and the kinds of its heads; found once per visitor."""
+    held = st.session_state.get("heads_of")
+    if held is None or held[0] is not recording:
+        known = [m for m in headmaps.measures(recording) if np.isfinite(headmaps.matrix(recording, m)).any()]
+        held = st.session_state["heads_of"] = (recording, ({m.key: m for m in known}, headmaps.kinds(recording)))
+    found: tuple[dict[str, Measure], np.ndarray] = held[1]
+    return found
 
 
 def _present(seen: Observation, values: headmaps.Matrix) -> tuple[int, int]:

@@ -124,7 +124,10 @@ ENTRIES: dict[str, Entry] = {
         options={"high_res_size": {"height": 64, "width": 64}, "size": {"height": SIDE, "width": SIDE}, "min_size": 4},
     ),
     "diffusion_gemma": Entry(
-        {"text_config.num_experts": 4, "text_config.top_k_experts": 2, "text_config.moe_intermediate_size": WIDTH}
+        {
+            "vision_config": _GEMMA4_VISION, "text_config.num_experts": 4, "text_config.top_k_experts": 2,
+            "text_config.moe_intermediate_size": WIDTH,
+        }
     ),
     "dots3_note": Entry(
         {

@@ -45,7 +45,10 @@ def image_processor(model_type: str, config: PreTrainedConfig, options: Mapping[
     if name is None:
         raise LookupError(f"{model_type!r} has no Pillow image processor and its entry names no pixels")
     kind = getattr(transformers, name)
-    default, vision = kind(), getattr(config, "vision_config", None) or config
+    try:
+        default, vision = kind(), getattr(config, "vision_config", None) or config
+    except ImportError as missing:  # in older versions some Pillow processors ask for torchvision all the same
+        raise LookupError(f"{name} cannot be made here: {str(missing).strip().splitlines()[0]}") from missing
     side = _first(getattr(vision, "image_size", None)) or SIDE
     patch = _first(getattr(vision, "patch_size", None)) or PATCH
     size = {k for k, v in dict(getattr(default, "size", None) or {}).items() if v is not None}
@@ -86,7 +89,8 @@ def image_features(model: nn.Module, given: Mapping[str, Any]) -> Any:
     owners: list[Any] = [m for m in (model, getattr(model, "model", None)) if hasattr(m, "get_image_features")]
     takes = {name for owner in owners for name in signature(owner.get_image_features).parameters}
     fields = ("vision_feature_layer", "vision_feature_select_strategy")
-    defaults = {n: getattr(model.config, n) for n in fields if hasattr(model.config, n)}
+    places = (model.config, getattr(model.config, "vision_config", None))
+    defaults = {n: getattr(place, n) for n in fields for place in reversed(places) if hasattr(place, n)}
     return owners[0].get_image_features(**{k: v for k, v in {**defaults, **given}.items() if k in takes})
 
 

@@ -19,6 +19,7 @@ from avl_analysis.conformance.painting import check_places
 from avl_analysis.conformance.recording import Mismatch, check_recording
 
 YES = "exact"
+NOT_CHECKED = "not checked"
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,14 @@ def check(model_type: str) -> Row:
         family = case.family
     except UnsupportedModelError as refusal:
         return Row(model_type, _reason(refusal), "-", "-", "-")
+    except ImportError as missing:
+        return Row(model_type, f"{NOT_CHECKED}: {str(missing).strip().splitlines()[0]}", "-", "-", "-")
     if not family.image_token_ids:
         raise Mismatch(f"{model_type} is neither described nor refused")
-    check_recording(case)
+    try:
+        check_recording(case)
+    except LookupError as missing:
+        return Row(model_type, f"{NOT_CHECKED}: {missing}", "-", "-", "-")
     return Row(model_type, YES, _adapted(case), _places(case), case.pixels_from)
 
 

@@ -131,7 +131,8 @@ def test_blocks_and_heads_split_in_any_way_give_the_same_numbers(eager, monkeypa
     with record(eager, keep="attention") as whole:
         generate(eager, batch, steps=1)
     for size in (4 * 200, 4 * 2000):
-        monkeypatch.setattr(weights, "BLOCK_BYTES", size)
+        monkeypatch.setattr(weights, "BLOCK_BYTES", (size, size))
+        monkeypatch.setattr(reduce, "COPIED_BYTES", (size, size))
         with record(eager, keep="attention") as split:
             generate(eager, batch, steps=1)
         for name in whole.names:

@@ -28,7 +28,10 @@ SLOW = (
 
 
 def _holds(model_type: str) -> None:
-    found = check_places(Case(model_type))
+    try:
+        found = check_places(Case(model_type))
+    except LookupError as missing:
+        pytest.skip(str(missing))
     assert found.wrong == 0
     assert found.assumption == ""
     assert found.inside >= 5

@@ -10,7 +10,7 @@ import transformers
 
 from avl.families import REFUSED, UnsupportedModelError, describe
 from avl_analysis.conformance.build import Case, model_types
-from avl_analysis.conformance.table import check, counts, markdown, parse
+from avl_analysis.conformance.table import NOT_CHECKED, check, counts, markdown, parse
 
 TABLE = Path(__file__).parents[3] / "docs" / "families.md"
 
@@ -30,8 +30,16 @@ def _same_version() -> bool:
     return f"transformers {transformers.__version__}." in TABLE.read_text(encoding="utf-8")
 
 
+BROKEN_DEFAULTS = {"granite4_vision"}
+"""Types whose default configuration makes no model in versions older than the table's."""
+
+
 def _verify(model_type: str) -> None:
+    if model_type in BROKEN_DEFAULTS and not _same_version():
+        pytest.skip("the default configuration of this version makes no model")
     row, expected = check(model_type), _committed().get(model_type)
+    if row.recorded.startswith(NOT_CHECKED) and not _same_version():
+        pytest.skip(row.recorded)
     if _same_version():
         assert row == expected
     elif expected is not None:
