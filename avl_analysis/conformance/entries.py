@@ -248,6 +248,7 @@ ENTRIES: dict[str, Entry] = {
         },
         shown=px.broken_rows,
     ),
+    "mllama": Entry({"text_config.cross_attention_layers": [1]}),
     "molmo2": Entry(
         {
             "adapter_config.vision_feature_layer": [-1, 0], "text_config.rope_scaling_layers": DROP,
