@@ -42,7 +42,9 @@ def check_types(names: Sequence[str] | None, write: Path | None) -> None:
                 rows.append(check(name))
             except Mismatch as mismatch:
                 failures.append(f"{name}: {mismatch}")
-    table = Table("type", "recorded", "adapted", "picture map", "pixels", box=None)
+    table = Table(box=None)
+    for heading in ("type", "recorded", "adapted", "picture map", "pixels"):
+        table.add_column(heading, overflow="fold")  # in a narrow terminal names go on in the next line, uncut
     for row in rows:
         table.add_row(row.model_type, row.recorded, row.adapted, row.picture_map, row.pixels)
     Console().print(table, counts(rows), *failures, sep="\n")

@@ -124,7 +124,7 @@ def tiles(config: Any) -> dict[str, Any]:
 
 def broken_rows(config: Any, given: Mapping[str, Any], image: int) -> list[int]:
     """A break token after each row of merged patches, an end token after the last (Pixtral)."""
-    cell = config.vision_config.patch_size * config.spatial_merge_size
+    cell = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
     rows, columns = (int(n) // cell for n in given["image_sizes"][0])
     return [*([*[image] * columns, BREAK] * rows)[:-1], END]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,9 +18,12 @@ from transformers import (
 
 import avl
 from avl.attention import AttentionCall, attention_logits, attention_weights
+from avl.families import describe
 from avl.seam import Tap, _Name, attached
 from avl.tokens import Modality
 from avl_analysis.conformance.build import Case
+from avl_analysis.conformance.entries import ENTRIES, entry
+from avl_analysis.conformance.recording import check_recording
 from tests import tiny
 
 SMALL = {
@@ -161,6 +165,33 @@ def test_attention_that_policies_cannot_act_on_is_refused_with_its_reason(model_
         pytest.raises(avl.UnsupportedModelError, match=reason),
     ):
         case.model.generate(**case.inputs, max_new_tokens=2, do_sample=False)
+
+
+def _variant(monkeypatch, model_type, **override):
+    """A tiny model of a type with other settings than its default configuration has."""
+    known = entry(model_type)
+    changed = {**known.override, **{f"text_config.{name}": value for name, value in override.items()}}
+    monkeypatch.setitem(ENTRIES, model_type, replace(known, override=changed))
+    return Case(model_type)
+
+
+def test_layers_that_share_keys_are_recorded_and_refused_to_policies_where_a_config_asks_for_them(monkeypatch):
+    kinds = ["sliding_attention", "full_attention"] * 2
+    case = _variant(monkeypatch, "gemma4", num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=2)
+    assert check_recording(case).layers == 4
+    with (
+        torch.no_grad(),
+        avl.adaptive(case.model, avl.AdaptivePolicy()),
+        pytest.raises(avl.UnsupportedModelError, match="layers of gemma4 share the KV cache"),
+    ):
+        case.model.generate(**case.inputs, max_new_tokens=2, do_sample=False)
+
+
+def test_layers_of_unequal_heads_are_refused_where_a_config_asks_for_them(monkeypatch):
+    case = _variant(monkeypatch, "step3p7", num_sliding_attention_heads=2)
+    assert [layer.self_attn.num_heads for layer in case.model.get_decoder().layers] == [4, 2]
+    with pytest.raises(avl.UnsupportedModelError, match=r"different numbers of query heads \(2, 4\)"):
+        describe(case.model)
 
 
 def _call(**options):

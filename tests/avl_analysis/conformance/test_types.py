@@ -6,6 +6,7 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from avl.families import REFUSED, UnsupportedModelError, describe
@@ -51,7 +52,6 @@ def test_a_representative_type_is_what_the_table_says(model_type):
     _verify(model_type)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model_type", [t for t in model_types() if t not in REPRESENTATIVE])
 def test_every_other_type_is_what_the_table_says(model_type):
     _verify(model_type)
@@ -82,6 +82,24 @@ def test_types_that_are_not_recorded_are_those_refused_by_name_and_the_encoder_d
             assert reason == REFUSED.get(row.model_type) or "encoder-decoder" in reason or "numbers of query" in reason
 
 
+REACHES_ENCODER = ("CrossAttention", "crossattention", "encoder_attn", "EncDecAttention", "MergedAttention")
+"""How modules are called that attend to an encoder's output, in transformers; merged: beside the decoder's own keys."""
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in _committed().values() if "encoder-decoder" in r.recorded], ids=lambda r: r.model_type
+)
+def test_a_type_refused_as_encoder_decoder_is_one(row):
+    if row.model_type not in model_types():
+        pytest.skip("not registered in this version")
+    model = Case(row.model_type).model
+    assert model.get_encoder() is not model.get_decoder()
+    names = [f"{name} {type(module).__name__}" for name, module in model.get_decoder().named_modules()]
+    assert any(part in name for name in names for part in REACHES_ENCODER)
+    with pytest.raises(UnsupportedModelError, match="it is an encoder-decoder; its decoder reaches the picture"):
+        describe(model)
+
+
 FACTS = {
     "blip": lambda model: any("crossattention" in name for name, _ in model.named_modules()),
     "idefics": lambda model: len(model.model.gated_cross_attn_layers) > 0,
@@ -92,10 +110,14 @@ FACTS = {
     "mistral4": lambda model: "pixel_values" not in signature(model.forward).parameters,
     "pi0": lambda model: "actions" in signature(model.forward).parameters and not hasattr(model, "generation_config"),
     "diffusion_gemma": lambda model: "self_conditioning_logits" in signature(model.forward).parameters,
-    "git": lambda model: (
-        model.git.image_encoder is not None and not any("image_token" in name for name in vars(model.config))
-    ),
+    "git": lambda model: _adds_positions(model),
 }
+
+
+def _adds_positions(model):
+    """Whether the decoder runs over more positions than `input_ids` has, when it is shown a picture."""
+    side = model.config.vision_config.image_size
+    return model(input_ids=torch.tensor([[5, 6, 7]]), pixel_values=torch.rand(1, 3, side, side)).logits.shape[1] > 3
 
 
 def test_every_refusal_by_name_has_its_fact_checked():
