@@ -166,7 +166,7 @@ class Recorder(Tap):
         if length > known.shape[1]:
             known = torch.cat([known, known.new_full((heads, length + 256 - known.shape[1]), torch.nan)], 1)
         if seen.in_order:
-            known[:, count:length] = seen.value[:, count:length].float().norm(dim=-1)
+            known[:, count:length] = _norms(seen.value[:, count:length])
             self._norms[b, layer] = known, length
             return known[:, :length]
         at = rank.clamp_min(0).expand(heads, -1)
@@ -236,6 +236,11 @@ def _check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
     if not chosen or min(chosen) < 0 or max(chosen) >= count:
         raise InputError(f"layers {list(layers)} are out of range; this model has layers 0 to {count - 1}")
     return chosen
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    """Their lengths in float32, converted head by head."""
+    return torch.stack([head.float().norm(dim=-1) for head in vectors])
 
 
 def stop_tokens(model: nn.Module) -> frozenset[int]:

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -202,9 +203,22 @@ def reduce_prompt(view: View, plan: Plan, value_norm: Tensor | None = None) -> L
         visible = view.sight.visible[:, prompt.raw_rows]
         result.raw, result.raw_rows = raw, view.queries.rank[prompt.raw_rows]
         result.raw_visible = visible if len(visible) == 1 else visible[list(plan.raw.heads)]
-    for statistic in plan.cache:
-        result.cache[statistic.name] = statistic.value(view.key.float(), view.value.float(), view.keys)
+    result.cache = _cache_values(view, plan)
     return result
+
+
+def _cache_values(view: View, plan: Plan) -> dict[str, Tensor]:
+    """Statistics of keys and values, a few heads at a time: in half precision they are converted first."""
+    found: dict[str, list[Tensor]] = {statistic.name: [] for statistic in plan.cache}
+    each = max(1, view.key.shape[1] * (view.key.shape[2] + view.value.shape[2]) * 4)
+    together = max(1, share_of_maps(view, *COPIED_BYTES) // each)
+    for first in range(0, view.key.shape[0] if found else 0, together):
+        some = slice(first, first + together)
+        key, value = view.key[some].float(), view.value[some].float()
+        tokens = view.keys if len(view.keys.rank) == 1 else view.keys.map(itemgetter(some))
+        for statistic in plan.cache:
+            found[statistic.name].append(statistic.value(key, value, tokens))
+    return {name: torch.cat(values) for name, values in found.items()}
 
 
 def _head_groups(view: View, prompt: _Prompt) -> Iterator[slice]:
@@ -233,7 +247,7 @@ def _reduce_heads(
     grouped = _grouped(both[0], prompt.modality), _grouped(both[1], prompt.sampled)
     totals, counted = (torch.cat(parts, -1) for parts in zip(*grouped, strict=True))
     step = torch.cat([values[:, -1] for values in both], -1)
-    return totals, counted, step, tally.picked[:, -1], tally.received, tally.ages, tally.raw
+    return totals, counted, step, tally.picked[:, -1].clone(), tally.received, tally.ages, tally.raw
 
 
 class _Tally:

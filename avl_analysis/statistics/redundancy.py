@@ -30,5 +30,6 @@ class KeyRedundancy(CacheStatistic):
     def value(self, key: Tensor, value: Tensor, tokens: Tokens) -> Tensor:
         kinds = torch.stack([tokens.modality == code for code in range(3)], 1).float()  # (key sets, 3, keys)
         n = kinds.sum(-1)
-        mean = kinds @ torch.nn.functional.normalize(key, dim=-1) / n[..., None]
+        lengths = torch.linalg.vector_norm(key, dim=-1).clamp_min(1e-12)
+        mean = kinds / lengths[:, None] @ key / n[..., None]
         return torch.where(n > 1, (n * mean.square().sum(-1) - 1) / (n - 1), torch.nan)
