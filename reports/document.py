@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from avl_analysis.figures.draw_matplotlib import Paragraph, figure_page, save_document, text_pages
+from avl_analysis.figures.draw_matplotlib import Paragraph, figure_pages, save_document, text_pages
 from reports.facts import LEAD, READING, VERDICTS, facts, heading, provenance
 from reports.findings import Finding
 from reports.run import Run, Section
@@ -20,7 +20,7 @@ def write_document(
         above = [Paragraph(f"{number}  {section.question}", size=13, bold=True, after=0.14)]
         above += [Paragraph(section.text, muted=True)] if section.text else []
         above += [paragraph for finding in section.findings for paragraph in _judged(finding)]
-        pages.append(figure_page(section.figure, above, _table(section)))
+        pages += figure_pages(section.figure, above, _table(section))
     pages += text_pages(_end(run, commands))
     return save_document(pages, path, title=heading(run, title))
 

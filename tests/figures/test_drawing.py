@@ -167,10 +167,22 @@ def test_series_common_to_all_panels_get_one_legend():
 
 def test_a_printed_page_carries_words_figure_and_the_whole_caption():
     figure = specs.figure("f", specs.lines(), specs.bars())
-    page = draw_matplotlib.figure_page(figure, [draw_matplotlib.Paragraph("A question?", bold=True)])
+    (page,) = draw_matplotlib.figure_pages(figure, [draw_matplotlib.Paragraph("A question?", bold=True)])
     assert len(page.subfigs[0].axes) == 2
     words = " ".join(text.get_text() for text in page.texts)
     assert words == f"A question? {figure.title}. {specs.CAPTION.text}"
+
+
+@pytest.mark.parametrize(("above", "below", "place"), [(10, 90, 0), (90, 10, 3), (90, 90, 3), (5, 5, 0)])
+def test_words_that_leave_no_room_for_the_figure_get_pages_of_their_own(above, below, place, tmp_path):
+    figure = specs.figure("f", specs.lines(), specs.bars())
+    words = [[draw_matplotlib.Paragraph(f"{side}{i}") for i in range(n)] for side, n in (("a", above), ("b", below))]
+    pages = draw_matplotlib.figure_pages(figure, *words)
+    with_figure = [number for number, page in enumerate(pages) if page.subfigs]
+    assert with_figure == [place]
+    written = " ".join(text.get_text() for page in pages for text in page.texts).split()
+    assert {f"a{i}" for i in range(above)} | {f"b{i}" for i in range(below)} <= set(written)
+    draw_matplotlib.save_document(pages, tmp_path / "a.pdf", title="A report")  # and it can be drawn
 
 
 def test_flowing_text_takes_as_many_pages_as_it_needs_and_loses_nothing():
@@ -184,6 +196,6 @@ def test_flowing_text_takes_as_many_pages_as_it_needs_and_loses_nothing():
 
 def test_pages_are_bound_into_one_document(tmp_path):
     pages = draw_matplotlib.text_pages([draw_matplotlib.Paragraph("one")])
-    pages.append(draw_matplotlib.figure_page(specs.figure("f", specs.overlay(), specs.overlay("b"), columns=2)))
+    pages += draw_matplotlib.figure_pages(specs.figure("f", specs.overlay(), specs.overlay("b"), columns=2))
     path = draw_matplotlib.save_document(pages, tmp_path / "a.pdf", title="A report")
     assert path.read_bytes().count(b"/Type /Page ") == 2

@@ -24,6 +24,7 @@ WIDTH, HEIGHT, MARGIN = 8.27, 11.69, 0.7
 """Inches: A4 upright."""
 _LETTER = 0.56  # width of a letter of the sans font, as a share of its size
 _LINE = 1.38  # distance of lines, likewise
+_LEAST = 0.75  # share of its wanted height that a figure gets at least
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,36 @@ def text_pages(paragraphs: Sequence[Paragraph]) -> list[Canvas]:
     return pages
 
 
-def figure_page(figure: Figure, above: Sequence[Paragraph] = (), below: Sequence[Paragraph] = ()) -> Canvas:
-    """A figure as wide as the page, with words above and its caption and further words below."""
-    under = [Paragraph(f"{figure.title}. {figure.caption.text}", size=8), *below]
-    page = _page()
-    top = _write(page, above, HEIGHT - MARGIN) - 0.1
+def figure_pages(figure: Figure, above: Sequence[Paragraph] = (), below: Sequence[Paragraph] = ()) -> list[Canvas]:
+    """A figure as wide as the page, with words above and its caption and further words below.
+
+    Words that would leave the figure less than `_LEAST` of its height move to pages of their own.
+    """
+    caption = Paragraph(f"{figure.title}. {figure.caption.text}", size=8)
     width, height = size_of(figure)
     wanted = min(height * (WIDTH - 2 * MARGIN) / width, 1.15 * height)
-    bottom = max(top - wanted, MARGIN + sum(p.height() for p in under) + 0.1)
+    room = HEIGHT - 2 * MARGIN - 0.3 - caption.height() - _LEAST * wanted
+    before: list[Canvas] = []
+    behind: list[Canvas] = []
+    if _tall(above) > room:
+        before, above = text_pages(above), ()
+    if _tall(above) + _tall(below) > room:
+        behind, below = text_pages(below), ()
+    under = [caption, *below]
+    page = _page()
+    top = _write(page, above, HEIGHT - MARGIN) - 0.1
+    bottom = max(top - wanted, MARGIN + _tall(under) + 0.1)
     inner = min(WIDTH - 2 * MARGIN, 1.25 * width)
     with matplotlib.rc_context(RC):
         grid = page.add_gridspec(3, 3, height_ratios=[HEIGHT - top, top - bottom, bottom],
                                  width_ratios=[MARGIN, inner, WIDTH - MARGIN - inner])  # fmt: skip
         fill(page.add_subfigure(grid[1, 1]), figure)
     _write(page, under, bottom - 0.1)
-    return page
+    return [*before, page, *behind]
+
+
+def _tall(paragraphs: Sequence[Paragraph]) -> float:
+    return sum(paragraph.height() for paragraph in paragraphs)
 
 
 def save_document(pages: Sequence[Canvas], path: Path, *, title: str) -> Path:
