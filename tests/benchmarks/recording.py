@@ -8,7 +8,7 @@ One process measures everything, in rounds: plain SDPA prefill, the same with al
 attention with `output_attentions=True`, one after another. Ratios are taken within a round and their median is
 reported, so that a machine that is busy with other things slows all three alike. Decode steps are timed the same way.
 
-Memory is measured in a round of its own, with large allocations returned to the system at once, so that the resident
+Memory is measured in a process of its own, with large allocations returned to the system at once, so that the resident
 size follows what is really held, and after a first pass, in which libraries take memory of their own. "own" is the
 most the recorder held at any moment, what it keeps included; "maps" is the size of ONE layer's maps in float32,
 n x n x heads x 4 bytes.
@@ -20,11 +20,13 @@ import argparse
 import ctypes
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -224,8 +226,10 @@ def watched_recorder() -> Iterator[dict[str, int]]:
             setattr(Recorder, name, original)
 
 
-def memory(bench: Bench) -> dict[str, int]:
+def memory(dtype: str, layers: int, length: int) -> dict[str, int]:
+    """Sizes in bytes; to be called in a process of its own, whose heap holds no blocks freed before."""
     return_large_blocks()
+    bench = Bench(build(layers, DTYPES[dtype]), prompt(length, DTYPES[dtype]), steps=0)
     bench.model.set_attn_implementation("sdpa")
     with record(bench.model, stop=()):  # libraries take memory of their own at their first use
         bench.prefill()
@@ -239,7 +243,14 @@ def memory(bench: Bench) -> dict[str, int]:
         before = _status("VmRSS")
         bench.prefill(**options)
         peaks.append(_status("VmHWM") - before)
+    if sizes["peak"] < length * HEADS * 4:  # less than one row of weights cannot be
+        raise RuntimeError(f"the recorder's memory was not seen: {sizes['peak']} bytes")
     return {"own_peak": sizes["peak"], "kept": sizes["kept"], "eager_peak_extra": peaks[1] - peaks[0]}
+
+
+def measured_apart(*arguments: Any) -> dict[str, int]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(memory, *arguments).result()
 
 
 # -- report -----
@@ -296,19 +307,12 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     print(json.dumps(environment()), flush=True)
-    costs, timed = [], {}
+    costs = []
     for dtype in options.dtypes:
         model = build(options.layers, DTYPES[dtype])
         for length in options.prompts:
             bench = Bench(model, prompt(length, DTYPES[dtype]), options.steps)
-            timed[dtype, length] = measure(bench, options.rounds)
-        del model, bench
-        gc.collect()
-    for dtype in options.dtypes:  # behind all timing: the allocator setting for it slows allocation
-        model = build(options.layers, DTYPES[dtype])
-        for length in options.prompts:
-            bench = Bench(model, prompt(length, DTYPES[dtype]), options.steps)
-            sizes, maps = memory(bench), length * length * HEADS * 4
+            sizes, maps = measured_apart(dtype, options.layers, length), length * length * HEADS * 4
             cost = Cost(
                 prompt=length,
                 dtype=dtype,
@@ -316,7 +320,7 @@ def main() -> None:
                 rounds=options.rounds,
                 maps=maps,
                 own_over_maps=sizes["own_peak"] / maps,
-                **timed[dtype, length],
+                **measure(bench, options.rounds),
                 **sizes,
             )
             costs.append(cost)
