@@ -48,6 +48,7 @@ $(OLDEST)/.installed: $(STAMP)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
 	$(OLDEST)/bin/python -m pip install --quiet 'transformers==$(OLDEST_TRANSFORMERS)'
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 app: setup ## start the dashboard on this machine only
