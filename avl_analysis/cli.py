@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from avl_analysis import cli_calibrate, cli_compare, cli_record
+from avl_analysis import cli_ablate, cli_calibrate, cli_compare, cli_record
 from avl_analysis.cli_record import Download
 from avl_analysis.errors import InputError
 
@@ -88,6 +88,7 @@ app.command(epilog=cli_record.RECORD_EXAMPLES)(cli_record.record)
 app.command(epilog="Examples: [bold]avl stats run.nc[/], [bold]avl stats run.nc modality_mass[/]")(cli_record.stats)
 app.command(epilog=cli_compare.EXAMPLES)(cli_compare.compare)
 app.command(epilog=cli_calibrate.EXAMPLES)(cli_calibrate.calibrate)
+app.command(epilog=cli_ablate.EXAMPLES)(cli_ablate.ablate)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

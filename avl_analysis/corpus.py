@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from avl.families import describe
 from avl_analysis.errors import InputError
 from avl_analysis.figures.pictures import data_uri
 from avl_analysis.generation import end_tokens
 from avl_analysis.images import open_image
+from avl_analysis.localisation import tokens_in_boxes
 from avl_analysis.models import VLM
 from avl_analysis.recorder import record
 from avl_analysis.recording import Recording
@@ -65,8 +67,10 @@ def record_samples(
             length = inputs["input_ids"].shape[1]
             watch = StoppingCriteriaList([_Watch(start, length, on_token)] if on_token else [])
             out = vlm.model.generate(**inputs, stopping_criteria=watch, **arguments)
+            inside = tokens_asked_about(vlm, chosen, inputs)
             for row, sample in enumerate(chosen):
-                recording.annotate(start + row, **facts_of(vlm, sample, out[row, length:].tolist()))
+                about = {"region_tokens": inside[row]} if inside[row] else {}
+                recording.annotate(start + row, **facts_of(vlm, sample, out[row, length:].tolist()), **about)
     recording.attrs |= {"model": vlm.name, "model_revision": vlm.revision or ""}
     return recording
 
@@ -75,7 +79,9 @@ def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
     """What to remember about a sample and the answer it got, as `Recording.annotate` takes it.
 
     prompt, answer, words (text of each token of the answer); where known task, truth (all right answers in `answers`),
-    boxes; and scene (seed, index, task of a drawn picture) or picture (a thumbnail, for samples with one picture).
+    boxes (and, by `record_samples`, region_tokens: the image tokens under them); and scene (seed, index, task of a
+    drawn picture) or picture and picture_size (a thumbnail and the picture's own width and height, to which boxes
+    refer; for samples with one picture).
     """
     tokenizer = vlm.processor.tokenizer
     ends = {*end_tokens(vlm.model), tokenizer.eos_token_id}
@@ -92,8 +98,29 @@ def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
         **(sample.meta or {}),
     }
     if "scene" not in facts and len(sample.images) == 1:
-        facts["picture"] = data_uri(np.asarray(open_image(sample.images[0])))
+        picture = np.asarray(open_image(sample.images[0]))
+        facts |= {"picture": data_uri(picture), "picture_size": [picture.shape[1], picture.shape[0]]}
     return {name: value for name, value in facts.items() if value not in ("", [])}
+
+
+def tokens_asked_about(vlm: VLM, samples: Sequence[Sample], inputs: Mapping[str, Any]) -> list[list[int]]:
+    """The image tokens under the boxes given with each question, by their place among the sample's image tokens.
+
+    Empty where no boxes were given or the model's tokens have no known place; also for drawn scenes, whose truth is
+    known word by word, and for samples of several pictures, of which boxes do not say the one.
+
+    Args:
+        inputs: what `VLM.prepare` returned for these samples.
+    """
+    asked = [bool(s.regions) and len(s.images) == 1 and "scene" not in (s.meta or {}) for s in samples]
+    if not any(asked):
+        return [[] for _ in samples]
+    family = describe(vlm.model)
+    layout = family.layout(inputs["input_ids"], inputs.get("attention_mask"), inputs)
+    sizes = [[open_image(image).size for image in sample.images] for sample in samples]
+    boxes = family.picture_map(layout, inputs, sizes, vlm.processor).boxes
+    places = [boxes[row][layout.image[row].cpu() >= 0].numpy() for row in range(len(samples))]
+    return [tokens_in_boxes(places[row], sample.regions) if asked[row] else [] for row, sample in enumerate(samples)]
 
 
 class _Watch(StoppingCriteria):

@@ -23,12 +23,14 @@ _OWN = ("sample", "layer", "head", "step")
 _LONGEST = 6
 """Labels of a further dimension up to which each becomes a measure of its own."""
 
-KINDS = ("visual", "sink", "local", "text", "mixed")
+KINDS = ("visual", "scanning", "sink", "local", "text", "mixed")
 """Kinds of heads in the order in which they are looked for; a head is the first that fits."""
-VISUAL, SINK, LOCAL, TEXT = 0.5, 0.3, 0.8, 0.5
-"""Thresholds, all shares of a head's attention while decoding, ours but for the sink's (Gu et al., ICLR 2025): visual
-heads give at least half to the picture, sink heads at least 0.3 to the first token; text heads at least half to text,
-and are local if four fifths of that is on the 16 most recent text tokens."""
+VISUAL, HIT, SINK, LOCAL, TEXT = 0.5, 0.5, 0.3, 0.8, 0.5
+"""Thresholds, shares of a head's attention while decoding, ours but for the sink's (Gu et al., ICLR 2025): visual
+and scanning heads give at least half to the picture; where it is known what words are about, a head is visual only if
+its strongest patch is on that for at least half of the words (visual-head score, after SparseMM), else scanning. Sink
+heads give at least 0.3 to the first token; text heads at least half to text, and are local if four fifths of that is on
+the 16 most recent text tokens."""
 _RECENT = 16
 
 Matrix = NDArray[np.float64]
@@ -93,8 +95,12 @@ def has_steps(recording: Recording, chosen: Measure) -> bool:
     return "step" in recording[chosen.name].dims
 
 
-def kinds(recording: Recording) -> NDArray[np.str_]:
+def kinds(recording: Recording, score: Matrix | None = None) -> NDArray[np.str_]:
     """(layers, heads) of `KINDS`, by the thresholds above.
+
+    Args:
+        score: (layers, heads) visual-head score, NaN where unknown; None where nothing is known about regions, and then
+            no head is scanning.
 
     Raises:
         InputError: the recording lacks a statistic the taxonomy needs.
@@ -106,8 +112,9 @@ def kinds(recording: Recording) -> NDArray[np.str_]:
     first = matrix(recording, measure(recording, "first_token_mass"))
     recent = matrix(recording, measure(recording, f"recent_text_mass/{_RECENT}"))
     by_text = text >= TEXT
-    fits = [image >= VISUAL, first >= SINK, by_text & (recent >= LOCAL), by_text]
-    return np.select(fits, list(KINDS[:4]), KINDS[4])
+    missed = np.zeros(image.shape, bool) if score is None else ~(score >= HIT)
+    fits = [(image >= VISUAL) & ~missed, image >= VISUAL, first >= SINK, by_text & (recent >= LOCAL), by_text]
+    return np.select(fits, list(KINDS[:-1]), KINDS[-1])
 
 
 def rank(values: Matrix, layers: tuple[int, ...]) -> list[tuple[int, int, float]]:

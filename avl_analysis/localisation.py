@@ -64,6 +64,36 @@ def localise(recording: Recording, regions: Regions) -> xr.Dataset:
     )
 
 
+def first_word_hits(recording: Recording, regions: Regions) -> xr.DataArray | None:
+    """1 where a head's most attended image token of the last prompt row lies in the region the first word is about.
+
+    Its mean over samples is the visual-head score of SparseMM (Wang et al., 2025) for first words; chance is the
+    region's share of the picture. Needs no maps per head beyond what every recording keeps of the last prompt row.
+
+    Returns:
+        (sample, layer, head), NaN for samples whose region is unknown; None if it is unknown for all.
+
+    Raises:
+        InputError: the recording keeps no image scores of the last prompt row.
+    """
+    maps = recording.data["maps"]
+    if "image_score_last" not in maps:
+        raise InputError(
+            "this recording keeps no image scores of the last prompt row; record with maps other than none"
+        )
+    scores = maps["image_score_last"].transpose("sample", "layer", "head", "token")
+    counts = recording.tokens["modality_count"].sel(key_modality="image")
+    hits = np.full(scores.shape[:3], np.nan)
+    for index, name in enumerate(recording.samples):
+        if inside := regions.get(name, {}).get(0):
+            weights = scores.values[index, :, :, : int(counts[index])]
+            if np.isfinite(weights).any():
+                hits[index] = in_region(weights, inside)
+    if not np.isfinite(hits).any():
+        return None
+    return xr.DataArray(hits, dims=("sample", "layer", "head"), coords={n: scores[n] for n in ("layer", "head")})
+
+
 def _row(
     scores: xr.DataArray, sample: str, step: int, tokens: int, steps: int, inside: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:

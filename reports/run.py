@@ -26,9 +26,9 @@ from avl_analysis.comparison import Comparison, load_comparison
 from avl_analysis.errors import InputError
 from avl_analysis.figures import Animation, Box, Caption, Figure
 from avl_analysis.recording import Recording, load_recording
+from avl_analysis.regions import Region, boxes_of, regions_of
 from reports.estimates import INTERVAL
 from reports.findings import Finding
-from reports.regions import Region, boxes_of, word_regions
 
 
 class NotMeasured(InputError):
@@ -150,13 +150,25 @@ def example(name: str, facts: Mapping[str, Any]) -> Example:
     """A sample from the facts annotated on it; unknown facts are ignored, missing ones stay empty."""
     words = tuple(str(word) for word in facts.get("words", ()))
     prompt, answer, truth, task = (str(facts.get(key) or "") for key in ("prompt", "answer", "truth", "task"))
-    found = Example(name, prompt, answer, truth, task, words, boxes_of(facts.get("boxes", ())))
-    if not facts.get("scene"):
-        return replace(found, picture=_thumbnail(facts.get("picture")))
-    scene = facts["scene"]
-    sample = scenes.generate(int(scene["seed"]), int(scene["index"]), scene["task"])
-    regions = tuple(word_regions(sample, words)) if found.correct else ()
-    return replace(found, picture=sample.image, regions=regions)
+    regions = tuple(regions_of(facts))
+    found = Example(name, prompt, answer, truth, task, words, boxes_of(facts.get("boxes", ())), regions)
+    if not (scene := facts.get("scene")):
+        return _reduced(replace(found, picture=_thumbnail(facts.get("picture"))), facts.get("picture_size"))
+    drawn = scenes.generate(int(scene["seed"]), int(scene["index"]), scene["task"])
+    return replace(found, picture=drawn.image)
+
+
+def _reduced(found: Example, size: Any) -> Example:
+    """The example with its boxes where they are on the thumbnail; `size` is that of the picture they were given for."""
+    if found.picture is None or not size:
+        return found
+    wide, high = found.picture.shape[1] / size[0], found.picture.shape[0] / size[1]
+
+    def on_thumbnail(boxes: tuple[Box, ...]) -> tuple[Box, ...]:
+        return tuple(Box(b.left * wide, b.top * high, b.right * wide, b.bottom * high, b.label) for b in boxes)
+
+    regions = tuple(replace(region, boxes=on_thumbnail(region.boxes)) for region in found.regions)
+    return replace(found, boxes=on_thumbnail(found.boxes), regions=regions)
 
 
 def _thumbnail(address: object) -> NDArray[np.uint8] | None:

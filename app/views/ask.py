@@ -12,7 +12,7 @@ from avl_analysis.figures import looks
 from avl_analysis.figures.spec import Lines
 from avl_analysis.live import Focus, Observation
 from avl_analysis.scenes import Sample
-from reports.regions import Region, word_regions
+from avl_analysis.regions import Region, word_regions
 
 
 def show(context: Context) -> None:

@@ -7,7 +7,9 @@ import pytest
 
 from avl_analysis.corpus import facts_of, record_samples
 from avl_analysis.errors import InputError
+from avl_analysis.localisation import first_word_hits
 from avl_analysis.models import VLM, load_model
+from avl_analysis.regions import recorded_regions, regions_of
 from avl_analysis.samples import Sample
 from tests import tiny
 
@@ -39,6 +41,35 @@ def test_every_sample_carries_its_question_its_answer_and_what_is_known_of_it(vl
     assert facts[2]["source"] == "drawn"
     assert "picture" in facts[0]
     assert "picture" not in facts[1]
+
+
+def test_boxes_given_with_a_question_become_the_image_tokens_under_them(vlm: VLM) -> None:
+    shown = tiny.picture(size=(40, 40))  # 4 x 4 tokens, so that a token is 10 pixels wide
+    asked = [
+        Sample("right half", (shown,), "what is this?", regions=((20, 0, 40, 40),)),
+        Sample("corner", (shown,), "where is the blue one?", regions=((0, 0, 10, 10),)),
+        Sample("several", (shown, shown), "which?", regions=((0, 0, 10, 10),)),
+        SAMPLES[2],
+    ]
+    recording = record_samples(vlm, asked, max_new_tokens=2, batch_size=2)
+    inside = [recording.facts(i).get("region_tokens") for i in range(4)]
+    assert inside == [[4 * row + column for row in range(4) for column in (2, 3)], [0], None, None]
+    regions = recorded_regions(recording)
+    assert regions == {"000000": dict.fromkeys(range(2), tuple(inside[0])), "000001": dict.fromkeys(range(2), (0,))}
+    hits = first_word_hits(recording, regions)
+    scores = recording["image_score_last"]
+    for sample, tokens in ((0, inside[0]), (1, [0])):
+        for layer, head in np.ndindex(hits.shape[1:]):
+            best = int(np.nanargmax(scores[sample].sel(layer=layer, head=head).values))
+            assert hits.values[sample, layer, head] == (best in tokens)
+    assert np.isnan(hits.values[2:]).all()
+
+
+def test_a_wrong_answer_is_about_no_region_and_an_unknown_truth_about_the_boxes() -> None:
+    facts = {"words": ["a", "b"], "answer": "A red one.", "region_tokens": [3], "boxes": [[0, 0, 1, 1]]}
+    assert [region.tokens for region in regions_of(facts)] == [(3,), (3,)]
+    assert len(regions_of({**facts, "answers": ["blue", "red one"]})) == 2
+    assert regions_of({**facts, "answers": ["blue"]}) == []
 
 
 def test_the_answer_ends_before_the_token_that_ends_it(vlm: VLM) -> None:

@@ -1,7 +1,7 @@
 """What each word is about, on scenes whose truth is known."""
 
 from avl_analysis import scenes
-from reports.regions import word_regions
+from avl_analysis.regions import word_regions
 
 
 def test_each_character_read_is_about_that_character():
