@@ -2,8 +2,9 @@
 
 Everything allocated is counted, slack and empty slots too; keys and values apart from bookkeeping (positions, scores).
 The yardstick is what `transformers`' DynamicCache holds after the same tokens: every position of every row, padding
-included, which it stores as well. Only the layers a policy acts on are counted; sliding-window and linear layers of
-hybrid models keep their own caches.
+included, which it stores as well. A cold tier counts with what is stored of it: codes, scales, or whole keys; what of
+it lies in host memory while the model runs elsewhere is counted apart, as `host`. Only the layers a policy acts on are
+counted; sliding-window and linear layers of hybrid models keep their own caches.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ class StepUsage:
         seen: tokens per row seen so far, padding included.
         attended: keys that each row's newest token attended to; one tuple over rows per layer.
         held: keys (per key/value head) that each row held after the pass; likewise.
-        filled: bytes of keys and values in use after the pass, all layers.
-        allocated: bytes of all key and value buffers after the pass.
+        filled: bytes of keys and values in use after the pass on the model's device, all layers.
+        allocated: bytes of all key and value buffers on the model's device after the pass.
+        host: bytes of keys and values in host memory, where that is not the model's device.
+        by_row: bytes of keys and values in use by each row of the batch, wherever they lie.
         bookkeeping: bytes of positions and scores.
         full: bytes the stock cache would hold.
     """
@@ -39,6 +42,8 @@ class StepUsage:
     allocated: int
     bookkeeping: int
     full: int
+    host: int = 0
+    by_row: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,11 @@ class Usage:
     def bookkeeping(self) -> int:
         """Bytes of positions and scores at the end."""
         return self.steps[-1].bookkeeping
+
+    @property
+    def host(self) -> int:
+        """Bytes of keys and values in host memory at the end, where that is not the model's device."""
+        return self.steps[-1].host
 
     @property
     def full(self) -> int:
@@ -114,10 +124,12 @@ class Ledger:
                 seen=max(layer.seen for layer in layers),
                 attended=tuple(map(tuple, attended)),
                 held=tuple(tuple(layer.held()) for layer in layers),
-                filled=sum((layer.filled - layer.front) * _slot(layer) for layer in layers),
+                filled=sum(map(filled, layers)),
                 allocated=total,
-                bookkeeping=sum(_bytes(t) for a in layers for t in (a.positions, a.scores, a.worth) if t is not None),
+                bookkeeping=sum(t.nbytes for layer in layers for t in _notes(layer)),
                 full=sum(layer.seen * _slot(layer) for layer in layers),
+                host=sum(layer.cold.nbytes(host=True) for layer in layers if layer.cold is not None),
+                by_row=tuple(map(sum, zip(*map(by_row, layers), strict=True))),
             )
         )
 
@@ -125,9 +137,32 @@ class Ledger:
         return Usage(self.layers, tuple(self.steps), self.peak)
 
 
+def filled(layer: AdaptiveLayer) -> int:
+    """Bytes of a layer's keys and values in use on the model's device."""
+    cold = 0 if layer.cold is None else layer.cold.nbytes(host=False)
+    return (layer.filled - layer.front) * _slot(layer) + cold
+
+
 def allocated(layer: AdaptiveLayer) -> int:
-    """Bytes of a layer's key and value buffers."""
-    return 0 if layer.keys is None else _bytes(layer.keys) + _bytes(layer.values)
+    """Bytes of a layer's key and value buffers on the model's device."""
+    cold = 0 if layer.cold is None else layer.cold.nbytes(host=False)
+    return 0 if layer.keys is None else _bytes(layer.keys) + _bytes(layer.values) + cold
+
+
+def by_row(layer: AdaptiveLayer) -> list[float]:
+    """Bytes of keys and values in use by each row, wherever they lie; empty slots are not the row's."""
+    rows = layer.keys.shape[0]
+    near = [count * _slot(layer) / rows for count in layer.held_near()]
+    cold = [0.0] * rows if layer.cold is None else layer.cold.bytes_by_row(layer.held_cold)
+    return [a + b for a, b in zip(near, cold, strict=True)]
+
+
+def _notes(layer: AdaptiveLayer) -> list[Tensor]:
+    """Bookkeeping: positions, scores, groups."""
+    notes = [layer.positions, layer.scores, layer.worth, layer.reference]
+    if layer.cold is not None:
+        notes += [layer.cold.positions, layer.cold.groups, layer.cold.image]
+    return [note for note in notes if note is not None]
 
 
 def _slot(layer: AdaptiveLayer) -> int:

@@ -4,7 +4,7 @@ Softmax attention does not care about the order of its keys, and their positions
 So a layer keeps its keys in the order that makes reading cheap, `[far | core | rest ... growing]`, in one buffer that
 is allocated ahead: an ordinary decode step reads a suffix of it, a view, without mask, gather or copy; a whole step
 reads everything; a new core is swapped into place. A key that is dropped leaves a hole, and the next token's key fills
-it.
+it. Image keys may also lie in a cold tier (cold.py), outside the buffer; a whole step reads them in front of it.
 
 The rows of a batch may hold different numbers of keys. Then some slots are empty (position -1) and attention needs a
 mask, made from the positions themselves; `ragged` says, without looking at a tensor, when there is nothing to mask.
@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from avl.attention import Forward
+from avl.cold import ColdTier
 from avl.policies.base import Choice, Counts
 from avl.seam import SeamError
 
@@ -66,7 +67,10 @@ class AdaptiveLayer(CacheLayerMixin):
         scores: (batch, heads, capacity) float32 worth of each key when one must go, or None.
         worth: (batch, far) what the keys in `far` were worth when last ranked, kept only if they may be dropped.
         far: width of the first segment; `filled` the slots in use.
-        cores: slots (start, stop) of the core of each row.
+        cores: slots (start, stop) of the core of each row; `core_heads` is 1 if all key/value heads share it.
+        cold: image keys outside the buffer, or None; `held_cold` their number per row.
+        few: image keys a sparse whole step attends to, per row.
+        reference: (batch, heads, largest core) what core keys were worth when they were chosen, or None.
         widths: heads, key width and value width of what the model caches.
         whole: whether the next step reads everything or only what follows `far`.
         evictable: number of keys in `rest` that may be dropped, per row; `share` what the policy wants to know.
@@ -88,12 +92,17 @@ class AdaptiveLayer(CacheLayerMixin):
         self.worth: Any = None
         self.far = self.filled = self.seen = 0
         self.cores: list[tuple[int, int]] = []
+        self.core_heads = 1
+        self.cold: ColdTier | None = None
+        self.few: list[int] = []
+        self.reference: Any = None
         self.whole = True
         self.widths = (0, 0, 0)
         self.evictable: list[int] = []
         self.share: list[float] = []
         self._missing: list[int] = []  # empty slots per row in front of far
         self._holes: list[int] = []  # empty slots per row behind far
+        self.held_cold: list[int] = []
 
     # -- what transformers asks -------------------------------------------------------------------------------------
 
@@ -117,8 +126,8 @@ class AdaptiveLayer(CacheLayerMixin):
             self._append(key_states.detach(), value_states.detach(), forward.start)
             return self.attended()
         if self.filled:
-            key_states = torch.cat([self.keys[:, :, : self.filled], key_states], 2)
-            value_states = torch.cat([self.values[:, :, : self.filled], value_states], 2)
+            held_keys, held_values = self._from(0, True)
+            return torch.cat([held_keys, key_states], 2), torch.cat([held_values, value_states], 2)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -161,9 +170,13 @@ class AdaptiveLayer(CacheLayerMixin):
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
         self.positions = self.positions.index_select(0, rows)
         self.scores = None if self.scores is None else self.scores.index_select(0, rows)
-        self.worth = None if self.worth is None else self.worth.index_select(0, rows)
+        for name in ("worth", "reference"):
+            old = getattr(self, name)
+            setattr(self, name, None if old is None else old.index_select(0, rows))
         order = rows.tolist()
-        for name in ("cores", "evictable", "share", "_missing", "_holes"):
+        if self.cold is not None:
+            self.cold.select(rows)
+        for name in ("cores", "evictable", "share", "few", "_missing", "_holes", "held_cold"):
             setattr(self, name, [getattr(self, name)[i] for i in order])
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -179,32 +192,91 @@ class AdaptiveLayer(CacheLayerMixin):
         return self.front if self.whole else self.far
 
     @property
+    def cold_width(self) -> int:
+        """Slots of the cold tier."""
+        return 0 if self.cold is None else self.cold.width
+
+    @property
+    def stored(self) -> int:
+        """Slots in all: of the cold tier and of the buffer."""
+        return self.cold_width + self.filled
+
+    @property
+    def before_rest(self) -> int:
+        """Slots the current step reads in front of the core."""
+        return self.cold_width + self.far - self.first if self.whole else 0
+
+    @property
     def ragged(self) -> bool:
         """Whether any slot the current step reads is empty in some row."""
-        return any(self._holes) or (self.whole and len(set(self._missing)) > 1)
+        uneven = len(set(self._missing)) > 1 or any(n < self.cold_width for n in self.held_cold)
+        return any(self._holes) or (self.whole and uneven)
 
     def attended(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the current step, (batch, key/value heads, keys, head dim); views."""
-        return self.keys[:, :, self.first : self.filled], self.values[:, :, self.first : self.filled]
+        """Keys and values of the current step, (batch, key/value heads, keys, head dim); views without a cold tier."""
+        return self._from(self.first, self.whole)
 
     def attended_positions(self) -> Tensor:
         """(batch, heads, keys) sequence index of what `attended` returns, -1 for empty slots."""
-        return self.positions[:, :, self.first : self.filled]
+        return self._positions_from(self.first, self.whole)
+
+    def stored_positions(self) -> Tensor:
+        """(batch, heads, keys) sequence index of everything held, -1 for empty slots."""
+        return self._positions_from(0, True)
+
+    def _from(self, first: int, cold: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values of the buffer from slot `first` on, behind those of the cold tier if wanted."""
+        near = self.keys[:, :, first : self.filled], self.values[:, :, first : self.filled]
+        if self.cold is None or not cold:
+            return near
+        keys, values = self.cold.read()
+        return torch.cat([keys, near[0]], 2), torch.cat([values, near[1]], 2)
+
+    def _positions_from(self, first: int, cold: bool) -> Tensor:
+        near = self.positions[:, :, first : self.filled]
+        if self.cold is None or not cold:
+            return near
+        heads = max(near.shape[1], self.cold.positions.shape[1])
+        return torch.cat([part.expand(-1, heads, -1) for part in (self.cold.positions, near)], 2)
 
     def held(self) -> list[int]:
         """Keys each row holds (per key/value head)."""
+        return [near + cold for near, cold in zip(self.held_near(), self.held_cold, strict=True)]
+
+    def held_near(self) -> list[int]:
+        """Keys each row holds in the buffer (per key/value head)."""
         return [self.filled - a - b for a, b in zip(self._missing, self._holes, strict=True)]
 
     def reads(self) -> list[int]:
         """Keys each row attends to at the current step."""
         return self.held() if self.whole else [self.filled - self.far - holes for holes in self._holes]
 
+    def image_slots(self) -> Tensor:
+        """(batch, 1, keys) bool: which slots a whole step reads are in front of the rest."""
+        stops = torch.tensor([stop for _, stop in self.cores], device=self.device)
+        ends = stops + self.cold_width - self.front
+        return torch.arange(self.stored - self.front, device=self.device) < ends[:, None, None]
+
     def core_positions(self) -> Tensor:
-        """(batch, 1, most) positions of each row's core, -1 in front where a row has fewer."""
+        """(batch, heads, most) positions of each row's core, -1 in front where a row has fewer."""
+        index = self._core_slots()[:, None].expand(-1, self.core_heads, -1)
+        return self.positions[:, : self.core_heads].gather(2, index.clamp_min(0)).masked_fill(index < 0, -1)
+
+    def core_now_and_then(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """What core keys were worth when they were chosen, and what they are worth now; 0 where a row has fewer.
+
+        Args:
+            scores: (batch, 1 or heads, keys) of what an ordinary step reads.
+        """
+        index = self._core_slots()[:, None].expand(-1, scores.shape[1], -1)
+        now = scores.gather(2, (index - self.far).clamp_min(0)).masked_fill(index < 0, 0.0)
+        return self.reference, now
+
+    def _core_slots(self) -> Tensor:
+        """(batch, most) slots of each row's core, -1 in front where a row has fewer."""
         width = max(stop - start for start, stop in self.cores)
         slots = [[-1] * (width - stop + start) + list(range(start, stop)) for start, stop in self.cores]
-        index = torch.tensor(slots, device=self.device).long()
-        return self.positions[:, 0].gather(1, index.clamp_min(0)).masked_fill(index < 0, -1)[:, None]
+        return torch.tensor(slots, device=self.device).long().view(len(slots), width)
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -243,6 +315,17 @@ class AdaptiveLayer(CacheLayerMixin):
             self.worth = choice.worth[:, 0].gather(1, far[:, 0].clamp_min(0)).float()
         sizes = [0] * batch if choice.core is None else (choice.core[:, 0] >= 0).sum(1).tolist()
         self.cores = [(self.far + a, self.far + a + n) for a, n in zip(self._holes, sizes, strict=True)]
+        self.core_heads = 1 if choice.core is None else choice.core.shape[1]
+        self.cold, self.held_cold = None, [0] * batch
+        if choice.cold is not None and choice.cold.shape[2]:
+            image = [part for part in (choice.far, choice.core) if part is not None]
+            self.cold = ColdTier.hold(choice.kind, keys, values, positions, choice.cold, image)
+            self.held_cold = self.cold.held()
+        self.few = list(choice.few) or [0] * batch
+        self.reference = None
+        if choice.reference is not None and choice.core is not None:
+            at = choice.core
+            self.reference = choice.reference.gather(2, at.clamp_min(0)).masked_fill(at < 0, 0.0)
         self.evictable = list(choice.evictable) or self.held()
         self.share = list(choice.share) or [1.0] * batch
 
@@ -305,27 +388,60 @@ class AdaptiveLayer(CacheLayerMixin):
         self.evictable = [count - bool(row) for count, row in zip(self.evictable, rows, strict=True)]
         return dropped
 
-    def recore(self, scores: Tensor) -> None:
-        """Exchange keys between `far` and core so that the best image keys are core.
+    def recore(self, scores: Tensor, rows: Sequence[bool] | None = None) -> None:
+        """Exchange image keys so that the best are core, the next `far` and the others cold.
 
         Args:
-            scores: (batch, keys), one for every slot the step has read, all of them.
+            scores: (batch, 1 or heads, keys), one for every slot a whole step reads, all of them.
+            rows: which rows of the batch; None: all.
         """
-        for row, (start, stop) in enumerate(self.cores):
-            missing, seen = self._missing[row], scores[row]
-            far = seen[missing - self.front : self.far - self.front]
-            order = torch.cat([far, seen[start - self.front : stop - self.front]]).topk(stop - start).indices
-            best = torch.zeros(len(far) + stop - start, dtype=torch.bool, device=scores.device)
-            best[order] = True
-            enter = best[: len(far)].nonzero()[:, 0] + missing
-            leave = (~best[len(far) :]).nonzero()[:, 0] + start
-            for tensor in (self.keys[row], self.values[row], self.positions[row]):
-                old = tensor.index_select(1, enter)
-                tensor.index_copy_(1, enter, tensor.index_select(1, leave))
-                tensor.index_copy_(1, leave, old)
-            if self.worth is not None:
-                self.worth[row, missing : self.far] = far
-                self.worth[row, enter] = seen[leave - self.front]
+        for row in range(len(self.cores)):
+            if rows is None or rows[row]:
+                for head in range(scores.shape[1]):
+                    which = slice(None) if scores.shape[1] == 1 else slice(head, head + 1)
+                    self._recore(row, which, scores[row, head])
+
+    def _recore(self, row: int, head: slice, seen: Tensor) -> None:
+        missing, (start, stop) = self._missing[row], self.cores[row]
+        near = seen[self.cold_width :]
+        far, core = near[missing - self.front : self.far - self.front], near[start - self.front : stop - self.front]
+        if self.cold is not None:
+            far, core = self._warm(row, head, seen[self.cold_width - self.held_cold[row] : self.cold_width], far, core)
+        best = _best(torch.cat([far, core]), len(core))
+        enter = best[: len(far)].nonzero()[:, 0] + missing
+        leave = (~best[len(far) :]).nonzero()[:, 0] + start
+        for tensor in (self.keys[row, head], self.values[row, head], self.positions[row, head]):
+            old = tensor.index_select(1, enter)
+            tensor.index_copy_(1, enter, tensor.index_select(1, leave))
+            tensor.index_copy_(1, leave, old)
+        if self.worth is not None:
+            self.worth[row, missing : self.far] = far
+            self.worth[row, enter] = core[leave - start]
+        if self.reference is not None:
+            core = core.index_copy(0, leave - start, far[enter - missing])
+            heads = self.reference[row] if head.start is None else self.reference[row, head]
+            heads[..., self.reference.shape[2] - len(core) :] = core
+
+    def _warm(self, row: int, head: slice, cold: Tensor, far: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
+        """Exchange keys with the cold tier so that the best are in the buffer; returns the scores of far and core."""
+        assert self.cold is not None
+        held = torch.cat([far, core])
+        best = _best(torch.cat([cold, held]), len(held))
+        enter, leave = best[: len(cold)].nonzero()[:, 0], (~best[len(cold) :]).nonzero()[:, 0]
+        if not len(enter):
+            return far, core
+        slots = torch.cat(
+            [torch.arange(self._missing[row], self.far), torch.arange(*self.cores[row])],
+        ).to(leave.device)[leave]
+        places = enter + self.cold_width - self.held_cold[row]
+        keys, values = self.cold.take(row, head, places)
+        positions = self.cold.positions[row, head].index_select(1, places)
+        buffers = (self.keys[row, head], self.values[row, head], self.positions[row, head])
+        self.cold.put(row, head, places, *(tensor.index_select(1, slots) for tensor in buffers))
+        for tensor, new in zip(buffers, (keys, values, positions), strict=True):
+            tensor.index_copy_(1, slots, new.expand(tensor.shape[0], *new.shape[1:]))
+        held = held.index_copy(0, leave, cold[enter])
+        return held[: len(far)], held[len(far) :]
 
     def drop_far(self, row: int) -> Tensor:
         """Drop the worst key of a row's `far`, as last ranked; returns its position, (1, 1)."""
@@ -361,6 +477,11 @@ class AdaptiveLayer(CacheLayerMixin):
     def _roomy(filled: int) -> int:
         """Slots to allocate for `filled` keys: 1/16 more, at least 64."""
         return filled + max(64, filled // 16)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """(n,) bool: the `count` largest of some scores."""
+    return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, scores.topk(count).indices, True)
 
 
 def _compact(parts: Sequence[Tensor]) -> Sequence[Tensor]:

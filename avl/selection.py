@@ -136,8 +136,9 @@ class Selection:
         """Write an event down.
 
         Args:
-            kind: "held", "core" (both replace what was), "added" or "dropped" with positions (batch, heads, n), -1 for
-                none; or "rows", after which row i of the batch continues what was row what[i].
+            kind: "held", "core" (both replace what was), "kept", "added" or "dropped" with positions
+                (batch, heads, n), -1 for none; or "rows", after which row i of the batch continues what was row
+                what[i].
         """
         self._events.setdefault(layer, []).append(_Event(self.steps, kind, what))
 
@@ -186,4 +187,10 @@ class Selection:
         return [row.nonzero().flatten().tolist() for row in (states == state) & image]
 
 
-_AFTER = {"held": State.SECONDARY, "core": State.CORE, "added": State.CORE, "dropped": State.MINOR}
+_AFTER = {
+    "held": State.SECONDARY,
+    "kept": State.SECONDARY,
+    "core": State.CORE,
+    "added": State.CORE,
+    "dropped": State.MINOR,
+}

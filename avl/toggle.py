@@ -47,6 +47,9 @@ class AdaptiveSession(Tap):
         self._after: dict[int, Tensor] = {}
         self._measures: dict[int, tuple[Measure, Tensor, Tensor]] = {}
         self._reads: dict[int, list[int]] = {}
+        self._ranks: dict[int, Tensor] = {}
+        self._few: dict[int, Tensor] = {}
+        self._turning: dict[int, list[bool]] = {}
         self._thresholds: dict[tuple[int, ...], Tensor | int] = {}
         self._arrived: Tensor | None = None
         self._ledger: Ledger | None = None
@@ -95,6 +98,7 @@ class AdaptiveSession(Tap):
 
     def _forget_pass(self) -> None:
         self._after, self._measures, self._reads, self._thresholds = {}, {}, {}, {}
+        self._ranks, self._few, self._turning = {}, {}, {}
 
     # -- what happened ----------------------------------------------------------------------------------------------
 
@@ -244,16 +248,16 @@ class AdaptiveSession(Tap):
 
     def _prompt(self, call: AttentionCall, layer: AdaptiveLayer, inner: Attend) -> Tensor:
         forward = call.forward
-        if call.key.shape[2] != layer.filled + call.query.shape[2]:
+        if call.key.shape[2] != layer.stored + call.query.shape[2]:
             raise UnsupportedModelError(
-                f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave {layer.filled} + "
+                f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave {layer.stored} + "
                 f"{call.query.shape[2]}; models that change keys behind the cache cannot be adapted"
             )
         _check_keys(call, layer)
         rows = _row_positions(forward, call.key.device)
         positions = rows[:, None]
         if layer.filled:
-            held = layer.positions[:, :, : layer.filled].long()
+            held = layer.stored_positions().long()
             positions = torch.cat([held, positions.expand(-1, held.shape[1], -1)], 2)
             call.mask = _with_held(call, held)
         if layer.filled or forward.rows is not None:
@@ -277,7 +281,8 @@ class AdaptiveSession(Tap):
         held = None
         if layer.scores is not None:
             held = torch.zeros(*layer.scores.shape[:2], call.key.shape[2], device=layer.scores.device)
-            held[:, :, layer.far : layer.filled] = layer.scores[:, :, layer.far : layer.filled]
+            rest = slice(layer.cold_width + layer.far, layer.stored)
+            held[:, :, rest] = layer.scores[:, :, layer.far : layer.filled]
             held.masked_fill_(torch.isinf(held), 0.0)
         return Prompt(
             call,
@@ -322,39 +327,90 @@ class AdaptiveSession(Tap):
 
     def _note_held(self, layer: AdaptiveLayer) -> None:
         assert self._selection is not None
-        self._selection.note(layer.index, "held", layer.positions[:, :1, : layer.far].clone())
-        self._selection.note(layer.index, "added", layer.positions[:, :, layer.far : layer.filled].clone())
+        far = layer.positions[:, : layer.core_heads, : layer.far].clone()
+        near = layer.positions[:, :, layer.far : layer.filled].clone()
+        self._selection.note(layer.index, "held", far)
+        if layer.cold is not None:
+            kind = "kept" if self.policy.rotates or self.policy.sparse else "added"
+            self._selection.note(layer.index, kind, layer.cold.positions.clone())
+        self._selection.note(layer.index, "added", near)
 
     # -- decode steps -----------------------------------------------------------------------------------------------
 
     def _decode(self, call: AttentionCall, layer: AdaptiveLayer) -> Tensor:
-        if call.key.shape[2] != layer.filled - layer.first:
+        positions = layer.attended_positions()
+        if call.key.shape[2] != positions.shape[2]:
             raise UnsupportedModelError(
-                f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave "
-                f"{layer.filled - layer.first}; models that change keys behind the cache cannot be adapted"
+                f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave {positions.shape[2]}; "
+                "models that change keys behind the cache cannot be adapted"
             )
+        output, weights = self._read(call, layer, positions < 0 if layer.ragged else None)
+        self._reads[layer.index] = layer.reads()
+        if not layer.whole and (rows := self._drifted(layer, weights)) is not None:
+            output, weights = self._refresh(call, layer, rows)
+        if layer.whole and (layer.far or layer.cold is not None) and (self.policy.rotates or self.policy.sparse):
+            self._ranks[layer.index] = self.policy.core_scores(weights.detach())
+            if self.policy.sparse:
+                output, weights = self._narrow(call, layer)
+        if self.policy.accumulates:
+            self._after[layer.index] = weights.detach()
+        return output
+
+    def _read(self, call: AttentionCall, layer: AdaptiveLayer, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Attention of one row over what the layer hands out, except where `hidden`, (batch, heads, keys)."""
         positions = layer.attended_positions()
         call.key_positions = positions[:, 0] if positions.shape[1] == 1 else positions
-        call.mask, empty = None, None
-        if layer.ragged:
-            empty = positions < 0
-            call.mask = _for_query_heads(~empty, call)[:, :, None]
-        output, weights = attend_one_row(call, empty)
-        if self.policy.accumulates or (layer.whole and layer.far):
-            self._after[layer.index] = weights.detach()
-        self._reads[layer.index] = layer.reads()
-        return output
+        call.mask = None if hidden is None else _for_query_heads(~hidden, call)[:, :, None]
+        return attend_one_row(call, hidden)
+
+    def _drifted(self, layer: AdaptiveLayer, weights: Tensor) -> list[bool] | None:
+        """Rows whose core is outdated, by this step's weights on it; None if there are none."""
+        if layer.reference is None or not (layer.far or layer.cold is not None):
+            return None
+        rows = self.policy.drifted(*layer.core_now_and_then(self.policy.core_scores(weights.detach())))
+        return None if rows is None or not bool(rows.any()) else rows.tolist()
+
+    def _refresh(self, call: AttentionCall, layer: AdaptiveLayer, rows: list[bool]) -> tuple[Tensor, Tensor]:
+        """The step once more, some rows reading everything they hold."""
+        reads = layer.reads()
+        layer.whole = True
+        call.key, call.value = layer.attended()
+        hidden = layer.attended_positions() < 0
+        others = ~torch.tensor(rows, device=hidden.device)
+        hidden[others, :, : layer.before_rest] = True
+        self._turning[layer.index] = rows
+        self._reads[layer.index] = [a if r else b for a, b, r in zip(layer.reads(), reads, rows, strict=True)]
+        return self._read(call, layer, hidden if layer.ragged or not all(rows) else None)
+
+    def _narrow(self, call: AttentionCall, layer: AdaptiveLayer) -> tuple[Tensor, Tensor]:
+        """The step once more, over the image keys that rank best and all that is no image key."""
+        positions, ranks = layer.attended_positions(), self._ranks[layer.index]
+        image = layer.image_slots() & (positions[:, : ranks.shape[1]] >= 0)
+        chosen = best(ranks.masked_fill(~image, -torch.inf), layer.few)
+        heads = max(positions.shape[1], chosen.shape[1])
+        hidden = (layer.image_slots() | (positions < 0)).expand(-1, heads, -1)
+        hidden = torch.cat([hidden, hidden[..., :1]], 2)  # one more slot, for those that choose nothing
+        end = positions.shape[2]
+        hidden.scatter_(2, torch.where(chosen < 0, end, chosen).expand(-1, heads, -1), False)
+        hidden = hidden[..., :end]
+        found = positions.expand(-1, heads, -1).gather(2, chosen.clamp_min(0).expand(-1, heads, -1))
+        self._few[layer.index] = found[:, : chosen.shape[1]].masked_fill(chosen < 0, -1)
+        self._reads[layer.index] = (~hidden[:, 0]).sum(1).tolist()
+        return self._read(call, layer, hidden)
 
     def _after_step(self, layer: AdaptiveLayer, conversation: Conversation) -> None:
         """New core, older text: what this step's weights change."""
         assert self._selection is not None
         assert conversation.forward is not None
-        weights = self._after.pop(layer.index, None)
-        if weights is not None and layer.whole and layer.far:
-            layer.recore(self.policy.rank(weights.flatten(1, 2)))
-            self._selection.note(layer.index, "core", layer.core_positions())
-        if weights is not None and self.policy.accumulates:
-            layer.scores[:, :, layer.far : layer.filled] += weights[..., layer.far - layer.first :].sum(2)
+        weights, ranks = self._after.pop(layer.index, None), self._ranks.pop(layer.index, None)
+        before = layer.before_rest
+        if ranks is not None:
+            if self.policy.rotates:
+                layer.recore(ranks, self._turning.get(layer.index))
+            core = self._few.get(layer.index)
+            self._selection.note(layer.index, "core", layer.core_positions() if core is None else core)
+        if weights is not None:
+            layer.scores[:, :, layer.far : layer.filled] += weights[..., before:].sum(2)
         self._selection.note(layer.index, "added", self._arrived)
         self._drop_text(layer, conversation)
         self._drop_far(layer, conversation)

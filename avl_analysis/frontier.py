@@ -3,10 +3,10 @@
     python -m avl_analysis.frontier --out frontier.jsonl --samples 200 --workers 2
 
 Each policy answers the same held-out questions; what is plotted against accuracy is the share of the full cache's
-bytes that was really in use at the end, never the budget asked for. Questions are grouped by length, so that nothing is
-padded and all rows of a pass hold equally many bytes. A group is a unit of work: its results go to a file of their own,
-written in one stroke, and a run that was interrupted goes on with the missing units. Workers are processes of one
-thread.
+bytes that was really in use (`bytes`: of each row when its answer ended), never the budget asked for. Questions are
+grouped by length, so that nothing is padded and all rows of a pass hold equally many bytes. A group is a unit of work:
+its results go to a file of their own, written in one stroke, and a run that was interrupted goes on with the missing
+units. Workers are processes of one thread.
 
 What makes it affordable: the picture is encoded once per group and not once per policy (times are therefore not
 measured here; `compare` does that), and an answer is cut where it has become longer than any right one.
@@ -41,7 +41,7 @@ from avl_analysis.errors import InputError
 from avl_analysis.generation import Run, decode_texts, generate, prompt_lengths
 from avl_analysis.intervals import paired_difference, wilson
 from avl_analysis.models import VLM, load_model
-from avl_analysis.policy_files import POLICIES, with_budget
+from avl_analysis.policy_files import POLICIES, PRESETS, with_budget
 from avl_analysis.samples import COMPARE_SEED, Sample, scene_samples
 from avl_analysis.scenes import TASKS
 from avl_analysis.scoring import correct
@@ -90,12 +90,19 @@ class Unit:
 
 
 def entries(budgets: Sequence[float] = BUDGETS) -> list[Entry]:
-    """Full cache, A-VL with the paper's settings, and every policy at every budget."""
+    """Full cache, A-VL with the paper's settings, presets, and every policy and preset at every budget."""
     found = [Entry("full", None, avl.FullPolicy()), Entry("A-VL (paper)", None, avl.AdaptivePolicy())]
+    for name, preset in PRESETS.items():
+        found += [Entry(_shown(name), None, preset()), *(Entry(_shown(name), b, preset(b)) for b in budgets)]
     for name, kind in POLICIES.items():
         if kind is not avl.FullPolicy:
-            found += [Entry("A-VL" if name == "a-vl" else name, b, with_budget(kind, b)) for b in budgets]
+            found += [Entry(_shown(name), b, with_budget(kind, b)) for b in budgets]
     return found
+
+
+def _shown(name: str) -> str:
+    """A policy's name on the command line, as a reader knows it."""
+    return name.replace("a-vl", "A-VL").replace("-cold", " cold")
 
 
 def groups(vlm: VLM, samples: Sequence[Sample], batch: int) -> list[list[int]]:
@@ -137,16 +144,24 @@ def _ask(vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], policy: Po
     }
     texts = decode_texts(vlm, run.tokens)
     return [
-        {"right": int(correct(text, sample)), "held": _held(run, row), **shares}
+        {"right": int(correct(text, sample)), "held": _held(run, row), "bytes": _bytes(run, row), **shares}
         for row, (text, sample) in enumerate(zip(texts, samples, strict=True))
     ]
 
 
 def _held(run: Run, row: int) -> float:
-    """Keys a row held when its answer ended / tokens it had seen: its share of bytes, whatever its neighbours held."""
+    """Keys a row held when its answer ended / tokens it had seen, whatever its neighbours held."""
     assert run.usage is not None
     end = run.usage.steps[len(run.tokens[row]) - 1]
     return float(np.mean([layer[row] for layer in end.held])) / (run.prompt_tokens[row] + len(run.tokens[row]) - 1)
+
+
+def _bytes(run: Run, row: int) -> float:
+    """Bytes of keys and values a row filled when its answer ended / those of the full cache."""
+    assert run.usage is not None
+    end = run.usage.steps[len(run.tokens[row]) - 1]
+    of_token = end.full / (end.seen * len(end.by_row))
+    return end.by_row[row] / (of_token * (run.prompt_tokens[row] + len(run.tokens[row]) - 1))
 
 
 @contextmanager
@@ -202,7 +217,7 @@ def summarise(lines: Iterable[Line], points: Sequence[Entry], samples: int) -> l
                 "difference_high": _rounded(change.high),
                 **{
                     key: _rounded(_mean(cell, key))
-                    for key in ("held", "filled", "allocated", "attended", "bookkeeping")
+                    for key in ("bytes", "held", "filled", "allocated", "attended", "bookkeeping")
                 },
                 "settings": repr(policy),
                 "right": "".join("-" if np.isnan(value) else str(int(value)) for value in right),

@@ -2,6 +2,7 @@
 
     h2o                         the policy's own settings
     a-vl:0.5                    scaled to half of the full cache's bytes
+    a-vl-cold, a-vl-cold:0.35   a preset: A-VL with all image keys kept in few bits
     a-vl,core=0.2,text=none     fields changed
     my.json                     what `save_policy` (or calibration) wrote
 
@@ -12,7 +13,7 @@ Only the policies listed in `POLICIES` can be named: a file never runs code.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
@@ -35,6 +36,9 @@ POLICIES: Mapping[str, type[Policy]] = {
 }
 """Name on the command line -> policy."""
 
+PRESETS: Mapping[str, Callable[..., Policy]] = {"a-vl-cold": avl.AdaptivePolicy.with_cold_tier}
+"""Name on the command line -> what makes the policy, alone or from a budget."""
+
 FORMAT, VERSION = "avl-policy", 1
 
 
@@ -48,16 +52,28 @@ def named_policy(text: str) -> Policy:
         return load_policy(text)
     head, *settings = [part.strip() for part in text.split(",")]
     name, _, budget = head.partition(":")
-    if name not in POLICIES:
-        raise InputError(f"unknown policy {name!r}: choose from {', '.join(POLICIES)}, or name a .json file")
+    if name not in POLICIES and name not in PRESETS:
+        names = ", ".join([*POLICIES, *PRESETS])
+        raise InputError(f"unknown policy {name!r}: choose from {names}, or name a .json file")
     values = {}
     for setting in settings:
         key, sign, value = setting.partition("=")
         if not sign:
             raise InputError(f"{setting!r} in {text!r} is no setting: write name=value, for example core=0.3")
         values[key.strip()] = _value(value.strip())
-    policy = with_budget(POLICIES[name], _number(budget, text)) if budget else POLICIES[name]()
-    return changed(policy, values)
+    share = _number(budget, text) if budget else None
+    return changed(_preset(name, share) if name in PRESETS else _plain(POLICIES[name], share), values)
+
+
+def _preset(name: str, budget: float | None) -> Policy:
+    try:
+        return PRESETS[name](budget)
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
+
+
+def _plain(kind: type[Policy], budget: float | None) -> Policy:
+    return kind() if budget is None else with_budget(kind, budget)
 
 
 def with_budget(kind: type[Policy], budget: float) -> Policy:

@@ -9,18 +9,25 @@ All fractions are fractions *kept* of the original number of image tokens and ar
 does not print (the floor of 20 text keys, the 70/30 split) are those of the authors' released program, and the traces
 in the tests are reproduced only with them. Beyond that program: batches, several pictures, later turns, and grouped
 key/value heads, whose query heads' scores are summed.
+
+Beyond the paper, off by default: minor image keys kept cheaply instead of dropped (`cold`), refreshes that attend to
+the new core only (`sparse_refresh`), refreshes when attention has drifted (`drift`), shares per layer, other ways to
+rank image keys (`score`) and a core per key/value head (`own_cores`). docs/beyond-the-paper.md says what each is worth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from avl.policies.base import PROTECTED, Choice, Counts, Measure, Policy, Prompt
+from avl.cold import BITS, HOST, PLAIN, cold_keys
+from avl.policies.base import PROTECTED, Choice, Counts, Measure, Policy, Prompt, sizes
+from avl.policies.checks import check_choice, check_count, check_share, check_switch
+from avl.policies.scores import KINDS, image_scores, over_heads
 from avl.selection import best, between, members, newest_and_best
 from avl.tokens import Modality
 
@@ -28,6 +35,11 @@ TEXT_FLOOR = 20
 """Text keys that are always kept, however small the fraction."""
 HEAVY_SHARE = 0.7
 """Share of the text budget that goes to the best-scored keys; the rest goes to the newest."""
+ANSWER = 64
+"""Generated tokens that a budget with a cold tier leaves room for before it spends on precision."""
+
+Share = float | tuple[float, ...] | None
+"""A share for all layers, or one for each; None switches its rule off."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +47,24 @@ class AdaptivePolicy(Policy):
     """A-VL with the paper's settings as defaults.
 
     Attributes:
-        secondary: share of the image keys held after the prompt, (0, 1]; None holds all.
-        core: share of the image keys attended at ordinary steps, (0, secondary]; None attends to all held.
+        secondary: share of the image keys held after the prompt, (0, 1]; None holds all. One number, or one per layer.
+            With a cold tier: the share held in full precision, and 0 is possible.
+        core: share of the image keys attended at ordinary steps, (0, secondary]; None attends to all held. One number,
+            or one per layer.
         refresh_every: every how many decode steps all held keys are attended and the core is chosen anew; 0: there is
             no core, every step attends to all held.
         text: share of the text keys held, (0, 1], at least 20 keys; None holds all.
         prefill: share of the image tokens that go on after `prefill_layer`, [secondary, 1]; None: all.
         prefill_layer: number of decoder layers that see all image tokens, >= 1.
         budget: share of the full cache's bytes, (0, 1]; then `secondary` only says how large the core is beside it, and
-            as many image keys are held after the prompt as the budget leaves. See `for_budget`.
+            as many image keys are held after the prompt as the budget leaves. See `for_budget` and `with_cold_tier`.
+        cold: what becomes of the image keys that are not secondary. None: dropped. 8, 4 or 2: kept in that many bits;
+            "host": kept in host memory; 16: kept as they are. Refreshes attend to them, and bring back the best.
+        sparse_refresh: a refresh ranks all keys held and attends to the new core alone, not to all it ranked.
+        drift: refresh a row at any step at which the cosine between its core keys' weights now and when they were
+            chosen is at most this, (0, 1]; takes the place of `refresh_every`. 1 refreshes at every step.
+        score: how the prompt ranks image keys; the ways are listed in scores.py. "last" is the paper's.
+        own_cores: every key/value head has image keys of its own, ranked by its query heads.
 
     Raises:
         ValueError, TypeError: a value out of range, said when the policy is made.
@@ -51,31 +72,63 @@ class AdaptivePolicy(Policy):
 
     evicts_text_only: ClassVar[bool] = True
 
-    secondary: float | None = 0.5
-    core: float | None = 0.3
+    secondary: Share = 0.5
+    core: Share = 0.3
     refresh_every: int = 3
     text: float | None = 0.7
     prefill: float | None = None
     prefill_layer: int = 2
     budget: float | None = None
+    cold: int | str | None = None
+    sparse_refresh: bool = False
+    drift: float | None = None
+    score: str = "last"
+    own_cores: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("secondary", "core", "text", "prefill", "budget"):
+        if self.cold is not None:
+            check_choice("cold", self.cold, (*BITS, PLAIN, HOST), "bits of a number; None drops minor keys")
+        for name in ("text", "prefill", "budget", "drift"):
             check_share(name, getattr(self, name), optional=True)
+        for name in ("secondary", "core"):
+            _check_layers(name, getattr(self, name), zero=self.cold is not None and name == "secondary")
         check_count("refresh_every", self.refresh_every, 0, "0 switches the core off")
         check_count("prefill_layer", self.prefill_layer, 1, "the ranking needs at least one layer's attention")
-        secondary = 1.0 if self.secondary is None else self.secondary
-        if self.core is not None and self.core > secondary:
+        check_choice("score", self.score, KINDS, "how the prompt ranks image keys")
+        check_switch("sparse_refresh", self.sparse_refresh)
+        check_switch("own_cores", self.own_cores)
+        self._check_shares()
+        if self.sparse_refresh and (self.core is None or self.refresh_every == 0):
             raise ValueError(
-                f"core={self.core} is larger than secondary={secondary}: core image tokens are chosen among the "
-                f"secondary ones. Pass core <= {secondary}, or core=None to attend to all that are held"
+                f"sparse_refresh attends to a new core, and core={self.core}, refresh_every={self.refresh_every} have "
+                "none; pass e.g. core=0.1, refresh_every=1"
             )
-        filtered = self.prefill is not None and self.secondary is not None and self.budget is None
-        if filtered and secondary > (self.prefill or 1.0):
+        if self.drift is not None and (self.core is None or self.refresh_every == 0):
+            raise ValueError(f"drift={self.drift} watches the core, and there is none; pass core and refresh_every > 0")
+        if self.own_cores and self.budget is not None:
             raise ValueError(
-                f"secondary={secondary} is larger than prefill={self.prefill}: later layers cannot hold image tokens "
-                f"that the prefill filter removed. Pass secondary <= {self.prefill}, or prefill=None to let all pass"
+                "own_cores cannot be combined with budget: image keys that give way are those of all heads"
             )
+
+    def _check_shares(self) -> None:
+        """Core within secondary within prefill, layer by layer."""
+        count = max(len(s) if isinstance(s, tuple) else 1 for s in (self.secondary, self.core))
+        for layer in range(count):
+            secondary, core = _of_layer(self.secondary, layer), _of_layer(self.core, layer)
+            secondary = 1.0 if secondary is None else secondary
+            most = 1.0 if self.cold is not None and self.sparse_refresh and self.refresh_every == 1 else secondary
+            if core is not None and core > most:
+                raise ValueError(
+                    f"core={core} is larger than secondary={secondary}: core image tokens are chosen among the "
+                    f"secondary ones. Pass core <= {secondary}, or core=None to attend to all that are held"
+                )
+            filtered = self.prefill is not None and self.secondary is not None and self.budget is None
+            if filtered and secondary > (self.prefill or 1.0):
+                raise ValueError(
+                    f"secondary={secondary} is larger than prefill={self.prefill}: later layers cannot hold image "
+                    f"tokens that the prefill filter removed. Pass secondary <= {self.prefill}, or prefill=None to "
+                    "let all pass"
+                )
 
     @classmethod
     def for_budget(cls, budget: float, **changes: Any) -> AdaptivePolicy:
@@ -89,74 +142,176 @@ class AdaptivePolicy(Policy):
         text = min(budget, cls.text) if cls.text is not None else budget
         return replace(cls(text=text), budget=budget, **changes)
 
+    @classmethod
+    def with_cold_tier(cls, budget: float | None = None, **changes: Any) -> AdaptivePolicy:
+        """Every image key kept in 4 bits and attended at every step, all text kept: the preset beyond the paper.
+
+        With a budget a layer holds at most that share of the full cache's bytes at every moment: image keys in 8 bits
+        from 0.75 on, in 4 from 0.5 on, in 2 below. What is left beside room for an answer of 64 tokens holds the
+        best-ranked in full precision. Where the budget is too small for that, text gives way by the text rule once it
+        is reached, down to 20 keys, and then the worst-ranked image keys are dropped. `changes` are further fields.
+        """
+        cold = 4
+        if budget is not None:
+            check_share("budget", budget)
+            cold = 8 if budget >= 0.75 else 4 if budget >= 0.5 else 2
+        return replace(cls(secondary=0, core=None, refresh_every=0, text=None, cold=cold, budget=budget), **changes)
+
     # -- what the machinery asks ------------------------------------------------------------------------------------
 
     @property
     def accumulates(self) -> bool:
-        return self.text is not None
+        return self.text is not None or self._cold_budget
 
     @property
     def per_head(self) -> bool:
-        return self.text is not None
+        return self.accumulates or self.own_cores
 
     @property
     def filter_layer(self) -> int | None:
         return None if self.prefill is None else self.prefill_layer
 
+    @property
+    def rotates(self) -> bool:
+        return self.cold is None or (self.core is not None and (self.refresh_every > 1 or self.drift is not None))
+
+    @property
+    def sparse(self) -> bool:
+        return self.sparse_refresh
+
     def filter_count(self, counts: Counts) -> int:
         return counts.image if self.prefill is None else int(self.prefill * counts.image)
 
     def whole(self, step: int) -> bool:
-        return self.refresh_every == 0 or step % self.refresh_every == 0
+        if self.refresh_every == 0 or self.core is None:
+            return True
+        return self.drift is None and step % self.refresh_every == 0
+
+    def drifted(self, before: Tensor, now: Tensor) -> Tensor | None:
+        if self.drift is None:
+            return None
+        cosine = torch.nn.functional.cosine_similarity(before, now, dim=-1).clamp_max(1.0)
+        return (cosine <= self.drift).any(1)
+
+    def core_scores(self, weights: Tensor) -> Tensor:
+        if self.score == "max" or self.own_cores:
+            return over_heads(weights, self.score, self.own_cores)
+        return super().core_scores(weights)
 
     def limit(self, counts: Counts, share: float) -> int | None:
-        return None if self.text is None else max(round(self.text * counts.text), TEXT_FLOOR)
+        limits = [] if self.text is None else [max(round(self.text * counts.text), TEXT_FLOOR)]
+        if self.budget is not None and self.cold is not None:
+            limits.append(max(int(self.budget * counts.tokens - share) - counts.system, self._least_text(counts)))
+        return min(limits, default=None)
 
     def recent(self, limit: int) -> int:
         return limit - int(HEAVY_SHARE * limit)
 
     def image_limit(self, counts: Counts, text: int) -> int | None:
-        return None if self.budget is None else max(int(self.budget * counts.tokens) - counts.system - text, 0)
+        if self.budget is None or self.cold is not None:
+            return None
+        return max(int(self.budget * counts.tokens) - counts.system - text, 0)
 
     def measure(self, prompt: Prompt) -> Measure:
         """Image keys: the last row's weights. Text keys: weights summed over text rows, earlier turns included."""
         text = None
-        if self.text is not None:
+        if self.accumulates:
             text = prompt.row_sums(prompt.row_modality == Modality.TEXT)
             text = text if prompt.held is None else text + prompt.held
-        image = self.rank(prompt.last_row())[:, None]
-        return Measure(prompt.layer, prompt.positions, prompt.modality, image, text)
+        if self.score == "last" and not self.own_cores:
+            image = self.rank(prompt.last_row())[:, None]
+        else:
+            image = image_scores(prompt, self.score, self.own_cores)
+        return Measure(prompt.layer, prompt.positions, prompt.modality, image, text, prompt.widths)
 
     def choose(self, measure: Measure, counts: Sequence[Counts]) -> Choice:
-        image = measure.of(Modality.IMAGE)[:, :1]
+        image = measure.of(Modality.IMAGE)[:, : measure.scores.shape[1]]
         system, text = measure.of(Modality.SYSTEM), measure.of(Modality.TEXT)
-        kept = [n if (r := self.limit(c, 1.0)) is None else min(n, r) for n, c in zip(sizes(text), counts, strict=True)]
-        secondary = [min(self._secondary(c, k), n) for c, k, n in zip(counts, kept, sizes(image), strict=True)]
-        core = [self._core(c, n) for c, n in zip(counts, secondary, strict=True)]
-        order = best(measure.scores.masked_fill(~image, -torch.inf), secondary)
+        near, cold, share = self._tiers(measure, counts, sizes(image))
+        limits = [self.limit(c, s) for c, s in zip(counts, share, strict=True)]
+        kept = [n if r is None else min(n, r) for n, r in zip(sizes(text), limits, strict=True)]
+        if self.cold is None:
+            near = [min(self._secondary(measure, c, k), n) for c, k, n in zip(counts, kept, sizes(image), strict=True)]
+        core = [self._core(measure, c, n) for c, n in zip(counts, near, strict=True)]
+        held = [a + b for a, b in zip(near, cold, strict=True)]
+        order = best(measure.scores.masked_fill(~image, -torch.inf), held)
         scores = None if measure.extra is None else measure.extra.masked_fill(~text, PROTECTED)
+        few = [min(int((self._of(self.core, measure) or 1.0) * c.image), n) for c, n in zip(counts, held, strict=True)]
         return Choice(
-            far=between(order, core, secondary),
+            far=between(order, core, near),
             core=between(order, [0] * len(core), core),
             rest=[members(system, max(sizes(system), default=0)), self._texts(measure, text, kept)],
             scores=scores,
-            worth=None if self.budget is None else measure.scores,
+            worth=None if self.budget is None or self.cold is not None else measure.scores,
             evictable=kept,
+            share=share,
+            cold=None if self.cold is None else between(order, near, held),
+            kind=self.cold or PLAIN,
+            few=few,
+            reference=None if self.drift is None else measure.scores,
         )
 
     # -- the counts -------------------------------------------------------------------------------------------------
 
-    def _secondary(self, counts: Counts, text: int) -> int:
+    def _of(self, share: Share, measure: Measure) -> float | None:
+        return _of_layer(share, measure.layer)
+
+    def _secondary(self, measure: Measure, counts: Counts, text: int) -> int:
         if (limit := self.image_limit(counts, text)) is not None:
             return limit
-        return counts.image if self.secondary is None else int(self.secondary * counts.image)
+        share = self._of(self.secondary, measure)
+        return counts.image if share is None else int(share * counts.image)
 
-    def _core(self, counts: Counts, secondary: int) -> int:
-        if self.core is None or self.refresh_every == 0:
+    def _core(self, measure: Measure, counts: Counts, secondary: int) -> int:
+        share = self._of(self.core, measure)
+        if share is None or self.refresh_every == 0:
             return secondary
-        if self.budget is not None:
-            return int(self.core / (self.secondary or 1.0) * secondary)
-        return min(int(self.core * counts.image), secondary)
+        if self.budget is not None and self.cold is None:
+            return int(share / (self._of(self.secondary, measure) or 1.0) * secondary)
+        return min(int(share * counts.image), secondary)
+
+    # -- the cold tier ----------------------------------------------------------------------------------------------
+
+    @property
+    def _cold_budget(self) -> bool:
+        return self.cold is not None and self.budget is not None
+
+    def _tiers(
+        self, measure: Measure, counts: Sequence[Counts], image: Sequence[int]
+    ) -> tuple[list[int], list[int], list[float]]:
+        """Image keys per row in full precision and in the cold tier, and what they cost, in full keys."""
+        if self.cold is None:
+            return [0] * len(image), [0] * len(image), [1.0] * len(image)
+        if self.budget is None:
+            near = [min(self._secondary(measure, c, 0), n) for c, n in zip(counts, image, strict=True)]
+            return near, [n - k for n, k in zip(image, near, strict=True)], [1.0] * len(image)
+        rows = [self._within(c, n, measure.widths) for c, n in zip(counts, image, strict=True)]
+        near, cold, share = (list(part) for part in zip(*rows, strict=True))
+        return near, cold, share
+
+    def _within(self, counts: Counts, image: int, widths: tuple[int, int, int]) -> tuple[int, int, float]:
+        """One row's keys in full precision and cold, and their cost, that a budget allows."""
+        assert self.budget is not None
+        assert self.cold is not None
+
+        def cost(near: int, cold: int) -> float:
+            return near + cold_keys(self.cold or PLAIN, cold, image, widths[:2], widths[2])
+
+        def room(text: int) -> float:
+            return self.budget * (counts.system + counts.image + text) - counts.system - text  # type: ignore[operator]
+
+        spare = room(counts.text + ANSWER)
+        if spare >= cost(0, image):
+            near = _most(image, lambda n: cost(n, image - n) <= spare)
+            return near, image - near, cost(near, image - near)
+        spare = room(self._least_text(counts))
+        cold = _most(image, lambda n: cost(0, n) <= spare)
+        return 0, cold, cost(0, cold)
+
+    def _least_text(self, counts: Counts) -> int:
+        """Text keys that are held under a budget with a cold tier, come what may."""
+        left = (self.budget or 1.0) * (counts.system + counts.image) - counts.system
+        return max(min(TEXT_FLOOR, int(left / 2)), 1)
 
     def _texts(self, measure: Measure, text: Tensor, kept: list[int]) -> Tensor:
         """Text keys to keep: the newest, and the best-scored of the others."""
@@ -166,25 +321,30 @@ class AdaptivePolicy(Policy):
         return newest_and_best(scores, measure.positions, kept, [self.recent(k) for k in kept])
 
 
-def sizes(mask: Tensor) -> list[int]:
-    """Number of True entries of each row of a (batch, heads, keys) mask; equal in all heads."""
-    return mask[:, 0].sum(-1).tolist()
+def _most(top: int, fits: Callable[[int], bool]) -> int:
+    """The largest of 0 ... top that fits, 0 if none does."""
+    return next((n for n in range(top, 0, -1) if fits(n)), 0)
 
 
-def check_share(name: str, value: Any, *, optional: bool = False) -> None:
-    """Refuse what is not a number in (0, 1]."""
-    if value is None and optional:
+def _of_layer(share: Share, layer: int) -> float | None:
+    """The share of one decoder layer.
+
+    Raises:
+        ValueError: shares for fewer layers than the model has.
+    """
+    if not isinstance(share, tuple):
+        return share
+    if layer >= len(share):
+        raise ValueError(f"shares for {len(share)} layers were given, and the model has a layer {layer}: pass one each")
+    return share[layer]
+
+
+def _check_layers(name: str, value: Any, *, zero: bool) -> None:
+    """Refuse what is neither a share nor a tuple of shares."""
+    if not isinstance(value, tuple):
+        check_share(name, value, optional=True, zero=zero)
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number in (0, 1]{' or None' if optional else ''}; got {value!r}")
-    if not 0 < value <= 1:
-        hint = ", or None to switch its rule off" if optional else ""
-        raise ValueError(f"{name} is the share that is kept, in (0, 1]; got {value!r}. Pass e.g. {name}=0.5{hint}")
-
-
-def check_count(name: str, value: Any, least: int, why: str) -> None:
-    """Refuse what is not a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number >= {least} ({why}); got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least} ({why}); got {value}")
+    if not value:
+        raise ValueError(f"{name} is an empty tuple; pass one share for all layers, or one for each")
+    for share in value:
+        check_share(name, share, zero=zero)

@@ -6,8 +6,8 @@ decoding it answers with plain numbers: how many keys a row may hold (`limit`), 
 (`recent`), whether this step attends to everything held (`whole`). Everything physical (buffers, masks, rows of unequal
 length) is the business of cache.py and toggle.py, so that a policy stays about as long as its formula.
 
-Order of a layer's keys: `far` (held, attended only at whole steps), `core`, then `rest`. Most policies know only
-`rest`.
+Order of a layer's keys: `cold` (kept cheaply, attended only at whole steps), `far` (held, attended only at whole
+steps), `core`, then `rest`. Most policies know only `rest`.
 """
 
 from __future__ import annotations
@@ -88,6 +88,21 @@ class Prompt:
         self.counts = counts
         self.held = held
 
+    @property
+    def keys(self) -> Tensor:
+        """(batch, key/value heads, keys, width)."""
+        return self._call.key
+
+    @property
+    def values(self) -> Tensor:
+        """(batch, key/value heads, keys, width)."""
+        return self._call.value
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Key width, value width, and bytes of a number."""
+        return self._call.key.shape[3], self._call.value.shape[3], self._call.key.element_size()
+
     def last_row(self) -> Tensor:
         """Softmax weights of the last query row, (batch, query heads, keys) float32."""
         rows = self._call.query.shape[2]
@@ -137,6 +152,7 @@ class Measure:
         layer, positions, modality: as in `Prompt`.
         scores: (batch, heads, keys), higher = more important.
         extra: whatever else the policy needs.
+        widths: key width, value width and bytes of a number, of the keys as the model makes them.
     """
 
     layer: int
@@ -144,6 +160,7 @@ class Measure:
     modality: Tensor
     scores: Tensor
     extra: Tensor | None = None
+    widths: tuple[int, int, int] = (0, 0, 0)
 
     def of(self, modality: Modality) -> Tensor:
         """(batch, heads, keys) bool: keys of one modality."""
@@ -155,13 +172,16 @@ class Choice:
     """Which keys of a layer to hold; indices into its keys, (batch, heads, n), -1 for nothing (in front).
 
     Attributes:
-        far, core: image keys that take turns, or None.
+        far, core: image keys that take turns, or None; heads is 1 where all key/value heads share them.
+        cold: image keys that go to a `ColdTier` of this `kind`, or None.
         rest: sets of keys that are attended at every step.
         scores: (batch, heads, keys) what the rest's keys are worth when one must go, `PROTECTED` for never; None if
             nothing is ever dropped while decoding.
         worth: (batch, 1, keys) what keys in `far` are worth, if the policy drops some of them later; else None.
         evictable: number of keys in `rest` that may be dropped later, per row.
         share: what `limit` is given for each row; 1.0 if left out.
+        few: image keys a sparse whole step attends to, per row; see `Policy.sparse`.
+        reference: (batch, heads, keys) importance of image keys now, if the policy wants to be asked about drift.
     """
 
     rest: Sequence[Tensor]
@@ -171,6 +191,10 @@ class Choice:
     worth: Tensor | None = None
     evictable: Sequence[int] = ()
     share: Sequence[float] = ()
+    cold: Tensor | None = None
+    kind: int | str = 16
+    few: Sequence[int] = ()
+    reference: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +225,16 @@ class Policy(ABC):
         """How many image tokens of a row go on after `filter_layer`."""
         return counts.image
 
+    @property
+    def rotates(self) -> bool:
+        """Whether there are steps that do not attend to all keys held, so that it matters which are core."""
+        return True
+
+    @property
+    def sparse(self) -> bool:
+        """Whether a whole step ranks all image keys held, and attends to the `few` best of them only."""
+        return False
+
     @abstractmethod
     def measure(self, prompt: Prompt) -> Measure:
         """Look at one layer after its attention over a prompt."""
@@ -220,6 +254,20 @@ class Policy(ABC):
     def rank(self, weights: Tensor) -> Tensor:
         """Importance of keys from one query row's weights, (batch, query heads, keys) -> (batch, keys)."""
         return weights.mean(1)
+
+    def core_scores(self, weights: Tensor) -> Tensor:
+        """Importance of keys from a decode step's weights, (batch, key/value heads, groups, keys) -> (batch, heads,
+        keys), where heads is 1 if all key/value heads share one core."""
+        return self.rank(weights.flatten(1, 2))[:, None]
+
+    def drifted(self, before: Tensor, now: Tensor) -> Tensor | None:
+        """(batch,) bool: rows whose core is outdated; None: none, the core is renewed by `whole` alone.
+
+        Args:
+            before, now: (batch, heads, core keys) importance of the core's keys when it was chosen and at this step; 0
+                where a row has fewer.
+        """
+        return None
 
     def limit(self, counts: Counts, share: float) -> int | None:
         """Most evictable keys a row may hold at this point; None: no limit."""
@@ -242,3 +290,8 @@ def all_keys(measure: Measure) -> Tensor:
     """Index set of every key there is, in order."""
     held = measure.positions >= 0
     return members(held, int(held.sum(-1).amax()))
+
+
+def sizes(mask: Tensor) -> list[int]:
+    """Number of True entries of each row of a (batch, heads, keys) mask; equal in all heads."""
+    return mask[:, 0].sum(-1).tolist()

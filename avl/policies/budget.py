@@ -22,8 +22,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from avl.policies.adaptive import check_count, check_share, sizes
-from avl.policies.base import Choice, Counts, Measure, Policy, Prompt, all_keys
+from avl.policies.base import Choice, Counts, Measure, Policy, Prompt, all_keys, sizes
+from avl.policies.checks import check_count, check_share
 from avl.selection import newest_and_best
 from avl.tokens import Modality
 

@@ -101,8 +101,8 @@ def _held_length(self: AdaptiveLayer) -> int:
     return self.filled
 
 
-def _worst_core(self: AdaptiveLayer, scores: torch.Tensor) -> None:
-    _recore(self, -scores)
+def _worst_core(self: AdaptiveLayer, scores: torch.Tensor, rows: Any = None) -> None:
+    _recore(self, -scores, rows)
 
 
 _recore = AdaptiveLayer.recore

@@ -32,7 +32,7 @@ def test_every_policy_stands_at_every_budget_beside_the_full_cache_and_the_paper
     points = frontier.entries((0.5, 0.1))
     assert points[0].policy == avl.FullPolicy()
     assert points[1].policy == avl.AdaptivePolicy()
-    assert len({(point.name, point.budget) for point in points}) == len(points) == 2 + 8 * 2
+    assert len({(point.name, point.budget) for point in points}) == len(points) == 2 + 8 * 2 + 3
 
 
 def test_samples_are_grouped_by_length_of_the_prompt_and_none_is_lost(vlm: VLM) -> None:
@@ -57,6 +57,7 @@ def test_each_line_is_what_compare_measures(vlm: VLM) -> None:
             row = measured.dataset.sel(policy=line["policy"], sample=samples[line["sample"]].id)
             assert line["right"] == float(row["correct"])
             np.testing.assert_allclose(line["held"], row["keys_held_share"])
+            np.testing.assert_allclose(line["bytes"], line["held"])
             np.testing.assert_allclose(line["filled"], row["kv_filled_share"])
             np.testing.assert_allclose(line["allocated"], row["kv_allocated_share"])
 

@@ -30,6 +30,8 @@ def test_a_name_takes_a_budget_and_settings() -> None:
     assert named_policy("a-vl:0.5") == avl.AdaptivePolicy.for_budget(0.5)
     changed = named_policy("a-vl, core=0.2, text=none, refresh_every=4")
     assert changed == avl.AdaptivePolicy(core=0.2, text=None, refresh_every=4)
+    assert named_policy("a-vl-cold,cold=2") == avl.AdaptivePolicy.with_cold_tier(cold=2)
+    assert named_policy("a-vl-cold:0.35") == avl.AdaptivePolicy.with_cold_tier(0.35)
     assert named_policy("snapkv:0.5,window=8") == avl.SnapKVPolicy(budget=0.5, window=8)
 
 
@@ -39,6 +41,8 @@ def test_a_name_takes_a_budget_and_settings() -> None:
         ("h3o", "unknown policy 'h3o': choose from full, a-vl"),
         ("h2o:half", "'half' in 'h2o:half' is not a number"),
         ("h2o:2", "budget"),
+        ("a-vl-cold:2", "budget"),
+        ("a-vl,cold=3", "cold must be one of 8, 4, 2, 16, 'host'"),
         ("full:0.5", "FullPolicy has no budget"),
         ("a-vl,core", "'core' in 'a-vl,core' is no setting"),
         ("a-vl,size=3", "AdaptivePolicy has no setting 'size'; it has secondary"),
