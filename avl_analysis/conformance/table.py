@@ -124,8 +124,8 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def parse(text: str) -> list[Row]:
-    """The rows of a committed table."""
-    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    """The rows of a committed table; a page may hold other tables above its `MARK`."""
+    lines = [line for line in text.split(MARK)[-1].splitlines() if line.startswith("| ")][1:]
     rows = [Row(*(cell.strip() for cell in line.strip("|").split("|"))) for line in lines]
     if any(len(fields(Row)) != len(astuple(row)) for row in rows):
         raise ValueError("the table has lines with other columns than " + ", ".join(_HEAD))
