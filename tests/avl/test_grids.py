@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from avl import grids
 from avl.families import describe
 from avl.grids import SQUARE, UNKNOWN, describe_rows
 from avl.places import View, count, map_pictures, nowhere
@@ -165,6 +167,19 @@ def test_several_tiles_in_one_run_are_not_taken_for_a_square():
     pictures, note = describe_one("something_new", config(), [IMAGE] * 36, pixel_values=pixels)
     assert pictures == [nowhere(36)]
     assert note == UNKNOWN
+
+
+def test_the_example_of_adding_a_family_lays_out_a_picture(monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "adding-a-family.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    names = dict(vars(grids))
+    exec(code, names)
+    monkeypatch.setitem(grids.GRIDS, "my_family", names["my_family"])
+    cfg = config(vision_image_size=28, vision_patch_size=14)
+    (picture,), note = describe_one("my_family", cfg, [IMAGE] * (4 + 2 * 2 * 3))
+    assert note == ""
+    assert [view.count for view in picture] == [4, 6, 6]
+    assert picture[2].places()[:3] == [(0, 2), (0, 3), (-1, -1)]
 
 
 def test_query_tokens_have_no_place():
