@@ -393,12 +393,14 @@ class Built:
         archive: ZIP of everything: page, figures, numbers, recording.
         pdf: the report as one PDF, None if the builder makes none.
         missing: figures that could not be drawn, and why.
+        about: model and samples it was built from, in words.
     """
 
     page: bytes
     archive: bytes
     pdf: bytes | None
     missing: dict[str, str]
+    about: str
 
 
 def build_report(
@@ -422,7 +424,9 @@ def build_report(
                 if path.is_file():
                     file.write(path, Path("report") / path.relative_to(made.folder))
         pdf = next((path.read_bytes() for path in sorted(made.folder.glob("*.pdf"))), None)
-        return Built(made.page.read_bytes(), archive.getvalue(), pdf, dict(made.missing))
+        model = recording.attrs.get("model_name") or recording.attrs.get("model") or "unknown"
+        about = f"Report on model {model}, {len(recording)} sample{'s' * (len(recording) != 1)}"
+        return Built(made.page.read_bytes(), archive.getvalue(), pdf, dict(made.missing), about)
 
 
 def sent_samples(files: Mapping[str, bytes], *, most_bytes: int, most_pixels: int) -> list[Sample]:

@@ -7,6 +7,7 @@ would hide it.
 from __future__ import annotations
 
 import logging
+import sys
 
 import numpy as np
 import streamlit as st
@@ -53,6 +54,12 @@ def show(view: str, context: Context) -> None:
     import_module(f"app.views.{view}").show(context)
 
 
+def _for_visitors(error: Exception) -> bool:
+    """Whether a message was written for people: this model cannot be recorded or adapted, and why."""
+    avl = sys.modules.get("avl")  # whoever raised one of these has imported it
+    return isinstance(error, tuple(getattr(avl, name, ()) for name in ("SeamError", "UnsupportedModelError")))
+
+
 def main() -> None:
     """Draw the page."""
     st.set_page_config("avl: attention of vision-language models", _icon(), layout="wide")
@@ -71,9 +78,7 @@ def main() -> None:
     except InputError as error:
         problem(error)
     except Exception as error:  # noqa: BLE001  (a visitor gets a sentence, the log the traceback)
-        from avl import SeamError, UnsupportedModelError
-
-        if isinstance(error, (SeamError, UnsupportedModelError)):
+        if _for_visitors(error):
             problem(error)
         else:
             _LOG.exception("a page could not be drawn")

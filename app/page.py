@@ -36,8 +36,13 @@ def plain(text: str) -> str:
 
 
 def visible(token: str) -> str:
-    """A token's text such that one sees there is one."""
-    return plain(token.strip()) or "␣"
+    """A token's text such that one sees there is one, for places that read Markdown."""
+    return plain(visible_text(token))
+
+
+def visible_text(token: str) -> str:
+    """The same for places that take text as it is."""
+    return token.strip() or "␣"
 
 
 def is_dark() -> bool:

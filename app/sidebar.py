@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import streamlit as st
 
 from app import examples, state
@@ -24,9 +26,8 @@ def show(given: Settings, bench: Workbench) -> Question | None:
         if picture is None:
             return None
         prompt = _prompt(picture)
-        state.put("longest", min(int(state.get("longest")), given.longest))
-        st.slider("Longest answer, in tokens", 1, given.longest, key="longest")
         st.button("Ask", type="primary", width="stretch", help="Answers are remembered; asking again is immediate.")
+        _more(given)
         if not prompt.strip():
             problem("The question is empty: write one, for example “Describe the image.”")
             return None
@@ -36,20 +37,47 @@ def show(given: Settings, bench: Workbench) -> Question | None:
 def _model(given: Settings) -> str:
     """Name of the chosen model."""
     typed = str(state.get("model"))
-    options = list(dict.fromkeys([*given.models, *([typed] if typed and given.folders else [])]))
+    options = list(dict.fromkeys([*given.models, *([typed] if typed and (given.folders or given.hub) else [])]))
     state.within("model", options, options[0])
     st.selectbox("Model", options, key="model", format_func=lambda name: name.rpartition("/")[2] or name)
-    if given.folders:
-        with st.expander("Another model"):
+    chosen = str(state.get("model"))
+    if chosen not in given.models:
+        allowed(chosen, given)
+    return chosen
+
+
+def allowed(name: str, given: Settings) -> None:
+    """Whether a visitor may have this model loaded: a folder where folders may be named, a hub id with the switch.
+
+    Raises:
+        InputError: neither.
+    """
+    if Path(name).expanduser().is_dir():
+        if given.folders:
+            return
+        raise InputError(f"this server offers {', '.join(given.models)} only; it was started with --no-folders")
+    if not given.hub:
+        raise InputError(
+            f"there is no model folder {name} on the server, and hub ids are loaded only by a server started with "
+            "avl app --hub"
+        )
+
+
+def _more(given: Settings) -> None:
+    """What is seldom changed: another model, the longest answer."""
+    state.put("longest", min(int(state.get("longest")), given.longest))
+    with st.expander("More"):
+        st.slider("Longest answer, in tokens", 1, given.longest, key="longest")
+        kinds = [kind for kind, may in (("folder of a model", given.folders), ("hub id", given.hub)) if may]
+        if kinds:
             st.text_input(
-                "Folder of a model, or hub id" if given.hub else "Folder of a model",
+                " or ".join(kinds).capitalize(),
                 key="typed_model",
                 on_change=_take_typed,
                 placeholder="./my-llava",
-                help="A folder written by save_pretrained, weights as safetensors. "
-                + ("Hub ids are fetched." if given.hub else "Hub ids need a server started with --hub."),
+                help="Weights as safetensors; code from model folders is never run. "
+                + ("" if given.hub else "Hub ids need a server started with --hub."),
             )
-    return str(state.get("model"))
 
 
 def _take_typed() -> None:
@@ -82,9 +110,7 @@ def _picture(given: Settings) -> Picture | None:
         except InputError as error:
             problem(error)
             return None
-    st.image(
-        picture.pixels, caption=plain(picture.name), width="stretch", alt=f"the picture asked about, {picture.name}"
-    )
+    st.image(picture.pixels, caption=plain(picture.name), width=210, alt=f"the picture asked about, {picture.name}")
     return picture
 
 

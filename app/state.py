@@ -10,6 +10,7 @@ Not in the address: uploaded pictures, files and results.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -66,6 +67,11 @@ def _flag(text: str) -> bool:
 VIEWS = ("ask", "heads", "patterns", "live", "benchmark", "report")
 SOURCES = ("example", "upload", "webcam")
 
+BENCH_SOURCES = ("scenes", "jsonl", "saved")
+PAPER = "paper"
+"""A-VL at the paper's settings, among the policies of a benchmark."""
+RECORDINGS = ("answer", "scenes", "file")
+
 FIELDS: dict[str, Field] = {
     "view": Field("ask", _one_of(*VIEWS)),
     "model": Field("", _text),
@@ -85,14 +91,29 @@ FIELDS: dict[str, Field] = {
     "refresh": Field(3, _number(0, 16)),
     "text": Field(0.7, _number(0.01, 1.0, float)),
     "prefill": Field(1.0, _number(0.01, 1.0, float)),
+    "prefill_layer": Field(2, _number(1, 256)),
+    "share": Field(0.5, _number(0.01, 1.0, float)),
+    "use_share": Field(False, _flag),
     "use_core": Field(True, _flag),
     "use_text": Field(True, _flag),
     "preset": Field("paper", _text),
     "avl_on": Field(True, _flag),
     "rivals": Field([], _several),
+    "more": Field("", _text),
     "budget": Field(0.5, _number(0.02, 1.0, float)),
     "live_layer": Field("", _text),
+    "drawn_policy": Field("", _text),
     "step": Field(0, _number(0, 4096)),
+    "single_token": Field(False, _flag),
+    "kinds": Field([], _several),
+    "pattern": Field("", _text),
+    "recording_of": Field("answer", _one_of(*RECORDINGS)),
+    "per_task": Field(2, _number(1, 20)),
+    "bench_source": Field("scenes", _one_of(*BENCH_SOURCES)),
+    "tasks": Field(["colour", "ocr", "caption"], _several),
+    "count": Field(8, _number(1, 200)),
+    "bench_policies": Field([PAPER, "random", "h2o"], _several),
+    "bench_budget": Field(0.5, _number(0.02, 1.0, float)),
 }
 """Every choice in the address: its name there is the key of the session state."""
 
@@ -103,7 +124,7 @@ def begin() -> None:
         if name not in st.session_state:
             text = st.query_params.get(name)
             value = None if text is None else field.read(text)
-            st.session_state[name] = field.default if value is None else value
+            st.session_state[name] = copy(field.default if value is None else value)
         else:
             st.session_state[name] = st.session_state[name]  # otherwise dropped with its widget
 
@@ -135,7 +156,7 @@ def asked(question: object) -> None:
     st.session_state["asked"] = question
     if before != question:
         for name in ("token", "layer", "head", "step"):
-            put(name, FIELDS[name].default)
+            put(name, copy(FIELDS[name].default))
 
 
 def within(name: str, options: Sequence[Value], fallback: Value) -> Value:

@@ -238,10 +238,12 @@ class Disagreement:
     Attributes:
         kl: (tokens,) KL(full || policy) in nats.
         agree: (tokens,) whether both prefer the same token.
+        preferred: text of the token the policy prefers at each step.
     """
 
     kl: Floats
     agree: NDArray[np.bool_]
+    preferred: tuple[str, ...]
 
 
 def answer(
@@ -310,8 +312,10 @@ def disagreement(vlm: VLM, sample: Sample, policy: avl.Policy | None, reference:
         reference: token ids of the full cache's own answer.
     """
     full, other = (_predictions(vlm, sample, which, reference) for which in (None, policy))
-    agree = full.argmax(-1) == other.argmax(-1)
-    return Disagreement(_frozen(kl_divergence(full, other).numpy()), _frozen(agree.numpy()))
+    preferred = other.argmax(-1)
+    agree = full.argmax(-1) == preferred
+    words = tuple(_pieces(vlm, preferred.tolist()))
+    return Disagreement(_frozen(kl_divergence(full, other).numpy()), _frozen(agree.numpy()), words)
 
 
 def recorded(

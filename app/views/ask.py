@@ -11,8 +11,8 @@ from app.page import Context, plain, plot, streaming, strip, visible
 from avl_analysis.figures import looks
 from avl_analysis.figures.spec import Lines
 from avl_analysis.live import Focus, Observation
-from avl_analysis.scenes import Sample
 from avl_analysis.regions import Region, word_regions
+from avl_analysis.scenes import Sample
 
 
 def show(context: Context) -> None:

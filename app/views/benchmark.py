@@ -10,20 +10,34 @@ from pathlib import Path
 import streamlit as st
 
 import avl
-from app import examples, policies
+from app import examples, policies, state
 from app.data import from_bytes, sent_samples
 from app.page import Context, plain, plot, problem
 from avl_analysis.comparison import Comparison, load_comparison
 from avl_analysis.errors import InputError
 from avl_analysis.figures.spec import Axis
 from avl_analysis.figures.tradeoff import Place, tradeoff
-from avl_analysis.policy_files import POLICIES, with_budget
 from avl_analysis.samples import Sample, scene_samples
 from avl_analysis.scenes import TASKS
 
 Asking = Callable[[], list[Sample]]
-_SCENES, _JSONL, _SAVED = "drawn scenes", "my own questions", "a comparison made before"
-_PAPER = "A-VL (paper)"
+_SCENES, _JSONL, _SAVED = state.BENCH_SOURCES
+_SOURCES = {_SCENES: "drawn scenes", _JSONL: "my own questions", _SAVED: "a comparison made before"}
+_PAPER = state.PAPER
+_LIVE = "live"
+_WHAT = """
+What a comparison shows, for every policy beside the full cache:
+
+| | |
+|---|---|
+| **answers that are right** | share of questions with a known answer; what a user notices |
+| **KL(full \\|\\| policy)** | how far the next-token distribution moves along the full cache's own answer |
+| **same next token** | share of tokens where both prefer the same one |
+| **ROUGE-L** | overlap of the policy's own answer with the full cache's |
+| **bytes** | keys and values in use when the answer ends, counted in the buffers, as a share of the full cache's |
+
+Every number has a 95 % interval over questions. A policy is worth having where it is as good with fewer bytes.
+"""
 _SHOWN = {
     "correct": ("answers that are right", "share of samples", (0.0, 1.05)),
     "kl": ("KL(full || policy)", "nats", None),
@@ -35,7 +49,7 @@ _SHOWN = {
 def show(context: Context) -> None:
     """Draw the view."""
     source = st.segmented_control(
-        "Questions", [_SCENES, _JSONL, _SAVED], default=_SCENES, key="bench_source", required=True
+        "Questions", list(_SOURCES), key="bench_source", format_func=_SOURCES.__getitem__, required=True
     )
     if source == _SAVED:
         _load(context)
@@ -51,6 +65,7 @@ def show(context: Context) -> None:
             "Nothing is compared yet: choose policies and questions and press Compare, or load a comparison.",
             icon=":material/info:",
         )
+        st.markdown(_WHAT)
         return
     _result(comparison)
 
@@ -58,14 +73,9 @@ def show(context: Context) -> None:
 def _scenes() -> Asking | None:
     """Held-out drawn scenes of some tasks, drawn when they are needed."""
     left, right = st.columns([3, 1])
-    tasks = left.multiselect(
-        "Tasks",
-        TASKS,
-        default=["colour", "ocr", "caption"],
-        key="tasks",
-        format_func=lambda t: examples.TASK_NAMES.get(t, t),
-    )
-    count = right.number_input("Samples of each task", 1, 200, 8, key="count")
+    state.put("tasks", [task for task in state.get("tasks") if task in TASKS])
+    tasks = left.multiselect("Tasks", TASKS, key="tasks", format_func=lambda t: examples.TASK_NAMES.get(t, t))
+    count = right.number_input("Samples of each task", 1, 200, key="count")
     return partial(scene_samples, int(count), tasks) if tasks else None
 
 
@@ -92,20 +102,23 @@ def _own(context: Context) -> Asking | None:
 
 def _policies() -> dict[str, avl.Policy]:
     """Policies at the paper's settings and at budgets."""
-    names = {_PAPER: _PAPER, "a-vl": "A-VL at the budget", **policies.BASELINES}
+    others = policies.rivals(adaptive=True)
+    names = {_PAPER: "A-VL (paper)", _LIVE: "A-VL as in A-VL live", **others}
+    state.put("bench_policies", [name for name in state.get("bench_policies") if name in names])
     left, right = st.columns([3, 1])
-    wanted = left.multiselect(
-        "Policies", list(names), default=[_PAPER, "random", "h2o"], key="bench_policies", format_func=names.__getitem__
-    )
-    budget = right.slider("Budget, share of all keys", 0.02, 1.0, 0.5, step=0.01, key="bench_budget")
-    chosen: dict[str, avl.Policy] = {}
-    for name in wanted:
-        if name == _PAPER:
-            chosen[_PAPER] = avl.AdaptivePolicy()
-        else:
-            label = "A-VL" if name == "a-vl" else policies.BASELINES[name]
-            chosen[f"{label} {budget:.0%}"] = with_budget(POLICIES[name], float(budget))
-    return chosen
+    wanted = left.multiselect("Policies", list(names), key="bench_policies", format_func=names.__getitem__)
+    budget = float(right.slider("Budget, share of all keys", 0.02, 1.0, step=0.01, key="bench_budget"))
+    fixed = {_PAPER: avl.AdaptivePolicy, _LIVE: policies.present}
+    try:
+        return {
+            names[name] if name in fixed else f"{names[name]} {budget:.0%}": fixed[name]()
+            if name in fixed
+            else policies.at_budget(name, budget)
+            for name in wanted
+        }
+    except ValueError as error:
+        problem(f"The settings in A-VL live contradict each other: {error}.")
+        return {}
 
 
 def _run(context: Context, ask: Asking, chosen: Mapping[str, avl.Policy]) -> Comparison | None:

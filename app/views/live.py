@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from difflib import SequenceMatcher
+from itertools import groupby
 
 import numpy as np
 import streamlit as st
 
 import avl
 from app import policies, state
-from app.page import Context, plain, plot, streaming, visible
+from app.page import Context, plain, plot, streaming, strip, visible, visible_text
 from app.views.ask import observe
 from avl.tokens import Modality
 from avl_analysis.figures import looks
@@ -33,6 +34,7 @@ def show(context: Context) -> None:
     }
     _table(answers, off)
     if off:
+        _fidelity(full, off)
         _curves(answers, off)
         seen = observe(context)
         _patches(context, seen, {name: answers[name] for name in off})
@@ -66,10 +68,10 @@ def _marked(words: tuple[str, ...], reference: tuple[str, ...]) -> str:
     for block in SequenceMatcher(None, reference, words, autojunk=False).get_matching_blocks():
         same |= set(range(block.b, block.b + block.size))
     parts = []
-    for index, word in enumerate(words):
-        space = " " if word.startswith(" ") else ""
-        text = plain(word.strip())
-        parts.append(space + (text if index in same or not text else f":orange-background[**{text}**]"))
+    for alike, places in groupby(range(len(words)), same.__contains__):
+        text = "".join(words[place] for place in places)
+        space, shown = " " if text.startswith(" ") else "", plain(text.strip())
+        parts.append(space + (shown if alike or not shown else f":orange-background[**{shown}**]"))
     return "".join(parts).strip() or "␣"
 
 
@@ -98,19 +100,23 @@ def _table(answers: dict[str, Answer], off: dict[str, Disagreement]) -> None:
         {key: [row[key] for row in rows] for key in rows[0]},
         hide_index=True,
         column_config={
-            "KV bytes held": st.column_config.NumberColumn(format="localized"),
-            "of full cache": st.column_config.ProgressColumn(format="percent", min_value=0, max_value=1, color="blue"),
-            "keys read per step": st.column_config.NumberColumn(format="%.1f"),
-            "TTFT, ms": st.column_config.NumberColumn(format="%.1f"),
-            "TPOT, ms": st.column_config.NumberColumn(format="%.2f"),
-            "same prediction": st.column_config.NumberColumn(format="percent"),
-            "KL, nats": st.column_config.NumberColumn(format="%.4f"),
+            "KV bytes held": st.column_config.NumberColumn("KV bytes", format="localized", width=88),
+            "of full cache": st.column_config.ProgressColumn(
+                "of full", format="percent", min_value=0, max_value=1, color="blue", width=110
+            ),
+            "keys read per step": st.column_config.NumberColumn("keys/step", format="%.1f", width=82),
+            "TTFT, ms": st.column_config.NumberColumn(format="%.0f", width=76),
+            "TPOT, ms": st.column_config.NumberColumn(format="%.1f", width=76),
+            "tokens": st.column_config.NumberColumn(width=64),
+            "first difference at": st.column_config.TextColumn("differs at", width=78),
+            "same prediction": st.column_config.NumberColumn("agreement", format="percent", width=88),
+            "KL, nats": st.column_config.NumberColumn(format="%.3f", width=76),
         },
         alt="cost and fidelity of every policy",
     )
     st.caption(
         "Times are single runs on this machine, one policy after the other; on a small model a policy's own work "
-        "outweighs what it saves. KL and same prediction: fed the full cache's answer, mean over tokens."
+        "outweighs what it saves. Agreement and KL(full || policy): fed the full cache's answer, mean over tokens."
     )
 
 
@@ -129,12 +135,23 @@ def _curves(answers: dict[str, Answer], off: dict[str, Disagreement]) -> None:
         st.markdown("**Divergence from the full cache, token by token**")
         axis = Axis("KL(full || policy)", "nats")
         series = {name: differs.kl for name, differs in off.items()}
-        plot(looks.evolution("divergence", series, axis), "kl", titled=False, height=280)
+        plot(looks.evolution("divergence", series, axis, slot=2), "kl", titled=False, height=280)
     with right:
         st.markdown("**Keys read, step by step**")
         read = {name: _keys_read(said) for name, said in answers.items()}
         keys = looks.evolution("keys read", read, Axis("keys read, mean over layers", "keys"))
         plot(keys, "keys", titled=False, height=280)
+
+
+def _fidelity(full: Answer, off: dict[str, Disagreement]) -> None:
+    """The full cache's answer once per policy, shaded by divergence; where predictions differ, what it would write."""
+    st.markdown(
+        "**The full cache's answer, token by token**; shade: how far the policy's prediction is from it "
+        f"(full from {looks.UNLIKE:g} nat), frame: it would write another token, which follows the arrow"
+    )
+    for slot, (name, differs) in enumerate(off.items(), start=2):
+        other = {int(at): visible_text(differs.preferred[at]) for at in np.flatnonzero(~differs.agree)}
+        strip(looks.fidelity_strip(name, full.words, differs.kl, other, slot))
 
 
 def _keys_read(said: Answer) -> np.ndarray:
@@ -153,7 +170,7 @@ def _patches(context: Context, seen: Observation, answers: dict[str, Answer]) ->
     names = list(answers)
     if st.session_state.get("drawn_policy") not in names:
         st.session_state["drawn_policy"] = names[0]
-    first.segmented_control("Policy", names, key="drawn_policy", required=True)
+    first.segmented_control("Policy", names, key="drawn_policy", required=True, format_func=plain)
     said = answers[st.session_state["drawn_policy"]]
     layers = [str(layer) for layer in said.layers]
     state.within("live_layer", layers, layers[len(layers) // 2])
@@ -195,7 +212,16 @@ def _player(context: Context, seen: Observation, said: Answer, layer: int, playi
             f"{counts[1]} are **secondary**: held, read at refresh steps only.  \n"
             f"{counts[0]} are **minor**: dropped for good."
         )
+        read, held = _read_and_held(said, step, layer)
+        st.markdown(f"This pass read {read:.0f} keys in this layer, words included; {held:.0f} are held after it.")
         text = states[step][np.flatnonzero(seen.modality == Modality.TEXT)[0] :] if seen.modality.size else states[step]
         known = text[text >= 0]
         st.markdown(f"Of the text so far, {int((known > 0).sum())} of {known.size} tokens are held.")
         st.markdown(f"The model now writes “{word}”.")
+
+
+def _read_and_held(said: Answer, step: int, layer: int) -> tuple[float, float]:
+    """Keys one layer read in a pass, and holds after it."""
+    assert said.usage is not None
+    at, usage = said.usage.layers.index(layer), said.usage.steps[step]
+    return float(np.mean(usage.attended[at])), float(np.mean(usage.held[at]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
+from app import state
 from app.data import figures, from_bytes, section
 from app.page import Context, plain, plot, problem
 from app.views.heads import recorded
@@ -11,10 +12,13 @@ from avl_analysis.comparison import Comparison
 from avl_analysis.errors import InputError
 from avl_analysis.figures import Animation, Overlay
 from avl_analysis.recording import Recording, load_recording
+from avl_analysis.samples import scene_samples
 from reports.findings import Finding, Verdict
 from reports.run import NotMeasured, Section
 
-_HERE, _FILE = "this answer", "a recording file"
+_HERE, _SCENES, _FILE = state.RECORDINGS
+_SOURCES = {_HERE: "this answer", _SCENES: "drawn scenes, recorded now", _FILE: "a recording file"}
+_LONGEST = 96  # tokens of an answer about a drawn scene
 _BADGES = {
     Verdict.SUPPORTED: ("supported", "green", ":material/check:"),
     Verdict.NOT_SUPPORTED: ("not supported", "orange", ":material/close:"),
@@ -29,14 +33,13 @@ def show(context: Context) -> None:
         return
     if len(recording) == 1:
         st.caption(
-            "One answer has no interval over samples, so verdicts stay undecided; a recording of many samples "
-            "(avl record --scenes 100) decides them."
+            "One answer has no interval over samples, so verdicts stay undecided; many samples decide them: record "
+            "drawn scenes here, or use a file that avl record --scenes 100 made."
         )
     questions = figures()
-    if st.session_state.get("pattern") not in questions:
-        st.session_state["pattern"] = next(iter(questions))
+    state.within("pattern", list(questions), next(iter(questions)))
     names = {name: name.replace("_", " ") for name in questions}
-    name = st.pills("Figure", list(names), key="pattern", format_func=names.__getitem__, required=True)
+    name = st.pills("Figure", list(names), key="pattern", format_func=names.__getitem__, required=True, wrap=True)
     try:
         _section(_made(recording, str(name), st.session_state.get("comparison")))
     except NotMeasured as error:
@@ -56,10 +59,41 @@ def _made(recording: Recording, name: str, comparison: Comparison | None) -> Sec
 
 
 def choose_recording(context: Context) -> Recording | None:
-    """The recording of the present answer, or one from a file; None while there is none."""
-    source = st.segmented_control("Statistics of", [_HERE, _FILE], default=_HERE, key="recording_of", required=True)
+    """The recording of the present answer, of scenes recorded now, or from a file; None while there is none."""
+    source = st.segmented_control(
+        "Statistics of", list(_SOURCES), key="recording_of", format_func=_SOURCES.__getitem__, required=True
+    )
     if source == _HERE:
         return recorded(context)
+    return _scenes(context) if source == _SCENES else _from_file(context)
+
+
+def _scenes(context: Context) -> Recording | None:
+    """Drawn scenes recorded when asked to; kept until others are."""
+    left, right = st.columns([3, 1], vertical_alignment="bottom")
+    count = int(left.slider("Scenes of each kind of question", 1, 20, key="per_task"))
+    if right.button("Record", icon=":material/radio_button_checked:", help="Any other click stops it."):
+        bar = st.progress(0.0, text="Drawing scenes …")
+        samples = scene_samples(count)
+        made = context.bench.corpus(
+            context.question.model,
+            samples,
+            tokens=_LONGEST,
+            progress=lambda done, total: bar.progress(done / total, text=f"{done} of {total} scenes recorded"),
+        )
+        bar.empty()
+        st.session_state["scenes_recording"] = (context.question.model, made)
+    model, known = st.session_state.get("scenes_recording", ("", None))
+    if known is None or model != context.question.model:
+        st.info("Nothing is recorded yet: choose how many scenes and press Record.", icon=":material/info:")
+        return None
+    st.caption(f"{len(known)} scenes are recorded.")
+    recording: Recording = known
+    return recording
+
+
+def _from_file(context: Context) -> Recording | None:
+    """A recording that was sent; None, with the reason said, while there is none."""
     sent = st.file_uploader(
         "Recording made by avl record (.nc)",
         ["nc"],
@@ -102,6 +136,11 @@ def _section(shown: Section) -> None:
                 st.markdown(f"**{plain(panel.title)}**")
             height = 240 if isinstance(panel, Overlay) else None
             plot(panel, f"{figure.name}{number}", titled=isinstance(panel, Animation), height=height)
+    if shown.moving is not None:
+        plot(shown.moving, f"{figure.name}_moving")
+    if shown.table:
+        header, *rows = shown.table
+        st.dataframe({name: [row[at] for row in rows] for at, name in enumerate(header)}, hide_index=True)
     if shown.text:
         st.markdown(plain(shown.text))
     st.caption(plain(figure.caption.text))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app.data import Built, build_report
+from app.data import Built, build_report, figures
 from app.page import Context, plain, problem
 from app.views.patterns import choose_recording
 from avl_analysis.errors import InputError
 from avl_analysis.recording import Recording
-from avl_analysis.samples import scene_samples
 
 _PREVIEW_HEIGHT = 900
+_ICON = ":material/description:"
 
 
 def show(context: Context) -> None:
@@ -20,33 +20,26 @@ def show(context: Context) -> None:
         "A report is one page that works offline, every figure as SVG, PDF and PNG, the numbers behind them as CSV and "
         "JSON, and the recording itself."
     )
-    many = st.toggle("Record drawn scenes for it", key="many", help="Many samples give intervals, and verdicts.")
-    count = int(st.slider("Scenes of each kind of question", 1, 20, 2, key="per_task")) if many else 0
-    recording = None if many else choose_recording(context)
+    recording = choose_recording(context)
     title = st.text_input("Title", placeholder="by default it names the model", key="title", max_chars=120)
-    if st.button(
-        "Build the report", type="primary", icon=":material/description:", disabled=not many and recording is None
-    ):
-        st.session_state["report"] = _build(context, recording, count, str(title))
+    pressed = st.button("Build the report", type="primary", icon=_ICON, disabled=recording is None)
+    if pressed and recording is not None:
+        st.session_state["report"] = _build(recording, str(title))
     built: Built | None = st.session_state.get("report")
-    if built is not None:
+    if built is None:
+        questions = figures().values()
+        st.markdown(f"**It answers {len(questions)} questions**, as far as the recording holds what they need:")
+        st.markdown("\n".join(f"1. {plain(question)}" for question in questions))
+    else:
         _offer(built)
 
 
-def _build(context: Context, recording: Recording | None, count: int, title: str) -> Built | None:
-    """Record if asked to, and build, with progress; any click stops it."""
+def _build(recording: Recording, title: str) -> Built | None:
+    """Build with progress; any click stops it."""
     comparison = st.session_state.get("comparison")
     with st.status("Building the report", expanded=True) as status:
         bar = st.progress(0.0, text="starting")
         try:
-            if recording is None:
-                samples = scene_samples(count)
-                recording = context.bench.corpus(
-                    context.question.model,
-                    samples,
-                    tokens=96,
-                    progress=lambda done, total: bar.progress(done / total, text=f"recorded {done} of {total} scenes"),
-                )
             built = build_report(
                 recording,
                 title,
@@ -63,6 +56,7 @@ def _build(context: Context, recording: Recording | None, count: int, title: str
 
 def _offer(built: Built) -> None:
     """Downloads and a preview."""
+    st.markdown(f"**{plain(built.about)}**")
     offers = [
         ("Page (HTML)", built.page, "report.html", "text/html"),
         ("Everything (ZIP)", built.archive, "report.zip", "application/zip"),

@@ -36,8 +36,8 @@ def with_cells(plot: Any, heat: Heat, *, marked: tuple[int, int] | None = None, 
     if marked is not None:
         row, column = marked
         corners = {"x0": column - 0.5, "x1": column + 0.5, "y0": row - 0.5, "y1": row + 0.5, "type": "rect"}
-        plot.add_shape(**corners, line={"color": theme.paper, "width": 5})
-        plot.add_shape(**corners, line={"color": palette.ATTENTION, "width": 3})
+        plot.add_shape(**corners, line={"color": theme.paper, "width": 7})
+        plot.add_shape(**corners, line={"color": theme.ink, "width": 3})
     plot.update_traces(colorbar={"title": {"text": ""}}, selector={"type": "heatmap"})  # the page's heading says it
     plot.update_layout(clickmode="event+select", dragmode=False)
     plot.update_xaxes(range=[-0.5, columns - 0.5], fixedrange=True)

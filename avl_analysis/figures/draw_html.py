@@ -17,6 +17,8 @@ from avl_analysis.figures.strip import Span, Strip
 _BOX = "border-radius:4px;padding:1px 2px;margin:0 1px;white-space:pre-wrap;"
 _SPECIAL = {"\n": "↵", "\t": "⇥", " ": "␣", "": "∅"}
 """What stands for a token that would not be seen."""
+_NOTED = 5
+"""Slot whose colour frames tokens with a note."""
 
 
 def draw(strip: Strip, *, dark: bool = False) -> str:
@@ -45,8 +47,13 @@ def _token(strip: Strip, at: int, dark: bool) -> str:
         style += f"text-decoration:underline;text-decoration-color:{theme.ink};"
     if at == strip.marked:
         style += f"outline:2px solid {theme.ink};"
+    if at in strip.notes:
+        style += f"outline:2px dashed {palette.style(_NOTED).colour(dark)};"
     if not known:
         style += "opacity:0.45;"
     said = f"{strip.value.label}: {value:.4f}" if known else "not read"
     shown = _SPECIAL.get(text) or escape(text.strip() or "␣").replace("\n", "↵")
-    return f'<span title="{escape(said, quote=True)}" style="{style}">{shown}</span> '
+    note = ""
+    if at in strip.notes:
+        note = f'<span style="color:{theme.muted};font-size:0.8rem">→{escape(strip.notes[at])}</span>'
+    return f'<span title="{escape(said, quote=True)}" style="{style}">{shown}</span>{note} '

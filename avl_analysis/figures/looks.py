@@ -20,6 +20,8 @@ HEAD = Axis("head", "index")
 STEP = Axis("answer token", "index")
 FAINT = 0.05
 """Attention on a word that is drawn at full strength even if no word gets more, so that crumbs look like crumbs."""
+UNLIKE = 1.0
+"""Divergence in nats drawn at full strength: the full cache's token has lost about two thirds of its probability."""
 STATES = ("minor: dropped", "secondary: held", "core: held and read")
 """Names of `avl.State` 0, 1, 2, in the palette's class colours."""
 
@@ -71,6 +73,20 @@ def token_strip(
     )
 
 
+def fidelity_strip(name: str, words: Sequence[str], kl: Array, other: Mapping[int, str], slot: int = 1) -> Strip:
+    """An answer of the full cache, shaded by how far a policy's prediction is from the full cache's.
+
+    Args:
+        kl: (tokens,) divergence in nats; `UNLIKE` is drawn at full strength.
+        other: place -> token the policy prefers, where it prefers another one.
+    """
+    shown = np.asarray(kl, dtype=float)[: len(words)]
+    axis = Axis("KL(full || policy)", "nats", (0.0, UNLIKE))
+    notes = {at: word for at, word in other.items() if at < shown.size}
+    text = tuple(words[: shown.size])
+    return Strip(text, shown, axis, (Span(name, 0, len(text)),), slot=slot, notes=notes)
+
+
 def mass_by_layer(layers: Sequence[int], mass: Mapping[str, Sequence[float]]) -> Lines:
     """How one token divides its attention between system, image and text, layer by layer."""
     lines = tuple(
@@ -88,11 +104,11 @@ def mass_by_token(words: Sequence[str], mass: Mapping[str, Sequence[float]], cho
     return Bars(STEP, Axis("attention", "share of the row", (0.0, 1.0)), names, bars, title=title)
 
 
-def evolution(name: str, values: Mapping[str, Array], axis: Axis, title: str = "") -> Lines:
-    """Curves over answer tokens; NaN where nothing was measured."""
+def evolution(name: str, values: Mapping[str, Array], axis: Axis, title: str = "", *, slot: int = 1) -> Lines:
+    """Curves over answer tokens; NaN where nothing was measured. `slot` is the palette's slot of the first."""
     lines = tuple(
-        Line(key, np.arange(len(series), dtype=float), np.asarray(series, dtype=float), slot=slot)
-        for slot, (key, series) in enumerate(values.items(), start=1)
+        Line(key, np.arange(len(series), dtype=float), np.asarray(series, dtype=float), slot=slot + place)
+        for place, (key, series) in enumerate(values.items())
     )
     return Lines(STEP, axis, lines, title=title or name)
 

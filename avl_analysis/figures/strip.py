@@ -6,7 +6,8 @@ than drawn on axes; draw_html.py turns it into markup.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from avl_analysis.figures.spec import Array, Axis, _series
 
@@ -31,6 +32,7 @@ class Strip:
         spans: stretches with names, not overlapping, in order; tokens outside are not shown.
         marked: token that is set in a frame (the one being produced), None for none.
         slot: series of the palette that gives the shade its colour.
+        notes: what stands instead of some tokens, by place; such tokens are framed and the note follows them.
     """
 
     tokens: tuple[str, ...]
@@ -39,6 +41,7 @@ class Strip:
     spans: tuple[Span, ...]
     marked: int | None = None
     slot: int = 1
+    notes: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _series(self, "token strip", self.value.label, ("values",), ())

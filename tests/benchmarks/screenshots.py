@@ -23,7 +23,9 @@ LINKS = {
     "benchmark": "view=benchmark",
     "report": "view=report",
 }
-WIDTH, TALLEST, COLOURS = 1360, 2600, 192
+PRESSED = {"benchmark": ("Compare", "Comparison file"), "report": ("Build the report", "Page (HTML)")}
+"""What is pressed before the picture is taken, and the text that then appears."""
+WIDTH, TALLEST, COLOURS = 1360, 2600, 256
 
 
 def main() -> None:
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("views", nargs="*", default=list(LINKS), help=f"of {', '.join(LINKS)}; default: all")
     parser.add_argument("--themes", nargs="+", default=["light", "dark"], choices=["light", "dark"])
     parser.add_argument("--address", default="", help="further parameters of every link, e.g. scene=3")
+    parser.add_argument("--unpressed", action="store_true", help="as a view opens, without comparing or building")
     given = parser.parse_args()
     if chromium() is None:
         raise SystemExit("no Chromium is installed, so nothing can be photographed")
@@ -45,7 +48,12 @@ def main() -> None:
             page.set_default_timeout(300_000)
             for view in given.views:
                 page.goto(f"{address}/?{LINKS[view]}&{given.address}", wait_until="domcontentloaded")
-                print(photograph(page, given.folder / f"{view}_{theme}.png"))
+                settled(page)
+                if view in PRESSED and not given.unpressed:
+                    button, text = PRESSED[view]
+                    page.get_by_role("button", name=button).click()
+                    page.wait_for_selector(f"text={text}", timeout=600_000)
+                print(photograph(page, given.folder / f"{view}_{theme}.png"), flush=True)
         browser.close()
 
 
@@ -58,7 +66,9 @@ def photograph(page: Any, path: Path) -> Path:
     page.wait_for_timeout(800)
     page.screenshot(path=path)
     page.set_viewport_size({"width": WIDTH, "height": 900})
-    Image.open(path).convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture = Image.open(path).convert("RGB")
+    few = picture.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
     return path
 
 

@@ -16,6 +16,7 @@ from avl_analysis.figures.draw_plotly.look import (
     interval_of,
     literal,
     range_text,
+    whole_ticks,
 )
 from avl_analysis.figures.palette import Theme
 from avl_analysis.figures.spec import Array, Axis, Bars, Heat, Line, Lines, Points, Scatter, repeated
@@ -42,6 +43,8 @@ def draw_lines(panel: Lines, theme: Theme, dark: bool) -> go.Figure:
             )
         )
     frame(plot, panel.x, panel.y, theme, panel.rules)
+    if panel.x.counted:
+        plot.update_xaxes(**whole_ticks([line.x for line in panel.lines]))
     plot.update_layout(showlegend=len(panel.lines) > 1)
     return plot
 
@@ -95,8 +98,9 @@ def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
     )
     plot = go.Figure(trace)
     frame(plot, panel.x, panel.y, theme, ())
-    plot.update_xaxes(showgrid=False, **_index_ticks(panel.x, columns))
-    plot.update_yaxes(showgrid=False, autorange=None if panel.upward else "reversed", **_index_ticks(panel.y, rows))
+    edge = {"showgrid": False, "minallowed": None}  # cell 0 begins at -0.5
+    plot.update_xaxes(**edge, **_index_ticks(panel.x, columns))
+    plot.update_yaxes(**edge, autorange=None if panel.upward else "reversed", **_index_ticks(panel.y, rows))
     plot.update_layout(height=max(HEIGHT, 110 + 18 * rows))
     return plot
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,12 @@ def _axis(axis: Axis, theme: Theme) -> dict[str, Any]:
         settings |= {"tickmode": "array", "tickvals": [at for at, _ in axis.ticks]}
         settings["ticktext"] = [literal(name) for _, name in axis.ticks]
     return settings
+
+
+def whole_ticks(values: Sequence[Array]) -> dict[str, Any]:
+    """Ticks at whole numbers where an axis is so short that they would fall between them too."""
+    finite = np.concatenate([v[np.isfinite(v)] for v in values] or [np.zeros(0)])
+    return {"dtick": 1} if finite.size and np.ptp(finite) <= 12 else {}
 
 
 def dress(plot: go.Figure, theme: Theme) -> None:

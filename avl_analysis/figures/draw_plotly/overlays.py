@@ -20,7 +20,7 @@ def draw_overlay(panel: Overlay, theme: Theme) -> go.Figure:
     if panel.patches is not None:
         plot.add_trace(_patches(panel))
     if panel.classes:
-        _class_legend(plot, panel)
+        _class_legend(plot, panel, theme)
     shown = panel.picture if panel.patches is None or panel.classes else dimmed(panel.picture)
     plot.add_layout_image(
         source=data_uri(shown), xref="x", yref="y", x=0, y=0, sizex=width, sizey=height, sizing="stretch", layer="below"
@@ -74,10 +74,10 @@ def _class_scale(count: int) -> list[list[Any]]:
     return scale
 
 
-def _class_legend(plot: go.Figure, panel: Overlay) -> None:
+def _class_legend(plot: go.Figure, panel: Overlay, theme: Theme) -> None:
     for number, name in enumerate(panel.classes):
         fill = palette.translucent(palette.CLASS_COLOURS[number], max(0.8, palette.CLASS_OPACITY[number]))
-        marker = {"symbol": "square", "size": 12, "color": fill}
+        marker = {"symbol": "square", "size": 12, "color": fill, "line": {"color": theme.muted, "width": 1}}
         plot.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=literal(name), marker=marker))
 
 
