@@ -252,10 +252,11 @@ class AdaptiveLayer(CacheLayerMixin):
         return self.held() if self.whole else [self.filled - self.far - holes for holes in self._holes]
 
     def image_slots(self) -> Tensor:
-        """(batch, 1, keys) bool: which slots a whole step reads are in front of the rest."""
-        stops = torch.tensor([stop for _, stop in self.cores], device=self.device)
-        ends = stops + self.cold_width - self.front
-        return torch.arange(self.stored - self.front, device=self.device) < ends[:, None, None]
+        """(batch, 1, keys) bool: which slots that a whole step reads may hold cold, far or core keys."""
+        offset = self.cold_width - self.front
+        start, stop = torch.tensor(self.cores, device=self.device).T[..., None, None] + offset
+        slot = torch.arange(self.stored - self.front, device=self.device)
+        return (slot < self.far + offset) | ((slot >= start) & (slot < stop))
 
     def core_positions(self) -> Tensor:
         """(batch, heads, most) positions of each row's core, -1 in front where a row has fewer."""
