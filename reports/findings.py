@@ -32,14 +32,15 @@ class Interval:
     high: float
 
     def words(self, unit: str = "", digits: int = 2) -> str:
-        """ "0.61 [0.58, 0.64]"; with unit "%" as percentages, in whole ones from ten per cent on."""
-        if not self.known:
-            return "not measured"
+        """ "0.61 [0.58, 0.64]", "0.61 (no interval)"; with unit "%" as percentages, in whole ones from ten per cent
+        on."""
+        if not math.isfinite(self.value):
+            return "(not measured)"
         scale, sign = (100.0, " %") if unit == "%" else (1.0, f" {unit}" if unit else "")
         if unit == "%":
             digits = 0 if abs(self.value) >= 0.1 else 1
         value, low, high = (f"{scale * number:.{digits}f}" for number in (self.value, self.low, self.high))
-        return f"{value}{sign} [{low}, {high}]"
+        return f"{value}{sign} [{low}, {high}]" if self.known else f"{value}{sign} (no interval)"
 
     @property
     def known(self) -> bool:

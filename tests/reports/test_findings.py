@@ -32,7 +32,8 @@ def test_an_interval_in_words_carries_its_ends_and_unit():
     assert Interval(0.614, 0.58, 0.64).words() == "0.61 [0.58, 0.64]"
     assert Interval(0.614, 0.58, 0.64).words("%") == "61 % [58, 64]"
     assert Interval(3.0, 2.5, 3.5).words("times", 1) == "3.0 times [2.5, 3.5]"
-    assert Interval(3.0, NAN, NAN).words() == "not measured"
+    assert Interval(3.0, NAN, NAN).words("times") == "3.00 times (no interval)"
+    assert Interval(NAN, NAN, NAN).words() == "(not measured)"
 
 
 def test_a_finding_says_number_rule_and_verdict():
