@@ -239,7 +239,9 @@ def _check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
 
 
 def _norms(vectors: Tensor) -> Tensor:
-    """Their lengths in float32, converted head by head."""
+    """Their lengths in float32; many are converted head by head."""
+    if vectors.shape[1] == 1:
+        return vectors.float().norm(dim=-1)
     return torch.stack([head.float().norm(dim=-1) for head in vectors])
 
 

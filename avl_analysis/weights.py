@@ -21,6 +21,9 @@ fiftieth of the layer's maps, so that short prompts take little memory beside a 
 DEVICE_BLOCK_BYTES = (16 << 20, 128 << 20)
 """The same elsewhere, where starting a kernel costs more than moving data."""
 
+ROW_BYTES = 4 << 20
+"""Bytes of keys converted to float32 at a time for the one row of a decode step."""
+
 Block = tuple[slice, slice, slice, Tensor]
 """Query heads; rows; keys outside of which the weights of these rows are 0; the weights, (heads, rows, keys) float32.
 A block is valid until the next one is asked for, and may be overwritten."""
@@ -47,14 +50,18 @@ def weight_blocks(view: View, key_heads: slice) -> Iterator[Block]:
         together = min(together, elements // (keys * view.key.shape[2]))
     together = max(1, min(key_heads.stop - key_heads.start, together))
     buffer = torch.empty(together * groups * size * keys, device=view.query.device)
+    converted = None
+    if view.key.dtype != torch.float32:  # one buffer for all: fresh memory costs more than the conversion
+        converted = torch.empty(together, keys, view.key.shape[2], device=view.query.device)
     for first in range(key_heads.start, key_heads.stop, together):
-        yield from _row_blocks(view, slice(first, min(first + together, key_heads.stop)), size, buffer)
+        some = slice(first, min(first + together, key_heads.stop))
+        key = view.key[some] if converted is None else converted[: some.stop - first].copy_(view.key[some])
+        yield from _row_blocks(view, some, key, size, buffer)
 
 
-def _row_blocks(view: View, key_heads: slice, size: int, buffer: Tensor) -> Iterator[Block]:
+def _row_blocks(view: View, key_heads: slice, key: Tensor, size: int, buffer: Tensor) -> Iterator[Block]:
     count, groups, rows = key_heads.stop - key_heads.start, view.groups, view.query.shape[1]
     heads = slice(key_heads.start * groups, key_heads.stop * groups)
-    key = view.key[key_heads].float()
     query = view.query[heads].float().mul(view.scaling)
     for start in range(0, rows, size):
         at = slice(start, min(start + size, rows))
@@ -93,11 +100,20 @@ def _softmax(logits: Tensor, view: View, heads: slice, rows: slice, span: slice)
 
 def row_weights(view: View) -> Tensor:
     """Weights of all rows at once, (query heads, rows, keys) float32; for decode steps."""
-    shape = (view.query.shape[0], view.query.shape[1], view.key.shape[1])
-    whole: Tensor | None = None
-    for heads, rows, span, weights in weight_blocks(view, slice(0, view.key.shape[0])):
-        if weights.shape == shape:
-            return weights
-        whole = weights.new_zeros(shape) if whole is None else whole
-        whole[heads, rows, span] = weights
-    return torch.zeros(shape) if whole is None else whole
+    if view.weights is not None:
+        return view.weights.clone()
+    key_heads, keys, dim = view.key.shape
+    query = view.query.float().mul(view.scaling).view(key_heads, -1, dim)
+    logits = torch.empty(*query.shape[:2], keys, device=query.device)
+    if view.key.dtype == torch.float32:
+        _products(query, view.key, logits)
+    else:  # one buffer for all: fresh memory costs more than the conversion
+        limits = ROW_BYTES if query.device.type == "cpu" else DEVICE_BLOCK_BYTES[1]
+        together = max(1, min(key_heads, limits // (keys * dim * 4)))
+        buffer = torch.empty(together, keys, dim, device=query.device)
+        for first in range(0, key_heads, together):
+            some = slice(first, min(first + together, key_heads))
+            _products(query[some], buffer[: some.stop - first].copy_(view.key[some]), logits[some])
+    logits = logits.view(view.query.shape[0], view.query.shape[1], keys)
+    _softmax(logits, view, slice(0, len(logits)), slice(0, logits.shape[1]), slice(0, keys))
+    return logits
