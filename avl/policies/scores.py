@@ -77,4 +77,4 @@ def _unlike(prompt: Prompt, image: Tensor, own: bool) -> Tensor:
 def _rank(scores: Tensor, image: Tensor) -> Tensor:
     """0 for the lowest image key, then 1, 2, ...; others below."""
     scores = scores.masked_fill(~image, -torch.inf)
-    return scores.argsort(-1, stable=True).argsort(-1).float() - (~image).sum(-1, keepdim=True)
+    return scores.argsort(dim=-1, stable=True).argsort(dim=-1).float() - (~image).sum(-1, keepdim=True)

@@ -17,10 +17,10 @@ from avl.tokens import Modality
 
 
 class MaskedAVL(Tap):
-    def __init__(self, secondary: float, core: float, every: int, text: float) -> None:
-        self.secondary, self.core, self.every, self.text = secondary, core, every, text
-        self.images: dict[tuple[int, int], set[int]] = {}  # (layer, row) -> held image positions
-        self.cores: dict[tuple[int, int], set[int]] = {}
+    def __init__(self, secondary: float, core: float, every: int, text: float, own: bool = False) -> None:
+        self.secondary, self.core, self.every, self.text, self.own = secondary, core, every, text, own
+        self.images: dict[tuple[int, int, int], set[int]] = {}  # (layer, row, head) -> held image positions
+        self.cores: dict[tuple[int, int, int], set[int]] = {}
         self.texts: dict[tuple[int, int, int], dict[int, float]] = {}  # (layer, row, head) -> position -> score
 
     def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
@@ -45,21 +45,24 @@ class MaskedAVL(Tap):
         """weights: (query heads, rows, keys)."""
         image = self._where(call.forward, row, Modality.IMAGE)
         text = self._where(call.forward, row, Modality.TEXT)
-        score = {p: float(weights[:, -1, p].mean()) for p in image}
-        ranked = sorted(image, key=lambda p: -score[p])
-        self.images[call.layer, row] = set(ranked[: int(self.secondary * len(image))])
-        self.cores[call.layer, row] = set(ranked[: int(self.core * len(image))])
         for head in range(call.key.shape[1]):
             group = weights[head * call.groups : (head + 1) * call.groups]
+            seen = group if self.own else weights
+            score = {p: float(seen[:, -1, p].mean()) for p in image}
+            ranked = sorted(image, key=lambda p: -score[p])
+            self.images[call.layer, row, head] = set(ranked[: int(self.secondary * len(image))])
+            self.cores[call.layer, row, head] = set(ranked[: int(self.core * len(image))])
             self.texts[call.layer, row, head] = {p: float(group[:, text, p].sum()) for p in text}
             self._age(call.layer, row, head, len(text))
 
     def _step(self, call: AttentionCall, weights: Tensor, row: int) -> None:
-        image = self.images[call.layer, row]
-        if self.every and call.forward.step % self.every == 0:
-            score = {p: float(weights[:, 0, p].mean()) for p in image}
-            count = len(self.cores[call.layer, row])
-            self.cores[call.layer, row] = set(sorted(image, key=lambda p: -score[p])[:count])
+        for head in range(call.key.shape[1]):
+            image = self.images[call.layer, row, head]
+            if self.every and call.forward.step % self.every == 0:
+                seen = weights[head * call.groups : (head + 1) * call.groups] if self.own else weights
+                score = {p: float(seen[:, 0, p].mean()) for p in image}
+                count = len(self.cores[call.layer, row, head])
+                self.cores[call.layer, row, head] = set(sorted(image, key=lambda p: -score[p])[:count])
         texts = len(self._where(call.forward, row, Modality.TEXT))
         for head in range(call.key.shape[1]):
             held = self.texts[call.layer, row, head]
@@ -82,8 +85,9 @@ class MaskedAVL(Tap):
         mask = torch.zeros(call.query.shape[0], call.query.shape[1], 1, call.key.shape[2], dtype=torch.bool)
         refresh = self.every == 0 or forward.step % self.every == 0
         for row in range(mask.shape[0]):
-            images = self.images[call.layer, row] if refresh else self.cores[call.layer, row]
             for head in range(mask.shape[1]):
+                held = self.images if refresh else self.cores
+                images = held[call.layer, row, head // call.groups]
                 texts = self.texts[call.layer, row, head // call.groups]
                 seen = [*self._where(forward, row, Modality.SYSTEM), *images, *texts, forward.start]
                 mask[row, head, 0, seen] = True
