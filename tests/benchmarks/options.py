@@ -1,0 +1,121 @@
+"""What each option of A-VL beyond the paper is worth on the embedded model: accuracy, bytes, keys read.
+
+    python -m tests.benchmarks.options --out options.jsonl --samples 200
+    python -m tests.benchmarks.options --show options.jsonl
+
+Caption, ocr and count are the tasks with answers of many, some and few tokens. Every option answers the same held-out
+questions; intervals are Wilson's of the accuracy, and bootstrapped ones of the paired difference to the full cache. The
+file has the form of avl_analysis.frontier's. `--dtype bfloat16` runs model and cache in 16 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import avl
+from avl import AdaptivePolicy
+from avl_analysis.frontier import Entry, groups, read, run_unit, summarise, write
+from avl_analysis.models import load_model
+from avl_analysis.samples import COMPARE_SEED, scene_samples
+from avl_analysis.scenes import TASKS
+
+SCORES = ("question", "max", "sink", "position", "value", "diverse")
+
+
+def options() -> dict[str, avl.Policy]:
+    """Policies by name. Text is never dropped but in the first two, so that each option is seen alone."""
+    vision = AdaptivePolicy(text=None)
+    cold = AdaptivePolicy.with_cold_tier
+    found: dict[str, avl.Policy] = {
+        "full": avl.FullPolicy(),
+        "paper": AdaptivePolicy(),
+        "paper without text rule": vision,
+        "refresh every step": AdaptivePolicy(text=None, refresh_every=1),
+        "everything secondary": AdaptivePolicy(1.0, 0.3, 3, None),
+    }
+    for threshold in (0.5, 0.7, 0.9):
+        found[f"drift {threshold:g}"] = AdaptivePolicy(text=None, drift=threshold)
+    found["drift 0.9, everything secondary"] = AdaptivePolicy(1.0, 0.3, text=None, drift=0.9)
+    rising = (0.3, 0.4, 0.5, 0.6, 0.7)
+    found["more in later layers"] = AdaptivePolicy(rising, 0.3, text=None)
+    found["more in earlier layers"] = AdaptivePolicy(rising[::-1], 0.3, text=None)
+    for score in SCORES:
+        found[f"score {score}"] = AdaptivePolicy(text=None, score=score)
+    found["own cores"] = AdaptivePolicy(text=None, own_cores=True)
+    found["own cores, score question"] = AdaptivePolicy(text=None, own_cores=True, score="question")
+    for bits in (16, 8, 4, 2):
+        found[f"cold {bits}, core 0.3, K 3"] = AdaptivePolicy(0.3, 0.3, 3, None, cold=bits)
+    found |= {
+        "cold 4, core 0.3, K 2": AdaptivePolicy(0.3, 0.3, 2, None, cold=4),
+        "cold 4, core 0.3, drift 0.9": AdaptivePolicy(0.3, 0.3, text=None, cold=4, drift=0.9),
+        "cold 4, own cores 0.3, K 3": AdaptivePolicy(0.3, 0.3, 3, None, cold=4, own_cores=True),
+        "cold 4, always read, 0.1 in full": cold(secondary=0.1),
+        "cold 8, always read": cold(cold=8),
+        "cold 4, always read (preset)": cold(),
+        "cold 2, always read": cold(cold=2),
+    }
+    for share in (0.1, 0.05, 0.02):
+        found[f"cold 4, best {share:g} of each step"] = cold(core=share, refresh_every=1, sparse_refresh=True)
+    found["cold 4, text rule 0.7"] = cold(text=0.7)
+    return found
+
+
+def measure(tasks: Sequence[str], samples: int, batch: int, dtype: str) -> list[dict[str, Any]]:
+    """The summary of every option on every task."""
+    vlm = load_model("scenes", dtype=dtype)
+    points = [Entry(name, None, policy) for name, policy in options().items()]
+    lines = []
+    for task in tasks:
+        questions = scene_samples(samples, [task], COMPARE_SEED)
+        for group in groups(vlm, questions, batch):
+            lines += [{"task": task, **line} for line in run_unit(vlm, questions, group, points)]
+            print(f"{task}: {len(lines) // len(points)} answers by {len(points)} policies", file=sys.stderr)
+    return summarise(lines, points, samples)
+
+
+def show(lines: Sequence[dict[str, Any]]) -> None:
+    """A table in Markdown: accuracy with interval, share of bytes, and share of keys read, by task."""
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    by_cell = {(line["policy"], line["task"]): line for line in lines}
+    print("| option | " + " | ".join(f"{task}: accuracy | bytes | read" for task in tasks) + " |")
+    print("|---|" + "---|---|---|" * len(tasks))
+    for policy in dict.fromkeys(line["policy"] for line in lines):
+        cells = []
+        for task in tasks:
+            line = by_cell[policy, task]
+            cells.append(f"{line['accuracy']:.3f} [{line['low']:.3f}, {line['high']:.3f}]")
+            cells.append(f"{100 * line['bytes']:.0f} % | {100 * line['attended']:.0f} %")
+        print(f"| {policy} | " + " | ".join(cells) + " |")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.options", description=__doc__)
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", type=Path, help="JSON-lines file to write")
+    target.add_argument("--show", type=Path, help="file to print as a table")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["caption", "ocr", "count"])
+    parser.add_argument("--samples", type=int, default=200, help="samples per task")
+    parser.add_argument("--batch", type=int, default=100, help="most samples per pass")
+    parser.add_argument("--dtype", default="float32")
+    chosen = parser.parse_args(arguments)
+    if chosen.show is not None:
+        show(read(chosen.show)[1])
+        return
+    torch.set_num_threads(1)
+    lines = measure(chosen.tasks, chosen.samples, chosen.batch, chosen.dtype)
+    command = (
+        f"python -m tests.benchmarks.options --out {chosen.out.name} --samples {chosen.samples} --dtype {chosen.dtype} "
+        f"--tasks {' '.join(chosen.tasks)}"
+    )
+    write(chosen.out, lines, {"command": command, "torch": torch.__version__})
+    show(lines)
+
+
+if __name__ == "__main__":
+    main()
