@@ -3,8 +3,7 @@
 All visitors share the loaded models and the results. A `Question` says everything a result depends on, so results are
 kept under it and a page drawn twice costs nothing. A model runs for one caller at a time: each run takes the model's
 lock, attaches what it needs, generates, detaches, and only then lets go, so a policy that one visitor switches on is on
-the model for that visitor's run alone. Waiting callers poll, because a page that is closed must stop
-waiting.
+the model for that visitor's run alone. Waiting callers poll, because a page that is closed must stop waiting.
 
 Nothing here draws or knows widgets.
 """
@@ -12,26 +11,18 @@ Nothing here draws or knows widgets.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import tempfile
 import threading
 import time
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
-from avl_analysis.errors import InputError
-from avl_analysis.images import FORMATS, open_image
-from avl_analysis.samples import Sample, read_samples, scene_sample
+from avl_analysis.samples import Sample, scene_sample
 
 if TYPE_CHECKING:
     import avl
@@ -39,7 +30,6 @@ if TYPE_CHECKING:
     from avl_analysis.live import Answer, Disagreement, Observation
     from avl_analysis.models import VLM
     from avl_analysis.recording import Recording
-    from reports.run import Section
 
 Result = TypeVar("Result")
 OnToken = Callable[[str, int], None]
@@ -72,28 +62,6 @@ def picture(pixels: NDArray[np.uint8], name: str, scene: tuple[int, int] | None 
     kept.setflags(write=False)
     digest = hashlib.sha256(repr(kept.shape).encode() + kept.tobytes()).hexdigest()[:24]
     return Picture(kept, name, digest, scene)
-
-
-def uploaded(data: bytes, name: str, *, most_bytes: int, most_pixels: int) -> Picture:
-    """A picture from the bytes of a file somebody sent.
-
-    Judged by content, never by name; size in bytes and pixels are checked before any pixel is decoded.
-
-    Raises:
-        InputError: too large, too many pixels, not an image, damaged.
-    """
-    if len(data) > most_bytes:
-        raise InputError(
-            f"the file has {len(data) / 2**20:.1f} MB; at most {most_bytes / 2**20:.0f} MB are accepted: scale it "
-            "down first"
-        )
-    width, height = _size(data)
-    if width * height > most_pixels:
-        raise InputError(
-            f"the picture has {width} x {height} pixels; at most {most_pixels / 1e6:.0f} million are accepted: "
-            "scale it down first"
-        )
-    return picture(np.asarray(open_image(data)), name)
 
 
 @dataclass(frozen=True)
@@ -333,143 +301,7 @@ class Workbench:
             return known
 
 
-def from_bytes(read: Callable[[Path], Result], data: bytes, name: str) -> Result:
-    """What `read` makes of a file with this content; its messages name the file, not the folder it lay in for a moment.
-
-    Raises:
-        InputError: as `read` does.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        path.write_bytes(data)
-        try:
-            return read(path)
-        except InputError as error:
-            raise InputError(str(error).replace(str(path), f"the file sent ({name})")) from error
-
-
-def _size(data: bytes) -> tuple[int, int]:
-    """Width and height from the header; (0, 0) if there is none to read, which `open_image` then explains."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return image.size
-    except (Image.DecompressionBombError, UnidentifiedImageError, OSError, SyntaxError):
-        return 0, 0
-
-
 def _load(name: str, allow_hub: bool) -> VLM:
     from avl_analysis import load_model
 
     return load_model(name, allow_download=allow_hub)
-
-
-def figures() -> dict[str, str]:
-    """The figures of a report by name, with the question each answers."""
-    from reports.build import FIGURES
-
-    return {module.__name__.rpartition(".fig_")[2]: str(module.QUESTION) for module in FIGURES}
-
-
-def section(recording: Recording, name: str, comparison: Comparison | None = None) -> Section:
-    """One figure of the report of a recording.
-
-    Raises:
-        NotMeasured: the recording cannot answer it; the message says what is missing.
-    """
-    from importlib import import_module
-
-    from reports.run import Run
-
-    made: Section = import_module(f"reports.fig_{name}").section(Run(recording, comparison))
-    return made
-
-
-@dataclass(frozen=True)
-class Built:
-    """A report as files in memory.
-
-    Attributes:
-        page: the self-contained HTML page.
-        archive: ZIP of everything: page, figures, numbers, recording.
-        pdf: the report as one PDF, None if the builder makes none.
-        missing: figures that could not be drawn, and why.
-        about: model and samples it was built from, in words.
-    """
-
-    page: bytes
-    archive: bytes
-    pdf: bytes | None
-    missing: dict[str, str]
-    about: str
-
-
-def build_report(
-    recording: Recording,
-    title: str,
-    progress: Callable[[int, int, str], None],
-    comparison: Comparison | None = None,
-) -> Built:
-    """The report of a recording, with the policies of a comparison where there is one.
-
-    Raises:
-        InputError: the recording answers none of the report's questions.
-    """
-    from reports.build import build
-
-    with tempfile.TemporaryDirectory() as folder:
-        made = build(recording, Path(folder) / "report", comparison=comparison, title=title, progress=progress)
-        archive = io.BytesIO()
-        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-            for path in sorted(made.folder.rglob("*")):
-                if path.is_file():
-                    file.write(path, Path("report") / path.relative_to(made.folder))
-        pdf = next((path.read_bytes() for path in sorted(made.folder.glob("*.pdf"))), None)
-        model = recording.attrs.get("model_name") or recording.attrs.get("model") or "unknown"
-        about = f"Report on model {model}, {len(recording)} sample{'s' * (len(recording) != 1)}"
-        return Built(made.page.read_bytes(), archive.getvalue(), pdf, dict(made.missing), about)
-
-
-def sent_samples(files: Mapping[str, bytes], *, most_bytes: int, most_pixels: int) -> list[Sample]:
-    """Samples from one JSONL file and the pictures it names, all sent together.
-
-    Only the last part of a picture's path counts, so nothing on this machine is opened but what was sent.
-
-    Raises:
-        InputError: not exactly one JSONL file, pictures missing, too large or damaged, lines that cannot be used.
-    """
-    lists = [name for name in files if name.lower().endswith(".jsonl")]
-    if len(lists) != 1:
-        raise InputError(f"{len(lists)} JSONL files were sent: send one, together with the pictures it names")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "samples.jsonl").write_text("\n".join(map(_local, _lines(files[lists[0]]))), encoding="utf-8")
-        pictures = {}
-        for sent in set(files) - set(lists):
-            path = folder / Path(sent).name
-            pictures[path] = uploaded(files[sent], sent, most_bytes=most_bytes, most_pixels=most_pixels).pixels
-            path.touch()
-        try:
-            samples = read_samples(folder / "samples.jsonl")
-        except InputError as error:
-            raise InputError(str(error).replace(f"{folder}/", "")) from error
-    return [replace(s, images=tuple(pictures[Path(str(image))] for image in s.images)) for s in samples]
-
-
-def _lines(data: bytes) -> list[str]:
-    try:
-        return data.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"the JSONL file is not UTF-8 text ({error.reason}): save it as UTF-8") from error
-
-
-def _local(line: str) -> str:
-    """A line of the list with its pictures' folders taken away; what is not JSON stays for the reader."""
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError:
-        return line
-    if isinstance(entry, dict):
-        for key in entry.keys() & {"image", "images"}:
-            named = entry[key]
-            entry[key] = [Path(str(n)).name for n in named] if isinstance(named, list) else Path(str(named)).name
-    return json.dumps(entry)

@@ -7,9 +7,10 @@ from pathlib import Path
 import streamlit as st
 
 from app import examples, state
-from app.data import Picture, Question, Workbench, uploaded
+from app.data import Picture, Question, Workbench
 from app.page import plain, problem
 from app.settings import Settings
+from app.uploads import uploaded
 from avl_analysis.errors import InputError
 
 OWN = "own question"

@@ -86,6 +86,9 @@ class Answer:
         return (self.seconds[-1] - self.seconds[0]) / (len(self.seconds) - 1) if len(self.seconds) > 1 else float("nan")
 
 
+END = "(end)"
+"""What stands for the end-of-sequence token in `Disagreement.preferred`."""
+
 FOCUS = 0.8
 """Share of the attention on the picture that `Focus.patches` holds."""
 
@@ -238,7 +241,7 @@ class Disagreement:
     Attributes:
         kl: (tokens,) KL(full || policy) in nats.
         agree: (tokens,) whether both prefer the same token.
-        preferred: text of the token the policy prefers at each step.
+        preferred: text of the token the policy prefers at each step; `END` for the end of the answer.
     """
 
     kl: Floats
@@ -314,7 +317,9 @@ def disagreement(vlm: VLM, sample: Sample, policy: avl.Policy | None, reference:
     full, other = (_predictions(vlm, sample, which, reference) for which in (None, policy))
     preferred = other.argmax(-1)
     agree = full.argmax(-1) == preferred
-    words = tuple(_pieces(vlm, preferred.tolist()))
+    ends = end_tokens(vlm.model)
+    pieces = zip(preferred.tolist(), _pieces(vlm, preferred.tolist()), strict=True)
+    words = tuple(END if token in ends else piece for token, piece in pieces)
     return Disagreement(_frozen(kl_divergence(full, other).numpy()), _frozen(agree.numpy()), words)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import streamlit as st
 
 import avl
-from app import examples, policies, state
-from app.data import from_bytes, sent_samples
+from app import adaptive, examples, policies, state
 from app.page import Context, plain, plot, problem
+from app.uploads import from_bytes, sent_samples
 from avl_analysis.comparison import Comparison, load_comparison
 from avl_analysis.errors import InputError
 from avl_analysis.figures.spec import Axis
@@ -39,11 +39,15 @@ What a comparison shows, for every policy beside the full cache:
 Every number has a 95 % interval over questions. A policy is worth having where it is as good with fewer bytes.
 """
 _SHOWN = {
-    "correct": ("answers that are right", "share of samples", (0.0, 1.05)),
-    "kl": ("KL(full || policy)", "nats", None),
-    "agreement": ("same next token as the full cache", "share of tokens", (0.0, 1.05)),
-    "rouge_l": ("ROUGE-L against the full cache's answer", "share", (0.0, 1.05)),
+    "correct": ("answers that are right", "right answers", "share of samples", (0.0, 1.05)),
+    "kl": ("divergence from the full cache", "KL(full || policy)", "nats", None),
+    "agreement": ("same next token as the full cache", "agreement", "share of tokens", (0.0, 1.05)),
+    "rouge_l": ("ROUGE-L against the full cache's answer", "ROUGE-L", "share", (0.0, 1.05)),
 }
+"""Metric -> heading, axis, unit, limits."""
+_COSTS = {"kv_filled_share": ("bytes, share", 2), "keys_attended": ("keys/step", 0), "tpot": ("TPOT, s", 3)}
+"""Metric -> column, digits."""
+_DIGITS = 2
 
 
 def show(context: Context) -> None:
@@ -102,13 +106,13 @@ def _own(context: Context) -> Asking | None:
 
 def _policies() -> dict[str, avl.Policy]:
     """Policies at the paper's settings and at budgets."""
-    others = policies.rivals(adaptive=True)
+    others = policies.rivals(ours=True)
     names = {_PAPER: "A-VL (paper)", _LIVE: "A-VL as in A-VL live", **others}
     state.put("bench_policies", [name for name in state.get("bench_policies") if name in names])
     left, right = st.columns([3, 1])
     wanted = left.multiselect("Policies", list(names), key="bench_policies", format_func=names.__getitem__)
     budget = float(right.slider("Budget, share of all keys", 0.02, 1.0, step=0.01, key="bench_budget"))
-    fixed = {_PAPER: avl.AdaptivePolicy, _LIVE: policies.present}
+    fixed = {_PAPER: avl.AdaptivePolicy, _LIVE: adaptive.present}
     try:
         return {
             names[name] if name in fixed else f"{names[name]} {budget:.0%}": fixed[name]()
@@ -169,10 +173,7 @@ def _result(comparison: Comparison) -> None:
         with column:
             _tradeoff(comparison, metric)
     st.caption(f"Bars: 95 % intervals over samples, n = {n}. Bytes: keys and values in use at the end of each answer.")
-    table = comparison.table(
-        [m for m in (*shown, "kv_filled_share", "keys_attended", "tpot") if m in comparison.metrics]
-    )
-    st.dataframe(table, hide_index=True, alt="means with intervals of every policy")
+    _table(comparison, [metric for metric in (*shown, *_COSTS) if metric in comparison.metrics])
     if len(failures := comparison.failures):
         with st.expander(f"{len(failures)} samples could not be measured"):
             st.dataframe(failures, hide_index=True)
@@ -185,9 +186,23 @@ def _result(comparison: Comparison) -> None:
     right.download_button("Comparison file", data, "compare.nc", "application/x-netcdf", on_click="ignore")
 
 
+def _table(comparison: Comparison, metrics: list[str]) -> None:
+    """One row per policy: means with their intervals."""
+    names = {metric: _SHOWN[metric][1] if metric in _SHOWN else _COSTS[metric][0] for metric in metrics}
+    digits = {metric: _COSTS[metric][1] if metric in _COSTS else _DIGITS for metric in metrics}
+    rows: dict[str, list[str]] = {"policy": comparison.policies, **{name: [] for name in names.values()}}
+    for policy in comparison.policies:
+        for metric, name in names.items():
+            mean = comparison.mean(metric, policy)
+            value, low, high = (f"{number:.{digits[metric]}f}" for number in (mean.mean, mean.low, mean.high))
+            rows[name].append(f"{value} [{low}, {high}]")
+    st.dataframe(rows, hide_index=True, alt="means with intervals of every policy")
+
+
 def _tradeoff(comparison: Comparison, metric: str) -> None:
-    label, unit, limits = _SHOWN[metric]
-    st.markdown(f"**{plain(label)}**")
+    """Quality against bytes."""
+    title, label, unit, limits = _SHOWN[metric]
+    st.markdown(f"**{plain(title)}**")
     places = []
     for name in comparison.policies:
         share, value = comparison.mean("kv_filled_share", name), comparison.mean(metric, name)

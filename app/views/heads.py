@@ -171,26 +171,29 @@ def _head(
     name = f"{layer}_{head}"
     look = seen.look(step, layer, head)
     places = list(st.columns(2)) + list(st.columns(1)) if narrow else list(st.columns(3))
-    height = 210 if narrow else 280
     word = visible(seen.answer.words[step])
     with places[0]:
         st.markdown(f"**Picture, for “{word}”**")
         if seen.grids and seen.grids[0] != (0, 0):
-            plot(looks.token_overlay(context.question.picture.pixels, seen.on_picture(look)), f"o{name}", height=height)
+            plot(
+                looks.token_overlay(context.question.picture.pixels, seen.on_picture(look)),
+                f"o{name}",
+                height=210 if narrow else 280,
+            )
     with places[1]:
         st.markdown("**Over the answer**")
         masses = [seen.mass(t, layer, head) for t in range(seen.steps)]
         series = {key: np.array([m[key] for m in masses]) for key in ("image", "text")}
         axis = Axis("attention", "share of the row", (0.0, 1.0))
-        plot(looks.evolution("over the answer", series, axis), f"e{name}", titled=False, height=height)
+        plot(looks.evolution("over the answer", series, axis), f"e{name}", titled=False, height=280)
     with places[2]:
         st.markdown("**How far back in the text**")
-        _ages(recording, layer, head, name, height)
+        _ages(recording, layer, head, name)
     prompt = len(seen.tokens) - len(seen.answer.words)
     strip(looks.token_strip(seen.tokens, look, seen.modality, prompt, prompt + step))
 
 
-def _ages(recording: Recording, layer: int, head: int, name: str, height: int) -> None:
+def _ages(recording: Recording, layer: int, head: int, name: str) -> None:
     """The head's mean attention on text by age."""
     if "text_age_profile" not in recording.names:
         st.info("The recording holds no profile of text ages.", icon=":material/info:")
@@ -201,4 +204,4 @@ def _ages(recording: Recording, layer: int, head: int, name: str, height: int) -
         st.info("No text token was old enough to measure.", icon=":material/info:")
         return
     weights = {str(phase): kept.sel(age_phase=phase).values for phase in kept["age_phase"].values}
-    plot(looks.age_profile(kept["age"].values, weights), f"a{name}", titled=False, height=height)
+    plot(looks.age_profile(kept["age"].values, weights), f"a{name}", titled=False, height=280)

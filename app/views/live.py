@@ -56,11 +56,11 @@ def _answers(context: Context, chosen: dict[str, avl.Policy]) -> dict[str, Answe
                 known = context.bench.answer(context.question, policy, on_token, waiting)
         answers[name] = known
         reference = answers[policies.FULL].words
-        places[name].markdown(_marked(known.words, reference) + ("" if known.finished else " …"))
+        places[name].markdown(marked(known.words, reference) + ("" if known.finished else " …"))
     return answers
 
 
-def _marked(words: tuple[str, ...], reference: tuple[str, ...]) -> str:
+def marked(words: tuple[str, ...], reference: tuple[str, ...]) -> str:
     """An answer with the tokens that differ from the full cache's set off, by colour and by underlining."""
     if not words:
         return "*nothing*"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import streamlit as st
 
 from app import state
-from app.data import figures, from_bytes, section
 from app.page import Context, plain, plot, problem
+from app.reporting import figures, section
+from app.uploads import from_bytes
 from app.views.heads import recorded
 from avl_analysis.comparison import Comparison
 from avl_analysis.errors import InputError
@@ -34,7 +35,7 @@ def show(context: Context) -> None:
     if len(recording) == 1:
         st.caption(
             "One answer has no interval over samples, so verdicts stay undecided; many samples decide them: record "
-            "drawn scenes here, or use a file that avl record --scenes 100 made."
+            "drawn scenes here, or use a file that `avl record --scenes 100` made."
         )
     questions = figures()
     state.within("pattern", list(questions), next(iter(questions)))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app.data import Built, build_report, figures
 from app.page import Context, plain, problem
+from app.reporting import Built, build_report, figures
 from app.views.patterns import choose_recording
 from avl_analysis.errors import InputError
 from avl_analysis.recording import Recording
@@ -63,11 +63,11 @@ def _offer(built: Built) -> None:
     ]
     if built.pdf is not None:
         offers.insert(1, ("PDF", built.pdf, "report.pdf", "application/pdf"))
-    for column, (label, data, name, kind) in zip(st.columns(len(offers) + 2), offers, strict=False):
+    for column, (label, data, name, kind) in zip(st.columns(3), offers, strict=False):
         size = f"{label}, {max(len(data) / 2**20, 0.1):.1f} MB"
         column.download_button(size, data, name, kind, on_click="ignore", icon=":material/download:", width="stretch")
     if built.missing:
-        with st.expander(f"{len(built.missing)} figures could not be drawn from this recording"):
+        with st.expander(f"Could not be drawn from this recording: {len(built.missing)}"):
             for name, reason in built.missing.items():
                 st.markdown(f"**{plain(name.removeprefix('fig_'))}**: {plain(reason)}")
     if st.toggle("Preview", value=True, key="preview"):

@@ -1,45 +1,21 @@
-"""Between pages and models: limits on what is sent, results kept by what they depend on, one run at a time."""
+"""Between pages and models: results kept by what they depend on, one run at a time."""
 
 from __future__ import annotations
 
-import io
-import struct
 import threading
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import avl
-from app.data import Question, Shelf, Workbench, from_bytes, picture, sent_samples, uploaded
+from app.data import Question, Shelf, Workbench, picture
 from app.settings import Settings, settings
 from avl_analysis.errors import InputError
 from avl_analysis.models import VLM
-from avl_analysis.recording import load_recording
 from tests import tiny
 
-LIMITS = {"most_bytes": 1 << 20, "most_pixels": 10_000}
 POLICY = avl.AdaptivePolicy(secondary=0.5, core=0.25, refresh_every=2, text=None)
-
-
-def png(width: int = 20, height: int = 10) -> bytes:
-    file = io.BytesIO()
-    tiny.picture((width, height)).save(file, "PNG")
-    return file.getvalue()
-
-
-def bomb(side: int) -> bytes:
-    """A valid PNG header that announces side x side pixels, and next to no data."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
-    )
 
 
 def tiny_vlm(seed: int = 0) -> VLM:
@@ -54,48 +30,6 @@ def bench() -> Workbench:
 
 def question(prompt: str = "what is the colour?", seed: int = 0, tokens: int = 12) -> Question:
     return Question("tiny", picture(np.asarray(tiny.picture(seed=seed)), "a picture"), prompt, tokens)
-
-
-# -- what is sent -----------------------------------------------------------------------------------------------------
-
-
-def test_a_picture_is_judged_by_its_content() -> None:
-    assert uploaded(png(), "name.txt", **LIMITS).pixels.shape == (10, 20, 3)
-    with pytest.raises(InputError, match="not an image"):
-        uploaded(b"<svg onload='alert(1)'/>", "innocent.png", **LIMITS)
-
-
-@pytest.mark.parametrize("side", [101, 20_000, 65_000])
-def test_too_many_pixels_are_refused_before_they_are_decoded(side: int) -> None:
-    with pytest.raises(InputError, match="pixels"):
-        uploaded(bomb(side), "bomb.png", **LIMITS)
-
-
-def test_too_many_bytes_and_truncated_files_are_refused() -> None:
-    with pytest.raises(InputError, match="at most 1 MB"):
-        uploaded(b"\0" * (1 << 21), "large.png", **LIMITS)
-    with pytest.raises(InputError, match="damaged"):
-        uploaded(png()[:60], "cut.png", **LIMITS)
-
-
-def test_a_list_of_questions_may_name_only_pictures_that_came_with_it(tmp_path: Path) -> None:
-    secret = tmp_path / "secret.png"
-    secret.write_bytes(png())
-    line = b'{"image": "cat.png", "prompt": "what is it?", "answer": "a cat"}\n'
-    samples = sent_samples({"q.jsonl": line, "cat.png": png()}, **LIMITS)
-    assert samples[0].answers == ("a cat",)
-    assert np.asarray(samples[0].images[0]).shape == (10, 20, 3)
-    stolen = f'{{"image": "{secret}", "prompt": "what is it?"}}\n'.encode()
-    with pytest.raises(InputError, match=r"line 1: no such picture: secret\.png"):
-        sent_samples({"q.jsonl": stolen, "cat.png": png()}, **LIMITS)
-    with pytest.raises(InputError, match="0 JSONL files"):
-        sent_samples({"cat.png": png()}, **LIMITS)
-
-
-def test_a_file_that_is_no_recording_is_refused_without_naming_the_servers_folders() -> None:
-    with pytest.raises(InputError, match=r"the file sent \(recording.nc\)") as caught:
-        from_bytes(load_recording, b"not a recording", "recording.nc")
-    assert "/tmp" not in str(caught.value)
 
 
 def test_settings_survive_the_environment_and_nonsense_is_refused() -> None:

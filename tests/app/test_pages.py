@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import threading
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,15 @@ pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
-import avl_analysis.live  # noqa: F401  (imported before a clock runs)
+import avl
+from app import adaptive, policies
+from app.examples import questions
 from app.settings import VARIABLE, Settings
+from app.views import live
+from avl.policies.scores import KINDS
+from avl_analysis import load_model, policy_files, record
+from avl_analysis.errors import InputError
+from tests import tiny
 
 SCRIPT = str(Path(__file__).parents[2] / "app" / "main.py")
 ONE_WORD = {"task": "colour"}
@@ -42,6 +52,10 @@ def address(test: AppTest, name: str) -> str:
 
 def texts(test: AppTest) -> str:
     return "\n".join(element.value for element in test.markdown)
+
+
+def sources(test: AppTest) -> list[str]:
+    return list(test.segmented_control(key="source").options)
 
 
 def errors(test: AppTest) -> list[str]:
@@ -120,6 +134,41 @@ def test_a_server_that_allows_no_folders_ignores_those_in_addresses(monkeypatch:
     assert test.session_state["model"] == "scenes"
 
 
+def test_a_hub_id_is_loaded_only_by_a_server_started_with_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def load(name: str, *, allow_download: bool) -> Any:
+        asked.append((name, allow_download))
+        raise InputError("fetched in a test")
+
+    monkeypatch.setattr("avl_analysis.load_model", load)
+    test = page(**ONE_WORD, model="somebody/some-model")
+    assert "avl app \\-\\-hub" in errors(test)[0]
+    assert asked == []
+    monkeypatch.setenv(VARIABLE, Settings(hub=True, folders=False).as_json())
+    assert errors(page(**ONE_WORD, model="somebody/some-model")) == ["fetched in a test"]
+    assert asked == [("somebody/some-model", True)]
+    assert "only" in errors(page(**ONE_WORD, model="/etc"))[0]
+    assert len(asked) == 1
+
+
+def test_a_folder_that_is_named_is_loaded_and_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = tiny.llava(2)
+    model.save_pretrained(tmp_path)
+    tiny.processor(model).save_pretrained(tmp_path)
+    test = page(task="own question", prompt="what is the colour?", longest="3")
+    test.text_input(key="typed_model").set_value(str(tmp_path)).run()
+    assert errors(test) == []
+    assert test.session_state["model"] == str(tmp_path)
+    assert len(test.pills(key="token").options) in {1, 2, 3}
+
+
+def test_the_webcam_is_offered_only_where_it_was_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sources(page(**ONE_WORD, source="webcam")) == ["Example", "Upload"]
+    monkeypatch.setenv(VARIABLE, Settings(webcam=True).as_json())
+    assert sources(page(**ONE_WORD)) == ["Example", "Upload", "Webcam"]
+
+
 def test_pictures_are_taken_by_content_and_refused_in_one_sentence() -> None:
     test = page(source="upload", task="own question", longest="2")
     assert [element.value for element in test.info]
@@ -178,6 +227,21 @@ def test_another_statistic_colours_the_map() -> None:
     assert list(test.dataframe[0].value["value"]) != before
 
 
+def test_choices_of_every_view_come_back_from_the_address() -> None:
+    test = page(view="benchmark", **ONE_WORD)
+    test.multiselect(key="tasks").set_value(["ocr", "count"])
+    test.multiselect(key="bench_policies").set_value(["stride"])
+    test.slider(key="bench_budget").set_value(0.25).run()
+    link = {name: address(test, name) for name in test.query_params}
+    again = page(**link)
+    assert again.multiselect(key="tasks").value == ["ocr", "count"]
+    assert again.multiselect(key="bench_policies").value == ["stride"]
+    assert again.slider(key="bench_budget").value == 0.25
+    again.segmented_control(key="view").set_value("ask").run()
+    again.segmented_control(key="view").set_value("benchmark").run()
+    assert again.multiselect(key="tasks").value == ["ocr", "count"]
+
+
 # -- patterns ------------------------------------------------------------------------------------------
 
 
@@ -190,6 +254,30 @@ def test_patterns_show_the_reports_figures_with_what_they_say_about_a_vl() -> No
     for name in test.pills(key="pattern").options:
         test.pills(key="pattern").set_value(name.replace(" ", "_")).run()
         assert errors(test) == [], name
+
+
+def test_one_answer_has_numbers_without_intervals_and_many_scenes_have_both() -> None:
+    test = page(view="patterns", **ONE_WORD)
+    assert "no interval" in texts(test).replace("\\", "")
+    assert "undecided" in texts(test)
+    test.segmented_control(key="recording_of").set_value("scenes").run()
+    assert "Nothing is recorded yet" in test.info[0].value
+    test.slider(key="per_task").set_value(1)
+    next(b for b in test.button if b.label == "Record").click().run()
+    assert errors(test) == []
+    assert "no interval" not in texts(test).replace("\\", "")
+    assert any("scenes are recorded" in caption.value for caption in test.caption)
+
+
+def test_a_recording_that_was_saved_is_read_back(tmp_path: Path) -> None:
+    vlm = load_model("scenes")
+    with record(vlm.model) as recording:
+        vlm.answer(questions(5)["colour"].image, questions(5)["colour"].prompt, max_new_tokens=4)
+    data = recording.save(tmp_path / "run.nc").read_bytes()
+    test = page(view="patterns", **ONE_WORD, recording_of="file")
+    test.file_uploader(key="recording_file").set_value(("run.nc", data, "application/x-netcdf")).run()
+    assert errors(test) == []
+    assert "How is attention divided" in texts(test)
 
 
 def test_a_file_that_is_no_recording_is_refused_in_one_sentence() -> None:
@@ -228,6 +316,71 @@ def test_keeping_everything_changes_nothing_and_presets_move_the_sliders() -> No
     test.slider(key="secondary").set_value(0.2).run()
     assert test.session_state["preset"] == "custom"
     assert "contradict" in errors(test)[0]
+
+
+def test_per_token_fidelity_says_what_a_policy_would_write_instead() -> None:
+    test = page(view="live", task="caption", secondary="0.2", core="0.05", preset="custom")
+    assert errors(test) == []
+    strips = [html.proto.body for html in test.get("html") if "KL(full || policy)" in html.proto.body]
+    assert len(strips) == 1
+    table = test.dataframe[0].value
+    differing = round((1 - table["same prediction"].iloc[1]) * (table["tokens"].iloc[0] + 1))
+    assert differing > 0
+    assert differing - strips[0].count("→") in {0, 1}  # the end of the answer is no word of it
+    assert "orange-background" in texts(test)
+
+
+def test_differing_words_are_set_off_together() -> None:
+    marked = live.marked(("a", " red", " big", " ball"), ("a", " ball"))
+    assert marked == "a :orange-background[**red big**] ball"
+    assert live.marked((), ("a",)) == "*nothing*"
+    assert live.marked((" [x](y)",), ()) == ":orange-background[**\\[x\\]\\(y\\)**]"
+
+
+def test_every_policy_and_preset_of_the_command_line_is_offered() -> None:
+    test = page(view="live", **ONE_WORD)
+    offered = set(policies.rivals(ours=True)) | {"full"}
+    assert offered == {*policy_files.POLICIES, *policy_files.PRESETS}
+    assert len(test.pills(key="rivals").options) == len(offered) - 2
+    for name in policies.rivals():
+        assert policies.at_budget(name, 0.5) != avl.FullPolicy()
+    assert set(policy_files.PRESETS) <= set(adaptive.presets())
+
+
+def test_a_preset_is_what_it_says_and_its_controls_show_it() -> None:
+    test = page(view="live", task="ocr", preset="a-vl-cold")
+    assert errors(test) == []
+    assert test.slider(key="secondary").value == 0.0
+    assert test.selectbox(key="cold").value == "4"
+    assert not test.toggle(key="use_text").value
+    shown = [c.value.replace("\\", "") for c in test.caption if "AdaptivePolicy" in c.value]
+    assert shown == [repr(policy_files.named_policy("a-vl-cold"))]
+    test.selectbox(key="cold").set_value("2").run()
+    assert test.session_state["preset"] == "custom"
+    shown = [c.value.replace("\\", "") for c in test.caption if "AdaptivePolicy" in c.value]
+    assert shown == [repr(avl.AdaptivePolicy(secondary=0.0, core=None, refresh_every=0, text=None, cold=2))]
+
+
+def test_every_setting_of_a_vl_has_a_control() -> None:
+    settings = {field.name for field in fields(avl.AdaptivePolicy)}
+    assert settings == {*adaptive.PLAIN.values(), *adaptive.SWITCHED.values(), "prefill", "cold"}
+    assert set(adaptive.SCORES) == set(KINDS)
+    test = page(view="live", **ONE_WORD)
+    known = {widget.key for kind in (test.slider, test.toggle, test.selectbox, test.number_input) for widget in kind}
+    assert {*adaptive.PLAIN, *adaptive.SWITCHED, *(f"use_{key}" for key in adaptive.SWITCHED), "prefill"} <= known
+
+
+def test_more_policies_are_written_as_on_the_command_line() -> None:
+    test = page(view="live", **ONE_WORD, more="h2o:0.4; snapkv:0.5,window=8")
+    assert errors(test) == []
+    assert list(test.dataframe[0].value["policy"]) == ["full cache", "A-VL", "h2o:0.4", "snapkv:0.5,window=8"]
+    test.text_input(key="more").set_value("h3o").run()
+    assert "unknown policy" in errors(test)[0]
+    test.text_input(key="more").set_value("/etc/secret.json").run()
+    assert "send it" in errors(test)[0]
+    test.text_input(key="more").set_value("h2o:0.1;h2o:0.2;h2o:0.3;h2o:0.4").run()
+    assert "the first 3 are shown" in errors(test)[0]
+    assert len(test.dataframe[0].value) == 5
 
 
 def test_patches_are_scrubbed_over_steps_and_layers() -> None:
@@ -283,6 +436,72 @@ def test_without_tasks_there_is_nothing_to_press_and_foreign_files_are_refused()
     ).run()
     assert "passwd" in errors(test)[0]
     assert "/etc" not in errors(test)[0]
+
+
+def test_own_questions_and_a_saved_comparison_are_shown(tmp_path: Path) -> None:
+    asked = questions(7)["colour"]
+    picture = io.BytesIO()
+    Image.fromarray(asked.image).save(picture, "PNG")
+    line = json.dumps({"image": "far/away/mine.png", "prompt": asked.prompt, "answer": asked.answer}).encode()
+    test = page(view="benchmark", **ONE_WORD, bench_source="jsonl", bench_policies="random")
+    test.file_uploader(key="samples").set_value(
+        [("q.jsonl", line, "text/plain"), ("mine.png", picture.getvalue(), "image/png")]
+    ).run()
+    next(b for b in test.button if b.label == "Compare").click().run()
+    assert errors(test) == []
+    assert "2 policies on 1 questions" in texts(test)
+    made = test.session_state["comparison"]
+    data = made.save(tmp_path / "compare.nc").read_bytes()
+    test = page(view="benchmark", **ONE_WORD, bench_source="saved")
+    test.file_uploader(key="comparison_file").set_value(("compare.nc", data, "application/x-netcdf")).run()
+    assert errors(test) == []
+    assert "2 policies on 1 questions" in texts(test)
+
+
+# -- two at once --------------------------------------------------------------------------------------
+
+
+def test_two_sessions_one_with_a_vl_get_what_they_get_alone() -> None:
+    """Two scripts in two threads, on the one model they share, three times over with other questions."""
+    vlm = load_model("scenes")
+    harsh = avl.AdaptivePolicy(secondary=0.3, core=0.2)
+    plain_answers, adapted_answers = [], []
+    for scene in (11, 12, 13):
+        sample = questions(scene)["caption"]
+        plain_answers.append(letters(str(vlm.answer(sample.image, sample.prompt))))
+        with avl.adaptive(vlm.model, harsh):
+            adapted_answers.append(letters(str(vlm.answer(sample.image, sample.prompt))))
+    assert adapted_answers != plain_answers
+    start, shown = threading.Barrier(2), {"ask": [], "live": []}
+
+    def visit(view: str, more: dict[str, str]) -> None:
+        try:
+            for scene in (11, 12, 13):
+                start.wait(120)
+                test = page(view=view, scene=str(scene), task="caption", **more)
+                assert errors(test) == []
+                said = [letters(element.value) for element in test.markdown]
+                at = said.index(letters(f"**{policies.ADAPTIVE}**")) if view == "live" else 0
+                pills = letters("".join(test.pills(key="token").options)) if view == "ask" else ""
+                shown[view].append(pills or (said[at - 1], said[at + 1]))
+        except BaseException:
+            start.abort()  # the other one need not wait
+            raise
+
+    settings = {"secondary": "0.3", "core": "0.2", "preset": "custom"}
+    threads = [threading.Thread(target=visit, args=visited) for visited in (("ask", {}), ("live", settings))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(240)
+    assert shown["ask"] == plain_answers
+    assert shown["live"] == list(zip(plain_answers, adapted_answers, strict=True))
+
+
+def letters(text: str) -> str:
+    """A text without spaces, signs for them, escapes, and what sets words off."""
+    bare = re.sub(r":orange-background\[\*\*(.*?)\*\*\]", r"\1", text)
+    return "".join(bare.replace("␣", "").replace("\\", "").split())
 
 
 # -- report ------------------------------------------------------------------------------------------

@@ -18,12 +18,16 @@ from tests.app.server import chromium, server, settled
 LINKS = {
     "ask": "view=ask",
     "heads": "view=heads&other=3.5",
-    "patterns": "view=patterns",
+    "patterns": "view=patterns&recording_of=scenes&per_task=3",
     "live": "view=live&rivals=random&step=4",
     "benchmark": "view=benchmark",
     "report": "view=report",
 }
-PRESSED = {"benchmark": ("Compare", "Comparison file"), "report": ("Build the report", "Page (HTML)")}
+PRESSED = {
+    "patterns": ("Record", "scenes are recorded"),
+    "benchmark": ("Compare", "Comparison file"),
+    "report": ("Build the report", "Page (HTML)"),
+}
 """What is pressed before the picture is taken, and the text that then appears."""
 WIDTH, TALLEST, COLOURS = 1360, 2600, 256
 
@@ -60,7 +64,10 @@ def main() -> None:
 def photograph(page: Any, path: Path) -> Path:
     """The whole page as a PNG with a palette, which keeps it small."""
     settled(page)
+    page.mouse.move(WIDTH - 8, 8)  # no tooltip of what was pressed
     page.wait_for_timeout(1500)  # plots are drawn after the script has ended
+    if page.locator('[data-testid="stAlertContentError"]').count():
+        raise SystemExit(f"{path.stem} shows an error: {page.inner_text('[data-testid=stAlertContentError]')}")
     height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
     page.set_viewport_size({"width": WIDTH, "height": min(max(height, 760), TALLEST)})
     page.wait_for_timeout(800)

@@ -1,0 +1,130 @@
+"""What visitors send: judged by content, refused in a sentence, never able to reach other files."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from app.uploads import check_hdf5, from_bytes, sent_samples, uploaded
+from avl_analysis.comparison import load_comparison
+from avl_analysis.errors import InputError
+from avl_analysis.policy_files import load_policy
+from avl_analysis.recording import load_recording
+from tests import tiny
+
+LIMITS = {"most_bytes": 1 << 20, "most_pixels": 10_000}
+
+
+def png(width: int = 20, height: int = 10) -> bytes:
+    file = io.BytesIO()
+    tiny.picture((width, height)).save(file, "PNG")
+    return file.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """A valid PNG header that announces side x side pixels, and next to no data."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
+
+
+def test_a_picture_is_judged_by_its_content() -> None:
+    assert uploaded(png(), "name.txt", **LIMITS).pixels.shape == (10, 20, 3)
+    with pytest.raises(InputError, match="not an image"):
+        uploaded(b"<svg onload='alert(1)'/>", "innocent.png", **LIMITS)
+
+
+@pytest.mark.parametrize("side", [101, 20_000, 65_000])
+def test_too_many_pixels_are_refused_before_they_are_decoded(side: int) -> None:
+    with pytest.raises(InputError, match="pixels"):
+        uploaded(bomb(side), "bomb.png", **LIMITS)
+
+
+def test_too_many_bytes_and_truncated_files_are_refused() -> None:
+    with pytest.raises(InputError, match="at most 1 MB"):
+        uploaded(b"\0" * (1 << 21), "large.png", **LIMITS)
+    with pytest.raises(InputError, match="damaged"):
+        uploaded(png()[:60], "cut.png", **LIMITS)
+
+
+def test_a_list_of_questions_may_name_only_pictures_that_came_with_it(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png())
+    line = b'{"image": "cat.png", "prompt": "what is it?", "answer": "a cat"}\n'
+    samples = sent_samples({"q.jsonl": line, "cat.png": png()}, **LIMITS)
+    assert samples[0].answers == ("a cat",)
+    assert np.asarray(samples[0].images[0]).shape == (10, 20, 3)
+    stolen = f'{{"image": "{secret}", "prompt": "what is it?"}}\n'.encode()
+    with pytest.raises(InputError, match=r"line 1: no such picture: secret\.png"):
+        sent_samples({"q.jsonl": stolen, "cat.png": png()}, **LIMITS)
+    with pytest.raises(InputError, match="0 JSONL files"):
+        sent_samples({"cat.png": png()}, **LIMITS)
+
+
+def test_a_file_that_is_no_recording_is_refused_without_naming_the_servers_folders() -> None:
+    with pytest.raises(InputError, match=r"the file sent \(recording.nc\)") as caught:
+        from_bytes(load_recording, b"not a recording", "recording.nc")
+    assert "/tmp" not in str(caught.value)
+
+
+def test_pictures_that_are_too_large_together_are_refused_before_any_is_decoded() -> None:
+    line = b'{"image": "p0.png", "prompt": "what is it?"}\n'
+    pictures = {f"p{i}.png": bomb(99) for i in range(9)}  # each within the limit, and damaged: decoding would say so
+    with pytest.raises(InputError, match="million pixels together"):
+        sent_samples({"q.jsonl": line, **pictures}, **LIMITS)
+
+
+# -- recordings, comparisons, policies --------------------------------------------------------------------------------
+
+
+def hdf5(path: Path, **arrays: np.ndarray) -> bytes:
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array, compression="gzip", chunks=True)
+    return path.read_bytes()
+
+
+def test_a_small_file_that_unpacks_to_much_is_refused_unread(tmp_path: Path) -> None:
+    data = hdf5(tmp_path / "bomb.nc", zeros=np.zeros(1 << 22, np.uint8))
+    assert len(data) < 1 << 17
+    check_hdf5(tmp_path / "bomb.nc", most_bytes=1 << 22)
+    with pytest.raises(InputError, match="unpacks to more than 3 MB"):
+        check_hdf5(tmp_path / "bomb.nc", most_bytes=3 << 20)
+
+
+def test_a_file_cannot_take_its_numbers_from_another_file(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"secret words")
+    hdf5(tmp_path / "other.nc", inside=np.zeros(3))
+    with h5py.File(tmp_path / "link.nc", "w") as file:
+        file["group/a"] = h5py.ExternalLink(str(tmp_path / "other.nc"), "/inside")
+    with h5py.File(tmp_path / "raw.nc", "w") as file:
+        file.create_dataset("a", (12,), "u1", external=[(str(secret), 0, 12)])
+    layout = h5py.VirtualLayout((3,), "f8")
+    layout[:] = h5py.VirtualSource(str(tmp_path / "other.nc"), "inside", (3,))
+    with h5py.File(tmp_path / "virtual.nc", "w") as file:
+        file.create_virtual_dataset("a", layout)
+    for name in ("link", "raw", "virtual"):
+        with pytest.raises(InputError, match="another file") as caught:
+            from_bytes(load_recording, (tmp_path / f"{name}.nc").read_bytes(), "recording.nc")
+        assert "secret" not in str(caught.value)
+
+
+def test_files_with_the_right_form_and_the_wrong_content_are_one_sentence(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "run.nc", "w") as file:
+        file.attrs["format"], file.attrs["version"] = "avl-comparison", "many"
+    with pytest.raises(InputError, match=r"the file sent \(compare.nc\)"):
+        from_bytes(load_comparison, (tmp_path / "run.nc").read_bytes(), "compare.nc")
+    with pytest.raises(InputError, match="not a JSON file"):
+        from_bytes(load_policy, b"\x80\x04K\x01.", "policy.json")  # a pickle
