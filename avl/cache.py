@@ -412,9 +412,7 @@ class AdaptiveLayer(CacheLayerMixin):
         enter = best[: len(far)].nonzero()[:, 0] + missing
         leave = (~best[len(far) :]).nonzero()[:, 0] + start
         for tensor in (self.keys[row, head], self.values[row, head], self.positions[row, head]):
-            old = tensor.index_select(1, enter)
-            tensor.index_copy_(1, enter, tensor.index_select(1, leave))
-            tensor.index_copy_(1, leave, old)
+            _exchange(tensor, enter, leave)
         if self.worth is not None:
             self.worth[row, missing : self.far] = far
             self.worth[row, enter] = core[leave - start]
@@ -483,6 +481,18 @@ class AdaptiveLayer(CacheLayerMixin):
 def _best(scores: Tensor, count: int) -> Tensor:
     """(n,) bool: the `count` largest of some scores."""
     return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, scores.topk(count).indices, True)
+
+
+def _exchange(tensor: Tensor, one: Tensor, other: Tensor) -> None:
+    """Swap slots one[i] and other[i] of every head of a contiguous (heads, slots, ...) tensor, in place.
+
+    As rows of one long list: on CPU indices into a middle dimension are followed number by number, these row by row.
+    """
+    heads, slots = tensor.shape[:2]
+    first = torch.arange(0, heads * slots, slots, device=tensor.device)[:, None]
+    there, here = ((first + torch.cat(pair)).flatten() for pair in ((one, other), (other, one)))
+    rows = tensor.view(heads * slots, *tensor.shape[2:])
+    rows.index_copy_(0, there, rows.index_select(0, here))
 
 
 def _compact(parts: Sequence[Tensor]) -> Sequence[Tensor]:
