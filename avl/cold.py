@@ -224,9 +224,11 @@ def _low_and_step(low: Tensor, high: Tensor, bits: int, dim: int) -> Tensor:
 
 def _of_tokens(limits: Tensor, group: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Low and step of each key's channels, (batch, heads, n, width) float32."""
-    at = group.long().expand(-1, heads, -1)[..., None, None].expand(-1, -1, -1, 2, limits.shape[-1])
-    found = limits.gather(2, at).float()
-    return found[..., 0, :], found[..., 1, :]
+    if limits.shape[2] == 1:
+        return limits[..., 0, :].float(), limits[..., 1, :].float()
+    at = group.long().expand(-1, heads, -1)[..., None]
+    low, step = (limits[..., which, :].gather(2, at.expand(-1, -1, -1, limits.shape[-1])) for which in (0, 1))
+    return low.float(), step.float()
 
 
 def _codes(numbers: Tensor, low: Tensor, step: Tensor, bits: int) -> Tensor:
@@ -248,19 +250,23 @@ def _packed(width: int, bits: int) -> int:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """(..., width) uint8 codes, several to a byte: (..., ceil(width * bits / 8))."""
+    """(..., width) uint8 codes, several to a byte: (..., ceil(width * bits / 8)); neighbours lie in different bytes."""
     each = 8 // bits
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
-    packed = codes[..., 0].clone()
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (each, -1))
+    packed = codes[..., 0, :].clone()
     for place in range(1, each):
-        packed |= codes[..., place] << (bits * place)
+        packed |= codes[..., place, :] << (bits * place)
     return packed
 
 
 def _unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     """The inverse of `_pack`."""
     each = 8 // bits
-    codes = torch.stack([(packed >> (bits * place)) & (2**bits - 1) for place in range(each)], -1)
+    codes = packed.new_empty(*packed.shape[:-1], each, packed.shape[-1])
+    for place in range(each):
+        torch.bitwise_right_shift(packed, bits * place, out=codes[..., place, :])
+    if each > 1:
+        codes &= 2**bits - 1
     return codes.flatten(-2)[..., :width]
 
 
