@@ -8,11 +8,12 @@ heads a model can be without. The control is as many heads drawn at random from 
     with silenced(model, [(3, 0), (3, 5)]):     # layer, head
         model.generate(...)
 
-Where a kind has more heads than all others together, as many of it are silenced as others can be drawn: those with the
-largest share of attention on the picture. Heads are found on other questions than those they are judged by.
+Where a kind has more heads than others, as many of it are silenced as others can be drawn: those with the largest
+share of attention on the picture. Heads are found on other questions than those they are judged by.
 
-What this does not tell: heads of a kind may lie in layers that matter more anyway, and a model whose heads stand in for
-each other shows less than each of them does.
+What surprises: heads of a kind crowd in some layers, and layers differ in how much every answer needs them. With
+`same_layers` a layer loses as many heads of the kind as of others, so that the comparison is of heads alone; layers
+all of one kind then stay whole. And heads that stand in for each other show less than each of them does.
 """
 
 from __future__ import annotations
@@ -152,27 +153,40 @@ def visual_head_score(recording: Recording) -> Matrix | None:
     return None if hits is None else np.asarray(hits.mean("sample").values, dtype=np.float64)
 
 
-def plan(of_kind: Sequence[Head], others: Sequence[Head], kind: str, draws: int, seed: int = 0) -> list[Silenced]:
-    """Nothing, the kind's heads, and `draws` different sets of as many others (fewer where there are not so many).
+def plan(
+    of_kind: Sequence[Head], others: Sequence[Head], kind: str, draws: int, seed: int = 0, *, same_layers: bool = False
+) -> list[Silenced]:
+    """Nothing, the kind's heads, and up to `draws` different sets of as many others (all there are, if fewer).
+
+    Args:
+        same_layers: take equally many of both from every layer.
 
     Raises:
-        InputError: no head of the kind, fewer than two others, or no draw.
+        InputError: no heads to compare, or no draw.
     """
-    if not of_kind or len(others) < 2 or draws < 1:
-        raise InputError(
-            f"{len(of_kind)} {kind} heads, {len(others)} others and {draws} draws: nothing can be compared without one "
-            f"{kind} head, two others and one draw; choose another --kind, or ask questions that show more of the heads"
-        )
-    count = min(len(of_kind), (len(others) + 1) // 2)  # half of the others at most, so that draws can differ
     rng = np.random.default_rng(seed)
+    pairs = [([h for h in of_kind if h[0] == layer], [h for h in others if h[0] == layer])
+             for layer in sorted({layer for layer, _ in of_kind})] if same_layers else [(of_kind, others)]  # fmt: skip
+    pools: list[tuple[list[Head], list[Head], int]] = []
+    for own, rest in pairs:
+        # half of all others at most, so that draws can differ; within a layer every one of them, there are so few
+        count = min(len(own), len(rest) if same_layers else (len(rest) + 1) // 2)
+        pools.append((list(own), list(rest), count))
+    if not sum(count for _, _, count in pools) or draws < 1:
+        where = " in the same layers" if same_layers else ""
+        raise InputError(
+            f"{len(of_kind)} {kind} heads, {len(others)} others and {draws} draws: there must be one of each{where}; "
+            "choose another kind, or ask questions that show more of the heads"
+        )
     sets: dict[tuple[Head, ...], None] = {}
     for _ in range(100 * draws):
-        chosen = rng.choice(len(others), count, replace=False)
-        sets[tuple(sorted(others[index] for index in chosen))] = None
+        chosen = [rest[i] for _, rest, count in pools if count for i in rng.choice(len(rest), count, replace=False)]
+        sets[tuple(sorted(chosen))] = None
         if len(sets) == draws:
             break
     random = [Silenced(f"random {number}", heads) for number, heads in enumerate(sets, 1)]
-    return [Silenced("nothing", ()), Silenced(kind, tuple(of_kind[:count])), *random]
+    silent = tuple(head for own, _, count in pools for head in own[:count])
+    return [Silenced("nothing", ()), Silenced(kind, silent), *random]
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------
@@ -187,6 +201,7 @@ class Ablation:
         model: name and revision; samples, tasks: ids and kinds of the questions; groups: as `plan` made them, with
             answers.
         found_on: the questions, or the recording, that the kinds of heads were read from.
+        same_layers: whether as many others means as many of the same layers; command: how to make it again.
     """
 
     kind: str
@@ -197,7 +212,13 @@ class Ablation:
     tasks: tuple[str, ...]
     groups: tuple[Silenced, ...]
     found_on: str = ""
+    same_layers: bool = False
     command: str = ""
+
+    @property
+    def others(self) -> str:
+        """What the random sets are, in words."""
+        return "as many others of the same layers" if self.same_layers else "as many others"
 
     @property
     def nothing(self) -> Silenced:
@@ -275,6 +296,7 @@ def ablate(
     recording: Recording | None = None,
     draws: int = 8,
     seed: int = 0,
+    same_layers: bool = False,
     max_new_tokens: int = 64,
     batch_size: int = 32,
     command: str = "",
@@ -286,7 +308,7 @@ def ablate(
         samples: questions with known answers.
         kind: which heads, one of `headmaps.KINDS`.
         recording: where the kinds are read from; None records every third of `samples` for that and leaves them out.
-        draws: how many random sets of other heads; seed: of these draws.
+        draws: how many random sets of other heads; seed: of these draws; same_layers: see `plan`.
         max_new_tokens: longest answer, in tokens; cut earlier where all right answers are shorter.
         batch_size: questions per pass.
         command: how to make this again, kept in the result.
@@ -303,12 +325,13 @@ def ablate(
     if len(samples) < 2 or any(not sample.answers for sample in samples):
         raise InputError(f"{len(samples)} questions: at least two are needed, each with its right answer")
     of_kind, others = find_heads(recording, kind)
-    groups_ = plan(of_kind, others, kind, draws, seed)
+    groups_ = plan(of_kind, others, kind, draws, seed, same_layers=same_layers)
     right = _ask_all(vlm, samples, groups_, max_new_tokens, batch_size, progress)
     done = tuple(Silenced(one.name, one.heads, letters) for one, letters in zip(groups_, right, strict=True))
     name = f"{vlm.name} {vlm.revision or ''}".strip()
     ids, tasks = tuple(sample.id for sample in samples), tuple(sample.task for sample in samples)
-    return Ablation(kind, len(of_kind), len(of_kind) + len(others), name, ids, tasks, done, found_on, command)
+    total = len(of_kind) + len(others)
+    return Ablation(kind, len(of_kind), total, name, ids, tasks, done, found_on, same_layers, command)
 
 
 def _record(

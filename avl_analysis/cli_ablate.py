@@ -41,6 +41,9 @@ def ablate(
     task: Annotated[list[str] | None, typer.Option(help="Tasks of the scenes; repeat for several.")] = None,
     draws: Annotated[int, typer.Option(min=1, help="Random sets of as many other heads.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed of these draws.")] = 0,
+    same_layers: Annotated[
+        bool, typer.Option("--same-layers", help="Take as many others from the very layers the kind's heads are in.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per pass.")] = 32,
     dtype: Dtype = None,
@@ -76,11 +79,12 @@ def ablate(
             recording=told,
             draws=draws,
             seed=seed,
+            same_layers=same_layers,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             command=shlex.join(
                 ["avl", "ablate", *questions, "--model", model, "--kind", kind, "--draws", str(draws), "--seed",
-                 str(seed), *told_by]
+                 str(seed), *told_by, *(("--same-layers",) if same_layers else ())]
             ),
             progress=lambda what, done, total: advance(done, total, what),
         )  # fmt: skip
@@ -109,7 +113,7 @@ def _show(result: Ablation) -> None:
     contrast = result.contrast
     console.print(
         f"with {len(result.of_kind.heads)} {result.kind} heads silenced {contrast.mean:+.3f} {_bounds(contrast)} more "
-        f"questions go wrong than with as many others ({contrast.n} questions, {len(result.random)} draws)",
+        f"questions go wrong than with {result.others} ({contrast.n} questions, {len(result.random)} draws)",
         highlight=False,
         soft_wrap=True,
     )

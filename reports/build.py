@@ -4,7 +4,8 @@
     out/report.pdf          the same for print
     out/figures/<name>.*    each figure as SVG, PDF and PNG, its numbers as CSV, its caption as text, its animation
     out/numbers.json        every number of every figure with the findings
-    out/run.nc              the recording, from which every figure can be drawn again (and compare.nc)
+    out/run.nc              the recording, from which every figure can be drawn again; likewise compare.nc,
+                            ablation.json, ablation-2.json and frontier.jsonl where these were measured
 
 It decides which figures are asked and writes files; what a figure shows is said in the fig_*.py modules.
 """
@@ -19,13 +20,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from avl_analysis import frontier as frontier_file
+from avl_analysis.ablation import Ablation
 from avl_analysis.comparison import Comparison
 from avl_analysis.figures.draw_matplotlib import FORMATS
 from avl_analysis.figures.spec import rows
 from avl_analysis.recording import Recording
 from reports import (
+    fig_ablation,
     fig_core_age,
     fig_coverage,
+    fig_frontier,
     fig_head_maps,
     fig_heads,
     fig_layer_agreement,
@@ -44,6 +49,7 @@ from reports import (
     fig_values,
 )
 from reports.document import write_document
+from reports.frontiers import Frontier
 from reports.page import render
 from reports.run import NotMeasured, Run, Section
 from reports.script import write_section
@@ -62,11 +68,13 @@ FIGURES: tuple[ModuleType, ...] = (
     fig_sets,
     fig_heads,
     fig_head_maps,
+    fig_ablation,
     fig_sinks,
     fig_position_bias,
     fig_layer_agreement,
     fig_values,
     fig_policies,
+    fig_frontier,
 )
 """Figure modules in the order of the report; each has `QUESTION` and `section(run)`."""
 
@@ -86,6 +94,8 @@ def build(
     out: Path | str,
     *,
     comparison: Comparison | None = None,
+    ablations: Sequence[Ablation] = (),
+    frontier: Frontier | None = None,
     title: str = "",
     commands: Sequence[str] = (),
     figures: Sequence[ModuleType] = FIGURES,
@@ -96,7 +106,8 @@ def build(
     """Write the report of a recording into the folder `out`, which is made if needed.
 
     Args:
-        comparison: policies compared on the same model; without it their figure is left out.
+        comparison, ablations, frontier: what else was measured of the same model; a figure without its numbers is left
+            out.
         title: heading of the page; by default it names the model.
         commands: command lines that reproduce the report, as printed on the page.
         figures: which figure modules to ask.
@@ -107,7 +118,7 @@ def build(
     Raises:
         NotMeasured: the recording is empty or answers none of the figures.
     """
-    run = Run(recording, comparison)
+    run = Run(recording, comparison, ablations, frontier)
     parts = [*(module.__name__.rpartition(".")[2] for module in figures), "recording", "document", "page"]
 
     def say(part: str) -> None:
@@ -133,6 +144,10 @@ def build(
     recording.save(folder / "run.nc")
     if comparison is not None:
         comparison.save(folder / "compare.nc")
+    for number, ablation in enumerate(ablations, 1):
+        ablation.save(folder / ("ablation.json" if number == 1 else f"ablation-{number}.json"))
+    if frontier is not None:
+        frontier_file.write(folder / "frontier.jsonl", [dict(line) for line in frontier.lines], frontier.about)
     numbers = {name: _numbers(section) for name, section in sections.items()}
     (folder / "numbers.json").write_text(json.dumps(_plain(numbers), indent=1), encoding="utf-8")
     if document:

@@ -16,6 +16,7 @@ from avl_analysis.cli_record import Attention, Device, Download, Dtype, Model, l
 from avl_analysis.errors import InputError
 
 if TYPE_CHECKING:
+    from avl_analysis.ablation import Ablation
     from avl_analysis.comparison import Comparison
     from avl_analysis.models import VLM
     from avl_analysis.recording import Recording
@@ -27,12 +28,16 @@ COMPARED = 4
 """Scenes per task on which policies are compared unless told otherwise."""
 BUDGETS = (0.6, 0.3)
 """Shares of the full cache's bytes at which policies are compared, beside A-VL with the paper's settings."""
+ABLATED = 17
+"""Scenes per task that are asked with heads silenced unless told otherwise."""
+DRAWS = 6
+"""Random sets of other heads that are silenced."""
 BATCH = 4
 MAX_NEW_TOKENS = 96
 
 EXAMPLES = """
 Examples: [bold]avl report[/], [bold]avl report --model ./my-llava --samples 48[/],
-[bold]avl report run.nc --comparison compare.nc --out paper[/] (no model needed)
+[bold]avl report run.nc --comparison compare.nc --ablation ablation.json --out paper[/] (no model needed)
 """
 
 
@@ -49,6 +54,13 @@ def report(
     seed: Annotated[int, typer.Option(min=0, help="Which scenes; below 1,000,000 all are held out.")] = 7,
     compare: Annotated[int, typer.Option(min=0, help="Scenes per task to compare policies on; 0: none.")] = COMPARED,
     comparison: Annotated[Path | None, typer.Option(help="A file of avl compare to show instead.")] = None,
+    ablate: Annotated[int, typer.Option(min=0, help="Scenes per task to ask with heads silenced; 0: none.")] = ABLATED,
+    ablation: Annotated[
+        list[Path] | None, typer.Option(help="A file of avl ablate to show instead; repeat for several.")
+    ] = None,
+    frontier: Annotated[
+        Path | None, typer.Option(help="A file of python -m avl_analysis.frontier to show too.")
+    ] = None,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "",
     dtype: Dtype = None,
     device: Device = None,
@@ -59,25 +71,33 @@ def report(
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a folder to write the report into")
 
+    from avl_analysis.ablation import load_ablation
     from avl_analysis.comparison import load_comparison
     from avl_analysis.recording import load_recording
     from reports.build import build
+    from reports.frontiers import load_frontier
 
     compared = None if comparison is None else load_comparison(comparison)
+    silenced = [load_ablation(path) for path in ablation or ()]
+    held = None if frontier is None else load_frontier(frontier)
+    given = [*_option("--comparison", comparison), *(part for path in ablation or () for part in ("--ablation", path))]
+    given += _option("--frontier", frontier)
     if recording is not None:
         recorded = load_recording(recording)
-        commands = [_line("avl report", recording, "--comparison" if comparison else None, comparison, "--out", out)]
+        commands = [_line("avl report", recording, *given, "--out", out)]
     else:
         vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
         recorded = record_scenes(vlm, samples, seed)
         if compared is None and compare:
             compared = compare_policies(vlm, compare)
-        commands = [
-            _line(
-                "avl report", "--model", model, "--samples", samples, "--seed", seed, "--compare", compare, "--out", out
-            )
-        ]
-    again = ("--comparison", out / "compare.nc") if compared is not None else ()
+        numbers = ("--samples", samples, "--seed", seed, "--compare", compare, "--ablate", ablate)
+        commands = [_line("avl report", "--model", model, *numbers, *given, "--out", out)]
+        if not silenced and ablate:
+            silenced = silence_heads(vlm, recorded, ablate, commands[0])
+    again = _option("--comparison", out / "compare.nc" if compared is not None else None)
+    for number, _ in enumerate(silenced, 1):
+        again += ["--ablation", out / ("ablation.json" if number == 1 else f"ablation-{number}.json")]
+    again += _option("--frontier", out / "frontier.jsonl" if held is not None else None)
     commands.append(_line("avl report", out / "run.nc", *again) + "    # the same figures from the same recording")
     commands.append(_line("python -m reports.fig_modality", out / "run.nc") + "    # one figure alone")
     with progress("figures", unit="parts") as advance:
@@ -85,6 +105,8 @@ def report(
             recorded,
             out,
             comparison=compared,
+            ablations=silenced,
+            frontier=held,
             title=title,
             commands=commands,
             progress=lambda done, total, name: advance(done, total, name),
@@ -139,6 +161,38 @@ def compare_policies(vlm: VLM, per_task: int) -> Comparison:
         return compare(
             vlm, scene_samples(per_task), policies, max_new_tokens=MAX_NEW_TOKENS, batch_size=8, progress=advance
         )
+
+
+def silence_heads(vlm: VLM, recorded: Recording, per_task: int, command: str = "") -> list[Ablation]:
+    """Visual heads silenced against as many others of all layers and of the same layers, where both can be found."""
+    from avl_analysis.ablation import ablate, find_heads, plan
+    from avl_analysis.samples import scene_samples
+
+    found = []
+    for same_layers in (False, True):
+        try:
+            plan(*find_heads(recorded), "visual", DRAWS, same_layers=same_layers)
+        except InputError as error:  # a model whose heads are all of one kind; the report says what it lacks
+            typer.echo(f"no heads are silenced: {error}", err=True)
+            continue
+        with progress("silencing", unit="answers") as advance:
+            found.append(
+                ablate(
+                    vlm,
+                    scene_samples(per_task),
+                    recording=recorded,
+                    draws=DRAWS,
+                    same_layers=same_layers,
+                    max_new_tokens=MAX_NEW_TOKENS,
+                    command=command,
+                    progress=lambda what, done, total: advance(done, total, what),
+                )
+            )
+    return found
+
+
+def _option(name: str, value: object) -> list[object]:
+    return [] if value is None else [name, value]
 
 
 def _line(command: str, *parts: object) -> str:

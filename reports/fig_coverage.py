@@ -15,21 +15,24 @@ from reports.shapes import LAYER, SLOTS, constant, curve
 
 QUESTION = "How few keys hold nearly all of the attention?"
 _TAU = Axis("share of the attention to be held", "share", (0.5, 1.0))
-_KEYS = Axis("keys needed", "share", (0.004, 1.1), log=True)
 
 
 def section(run: Run) -> Section:
     """Coverage curves of image and text keys at decode steps and at the last prompt row, and by layer."""
     decode, last = run.decode("coverage"), run["coverage"].sel(step=0)
-    attended, held = (Rule(CORE, "C", "y"), Rule(TEXT, "T", "y")), (Rule(SECONDARY, "S", "y"),)
+    attended = (Rule(CORE, f"C = {100 * CORE:.0f} %", "y"), Rule(TEXT, f"T = {100 * TEXT:.0f} %", "y"))
+    held = (Rule(SECONDARY, f"S = {100 * SECONDARY:.0f} %", "y"),)
+    lines = _curves(decode), _curves(last), _by_layer(decode), _by_layer(last)
+    low = min(float(np.nanmin(line.y)) for group in lines for line in group)
+    keys = Axis("keys needed", "share", (low / 2, 1.1), log=True)
     figure = Figure(
         "coverage",
         "Keys needed to hold a share of the attention",
         (
-            Lines(_TAU, _KEYS, _curves(decode), attended, title="decode steps"),
-            Lines(_TAU, _KEYS, _curves(last), held, title="last prompt row"),
-            Lines(LAYER, _KEYS, _by_layer(decode), attended, title=f"for {100 * TARGET:.0f} %, decode steps"),
-            Lines(LAYER, _KEYS, _by_layer(last), held, title=f"for {100 * TARGET:.0f} %, last prompt row"),
+            Lines(_TAU, keys, lines[0], attended, title="decode steps"),
+            Lines(_TAU, keys, lines[1], held, title="last prompt row"),
+            Lines(LAYER, keys, lines[2], attended, title=f"for {100 * TARGET:.0f} %, decode steps"),
+            Lines(LAYER, keys, lines[3], held, title=f"for {100 * TARGET:.0f} %, last prompt row"),
         ),
         run.caption(
             "Smallest share of the image (text) keys that together hold a given share of a row's attention on image "

@@ -28,7 +28,7 @@ def section(run: Run) -> Section:
     for example in shown:
         assert example.picture is not None
         grid = places[example.name]
-        question = short(f"{example.prompt} → {example.answer}", 64)
+        question = short(f"{example.prompt} → {example.answer}", 52)
         panels.append(Overlay(example.picture, value, boxes=example.boxes, title=question))
         boxes = example.regions[0].boxes if example.regions else ()
         for layer, head in heads:

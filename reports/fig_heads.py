@@ -29,7 +29,7 @@ def section(run: Run) -> Section:
     )
     image = estimate(run.decode("modality_mass").sel(key_modality="image"), ("layer", "head"))
     panels = [
-        Heat(HEAD, LAYER, value, places, title="kinds of heads"),
+        Heat(HEAD, LAYER, value, places, annotate=found.shape[1] <= 12, title="kinds of heads"),
         layer_head_map(image, share("image mass"), "attention on the picture, decode steps"),
     ]
     if hits is not None:

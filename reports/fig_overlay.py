@@ -80,7 +80,7 @@ def _example(run: Run, example: Example, grid: tuple[int, int], layer: int) -> l
     rows, columns = grid
     value = Axis("attention on the patch", "share of image attention", (0.0, 0.15))
     question = f"{example.prompt} → {example.answer}"
-    panels: list[Panel] = [Overlay(example.picture, value, boxes=example.boxes, title=short(question, 64))]
+    panels: list[Panel] = [Overlay(example.picture, value, boxes=example.boxes, title=short(question, 52))]
     scores = run["image_score"].sel(sample=example.name)
     for step, shown in _maps(example, scores, layer):
         weights = scores.sel(step=step, layer=shown).values[: rows * columns]

@@ -15,14 +15,14 @@ from reports.shapes import LAYER, curve, least, reached
 QUESTION = "Does the picture keep its attention while text loses it?"
 STEADY = 0.01
 """Relative change per decode step below which image attention counts as steady: one per cent."""
+LONG = 8
+"""Decode steps an answer must have for its slope to count: over fewer, it says more about which words came first."""
 _RELATIVE = Axis("attention per token", "times the mean", log=True)
 
 
 def section(run: Run) -> Section:
     """Attention on an image token by decode step against attention on a text token by age, and the slope by layer."""
-    slope = run["image_persistence"].sel(slope_of="relative")
-    if not bool(np.isfinite(slope).any()):
-        raise NotMeasured("no answer has the three decode steps that a slope needs")
+    slope, measured = _slopes(run)
     image, text = _image(run), _text(run)
     lines = (*_with_fit("an image token, by decode step", image, 1, log_x=False),
              *_with_fit("a text token, by its age", text, 2, log_x=True))  # fmt: skip
@@ -41,17 +41,28 @@ def section(run: Run) -> Section:
             "Left: mean attention on one image token at each decode step, and on one text token at each age, both "
             "divided by their own mean; dashed: exponential fit (image), power law (text), least squares on the "
             f"logarithm. Places that fewer than {least(run)} samples reach are left out. Right: least-squares slope of "
-            "the image mass over the decode steps of an answer, divided by its mean."
+            f"the image mass over the decode steps of an answer, divided by its mean ({measured})."
         ),
     )  # fmt: skip
     fades = estimate(slope).interval
     finding = Finding(
         "Image attention lasts while decoding, unlike text attention",
-        f"Per decode step the attention on the picture changes by {fades.words('%')}.",
+        f"Per decode step the attention on the picture changes by {fades.words('%')} ({measured}).",
         f"between -{100 * STEADY:.0f} % and +{100 * STEADY:.0f} %",
         judge_within(fades, STEADY),
     )
     return Section(QUESTION, figure, (finding,), "A-VL assumes it; later work saw it fall on long outputs.")
+
+
+def _slopes(run: Run) -> tuple[xr.DataArray, str]:
+    """Relative change per decode step, (sample, layer), of long answers where there are two, and which they are."""
+    slope = run["image_persistence"].sel(slope_of="relative")
+    if not bool(np.isfinite(slope).any()):
+        raise NotMeasured("no answer has the three decode steps that a slope needs")
+    long = ((run.recording.tokens["phase"] > 0).sum("step") >= LONG).values & np.isfinite(slope).any("layer").values
+    if long.sum() < 2:
+        return slope, f"all answers, none of {LONG} decode steps or more"
+    return slope.isel(sample=np.flatnonzero(long)), f"{long.sum()} answers of at least {LONG} decode steps"
 
 
 def _image(run: Run) -> tuple[Estimate, str]:

@@ -7,33 +7,32 @@ import json
 import numpy as np
 
 from avl_analysis.comparison import Comparison
-from avl_analysis.figures import Axis, Figure, Heat, Panel, Points, Scatter
+from avl_analysis.figures import Axis, Figure, Heat, Panel, Points, Rule, Scatter
 from avl_analysis.intervals import Estimate
 from reports.findings import Finding, Interval, judge
+from reports.policy_numbers import FAMILIES, LOSS
 from reports.run import NotMeasured, Run, Section
 from reports.script import run_script
 from reports.shapes import share
 
 QUESTION = "What do policies lose, and what do they save?"
-LOSS = -0.02
-"""Change of accuracy that counts as none: two percentage points."""
 SAVED = 0.75
 """Share of the full cache's bytes below which a policy saves something worth the trouble."""
 _NAMES = {"FullPolicy": "full cache", "AdaptivePolicy": "A-VL", "RandomPolicy": "random", "StridePolicy": "stride",
           "StreamingPolicy": "StreamingLLM", "H2OPolicy": "H2O", "SnapKVPolicy": "SnapKV", "FastVPolicy": "FastV",
           "VLCachePolicy": "VL-Cache"}  # fmt: skip
-_SLOTS = ("full cache", "A-VL", "random", "stride", "StreamingLLM", "H2O", "SnapKV", "FastV", "VL-Cache")
 _COLUMNS = (
-    ("kv_filled_share", "bytes in use / full", "%"),
-    ("keys_attended", "keys read per step", ""),
-    ("attention_flops", "attention FLOP per step", ""),
-    ("ttft", "TTFT (s)", ""),
-    ("tpot", "TPOT (s)", ""),
-    ("attention_seconds", "attention per step (s)", ""),
-    ("correct", "accuracy", "%"),
-    ("kl", "KL (nats)", ""),
-    ("same_text", "same text", "%"),
+    ("kv_filled_share", "bytes in use / full", 100.0, " %"),
+    ("keys_attended", "keys read per step", 1.0, ""),
+    ("attention_flops", "attention per step (kFLOP)", 1e-3, ""),
+    ("ttft", "TTFT (ms)", 1e3, ""),
+    ("tpot", "TPOT (ms)", 1e3, ""),
+    ("attention_seconds", "attention per step (ms)", 1e3, ""),
+    ("correct", "accuracy", 100.0, " %"),
+    ("kl", "KL (nats)", 1.0, ""),
+    ("same_text", "same text", 100.0, " %"),
 )
+"""Number, heading, factor to its unit, unit behind it."""
 
 
 def section(run: Run) -> Section:
@@ -45,7 +44,8 @@ def section(run: Run) -> Section:
     panels: list[Panel] = []
     for metric, axis in (("correct", share("accuracy")), ("kl", Axis("KL from the full cache", "nats"))):
         if metric in compared.metrics:
-            panels.append(Scatter(size, axis, _frontiers(compared, metric), title=f"{axis.label} against bytes"))
+            full = (Rule(compared.mean(metric, compared.reference).mean, "full cache", "y"),)
+            panels.append(Scatter(size, axis, _frontiers(compared, metric), full, title=f"{axis.label} against bytes"))
     panels += _by_task(compared)
     figure = Figure(
         "policies",
@@ -82,7 +82,7 @@ def findings(compared: Comparison) -> tuple[Finding, ...]:
         gain = _interval(compared.difference("correct", ours, rival))
         found.append(
             Finding("Choosing by attention beats choosing at random",
-                    f"“{ours}” answers {gain.words('%')} more questions rightly than “{rival}” at like bytes.",
+                    f"Accuracy under “{ours}” less that under “{rival}”, at like bytes: {gain.words('%')} (paired).",
                     "above 0", judge(gain, "at least", 0.0))
         )  # fmt: skip
     return tuple(found)
@@ -91,9 +91,9 @@ def findings(compared: Comparison) -> tuple[Finding, ...]:
 def table(compared: Comparison) -> tuple[tuple[str, ...], ...]:
     """The cost table as text: a header and a row per policy, means with intervals."""
     columns = [column for column in _COLUMNS if column[0] in compared.metrics]
-    rows = [("policy", *(heading for _, heading, _ in columns))]
+    rows = [("policy", *(heading for _, heading, _, _ in columns))]
     for name in compared.policies:
-        cells = [_cell(compared.mean(metric, name), unit) for metric, _, unit in columns]
+        cells = [_cell(compared.mean(metric, name), scale, unit) for metric, _, scale, unit in columns]
         rows.append((name, *cells))
     return tuple(rows)
 
@@ -108,8 +108,8 @@ def family(compared: Comparison, name: str) -> str:
 def _frontiers(compared: Comparison, metric: str) -> tuple[Points, ...]:
     """One series per kind of policy, its settings joined by bytes."""
     kinds = sorted(
-        {family(compared, name) for name in compared.policies},
-        key=lambda k: (_SLOTS.index(k) if k in _SLOTS else 99, k),
+        {family(compared, name) for name in compared.policies if name != compared.reference},
+        key=lambda k: (FAMILIES.index(k) if k in FAMILIES else 99, k),
     )
     series = []
     for number, kind in enumerate(kinds):
@@ -119,7 +119,7 @@ def _frontiers(compared: Comparison, metric: str) -> tuple[Points, ...]:
         found = [compared.mean(metric, names[i]) for i in order]
         y, low, high = (np.array([getattr(e, end) for e in found]) for end in ("mean", "low", "high"))
         known = bool(np.isfinite(low).all() and np.isfinite(high).all())
-        slot = _SLOTS.index(kind) if kind in _SLOTS else number
+        slot = FAMILIES.index(kind) if kind in FAMILIES else number
         series.append(
             Points(
                 kind,
@@ -162,12 +162,20 @@ def _interval(estimate: Estimate) -> Interval:
     return Interval(estimate.mean, estimate.low, estimate.high)
 
 
-def _cell(estimate: Estimate, unit: str) -> str:
-    if not np.isfinite(estimate.mean):
+def _cell(estimate: Estimate, scale: float, unit: str) -> str:
+    """Mean in three digits, with its interval where that is wider than a twentieth of it."""
+    mean, low, high = (
+        0.0 if abs(scale * v) < 1e-6 else scale * v for v in (estimate.mean, estimate.low, estimate.high)
+    )
+    if not np.isfinite(mean):
         return "-"
-    scale, sign = (100.0, " %") if unit == "%" else (1.0, "")
-    spread = f" [{scale * estimate.low:.3g}, {scale * estimate.high:.3g}]" if estimate.low < estimate.high else ""
-    return f"{scale * estimate.mean:.3g}{sign}{spread}"
+    spread = f" [{_short(low)}, {_short(high)}]" if high - low > abs(mean) / 20 else ""
+    return f"{_short(mean)}{unit}{spread}"
+
+
+def _short(value: float) -> str:
+    """Three digits, never as a power of ten."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from avl_analysis.figures import Animation, Figure, Overlay, Panel, draw_plotly, palette
+from avl_analysis.figures import Animation, Figure, Heat, Overlay, Panel, draw_plotly, palette
 from avl_analysis.figures.draw_matplotlib import FORMATS
 from avl_analysis.figures.pictures import data_uri
 from reports.facts import LEAD, READING, VERDICTS, facts, heading, provenance
@@ -81,6 +81,7 @@ def _view(name: str, section: Section, formats: tuple[str, ...]) -> dict[str, An
         "moving": [_plot(panel, f"moving-{figure.name}") for panel in moving],
         "plots": [_plot(panel, f"{figure.name}-{number}") for number, panel in enumerate(figure.panels)],
         "legend": _legend(figure),
+        "classes": _classes(figure),
         "table": section.table,
         "csv": "data:text/csv;base64," + base64.b64encode(csv_text(figure).encode()).decode("ascii"),
         "files": [f"figures/{figure.name}.{suffix}" for suffix in suffixes],
@@ -91,11 +92,20 @@ def _view(name: str, section: Section, formats: tuple[str, ...]) -> dict[str, An
 def _plot(panel: Panel, name: str) -> dict[str, str]:
     """One plot: its place on the page and its data. Pictures keep their proportions, charts their height."""
     plot = draw_plotly.draw(panel, titled=False)
+    if isinstance(panel, Overlay) and panel.classes:
+        plot.update_layout(showlegend=False)  # the figure's own legend stands below all pictures
     size = f"height: {plot.layout.height}px"
     if isinstance(panel, Overlay):
         size = f"aspect-ratio: {panel.picture.shape[1]} / {panel.picture.shape[0]}"
     title = "" if isinstance(panel, Animation) else panel.title
-    return {"id": f"plot-{name}", "title": title, "size": size, "json": draw_plotly.as_json(plot)}
+    wide = isinstance(panel, Heat) and panel.x.ticks is not None
+    return {
+        "id": f"plot-{name}",
+        "title": title,
+        "size": size,
+        "json": draw_plotly.as_json(plot),
+        "kind": "wide" if wide else "",
+    }
 
 
 def _kind(figure: Figure) -> str:
@@ -114,9 +124,11 @@ def _legend(figure: Figure) -> str:
     return "" if limits is None else f"Opacity of the amber patches: {text}, {limits[0]:g} to {limits[1]:g} or more."
 
 
-def _suffixes(figure: Figure, formats: tuple[str, ...]) -> tuple[str, ...]:
-    moving = any(isinstance(panel, Animation) for panel in figure.panels)
-    return (*formats, *(("gif", "webp") if moving else ()))
+def _classes(figure: Figure) -> list[tuple[str, str]]:
+    """Name and colour of the classes that the pictures of a figure show."""
+    names = next((p.classes for p in figure.panels if isinstance(p, Overlay) and p.classes), ())
+    fills = zip(palette.CLASS_COLOURS, palette.CLASS_OPACITY, names, strict=False)
+    return [(name, palette.translucent(colour, max(0.8, opacity))) for colour, opacity, name in fills]
 
 
 def _samples(run: Run) -> list[dict[str, str]]:

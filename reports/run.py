@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avl_analysis import scenes
+from avl_analysis.ablation import Ablation, load_ablation
 from avl_analysis.comparison import Comparison, load_comparison
 from avl_analysis.errors import InputError
 from avl_analysis.figures import Animation, Box, Caption, Figure
@@ -29,6 +30,7 @@ from avl_analysis.recording import Recording, load_recording
 from avl_analysis.regions import Region, boxes_of, regions_of
 from reports.estimates import INTERVAL
 from reports.findings import Finding
+from reports.frontiers import Frontier, load_frontier
 
 
 class NotMeasured(InputError):
@@ -86,13 +88,24 @@ class Example:
 
 
 class Run:
-    """A recording with its samples, and a comparison of policies where one was made."""
+    """A recording with its samples, and what else was measured of the model.
 
-    def __init__(self, recording: Recording, comparison: Comparison | None = None) -> None:
+    Args:
+        recording: of at least one sample.
+        comparison: policies against the full cache; ablations: heads silenced; frontier: accuracy against bytes.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        comparison: Comparison | None = None,
+        ablations: Sequence[Ablation] = (),
+        frontier: Frontier | None = None,
+    ) -> None:
         if not len(recording):
             raise NotMeasured("the recording holds no samples, so there is nothing to report")
         self.recording = recording
-        self._comparison = comparison
+        self._comparison, self._ablations, self._frontier = comparison, tuple(ablations), frontier
 
     @property
     def comparison(self) -> Comparison:
@@ -102,6 +115,22 @@ class Run:
                 "no policies were compared; pass a comparison as `avl compare --out compare.nc` writes it"
             )
         return self._comparison
+
+    @property
+    def ablations(self) -> tuple[Ablation, ...]:
+        """Raises NotMeasured if there is none."""
+        if not self._ablations:
+            raise NotMeasured("no heads were silenced; pass an ablation as `avl ablate --out ablation.json` writes it")
+        return self._ablations
+
+    @property
+    def frontier(self) -> Frontier:
+        """Raises NotMeasured if there is none."""
+        if self._frontier is None:
+            raise NotMeasured(
+                "accuracy against bytes was not measured; pass a file as `python -m avl_analysis.frontier` writes it"
+            )
+        return self._frontier
 
     def __getitem__(self, name: str) -> xr.DataArray:
         """A statistic per sample. Raises NotMeasured if the recording does not hold it."""
@@ -136,14 +165,24 @@ class Run:
         return [example(name, self.recording.facts(name)) for name in self.recording.samples]
 
 
-def load_run(path: str | PathLike[str], comparison: str | PathLike[str] | None = None) -> Run:
-    """Read a recording file, and a comparison file, for reporting.
+def load_run(
+    path: str | PathLike[str],
+    comparison: str | PathLike[str] | None = None,
+    ablations: Sequence[str | PathLike[str]] = (),
+    frontier: str | PathLike[str] | None = None,
+) -> Run:
+    """Read a recording file, and files of what else was measured, for reporting.
 
     Raises:
         RecordingError, InputError: unreadable or foreign files.
         NotMeasured: an empty recording.
     """
-    return Run(load_recording(path), None if comparison is None else load_comparison(comparison))
+    return Run(
+        load_recording(path),
+        None if comparison is None else load_comparison(comparison),
+        [load_ablation(one) for one in ablations],
+        None if frontier is None else load_frontier(frontier),
+    )
 
 
 def example(name: str, facts: Mapping[str, Any]) -> Example:

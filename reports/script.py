@@ -49,10 +49,12 @@ def run_script(section: Callable[[Run], Section], arguments: Sequence[str] | Non
     parser = argparse.ArgumentParser(description=sys.modules[section.__module__].__doc__)
     parser.add_argument("recording", help="file written by avl record or avl report (run.nc)")
     parser.add_argument("--comparison", help="file written by avl compare --out compare.nc")
+    parser.add_argument("--ablation", action="append", default=[], help="file written by avl ablate; repeatable")
+    parser.add_argument("--frontier", help="file written by python -m avl_analysis.frontier")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder to write into")
     given = parser.parse_args(arguments)
     try:
-        made = section(load_run(given.recording, given.comparison))
+        made = section(load_run(given.recording, given.comparison, given.ablation, given.frontier))
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -132,11 +132,22 @@ def test_of_a_large_kind_as_many_are_silenced_as_others_can_be_drawn():
         plan([], EVERY, "visual", 3)
 
 
+def test_in_the_same_layers_every_layer_loses_as_many_of_both():
+    visual = [(0, 0), (1, 2), (1, 0), (1, 1), *((2, head) for head in range(HEADS))]
+    others = [head for head in EVERY if head not in visual]
+    nothing, of_kind, *random = plan(visual, others, "visual", 9, same_layers=True)
+    assert nothing.heads == ()
+    assert of_kind.heads == ((0, 0), (1, 2))  # layer 1 has one other head, layer 2 none
+    assert {one.heads for one in random} == {((0, head), (1, 3)) for head in (1, 2, 3)}
+    with pytest.raises(InputError, match="in the same layers"):
+        plan([(2, head) for head in range(HEADS)], EVERY[:8], "visual", 3, same_layers=True)
+
+
 def made(kind: str, *random: str) -> Ablation:
     groups = [Silenced("nothing", (), "11111111"), Silenced("visual", ((0, 1),), kind)]
     groups += [Silenced(f"random {i}", ((1, i),), right) for i, right in enumerate(random, 1)]
     tasks = ("colour",) * 4 + ("shape",) * 4
-    return Ablation("visual", 1, 12, "tiny", tuple("abcdefgh"), tasks, tuple(groups), "nothing", "avl ablate")
+    return Ablation("visual", 1, 12, "tiny", tuple("abcdefgh"), tasks, tuple(groups), "nothing", False, "avl ablate")
 
 
 def test_the_contrast_is_the_mean_over_draws_and_questions_with_an_interval():

@@ -8,10 +8,12 @@ import xarray as xr
 import avl
 from avl import tokens
 from avl_analysis import scenes
+from avl_analysis.ablation import Ablation, Silenced
 from avl_analysis.comparison import Comparison
 from avl_analysis.comparison import build as build_comparison
 from avl_analysis.recording import Recording
 from avl_analysis.samples import Sample
+from reports.frontiers import Frontier
 
 LAYERS, HEADS, GRID = 3, 4, 12
 IMAGE, SYSTEM, QUESTION = GRID * GRID, 5, 8
@@ -135,3 +137,37 @@ def comparison(samples: int = 12) -> Comparison:
             }
     attrs = {"reference": "full", "model": "made-up"}
     return build_comparison(asked, policies, {}, results, attrs)
+
+
+_EVIL = "</script><img src=x onerror=alert(1)>"
+
+
+def ablation(*, same_layers: bool = False, hostile: bool = False) -> Ablation:
+    """Nine of ten questions are right; with two visual heads silenced one is left, with two others five or seven."""
+    groups = (
+        Silenced("nothing", (), "1111111110"),
+        Silenced("visual", ((1, 0), (2, 3)), "1000000000"),
+        Silenced("random 1", ((0, 0), (0, 1)), "1111100000"),
+        Silenced("random 2", ((0, 2), (1, 3)), "1111111000"),
+    )
+    ids, tasks = tuple(f"q{i}" for i in range(10)), ("colour" + _EVIL * hostile,) * 5 + ("count",) * 5
+    return Ablation("visual", 3, 12, "made-up", ids, tasks, groups, "5 other questions", same_layers, "avl ablate")
+
+
+def frontier(*, hostile: bool = False) -> Frontier:
+    """Eight questions of two tasks: all right with the full cache and with A-VL's own settings; at half the bytes A-VL
+    keeps six and random selection two, at a quarter both keep four."""
+    right = {
+        ("full", None): ("1111", "1111", 1.0),
+        ("A-VL (paper)", None): ("1111", "1111", 0.55),
+        ("A-VL", 0.5): ("1111", "1100", 0.5),
+        ("A-VL", 0.25): ("1100", "1100", 0.25),
+        ("random", 0.5): ("1000", "1000", 0.5),
+        ("random", 0.25): ("0011", "0011", 0.26),
+    }
+    lines = [
+        {"task": task, "policy": name, "budget": budget, "right": letters, "held": held}
+        for (name, budget), (*both, held) in right.items()
+        for task, letters in zip(("colour" + _EVIL * hostile, "count"), both, strict=True)
+    ]
+    return Frontier({"command": "python -m avl_analysis.frontier --out f.jsonl"}, lines)

@@ -11,17 +11,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from avl_analysis.ablation import load_ablation
 from avl_analysis.comparison import load_comparison
 from avl_analysis.recording import load_recording
 from reports import fig_localisation, fig_modality, fig_overlay
 from reports.build import FIGURES, build
 from reports.findings import Verdict
+from reports.frontiers import load_frontier
 from reports.run import NotMeasured, Run
 from reports.script import run_script
 from tests.reports import made
 
 COMMANDS = ["avl report --samples 6"]
-MADE = {"fig_modality", "fig_overlay", "fig_localisation", "fig_sets", "fig_policies"}
+MADE = {
+    "fig_modality", "fig_overlay", "fig_localisation", "fig_sets", "fig_policies", "fig_ablation", "fig_frontier"
+}  # fmt: skip
 """Figures that the made-up numbers answer."""
 
 
@@ -33,7 +37,15 @@ def recording():
 @pytest.fixture(scope="module")
 def report(recording, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
-    return build(recording, folder, comparison=made.comparison(), commands=COMMANDS, formats=("svg",))
+    return build(
+        recording,
+        folder,
+        comparison=made.comparison(),
+        ablations=[made.ablation(), made.ablation(same_layers=True)],
+        frontier=made.frontier(),
+        commands=COMMANDS,
+        formats=("svg",),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +100,8 @@ def test_the_report_keeps_the_recording_and_rebuilds_from_it(report, tmp_path):
         load_recording(report.folder / "run.nc"),
         tmp_path,
         comparison=load_comparison(report.folder / "compare.nc"),
+        ablations=[load_ablation(report.folder / name) for name in ("ablation.json", "ablation-2.json")],
+        frontier=load_frontier(report.folder / "frontier.jsonl"),
         formats=(),
         document=False,
     )
@@ -126,7 +140,9 @@ def test_text_from_models_and_prompts_cannot_become_markup(page, tmp_path):
     clean, hostile = _Tags(), _Tags()
     clean.feed(page)
     evil = made.recording(hostile=True)
-    built = build(evil, tmp_path, comparison=made.comparison(), formats=(), document=False)
+    silenced = [made.ablation(hostile=True), made.ablation(same_layers=True)]
+    measured = {"comparison": made.comparison(), "ablations": silenced, "frontier": made.frontier(hostile=True)}
+    built = build(evil, tmp_path, **measured, formats=(), document=False)
     text = built.page.read_text("utf-8")
     hostile.feed(text)
     assert hostile.scripts == clean.scripts

@@ -7,15 +7,25 @@ import xarray as xr
 
 from avl_analysis.figures import Heat, Lines, Overlay
 from avl_analysis.recorder import record
-from reports import fig_core_age, fig_localisation, fig_policies, fig_ppci, fig_prefill_recall, fig_sets
+from reports import (
+    fig_ablation,
+    fig_core_age,
+    fig_frontier,
+    fig_localisation,
+    fig_persistence,
+    fig_policies,
+    fig_ppci,
+    fig_prefill_recall,
+    fig_sets,
+)
 from reports.build import FIGURES
 from reports.findings import Verdict
 from reports.run import NotMeasured, Run
 from tests import tiny
 from tests.reports import made
 
-NEEDS_MORE = {fig_localisation, fig_policies}
-"""Figures that need known regions, or a comparison."""
+NEEDS_MORE = {fig_localisation, fig_policies, fig_ablation, fig_frontier}
+"""Figures that need known regions, a comparison, heads silenced, or accuracy against bytes."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +66,7 @@ def test_every_figure_can_be_made_of_any_recording(recording, module):
 
 @pytest.mark.parametrize("module", sorted(NEEDS_MORE, key=str), ids=lambda m: m.__name__.split("_", 1)[1])
 def test_a_figure_says_what_it_lacks(recording, module):
-    with pytest.raises(NotMeasured, match=r"does not say|were compared"):
+    with pytest.raises(NotMeasured, match=r"does not say|were compared|were silenced|bytes was not measured"):
         module.section(Run(recording))
 
 
@@ -130,7 +140,8 @@ def test_policies_are_judged_by_paired_differences(compared):
 def test_settings_of_one_policy_are_joined_by_bytes(compared):
     figure = fig_policies.section(Run(made.recording(), compared)).figure
     series = {points.name: points for points in figure.panels[0].points}
-    assert list(series) == ["full cache", "A-VL", "random"]
+    assert list(series) == ["A-VL", "random"]
+    assert [(rule.label, rule.at) for rule in figure.panels[0].rules] == [("full cache", 1.0)]
     assert series["random"].x == pytest.approx([0.3, 0.62])
     assert series["random"].joined
     assert not series["A-VL"].joined
@@ -147,3 +158,42 @@ def test_the_cost_table_has_a_row_per_policy(compared):
     header, *rows = fig_policies.table(compared)
     assert [row[0] for row in rows] == compared.policies
     assert rows[1][header.index("bytes in use / full")].startswith("60 %")
+
+
+def test_silencing_heads_is_judged_by_the_difference_to_as_many_others(recording):
+    first, second = made.ablation(), made.ablation(same_layers=True)
+    section = fig_ablation.section(Run(recording, ablations=[first, second]))
+    finding, other = section.findings
+    assert finding.verdict is Verdict.SUPPORTED
+    assert "changes accuracy by -80 % [" in finding.measured
+    assert "the latter less the former: 50 % [" in finding.measured
+    assert finding.choice.endswith("as many others")
+    assert other.choice.endswith("of the same layers")
+    overall, by_task = section.figure.panels[:2]
+    assert overall.categories == ("nothing", "visual heads", "random 1", "random 2")
+    assert overall.bars[0].values.tolist() == [0.9, 0.1, 0.5, 0.7]
+    assert by_task.categories == ("colour", "count")
+    assert [bar.values.tolist() for bar in by_task.bars] == [pytest.approx([0.8, 0.8]), pytest.approx([0.0, 0.6])]
+    assert section.table[2] == ("visual heads", "1.0, 2.3", section.table[2][2])
+
+
+def test_the_frontier_pools_tasks_and_judges_equal_budgets_question_by_question(recording):
+    section = fig_frontier.section(Run(recording, frontier=made.frontier()))
+    paper, half, quarter = section.findings
+    assert paper.verdict is Verdict.SUPPORTED
+    assert "At 55 % of the bytes accuracy changes by 0.0 %" in paper.measured
+    assert half.verdict is Verdict.SUPPORTED
+    assert "(holding 50 %): 50 % [" in half.measured
+    assert quarter.verdict is Verdict.UNDECIDED
+    everything = section.figure.panels[0]
+    ours = next(points for points in everything.points if points.name == "A-VL")
+    assert (ours.x.tolist(), ours.y.tolist()) == ([0.25, 0.5], [0.5, 0.75])
+    assert section.figure.caption.n == 8
+    assert "python -m avl_analysis.frontier" in section.figure.caption.what
+    assert len(section.table) == 7
+
+
+def test_only_long_answers_tell_whether_image_attention_lasts(recording):
+    slopes, which = fig_persistence._slopes(Run(recording))
+    assert which == "4 answers of at least 8 decode steps"
+    assert slopes.sizes["sample"] == 4

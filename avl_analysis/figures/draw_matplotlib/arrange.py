@@ -21,40 +21,85 @@ PANEL_WIDTH, PANEL_HEIGHT = 3.5, 2.65
 def size_of(figure: Figure) -> tuple[float, float]:
     """Width and height of a figure in inches, without a title."""
     columns = min(figure.columns, len(figure.panels))
-    width, height = _panel_size(figure.panels)
-    return columns * width, -(-len(figure.panels) // columns) * height
+    return columns * _panel_size(figure.panels)[0], sum(_heights(figure))
 
 
 def fill(canvas: FigureBase, figure: Figure) -> None:
-    """Draw the panels of a figure onto an empty canvas or part of one."""
+    """Draw the panels of a figure onto an empty canvas or part of one.
+
+    Pictures stand in one grid; rows of charts are laid out one by one, so that a colour bar in one row does not narrow
+    the panels of another.
+    """
     columns = min(figure.columns, len(figure.panels))
-    axes = canvas.subplots(-(-len(figure.panels) // columns), columns, squeeze=False).ravel()
+    rows = _rows(figure)
     shared = shared_legend(figure.panels)
-    for place, panel in zip(axes, figure.panels, strict=False):
-        _draw_panel(canvas, place, panel, legend=not shared)
-    for place in axes[len(figure.panels) :]:
+    if len(rows) == 1 or _pictures(figure.panels):
+        axes = canvas.subplots(len(rows), columns, squeeze=False).ravel()
+        _fill(canvas, list(axes), figure.panels, shared)
+        return
+    parts = canvas.subfigures(len(rows), 1, height_ratios=_heights(figure))
+    for number, (part, row) in enumerate(zip(parts, rows, strict=True)):
+        if len(row) == columns:
+            axes = part.subplots(1, columns, squeeze=False).ravel()
+        elif _wide(row):
+            axes = part.subplots(1, 1, squeeze=False).ravel()
+        else:  # a row that is not full stands in the middle
+            gap = (columns - len(row)) / 2
+            every = part.subplots(1, len(row) + 2, width_ratios=[gap, *[1] * len(row), gap])
+            for edge in (every[0], every[-1]):
+                edge.set_visible(False)
+            axes = every[1:-1]
+        _fill(part, list(axes), row, shared, legend=number == len(rows) - 1)
+
+
+def _fill(canvas: FigureBase, axes: list[Axes], panels: Sequence[Panel], shared: bool, legend: bool = True) -> None:
+    """Draw panels onto axes; below them one legend, if they share it and it is wanted here."""
+    together = shared or shared_legend(panels)
+    for place, panel in zip(axes, panels, strict=False):
+        _draw_panel(canvas, place, panel, legend=not together)
+    for place in axes[len(panels) :]:
         place.set_visible(False)
-    attention_bar(canvas, list(axes), figure.panels)
-    if shared:
-        handles = handles_of(figure.panels[0])
+    attention_bar(canvas, axes, panels)
+    if together and (legend or not shared):
+        handles = handles_of(panels[0])
         canvas.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+
+
+def _rows(figure: Figure) -> list[tuple[Panel, ...]]:
+    panels = figure.panels
+    return [panels[start : start + figure.columns] for start in range(0, len(panels), figure.columns)]
+
+
+def _heights(figure: Figure) -> list[float]:
+    """Inches of each row."""
+    return [_panel_size(figure.panels if _pictures(figure.panels) else row)[1] for row in _rows(figure)]
+
+
+def _pictures(panels: Sequence[Panel]) -> bool:
+    return all(isinstance(panel, Overlay | Animation) for panel in panels)
+
+
+def _wide(row: Sequence[Panel]) -> bool:
+    """Whether a row holds one heat map of things with names, which need room."""
+    return len(row) == 1 and isinstance(row[0], Heat) and row[0].x.ticks is not None
 
 
 def _panel_size(panels: Sequence[Panel]) -> tuple[float, float]:
     """Inches of each panel: pictures are square-ish, heat maps grow with their rows."""
     pictures = [p.frames[0] if isinstance(p, Animation) else p for p in panels if isinstance(p, Overlay | Animation)]
-    if len(pictures) == len(panels):
+    if _pictures(panels):
         width = 2.1 if len(panels) > 1 else 3.2
         return width, 0.94 * width * max(p.picture.shape[0] / p.picture.shape[1] for p in pictures) + 0.42
     rows = max((p.values.shape[0] for p in panels if isinstance(p, Heat)), default=0)
     bars = max((len(p.categories) for p in panels if isinstance(p, Bars) and p.horizontal), default=0)
-    return PANEL_WIDTH, min(6.0, max(PANEL_HEIGHT, 0.9 + 0.17 * rows, 0.9 + 0.26 * bars))
+    legend = 0.16 * max(len(handles_of(panel)) // 4 for panel in panels)
+    return PANEL_WIDTH, min(6.0, max(PANEL_HEIGHT + legend, 0.9 + 0.17 * rows, 0.9 + 0.26 * bars))
 
 
 def _draw_panel(canvas: FigureBase, place: Axes, panel: Panel, *, legend: bool) -> None:
     if panel.title:
         crowned = any(rule.axis == "x" for rule in getattr(panel, "rules", ()))  # rule labels stand above the frame
-        width = 34 if isinstance(panel, Overlay | Animation) else 56
+        width = 28 if isinstance(panel, Overlay | Animation) else 46
         place.set_title(textwrap.fill(panel.title, width), pad=15 if crowned else None)
     if isinstance(panel, Lines):
         draw_lines(place, panel)

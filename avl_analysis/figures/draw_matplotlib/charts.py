@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -33,20 +34,24 @@ def draw_lines(place: Axes, panel: Lines) -> None:
 def draw_heat(canvas: FigureBase, place: Axes, panel: Heat) -> None:
     limits = panel.value.limits or (float(np.nanmin(panel.values)), float(np.nanmax(panel.values)))
     norm = Normalize(*limits)
+    named = panel.value.ticks
+    colours = colormaps["cividis"].resampled(len(named)) if named is not None else colormaps["cividis"]
     place.set_facecolor(LIGHT.grid)
-    place.imshow(panel.values, cmap="cividis", norm=norm, aspect="auto", origin="lower" if panel.upward else "upper")
+    place.imshow(panel.values, cmap=colours, norm=norm, aspect="auto", origin="lower" if panel.upward else "upper")
     place.grid(False)
-    bar = canvas.colorbar(ScalarMappable(norm, "cividis"), ax=place, pad=0.02)
-    bar.set_label(textwrap.fill(panel.value.text, 30))
+    bar = canvas.colorbar(ScalarMappable(norm, colours), ax=place, pad=0.02)
+    bar.set_label(_two_lines(panel.value))
     bar.outline.set_visible(False)
-    if panel.value.ticks is not None:
-        bar.set_ticks([at for at, _ in panel.value.ticks], labels=[name for _, name in panel.value.ticks])
+    if named is not None:
+        bar.set_ticks([at for at, _ in named], labels=[name for _, name in named])
     if panel.annotate:
         middle = (limits[0] + limits[1]) / 2
         for (row, column), value in np.ndenumerate(panel.values):
             if np.isfinite(value):
                 colour = LIGHT.ink if value > middle else LIGHT.paper
-                place.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=6.5, color=colour)
+                text = f"{value:.2f}" if named is None else dict(named).get(float(value), "")
+                size = 6.5 if named is None else 5.5
+                place.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
     rows, columns = panel.values.shape
     _category_ticks(place.xaxis, panel.x, columns)
     _category_ticks(place.yaxis, panel.y, rows)
@@ -57,6 +62,10 @@ def draw_heat(canvas: FigureBase, place: Axes, panel: Heat) -> None:
 def _category_ticks(axis: Any, spec: Axis, count: int) -> None:
     if spec.ticks is not None:
         axis.set_ticks([at for at, _ in spec.ticks], [name for _, name in spec.ticks])
+        if axis.axis_name == "x" and sum(len(name) for _, name in spec.ticks) > 40:
+            axis.set_tick_params(rotation=40)
+            for label in axis.get_ticklabels():
+                label.set(ha="right", rotation_mode="anchor")
     else:
         axis.set_ticks(np.arange(0, count, max(1, -(-count // 12))))
 
@@ -98,7 +107,8 @@ def draw_scatter(place: Axes, panel: Scatter) -> None:
         style = palette.style(points.slot)
         if points.low is not None and points.high is not None:
             error = np.abs([points.y - points.low, points.high - points.y])
-            place.errorbar(points.x, points.y, error, fmt="none", ecolor=style.light, elinewidth=0.8, capsize=1.8)
+            place.errorbar(points.x, points.y, error, fmt="none", ecolor=style.light, elinewidth=0.8, capsize=1.8,
+                           alpha=0.55)  # fmt: skip
         dash = style.dash if points.joined else "none"
         place.plot(points.x, points.y, linestyle=dash, marker=style.marker, color=style.light, markersize=5)
         for x, y, label in zip(points.x, points.y, points.labels, strict=False):
@@ -129,8 +139,15 @@ def _axes(place: Axes, x: Axis, y: Axis) -> None:
 
 
 def _label(spec: Axis, axis: Any) -> str:
-    """Label and unit; beside a panel, which is less tall than wide, in two lines if long."""
-    return textwrap.fill(spec.text, 30) if axis.axis_name == "y" else spec.text
+    """Label and unit; beside a panel, which is less tall than wide, in several lines if long."""
+    return _two_lines(spec) if axis.axis_name == "y" or len(spec.text) > 52 else spec.text
+
+
+def _two_lines(spec: Axis) -> str:
+    """Label and unit, the unit in a line of its own if both are long."""
+    if len(spec.text) <= 30:
+        return spec.text
+    return textwrap.fill(spec.label, 34) + "\n" + textwrap.fill(f"({spec.unit})", 34)
 
 
 def _rules(place: Axes, rules: Sequence[Rule]) -> None:
@@ -144,4 +161,5 @@ def _rules(place: Axes, rules: Sequence[Rule]) -> None:
         place.annotate(
             rule.label, at, xycoords=frame, xytext=shift, textcoords="offset points", ha=align[0], va=align[1],
             fontsize=6.5, color=LIGHT.muted,
+            bbox={"facecolor": LIGHT.paper, "edgecolor": "none", "alpha": 0.75, "pad": 0.4},
         )  # fmt: skip

@@ -90,7 +90,7 @@ def _point_handle(points: Points) -> Line2D:
 def legend_columns(handles: Sequence[Any]) -> int:
     """Columns of a legend below one panel: as many as the longest name leaves room for."""
     longest = max(len(str(handle.get_label())) for handle in handles)
-    return max(1, min(len(handles), 58 // (longest + 7)))
+    return max(1, min(len(handles), 50 // (longest + 7)))
 
 
 def shared_legend(panels: Sequence[Panel]) -> bool:

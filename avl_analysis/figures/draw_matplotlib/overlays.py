@@ -34,7 +34,7 @@ def draw_overlay(canvas: FigureBase, place: Axes, panel: Overlay, *, legend: boo
         place.imshow(_patch_colours(panel), extent=extent, interpolation="nearest")
     for box in panel.boxes:
         _box(place, box)
-    place.set_title(textwrap.fill(panel.title, 34))
+    place.set_title(textwrap.fill(panel.title, 28))
     place.set_axis_off()
     place.set(xlim=(0, width), ylim=(height, 0))
     if legend and panel.classes:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
 from avl_analysis.figures import palette
 from avl_analysis.figures.draw_plotly.look import (
@@ -87,11 +88,12 @@ def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
         z=panel.values,
         zmin=low,
         zmax=high,
-        colorscale="Cividis",
+        colorscale="Cividis" if panel.value.ticks is None else _flat(len(panel.value.ticks)),
         colorbar=_colour_bar(panel.value),
         customdata=interval_of(panel.low, panel.high),
         hovertemplate=hover_text(panel.x, panel.y, panel.value, interval=panel.low is not None),
-        texttemplate="%{z:.2f}" if panel.annotate else None,
+        text=_names(panel),
+        texttemplate=None if not panel.annotate else "%{text}" if panel.value.ticks is not None else "%{z:.2f}",
         textfont={"size": 10},
         xgap=1 if columns <= 40 else 0,
         ygap=1,
@@ -103,6 +105,20 @@ def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
     plot.update_yaxes(**edge, autorange=None if panel.upward else "reversed", **_index_ticks(panel.y, rows))
     plot.update_layout(height=max(HEIGHT, 110 + 18 * rows))
     return plot
+
+
+def _names(panel: Heat) -> list[list[str]] | None:
+    """Names of the classes in the cells; None if the values are quantities."""
+    if panel.value.ticks is None:
+        return None
+    names = {at: literal(name) for at, name in panel.value.ticks}
+    return [[names.get(float(value), "") for value in row] for row in panel.values]
+
+
+def _flat(count: int) -> list[list[Any]]:
+    """Cividis in as many flat steps as there are classes."""
+    colours = sample_colorscale("Cividis", [i / max(count - 1, 1) for i in range(count)])
+    return [[at / count, colour] for i, colour in enumerate(colours) for at in (i, i + 1)]
 
 
 def _colour_bar(value: Axis) -> dict[str, Any]:
@@ -169,7 +185,8 @@ def _point_trace(points: Points, panel: Scatter, dark: bool) -> go.Scatter:
     error = None
     if points.low is not None and points.high is not None:
         spread = {"array": points.high - points.y, "arrayminus": points.y - points.low}
-        error = {"type": "data", "symmetric": False, "thickness": 1.2, "width": 3, **spread}
+        faint = palette.translucent(style.colour(dark), 0.55)
+        error = {"type": "data", "symmetric": False, "thickness": 1.2, "width": 3, "color": faint, **spread}
     mode = "markers" + ("+lines" if points.joined else "") + ("+text" if points.labels else "")
     return go.Scatter(
         x=points.x,
