@@ -5,7 +5,8 @@
 
 Caption, ocr and count are the tasks with answers of many, some and few tokens. Every option answers the same held-out
 questions; intervals are Wilson's of the accuracy, and bootstrapped ones of the paired difference to the full cache. The
-file has the form of avl_analysis.frontier's. `--dtype bfloat16` runs model and cache in 16 bits.
+file has the form of avl_analysis.frontier's. `--dtype bfloat16` runs model and cache in 16 bits, `--only cold` the full
+cache and options with that word in their names.
 """
 
 from __future__ import annotations
@@ -66,10 +67,10 @@ def options() -> dict[str, avl.Policy]:
     return found
 
 
-def measure(tasks: Sequence[str], samples: int, batch: int, dtype: str) -> list[dict[str, Any]]:
-    """The summary of every option on every task."""
+def measure(tasks: Sequence[str], samples: int, batch: int, dtype: str, only: str) -> list[dict[str, Any]]:
+    """The summary of the full cache, and of every option whose name contains `only`, on every task."""
     vlm = load_model("scenes", dtype=dtype)
-    points = [Entry(name, None, policy) for name, policy in options().items()]
+    points = [Entry(name, None, policy) for name, policy in options().items() if name == "full" or only in name]
     lines = []
     for task in tasks:
         questions = scene_samples(samples, [task], COMPARE_SEED)
@@ -103,15 +104,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=200, help="samples per task")
     parser.add_argument("--batch", type=int, default=100, help="most samples per pass")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--only", default="", help="a word in the names of the options wanted")
     chosen = parser.parse_args(arguments)
     if chosen.show is not None:
         show(read(chosen.show)[1])
         return
     torch.set_num_threads(1)
-    lines = measure(chosen.tasks, chosen.samples, chosen.batch, chosen.dtype)
+    lines = measure(chosen.tasks, chosen.samples, chosen.batch, chosen.dtype, chosen.only)
     command = (
         f"python -m tests.benchmarks.options --out {chosen.out.name} --samples {chosen.samples} --dtype {chosen.dtype} "
-        f"--tasks {' '.join(chosen.tasks)}"
+        f"--tasks {' '.join(chosen.tasks)}{f' --only {chosen.only!r}' if chosen.only else ''}"
     )
     write(chosen.out, lines, {"command": command, "torch": torch.__version__})
     show(lines)
