@@ -182,22 +182,23 @@ def attend_one_row(call: AttentionCall, empty: Tensor | None = None) -> tuple[Te
     return output.reshape(batch, 1, heads, call.value.shape[-1]), weights
 
 
-_COPIED_BYTES = 2**22
+_COPIED_BYTES = 2**24
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """torch.bmm, (n, a, b) x (n, b, c), that does not suffer from views in half precision on CPU.
 
     There, oneDNN takes packed batches only: a view of a larger buffer is copied first, and copies beyond 32 MB are
-    fresh memory in every call, several times slower than the product. In pieces that fit the cache it costs little.
+    fresh memory in every call, several times slower than the product. In equal pieces below that it costs little.
     """
     if left.device.type != "cpu" or left.dtype == torch.float32:
         return torch.bmm(left, right)
-    matrix = max(left[0].numel(), right[0].numel()) * left.element_size()
-    pieces = max(_COPIED_BYTES // matrix, 1)
-    if pieces >= left.shape[0]:
+    size = max(left.numel(), right.numel()) * left.element_size()
+    calls = -(-size // _COPIED_BYTES)
+    if calls <= 1:
         return torch.bmm(left, right)
-    return torch.cat([torch.bmm(*pair) for pair in zip(left.split(pieces), right.split(pieces), strict=True)])
+    each = -(-left.shape[0] // calls)
+    return torch.cat([torch.bmm(*pair) for pair in zip(left.split(each), right.split(each), strict=True)])
 
 
 Attend = Callable[[AttentionCall], Tensor]

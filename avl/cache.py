@@ -411,8 +411,7 @@ class AdaptiveLayer(CacheLayerMixin):
         best = _best(torch.cat([far, core]), len(core))
         enter = best[: len(far)].nonzero()[:, 0] + missing
         leave = (~best[len(far) :]).nonzero()[:, 0] + start
-        for tensor in (self.keys[row, head], self.values[row, head], self.positions[row, head]):
-            _exchange(tensor, enter, leave)
+        _exchange((self.keys[row, head], self.values[row, head], self.positions[row, head]), enter, leave)
         if self.worth is not None:
             self.worth[row, missing : self.far] = far
             self.worth[row, enter] = core[leave - start]
@@ -483,16 +482,17 @@ def _best(scores: Tensor, count: int) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, scores.topk(count).indices, True)
 
 
-def _exchange(tensor: Tensor, one: Tensor, other: Tensor) -> None:
-    """Swap slots one[i] and other[i] of every head of a contiguous (heads, slots, ...) tensor, in place.
+def _exchange(tensors: Sequence[Tensor], one: Tensor, other: Tensor) -> None:
+    """Swap slots one[i] and other[i] of every head of contiguous (heads, slots, ...) tensors, in place.
 
     As rows of one long list: on CPU indices into a middle dimension are followed number by number, these row by row.
     """
-    heads, slots = tensor.shape[:2]
-    first = torch.arange(0, heads * slots, slots, device=tensor.device)[:, None]
-    there, here = ((first + torch.cat(pair)).flatten() for pair in ((one, other), (other, one)))
-    rows = tensor.view(heads * slots, *tensor.shape[2:])
-    rows.index_copy_(0, there, rows.index_select(0, here))
+    heads, slots = tensors[0].shape[:2]
+    first = torch.arange(0, heads * slots, slots, device=one.device)[:, None]
+    there, here = first + torch.cat([one, other]), first + torch.cat([other, one])
+    for tensor in tensors:
+        rows, count = tensor.view(-1, *tensor.shape[2:]), tensor.shape[0]
+        rows.index_copy_(0, there[:count].flatten(), rows.index_select(0, here[:count].flatten()))
 
 
 def _compact(parts: Sequence[Tensor]) -> Sequence[Tensor]:

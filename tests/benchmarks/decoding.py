@@ -60,7 +60,7 @@ class Setting:
     heads: int = 32
     width: int = 128
     grid: int = 24
-    layers: int = 1
+    layers: int = 2
 
     @property
     def tokens(self) -> int:
