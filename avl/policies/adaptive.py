@@ -191,7 +191,7 @@ class AdaptivePolicy(Policy):
         if self.drift is None:
             return None
         cosine = torch.nn.functional.cosine_similarity(before, now, dim=-1).clamp_max(1.0)
-        return (cosine <= self.drift).any(1)
+        return ((cosine <= self.drift) & before.ne(0).any(-1)).any(1)  # no core, no drift
 
     def core_scores(self, weights: Tensor) -> Tensor:
         if self.score == "max" or self.own_cores:

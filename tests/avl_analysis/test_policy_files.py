@@ -60,6 +60,7 @@ def test_what_is_no_policy_is_refused_with_the_reason(text: str, message: str) -
 def test_a_saved_policy_loads_as_it_was(tmp_path: Path) -> None:
     policies = [kind() for kind in POLICIES.values()]
     policies += [avl.AdaptivePolicy(secondary=0.4, core=None, text=None), with_budget(avl.FastVPolicy, 0.3)]
+    policies += [avl.AdaptivePolicy.with_cold_tier(0.3), avl.AdaptivePolicy((0.5, 0.4), 0.3, cold="host", drift=0.9)]
     for policy in policies:
         path = save_policy(policy, tmp_path / "p.json", {"curve": [1, 2]})
         assert load_policy(path) == policy
