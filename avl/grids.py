@@ -15,6 +15,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -239,8 +240,11 @@ def positions(prompt: Prompt) -> Pictures:
 
 
 def anyres(prompt: Prompt) -> Pictures:
-    """LLaVA-NeXT, LLaVA-OneVision: a base grid, then unpadded tiles in one grid, one newline after each of its rows."""
-    base = prompt.patches
+    """LLaVA-NeXT, LLaVA-OneVision: a base grid, then unpadded tiles in one grid, one newline after each of its rows.
+
+    Granite 4 Vision makes fewer tokens of the patches, `downsample_rate` ("1/2") of them along each side.
+    """
+    base = int(prompt.patches * Fraction(getattr(prompt.config, "downsample_rate", 1)))
     done = 0
     while done < prompt.tokens and (size := prompt.take("image_sizes")) is not None:
         height, width = size
@@ -359,6 +363,7 @@ GRIDS: dict[str, Describe] = {
     "llava_next": anyres,
     "llava_next_video": anyres,
     "llava_onevision": anyres,
+    "granite4_vision": anyres,
     "paligemma": fixed,
     "gemma3": fixed,
     "shieldgemma2": fixed,

@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, fields
 import transformers
 
 from avl.families import UnsupportedModelError
+from avl.grids import NO_PLACE
 from avl_analysis.conformance.adapting import check_adapting
 from avl_analysis.conformance.build import Case
 from avl_analysis.conformance.painting import check_places
@@ -85,7 +86,7 @@ def _places(case: Case) -> str:
         return "not checked (no Pillow image processor)"
     found = check_places(case)
     if not found.placed:
-        return "none"
+        return "none" if NO_PLACE in found.assumption else "unknown"
     kind = "assumed square" if found.assumption else "grid"
     if found.wrong and not found.assumption:
         raise Mismatch(f"{found.wrong} image tokens of {case.model_type} do not lie where the picture map says")
