@@ -14,9 +14,10 @@ the attention), what the smallest settings are that would have kept it:
                 every later layer; usually there is none, and the filter stays off
 
 Every choice keeps its curve and says in words why it fell where it fell. Held-out questions then show what the chosen
-numbers catch there, and `compare` what the policy really does to the answers. One number serves all layers, so layers
+numbers catch there, and `compare` what the policy really does to the answers. Where one number serves all layers, they
 are taken together, each with the weight of its attention on the modality in question: a layer that hardly looks at the
-picture does not decide how much of it is kept. Samples whose answer is a single token say nothing about decoding.
+picture does not decide how much of it is kept. With `per_layer`, `secondary` and `core` are read layer by layer
+instead. Samples whose answer is a single token say nothing about decoding.
 """
 
 from __future__ import annotations
@@ -31,6 +32,17 @@ import xarray as xr
 from avl import AdaptivePolicy, FullPolicy
 from avl.families import describe
 from avl.seam import attached
+from avl_analysis.choices import (
+    MAX_REFRESH,
+    SHARES,
+    Choice,
+    core_choice,
+    cores_by_layer,
+    prefill_choice,
+    secondary_by_layer,
+    smallest_choice,
+    text_choice,
+)
 from avl_analysis.comparing import compare
 from avl_analysis.comparison import Comparison
 from avl_analysis.corpus import record_samples
@@ -46,40 +58,8 @@ from avl_analysis.statistics.modality_mass import ModalityMass
 from avl_analysis.statistics.prefill_recall import PrefillMass
 from avl_analysis.text_rule import TextTrace, caught
 
-SHARES = tuple(round(0.05 * i, 2) for i in range(1, 21))
-"""Shares that can be chosen: 5 % to 100 %."""
-MAX_REFRESH = 32
-"""Longest refresh interval that is considered, in decode steps."""
-
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A measured curve with the 95 % interval of its mean over samples.
-
-    Attributes:
-        x: what was varied; name says what it is and in which unit.
-        mean, low, high: (points,), None where nothing could be measured; n samples behind each point.
-    """
-
-    name: str
-    x: tuple[float, ...]
-    mean: tuple[float | None, ...]
-    low: tuple[float | None, ...]
-    high: tuple[float | None, ...]
-    n: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One number of the policy: its value, the curve it was read from, and why, in words."""
-
-    setting: str
-    value: float | int | None
-    reason: str
-    curve: Curve | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +94,15 @@ class Evidence:
 
 
 @dataclass(eq=False)
+class LayerCurves:
+    """The same, layer by layer."""
+
+    secondary: xr.DataArray  # (sample, layer, secondary)
+    core: xr.DataArray  # (sample, layer, core_age, core)
+    weight: xr.DataArray  # (sample, layer): image attention of all decode steps
+
+
+@dataclass(eq=False)
 class Curves:
     """What was recorded of some samples, all layers taken together; dimensions as named."""
 
@@ -121,6 +110,7 @@ class Curves:
     core: xr.DataArray  # (sample, core_age, core)
     text: xr.DataArray  # (sample, share)
     agreement: xr.DataArray | None  # (sample, layer, p)
+    layers: LayerCurves | None = None
 
 
 def calibrate(
@@ -133,6 +123,7 @@ def calibrate(
     batch_size: int = 8,
     prefill: bool = False,
     prefill_layer: int = 2,
+    per_layer: bool = False,
     progress: Progress | None = None,
 ) -> tuple[AdaptivePolicy, Evidence]:
     """Choose A-VL's settings for a model from its own attention.
@@ -146,6 +137,7 @@ def calibrate(
         batch_size: questions per pass.
         prefill: whether to look for a prefill filter too.
         prefill_layer: its layer.
+        per_layer: whether every layer gets a `secondary` and a `core` of its own.
         progress: see `Progress`.
 
     Returns:
@@ -165,7 +157,7 @@ def calibrate(
         )
     layer = prefill_layer if prefill else None
     curves = measure(vlm, samples, max_new_tokens, batch_size, layer, _named(progress, "calibrating"))
-    policy, choices = choose(curves, target, layer)
+    policy, choices = choose(curves, target, layer, per_layer=per_layer)
     fresh = measure(vlm, held_out, max_new_tokens, batch_size, layer, _named(progress, "verifying"))
     comparison = compare(
         vlm,
@@ -251,6 +243,7 @@ def from_recording(recording: Recording, text: np.ndarray) -> Curves:
         _together(hits, weight),
         xr.DataArray(text, dims=("sample", "share"), coords=labels),
         agreement,
+        LayerCurves(shares, hits, weight),
     )
 
 
@@ -264,7 +257,9 @@ def _together(values: xr.DataArray, weight: xr.DataArray) -> xr.DataArray:
 # -- choosing ----------------------------------------------------------------------------------------------------
 
 
-def choose(curves: Curves, target: float, prefill_layer: int | None = None) -> tuple[AdaptivePolicy, list[Choice]]:
+def choose(
+    curves: Curves, target: float, prefill_layer: int | None = None, *, per_layer: bool = False
+) -> tuple[AdaptivePolicy, list[Choice]]:
     """The policy whose settings are the smallest that keep `target`, and the reason for each.
 
     Raises:
@@ -275,126 +270,36 @@ def choose(curves: Curves, target: float, prefill_layer: int | None = None) -> t
             f"{usable} of the samples have a picture and an answer of at least two tokens; only decode steps can be "
             "calibrated, and an interval needs two samples: ask questions with longer answers, such as descriptions"
         )
-    secondary = _smallest(curves.secondary, "secondary", target, "image attention of the decode steps")
-    assert secondary.value is not None
-    core, refresh = _core(curves.core, float(secondary.value), target)
-    text = _text(curves.text, target)
-    chosen = {c.setting: c.value for c in (secondary, core, refresh, text)}
-    choices = [secondary, core, refresh, text]
+    text = text_choice(curves.text, target)
+    if per_layer:
+        chosen, choices = _choose_by_layer(curves, target)
+    else:
+        secondary = smallest_choice(curves.secondary, "secondary", target, "image attention of the decode steps")
+        assert secondary.value is not None
+        core, refresh = core_choice(curves.core, float(secondary.value), target)
+        choices = [secondary, core, refresh]
+        chosen = {choice.setting: choice.value for choice in choices}
+    chosen["text"] = text.value
+    choices.append(text)
     if prefill_layer is not None and curves.agreement is not None:
-        filter_ = _prefill(curves.agreement, target, prefill_layer, float(secondary.value))
+        held = chosen["secondary"]
+        least = max(held) if isinstance(held, tuple) else float(held)
+        filter_ = prefill_choice(curves.agreement, target, prefill_layer, least)
         chosen |= {"prefill": filter_.value, "prefill_layer": prefill_layer}
         choices.append(filter_)
-    return AdaptivePolicy(**chosen), choices  # type: ignore[arg-type]
+    return AdaptivePolicy(**chosen), choices
 
 
-def _smallest(values: xr.DataArray, setting: str, target: float, what: str) -> Choice:
-    """The smallest share whose lower bound reaches the target."""
-    dim = str(values.dims[-1])
-    curve = curve_of(values, dim, f"share of the {what} that is caught, by {setting}")
-    everything = len(curve.x) - 1  # catches all of it, whatever the rounding
-    index = next((i for i, low in enumerate(curve.low) if low is not None and low >= target), everything)
-    return Choice(setting, curve.x[index], _because(curve, index, setting, target, what), curve)
-
-
-def _because(curve: Curve, index: int, setting: str, target: float, what: str) -> str:
-    words = (
-        f"{setting} = {curve.x[index]:g} is the smallest share that keeps {target:.0%} of the {what}: "
-        f"{_words(curve, index)}"
-    )
-    return words + (f"; at {curve.x[index - 1]:g} it is {_words(curve, index - 1)}" if index else "")
-
-
-def _words(curve: Curve, index: int) -> str:
-    mean, low, high = curve.mean[index], curve.low[index], curve.high[index]
-    if mean is None or low is None or high is None:
-        return "not measured"
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}], {curve.n[index]} samples"
-
-
-def _core(values: xr.DataArray, secondary: float, target: float) -> tuple[Choice, Choice]:
-    """Core and refresh interval that read fewest keys per step.
-
-    With an interval of K a core is used 1 to K - 1 steps after it was chosen; every K-th step reads all that is held.
-    """
-    values = values.transpose("sample", "core_age", "core")
-    mean, low, high, n = mean_intervals(values.values)
-    shares = [float(share) for share in values["core"].values]
-    ages = [float(age) for age in values["core_age"].values]
-    best: tuple[float, int, int] | None = None
-    for c, share in enumerate(shares):
-        if share > secondary + 1e-9:
-            break
-        for interval in range(2, len(values["core_age"]) + 1):
-            if not low[interval - 1, c] >= target:
-                break
-            read = (secondary + (interval - 1) * share) / interval
-            if best is None or read < best[0] - 1e-9 or (abs(read - best[0]) <= 1e-9 and interval > best[1]):
-                best = (read, interval, c)
-    if best is None or best[0] >= secondary - 1e-9:
-        reason = (
-            f"no core among the {secondary:g} held catches {target:.0%} of the image attention one step after it was "
-            "chosen, or none reads fewer keys: every step attends to all that is held"
-        )
-        return Choice("core", None, reason), Choice("refresh_every", 0, reason)
-    read, interval, c = best
-    by_age = f"share of the image attention on a core of {shares[c]:g}, by steps since it was chosen"
-    aged = _curve(by_age, ages, mean[:, c], low[:, c], high[:, c], n[:, c])
-    by_size = f"share of the image attention on a core chosen {interval - 1} steps ago, by its size"
-    sized = _curve(by_size, shares, *(part[interval - 1] for part in (mean, low, high, n)))
-    caught_last = f"catches {_words(sized, c)} of the image attention when it is oldest, {interval - 1} steps"
-    why = f"reads {read:.2f} of the image tokens per step on average, fewest of all pairs that keep {target:.0%}"
-    return (
-        Choice(
-            "core", shares[c], f"core = {shares[c]:g} with refresh_every = {interval} {why}; it {caught_last}", sized
-        ),
-        Choice("refresh_every", interval, f"refresh_every = {interval} with core = {shares[c]:g} {why}", aged),
-    )
-
-
-def _text(values: xr.DataArray, target: float) -> Choice:
-    what = "text attention of the decode steps"
-    curve = curve_of(values, "share", f"share of the {what} that is caught, by text")
-    acting = [i for i, count in enumerate(curve.n) if count > 1]
-    if not acting:
-        reason = "the rule stays off: texts were too short for it to drop a key (20 are always held), or too few"
-        return Choice("text", None, reason, curve)
-    for index in acting:
-        low = curve.low[index]
-        if low is not None and low >= target:
-            return Choice("text", curve.x[index], _because(curve, index, "text", target, what), curve)
-    last = acting[-1]
-    reason = f"the rule stays off: at {curve.x[last]:g} it catches {_words(curve, last)}, less than {target:.0%}"
-    return Choice("text", None, reason, curve)
-
-
-def _prefill(agreement: xr.DataArray, target: float, layer: int, secondary: float) -> Choice:
-    worst = agreement.min("layer")
-    curve = curve_of(worst, "p", f"overlap of layer {layer}'s best image tokens with the least agreeing later layer's")
-    for index, share in enumerate(curve.x):
-        low = curve.low[index]
-        if low is not None and low >= target and secondary - 1e-9 <= share < 1:
-            return Choice("prefill", share, _because(curve, index, "prefill", target, "ranking of later layers"), curve)
-    index = max((i for i, share in enumerate(curve.x) if share < 1), key=lambda i: curve.mean[i] or 0.0)
-    reason = (
-        f"the filter stays off: the best image tokens of layer {layer} are not those of every later layer; they "
-        f"overlap by {_words(curve, index)} at {curve.x[index]:g} (chance: {curve.x[index]:g}), less than {target:.0%}"
-    )
-    return Choice("prefill", None, reason, curve)
-
-
-def curve_of(values: xr.DataArray, dim: str, name: str) -> Curve:
-    """Mean over samples along `dim`, with intervals."""
-    x = [float(label) for label in values[dim].values]
-    return _curve(name, x, *mean_intervals(values.transpose("sample", dim).values))
-
-
-def _curve(name: str, x: Sequence[float], mean: np.ndarray, low: np.ndarray, high: np.ndarray, n: np.ndarray) -> Curve:
-    return Curve(name, tuple(x), _tuple(mean), _tuple(low), _tuple(high), tuple(int(count) for count in n))
-
-
-def _tuple(values: np.ndarray) -> tuple[float | None, ...]:
-    return tuple(round(float(value), 6) if np.isfinite(value) else None for value in values)
+def _choose_by_layer(curves: Curves, target: float) -> tuple[dict[str, Any], list[Choice]]:
+    """`secondary`, `core` and `refresh_every`, the first two as one number per layer."""
+    if curves.layers is None:
+        raise InputError("these curves are of all layers together; measure them by layer to choose by layer")
+    secondary = secondary_by_layer(curves.layers.secondary, target)
+    held = tuple(float(choice.value or 0) for choice in secondary)
+    cores, refresh = cores_by_layer(curves.layers.core, held, target)
+    sizes = None if refresh.value == 0 else tuple(float(choice.value or 0) for choice in cores)
+    chosen = {"secondary": held, "core": sizes, "refresh_every": refresh.value}
+    return chosen, [*secondary, *cores, refresh]
 
 
 # -- verifying ---------------------------------------------------------------------------------------------------
@@ -404,9 +309,9 @@ def kept(curves: Curves, policy: AdaptivePolicy) -> dict[str, dict[str, float | 
     """What a policy's numbers catch of the attention of these samples under the full cache, by setting."""
     found: dict[str, xr.DataArray] = {}
     if policy.secondary is not None:
-        found["secondary"] = curves.secondary.sel(secondary=policy.secondary)
+        found["secondary"] = _at(curves, "secondary", policy.secondary)
     if policy.core is not None and policy.refresh_every > 1:
-        found["core"] = curves.core.sel(core=policy.core, core_age=policy.refresh_every - 1)
+        found["core"] = _at(curves, "core", policy.core).sel(core_age=policy.refresh_every - 1)
     if policy.text is not None:
         found["text"] = curves.text.sel(share=policy.text)
     estimates: dict[str, dict[str, float | int | None]] = {}
@@ -414,6 +319,16 @@ def kept(curves: Curves, policy: AdaptivePolicy) -> dict[str, dict[str, float | 
         mean, low, high, n = mean_intervals(values.values)
         estimates[setting] = {"mean": _plain(mean), "low": _plain(low), "high": _plain(high), "n": int(n)}
     return estimates
+
+
+def _at(curves: Curves, setting: str, value: float | tuple[float, ...]) -> xr.DataArray:
+    """What one share of a setting catches, or one share per layer, all layers taken together."""
+    if not isinstance(value, tuple):
+        return getattr(curves, setting).sel({setting: value})
+    layers = curves.layers
+    assert layers is not None
+    own = xr.DataArray(list(value), dims="layer", coords={"layer": layers.weight["layer"]})
+    return _together(getattr(layers, setting).sel({setting: own}), layers.weight)
 
 
 def _measured(comparison: Comparison) -> dict[str, dict[str, float | int | None]]:

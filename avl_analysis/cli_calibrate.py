@@ -37,6 +37,9 @@ def calibrate(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per pass.")] = 8,
     prefill: Annotated[bool, typer.Option("--prefill", help="Look for a prefill filter too.")] = False,
     prefill_layer: Annotated[int, typer.Option(help="Layer after which the filter would act.")] = 2,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Give every layer a share to hold and a core of its own.")
+    ] = False,
     dtype: Dtype = None,
     device: Device = None,
     attention: Attention = "sdpa",
@@ -64,6 +67,7 @@ def calibrate(
             batch_size=batch_size,
             prefill=prefill,
             prefill_layer=prefill_layer,
+            per_layer=per_layer,
             progress=lambda what, done, total: advance(done, total, what),
         )
     save_policy(policy, out, evidence.to_dict())
@@ -73,7 +77,8 @@ def calibrate(
 def _show(policy: AdaptivePolicy, evidence: Evidence, out: Path) -> None:
     console = Console()
     for choice in evidence.choices:
-        line = f"{choice.setting} = {choice.value}: {choice.reason}"
+        where = f" in {choice.place}" if choice.place else ""
+        line = f"{choice.setting} = {choice.value}{where}: {choice.reason}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     table = Table("kept of", "mean on held-out questions", "95 % interval", box=None, pad_edge=False)
     for setting, entry in evidence.kept.items():
@@ -86,6 +91,11 @@ def _show(policy: AdaptivePolicy, evidence: Evidence, out: Path) -> None:
     console.print(
         f"target {evidence.target:g} on {len(evidence.held_out)} held-out questions: {verdict}", highlight=False
     )
+    shown = ("correct", "agreement", "kl", "kv_filled_share")
+    for metric, entry in ((name, evidence.measured[name]) for name in shown if name in evidence.measured):
+        if entry["mean"] is not None:
+            bounds = f" [{entry['low']:.3f}, {entry['high']:.3f}]" if entry["low"] is not None else ""
+            console.print(f"{metric} on them: {entry['mean']:.3f}{bounds}", markup=False, highlight=False)
     console.print(
         f"{policy}\nin {out}; try it with: avl compare -p {out}", markup=False, highlight=False, soft_wrap=True
     )

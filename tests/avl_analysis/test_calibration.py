@@ -7,7 +7,8 @@ import pytest
 import xarray as xr
 
 import avl
-from avl_analysis.calibration import MAX_REFRESH, SHARES, Curves, calibrate, choose, kept, measure
+from avl_analysis.calibration import Curves, LayerCurves, calibrate, choose, kept, measure
+from avl_analysis.choices import MAX_REFRESH, SHARES
 from avl_analysis.corpus import record_samples
 from avl_analysis.errors import InputError
 from avl_analysis.intervals import mean_interval, mean_intervals
@@ -97,6 +98,75 @@ def test_a_core_is_never_larger_than_what_is_held() -> None:
     core[:, np.array(SHARES) >= 0.799] = 0.98
     policy, _ = choose(_curves(secondary=_reached(0.4), core=core), 0.95)
     assert policy.core is None
+
+
+def _layered(secondary: list[np.ndarray], core: list[np.ndarray], weight: list[float]) -> Curves:
+    """Curves of several layers around the given ones, and of all of them together."""
+    labels = {"sample": list("abc"), "layer": list(range(len(secondary)))}
+
+    def spread(values: list[np.ndarray]) -> np.ndarray:
+        return np.stack([np.clip(np.stack(values) + noise, 0, 1) for noise in NOISE])
+
+    layers = LayerCurves(
+        xr.DataArray(
+            spread(secondary), dims=("sample", "layer", "secondary"), coords={**labels, "secondary": list(SHARES)}
+        ),
+        xr.DataArray(
+            spread(core), dims=("sample", "layer", "core_age", "core"),
+            coords={**labels, "core_age": range(MAX_REFRESH), "core": list(SHARES)},
+        ),
+        xr.DataArray(np.tile(weight, (3, 1)), dims=("sample", "layer"), coords=labels),
+    )  # fmt: skip
+    together = _curves()
+    together.layers = layers
+    return together
+
+
+def _lasting(share: float, steps: int) -> np.ndarray:
+    """Cores of this size and larger are good until they are `steps` old."""
+    core = np.full((MAX_REFRESH, 20), 0.5)
+    core[: steps + 1, np.array(SHARES) >= share - 1e-9] = 0.98
+    return core
+
+
+def test_every_layer_gets_the_share_and_core_it_needs() -> None:
+    curves = _layered([_reached(0.3), _reached(0.8)], [_lasting(0.1, 9), _lasting(0.4, 4)], [1.0, 3.0])
+    policy, choices = choose(curves, 0.95, per_layer=True)
+    assert policy.secondary == (0.3, 0.8)
+    # K = 5: (0.55 + 4 * 0.25) / 5 = 0.31; K = 10 with the second layer whole: (0.55 + 9 * 0.45) / 10 = 0.46
+    assert (policy.core, policy.refresh_every) == ((0.1, 0.4), 5)
+    assert [(c.setting, c.place) for c in choices[:4]] == [
+        ("secondary", "layer 0"), ("secondary", "layer 1"), ("core", "layer 0"), ("core", "layer 1")
+    ]  # fmt: skip
+    assert "reads 0.31 of the image tokens" in choices[4].reason
+    found = kept(curves, policy)
+    assert found["secondary"]["mean"] == pytest.approx(0.98, abs=0.011)
+    lopsided = avl.AdaptivePolicy(secondary=(0.3, 0.5), core=(0.1, 0.1), refresh_every=5, text=None)
+    assert kept(curves, lopsided)["secondary"]["mean"] == pytest.approx((0.98 + 3 * 0.5) / 4, abs=0.01)
+    assert kept(curves, lopsided)["core"]["mean"] == pytest.approx((0.98 + 3 * 0.5) / 4, abs=0.01)
+
+
+def test_a_layer_whose_cores_age_too_fast_attends_to_all_it_holds() -> None:
+    curves = _layered([_reached(0.5), _reached(0.5)], [_lasting(0.1, 31), _lasting(0.5, 0)], [1.0, 1.0])
+    policy, choices = choose(curves, 0.95, per_layer=True)
+    assert policy.core == (0.1, 0.5)
+    assert policy.refresh_every == MAX_REFRESH
+    assert "attends to all it holds" in choices[3].reason
+    neither = _layered([_reached(0.5)] * 2, [_lasting(0.5, 0)] * 2, [1.0, 1.0])
+    assert (choose(neither, 0.95, per_layer=True)[0].core, choose(neither, 0.95, per_layer=True)[0].refresh_every) == (
+        None, 0
+    )  # fmt: skip
+    with pytest.raises(InputError, match="of all layers together"):
+        choose(_curves(), 0.95, per_layer=True)
+
+
+def test_a_model_is_calibrated_layer_by_layer(vlm: VLM) -> None:
+    policy, evidence = calibrate(vlm, shared.questions(9), 0.8, max_new_tokens=5, per_layer=True)
+    assert isinstance(policy.secondary, tuple)
+    assert len(policy.secondary) == 2
+    assert [c.setting for c in evidence.choices] == ["secondary"] * 2 + ["core"] * 2 + ["refresh_every", "text"]
+    assert evidence.kept["secondary"]["n"] == 3
+    assert evidence.measured["kv_filled_share"]["mean"] <= 1
 
 
 def test_text_is_read_from_its_curve_and_stays_off_where_nothing_is_known() -> None:
