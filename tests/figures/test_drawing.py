@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avl_analysis.figures import draw_matplotlib, draw_plotly, palette
+from avl_analysis.figures import Axis, Line, Lines, draw_matplotlib, draw_plotly, palette
 from avl_analysis.figures.pictures import dimmed
 from tests.figures import specs
 
@@ -199,3 +199,18 @@ def test_pages_are_bound_into_one_document(tmp_path):
     pages += draw_matplotlib.figure_pages(specs.figure("f", specs.overlay(), specs.overlay("b"), columns=2))
     path = draw_matplotlib.save_document(pages, tmp_path / "a.pdf", title="A report")
     assert path.read_bytes().count(b"/Type /Page ") == 2
+
+
+def test_bars_side_by_side_are_filled_on_screen():
+    plot = draw_plotly.draw(specs.bars())
+    assert len(plot.data) > 1
+    for bar in plot.data:
+        assert bar.marker.pattern.bgcolor == bar.marker.color  # a pattern without it would be white on nothing
+
+
+def test_a_logarithmic_axis_without_limits_gets_plain_ticks_on_screen():
+    curve = Lines(Axis("age", "tokens", log=True), Axis("weight", "share", log=True),
+                  (Line("one", np.array([1.0, 2, 40]), np.array([0.5, 0.02, np.nan])),))  # fmt: skip
+    plot = draw_plotly.draw(curve)
+    assert list(plot.layout.xaxis.ticktext) == ["1", "2", "5", "10", "20", "50"]
+    assert list(plot.layout.yaxis.ticktext) == ["0.02", "0.05", "0.1", "0.2", "0.5"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,11 +45,20 @@ def draw_lines(panel: Lines, theme: Theme, dark: bool) -> go.Figure:
                 hovertemplate=hover_text(panel.x, panel.y, interval=line.low is not None),
             )
         )
-    frame(plot, panel.x, panel.y, theme, panel.rules)
+    x, y = _bounded(panel.x, [line.x for line in panel.lines]), _bounded(panel.y, [line.y for line in panel.lines])
+    frame(plot, x, y, theme, panel.rules)
     if panel.x.counted:
         plot.update_xaxes(**whole_ticks([line.x for line in panel.lines]))
     plot.update_layout(showlegend=len(panel.lines) > 1)
     return plot
+
+
+def _bounded(axis: Axis, values: Sequence[Array]) -> Axis:
+    """A logarithmic axis with limits a little beyond its values: plotly's own ticks crowd between powers of ten."""
+    known = np.concatenate([v[np.isfinite(v) & (v > 0)] for v in values])
+    if not axis.log or axis.limits is not None or not known.size:
+        return axis
+    return replace(axis, limits=(float(known.min()) / 1.25, float(known.max()) * 1.25))
 
 
 def line_look(line: Line, theme: Theme, dark: bool) -> dict[str, Any]:
@@ -150,12 +161,13 @@ def draw_bars(panel: Bars, theme: Theme, dark: bool) -> go.Figure:
                 "width": 3,
             }
         shape = ("", "/", ".", "x")[number % 4] if len(panel.bars) > 1 else ""
+        colour = palette.style(bar.slot).colour(dark)
         along, across = ("x", "y") if panel.horizontal else ("y", "x")
         hover = f"%{{{across}}}<br>{literal(panel.value.label)}: %{{{along}:.4g}}{range_text(bar.low is not None)}"
         trace = go.Bar(
             name=literal(bar.name),
             orientation="h" if panel.horizontal else "v",
-            marker={"color": palette.style(bar.slot).colour(dark), "pattern": {"shape": shape, "fgcolor": theme.paper}},
+            marker={"color": colour, "pattern": {"shape": shape, "bgcolor": colour, "fgcolor": theme.paper}},
             customdata=interval_of(bar.low, bar.high),
             hovertemplate=hover + "<extra>%{fullData.name}</extra>",
         )

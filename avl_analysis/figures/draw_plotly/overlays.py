@@ -110,7 +110,7 @@ def draw_animation(panel: Animation, theme: Theme) -> go.Figure:
     plot.update_layout(
         height=430,
         margin={"l": 4, "r": 4, "t": 44, "b": 90},
-        title={"text": literal(panel.frames[0].title), "font": {"size": 13}},
+        title={"text": literal(panel.frames[0].title), "font": {"size": 13}, "x": 0.01, "xanchor": "left"},
         updatemenus=[{"type": "buttons", "direction": "left", "buttons": buttons, "x": 0, "y": -0.04, "xanchor": "left",
                       "yanchor": "top", "font": colour, "bgcolor": CLEAR, "bordercolor": theme.muted}],
         sliders=[{"steps": steps, "x": 0.32, "len": 0.68, "y": -0.02, "pad": {"t": 0}, "font": colour,
