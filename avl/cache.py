@@ -260,6 +260,8 @@ class AdaptiveLayer(CacheLayerMixin):
 
     def core_positions(self) -> Tensor:
         """(batch, heads, most) positions of each row's core, -1 in front where a row has fewer."""
+        if len(set(self.cores)) == 1:
+            return self.positions[:, : self.core_heads, slice(*self.cores[0])].clone()
         index = self._core_slots()[:, None].expand(-1, self.core_heads, -1)
         return self.positions[:, : self.core_heads].gather(2, index.clamp_min(0)).masked_fill(index < 0, -1)
 
