@@ -31,6 +31,7 @@ HOST, PLAIN = "host", 16
 
 _NONE = torch.iinfo(torch.int32).max  # where a row has fewer image keys; sorts behind all positions
 _LARGEST = torch.finfo(torch.float16).max
+_BLOCK = 64  # keys decoded at once; what lies between codes and numbers stays in the processor's cache
 
 
 @dataclass(eq=False)
@@ -121,7 +122,15 @@ class ColdTier:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all slots, (batch, heads, n, width), in the model's precision; empty slots are finite."""
-        return self._decode([part.to(self.device) for part in self.moving], self.groups, self.limits)
+        moving = [part.to(self.device) for part in self.moving]
+        if self.limits is None:
+            return moving[0], moving[1]
+        keys, values = (moving[0].new_empty(*moving[0].shape[:3], width, dtype=self.dtype) for width in self.widths)
+        for start in range(0, self.width, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            stored = [part[:, :, block] for part in moving]
+            keys[:, :, block], values[:, :, block] = self._decode(stored, self.groups[..., block], self.limits)
+        return keys, values
 
     def take(self, row: int, head: slice, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values in some slots of a row, (heads, n, width).
