@@ -16,7 +16,7 @@ from app.page import plain, problem
 from app.uploads import from_bytes
 from avl_analysis import policy_files
 from avl_analysis.errors import InputError
-from avl_analysis.policy_files import load_policy, named_policy
+from avl_analysis.policy_files import load_evidence, load_policy, named_policy
 
 PRESETS: Mapping[str, tuple[str, avl.AdaptivePolicy]] = {
     "paper": ("the paper's setting", avl.AdaptivePolicy()),
@@ -199,9 +199,13 @@ def from_file() -> avl.Policy | None:
         return None
     try:
         policy = from_bytes(load_policy, sent.getvalue(), "policy.json")
+        evidence = from_bytes(load_evidence, sent.getvalue(), "policy.json")
     except InputError as error:
         problem(error)
         return None
     st.code(repr(policy), language=None)
+    if evidence:
+        with st.expander("What it was chosen by"):
+            st.json(evidence)
     st.session_state["sent_policy"] = policy
     return policy

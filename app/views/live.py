@@ -34,10 +34,9 @@ def show(context: Context) -> None:
     }
     _table(answers, off)
     if off:
+        _patches(context, observe(context), {name: answers[name] for name in off})
         _fidelity(full, off)
         _curves(answers, off)
-        seen = observe(context)
-        _patches(context, seen, {name: answers[name] for name in off})
 
 
 def _answers(context: Context, chosen: dict[str, avl.Policy]) -> dict[str, Answer]:
@@ -118,6 +117,9 @@ def _table(answers: dict[str, Answer], off: dict[str, Disagreement]) -> None:
         "Times are single runs on this machine, one policy after the other; on a small model a policy's own work "
         "outweighs what it saves. Agreement and KL(full || policy): fed the full cache's answer, mean over tokens."
     )
+    for name, said in answers.items():
+        if said.usage is not None and said.usage.host:
+            st.caption(f"{plain(name)} also holds {said.usage.host:,} bytes in host memory.")
 
 
 def _first_difference(said: Answer, full: Answer) -> str:

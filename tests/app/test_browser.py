@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
 
 LONG = 300_000
 """Milliseconds anything may take; the machine may be busy with other tests."""
+
+NASTY = "<img src=x onerror=alert(1)> [a](javascript:alert(1)) **b** $c$ :red[d] <script>alert(1)</script>"
+NASTY_LINK = urllib.parse.urlencode(
+    {"task": "own question", "prompt": NASTY, "longest": "4", "more": "<img src=x onerror=alert(1)>"}
+)
+FOREIGN = "img[src=x], a[href^='javascript'], h1 b, h3 strong"
+"""What NASTY would become if it were taken for markup."""
 
 pytestmark = [
     pytest.mark.browser,
@@ -48,9 +56,15 @@ class Visitor:
         self.context = browser.new_context(viewport={"width": 1400, "height": 1000}, accept_downloads=True)
         self.context.set_default_timeout(LONG)
         self.page, self.address, self.complaints = self.context.new_page(), address, []
+        self.dialogs = 0
+        self.page.on("dialog", self._dialog)
         self.page.on("console", lambda m: self.complaints.append(m.text) if m.type == "error" else None)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("requestfailed", self._failed)
+
+    def _dialog(self, dialog: Any) -> None:
+        self.dialogs += 1
+        dialog.dismiss()
 
     def _failed(self, request: Any) -> None:
         if request.failure != "net::ERR_ABORTED":  # what is under way when the test opens another link is dropped
@@ -147,8 +161,9 @@ def test_a_vl_is_toggled_and_its_patches_are_played(visitor: Visitor) -> None:
     page.locator(".st-key-playing label").first.click()
 
 
-def test_a_report_is_built_and_downloaded(visitor: Visitor, tmp_path: Path) -> None:
-    page = visitor.go("view=report&task=ocr", "Build the report").page
+def test_a_report_is_built_previewed_and_downloaded(visitor: Visitor, tmp_path: Path) -> None:
+    page = visitor.go(f"view=report&{NASTY_LINK}", "Build the report").page
+    page.get_by_label("Title").fill(NASTY)
     page.get_by_role("button", name="Build the report").click()
     page.wait_for_selector("text=Page (HTML)", timeout=3 * LONG)
     settled(page, LONG)
@@ -157,8 +172,19 @@ def test_a_report_is_built_and_downloaded(visitor: Visitor, tmp_path: Path) -> N
             page.get_by_role("button", name=button).click()
         download.value.save_as(tmp_path / "report")
         assert (tmp_path / "report").read_bytes().lstrip()[:15].lower().startswith(start)
-    preview = page.frame_locator("iframe").first
-    preview.locator("h1").first.wait_for()
+    page.frame_locator("iframe").first.locator("h1", has_text="onerror").wait_for()
+    assert sum(frame.locator(FOREIGN).count() for frame in page.frames) == 0
+    assert visitor.dialogs == 0
+
+
+def test_a_question_is_shown_as_it_was_written_everywhere(visitor: Visitor) -> None:
+    page = visitor.page
+    ends = {"ask": "The words it looked at", "heads": "Compare with", "live": "What happens to every patch"}
+    for view, text in ends.items():
+        visitor.go(f"view={view}&{NASTY_LINK}", text)
+        assert view != "ask" or NASTY in page.inner_text("body")
+        assert page.locator(FOREIGN).count() == 0
+    assert visitor.dialogs == 0
 
 
 def test_a_comparison_is_cancelled_and_the_model_is_free_again(visitor: Visitor) -> None:

@@ -197,6 +197,14 @@ def test_a_defect_is_one_sentence_and_goes_to_the_log(
     assert "secret path" in caplog.text
 
 
+def test_a_model_that_cannot_be_followed_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(context: Any) -> None:
+        raise avl.UnsupportedModelError("keys of several layers are shared <b>")
+
+    monkeypatch.setattr("app.views.ask.show", refuse)
+    assert errors(page(**ONE_WORD)) == [r"keys of several layers are shared \<b\>"]
+
+
 # -- heads ------------------------------------------------------------------------------------------
 
 
@@ -402,6 +410,10 @@ def test_policy_files_are_read_and_foreign_ones_refused() -> None:
     test.file_uploader(key="policy").set_value(("p.json", json.dumps(good).encode(), "application/json")).run()
     assert errors(test) == []
     assert "core=0.1" in test.code[0].value
+    assert not test.json
+    known = {**good, "evidence": {"target": 0.95}}
+    test.file_uploader(key="policy").set_value(("p.json", json.dumps(known).encode(), "application/json")).run()
+    assert json.loads(test.json[0].value) == {"target": 0.95}
     evil = {**good, "policy": "os.system"}
     test.file_uploader(key="policy").set_value(("p.json", json.dumps(evil).encode(), "application/json")).run()
     assert len(errors(test)) == 1
