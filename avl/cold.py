@@ -1,8 +1,8 @@
 """Image keys kept cheaply, in a few bits or in host memory, where a step that reads everything finds them.
 
-Quantised as in KIVI (Liu et al., ICML 2024, arXiv 2402.02750): keys per channel, because some channels of keys are large
-in all tokens; values per token. That a vision-language model's less salient tokens bear fewest bits is AKVQ-VL's point
-(arXiv 2501.15021, which rotates outliers away first; that is not done here). A number is stored as
+Quantised as in KIVI (Liu et al., ICML 2024, arXiv 2402.02750): keys per channel, because some channels of keys are
+large in all tokens; values per token. That the less salient tokens of a vision-language model bear few bits is
+AKVQ-VL's point (arXiv 2501.15021, which rotates outliers away first; that is not done here). A number is stored as
 `round((x - low) / step)` in `bits` bits with one `low` and one `step`, in half precision, per group. A group of keys is
 `KEY_GROUP` consecutive image tokens of one channel; a group of values is `VALUE_GROUP` channels of one token (all
 channels where that does not divide them). KIVI takes 32 and 32; longer key groups cost less and lost nothing measurable
