@@ -44,7 +44,8 @@ def _token(strip: Strip, at: int, dark: bool) -> str:
     share = float(np.clip((value - low) / (high - low), 0, 1)) if known else 0.0
     style = _BOX + f"background:{palette.translucent(palette.style(strip.slot).colour(dark), 0.75 * share)};"
     if share > 0.5:
-        style += f"text-decoration:underline;text-decoration-color:{theme.ink};"
+        style += f"color:{palette.LIGHT.ink};" if dark else ""  # the dark theme's colours are light
+        style += "text-decoration:underline;text-decoration-color:currentColor;"
     if at == strip.marked:
         style += f"outline:2px solid {theme.ink};"
     if at in strip.notes:
@@ -55,5 +56,5 @@ def _token(strip: Strip, at: int, dark: bool) -> str:
     shown = _SPECIAL.get(text) or escape(text.strip() or "␣").replace("\n", "↵")
     note = ""
     if at in strip.notes:
-        note = f'<span style="color:{theme.muted};font-size:0.8rem">→{escape(strip.notes[at])}</span>'
+        note = f'<span style="color:{theme.muted};font-size:0.8rem;margin-left:3px">→{escape(strip.notes[at])}</span>'
     return f'<span title="{escape(said, quote=True)}" style="{style}">{shown}</span>{note} '

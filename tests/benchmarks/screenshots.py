@@ -29,7 +29,7 @@ PRESSED = {
     "report": ("Build the report", "Page (HTML)"),
 }
 """What is pressed before the picture is taken, and the text that then appears."""
-WIDTH, TALLEST, COLOURS = 1360, 2600, 256
+WIDTH, COLOURS = 1360, 256
 
 
 def main() -> None:
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("views", nargs="*", default=list(LINKS), help=f"of {', '.join(LINKS)}; default: all")
     parser.add_argument("--themes", nargs="+", default=["light", "dark"], choices=["light", "dark"])
     parser.add_argument("--address", default="", help="further parameters of every link, e.g. scene=3")
+    parser.add_argument("--tallest", type=int, default=2600, help="pixels after which a page is cut off")
     parser.add_argument("--unpressed", action="store_true", help="as a view opens, without comparing or building")
     given = parser.parse_args()
     if chromium() is None:
@@ -57,11 +58,11 @@ def main() -> None:
                     button, text = PRESSED[view]
                     page.get_by_role("button", name=button).click()
                     page.wait_for_selector(f"text={text}", timeout=600_000)
-                print(photograph(page, given.folder / f"{view}_{theme}.png"), flush=True)
+                print(photograph(page, given.folder / f"{view}_{theme}.png", given.tallest), flush=True)
         browser.close()
 
 
-def photograph(page: Any, path: Path) -> Path:
+def photograph(page: Any, path: Path, tallest: int) -> Path:
     """The whole page as a PNG with a palette, which keeps it small."""
     settled(page)
     page.mouse.move(WIDTH - 8, 8)  # no tooltip of what was pressed
@@ -69,7 +70,7 @@ def photograph(page: Any, path: Path) -> Path:
     if page.locator('[data-testid="stAlertContentError"]').count():
         raise SystemExit(f"{path.stem} shows an error: {page.inner_text('[data-testid=stAlertContentError]')}")
     height = page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight")
-    page.set_viewport_size({"width": WIDTH, "height": min(max(height, 760), TALLEST)})
+    page.set_viewport_size({"width": WIDTH, "height": min(max(height, 760), tallest)})
     page.wait_for_timeout(800)
     page.screenshot(path=path)
     page.set_viewport_size({"width": WIDTH, "height": 900})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from avl_analysis.figures import draw_html, draw_plotly, looks
+from avl_analysis.figures import draw_html, draw_plotly, looks, palette
 from avl_analysis.figures.clickable import with_cells, with_opacity
 from avl_analysis.figures.spec import Axis
 from avl_analysis.figures.strip import Span, Strip
@@ -43,6 +43,32 @@ def test_a_strip_says_what_was_not_read() -> None:
     drawn = draw_html.draw(strip())
     assert drawn.count('title="not read"') == 1
     assert 'title="attention: 0.3000"' in drawn
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_fidelity_frames_the_tokens_for_which_a_policy_prefers_another(dark: bool) -> None:
+    shown = looks.fidelity_strip("A-VL", (" red", " <b>"), np.array([0.2, 5.0, 0.0]), {1: "</b>", 2: "(end)"})
+    assert shown.tokens == (" red", " <b>")  # the end of the answer is no word
+    assert dict(shown.notes) == {1: "</b>"}
+    drawn = draw_html.draw(shown, dark=dark)
+    assert drawn.count("dashed") == 1
+    assert "→&lt;/b&gt;" in drawn
+    assert "<b>" not in drawn
+    assert (f"color:{palette.LIGHT.ink};text-decoration" in drawn) == dark  # dark words on a light shade
+
+
+def test_short_axes_of_counted_things_have_ticks_at_whole_numbers_only() -> None:
+    layers = looks.mass_by_layer((0, 1, 2), {name: [0.1, 0.2, 0.3] for name in ("system", "image", "text")})
+    assert draw_plotly.draw(layers).layout.xaxis.dtick == 1
+    steps = looks.evolution("long", {"a": np.zeros(40)}, Axis("mass", "share"))
+    assert draw_plotly.draw(steps).layout.xaxis.dtick is None
+
+
+def test_the_first_row_and_column_of_a_map_are_drawn_in_full() -> None:
+    heat = looks.head_map(np.arange(6.0).reshape(2, 3), (0, 1), Axis("mass", "share"))
+    plot = draw_plotly.draw(heat)
+    assert plot.layout.xaxis.minallowed is None
+    assert plot.layout.yaxis.minallowed is None
 
 
 def test_a_strip_refuses_values_and_spans_that_do_not_fit() -> None:
