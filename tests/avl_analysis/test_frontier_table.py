@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from avl_analysis import frontier_table
-from avl_analysis.frontier import write
+from avl_analysis.frontier import entries, read, write
+from avl_analysis.scenes import TASKS
 
 
 def line(policy: str, budget: float | None, task: str, right: str, size: float) -> dict[str, object]:
@@ -53,3 +54,16 @@ def test_the_verdicts_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as done:
         frontier_table.main([str(tmp_path / "g.jsonl")])
     assert done.value.code == 2
+
+
+def test_the_filed_frontier_is_whole_and_its_preset_keeps_what_is_claimed() -> None:
+    about, lines = read(Path(__file__).parents[2] / "reports" / "reference" / "frontier.jsonl")
+    assert "python -m avl_analysis.frontier" in about["command"]
+    points = entries()
+    assert {(x["task"], x["policy"], x["budget"]) for x in lines} == {
+        (task, point.name, point.budget) for task in TASKS for point in points
+    }
+    assert all(x["samples"] >= 200 and x["failed"] == 0 for x in lines)
+    (preset,) = [row for row in frontier_table.rows(lines) if row.policy == "A-VL cold" and row.budget is None]
+    assert preset.kept >= frontier_table.KEPT
+    assert preset.most_bytes <= 0.5
