@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -102,9 +103,10 @@ def visitor(browser: Any, address: str) -> Iterator[Visitor]:
 
 
 def until(act: Callable[[], None], there: Callable[[], bool], page: Any) -> None:
-    """Act again every few seconds until it has had its effect: a plot that is just being redrawn swallows clicks."""
-    for _ in range(30):
-        act()
+    """Act again every few seconds until it has had its effect: what is just being redrawn swallows clicks."""
+    for _ in range(60):
+        with contextlib.suppress(sync_api.TimeoutError):
+            act()
         for _ in range(20):
             if there():
                 return
@@ -112,36 +114,48 @@ def until(act: Callable[[], None], there: Callable[[], bool], page: Any) -> None
     raise AssertionError("the page did not react")
 
 
+def click(place: Any, there: Callable[[], bool]) -> None:
+    """Click until it has had its effect."""
+    until(lambda: place.click(timeout=5000), there, place.page)
+
+
+def switch(page: Any, key: str, on: bool) -> None:
+    """Put a toggle on or off."""
+    box, label = page.locator(f".st-key-{key} input"), page.locator(f".st-key-{key} label").first
+    until(lambda: None if box.is_checked() == on else label.click(timeout=5000), lambda: box.is_checked() == on, page)
+
+
 def test_a_token_of_the_first_screen_is_clicked(visitor: Visitor) -> None:
     page = visitor.go("", "The words it looked at").page
     assert "of its attention to the picture" in page.inner_text("body")
     before = page.locator("h4").first.inner_text()
-    page.locator(".st-key-token [role=radio]").nth(2).click()
-    visitor.links("token=2")
+    click(page.locator(".st-key-token [role=radio]").nth(2), lambda: "token=2" in page.url)
     settled(page, LONG)
     assert page.locator("h4").first.inner_text() != before
 
 
 def test_keys_alone_choose_another_token_and_another_view(visitor: Visitor) -> None:
     page = visitor.go("task=ocr&token=0", "The words it looked at").page
-    page.locator(".st-key-token [role=radio]").nth(0).focus()
-    page.keyboard.press("ArrowRight")
-    if "token=1" not in page.url:  # arrows move, space or enter chooses
+
+    def press() -> None:
+        page.locator(".st-key-token [role=radio]").nth(0).focus(timeout=5000)
+        page.keyboard.press("ArrowRight")
         page.keyboard.press("Enter")
-    visitor.links("token=1")
+
+    until(press, lambda: "token=1" in page.url, page)
 
 
 def test_a_head_is_clicked_on_the_map(visitor: Visitor) -> None:
     page = visitor.go("view=heads&task=ocr&layer=4&head=3", "Layer 4, head 3").page
     cells = page.locator(".st-key-head_map .nsewdrag").first
 
-    def click() -> None:
-        cells.scroll_into_view_if_needed()
-        box = cells.bounding_box()
+    def click_cell() -> None:
+        cells.scroll_into_view_if_needed(timeout=5000)
+        box = cells.bounding_box(timeout=5000)
         if box is not None:
             page.mouse.click(box["x"] + box["width"] * 1.5 / 6, box["y"] + box["height"] * 2.5 / 5)
 
-    until(click, lambda: "Layer 2, head 1" in page.inner_text("body"), page)
+    until(click_cell, lambda: "Layer 2, head 1" in page.inner_text("body"), page)
     visitor.links("head=1")
     assert "layer=2" in page.url
 
@@ -149,22 +163,25 @@ def test_a_head_is_clicked_on_the_map(visitor: Visitor) -> None:
 def test_a_vl_is_toggled_and_its_patches_are_played(visitor: Visitor) -> None:
     patches = "What happens to every patch"
     page = visitor.go("view=live&task=ocr", patches).page
-    page.locator(".st-key-avl_on label").first.click()
+    switch(page, "avl_on", False)
     visitor.sees(patches, gone=True)
     settled(page, LONG)
-    page.locator(".st-key-avl_on label").first.click()
+    switch(page, "avl_on", True)
     visitor.sees("After the prompt")
     settled(page, LONG)
-    page.locator(".st-key-playing label").first.click()
+    switch(page, "playing", True)
     for step in (1, 2):
         page.wait_for_function(f"() => document.body.innerText.includes('After decode step {step}')")
-    page.locator(".st-key-playing label").first.click()
+    switch(page, "playing", False)
 
 
 def test_a_report_is_built_previewed_and_downloaded(visitor: Visitor, tmp_path: Path) -> None:
     page = visitor.go(f"view=report&{NASTY_LINK}", "Build the report").page
     page.get_by_label("Title").fill(NASTY)
-    page.get_by_role("button", name="Build the report").click()
+    page.get_by_label("Title").press("Enter")
+    settled(page, LONG)
+    built = page.locator("text=/Building the report|The report is ready|No report/")
+    click(page.get_by_role("button", name="Build the report"), lambda: built.count() > 0)
     page.wait_for_selector("text=Page (HTML)", timeout=3 * LONG)
     settled(page, LONG)
     for button, start in {"Page (HTML)": b"<!doctype html>", "PDF": b"%pdf", "Everything (ZIP)": b"pk"}.items():
@@ -189,9 +206,9 @@ def test_a_question_is_shown_as_it_was_written_everywhere(visitor: Visitor) -> N
 
 def test_a_comparison_is_cancelled_and_the_model_is_free_again(visitor: Visitor) -> None:
     page = visitor.go("view=benchmark&count=200&task=ocr", "Nothing is compared yet").page
-    page.get_by_role("button", name="Compare").click()
-    page.get_by_role("button", name="Cancel").click()
-    page.get_by_role("button", name="Cancel").wait_for(state="detached")
+    cancel = page.get_by_role("button", name="Cancel")
+    click(page.get_by_role("button", name="Compare"), lambda: cancel.count() > 0)
+    click(cancel, lambda: cancel.count() == 0)
     visitor.sees("Nothing is compared yet")
     visitor.go("scene=77&task=ocr", "The words it looked at")
 

@@ -1,5 +1,8 @@
 """Pictures of every view, light and dark: `python -m tests.benchmarks.screenshots folder [view ...]`.
 
+The two in docs are made with `... docs ask --themes light` and
+`... docs live --themes dark --tallest 1226 --address 'rivals=&step=13'`, and called dashboard-<view>-<theme>.png.
+
 Starts the dashboard, opens links to views in a headless Chromium and saves each as a PNG as tall as the page. Made for
 looking at: a page can be right in every test and still be hard to read.
 """
@@ -10,6 +13,7 @@ import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlencode
 
 from PIL import Image
 
@@ -37,7 +41,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("views", nargs="*", default=list(LINKS), help=f"of {', '.join(LINKS)}; default: all")
     parser.add_argument("--themes", nargs="+", default=["light", "dark"], choices=["light", "dark"])
-    parser.add_argument("--address", default="", help="further parameters of every link, e.g. scene=3")
+    parser.add_argument("--address", default="", help="parameters put into every link, e.g. scene=3")
     parser.add_argument("--tallest", type=int, default=2600, help="pixels after which a page is cut off")
     parser.add_argument("--unpressed", action="store_true", help="as a view opens, without comparing or building")
     given = parser.parse_args()
@@ -52,7 +56,8 @@ def main() -> None:
             page = browser.new_page(viewport={"width": WIDTH, "height": 900}, color_scheme=theme)
             page.set_default_timeout(300_000)
             for view in given.views:
-                page.goto(f"{address}/?{LINKS[view]}&{given.address}", wait_until="domcontentloaded")
+                link = urlencode({**dict(parse_qsl(LINKS[view])), **dict(parse_qsl(given.address, True))})
+                page.goto(f"{address}/?{link}", wait_until="domcontentloaded")
                 settled(page)
                 if view in PRESSED and not given.unpressed:
                     button, text = PRESSED[view]
