@@ -14,7 +14,10 @@ from reports.script import run_script
 from reports.shapes import share
 
 QUESTION = "How much accuracy does each policy keep for the bytes it holds?"
-_OURS, _PAPER, _FULL, _RANDOM = "A-VL", "A-VL (paper)", "full", "random"
+_OURS, _FULL, _RANDOM = "A-VL", "full", "random"
+_OWN = (("A-VL (paper)", "A-VL keeps the answers right with the paper's settings"),
+        ("A-VL cold", "A-VL keeps the answers right with minor image keys kept in few bits"))  # fmt: skip
+"""What is asked with settings of its own, and the choice it stands for."""
 _NAMES = {"full": "full cache", "streaming": "StreamingLLM", "h2o": "H2O", "snapkv": "SnapKV", "fastv": "FastV",
           "vl-cache": "VL-Cache"}  # fmt: skip
 _SHOWN = 3
@@ -32,8 +35,8 @@ def section(run: Run) -> Section:
         "Accuracy against bytes",
         tuple(panels),
         run.caption(
-            "Right free-running answers (Wilson intervals) against the bytes of keys and values a question really held "
-            "when its answer ended, relative to the stock cache; every point is the same held-out questions under one "
+            "Right free-running answers (Wilson intervals) against the bytes of keys and values really in use when "
+            "answers ended, relative to the stock cache; every point is the same held-out questions under one "
             f"policy and budget. Shown apart: the tasks on which policies differ most. {_of(frontier)}",
             frontier.questions,
         ),
@@ -45,12 +48,15 @@ def findings(frontier: Frontier) -> tuple[Finding, ...]:
     """Whether A-VL keeps accuracy with the paper's settings, and beats random selection at each budget they share."""
     points = frontier.points
     found = []
-    paper, full = (_PAPER, None), (_FULL, None)
-    if paper in points and full in points:
-        change = _interval(frontier.difference(paper, full))
+    full = (_FULL, None)
+    for name, choice in _OWN:
+        own = (name, None)
+        if own not in points or full not in points:
+            continue
+        change = _interval(frontier.difference(own, full))
         found.append(
-            Finding("A-VL keeps the answers right with the paper's settings",
-                    f"At {100 * frontier.held(paper):.0f} % of the bytes accuracy changes by {change.words('%')} "
+            Finding(choice,
+                    f"At {100 * frontier.bytes(own):.0f} % of the bytes accuracy changes by {change.words('%')} "
                     "(paired).",
                     f"at least {100 * LOSS:.0f} points", judge(change, "at least", LOSS))
         )  # fmt: skip
@@ -61,8 +67,8 @@ def findings(frontier: Frontier) -> tuple[Finding, ...]:
         gain = _interval(frontier.difference(ours, rival))
         found.append(
             Finding(f"Choosing by attention beats choosing at random, at {100 * budget:.0f} % of the bytes",
-                    f"Accuracy of A-VL (holding {100 * frontier.held(ours):.0f} %) less that of random selection "
-                    f"(holding {100 * frontier.held(rival):.0f} %): {gain.words('%')} (paired).",
+                    f"Accuracy of A-VL (using {100 * frontier.bytes(ours):.0f} %) less that of random selection "
+                    f"(using {100 * frontier.bytes(rival):.0f} %): {gain.words('%')} (paired).",
                     "above 0", judge(gain, "at least", 0.0))
         )  # fmt: skip
     return tuple(found)
@@ -70,24 +76,26 @@ def findings(frontier: Frontier) -> tuple[Finding, ...]:
 
 def table(frontier: Frontier) -> tuple[tuple[str, ...], ...]:
     """Bytes and accuracy of every point, and its difference to the full cache."""
-    rows = [("policy", "budget", "bytes held / full", "right answers", "less full cache")]
+    rows = [("policy", "budget", "bytes in use / full", "right answers", "less full cache")]
     for point in frontier.points:
         name, budget = point
         change = "" if name == _FULL else _interval(frontier.difference(point, (_FULL, None))).words("%")
         accuracy = _interval(frontier.accuracy(point)).words("%")
-        rows.append((name, "own" if budget is None else f"{budget:g}", f"{frontier.held(point):.2f}", accuracy, change))
+        rows.append(
+            (name, "own" if budget is None else f"{budget:g}", f"{frontier.bytes(point):.2f}", accuracy, change)
+        )
     return tuple(rows)
 
 
 def _scatter(frontier: Frontier, tasks: list[str] | None, title: str) -> Scatter:
-    size = Axis("keys and values held", "share of the full cache's bytes", (0.0, 1.08))
+    size = Axis("keys and values in use", "share of the full cache's bytes", (0.0, 1.08))
     full = frontier.accuracy((_FULL, None), tasks).mean
     series = []
     for name in dict.fromkeys(name for name, _ in frontier.points if name != _FULL):
-        points = sorted((p for p in frontier.points if p[0] == name), key=lambda p: frontier.held(p, tasks))
+        points = sorted((p for p in frontier.points if p[0] == name), key=lambda p: frontier.bytes(p, tasks))
         found = [frontier.accuracy(point, tasks) for point in points]
         y, low, high = (np.array([getattr(one, end) for one in found]) for end in ("mean", "low", "high"))
-        x = np.array([frontier.held(point, tasks) for point in points])
+        x = np.array([frontier.bytes(point, tasks) for point in points])
         family = _NAMES.get(name, name)
         slot = FAMILIES.index(family) if family in FAMILIES else 0
         series.append(Points(family, x, y, low, high, slot=slot, joined=len(points) > 1))
@@ -101,7 +109,7 @@ def _heat(frontier: Frontier) -> Heat:
     points = [point for point in frontier.points if point[1] in (None, middle)]
     values = np.array([[frontier.accuracy(point, [task]).mean for task in frontier.tasks] for point in points])
     x = Axis("task", "name", ticks=tuple(enumerate(frontier.tasks)))
-    y = Axis("policy", "name", ticks=tuple(enumerate(_label(point) for point in points)))
+    y = Axis("policy", "name", ticks=tuple(enumerate(_label(point, frontier) for point in points)))
     return Heat(x, y, share("right answers"), values, annotate=True, title=f"by task, at {middle:g} of the bytes")
 
 
@@ -112,8 +120,11 @@ def _telling(frontier: Frontier) -> list[str]:
     return [task for task in frontier.tasks if task in chosen]
 
 
-def _label(point: Point) -> str:
-    return _NAMES.get(point[0], point[0])
+def _label(point: Point, frontier: Frontier) -> str:
+    """A policy's name; with its own settings where it was asked with budgets too."""
+    name = _NAMES.get(point[0], point[0])
+    several = any(other != point and other[0] == point[0] for other in frontier.points)
+    return f"{name}, own settings" if several and point[1] is None else name
 
 
 def _of(frontier: Frontier) -> str:

@@ -56,9 +56,10 @@ class Frontier:
         mean = float(known.mean()) if known.size else float("nan")
         return Estimate(mean, *wilson(int(known.sum()), known.size), known.size)
 
-    def held(self, point: Point, tasks: Sequence[str] | None = None) -> float:
-        """Share of the full cache's bytes that was in use when answers ended, mean over tasks."""
-        return float(np.mean([line["held"] for line in self._cells(point, tasks) if line["held"] is not None]))
+    def bytes(self, point: Point, tasks: Sequence[str] | None = None) -> float:
+        """Bytes in use when answers ended, as a share of the full cache's, mean over tasks. Keys kept in few bits count
+        with the bytes they take."""
+        return float(np.mean([line["filled"] for line in self._cells(point, tasks) if line["filled"] is not None]))
 
     def difference(self, point: Point, to: Point) -> Estimate:
         """Accuracy of one point less that of another, paired by question."""
@@ -77,7 +78,7 @@ def load_frontier(path: str | PathLike[str]) -> Frontier:
         InputError: no such file, not a frontier, or one without lines.
     """
     about, lines = read(Path(path))
-    needed = {"task", "policy", "budget", "right", "held"}
+    needed = {"task", "policy", "budget", "right", "filled"}
     if not lines or not all(needed <= set(line) for line in lines):
         raise InputError(f"{path} holds no points with {', '.join(sorted(needed))}: make it again")
     return Frontier(about, lines)

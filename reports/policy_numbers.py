@@ -14,7 +14,8 @@ TARGET = 0.95
 """Share of the attention a cut must keep to be called harmless here; the paper states no such number."""
 LOSS = -0.02
 """Change of accuracy that counts as none: two percentage points."""
-FAMILIES = ("VL-Cache", "A-VL", "random", "stride", "StreamingLLM", "H2O", "SnapKV", "FastV")
+FAMILIES = ("VL-Cache", "A-VL", "random", "stride", "StreamingLLM", "H2O", "SnapKV", "FastV", "A-VL cold",
+            "A-VL (paper)")  # fmt: skip
 """Names of policies in figures; their order is that of the palette's slots. The full cache is a line across."""
 
 

@@ -51,6 +51,8 @@ STYLES: tuple[Style, ...] = (
     Style("#d55e00", "#f07f2e", (0, (6, 1.5, 1.2, 1.5, 1.2, 1.5)), "P", "longdashdot", "cross"),
     Style("#56b4e9", "#86ccf5", (0, (3, 1, 1, 1)), "X", "dashdot", "x"),
     Style("#8a6d00", "#d6c14a", (0, (2, 3)), "*", "dot", "star"),
+    Style("#6f4aa8", "#b39ddb", (0, (4, 1, 1, 1, 1, 1)), "h", "6px,2px,2px,2px", "hexagon"),
+    Style("#a5304c", "#e8788a", (0, (1, 0.8)), "p", "2px,2px", "pentagon"),
 )
 """Slots 0, 1, 2 stand for system, image and text wherever modalities are drawn; any slot beyond the last repeats."""
 

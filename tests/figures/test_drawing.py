@@ -194,6 +194,15 @@ def test_flowing_text_takes_as_many_pages_as_it_needs_and_loses_nothing():
     assert all(0 < text.get_position()[1] < 1 for page in pages for text in page.texts)
 
 
+def test_a_heading_stays_on_the_page_of_what_it_heads():
+    pair = [draw_matplotlib.Paragraph("heading", after=0.02), draw_matplotlib.Paragraph("body " * 40)]
+    pages = draw_matplotlib.text_pages(pair * 40)
+    assert len(pages) > 1
+    for page in pages:
+        assert page.texts[0].get_text() == "heading"
+        assert page.texts[-1].get_text() != "heading"
+
+
 def test_pages_are_bound_into_one_document(tmp_path):
     pages = draw_matplotlib.text_pages([draw_matplotlib.Paragraph("one")])
     pages += draw_matplotlib.figure_pages(specs.figure("f", specs.overlay(), specs.overlay("b"), columns=2))

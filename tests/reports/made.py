@@ -166,7 +166,7 @@ def frontier(*, hostile: bool = False) -> Frontier:
         ("random", 0.25): ("0011", "0011", 0.26),
     }
     lines = [
-        {"task": task, "policy": name, "budget": budget, "right": letters, "held": held}
+        {"task": task, "policy": name, "budget": budget, "right": letters, "filled": held}
         for (name, budget), (*both, held) in right.items()
         for task, letters in zip(("colour" + _EVIL * hostile, "count"), both, strict=True)
     ]

@@ -183,7 +183,7 @@ def test_the_frontier_pools_tasks_and_judges_equal_budgets_question_by_question(
     assert paper.verdict is Verdict.SUPPORTED
     assert "At 55 % of the bytes accuracy changes by 0.0 %" in paper.measured
     assert half.verdict is Verdict.SUPPORTED
-    assert "(holding 50 %): 50 % [" in half.measured
+    assert "(using 50 %): 50 % [" in half.measured
     assert quarter.verdict is Verdict.UNDECIDED
     everything = section.figure.panels[0]
     ours = next(points for points in everything.points if points.name == "A-VL")

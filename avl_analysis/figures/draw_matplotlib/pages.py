@@ -24,6 +24,7 @@ WIDTH, HEIGHT, MARGIN = 8.27, 11.69, 0.7
 """Inches: A4 upright."""
 _LETTER = 0.56  # width of a letter of the sans font, as a share of its size
 _LINE = 1.38  # distance of lines, likewise
+_GLUED = 0.02  # inches of space behind a heading that stays with the next paragraph
 _LEAST = 0.75  # share of its wanted height that a figure gets at least
 
 
@@ -47,11 +48,15 @@ class Paragraph:
 
 
 def text_pages(paragraphs: Sequence[Paragraph]) -> list[Canvas]:
-    """Paragraphs one after the other, on as many pages as they need; a paragraph is not split."""
+    """Paragraphs one after the other, on as many pages as they need.
+
+    A paragraph is not split, and one with hardly any space behind it (a heading) stays with the next.
+    """
     pages: list[Canvas] = []
     left = 0.0
-    for paragraph in paragraphs:
-        if paragraph.height() > left:
+    for number, paragraph in enumerate(paragraphs):
+        with_next = paragraph.after <= _GLUED and number + 1 < len(paragraphs)
+        if paragraph.height() + (paragraphs[number + 1].height() if with_next else 0.0) > left:
             pages.append(_page())
             left = HEIGHT - 2 * MARGIN
         left = _write(pages[-1], [paragraph], left + MARGIN) - MARGIN
