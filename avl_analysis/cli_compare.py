@@ -41,8 +41,8 @@ def compare(
         typer.Option(
             "--policy",
             "-p",
-            help="A policy: a name (full, a-vl, random, stride, streaming, h2o, snapkv, fastv, vl-cache), name:share "
-            "of the full cache's bytes, name,setting=value, or a .json file. Repeat for several.",
+            help="A policy: a name (full, a-vl, a-vl-cold, random, stride, streaming, h2o, snapkv, fastv, vl-cache), "
+            "name:share of the full cache's bytes, name,setting=value, or a .json file. Repeat for several.",
         ),
     ] = None,
     model: Model = "scenes",
