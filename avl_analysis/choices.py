@@ -93,11 +93,15 @@ def core_choice(values: xr.DataArray, secondary: float, target: float) -> tuple[
             if best is None or read < best[0] - 1e-9 or (abs(read - best[0]) <= 1e-9 and interval > best[1]):
                 best = (read, interval, c)
     if best is None or best[0] >= secondary - 1e-9:
+        largest = max(i for i, share in enumerate(shares) if share <= secondary + 1e-9)
+        name = "share of the image attention on a core chosen 1 step ago, by its size"
+        young = _curve(name, shares, *(part[1] for part in (mean, low, high, n)))
         reason = (
-            f"no core among the {secondary:g} held catches {target:.0%} of the image attention one step after it was "
-            "chosen, or none reads fewer keys: every step attends to all that is held"
+            f"no core that reads fewer keys than the {secondary:g} held catches {target:.0%} of the image attention "
+            f"one step after it was chosen (one of {shares[largest]:g}: {_words(young, largest)}): every step attends "
+            "to all that is held"
         )
-        return Choice("core", None, reason), Choice("refresh_every", 0, reason)
+        return Choice("core", None, reason, young), Choice("refresh_every", 0, reason, young)
     read, interval, c = best
     by_age = f"share of the image attention on a core of {shares[c]:g}, by steps since it was chosen"
     aged = _curve(by_age, ages, mean[:, c], low[:, c], high[:, c], n[:, c])
