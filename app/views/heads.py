@@ -9,6 +9,7 @@ from app import state
 from app.page import Context, cells, clicked, plain, plot, streaming, strip, visible
 from app.views.ask import observe, pick_token
 from avl_analysis import headmaps
+from avl_analysis.ablation import visual_head_score
 from avl_analysis.figures import looks
 from avl_analysis.figures.spec import Axis
 from avl_analysis.headmaps import Measure
@@ -17,13 +18,15 @@ from avl_analysis.recording import Recording
 
 _FIRST = "modality_mass/image"
 _ALONE = "no other head"
-_KIND_TEXTS = {
-    "visual": f"at least {headmaps.VISUAL:.0%} on the picture",
+KIND_TEXTS = {
+    "visual": f"at least {headmaps.VISUAL:.0%} on the picture, most of all where the answer's first word is about",
+    "scanning": f"at least {headmaps.VISUAL:.0%} on the picture, most of all elsewhere",
     "sink": f"at least {headmaps.SINK:.0%} on the first token",
     "local": f"text heads with {headmaps.LOCAL:.0%} of it on the 16 newest words",
     "text": f"at least {headmaps.TEXT:.0%} on text",
     "mixed": "everything else",
 }
+"""What the kinds of heads are; where it is not known what words are about, no head is scanning."""
 
 
 def show(context: Context) -> None:
@@ -72,7 +75,8 @@ def _known(recording: Recording) -> tuple[dict[str, Measure], np.ndarray]:
     held = st.session_state.get("heads_of")
     if held is None or held[0] is not recording:
         known = [m for m in headmaps.measures(recording) if np.isfinite(headmaps.matrix(recording, m)).any()]
-        held = st.session_state["heads_of"] = (recording, ({m.key: m for m in known}, headmaps.kinds(recording)))
+        kinds = headmaps.kinds(recording, visual_head_score(recording))
+        held = st.session_state["heads_of"] = (recording, ({m.key: m for m in known}, kinds))
     found: tuple[dict[str, Measure], np.ndarray] = held[1]
     return found
 
@@ -105,7 +109,7 @@ def _ranking(seen: Observation, values: headmaps.Matrix, kinds: np.ndarray) -> N
         key="kinds",
         label_visibility="collapsed",
         format_func=lambda kind: f"{kind} {int((kinds == kind).sum())}",
-        help="; ".join(f"{kind}: {text}" for kind, text in _KIND_TEXTS.items()),
+        help="; ".join(f"{kind}: {text}" for kind, text in KIND_TEXTS.items()),
     )
     ranked = [
         (layer, head, value, str(kinds[seen.layers.index(layer), head]))
@@ -159,7 +163,7 @@ def _compare(
             at = seen.layers.index(row)
             st.markdown(
                 f"#### Layer {row}, head {head}: a {kinds[at, head]} head\n"
-                f"{_KIND_TEXTS[str(kinds[at, head])]} · {plain(chosen.title)} {values[at, head]:.3f}"
+                f"{KIND_TEXTS[str(kinds[at, head])]} · {plain(chosen.title)} {values[at, head]:.3f}"
             )
             _head(context, seen, recording, step, row, head, narrow=len(shown) == 2)
 

@@ -21,10 +21,11 @@ import avl
 from app import adaptive, policies
 from app.examples import questions
 from app.settings import VARIABLE, Settings
-from app.views import live
-from avl.policies.scores import KINDS
+from app.views import heads, live
+from avl.policies import scores
 from avl_analysis import load_model, policy_files, record
 from avl_analysis.errors import InputError
+from avl_analysis.headmaps import KINDS
 from tests import tiny
 
 SCRIPT = str(Path(__file__).parents[2] / "app" / "main.py")
@@ -226,6 +227,19 @@ def test_heads_are_mapped_ranked_filtered_and_compared() -> None:
     assert address(test, "other") == "0.3"
 
 
+def test_heads_are_of_the_kinds_the_report_names() -> None:
+    assert set(heads.KIND_TEXTS) == set(KINDS)
+    test = page(view="heads", task="caption")
+    assert errors(test) == []
+    shown = test.dataframe[0].value
+    assert "scanning" in set(shown["kind"])
+    report = page(view="patterns", task="caption", pattern="heads")
+    counts = ", ".join(
+        f"{int((shown['kind'] == kind).sum())} {kind}" for kind in KINDS if (shown["kind"] == kind).any()
+    )
+    assert f"Of 30 heads: {counts}" in texts(report).replace("\\", "")
+
+
 def test_another_statistic_colours_the_map() -> None:
     test = page(view="heads", **ONE_WORD, measure="modality_mass/text")
     assert "attention mass" in texts(test)
@@ -372,7 +386,7 @@ def test_a_preset_is_what_it_says_and_its_controls_show_it() -> None:
 def test_every_setting_of_a_vl_has_a_control() -> None:
     settings = {field.name for field in fields(avl.AdaptivePolicy)}
     assert settings == {*adaptive.PLAIN.values(), *adaptive.SWITCHED.values(), "prefill", "cold"}
-    assert set(adaptive.SCORES) == set(KINDS)
+    assert set(adaptive.SCORES) == set(scores.KINDS)
     test = page(view="live", **ONE_WORD)
     known = {widget.key for kind in (test.slider, test.toggle, test.selectbox, test.number_input) for widget in kind}
     assert {*adaptive.PLAIN, *adaptive.SWITCHED, *(f"use_{key}" for key in adaptive.SWITCHED), "prefill"} <= known
