@@ -4,6 +4,7 @@
     out/report.pdf          the same for print
     out/figures/<name>.*    each figure as SVG, PDF and PNG, its numbers as CSV, its caption as text, its animation
     out/numbers.json        every number of every figure with the findings
+    out/provenance.json     the commands that make it again, and everything the recording says about where it comes from
     out/run.nc              the recording, from which every figure can be drawn again; likewise compare.nc,
                             ablation.json, ablation-2.json and frontier.jsonl where these were measured
 
@@ -49,6 +50,7 @@ from reports import (
     fig_values,
 )
 from reports.document import write_document
+from reports.facts import provenance
 from reports.frontiers import Frontier
 from reports.page import render
 from reports.run import NotMeasured, Run, Section
@@ -150,6 +152,8 @@ def build(
         frontier_file.write(folder / "frontier.jsonl", [dict(line) for line in frontier.lines], frontier.about)
     numbers = {name: _numbers(section) for name, section in sections.items()}
     (folder / "numbers.json").write_text(json.dumps(_plain(numbers), indent=1), encoding="utf-8")
+    about = {"title": title, "commands": list(commands), "recording": dict(provenance(run))}
+    (folder / "provenance.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     if document:
         say("document")
         write_document(run, sections, folder / "report.pdf", title=title, commands=commands)

@@ -1,0 +1,53 @@
+"""The reference report: whole, small, and made from what a report folder holds."""
+
+import json
+
+import pytest
+
+from avl_analysis.ablation import load_ablation
+from avl_analysis.errors import InputError
+from reports.build import build
+from reports.reference import FOLDER, condense
+from tests.reports import made
+
+
+def test_a_report_is_condensed_without_its_recording_and_drawn_figures(tmp_path):
+    build(
+        made.recording(),
+        tmp_path / "report",
+        comparison=made.comparison(),
+        ablations=[made.ablation(), made.ablation(same_layers=True)],
+        commands=["avl report --samples 6"],
+        formats=("png",),
+        document=False,
+    )
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "policy.json").write_text("{}")
+    condense(tmp_path / "report", tmp_path / "kept")
+    names = {path.relative_to(tmp_path / "kept").as_posix() for path in (tmp_path / "kept").rglob("*")}
+    assert {
+        "index.html",
+        "report.pdf",
+        "ablation.json",
+        "policy.json",
+        "figures/modality.csv",
+        "figures/sets.webp",
+    } <= names
+    assert not {name for name in names if name.endswith((".nc", ".png", ".svg"))}
+    silenced = [load_ablation(tmp_path / "kept" / name).same_layers for name in ("ablation.json", "ablation-2.json")]
+    assert silenced == [False, True]
+    about = json.loads((tmp_path / "kept" / "provenance.json").read_text("utf-8"))
+    assert about["commands"] == ["avl report --samples 6"]
+    assert about["recording"]["model"] == "made-up"
+    with pytest.raises(InputError, match="no folder that avl report wrote"):
+        condense(tmp_path / "kept" / "figures", tmp_path / "other")
+
+
+def test_the_committed_reference_says_where_it_comes_from():
+    about = json.loads((FOLDER / "provenance.json").read_text("utf-8"))
+    assert about["commands"][0].startswith("avl report ")
+    numbers = json.loads((FOLDER / "numbers.json").read_text("utf-8"))
+    verdicts = [finding["verdict"] for figure in numbers.values() for finding in figure["findings"]]
+    assert len(verdicts) > 15
+    assert all("n = " in figure["caption"] for figure in numbers.values())
+    assert (FOLDER / "index.html").stat().st_size < 6_000_000
