@@ -19,8 +19,8 @@ from avl_analysis.recording import Recording
 _FIRST = "modality_mass/image"
 _ALONE = "no other head"
 KIND_TEXTS = {
-    "visual": f"at least {headmaps.VISUAL:.0%} on the picture, most of all where the answer's first word is about",
-    "scanning": f"at least {headmaps.VISUAL:.0%} on the picture, most of all elsewhere",
+    "visual": f"at least {headmaps.VISUAL:.0%} on the picture; where it is known, most on what the first word is about",
+    "scanning": f"at least {headmaps.VISUAL:.0%} on the picture; most on something else",
     "sink": f"at least {headmaps.SINK:.0%} on the first token",
     "local": f"text heads with {headmaps.LOCAL:.0%} of it on the 16 newest words",
     "text": f"at least {headmaps.TEXT:.0%} on text",
