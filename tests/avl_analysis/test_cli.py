@@ -76,6 +76,8 @@ def test_models_prints_what_a_saved_model_is(folder: Path, capsys: pytest.Captur
     [
         (["modles"], "No such command 'modles'"),
         (["models", "--colour"], "No such option: --colour"),
+        (["ablate", "--kind", "blind"], "unknown kind of heads 'blind': choose one of visual"),
+        (["ablate", "--out", "a.nc"], "must end in .json"),
         (["models", "gizmo"], "unknown model 'gizmo': possible: 'scenes'"),
         (["models", "org/gizmo"], "--download"),
         (["models", "./gizmo"], "no such model folder"),
