@@ -152,7 +152,8 @@ def allocated(layer: AdaptiveLayer) -> int:
 def by_row(layer: AdaptiveLayer) -> list[float]:
     """Bytes of keys and values in use by each row, wherever they lie; empty slots are not the row's."""
     rows = layer.keys.shape[0]
-    near = [count * _slot(layer) / rows for count in layer.held_near()]
+    slot = _slot(layer) / rows
+    near = [count * slot for count in layer.held_near()]
     cold = [0.0] * rows if layer.cold is None else layer.cold.bytes_by_row(layer.held_cold)
     return [a + b for a, b in zip(near, cold, strict=True)]
 
@@ -167,8 +168,8 @@ def _notes(layer: AdaptiveLayer) -> list[Tensor]:
 
 def _slot(layer: AdaptiveLayer) -> int:
     """Bytes of one position in all rows and heads of a layer."""
-    return sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in (layer.keys, layer.values))
+    return (layer.keys.nbytes + layer.values.nbytes) // int(layer.keys.shape[2])
 
 
 def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+    return int(tensor.nbytes)
