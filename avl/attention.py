@@ -84,6 +84,11 @@ class AttentionCall:
         return self.mask is None and self.query.shape[2] > 1 and bool(wanted)
 
 
+def for_query_heads(mask: Tensor, call: AttentionCall) -> Tensor:
+    """(batch, 1 or key/value heads, keys) -> (batch, 1 or query heads, keys)."""
+    return mask if mask.shape[1] == 1 else mask.repeat_interleave(call.groups, 1)
+
+
 def attention_logits(call: AttentionCall, rows: slice = slice(None), keys: int | None = None) -> Tensor:
     """Masked, scaled query-key products of some rows, before the softmax.
 

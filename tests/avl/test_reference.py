@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 import avl
+from avl import segments
 from avl.cache import AdaptiveLayer
 from avl.policies import adaptive as rules
 
@@ -101,11 +102,11 @@ def _held_length(self: AdaptiveLayer) -> int:
     return self.filled
 
 
-def _worst_core(self: AdaptiveLayer, scores: torch.Tensor, rows: Any = None) -> None:
-    _recore(self, -scores, rows)
+def _worst_core(layer: AdaptiveLayer, scores: torch.Tensor, rows: Any = None) -> None:
+    _recore(layer, -scores, rows)
 
 
-_recore = AdaptiveLayer.recore
+_recore = segments.recore
 
 MUTATIONS: dict[str, tuple[str, Any, str, Any]] = {
     "heavy share 0.5 instead of 0.7": ("text", rules, "HEAVY_SHARE", 0.5),
@@ -114,7 +115,7 @@ MUTATIONS: dict[str, tuple[str, Any, str, Any]] = {
     "largest head instead of the mean": ("vision_no_refresh", avl.AdaptivePolicy, "rank", _best_head),
     "the first head alone ranks the prefill filter": ("prefill", avl.AdaptivePolicy, "rank", _first_head),
     "decode steps do not add to text scores": ("text", avl.AdaptivePolicy, "accumulates", property(_no_accumulation)),
-    "a refresh keeps the worst": ("prefill_vision", AdaptiveLayer, "recore", _worst_core),
+    "a refresh keeps the worst": ("prefill_vision", segments, "recore", _worst_core),
 }
 
 
