@@ -181,11 +181,11 @@ class KeyBuffer:
             self.filled += 1
         last = self.filled - 1
         if column and not any(self.holes):
-            self.keys[:, :, last] = key[:, :, 0]
-            self.values[:, :, last] = value[:, :, 0]
-            self.positions[:, :, last] = position
+            self.keys.narrow(2, last, 1).copy_(key)
+            self.values.narrow(2, last, 1).copy_(value)
+            self.positions.select(2, last).fill_(position)
             if self.scores is not None:
-                self.scores[:, :, last] = arrival
+                self.scores.select(2, last).fill_(arrival)
             return
         if column:
             for tensor in (self.keys, self.values):
@@ -197,12 +197,8 @@ class KeyBuffer:
         self.positions.scatter_(2, slot, position)
         if self.scores is not None:
             self.scores.scatter_(2, slot, arrival)
-        batch, heads = self.keys.shape[:2]
-        b = torch.arange(batch, device=self.keys.device)[:, None]
-        h = torch.arange(heads, device=self.keys.device)[None, :]
-        at = slot[..., 0].expand(batch, heads)
-        self.keys[b, h, at] = key[:, :, 0]
-        self.values[b, h, at] = value[:, :, 0]
+        self.keys.scatter_(2, slot[..., None].expand_as(key), key)
+        self.values.scatter_(2, slot[..., None].expand_as(value), value)
         self.holes = [holes + column - 1 for holes in self.holes]
 
     def evict(self, rows: Sequence[bool], newest: Tensor | int) -> Tensor:

@@ -126,7 +126,7 @@ class DecodeStep:
             core = self._few.get(layer.index)
             self.diary.note(layer.index, "core", layer.core_positions() if core is None else core)
         if weights is not None:
-            layer.scores[:, :, layer.far : layer.filled] += weights[..., before:].sum(2)
+            layer.scores[:, :, layer.far : layer.filled].add_(weights[..., before:].sum(2))
         self.diary.note(layer.index, "added", self._arrived)
         self._drop_text(layer)
         self._drop_far(layer)
