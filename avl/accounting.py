@@ -116,7 +116,7 @@ class Ledger:
 
     def write(self, step: int, layers: Sequence[AdaptiveLayer], attended: Sequence[Sequence[int]]) -> None:
         """Note the end of a pass."""
-        total = sum(map(allocated, layers))
+        total, slots = sum(map(allocated, layers)), list(map(_slot, layers))
         self.peak = max(self.peak, total)
         self.steps.append(
             StepUsage(
@@ -124,12 +124,12 @@ class Ledger:
                 seen=max(layer.seen for layer in layers),
                 attended=tuple(map(tuple, attended)),
                 held=tuple(tuple(layer.held()) for layer in layers),
-                filled=sum(map(filled, layers)),
+                filled=sum(map(filled, layers, slots)),
                 allocated=total,
                 bookkeeping=sum(t.nbytes for layer in layers for t in _notes(layer)),
-                full=sum(layer.seen * _slot(layer) for layer in layers),
+                full=sum(layer.seen * slot for layer, slot in zip(layers, slots, strict=True)),
                 host=sum(layer.cold.nbytes(host=True) for layer in layers if layer.cold is not None),
-                by_row=tuple(map(sum, zip(*map(by_row, layers), strict=True))),
+                by_row=tuple(map(sum, zip(*map(by_row, layers, slots), strict=True))),
             )
         )
 
@@ -137,10 +137,10 @@ class Ledger:
         return Usage(self.layers, tuple(self.steps), self.peak)
 
 
-def filled(layer: AdaptiveLayer) -> int:
+def filled(layer: AdaptiveLayer, slot: int) -> int:
     """Bytes of a layer's keys and values in use on the model's device."""
     cold = 0 if layer.cold is None else layer.cold.nbytes(host=False)
-    return (layer.filled - layer.front) * _slot(layer) + cold
+    return (layer.filled - layer.front) * slot + cold
 
 
 def allocated(layer: AdaptiveLayer) -> int:
@@ -149,13 +149,13 @@ def allocated(layer: AdaptiveLayer) -> int:
     return 0 if layer.keys is None else _bytes(layer.keys) + _bytes(layer.values) + cold
 
 
-def by_row(layer: AdaptiveLayer) -> list[float]:
+def by_row(layer: AdaptiveLayer, slot: int) -> list[float]:
     """Bytes of keys and values in use by each row, wherever they lie; empty slots are not the row's."""
     rows = layer.keys.shape[0]
-    slot = _slot(layer) / rows
-    near = [count * slot for count in layer.held_near()]
-    cold = [0.0] * rows if layer.cold is None else layer.cold.bytes_by_row(layer.held_cold)
-    return [a + b for a, b in zip(near, cold, strict=True)]
+    near = [count * slot / rows for count in layer.held_near()]
+    if layer.cold is None:
+        return near
+    return [a + b for a, b in zip(near, layer.cold.bytes_by_row(layer.held_cold), strict=True)]
 
 
 def _notes(layer: AdaptiveLayer) -> list[Tensor]:

@@ -32,6 +32,7 @@ class KeyBuffer:
         worth: (batch, far) what the keys in `far` were worth when last ranked, kept only if they may be dropped.
         far: width of the first segment; `filled` the slots in use.
         missing, holes: empty slots per row in `far` (in front), and behind it (anywhere).
+        free: (batch, heads, 1) an empty slot behind `far` of every row, where known; else None.
         cores: slots (start, stop) of the core of each row; `core_heads` is 1 if all key/value heads share it.
         cold: image keys outside the buffer, or None; `held_cold` their number per row.
         few: image keys a sparse whole step attends to, per row.
@@ -49,6 +50,7 @@ class KeyBuffer:
         self.far = self.filled = 0
         self.missing: list[int] = []
         self.holes: list[int] = []
+        self.free: Tensor | None = None
         self.cores: list[tuple[int, int]] = []
         self.core_heads = 1
         self.cold: ColdTier | None = None
@@ -193,7 +195,9 @@ class KeyBuffer:
             self.positions[:, :, last] = -1
             if self.scores is not None:
                 self.scores[:, :, last] = 0
-        slot = self.far + (self.positions[:, :, self.far : self.filled] < 0).to(torch.uint8).argmax(2, keepdim=True)
+        slot, self.free = self.free, None
+        if slot is None:
+            slot = self.far + (self.positions[:, :, self.far : self.filled] < 0).to(torch.uint8).argmax(2, keepdim=True)
         self.positions.scatter_(2, slot, position)
         if self.scores is not None:
             self.scores.scatter_(2, slot, arrival)
@@ -219,7 +223,9 @@ class KeyBuffer:
         dropped = positions.gather(2, worst)
         if all(rows):
             positions.scatter_(2, worst, -1)
+            self.free = worst + self.far
         else:
+            self.free = None
             chosen = torch.tensor(list(rows), device=worst.device)[:, None, None]
             positions.scatter_(2, worst, torch.where(chosen, -1, dropped))
             dropped = dropped.masked_fill(~chosen, -1)
@@ -240,7 +246,7 @@ class KeyBuffer:
 
     def select(self, rows: Tensor) -> None:
         """Row i of the batch now is what was row rows[i]."""
-        for name in ("keys", "values", "positions", "scores", "worth", "reference"):
+        for name in ("keys", "values", "positions", "scores", "worth", "reference", "free"):
             old = getattr(self, name)
             setattr(self, name, None if old is None else old.index_select(0, rows))
         if self.cold is not None:

@@ -47,7 +47,7 @@ def fill(buffer: KeyBuffer, keys: Tensor, values: Tensor, positions: Tensor, cho
     empty = buffer.positions[:, 0, : buffer.filled] < 0
     buffer.missing = empty[:, : buffer.far].sum(1).tolist()
     buffer.holes = empty[:, buffer.far :].sum(1).tolist()
-    buffer.worth = None
+    buffer.worth = buffer.free = None
     if choice.worth is not None:
         buffer.worth = choice.worth[:, 0].gather(1, far[:, 0].clamp_min(0)).float()
     sizes = [0] * batch if choice.core is None else (choice.core[:, 0] >= 0).sum(1).tolist()
