@@ -1,10 +1,12 @@
 """Greedy runs of tiny models with and without a policy, and a batch's rows one by one."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import LlavaForConditionalGeneration
 
+import avl
 from tests import tiny
 
 Inputs = dict[str, torch.Tensor]
@@ -41,3 +43,19 @@ def rows_alone(
         first += count
         alone.append(one)
     return together, alone
+
+
+def check_rows_alone(
+    model: Any, together: Inputs, alone: Sequence[Inputs], policy: avl.Policy, steps: int, tolerance: float
+) -> None:
+    """Under a policy every row of a batch gives the tokens, logits and usage that it gives alone."""
+    with avl.adaptive(model, policy) as session:
+        tokens, logits = generate(model, together, steps)
+        usage = session.usage()
+        for row, one in enumerate(alone):
+            its_tokens, its_logits = generate(model, one, steps)
+            assert torch.equal(its_tokens[0], tokens[row])
+            assert difference(its_logits[:, 0], logits[:, row]) < tolerance
+            for its_step, step in zip(session.usage().steps, usage.steps, strict=True):
+                assert [held[0] for held in its_step.held] == [held[row] for held in step.held]
+                assert [keys[0] for keys in its_step.attended] == [keys[row] for keys in step.attended]

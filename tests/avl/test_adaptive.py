@@ -7,7 +7,7 @@ import torch
 
 import avl
 from tests import tiny
-from tests.avl.generating import difference, generate, rows_alone
+from tests.avl.generating import check_rows_alone, difference, generate, rows_alone
 from tests.avl.masked import masked_avl
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -66,17 +66,7 @@ def test_dropping_keys_gives_what_masking_them_gives(model: str, batch: str, rul
 )
 def test_every_row_of_a_padded_batch_equals_that_row_alone(model: str, batch: str, policy: avl.Policy) -> None:
     vlm = tiny.llava(**MODELS[model])
-    together, alone = rows_alone(vlm, **BATCHES[batch])
-    with avl.adaptive(vlm, policy) as session:
-        tokens, logits = generate(vlm, together, 30)
-        usage = session.usage()
-        for row, one in enumerate(alone):
-            its_tokens, its_logits = generate(vlm, one, 30)
-            assert torch.equal(its_tokens[0], tokens[row])
-            assert difference(its_logits[:, 0], logits[:, row]) < 1e-4
-            for its_step, step in zip(session.usage().steps, usage.steps, strict=True):
-                assert [held[0] for held in its_step.held] == [held[row] for held in step.held]
-                assert [keys[0] for keys in its_step.attended] == [keys[row] for keys in step.attended]
+    check_rows_alone(vlm, *rows_alone(vlm, **BATCHES[batch]), policy, steps=30, tolerance=1e-4)
 
 
 def test_the_smallest_policy_still_works() -> None:

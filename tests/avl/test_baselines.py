@@ -7,7 +7,7 @@ import torch
 
 import avl
 from tests import tiny
-from tests.avl.generating import difference, generate, rows_alone
+from tests.avl.generating import check_rows_alone, difference, generate, rows_alone
 
 BASELINES = [
     avl.RandomPolicy,
@@ -42,13 +42,8 @@ def test_bytes_held_are_the_budget_after_the_prompt_and_after_every_step(baselin
 @pytest.mark.parametrize("budget", [0.5, 0.1])
 def test_every_row_of_a_padded_batch_equals_that_row_alone(baseline: Any, budget: float) -> None:
     model = tiny.llava(kv_heads=2, layers=3, grid=5)
-    together, alone = rows_alone(model, [25, 50, 8], [1, 0, 2], between=11)
-    with avl.adaptive(model, baseline(budget=budget)):
-        tokens, logits = generate(model, together, 16)
-        for row, one in enumerate(alone):
-            its_tokens, its_logits = generate(model, one, 16)
-            assert torch.equal(its_tokens[0], tokens[row])
-            assert difference(its_logits[:, 0], logits[:, row]) < 1e-4
+    rows = rows_alone(model, [25, 50, 8], [1, 0, 2], between=11)
+    check_rows_alone(model, *rows, baseline(budget=budget), steps=16, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("baseline", BASELINES)

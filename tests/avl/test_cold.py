@@ -10,7 +10,7 @@ import avl
 from avl import cold
 from avl.cold import KEY_GROUP, ColdTier
 from tests import tiny
-from tests.avl.generating import difference, generate, rows_alone
+from tests.avl.generating import check_rows_alone, difference, generate, rows_alone
 from tests.avl.masked import masked_avl
 from tests.avl.test_generate import two_turns
 
@@ -153,17 +153,7 @@ COLD = {
 @pytest.mark.parametrize("name", COLD)
 def test_every_row_of_a_padded_batch_equals_that_row_alone(name: str) -> None:
     model = tiny.llava(kv_heads=2, layers=3, grid=5)
-    together, alone = rows_alone(model, **UNEVEN)
-    with avl.adaptive(model, COLD[name]) as session:
-        tokens, logits = generate(model, together, 20)
-        usage = session.usage()
-        for row, one in enumerate(alone):
-            its_tokens, its_logits = generate(model, one, 20)
-            assert torch.equal(its_tokens[0], tokens[row])
-            assert difference(its_logits[:, 0], logits[:, row]) < 1e-3
-            for its, step in zip(session.usage().steps, usage.steps, strict=True):
-                assert [held[0] for held in its.held] == [held[row] for held in step.held]
-                assert [keys[0] for keys in its.attended] == [keys[row] for keys in step.attended]
+    check_rows_alone(model, *rows_alone(model, **UNEVEN), COLD[name], steps=20, tolerance=1e-3)
 
 
 @pytest.mark.parametrize("name", ["preset", "two bits, core and refreshes", "budget 0.25"])
