@@ -112,7 +112,7 @@ class Ledger:
 
     def hold(self, layers: Iterable[AdaptiveLayer], passing: Iterable[Tensor]) -> None:
         """Note a moment at which `passing` tensors exist beside the layers' buffers."""
-        self.peak = max(self.peak, sum(map(allocated, layers)) + sum(map(_bytes, passing)))
+        self.peak = max(self.peak, sum(map(allocated, layers)) + sum(tensor.nbytes for tensor in passing))
 
     def write(self, step: int, layers: Sequence[AdaptiveLayer], attended: Sequence[Sequence[int]]) -> None:
         """Note the end of a pass."""
@@ -146,7 +146,7 @@ def filled(layer: AdaptiveLayer, slot: int) -> int:
 def allocated(layer: AdaptiveLayer) -> int:
     """Bytes of a layer's key and value buffers on the model's device."""
     cold = 0 if layer.cold is None else layer.cold.nbytes(host=False)
-    return 0 if layer.keys is None else _bytes(layer.keys) + _bytes(layer.values) + cold
+    return 0 if layer.keys is None else int(layer.keys.nbytes + layer.values.nbytes) + cold
 
 
 def by_row(layer: AdaptiveLayer, slot: int) -> list[float]:
@@ -169,7 +169,3 @@ def _notes(layer: AdaptiveLayer) -> list[Tensor]:
 def _slot(layer: AdaptiveLayer) -> int:
     """Bytes of one position in all rows and heads of a layer."""
     return (layer.keys.nbytes + layer.values.nbytes) // int(layer.keys.shape[2])
-
-
-def _bytes(tensor: Tensor) -> int:
-    return int(tensor.nbytes)

@@ -11,7 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 from avl_analysis.cli_compare import read_or_draw
-from avl_analysis.cli_record import Attention, Device, Download, Dtype, Model, check_target, load, progress
+from avl_analysis.cli_record import (
+    Attention,
+    BatchSize,
+    Device,
+    Download,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Tasks,
+    check_target,
+    load,
+    progress,
+)
 from avl_analysis.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,14 +50,14 @@ def ablate(
         typer.Option(help="Recording that tells the kinds of heads. Default: a third of the questions is recorded."),
     ] = None,
     scenes: Annotated[int, typer.Option(min=1, help="Drawn scenes per task.")] = 9,
-    task: Annotated[list[str] | None, typer.Option(help="Tasks of the scenes; repeat for several.")] = None,
+    task: Tasks = None,
     draws: Annotated[int, typer.Option(min=1, help="Random sets of as many other heads.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed of these draws.")] = 0,
     same_layers: Annotated[
         bool, typer.Option("--same-layers", help="Take as many others from the very layers the kind's heads are in.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per pass.")] = 32,
+    max_new_tokens: MaxNewTokens = 64,
+    batch_size: BatchSize = 32,
     dtype: Dtype = None,
     device: Device = None,
     attention: Attention = "sdpa",

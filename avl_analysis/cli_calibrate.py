@@ -10,7 +10,19 @@ from rich.console import Console
 from rich.table import Table
 
 from avl_analysis.cli_compare import read_or_draw
-from avl_analysis.cli_record import Attention, Device, Download, Dtype, Model, check_target, load, progress
+from avl_analysis.cli_record import (
+    Attention,
+    BatchSize,
+    Device,
+    Download,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Tasks,
+    check_target,
+    load,
+    progress,
+)
 from avl_analysis.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,9 +44,9 @@ def calibrate(
     model: Model = "scenes",
     out: Annotated[Path, typer.Option(help="Policy file to write.")] = Path("policy.json"),
     scenes: Annotated[int, typer.Option(min=1, help="Drawn scenes per task; a third of all is held out.")] = 9,
-    task: Annotated[list[str] | None, typer.Option(help="Tasks of the scenes; repeat for several.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per pass.")] = 8,
+    task: Tasks = None,
+    max_new_tokens: MaxNewTokens = 64,
+    batch_size: BatchSize = 8,
     prefill: Annotated[bool, typer.Option("--prefill", help="Look for a prefill filter too.")] = False,
     prefill_layer: Annotated[int, typer.Option(help="Layer after which the filter would act.")] = 2,
     per_layer: Annotated[

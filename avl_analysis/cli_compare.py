@@ -9,7 +9,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from avl_analysis.cli_record import Attention, Device, Download, Dtype, Model, check_target, load, progress
+from avl_analysis.cli_record import (
+    Attention,
+    BatchSize,
+    Device,
+    Download,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    check_target,
+    load,
+    progress,
+)
 from avl_analysis.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,8 +64,8 @@ def compare(
     task: Annotated[
         list[str] | None, typer.Option(help="Tasks of the scenes; repeat for several. Default: all.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per pass.")] = 8,
+    max_new_tokens: MaxNewTokens = 64,
+    batch_size: BatchSize = 8,
     metric: Annotated[
         list[str] | None, typer.Option(help="fidelity, text, accuracy, cost; repeat for several. Default: all.")
     ] = None,

@@ -30,6 +30,9 @@ Dtype = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="Torch device. Default: cuda where there is one.")]
 Attention = Annotated[str, typer.Option(help="Attention backend of transformers: sdpa, eager, flash_attention_2, ...")]
+Tasks = Annotated[list[str] | None, typer.Option(help="Tasks of the scenes; repeat for several.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Questions per pass.")]
 
 RECORD_EXAMPLES = """
 Examples: [bold]avl record photo.jpg 'what is on the table?'[/],
@@ -57,11 +60,11 @@ def record(
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster. Default: workers on this machine.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per pass.")] = 1,
+    batch_size: BatchSize = 1,
     scenes: Annotated[int, typer.Option(help="Instead of a picture, ask about this many drawn scenes.")] = 0,
     task: Annotated[str | None, typer.Option(help="Kind of question about the scenes. Default: all kinds.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the drawn scenes.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     layers: Annotated[str | None, typer.Option(help="Decoder layers to record, e.g. 0,4-7. Default: all.")] = None,
     statistics: Annotated[str | None, typer.Option(help="Statistics to record, by name. Default: all.")] = None,
