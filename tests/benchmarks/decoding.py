@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -34,13 +32,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import avl
 from avl.seam import attached
+from tests.benchmarks.machine import environment
 from tests.benchmarks.variants import MaskedStep, SlicedStep, kv_bytes
 
 IMAGE, SYSTEM, QUESTION = 5, 17, 47
@@ -338,24 +336,6 @@ def settings(arguments: argparse.Namespace) -> list[Setting]:
     ]
 
 
-def environment(device: str) -> dict[str, str]:
-    processor = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
-    return {
-        "device": torch.cuda.get_device_name() if device != "cpu" else processor,
-        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
-        "load before": f"{os.getloadavg()[0]:.1f}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "policy": repr(POLICY),
-    }
-
-
 def show(result: Result) -> None:
     s = result.setting
     heads = f"{s.heads} query and {s.key_heads} key/value heads of {s.width}"
@@ -388,7 +368,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    facts = environment(arguments.device)
+    facts = {**environment(arguments.device), "policy": repr(POLICY)}
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
     results = []
     for setting in settings(arguments):

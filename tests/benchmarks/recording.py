@@ -21,9 +21,8 @@ import ctypes
 import gc
 import json
 import multiprocessing
-import os
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -32,12 +31,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
-import transformers
 from torch import Tensor
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from avl_analysis.recorder import Recorder, record
+from tests.benchmarks.machine import environment
 
 HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 32, 128, 4096, 11008
 IMAGE, VOCABULARY, SIDE, PATCH = 5, 1000, 24, 4
@@ -254,25 +255,6 @@ def measured_apart(*arguments: Any) -> dict[str, int]:
 
 
 # -- report -----
-
-
-def environment() -> dict[str, Any]:
-    return {
-        "cpu": next(
-            (
-                line.split(":")[1].strip()
-                for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")
-            ),
-            platform.processor(),
-        ),
-        "threads": torch.get_num_threads(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "load": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def show(cost: Cost) -> str:
