@@ -38,8 +38,8 @@ def by_age(block: Tensor, query_rank: Tensor, key_rank: Tensor) -> Tensor:
     Returns:
         (heads, bins) float64 on the CPU.
     """
-    in_order = key_rank.shape[0] == 1 and _consecutive(query_rank) and _consecutive(key_rank[0])
-    if not in_order:
+    several = block.shape[1] > 1 and key_rank.shape[0] == 1  # a single row has nothing but single diagonals
+    if not (several and _consecutive(query_rank) and _consecutive(key_rank[0])):
         return _by_age_anyhow(block, query_rank, key_rank)
     heads, rows, keys = block.shape
     margin, width = rows - 1, keys + rows - 1  # zeros before every row catch what the diagonals of others run over into

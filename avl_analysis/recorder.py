@@ -161,7 +161,7 @@ class Recorder(Tap):
     def _value_norm(self, seen: View, layer: int, b: int) -> Tensor:
         """(key heads, keys) norms of the value vectors; those of keys met before are remembered, by rank."""
         rank, heads = seen.keys.rank, seen.value.shape[0]
-        known, count = self._norms.get((b, layer), (seen.value.new_empty((heads, 0), dtype=torch.float32), 0))
+        known, count = self._norms.get((b, layer)) or (seen.value.new_empty((heads, 0), dtype=torch.float32), 0)
         length = int(seen.queries.rank[-1]) + 1
         if length > known.shape[1]:
             known = torch.cat([known, known.new_full((heads, length + 256 - known.shape[1]), torch.nan)], 1)

@@ -28,7 +28,7 @@ from avl_analysis.weights import share_of_maps, weight_blocks
 ROWS_PER_MODALITY = 32
 """Prompt rows of each query modality that `WeightStatistic`s read, evenly spaced; the last row is always read."""
 
-COPIED_BYTES = (1 << 20, 8 << 20)
+COPIED_BYTES = (3 << 19, 8 << 20)
 """Least and most bytes of copied rows at a time; sorting them takes about three times as much again."""
 
 
@@ -237,11 +237,12 @@ def _reduce_heads(
     tally = _Tally(view, plan, prompt, value_norm, heads)
     for which, rows, span, weights in weight_blocks(view, key_heads):
         tally.add(slice(which.start - heads.start, which.stop - heads.start), rows, span, weights)
-    sums, values = tally.sums.transpose(1, 2), tally.values
+        del weights  # and with the last block the buffer of all
+    sums = tally.sums.transpose(1, 2)
     if bool(sums[:, prompt.groups[0] > 0].isnan().any()):
         raise FloatingPointError("attention weights are not numbers")
     counts = prompt.counts if len(prompt.counts) == 1 else prompt.counts[heads]
-    mass = None if values is None else values.transpose(1, 2)
+    mass = None if value_norm is None else sums[..., -len(KINDS) :]
     every = Rows(view.queries, tally.keys, counts, sums, plan.columns, tally.above, mass)
     both = _values(plan.sums, every), _values(plan.weights, every.take(prompt.picked, tally.picked))
     grouped = _grouped(both[0], prompt.modality), _grouped(both[1], prompt.sampled)
@@ -251,7 +252,10 @@ def _reduce_heads(
 
 
 class _Tally:
-    """Primitive sums of a few heads over all rows, taken block by block."""
+    """Primitive sums of a few heads over all rows, taken block by block.
+
+    Where norms of values are wanted, the sums weighted by them stand behind those of the key columns.
+    """
 
     def __init__(self, view: View, plan: Plan, prompt: _Prompt, value_norm: Tensor | None, heads: slice) -> None:
         number, rows, keys = heads.stop - heads.start, view.query.shape[1], view.key.shape[1]
@@ -259,12 +263,11 @@ class _Tally:
         self.prompt, self.queries, self.groups = prompt, view.queries, view.groups
         self.keys = view.keys if len(view.keys.rank) == 1 else view.keys.map(lambda t: t[own])
         self.columns = prompt.columns if len(prompt.columns) == 1 else prompt.columns[own]
-        self.value_columns = None
         if value_norm is not None:
-            self.value_columns = _for_sets(self.columns[:, : len(KINDS)], own.stop - own.start) * value_norm[own, None]
+            plain = self.columns.expand(own.stop - own.start, -1, -1)
+            self.columns = torch.cat([plain, plain[:, : len(KINDS)] * value_norm[own, None]], 1)
         new = view.query.new_zeros
         self.sums = new(number, self.columns.shape[1], rows, dtype=torch.float32)
-        self.values = None if self.value_columns is None else new(number, 3, rows, dtype=torch.float32)
         self.above = {t: new(number, rows, dtype=torch.float32) for t in plan.thresholds}
         self.picked = new(number, len(prompt.picked), keys, dtype=torch.float32)
         self.received = new(number, 2, keys, dtype=torch.float32) if plan.received else None
@@ -281,8 +284,6 @@ class _Tally:
         sets = slice(heads.start // self.groups, heads.stop // self.groups)
         columns = self.columns if len(self.columns) == 1 else self.columns[sets]
         self.sums[heads, :, rows] = weighted_sums(weights, columns[:, :, span])
-        if self.values is not None and self.value_columns is not None:
-            self.values[heads, :, rows] = weighted_sums(weights, self.value_columns[sets, :, span])
         low, high = bisect_left(self._places, rows.start), bisect_left(self._places, rows.stop)
         if low < high:
             self.picked[heads, low:high, span] = weights[:, self.prompt.picked[low:high] - rows.start]
@@ -314,7 +315,7 @@ class _Tally:
             if len(tokens.rank) > 1:
                 sets = slice(heads.start // self.groups, heads.stop // self.groups)
                 tokens = tokens.map(lambda t: t[sets])
-            ages[heads] += by_age(text_only(inner, queries, tokens), queries.rank, tokens.rank)
+            ages[heads] += text_by_age(inner, queries, tokens)
 
 
 def _pairs(view: View, rows: slice, keys: slice) -> Tensor:
@@ -325,7 +326,7 @@ def _pairs(view: View, rows: slice, keys: slice) -> Tensor:
     visible = view.sight.visible[:, rows, keys].float()
     if len(tokens.rank) > 1 and len(visible) == 1:
         visible = visible.expand(len(tokens.rank), -1, -1)
-    return by_age(text_only(visible, queries, tokens), queries.rank, tokens.rank)
+    return text_by_age(visible, queries, tokens)
 
 
 # -- decode steps -----
@@ -364,8 +365,8 @@ def reduce_step(rows: Sequence[StepRow], plan: Plan) -> list[LayerPass]:
     kinds, value_mass = columns[:, : len(KINDS)], None
     if plan.reads_values:
         norms = torch.cat([row.value_norm for row in rows if row.value_norm is not None])
-        by_head = norms.repeat_interleave(len(weights) // len(norms), 0)[:, None]
-        value_mass = weighted_sums(weights * by_head, kinds).transpose(1, 2)
+        by_set = weights.view(len(norms), -1, weights.shape[2]) * norms[:, None]
+        value_mass = weighted_sums(by_set.view_as(weights), kinds).transpose(1, 2)
     sums = weighted_sums(weights, columns).transpose(1, 2)
     if bool((broken := sums.isnan().any(-1).any(-1)).any()):
         raise FloatingPointError(
@@ -377,8 +378,8 @@ def reduce_step(rows: Sequence[StepRow], plan: Plan) -> list[LayerPass]:
     step = torch.cat([_values(plan.sums, stacked), _values(plan.weights, stacked)], -1)[:, 0].unflatten(0, (layers, -1))
     ages = pairs = None
     if plan.ages:
-        ages = by_age(text_only(weights, queries, keys), queries.rank, keys.rank).unflatten(0, (layers, -1))
-        pairs = by_age(text_only(visible.float(), queries, keys), queries.rank, keys.rank)
+        ages = text_by_age(weights, queries, keys).unflatten(0, (layers, -1))
+        pairs = text_by_age(visible.float(), queries, keys)
         pairs = pairs.expand(max(len(pairs), layers), -1).unflatten(0, (layers, -1))
     results = []
     for i, row in enumerate(rows):
@@ -418,6 +419,14 @@ def count_above(weights: Tensor, threshold: float, scratch: Tensor) -> Tensor:
     """(heads, rows): number of weights of at least threshold x the row's largest. In float32: summing bools is slow."""
     limit = weights.amax(-1, keepdim=True).mul_(threshold)
     return torch.ge(weights, limit, out=scratch).sum(-1)
+
+
+def text_by_age(block: Tensor, queries: Tokens, keys: Tokens) -> Tensor:
+    """(heads, rows, keys): sums of the weights of text rows on text keys by age, (heads, ages) float64."""
+    if block.shape[1] == 1 and len(keys.rank) == 1:  # a decode step: few of its keys are text
+        at = (keys.modality[0] == Modality.TEXT).nonzero().flatten()
+        block, keys = block[..., at], keys.map(lambda t: t[:, at])
+    return by_age(text_only(block, queries, keys), queries.rank, keys.rank)
 
 
 def text_only(block: Tensor, queries: Tokens, keys: Tokens) -> Tensor:

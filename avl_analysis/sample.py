@@ -144,21 +144,18 @@ class SampleLog:
     def _add_scores(self, passes: Sequence[LayerPass | None]) -> None:
         positions = self.image_positions
         at: np.ndarray | slice = positions
-        scores = np.full((len(self.layers), self.heads, len(positions)), np.nan, np.float32)
         if len(positions) and positions[-1] - positions[0] + 1 == len(positions):
             at = slice(positions[0], positions[-1] + 1)  # one picture; much faster to take than a list of places
-        for layer, one in enumerate(passes if scores.size else ()):
-            if one is not None:
-                scores[layer] = by_rank(one.weights[:, None], one.keys.rank, self.length, np.nan)[:, 0, at]
-        mean = scores.mean(1)
-        if np.isnan(mean).any():
-            present = ~np.isnan(scores)
-            mean = np.where(present.any(1), np.where(present, scores, 0.0).mean(1), np.float32(np.nan))
-        self.scores.append(mean)
+        none = np.full((self.heads, len(positions)), np.nan, np.float32)
+        scores = [
+            none if p is None else by_rank(p.weights[:, None], p.keys.rank, self.length, np.nan)[:, 0, at]
+            for p in passes
+        ]
+        self.scores.append(np.stack([_mean_of_present(of_heads) for of_heads in scores]))
         if self.last is None:
-            self.last = scores
+            self.last = np.stack(scores)
         if self.maps == "heads":
-            self.head_scores.append(scores.astype(np.float16))
+            self.head_scores.append(np.stack(scores).astype(np.float16))
 
     def _add_raw(self, passes: Sequence[LayerPass | None]) -> None:
         rows = next((p.raw_rows for p in passes if p is not None), None)
@@ -287,6 +284,15 @@ class SampleLog:
         at = self.image_positions
         image, row, column = (self.tokens[name][at] for name in ("image", "row", "column"))
         return Trajectory(np.stack(self.scores), self.last, image, row, column, self.layers)
+
+
+def _mean_of_present(scores: np.ndarray) -> np.ndarray:
+    """(heads, keys): mean over the heads that hold a key, NaN where none does."""
+    mean: np.ndarray = scores.mean(0)
+    if np.isnan(mean).any():
+        present = ~np.isnan(scores)
+        mean = np.where(present.any(0), np.where(present, scores, 0.0).mean(0), np.float32(np.nan))
+    return mean
 
 
 def by_rank(values: Tensor, rank: Tensor, length: int, fill: float) -> np.ndarray:

@@ -117,7 +117,7 @@ def _sinks(call: AttentionCall, sample: int, rows: slice) -> Tensor | None:
 
 
 def _part(call: AttentionCall, tokens: Tokens, sample: int) -> Part | None:
-    queries, keys = tokens.at(_query_positions(call, sample)), tokens.at(_key_positions(call, sample))
+    queries, keys = _queries(call, tokens, sample), _keys(call, tokens, sample)
     rows, columns = valid_part(queries.rank >= 0), valid_part((keys.rank >= 0).any(0))
     if rows.start == rows.stop:
         return None
@@ -128,19 +128,23 @@ def _part(call: AttentionCall, tokens: Tokens, sample: int) -> Part | None:
     return Part(rows, columns, queries, keys, sight(call, sample, rows, columns, held))
 
 
-def _query_positions(call: AttentionCall, sample: int) -> Tensor:
+def _queries(call: AttentionCall, tokens: Tokens, sample: int) -> Tokens:
+    """(rows,)"""
     if call.forward.rows is not None:
-        return call.forward.rows[sample]
-    return torch.arange(call.forward.start, call.forward.start + call.query.shape[2], device=call.query.device)
+        return tokens.at(call.forward.rows[sample])
+    return tokens.map(lambda t: t[call.forward.start : call.forward.start + call.query.shape[2]])
 
 
-def _key_positions(call: AttentionCall, sample: int) -> Tensor:
+def _keys(call: AttentionCall, tokens: Tokens, sample: int) -> Tokens:
     """(1 or key heads, keys); slots behind the last token of the sequence (of a static cache) are empty."""
-    positions = call.key_positions
-    if positions is None:
-        slots = torch.arange(call.key.shape[2], device=call.key.device)
-        return slots.masked_fill(slots >= call.forward.start + call.forward.tokens, -1)[None]
-    return positions[None] if positions.dim() == 1 else positions[sample].reshape(-1, positions.shape[-1])
+    positions, count = call.key_positions, call.key.shape[2]
+    if positions is not None:
+        mine = positions if positions.dim() == 1 else positions[sample]
+        return tokens.at(mine.reshape(-1, count))
+    if count <= len(tokens.rank):
+        return tokens.map(lambda t: t[None, :count])
+    slots = torch.arange(count, device=call.key.device)
+    return tokens.at(slots.masked_fill(slots >= len(tokens.rank), -1)[None])
 
 
 def valid_part(valid: Tensor) -> slice:

@@ -3,7 +3,7 @@
 Always in float32, whatever the model's precision: a product of two bfloat16 matrices is rounded to 8 bits, too few
 for a softmax to start from. Blocks take few heads and many rows, not the other way round: one head's keys then stay
 in the core's cache, and keys in half precision are converted once per head. Keys that no row of a block may see are
-not computed.
+not computed, which is why blocks are not taller still.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from torch import Tensor
 
 from avl_analysis.view import View
 
-BLOCK_BYTES = (1 << 20, 2 << 20)
-"""Least and most bytes of one block of weights on a CPU, about what stays in a core's own cache. In between it is a
-fiftieth of the layer's maps, so that short prompts take little memory beside a model, too."""
+BLOCK_BYTES = (1 << 20, 4 << 20)
+"""Least and most bytes of one block of weights on a CPU: larger ones leave the caches, smaller ones make thin products.
+In between it is a fiftieth of the layer's maps, so that short prompts take little memory beside a model, too."""
 DEVICE_BLOCK_BYTES = (16 << 20, 128 << 20)
 """The same elsewhere, where starting a kernel costs more than moving data."""
+BLOCK_ROWS = 128
+"""Most rows of a block: it computes every key that its last row sees, and the more rows, the more of that is hidden
+from the others."""
 
 ROW_BYTES = 4 << 20
 """Bytes of keys converted to float32 at a time for the one row of a decode step."""
@@ -44,11 +47,12 @@ def weight_blocks(view: View, key_heads: slice) -> Iterator[Block]:
         return
     limits = BLOCK_BYTES if view.query.device.type == "cpu" else DEVICE_BLOCK_BYTES
     elements = share_of_maps(view, *limits) // 4
-    size = max(1, min(rows, elements // (groups * keys)))
+    size = max(1, min(rows, BLOCK_ROWS, elements // (groups * keys)))
     together = elements // (groups * size * keys)
     if view.key.dtype != torch.float32:  # the converted keys of these heads shall fit as well
         together = min(together, elements // (keys * view.key.shape[2]))
-    together = max(1, min(key_heads.stop - key_heads.start, together))
+    count = key_heads.stop - key_heads.start
+    together = -(-count // -(-count // max(1, together)))  # in parts of about one size
     buffer = torch.empty(together * groups * size * keys, device=view.query.device)
     converted = None
     if view.key.dtype != torch.float32:  # one buffer for all: fresh memory costs more than the conversion

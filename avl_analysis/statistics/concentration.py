@@ -36,7 +36,7 @@ class _Concentration(WeightStatistic):
 class Gini(_Concentration):
     """`1 + 1/n - (2/n) sum_i (n + 1 - i) p_(i)`, p ascending; 0 = all equal, 1 - 1/n = all on one key.
 
-    In descending order, as used here, the i-th smallest of n is the (n + 1 - i)-th largest.
+    Keys the row may not attend to come first, with p = 0, so n + 1 - i is counted from the end.
     """
 
     name = "gini"
@@ -45,7 +45,7 @@ class Gini(_Concentration):
 
     def _of(self, rows: Rows, modality: Modality) -> Tensor:
         shares, count = rows.shares(modality), rows.count(modality)
-        place = torch.arange(1, shares.shape[-1] + 1, device=shares.device, dtype=shares.dtype)
+        place = torch.arange(shares.shape[-1], 0, -1, device=shares.device, dtype=shares.dtype)
         gini = 1 + 1 / count - 2 / count * (shares @ place)
         return gini.where(count > 0, torch.nan)
 

@@ -37,9 +37,10 @@ class Coverage(WeightStatistic):
         return torch.stack([self._over(rows, Modality(code)) for code in range(len(MODALITIES))], -2)
 
     def _over(self, rows: Rows, modality: Modality) -> Tensor:
-        """(heads, rows, taus)"""
-        reached = rows.shares(modality).cumsum(-1)
-        taus = reached.new_tensor(self.taus).sub_(SLACK)
-        fewer = torch.searchsorted(reached, taus.expand(*reached.shape[:-1], -1).contiguous())
-        undefined = rows.mass()[..., int(modality)] == 0
-        return ((fewer + 1) / rows.count(modality)[..., None]).masked_fill(undefined[..., None], torch.nan)
+        """(heads, rows, taus): all keys but the most that together hold no more than 1 - tau."""
+        shares = rows.shares(modality)
+        rest = 1 + SLACK - shares.new_tensor(self.taus)
+        spared = torch.searchsorted(shares.cumsum(-1), rest.expand(*shares.shape[:-1], -1).contiguous(), right=True)
+        undefined = rows.sum(MODALITIES[modality]) == 0
+        needed = (shares.shape[-1] - spared).clamp_min(1)
+        return (needed / rows.count(modality)[..., None]).masked_fill(undefined[..., None], torch.nan)

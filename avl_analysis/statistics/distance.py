@@ -42,6 +42,8 @@ class PatchDistance(WeightStatistic):
 
     def value(self, rows: Rows) -> Tensor:
         query, key = rows.queries, rows.keys
+        if not bool((query.row >= 0).any()):  # as in every decode step
+            return rows.sums.new_full(rows.sums.shape[:2], torch.nan)
         same = (query.image[:, None] == key.image[:, None]) & (key.row[:, None] >= 0) & (query.row >= 0)[:, None]
         down, right = (
             (query.row[:, None] - key.row[:, None]).float(),

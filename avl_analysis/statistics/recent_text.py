@@ -29,8 +29,8 @@ class RecentTextMass(WeightStatistic):
         return {"window": self.windows}
 
     def value(self, rows: Rows) -> Tensor:
-        is_text = rows.keys.modality[:, None] == Modality.TEXT
-        age = rows.queries.rank[:, None] - rows.keys.rank[:, None]  # (key sets, rows, keys)
-        recent = torch.stack([rows.against((is_text & (age < w)).float()) for w in self.windows], -1)
+        weights, rank = rows.on(Modality.TEXT)
+        age = rows.per_head(rows.queries.rank[:, None] - rank[:, None])  # (1 or heads, rows, text keys)
+        recent = torch.stack([(weights * (age < w)).sum(-1) for w in self.windows], -1)
         mass = rows.sum("text")[..., None]
         return recent / torch.where(mass > 0, mass, torch.nan)
