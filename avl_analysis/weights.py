@@ -15,9 +15,10 @@ from torch import Tensor
 
 from avl_analysis.view import View
 
-BLOCK_BYTES = (1 << 20, 4 << 20)
-"""Least and most bytes of one block of weights on a CPU: larger ones leave the caches, smaller ones make thin products.
-In between it is a fiftieth of the layer's maps, so that short prompts take little memory beside a model, too."""
+BLOCK_BYTES = (3 << 20, 8 << 20)
+"""Least and most bytes of one block of weights on a CPU, with the keys converted for it: larger ones leave the caches,
+in smaller ones starting an operation costs more than doing it. In between it is a fiftieth of the layer's maps, so that
+short prompts take little memory beside a model, too."""
 DEVICE_BLOCK_BYTES = (16 << 20, 128 << 20)
 """The same elsewhere, where starting a kernel costs more than moving data."""
 BLOCK_ROWS = 128
@@ -48,14 +49,12 @@ def weight_blocks(view: View, key_heads: slice) -> Iterator[Block]:
     limits = BLOCK_BYTES if view.query.device.type == "cpu" else DEVICE_BLOCK_BYTES
     elements = share_of_maps(view, *limits) // 4
     size = max(1, min(rows, BLOCK_ROWS, elements // (groups * keys)))
-    together = elements // (groups * size * keys)
-    if view.key.dtype != torch.float32:  # the converted keys of these heads shall fit as well
-        together = min(together, elements // (keys * view.key.shape[2]))
-    count = key_heads.stop - key_heads.start
-    together = -(-count // -(-count // max(1, together)))  # in parts of about one size
+    converts = view.key.dtype != torch.float32  # the converted keys of these heads shall fit as well
+    count, each = key_heads.stop - key_heads.start, keys * (groups * size + converts * view.key.shape[2])
+    together = -(-count // -(-count // max(1, elements // each)))  # parts of about one size
     buffer = torch.empty(together * groups * size * keys, device=view.query.device)
     converted = None
-    if view.key.dtype != torch.float32:  # one buffer for all: fresh memory costs more than the conversion
+    if converts:  # one buffer for all: fresh memory costs more than the conversion
         converted = torch.empty(together, keys, view.key.shape[2], device=view.query.device)
     for first in range(key_heads.start, key_heads.stop, together):
         some = slice(first, min(first + together, key_heads.stop))
@@ -66,13 +65,13 @@ def weight_blocks(view: View, key_heads: slice) -> Iterator[Block]:
 def _row_blocks(view: View, key_heads: slice, key: Tensor, size: int, buffer: Tensor) -> Iterator[Block]:
     count, groups, rows = key_heads.stop - key_heads.start, view.groups, view.query.shape[1]
     heads = slice(key_heads.start * groups, key_heads.stop * groups)
-    query = view.query[heads].float().mul(view.scaling)
     for start in range(0, rows, size):
         at = slice(start, min(start + size, rows))
         span = view.sight.span(at)
         shape = (count * groups, at.stop - at.start, span.stop - span.start)
         weights = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-        _products(query[:, at].reshape(count, -1, query.shape[2]), key[:, span], weights)
+        query = view.query[heads, at].float() * view.scaling
+        _products(query.reshape(count, -1, query.shape[2]), key[:, span], weights)
         _softmax(weights, view, heads, at, span)
         yield heads, at, span, weights
 
