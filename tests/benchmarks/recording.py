@@ -6,7 +6,9 @@
 
 One process measures everything, in rounds: plain SDPA prefill, the same with all statistics recorded, and eager
 attention with `output_attentions=True`, one after another. Ratios are taken within a round and their median is
-reported, so that a machine that is busy with other things slows all three alike. Decode steps are timed the same way.
+reported, so that a machine that is busy with other things slows all three alike. Decode steps are timed in turn: a
+plain one, then a recorded one of a twin of the model (other modules, the same weights in memory); the median of their
+ratios counts, pair by pair.
 
 Memory is measured in a process of its own, with large allocations returned to the system at once, so that the resident
 size follows what is really held, and after a first pass, in which libraries take memory of their own. The attention
@@ -14,13 +16,14 @@ there has the same heads, but the layers around it are narrow, which saves minut
 depends on the heads alone. "own" is the most the recorder held at any moment, what it keeps included; "maps" is the
 size of ONE layer's maps in float32, n x n x heads x 4 bytes.
 
-A CPU without bfloat16 instructions multiplies bfloat16 matrices ten times slower than float32 ones; there, one round
-(`--dtypes bfloat16 --rounds 1`) takes half an hour.
+A CPU without bfloat16 instructions multiplies bfloat16 matrices several times slower than float32 ones; there, one
+round that counts (`--dtypes bfloat16 --rounds 1 --warmup 0`) takes a quarter of an hour.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -125,6 +128,21 @@ def prompt(length: int, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
+@dataclass
+class Taken:
+    """Seconds of one round; of plain and recorded decode steps in turn."""
+
+    plain: float
+    recorded: float
+    eager: float
+    steps: list[tuple[float, float]]
+
+
+def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """The same weights in memory under modules of their own, so that one can be recorded and the other not."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
 class Bench:
     """One model and prompt, run in the three ways."""
 
@@ -132,63 +150,60 @@ class Bench:
         self.model, self.inputs, self.steps = model, inputs, steps
 
     @torch.no_grad()
-    def prefill(self, **options: Any) -> tuple[float, DynamicCache]:
-        cache = DynamicCache(config=self.model.config.get_text_config())
+    def prefill(self, model: LlavaForConditionalGeneration, **options: Any) -> tuple[float, DynamicCache]:
+        cache = DynamicCache(config=model.config.get_text_config())
         start = time.perf_counter()
-        kept = self.model(**self.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
+        kept = model(**self.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
         elapsed = time.perf_counter() - start
         del kept
         return elapsed, cache
 
     @torch.no_grad()
-    def decode(self, cache: DynamicCache) -> list[float]:
-        """Seconds of every decode step; the first, which touches new memory, left out."""
+    def decode(self, *runs: tuple[LlavaForConditionalGeneration, DynamicCache]) -> list[tuple[float, ...]]:
+        """Seconds of every decode step of each run, in turn; the first, which touches new memory, left out."""
         seconds, mask = [], self.inputs["attention_mask"]
         for token in range(self.steps + 1):
-            mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
-            start = time.perf_counter()
-            self.model(
-                input_ids=torch.tensor([[20 + token]]), attention_mask=mask, past_key_values=cache, use_cache=True
-            )
-            seconds.append(time.perf_counter() - start)
+            mask, ids = torch.cat([mask, mask.new_ones(1, 1)], 1), torch.tensor([[20 + token]])
+            row = []
+            for model, cache in runs:
+                start = time.perf_counter()
+                model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+                row.append(time.perf_counter() - start)
+            seconds.append(tuple(row))
         return seconds[1:]
 
-    def plain(self) -> tuple[float, float]:
-        self.model.set_attn_implementation("sdpa")
-        seconds, cache = self.prefill()
-        return seconds, statistics.median(self.decode(cache))
-
-    def recorded(self) -> tuple[float, float]:
-        self.model.set_attn_implementation("sdpa")
-        with record(self.model, stop=()) as recording:
-            seconds, cache = self.prefill()
-            step = statistics.median(self.decode(cache))
+    def round(self) -> Taken:
+        other = twin(self.model)
+        for model in (self.model, other):
+            model.set_attn_implementation("sdpa")
+        plain, cache = self.prefill(self.model)
+        with record(other, stop=()) as recording:
+            recorded, watched = self.prefill(other)
+            steps = [(a, b) for a, b in self.decode((self.model, cache), (other, watched))]
         assert len(recording) == 1
-        return seconds, step
-
-    def eager(self) -> float:
+        del cache, watched
         self.model.set_attn_implementation("eager")
-        seconds, _ = self.prefill(output_attentions=True)
-        return seconds
+        eager, _ = self.prefill(self.model, output_attentions=True)
+        return Taken(plain, recorded, eager, steps)
 
 
-def measure(bench: Bench, rounds: int) -> dict[str, float]:
-    """Times and ratios; a first round of everything is thrown away."""
-    taken: list[tuple[tuple[float, float], tuple[float, float], float]] = []
-    for _ in range(rounds + 1):
-        taken.append((bench.plain(), bench.recorded(), bench.eager()))
+def measure(bench: Bench, rounds: int, warmup: int = 1) -> dict[str, float]:
+    """Times and ratios; the first `warmup` rounds are thrown away."""
+    taken = []
+    for _ in range(warmup + rounds):
+        taken.append(bench.round())
         gc.collect()
-    taken = taken[1:]
-    middle = statistics.median
+    taken, middle = taken[warmup:], statistics.median
+    steps = [pair for one in taken for pair in one.steps]
     return {
-        "plain_prefill": middle(p[0] for p, _, _ in taken),
-        "recorded_prefill": middle(r[0] for _, r, _ in taken),
-        "eager_prefill": middle(e for _, _, e in taken),
-        "recorded_over_plain": middle(r[0] / p[0] for p, r, _ in taken),
-        "recorded_over_eager": middle(r[0] / e for _, r, e in taken),
-        "plain_step": middle(p[1] for p, _, _ in taken),
-        "recorded_step": middle(r[1] for _, r, _ in taken),
-        "step_ratio": middle(r[1] / p[1] for p, r, _ in taken),
+        "plain_prefill": middle(one.plain for one in taken),
+        "recorded_prefill": middle(one.recorded for one in taken),
+        "eager_prefill": middle(one.eager for one in taken),
+        "recorded_over_plain": middle(one.recorded / one.plain for one in taken),
+        "recorded_over_eager": middle(one.recorded / one.eager for one in taken),
+        "plain_step": middle(plain for plain, _ in steps),
+        "recorded_step": middle(recorded for _, recorded in steps),
+        "step_ratio": middle(recorded / plain for plain, recorded in steps),
     }
 
 
@@ -242,16 +257,16 @@ def memory(dtype: str, layers: int, length: int) -> dict[str, int]:
     bench = Bench(build(layers, DTYPES[dtype], NARROW, NARROW), prompt(length, DTYPES[dtype]), steps=0)
     bench.model.set_attn_implementation("sdpa")
     with record(bench.model, stop=()):  # libraries take memory of their own at their first use
-        bench.prefill()
+        bench.prefill(bench.model)
     with watched_recorder() as sizes, record(bench.model, stop=()):
-        bench.prefill()
+        bench.prefill(bench.model)
     peaks = []
     for implementation, options in (("sdpa", {}), ("eager", {"output_attentions": True})):
         bench.model.set_attn_implementation(implementation)
         gc.collect()
         _reset_peak()
         before = _status("VmRSS")
-        bench.prefill(**options)
+        bench.prefill(bench.model, **options)
         peaks.append(_status("VmHWM") - before)
     if sizes["peak"] < length * HEADS * 4:  # less than one row of weights cannot be
         raise RuntimeError(f"the recorder's memory was not seen: {sizes['peak']} bytes")
@@ -289,6 +304,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--layers", type=int, default=3, help="decoder layers (default 3)")
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds (default 3)")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before that, thrown away (default 1)")
     parser.add_argument("--steps", type=int, default=12, help="decode steps per round (default 12)")
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
@@ -311,7 +327,7 @@ def main() -> None:
                 rounds=options.rounds,
                 maps=maps,
                 own_over_maps=sizes["own_peak"] / maps,
-                **measure(bench, options.rounds),
+                **measure(bench, options.rounds, options.warmup),
                 **sizes,
             )
             costs.append(cost)
