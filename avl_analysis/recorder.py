@@ -165,7 +165,7 @@ class Recorder(Tap):
         length = int(seen.queries.rank[-1]) + 1
         if length > known.shape[1]:
             known = torch.cat([known, known.new_full((heads, length + 256 - known.shape[1]), torch.nan)], 1)
-        if seen.in_order:
+        if seen.keys.in_order:
             known[:, count:length] = _norms(seen.value[:, count:length])
             self._norms[b, layer] = known, length
             return known[:, :length]

@@ -361,25 +361,23 @@ def reduce_step(rows: Sequence[StepRow], plan: Plan) -> list[LayerPass]:
     visible = views[0].sight.visible
     if not shared:
         visible = torch.cat([view.sight.visible.expand(heads, -1, -1) for view in views])
-    weights, columns = torch.cat([row.weights for row in rows]), key_columns(keys, plan.columns)
-    kinds, value_mass = columns[:, : len(KINDS)], None
+    weights, value_mass = torch.cat([row.weights for row in rows]), None
     if plan.reads_values:
         norms = torch.cat([row.value_norm for row in rows if row.value_norm is not None])
         by_set = weights.view(len(norms), -1, weights.shape[2]) * norms[:, None]
-        value_mass = weighted_sums(by_set.view_as(weights), kinds).transpose(1, 2)
-    sums = weighted_sums(weights, columns).transpose(1, 2)
-    if bool((broken := sums.isnan().any(-1).any(-1)).any()):
-        raise FloatingPointError(
-            f"attention weights are not numbers in layer {rows[int(broken.int().argmax()) // heads].layer}"
-        )
+        value_mass = _by_kind(by_set.view_as(weights), keys)
+    sums = weighted_sums(weights, key_columns(keys, plan.columns)).transpose(1, 2)
+    if bool((broken := sums.isnan()).any()):
+        first = int(broken.flatten(1).any(-1).int().argmax()) // heads
+        raise FloatingPointError(f"attention weights are not numbers in layer {rows[first].layer}")
     above = {t: count_above(weights, t, torch.empty_like(weights)) for t in plan.thresholds}
-    counts = weighted_sums(visible.float(), kinds).transpose(1, 2)
+    counts = _by_kind(visible.float(), keys)
     stacked = Rows(queries, keys, counts, sums, plan.columns, above, value_mass, weights)
     step = torch.cat([_values(plan.sums, stacked), _values(plan.weights, stacked)], -1)[:, 0].unflatten(0, (layers, -1))
     ages = pairs = None
     if plan.ages:
-        ages = text_by_age(weights, queries, keys).unflatten(0, (layers, -1))
-        pairs = text_by_age(visible.float(), queries, keys)
+        ages, pairs = _step_ages(weights, visible, queries, keys)
+        ages = ages.unflatten(0, (layers, -1))
         pairs = pairs.expand(max(len(pairs), layers), -1).unflatten(0, (layers, -1))
     results = []
     for i, row in enumerate(rows):
@@ -394,6 +392,23 @@ def reduce_step(rows: Sequence[StepRow], plan: Plan) -> list[LayerPass]:
             one.raw_visible = seen if len(seen) == 1 else seen[kept]
         results.append(one)
     return results
+
+
+def _by_kind(values: Tensor, keys: Tokens) -> Tensor:
+    """(heads, rows, keys) summed over system, image and text keys: (heads, rows, 3)."""
+    if len(keys.rank) > 1:
+        return weighted_sums(values, key_columns(keys, KINDS)).transpose(1, 2)
+    return torch.stack([values[..., at].sum(-1) for at in keys.kinds], -1)
+
+
+def _step_ages(weights: Tensor, visible: Tensor, queries: Tokens, keys: Tokens) -> tuple[Tensor, Tensor]:
+    """Of a row, a text token, the weights of text keys by age, (heads, ages); how many they are, (1 or heads, ages)."""
+    if len(keys.rank) > 1:
+        return text_by_age(weights, queries, keys), text_by_age(visible.float(), queries, keys)
+    at = keys.kinds[Modality.TEXT]  # few of its keys
+    both = torch.cat([weights[..., at], visible[..., at].float()])
+    ages = by_age(both, queries.rank, keys.rank[:, at])
+    return ages[: len(weights)], ages[len(weights) :]
 
 
 def _join(keys: Sequence[Tokens]) -> Tokens:
@@ -423,9 +438,6 @@ def count_above(weights: Tensor, threshold: float, scratch: Tensor) -> Tensor:
 
 def text_by_age(block: Tensor, queries: Tokens, keys: Tokens) -> Tensor:
     """(heads, rows, keys): sums of the weights of text rows on text keys by age, (heads, ages) float64."""
-    if block.shape[1] == 1 and len(keys.rank) == 1:  # a decode step: few of its keys are text
-        at = (keys.modality[0] == Modality.TEXT).nonzero().flatten()
-        block, keys = block[..., at], keys.map(lambda t: t[:, at])
     return by_age(text_only(block, queries, keys), queries.rank, keys.rank)
 
 

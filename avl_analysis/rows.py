@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -37,6 +38,18 @@ class Tokens:
     row: Tensor
     column: Tensor
 
+    @cached_property
+    def in_order(self) -> bool:
+        """Of keys: whether key j is token j, for all heads, and none is missing."""
+        own = torch.arange(self.rank.shape[-1], device=self.rank.device)
+        return len(self.rank) == 1 and bool((self.rank[0] == own).all())
+
+    @cached_property
+    def kinds(self) -> tuple[Tensor | slice, ...]:
+        """Of keys that are the same for all heads: which are system, image and text, as slices where these have no
+        gaps."""
+        return tuple(_as_slice((self.modality[0] == code).nonzero().flatten()) for code in range(len(KINDS)))
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
         return Tokens(*(change(t) for t in (self.rank, self.modality, self.image, self.row, self.column)))
 
@@ -49,7 +62,7 @@ class Tokens:
 def sample_tokens(layout: TokenLayout, sample: int) -> Tokens:
     """All tokens of one row of a batch, (length,)."""
     valid = layout.valid[sample]
-    rank = (valid.cumsum(0) - 1).masked_fill(~valid, -1)
+    rank = torch.where(valid, valid.cumsum(0) - 1, -1)
     return Tokens(rank, layout.modality[sample], layout.image[sample], layout.row[sample], layout.column[sample])
 
 
@@ -154,10 +167,10 @@ class Rows:
 
         Other keys are left out, or their weights are zero.
         """
-        is_kind = self.keys.modality == modality
-        if len(is_kind) > 1:
+        if len(self.keys.rank) > 1:
+            is_kind = self.keys.modality == modality
             return self.weights * self.per_head(is_kind[:, None]), self.keys.rank
-        at = _as_slice(is_kind[0].nonzero().flatten())
+        at = self.keys.kinds[modality]
         return self.weights[..., at], self.keys.rank[:, at]
 
     def shares(self, modality: Modality) -> Tensor:
@@ -166,12 +179,13 @@ class Rows:
 
     def _shares(self, modality: Modality) -> Tensor:
         ascending = _ascending(self.on(modality)[0])
-        total = ascending.sum(-1, keepdim=True)
-        return ascending.div_(torch.where(total > 0, total, torch.nan))
+        return ascending.div_(ascending.sum(-1, keepdim=True))  # 0 / 0 is NaN
 
-    def entropy(self, modality: Modality) -> Tensor:
-        """(heads, rows): `-sum p ln p` of the shares, in nats; NaN where they are undefined."""
-        return self._once(("entropy", modality), lambda: self._entropy(self.shares(modality)))
+    def entropy(self) -> Tensor:
+        """(heads, rows, 3): `-sum p ln p` of the shares of each modality, in nats; NaN where they are undefined."""
+        return self._once(
+            "entropy", lambda: torch.stack([self._entropy(self.shares(Modality(code))) for code in range(3)], -1)
+        )
 
     @staticmethod
     def _entropy(shares: Tensor) -> Tensor:

@@ -128,9 +128,8 @@ class SampleLog:
         self.queries = _room(self.queries, (len(self.layers), lead, 3), self.length)
         for layer, one in enumerate(passes):
             if one is not None and one.received is not None and one.queries is not None:
-                rank = one.keys.rank
-                self.received[layer, :, rows, : self.length] += by_rank(one.received, rank, self.length, 0.0)
-                self.queries[layer, :, rows, : self.length] += by_rank(one.queries, rank, self.length, 0.0)
+                self.received[layer, :, rows, : self.length] += by_rank(one.received, one.keys, self.length, 0.0)
+                self.queries[layer, :, rows, : self.length] += by_rank(one.queries, one.keys, self.length, 0.0)
 
     def _add_ages(self, kind: str, passes: Sequence[LayerPass | None]) -> None:
         row = 1 if kind == "decode" else 0
@@ -146,9 +145,10 @@ class SampleLog:
         at: np.ndarray | slice = positions
         if len(positions) and positions[-1] - positions[0] + 1 == len(positions):
             at = slice(positions[0], positions[-1] + 1)  # one picture; much faster to take than a list of places
-        none = np.full((self.heads, len(positions)), np.nan, np.float32)
         scores = [
-            none if p is None else by_rank(p.weights[:, None], p.keys.rank, self.length, np.nan)[:, 0, at]
+            np.full((self.heads, len(positions)), np.nan, np.float32)
+            if p is None
+            else by_rank(p.weights[:, None], p.keys, self.length, np.nan)[:, 0, at]
             for p in passes
         ]
         self.scores.append(np.stack([_mean_of_present(of_heads) for of_heads in scores]))
@@ -165,9 +165,9 @@ class SampleLog:
         visible = np.zeros(weights.shape, np.int8)
         for layer, one in enumerate(passes):
             if one is not None and one.raw is not None and one.raw_visible is not None:
-                weights[layer] = by_rank(one.raw, one.keys.rank, self.length, 0.0)
+                weights[layer] = by_rank(one.raw, one.keys, self.length, 0.0)
                 visible[layer] = by_rank(
-                    one.raw_visible.to(torch.int8).expand(one.raw.shape), one.keys.rank, self.length, 0
+                    one.raw_visible.to(torch.int8).expand(one.raw.shape), one.keys, self.length, 0
                 )
         self.raw.append(RawRows(rows.cpu().numpy(), weights, visible))
 
@@ -295,36 +295,29 @@ def _mean_of_present(scores: np.ndarray) -> np.ndarray:
     return mean
 
 
-def by_rank(values: Tensor, rank: Tensor, length: int, fill: float) -> np.ndarray:
+def by_rank(values: Tensor, keys: Tokens, length: int, fill: float) -> np.ndarray:
     """Values per key, (heads, n, keys), put where the keys' tokens stand: (heads, n, length), `fill` where there is
-    none.
-
-    Args:
-        rank: (key sets, keys), -1 for slots that hold nothing.
-    """
-    heads, n, keys = values.shape
-    if in_order(rank) and keys == length:
+    none."""
+    heads, n, count = values.shape
+    if keys.in_order and count == length:
         return values.cpu().numpy()
+    rank = keys.rank
     placed = values.new_full((heads, n, length + 1), fill)  # the last place takes what belongs nowhere
     if len(rank) == 1:
         placed[:, :, rank[0].where(rank[0] >= 0, length)] = values
     else:
         at = rank.where(rank >= 0, length).repeat_interleave(heads // len(rank), 0)
-        placed.scatter_(2, at[:, None].expand(heads, n, keys), values)
+        placed.scatter_(2, at[:, None].expand(heads, n, count), values)
     return placed[..., :length].cpu().numpy()
-
-
-def in_order(rank: Tensor) -> bool:
-    """Whether key j is token j for all heads, (key sets, keys)."""
-    return len(rank) == 1 and bool((rank[0] == torch.arange(rank.shape[1], device=rank.device)).all())
 
 
 def token_arrays(tokens: Tokens, ids: Tensor | None, new: slice) -> dict[str, np.ndarray]:
     """What the new tokens of a sample are, padding left out; tokens (length,), ids (new tokens,)."""
-    valid = tokens.rank[new] >= 0
-    named = {name: getattr(tokens, name)[new] for name in ("modality", "image", "row", "column")}
-    named["token_id"] = torch.full_like(tokens.rank[new], -1) if ids is None else ids
-    return {name: values[valid].cpu().numpy() for name, values in named.items()}
+    named = {name: getattr(tokens, name)[new] for name in ("rank", "modality", "image", "row", "column")}
+    named["token_id"] = torch.full_like(named["rank"], -1) if ids is None else ids
+    arrays = {name: values.cpu().numpy() for name, values in named.items()}
+    valid = arrays.pop("rank") >= 0
+    return {name: values[valid] for name, values in arrays.items()}
 
 
 def _undefined(statistic: TrajectoryStatistic, log: SampleLog) -> Result:

@@ -46,6 +46,8 @@ class Sight:
     def hide(self, logits: Tensor, heads: slice, rows: slice, span: slice) -> None:
         """Put -inf where a key may not be attended, in place; logits (heads, rows, keys of the span)."""
         if self.causal:
+            if rows.stop - rows.start == 1:  # the last row of its triangle: nothing in the span is hidden from it
+                return
             corner = ~self.visible[:, rows, span.stop - (rows.stop - rows.start) : span.stop]
             logits[..., -corner.shape[-1] :].masked_fill_(corner, -torch.inf)
             return
@@ -89,8 +91,8 @@ def _for_heads(kinds: Tensor, block: Tensor) -> Tensor:
 
 def _is_triangle(visible: Tensor, offset: int) -> bool:
     rows, keys = visible.shape
-    if offset < 0:
-        return False
+    if offset < 0 or rows == 1:
+        return offset >= 0 and bool(visible.all())
     column, row = torch.arange(keys, device=visible.device), torch.arange(rows, device=visible.device)
     return bool((visible == (column <= row[:, None] + offset)).all())
 

@@ -48,16 +48,6 @@ class View:
     weights: Tensor | None = None
 
     @property
-    def in_order(self) -> bool:
-        """Whether key j is token j, for all heads, and none is missing."""
-        if "in_order" not in self.memo:
-            rank = self.keys.rank
-            self.memo["in_order"] = len(rank) == 1 and bool(
-                (rank[0] == torch.arange(rank.shape[1], device=rank.device)).all()
-            )
-        return bool(self.memo["in_order"])
-
-    @property
     def groups(self) -> int:
         """Query heads per key/value head."""
         return self.query.shape[0] // self.key.shape[0]

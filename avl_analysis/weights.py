@@ -25,7 +25,7 @@ BLOCK_ROWS = 128
 """Most rows of a block: it computes every key that its last row sees, and the more rows, the more of that is hidden
 from the others."""
 
-ROW_BYTES = 4 << 20
+ROW_BYTES = 6 << 20
 """Bytes of keys converted to float32 at a time for the one row of a decode step."""
 
 Block = tuple[slice, slice, slice, Tensor]

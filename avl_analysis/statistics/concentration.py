@@ -24,12 +24,6 @@ class _Concentration(WeightStatistic):
     def extra(self) -> Mapping[str, Sequence[Any]]:
         return {"key_modality": MODALITIES}
 
-    def value(self, rows: Rows) -> Tensor:
-        return torch.stack([self._of(rows, Modality(code)) for code in range(len(MODALITIES))], -1)
-
-    def _of(self, rows: Rows, modality: Modality) -> Tensor:
-        """(heads, rows); NaN where there is no mass on the modality."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -43,11 +37,15 @@ class Gini(_Concentration):
     title = "Gini coefficient of the attention"
     source = "Wang et al., PrefixKV (2412.03409)"
 
-    def _of(self, rows: Rows, modality: Modality) -> Tensor:
-        shares, count = rows.shares(modality), rows.count(modality)
-        place = torch.arange(shares.shape[-1], 0, -1, device=shares.device, dtype=shares.dtype)
-        gini = 1 + 1 / count - 2 / count * (shares @ place)
-        return gini.where(count > 0, torch.nan)
+    def value(self, rows: Rows) -> Tensor:
+        from_end = torch.stack([self._from_end(rows.shares(Modality(code))) for code in range(len(MODALITIES))], -1)
+        gini = 1 + (1 - 2 * from_end) / rows.counts
+        return gini.where(rows.counts > 0, torch.nan)
+
+    @staticmethod
+    def _from_end(shares: Tensor) -> Tensor:
+        """(heads, rows): mean place of the attention among the keys, the last and largest being the first."""
+        return shares @ torch.arange(shares.shape[-1], 0, -1, device=shares.device, dtype=shares.dtype)
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ class Entropy(_Concentration):
     unit = "nat"
     source = "Wan et al., MEDA (2502.17599); Qin et al., CAKE (ICLR 2025)"
 
-    def _of(self, rows: Rows, modality: Modality) -> Tensor:
-        return rows.entropy(modality)
+    def value(self, rows: Rows) -> Tensor:
+        return rows.entropy()
 
 
 @dataclass(frozen=True)
@@ -72,5 +70,5 @@ class EffectiveCount(_Concentration):
     unit = "tokens"
     source = "Wan et al., MEDA (2502.17599); Qin et al., CAKE (ICLR 2025)"
 
-    def _of(self, rows: Rows, modality: Modality) -> Tensor:
-        return rows.entropy(modality).exp()
+    def value(self, rows: Rows) -> Tensor:
+        return rows.entropy().exp()

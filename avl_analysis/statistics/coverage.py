@@ -34,13 +34,12 @@ class Coverage(WeightStatistic):
         return {"key_modality": MODALITIES, "tau": self.taus}
 
     def value(self, rows: Rows) -> Tensor:
-        return torch.stack([self._over(rows, Modality(code)) for code in range(len(MODALITIES))], -2)
+        rest = (1 + SLACK - rows.sums.new_tensor(self.taus)).expand(*rows.sums.shape[:2], -1).contiguous()
+        needed = torch.stack([self._needed(rows.shares(Modality(code)), rest) for code in range(len(MODALITIES))], -2)
+        return (needed / rows.counts[..., None]).masked_fill((rows.mass() == 0)[..., None], torch.nan)
 
-    def _over(self, rows: Rows, modality: Modality) -> Tensor:
-        """(heads, rows, taus): all keys but the most that together hold no more than 1 - tau."""
-        shares = rows.shares(modality)
-        rest = 1 + SLACK - shares.new_tensor(self.taus)
-        spared = torch.searchsorted(shares.cumsum(-1), rest.expand(*shares.shape[:-1], -1).contiguous(), right=True)
-        undefined = rows.sum(MODALITIES[modality]) == 0
-        needed = (shares.shape[-1] - spared).clamp_min(1)
-        return (needed / rows.count(modality)[..., None]).masked_fill(undefined[..., None], torch.nan)
+    @staticmethod
+    def _needed(shares: Tensor, rest: Tensor) -> Tensor:
+        """(heads, rows, taus): number of keys but for the most that together hold no more than `rest`."""
+        spared = torch.searchsorted(shares.cumsum(-1), rest, right=True)
+        return (shares.shape[-1] - spared).clamp_min(1)
