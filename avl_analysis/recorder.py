@@ -139,7 +139,7 @@ class Recorder(Tap):
         self._passes: dict[tuple[int, int], LayerPass] = {}  # (sample, layer)
         self._steps: dict[tuple[int, int], StepRow] = {}
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def observe(self, call: AttentionCall, output: Tensor) -> None:
         if call.layer not in self.layers:
             return
@@ -175,7 +175,7 @@ class Recorder(Tap):
         self._norms[b, layer] = known, count
         return known.gather(1, at).masked_fill(rank < 0, 0.0)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def end(self, forward: Forward) -> None:
         if forward.kind == "prefill":
             count = self.first + len(self._closed)
