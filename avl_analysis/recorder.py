@@ -166,7 +166,7 @@ class Recorder(Tap):
         if length > known.shape[1]:
             known = torch.cat([known, known.new_full((heads, length + 256 - known.shape[1]), torch.nan)], 1)
         if seen.keys.in_order:
-            known[:, count:length] = _norms(seen.value[:, count:length])
+            _norms(seen.value[:, count:length], known[:, count:length])
             self._norms[b, layer] = known, length
             return known[:, :length]
         at = rank.clamp_min(0).expand(heads, -1)
@@ -238,11 +238,12 @@ def _check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
     return chosen
 
 
-def _norms(vectors: Tensor) -> Tensor:
-    """Their lengths in float32; many are converted head by head."""
-    if vectors.shape[1] == 1:
-        return vectors.float().norm(dim=-1)
-    return torch.stack([head.float().norm(dim=-1) for head in vectors])
+def _norms(vectors: Tensor, out: Tensor) -> None:
+    """Lengths of vectors, (key heads, keys, dim), in float32; many are taken head by head, as they may be converted."""
+    together = len(vectors) if vectors.shape[1] == 1 else 1
+    for first in range(0, len(vectors), together):
+        some = slice(first, first + together)
+        torch.linalg.vector_norm(vectors[some], dim=-1, dtype=torch.float32, out=out[some])
 
 
 def stop_tokens(model: nn.Module) -> frozenset[int]:

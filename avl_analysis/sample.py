@@ -166,9 +166,7 @@ class SampleLog:
         for layer, one in enumerate(passes):
             if one is not None and one.raw is not None and one.raw_visible is not None:
                 weights[layer] = by_rank(one.raw, one.keys, self.length, 0.0)
-                visible[layer] = by_rank(
-                    one.raw_visible.to(torch.int8).expand(one.raw.shape), one.keys, self.length, 0
-                )
+                visible[layer] = by_rank(one.raw_visible.to(torch.int8).expand(one.raw.shape), one.keys, self.length, 0)
         self.raw.append(RawRows(rows.cpu().numpy(), weights, visible))
 
     # -- as arrays -----

@@ -108,11 +108,11 @@ def _sinks(call: AttentionCall, sample: int, rows: slice) -> Tensor | None:
 
 def _part(call: AttentionCall, tokens: Tokens, sample: int) -> Part | None:
     queries, keys = _queries(call, tokens, sample), _keys(call, tokens, sample)
-    rows, columns = valid_part(queries.rank >= 0), valid_part((keys.rank >= 0).any(0))
+    held = keys.rank >= 0
+    rows, columns = valid_part(queries.rank >= 0), valid_part(held.any(0))
     if rows.start == rows.stop:
         return None
-    queries, keys = queries.map(lambda t: t[rows]), keys.map(lambda t: t[:, columns])
-    held = keys.rank >= 0
+    queries, keys, held = queries.map(lambda t: t[rows]), keys.map(lambda t: t[:, columns]), held[:, columns]
     if len(held) > 1:
         held = held.repeat_interleave(call.query.shape[1] // len(held), 0)
     return Part(rows, columns, queries, keys, sight(call, sample, rows, columns, held))
@@ -139,5 +139,7 @@ def _keys(call: AttentionCall, tokens: Tokens, sample: int) -> Tokens:
 
 def valid_part(valid: Tensor) -> slice:
     """From the first to the last true place of (n,) bool; empty if there is none."""
+    if bool(valid.all()):
+        return slice(0, len(valid))
     at = valid.nonzero()
     return slice(int(at[0]), int(at[-1]) + 1) if len(at) else slice(0, 0)

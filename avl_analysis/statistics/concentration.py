@@ -25,7 +25,6 @@ class _Concentration(WeightStatistic):
         return {"key_modality": MODALITIES}
 
 
-
 @dataclass(frozen=True)
 class Gini(_Concentration):
     """`1 + 1/n - (2/n) sum_i (n + 1 - i) p_(i)`, p ascending; 0 = all equal, 1 - 1/n = all on one key.

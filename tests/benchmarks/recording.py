@@ -8,7 +8,8 @@ One process measures everything, in rounds: plain SDPA prefill, the same with al
 attention with `output_attentions=True`, one after another. Ratios are taken within a round and their median is
 reported, so that a machine that is busy with other things slows all three alike. Decode steps are timed in turn: a
 plain one, then a recorded one of a twin of the model (other modules, the same weights in memory); the median of their
-ratios counts, pair by pair.
+ratios counts, pair by pair. The C library is told to keep freed memory: otherwise it depends on what ran before whether
+the caches of a plain step, copied at every step, come from fresh pages (which can double its time) or not.
 
 Memory is measured in a process of its own, with large allocations returned to the system at once, so that the resident
 size follows what is really held, and after a first pass, in which libraries take memory of their own. The attention
@@ -159,17 +160,21 @@ class Bench:
         return elapsed, cache
 
     @torch.no_grad()
-    def decode(self, *runs: tuple[LlavaForConditionalGeneration, DynamicCache]) -> list[tuple[float, ...]]:
-        """Seconds of every decode step of each run, in turn; the first, which touches new memory, left out."""
+    def decode(
+        self,
+        one: tuple[LlavaForConditionalGeneration, DynamicCache],
+        other: tuple[LlavaForConditionalGeneration, DynamicCache],
+    ) -> list[tuple[float, float]]:
+        """Seconds of every decode step of two runs, in turn; the first, which touches new memory, left out."""
         seconds, mask = [], self.inputs["attention_mask"]
         for token in range(self.steps + 1):
             mask, ids = torch.cat([mask, mask.new_ones(1, 1)], 1), torch.tensor([[20 + token]])
             row = []
-            for model, cache in runs:
+            for model, cache in (one, other):
                 start = time.perf_counter()
                 model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
                 row.append(time.perf_counter() - start)
-            seconds.append(tuple(row))
+            seconds.append((row[0], row[1]))
         return seconds[1:]
 
     def round(self) -> Taken:
@@ -179,7 +184,7 @@ class Bench:
         plain, cache = self.prefill(self.model)
         with record(other, stop=()) as recording:
             recorded, watched = self.prefill(other)
-            steps = [(a, b) for a, b in self.decode((self.model, cache), (other, watched))]
+            steps = self.decode((self.model, cache), (other, watched))
         assert len(recording) == 1
         del cache, watched
         self.model.set_attn_implementation("eager")
@@ -217,6 +222,14 @@ def _status(field: str) -> int:
 
 def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def keep_freed_memory() -> None:
+    """Have the C library take blocks up to 32 MiB (the most it allows) from its heap, and never shrink that."""
+    m_mmap_threshold, m_trim_threshold = -3, -1
+    library = ctypes.CDLL(None)
+    library.mallopt(m_mmap_threshold, 32 << 20)
+    library.mallopt(m_trim_threshold, 1 << 30)
 
 
 def return_large_blocks() -> None:
@@ -305,7 +318,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3, help="decoder layers (default 3)")
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds (default 3)")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before that, thrown away (default 1)")
-    parser.add_argument("--steps", type=int, default=12, help="decode steps per round (default 12)")
+    parser.add_argument("--steps", type=int, default=24, help="decode steps per round (default 24)")
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
@@ -314,6 +327,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     print(json.dumps(environment()), flush=True)
+    keep_freed_memory()
     costs = []
     for dtype in options.dtypes:
         model = build(options.layers, DTYPES[dtype])
