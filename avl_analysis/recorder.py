@@ -25,13 +25,15 @@ from avl.families import describe
 from avl.seam import SeamError, Tap, attach
 from avl_analysis import schema
 from avl_analysis.errors import InputError
+from avl_analysis.passes import LayerPass, Plan
+from avl_analysis.prompt_rows import reduce_prompt
 from avl_analysis.provenance import provenance
 from avl_analysis.raw import Raw, raw
 from avl_analysis.recording import Recording
-from avl_analysis.reduce import LayerPass, Plan, StepRow, reduce_prompt, reduce_step
 from avl_analysis.rows import Tokens, sample_tokens
 from avl_analysis.sample import SampleLog, token_arrays
 from avl_analysis.statistics import CacheStatistic, KeyStatistic, RowStatistic, Statistic, TrajectoryStatistic, select
+from avl_analysis.step_rows import StepRow, reduce_step
 from avl_analysis.view import Part, View, view
 from avl_analysis.weights import row_weights
 

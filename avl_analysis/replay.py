@@ -15,13 +15,15 @@ from torch import Tensor
 
 from avl_analysis import schema
 from avl_analysis.errors import InputError
+from avl_analysis.passes import Plan
+from avl_analysis.prompt_rows import reduce_prompt
 from avl_analysis.recorder import plan
 from avl_analysis.recording import Recording
-from avl_analysis.reduce import Plan, StepRow, reduce_prompt, reduce_step
 from avl_analysis.rows import Tokens
 from avl_analysis.sample import PHASES, SampleLog
 from avl_analysis.sight import Sight
 from avl_analysis.statistics import CacheStatistic, RowStatistic, Statistic, select
+from avl_analysis.step_rows import StepRow, reduce_step
 from avl_analysis.view import View
 
 

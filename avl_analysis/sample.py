@@ -16,7 +16,7 @@ from torch import Tensor
 
 from avl.tokens import Modality
 from avl_analysis.ages import AGE_STARTS
-from avl_analysis.reduce import LayerPass, Plan
+from avl_analysis.passes import LayerPass, Plan
 from avl_analysis.rows import Tokens
 from avl_analysis.schema import Field, Part
 from avl_analysis.statistics.base import (

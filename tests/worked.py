@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from avl_analysis.ages import AGE_STARTS
-from avl_analysis.reduce import Plan, reduce_prompt
+from avl_analysis.passes import Plan
+from avl_analysis.prompt_rows import reduce_prompt
 from avl_analysis.rows import Tokens
 from avl_analysis.sight import Sight
 from avl_analysis.statistics.base import RowStatistic

@@ -9,7 +9,7 @@ import torch
 import avl
 from avl.attention import AttentionCall, attention_weights
 from avl.seam import SeamError, Tap, attached
-from avl_analysis import reduce, weights
+from avl_analysis import prompt_rows, weights
 from avl_analysis.errors import InputError
 from avl_analysis.recorder import record
 from avl_analysis.replay import replay
@@ -132,7 +132,7 @@ def test_blocks_and_heads_split_in_any_way_give_the_same_numbers(eager, monkeypa
         generate(eager, batch, steps=1)
     for size in (4 * 200, 4 * 2000):
         monkeypatch.setattr(weights, "BLOCK_BYTES", (size, size))
-        monkeypatch.setattr(reduce, "COPIED_BYTES", (size, size))
+        monkeypatch.setattr(prompt_rows, "COPIED_BYTES", (size, size))
         with record(eager, keep="attention") as split:
             generate(eager, batch, steps=1)
         for name in whole.names:
@@ -323,10 +323,10 @@ def test_only_the_layers_asked_for_are_recorded(sdpa):
 
 
 def test_statistics_over_rows_look_at_evenly_spaced_rows():
-    assert reduce.evenly_spaced(5, 32).tolist() == [0, 1, 2, 3, 4]
-    assert reduce.evenly_spaced(1, 32).tolist() == [0]
-    assert reduce.evenly_spaced(0, 32).tolist() == []
-    picked = reduce.evenly_spaced(100, 4).tolist()
+    assert prompt_rows.evenly_spaced(5, 32).tolist() == [0, 1, 2, 3, 4]
+    assert prompt_rows.evenly_spaced(1, 32).tolist() == [0]
+    assert prompt_rows.evenly_spaced(0, 32).tolist() == []
+    picked = prompt_rows.evenly_spaced(100, 4).tolist()
     assert picked == [0, 33, 66, 99]
 
 

@@ -1,27 +1,25 @@
-"""From the weights of one layer and one sample to the numbers that are kept.
+"""From the weights of a prompt's rows in one layer and one sample to the numbers that are kept.
 
-Prompts: per block of weights only primitive sums are taken (key columns, number of large weights, attention received
-per key and by age); formulas run once per group of heads, on the sums of all its rows and on copies of the few rows
-whose weights are read. Decode steps: one row per layer; the rows of all layers are reduced together when the step
-ends, since one call on many rows is much cheaper than many calls on one.
+Per block of weights only primitive sums are taken (key columns, number of large weights, attention received per key and
+by age); formulas run once per group of heads, on the sums of all its rows and on copies of the few rows whose weights
+are read.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterator
+from dataclasses import dataclass
 from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from avl.tokens import Modality
-from avl_analysis.ages import AGE_STARTS, by_age
-from avl_analysis.raw import Raw
-from avl_analysis.rows import KINDS, Rows, Tokens, key_columns
-from avl_analysis.statistics.base import CacheStatistic, RowStatistic, SumStatistic, WeightStatistic
+from avl_analysis.ages import AGE_STARTS
+from avl_analysis.passes import LayerPass, Plan
+from avl_analysis.rows import KINDS, Rows, key_columns
+from avl_analysis.sums import count_above, text_by_age, values_of, weighted_sums
 from avl_analysis.view import View, valid_part
 from avl_analysis.weights import share_of_maps, weight_blocks
 
@@ -30,93 +28,6 @@ ROWS_PER_MODALITY = 32
 
 COPIED_BYTES = (3 << 19, 8 << 20)
 """Least and most bytes of copied rows at a time; sorting them takes about three times as much again."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is wanted of every pass.
-
-    Attributes:
-        rows: statistics per query row.
-        cache: statistics of keys and values.
-        received: whether the attention received per key is wanted; `ages`: that by age of text keys.
-        scores: whether the scores of image tokens are wanted.
-        raw: which weights are kept as they are, None for none.
-    """
-
-    rows: tuple[RowStatistic, ...] = ()
-    cache: tuple[CacheStatistic, ...] = ()
-    received: bool = False
-    ages: bool = False
-    scores: bool = False
-    raw: Raw | None = None
-
-    @cached_property
-    def sums(self) -> tuple[SumStatistic, ...]:
-        return tuple(s for s in self.rows if isinstance(s, SumStatistic))
-
-    @cached_property
-    def weights(self) -> tuple[WeightStatistic, ...]:
-        return tuple(s for s in self.rows if isinstance(s, WeightStatistic))
-
-    @cached_property
-    def columns(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys([*KINDS, *(c for s in self.rows for c in s.columns)]))
-
-    @cached_property
-    def thresholds(self) -> tuple[float, ...]:
-        return tuple(dict.fromkeys(t for s in self.sums for t in s.thresholds))
-
-    @cached_property
-    def reads_values(self) -> bool:
-        return any(s.reads_values for s in self.rows)
-
-    @cached_property
-    def places(self) -> dict[str, tuple[slice, tuple[int, ...]]]:
-        """Where the values of each row statistic lie among all values of a row, and their shape."""
-        places, start = {}, 0
-        for statistic in (*self.sums, *self.weights):
-            shape = tuple(len(labels) for labels in statistic.extra().values())
-            size = torch.Size(shape).numel()
-            places[statistic.name] = (slice(start, start + size), shape)
-            start += size
-        return places
-
-
-@dataclass(eq=False)
-class LayerPass:
-    """Numbers of one pass of one sample through one layer; values of all row statistics side by side (`Plan.places`).
-
-    Attributes:
-        keys: what the keys are, (key sets, keys).
-        step: (heads, values) of the row that produces a token.
-        weights: (heads, keys) of that row.
-        sums, counts: (heads, 3, values) float64, over prompt rows by query modality; None for a decode step.
-        received: (heads, 2, keys) from prompt and prompt text rows, or (heads, 1, keys) from the decode row.
-        queries: (1 or heads, 2 or 1, keys) how many of those rows could see the key.
-        ages: (heads, ages) float64 attention of text rows on text keys by age.
-        pairs: (1 or heads, ages) how many weights that sums.
-        cache: statistic -> (key heads, ...).
-        raw: (kept heads, kept rows, keys) weights; raw_visible: (1 or kept heads, kept rows, keys) bool; raw_rows:
-            ranks of these rows.
-    """
-
-    keys: Tokens
-    step: Tensor
-    weights: Tensor
-    sums: Tensor | None = None
-    counts: Tensor | None = None
-    received: Tensor | None = None
-    queries: Tensor | None = None
-    ages: Tensor | None = None
-    pairs: Tensor | None = None
-    cache: dict[str, Tensor] = field(default_factory=dict)
-    raw: Tensor | None = None
-    raw_visible: Tensor | None = None
-    raw_rows: Tensor | None = None
-
-
-# -- prompts -----
 
 
 @dataclass(eq=False)
@@ -244,7 +155,7 @@ def _reduce_heads(
     counts = prompt.counts if len(prompt.counts) == 1 else prompt.counts[heads]
     mass = None if value_norm is None else sums[..., -len(KINDS) :]
     every = Rows(view.queries, tally.keys, counts, sums, plan.columns, tally.above, mass)
-    both = _values(plan.sums, every), _values(plan.weights, every.take(prompt.picked, tally.picked))
+    both = values_of(plan.sums, every), values_of(plan.weights, every.take(prompt.picked, tally.picked))
     grouped = _grouped(both[0], prompt.modality), _grouped(both[1], prompt.sampled)
     totals, counted = (torch.cat(parts, -1) for parts in zip(*grouped, strict=True))
     step = torch.cat([values[:, -1] for values in both], -1)
@@ -327,136 +238,6 @@ def _pairs(view: View, rows: slice, keys: slice) -> Tensor:
     if len(tokens.rank) > 1 and len(visible) == 1:
         visible = visible.expand(len(tokens.rank), -1, -1)
     return text_by_age(visible, queries, tokens)
-
-
-# -- decode steps -----
-
-
-@dataclass(eq=False)
-class StepRow:
-    """The one row of a decode step in one layer, before it is reduced.
-
-    Attributes:
-        layer: which.
-        view: its keys and what it sees.
-        weights: (heads, 1, keys).
-        value_norm: (key heads, keys), or None where nobody asks.
-    """
-
-    layer: int
-    view: View
-    weights: Tensor
-    value_norm: Tensor | None
-
-
-def reduce_step(rows: Sequence[StepRow], plan: Plan) -> list[LayerPass]:
-    """Everything that is kept of a decode step; `rows` are those of several layers with equally many keys.
-
-    Raises:
-        FloatingPointError: weights are not numbers.
-    """
-    views, layers, heads = [row.view for row in rows], len(rows), rows[0].weights.shape[0]
-    queries, shared = views[0].queries, all(view.keys is views[0].keys for view in views)
-    keys = views[0].keys if shared else _join([view.keys for view in views])
-    visible = views[0].sight.visible
-    if not shared:
-        visible = torch.cat([view.sight.visible.expand(heads, -1, -1) for view in views])
-    weights, value_mass = torch.cat([row.weights for row in rows]), None
-    if plan.reads_values:
-        norms = torch.cat([row.value_norm for row in rows if row.value_norm is not None])
-        by_set = weights.view(len(norms), -1, weights.shape[2]) * norms[:, None]
-        value_mass = _by_kind(by_set.view_as(weights), keys)
-    sums = weighted_sums(weights, key_columns(keys, plan.columns)).transpose(1, 2)
-    if bool((broken := sums.isnan()).any()):
-        first = int(broken.flatten(1).any(-1).int().argmax()) // heads
-        raise FloatingPointError(f"attention weights are not numbers in layer {rows[first].layer}")
-    above = {t: count_above(weights, t, torch.empty_like(weights)) for t in plan.thresholds}
-    counts = _by_kind(visible.float(), keys)
-    stacked = Rows(queries, keys, counts, sums, plan.columns, above, value_mass, weights)
-    step = torch.cat([_values(plan.sums, stacked), _values(plan.weights, stacked)], -1)[:, 0].unflatten(0, (layers, -1))
-    ages = pairs = None
-    if plan.ages:
-        ages, pairs = _step_ages(weights, visible, queries, keys)
-        ages = ages.unflatten(0, (layers, -1))
-        pairs = pairs.expand(max(len(pairs), layers), -1).unflatten(0, (layers, -1))
-    results = []
-    for i, row in enumerate(rows):
-        one = LayerPass(row.view.keys, step[i], row.weights[:, 0])
-        if plan.received:
-            one.received, one.queries = row.weights, row.view.sight.visible.float()
-        if ages is not None and pairs is not None:
-            one.ages, one.pairs = ages[i], pairs[i]
-        if plan.raw is not None and plan.raw.decode_rows:
-            kept, seen = list(plan.raw.heads), row.view.sight.visible
-            one.raw, one.raw_rows = row.weights[kept], queries.rank
-            one.raw_visible = seen if len(seen) == 1 else seen[kept]
-        results.append(one)
-    return results
-
-
-def _by_kind(values: Tensor, keys: Tokens) -> Tensor:
-    """(heads, rows, keys) summed over system, image and text keys: (heads, rows, 3)."""
-    if len(keys.rank) > 1:
-        return weighted_sums(values, key_columns(keys, KINDS)).transpose(1, 2)
-    return torch.stack([values[..., at].sum(-1) for at in keys.kinds], -1)
-
-
-def _step_ages(weights: Tensor, visible: Tensor, queries: Tokens, keys: Tokens) -> tuple[Tensor, Tensor]:
-    """Of a row, a text token, the weights of text keys by age, (heads, ages); how many they are, (1 or heads, ages)."""
-    if len(keys.rank) > 1:
-        return text_by_age(weights, queries, keys), text_by_age(visible.float(), queries, keys)
-    at = keys.kinds[Modality.TEXT]  # few of its keys
-    both = torch.cat([weights[..., at], visible[..., at].float()])
-    ages = by_age(both, queries.rank, keys.rank[:, at])
-    return ages[: len(weights)], ages[len(weights) :]
-
-
-def _join(keys: Sequence[Tokens]) -> Tokens:
-    fields = ("rank", "modality", "image", "row", "column")
-    return Tokens(*(torch.cat([getattr(one, name) for one in keys]) for name in fields))
-
-
-# -- sums -----
-
-
-def weighted_sums(weights: Tensor, columns: Tensor) -> Tensor:
-    """(heads, rows, keys) with (key sets, n, keys): (heads, n, rows).
-
-    As columns x weights transposed, which is several times faster than the transposed product: n is small.
-    """
-    heads, rows, keys = weights.shape
-    sets = len(columns)
-    products = columns @ weights.reshape(sets, -1, keys).transpose(1, 2)
-    return products.view(sets, -1, heads // sets, rows).transpose(1, 2).flatten(0, 1)
-
-
-def count_above(weights: Tensor, threshold: float, scratch: Tensor) -> Tensor:
-    """(heads, rows): number of weights of at least threshold x the row's largest. In float32: summing bools is slow."""
-    limit = weights.amax(-1, keepdim=True).mul_(threshold)
-    return torch.ge(weights, limit, out=scratch).sum(-1)
-
-
-def text_by_age(block: Tensor, queries: Tokens, keys: Tokens) -> Tensor:
-    """(heads, rows, keys): sums of the weights of text rows on text keys by age, (heads, ages) float64."""
-    return by_age(text_only(block, queries, keys), queries.rank, keys.rank)
-
-
-def text_only(block: Tensor, queries: Tokens, keys: Tokens) -> Tensor:
-    """(heads, rows, keys) with zeros where the query or the key is not text."""
-    is_text = (queries.modality == Modality.TEXT)[:, None] & (keys.modality == Modality.TEXT)[:, None, :]
-    return block if bool(is_text.all()) else block * _for_sets(is_text, len(block))
-
-
-def _for_sets(values: Tensor, sets: int) -> Tensor:
-    """Repeat a value per key set so that there are `sets` of them; one stands for all and stays one."""
-    return values if len(values) in (1, sets) else values.repeat_interleave(sets // len(values), 0)
-
-
-def _values(statistics: Sequence[RowStatistic], rows: Rows) -> Tensor:
-    """(heads, rows, values): the values of all statistics side by side."""
-    heads, count = rows.sums.shape[:2]
-    values = [statistic.value(rows).reshape(heads, count, -1) for statistic in statistics]
-    return torch.cat(values, -1) if values else rows.sums.new_zeros(heads, count, 0)
 
 
 def _grouped(values: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
