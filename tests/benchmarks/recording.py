@@ -4,18 +4,20 @@
     python tests/benchmarks/recording.py --quick         one layer, the short prompt, float32
     python tests/benchmarks/recording.py --out cost.json
 
-One process measures everything, in rounds: plain SDPA prefill, the same with all statistics recorded, and eager
-attention with `output_attentions=True`, one after another. Ratios are taken within a round and their median is
-reported, so that a machine that is busy with other things slows all three alike. Decode steps are timed in turn: a
-plain one, then a recorded one of a twin of the model (other modules, the same weights in memory); the median of their
-ratios counts, pair by pair. The C library is told to keep freed memory: otherwise it depends on what ran before whether
-the caches of a plain step, copied at every step, come from fresh pages (which can double its time) or not.
+Prefills are measured in rounds: plain SDPA, the same with all statistics recorded, and eager attention with
+`output_attentions=True`, one after another. Ratios are taken within a round and their median is reported, so that a
+machine that is busy with other things slows all three alike.
 
-Memory is measured in a process of its own, with large allocations returned to the system at once, so that the resident
-size follows what is really held, and after a first pass, in which libraries take memory of their own. The attention
-there has the same heads, but the layers around it are narrow, which saves minutes: what stands beside the attention
-depends on the heads alone. "own" is the most the recorder held at any moment, what it keeps included; "maps" is the
-size of ONE layer's maps in float32, n x n x heads x 4 bytes.
+Decode steps are timed in turn, a plain one, then a recorded one of a twin of the model (other modules, the same weights
+in memory); the median of their ratios counts, pair by pair. They run in a process of their own whose C library keeps
+freed memory: otherwise it depends on what ran before whether the cache, copied at every step, comes from fresh pages,
+which can double the time of a plain step. The prompts before them leave out the MLPs, whose time does not matter there.
+
+Memory is measured in a process of its own, too, with large allocations returned to the system at once, so that the
+resident size follows what is really held, and after a first pass, in which libraries take memory of their own. The
+attention there has the same heads, but the layers around it are narrow, which saves minutes: what stands beside the
+attention depends on the heads alone. "own" is the most the recorder held at any moment, what it keeps included; "maps"
+is the size of ONE layer's maps in float32, n x n x heads x 4 bytes.
 
 A CPU without bfloat16 instructions multiplies bfloat16 matrices several times slower than float32 ones; there, one
 round that counts (`--dtypes bfloat16 --rounds 1 --warmup 0`) takes a quarter of an hour.
@@ -131,24 +133,18 @@ def prompt(length: int, dtype: torch.dtype) -> dict[str, Tensor]:
 
 @dataclass
 class Taken:
-    """Seconds of one round; of plain and recorded decode steps in turn."""
+    """Seconds of one round of prefills."""
 
     plain: float
     recorded: float
     eager: float
-    steps: list[tuple[float, float]]
-
-
-def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """The same weights in memory under modules of their own, so that one can be recorded and the other not."""
-    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 class Bench:
-    """One model and prompt, run in the three ways."""
+    """One prompt, run in the three ways."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, inputs: dict[str, Tensor], steps: int) -> None:
-        self.model, self.inputs, self.steps = model, inputs, steps
+    def __init__(self, model: LlavaForConditionalGeneration, inputs: dict[str, Tensor]) -> None:
+        self.model, self.inputs = model, inputs
 
     @torch.no_grad()
     def prefill(self, model: LlavaForConditionalGeneration, **options: Any) -> tuple[float, DynamicCache]:
@@ -159,15 +155,26 @@ class Bench:
         del kept
         return elapsed, cache
 
+    def round(self) -> Taken:
+        self.model.set_attn_implementation("sdpa")
+        plain, _ = self.prefill(self.model)
+        with record(self.model, stop=()) as recording:
+            recorded, _ = self.prefill(self.model)
+        assert len(recording) == 1
+        self.model.set_attn_implementation("eager")
+        eager, _ = self.prefill(self.model, output_attentions=True)
+        return Taken(plain, recorded, eager)
+
     @torch.no_grad()
     def decode(
         self,
         one: tuple[LlavaForConditionalGeneration, DynamicCache],
         other: tuple[LlavaForConditionalGeneration, DynamicCache],
+        steps: int,
     ) -> list[tuple[float, float]]:
         """Seconds of every decode step of two runs, in turn; the first, which touches new memory, left out."""
         seconds, mask = [], self.inputs["attention_mask"]
-        for token in range(self.steps + 1):
+        for token in range(steps + 1):
             mask, ids = torch.cat([mask, mask.new_ones(1, 1)], 1), torch.tensor([[20 + token]])
             row = []
             for model, cache in (one, other):
@@ -177,38 +184,71 @@ class Bench:
             seconds.append((row[0], row[1]))
         return seconds[1:]
 
-    def round(self) -> Taken:
-        other = twin(self.model)
-        for model in (self.model, other):
-            model.set_attn_implementation("sdpa")
-        plain, cache = self.prefill(self.model)
-        with record(other, stop=()) as recording:
-            recorded, watched = self.prefill(other)
-            steps = self.decode((self.model, cache), (other, watched))
-        assert len(recording) == 1
-        del cache, watched
-        self.model.set_attn_implementation("eager")
-        eager, _ = self.prefill(self.model, output_attentions=True)
-        return Taken(plain, recorded, eager, steps)
 
-
-def measure(bench: Bench, rounds: int, warmup: int = 1) -> dict[str, float]:
+def prefills(bench: Bench, rounds: int, warmup: int = 1) -> dict[str, float]:
     """Times and ratios; the first `warmup` rounds are thrown away."""
     taken = []
     for _ in range(warmup + rounds):
         taken.append(bench.round())
         gc.collect()
     taken, middle = taken[warmup:], statistics.median
-    steps = [pair for one in taken for pair in one.steps]
     return {
         "plain_prefill": middle(one.plain for one in taken),
         "recorded_prefill": middle(one.recorded for one in taken),
         "eager_prefill": middle(one.eager for one in taken),
         "recorded_over_plain": middle(one.recorded / one.plain for one in taken),
         "recorded_over_eager": middle(one.recorded / one.eager for one in taken),
-        "plain_step": middle(plain for plain, _ in steps),
-        "recorded_step": middle(recorded for _, recorded in steps),
-        "step_ratio": middle(recorded / plain for plain, recorded in steps),
+    }
+
+
+# -- decode steps -----
+
+
+def keep_freed_memory() -> None:
+    """Have the C library take blocks up to 32 MiB (the most it allows) from its heap, and never shrink that."""
+    m_mmap_threshold, m_trim_threshold = -3, -1
+    library = ctypes.CDLL(None)
+    library.mallopt(m_mmap_threshold, 32 << 20)
+    library.mallopt(m_trim_threshold, 1 << 30)
+
+
+def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """The same weights in memory under modules of their own, so that one can be recorded and the other not."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+@contextmanager
+def without_mlps(*models: LlavaForConditionalGeneration) -> Iterator[None]:
+    layers = [layer for model in models for layer in model.model.language_model.layers]
+    own = [layer.mlp for layer in layers]
+    for layer in layers:
+        layer.mlp = torch.nn.Identity()
+    try:
+        yield
+    finally:
+        for layer, mlp in zip(layers, own, strict=True):
+            layer.mlp = mlp
+
+
+def decode_steps(dtype: str, layers: int, length: int, steps: int, rounds: int, threads: int) -> dict[str, float]:
+    """Medians over the steps of all rounds; to be called in a process of its own."""
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    model = build(layers, DTYPES[dtype])
+    model.set_attn_implementation("sdpa")
+    other, bench, pairs = twin(model), Bench(model, prompt(length, DTYPES[dtype])), []
+    for _ in range(rounds):
+        with record(other, stop=()) as recording:
+            with without_mlps(model, other):
+                (_, cache), (_, watched) = bench.prefill(model), bench.prefill(other)
+            pairs += bench.decode((model, cache), (other, watched), steps)
+        assert len(recording) == 1
+        del cache, watched
+    middle = statistics.median
+    return {
+        "plain_step": middle(plain for plain, _ in pairs),
+        "recorded_step": middle(recorded for _, recorded in pairs),
+        "step_ratio": middle(recorded / plain for plain, recorded in pairs),
     }
 
 
@@ -222,14 +262,6 @@ def _status(field: str) -> int:
 
 def _reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def keep_freed_memory() -> None:
-    """Have the C library take blocks up to 32 MiB (the most it allows) from its heap, and never shrink that."""
-    m_mmap_threshold, m_trim_threshold = -3, -1
-    library = ctypes.CDLL(None)
-    library.mallopt(m_mmap_threshold, 32 << 20)
-    library.mallopt(m_trim_threshold, 1 << 30)
 
 
 def return_large_blocks() -> None:
@@ -267,7 +299,7 @@ def watched_recorder() -> Iterator[dict[str, int]]:
 def memory(dtype: str, layers: int, length: int) -> dict[str, int]:
     """Sizes in bytes; to be called in a process of its own, whose heap holds no blocks freed before."""
     return_large_blocks()
-    bench = Bench(build(layers, DTYPES[dtype], NARROW, NARROW), prompt(length, DTYPES[dtype]), steps=0)
+    bench = Bench(build(layers, DTYPES[dtype], NARROW, NARROW), prompt(length, DTYPES[dtype]))
     bench.model.set_attn_implementation("sdpa")
     with record(bench.model, stop=()):  # libraries take memory of their own at their first use
         bench.prefill(bench.model)
@@ -286,9 +318,10 @@ def memory(dtype: str, layers: int, length: int) -> dict[str, int]:
     return {"own_peak": sizes["peak"], "kept": sizes["kept"], "eager_peak_extra": peaks[1] - peaks[0]}
 
 
-def measured_apart(*arguments: Any) -> dict[str, int]:
+def apart(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What the function returns in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(memory, *arguments).result()
+        return pool.submit(function, *arguments).result()
 
 
 # -- report -----
@@ -327,13 +360,14 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     print(json.dumps(environment()), flush=True)
-    keep_freed_memory()
     costs = []
     for dtype in options.dtypes:
         model = build(options.layers, DTYPES[dtype])
         for length in options.prompts:
-            bench = Bench(model, prompt(length, DTYPES[dtype]), options.steps)
-            sizes, maps = measured_apart(dtype, options.layers, length), length * length * HEADS * 4
+            setting, maps = (dtype, options.layers, length), length * length * HEADS * 4
+            times = prefills(Bench(model, prompt(length, DTYPES[dtype])), options.rounds, options.warmup)
+            times |= apart(decode_steps, *setting, options.steps, options.rounds, torch.get_num_threads())
+            sizes = apart(memory, *setting)
             cost = Cost(
                 prompt=length,
                 dtype=dtype,
@@ -341,12 +375,12 @@ def main() -> None:
                 rounds=options.rounds,
                 maps=maps,
                 own_over_maps=sizes["own_peak"] / maps,
-                **measure(bench, options.rounds, options.warmup),
+                **times,
                 **sizes,
             )
             costs.append(cost)
             print(show(cost), flush=True)
-        del model, bench
+        del model
         gc.collect()
     if options.out:
         options.out.write_text(
