@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from avl_analysis.rows import for_heads
+
 EXACT = 128
 """Ages below this have a bin each."""
 PER_DOUBLING = 8
@@ -75,7 +77,6 @@ def _by_age_anyhow(block: Tensor, query_rank: Tensor, key_rank: Tensor) -> Tenso
     age = (query_rank[:, None] - key_rank[:, None, :]).clamp_min(0)  # (key sets, rows, keys)
     bins = torch.searchsorted(starts, age, right=True) - 1
     heads = block.shape[0]
-    if bins.shape[0] != 1:
-        bins = bins.repeat_interleave(heads // bins.shape[0], 0)
     sums = block.new_zeros(heads, len(AGE_STARTS), dtype=torch.float64)
-    return sums.scatter_add_(1, bins.expand(heads, -1, -1).flatten(1), block.double().flatten(1)).cpu()
+    places = for_heads(bins, heads).expand(heads, -1, -1).flatten(1)
+    return sums.scatter_add_(1, places, block.double().flatten(1)).cpu()

@@ -12,8 +12,9 @@ Most statistics are sums of weights over groups of keys. These come for every ro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class Tokens:
     def kinds(self) -> tuple[Tensor | slice, ...]:
         """Of keys that are the same for all heads: which are system, image and text, as slices where these have no
         gaps."""
-        return tuple(_as_slice((self.modality[0] == code).nonzero().flatten()) for code in range(len(KINDS)))
+        return tuple(as_slice((self.modality[0] == code).nonzero().flatten()) for code in range(len(KINDS)))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
         return Tokens(*(change(t) for t in (self.rank, self.modality, self.image, self.row, self.column)))
@@ -115,7 +116,6 @@ class Rows:
     above: Mapping[float, Tensor]
     value_mass: Tensor | None = None
     given: Tensor | None = None
-    _cache: dict[object, Tensor] = field(default_factory=dict)
 
     def take(self, rows: Tensor, weights: Tensor) -> Rows:
         """Only the rows of these indices, with their weights, (heads, rows, keys)."""
@@ -138,10 +138,6 @@ class Rows:
         """(heads, rows, 3): weight on system, image and text keys."""
         return torch.stack([self.sum(kind) for kind in KINDS], -1)
 
-    def count(self, modality: Modality) -> Tensor:
-        """(1 or heads, rows): number of keys of a modality that the row may attend to."""
-        return self.counts[..., int(modality)]
-
     @property
     def weights(self) -> Tensor:
         """(heads, rows, keys)."""
@@ -153,8 +149,7 @@ class Rows:
 
     def per_head(self, values: Tensor) -> Tensor:
         """(key sets, ...) repeated so that it stands beside weights and sums: (1 or heads, ...)."""
-        sets = len(values)
-        return values if sets == 1 else values.repeat_interleave(self.sums.shape[0] // sets, 0)
+        return for_heads(values, self.sums.shape[0])
 
     def against(self, values: Tensor) -> Tensor:
         """(heads, rows): sum over keys of weight x values, (key sets, rows, keys)."""
@@ -173,19 +168,17 @@ class Rows:
         at = self.keys.kinds[modality]
         return self.weights[..., at], self.keys.rank[:, at]
 
-    def shares(self, modality: Modality) -> Tensor:
-        """(heads, rows, n): `on(modality)` divided by its sum, in ascending order; NaN where the sum is 0."""
-        return self._once(("shares", modality), lambda: self._shares(modality))
+    @cached_property
+    def shares(self) -> tuple[Tensor, ...]:
+        """Of each modality (heads, rows, n): `on(modality)` divided by its sum, in ascending order; NaN where the sum
+        is 0."""
+        ascending = [_ascending(self.on(Modality(code))[0]) for code in range(len(KINDS))]
+        return tuple(weights.div_(weights.sum(-1, keepdim=True)) for weights in ascending)  # 0 / 0 is NaN
 
-    def _shares(self, modality: Modality) -> Tensor:
-        ascending = _ascending(self.on(modality)[0])
-        return ascending.div_(ascending.sum(-1, keepdim=True))  # 0 / 0 is NaN
-
+    @cached_property
     def entropy(self) -> Tensor:
         """(heads, rows, 3): `-sum p ln p` of the shares of each modality, in nats; NaN where they are undefined."""
-        return self._once(
-            "entropy", lambda: torch.stack([self._entropy(self.shares(Modality(code))) for code in range(3)], -1)
-        )
+        return torch.stack([self._entropy(shares) for shares in self.shares], -1)
 
     @staticmethod
     def _entropy(shares: Tensor) -> Tensor:
@@ -194,13 +187,16 @@ class Rows:
         logs = shares.clamp_min(torch.finfo(shares.dtype).tiny).log_()  # 0 ln 0 = 0; torch.xlogy takes twice the time
         return -torch.linalg.vecdot(shares, logs)
 
-    def _once(self, name: object, compute: Callable[[], Tensor]) -> Tensor:
-        if name not in self._cache:
-            self._cache[name] = compute()
-        return self._cache[name]
+
+def for_heads(values: Tensor, heads: int) -> Tensor:
+    """(key sets, ...) repeated to (heads, ...); a single set stands for all heads and stays one."""
+    return values if len(values) in (1, heads) else values.repeat_interleave(heads // len(values), 0)
 
 
-def _as_slice(at: Tensor) -> Tensor | slice:
+Places = TypeVar("Places", Tensor, np.ndarray)
+
+
+def as_slice(at: Places) -> Places | slice:
     """Ascending indices, as a slice where they are consecutive: what it takes is no copy."""
     if len(at) and int(at[-1]) - int(at[0]) + 1 == len(at):
         return slice(int(at[0]), int(at[-1]) + 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from avl.tokens import Modality
 from avl_analysis.ages import AGE_STARTS
 from avl_analysis.passes import LayerPass, Plan
-from avl_analysis.rows import Tokens
+from avl_analysis.rows import Tokens, as_slice, for_heads
 from avl_analysis.schema import Field, Part
 from avl_analysis.statistics.base import (
     CacheStatistic,
@@ -142,9 +142,7 @@ class SampleLog:
 
     def _add_scores(self, passes: Sequence[LayerPass | None]) -> None:
         positions = self.image_positions
-        at: np.ndarray | slice = positions
-        if len(positions) and positions[-1] - positions[0] + 1 == len(positions):
-            at = slice(positions[0], positions[-1] + 1)  # one picture; much faster to take than a list of places
+        at = as_slice(positions)  # of one picture; much faster to take than a list of places
         scores = [
             np.full((self.heads, len(positions)), np.nan, np.float32)
             if p is None
@@ -304,7 +302,7 @@ def by_rank(values: Tensor, keys: Tokens, length: int, fill: float) -> np.ndarra
     if len(rank) == 1:
         placed[:, :, rank[0].where(rank[0] >= 0, length)] = values
     else:
-        at = rank.where(rank >= 0, length).repeat_interleave(heads // len(rank), 0)
+        at = for_heads(rank.where(rank >= 0, length), heads)
         placed.scatter_(2, at[:, None].expand(heads, n, count), values)
     return placed[..., :length].cpu().numpy()
 

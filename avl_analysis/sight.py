@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from avl.attention import AttentionCall
+from avl_analysis.rows import for_heads
 
 
 class Sight:
@@ -46,7 +47,7 @@ class Sight:
     def hide(self, logits: Tensor, heads: slice, rows: slice, span: slice) -> None:
         """Put -inf where a key may not be attended, in place; logits (heads, rows, keys of the span)."""
         if self.causal:
-            if rows.stop - rows.start == 1:  # the last row of its triangle: nothing in the span is hidden from it
+            if rows.stop - rows.start == 1:  # its span ends with the last key it sees
                 return
             corner = ~self.visible[:, rows, span.stop - (rows.stop - rows.start) : span.stop]
             logits[..., -corner.shape[-1] :].masked_fill_(corner, -torch.inf)
@@ -67,7 +68,7 @@ class Sight:
 
         Where there are several key sets, `visible` is per head.
         """
-        return torch.cat([block @ _for_heads(kinds, block).transpose(1, 2) for block in self._blocks()], 1)
+        return torch.cat([block @ for_heads(kinds, len(block)).transpose(1, 2) for block in self._blocks()], 1)
 
     def rows_per_key(self, groups: Tensor) -> Tensor:
         """(1 or heads, n, keys): for every key how many of the rows marked in groups, (n, rows), see it."""
@@ -82,17 +83,12 @@ class Sight:
         return (block.float() for block in self.visible.split(256, 1))
 
 
-def _for_heads(kinds: Tensor, block: Tensor) -> Tensor:
-    """Key sets repeated to query heads where the block distinguishes those."""
-    return (
-        kinds if kinds.shape[0] in (1, block.shape[0]) else kinds.repeat_interleave(block.shape[0] // kinds.shape[0], 0)
-    )
-
-
 def _is_triangle(visible: Tensor, offset: int) -> bool:
     rows, keys = visible.shape
-    if offset < 0 or rows == 1:
-        return offset >= 0 and bool(visible.all())
+    if offset < 0:
+        return False
+    if rows == 1:  # the last row of a triangle is all there is of it
+        return bool(visible.all())
     column, row = torch.arange(keys, device=visible.device), torch.arange(rows, device=visible.device)
     return bool((visible == (column <= row[:, None] + offset)).all())
 

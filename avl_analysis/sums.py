@@ -9,7 +9,7 @@ from torch import Tensor
 
 from avl.tokens import Modality
 from avl_analysis.ages import by_age
-from avl_analysis.rows import Rows, Tokens
+from avl_analysis.rows import Rows, Tokens, for_heads
 from avl_analysis.statistics.base import RowStatistic
 
 
@@ -38,12 +38,7 @@ def text_by_age(block: Tensor, queries: Tokens, keys: Tokens) -> Tensor:
 def text_only(block: Tensor, queries: Tokens, keys: Tokens) -> Tensor:
     """(heads, rows, keys) with zeros where the query or the key is not text."""
     is_text = (queries.modality == Modality.TEXT)[:, None] & (keys.modality == Modality.TEXT)[:, None, :]
-    return block if bool(is_text.all()) else block * _for_sets(is_text, len(block))
-
-
-def _for_sets(values: Tensor, sets: int) -> Tensor:
-    """Repeat a value per key set so that there are `sets` of them; one stands for all and stays one."""
-    return values if len(values) in (1, sets) else values.repeat_interleave(sets // len(values), 0)
+    return block if bool(is_text.all()) else block * for_heads(is_text, len(block))
 
 
 def values_of(statistics: Sequence[RowStatistic], rows: Rows) -> Tensor:

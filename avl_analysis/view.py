@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from avl.attention import AttentionCall
-from avl_analysis.rows import Tokens
+from avl_analysis.rows import Tokens, for_heads
 from avl_analysis.sight import Sight, sight
 
 
@@ -113,9 +113,7 @@ def _part(call: AttentionCall, tokens: Tokens, sample: int) -> Part | None:
     if rows.start == rows.stop:
         return None
     queries, keys, held = queries.map(lambda t: t[rows]), keys.map(lambda t: t[:, columns]), held[:, columns]
-    if len(held) > 1:
-        held = held.repeat_interleave(call.query.shape[1] // len(held), 0)
-    return Part(rows, columns, queries, keys, sight(call, sample, rows, columns, held))
+    return Part(rows, columns, queries, keys, sight(call, sample, rows, columns, for_heads(held, call.query.shape[1])))
 
 
 def _queries(call: AttentionCall, tokens: Tokens, sample: int) -> Tokens:

@@ -91,7 +91,7 @@ class RowStatistic(Statistic):
 
 @dataclass(frozen=True)
 class SumStatistic(RowStatistic):
-    """From `rows.sum`, `rows.mass`, `rows.count` and `rows.above` of `thresholds`; `rows.weights` is not there."""
+    """From `rows.sum`, `rows.mass`, `rows.counts` and `rows.above` of `thresholds`; `rows.weights` is not there."""
 
     @property
     def thresholds(self) -> tuple[float, ...]:

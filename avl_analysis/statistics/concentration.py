@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avl.tokens import MODALITIES, Modality
+from avl.tokens import MODALITIES
 from avl_analysis.rows import Rows
 from avl_analysis.statistics.base import WeightStatistic
 
@@ -37,7 +37,7 @@ class Gini(_Concentration):
     source = "Wang et al., PrefixKV (2412.03409)"
 
     def value(self, rows: Rows) -> Tensor:
-        from_end = torch.stack([self._from_end(rows.shares(Modality(code))) for code in range(len(MODALITIES))], -1)
+        from_end = torch.stack([self._from_end(shares) for shares in rows.shares], -1)
         gini = 1 + (1 - 2 * from_end) / rows.counts
         return gini.where(rows.counts > 0, torch.nan)
 
@@ -57,7 +57,7 @@ class Entropy(_Concentration):
     source = "Wan et al., MEDA (2502.17599); Qin et al., CAKE (ICLR 2025)"
 
     def value(self, rows: Rows) -> Tensor:
-        return rows.entropy()
+        return rows.entropy
 
 
 @dataclass(frozen=True)
@@ -70,4 +70,4 @@ class EffectiveCount(_Concentration):
     source = "Wan et al., MEDA (2502.17599); Qin et al., CAKE (ICLR 2025)"
 
     def value(self, rows: Rows) -> Tensor:
-        return rows.entropy().exp()
+        return rows.entropy.exp()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avl.tokens import MODALITIES, Modality
+from avl.tokens import MODALITIES
 from avl_analysis.rows import Rows
 from avl_analysis.statistics.base import WeightStatistic
 
@@ -35,7 +35,7 @@ class Coverage(WeightStatistic):
 
     def value(self, rows: Rows) -> Tensor:
         rest = (1 + SLACK - rows.sums.new_tensor(self.taus)).expand(*rows.sums.shape[:2], -1).contiguous()
-        needed = torch.stack([self._needed(rows.shares(Modality(code)), rest) for code in range(len(MODALITIES))], -2)
+        needed = torch.stack([self._needed(shares, rest) for shares in rows.shares], -2)
         return (needed / rows.counts[..., None]).masked_fill((rows.mass() == 0)[..., None], torch.nan)
 
     @staticmethod

@@ -30,11 +30,7 @@ class RecentTextMass(WeightStatistic):
 
     def value(self, rows: Rows) -> Tensor:
         weights, rank = rows.on(Modality.TEXT)
-        age = rows.queries.rank[:, None] - rank[:, None]  # (key sets, rows, text keys)
-        if len(age) == 1:  # one product per row, of all heads
-            within = (age[0, ..., None] < age.new_tensor(self.windows)).float()
-            recent = (weights.transpose(0, 1) @ within).transpose(0, 1)
-        else:
-            recent = torch.stack([(weights * rows.per_head(age < w)).sum(-1) for w in self.windows], -1)
+        age = rows.per_head(rows.queries.rank[:, None] - rank[:, None])  # (1 or heads, rows, text keys)
+        recent = torch.stack([(weights * (age < w)).sum(-1) for w in self.windows], -1)
         mass = rows.sum("text")[..., None]
         return recent / torch.where(mass > 0, mass, torch.nan)

@@ -1,6 +1,6 @@
 """What recording costs, at the width of LLaVA-1.5-7B: 32 heads of 128 in decoder layers with random weights.
 
-    python tests/benchmarks/recording.py                 every setting, about 15 minutes on 2 cores
+    python tests/benchmarks/recording.py                 every setting, half an hour and more on 2 cores
     python tests/benchmarks/recording.py --quick         one layer, the short prompt, float32
     python tests/benchmarks/recording.py --out cost.json
 
@@ -20,7 +20,7 @@ attention depends on the heads alone. "own" is the most the recorder held at any
 is the size of ONE layer's maps in float32, n x n x heads x 4 bytes.
 
 A CPU without bfloat16 instructions multiplies bfloat16 matrices several times slower than float32 ones; there, one
-round that counts (`--dtypes bfloat16 --rounds 1 --warmup 0`) takes a quarter of an hour.
+round that counts (`--dtypes bfloat16 --rounds 1 --warmup 0`) takes about 20 minutes.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ NARROW = 256
 IMAGE, VOCABULARY, SIDE, PATCH = 5, 1000, 24, 4
 PROMPTS = {640: 1, 2944: 5}
 """Prompt length -> pictures of 24 x 24 tokens in it; the other 64 tokens are text."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Settings of glibc's `mallopt`."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -206,10 +208,9 @@ def prefills(bench: Bench, rounds: int, warmup: int = 1) -> dict[str, float]:
 
 def keep_freed_memory() -> None:
     """Have the C library take blocks up to 32 MiB (the most it allows) from its heap, and never shrink that."""
-    m_mmap_threshold, m_trim_threshold = -3, -1
     library = ctypes.CDLL(None)
-    library.mallopt(m_mmap_threshold, 32 << 20)
-    library.mallopt(m_trim_threshold, 1 << 30)
+    library.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    library.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
@@ -266,8 +267,7 @@ def _reset_peak() -> None:
 
 def return_large_blocks() -> None:
     """Have the C library give freed blocks above 64 KiB back at once instead of keeping them for reuse."""
-    m_mmap_threshold = -3
-    ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 16)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
 @contextmanager
