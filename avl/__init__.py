@@ -7,6 +7,7 @@ pictures live in `avl_analysis`, which knows this package while this package doe
 
 from avl.accounting import StepUsage, Usage
 from avl.families import UnsupportedModelError
+from avl.hooks import SeamError
 from avl.policies import (
     AdaptivePolicy,
     BudgetPolicy,
@@ -20,9 +21,8 @@ from avl.policies import (
     StridePolicy,
     VLCachePolicy,
 )
-from avl.seam import SeamError
 from avl.selection import Selection, State
-from avl.toggle import AdaptiveSession, adaptive
+from avl.session import AdaptiveSession, adaptive
 
 __all__ = [
     "adaptive",

@@ -4,7 +4,7 @@ Softmax attention does not care about the order of its keys, and their positions
 So a layer keeps its keys in the order that makes reading cheap, `[far | core | rest ... growing]`: an ordinary decode
 step reads a suffix of the buffer, a view, without mask, gather or copy; a whole step reads everything; a new core is
 swapped into place (segments.py). A key that is dropped leaves a hole, and the next token's key fills it. Image keys may
-also lie in a cold tier (cold.py), outside the buffer; a whole step reads them in front of it.
+also lie in a quantised tier (quantized_tier.py), outside the buffer; a whole step reads them in front of it.
 
 The rows of a batch may hold different numbers of keys. Then some slots are empty (position -1) and attention needs a
 mask, made from the positions themselves; `ragged` says, without looking at a tensor, when there is nothing to mask.
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avl.cold import ColdTier
+from avl.quantized_tier import ColdTier
 
 
 class KeyBuffer:

@@ -18,8 +18,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from avl.attention import Forward
 from avl.buffer import KeyBuffer
+from avl.hooks import SeamError
 from avl.policies.base import Counts
-from avl.seam import SeamError
 
 
 @dataclass(eq=False)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from avl.buffer import KeyBuffer, roomy
-from avl.cold import ColdTier
 from avl.policies.base import Choice
+from avl.quantized_tier import ColdTier
 
 
 def fill(buffer: KeyBuffer, keys: Tensor, values: Tensor, positions: Tensor, choice: Choice, heads: int) -> None:

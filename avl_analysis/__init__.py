@@ -8,42 +8,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avl_analysis.calibration import Evidence as Evidence
-    from avl_analysis.calibration import calibrate as calibrate
-    from avl_analysis.comparing import compare as compare
-    from avl_analysis.comparison import Comparison as Comparison
-    from avl_analysis.comparison import load_comparison as load_comparison
+    from avl_analysis.calibration.calibrate import Evidence as Evidence
+    from avl_analysis.calibration.calibrate import calibrate as calibrate
+    from avl_analysis.capture.recorder import record as record
+    from avl_analysis.corpus.questions import Sample as Sample
+    from avl_analysis.corpus.questions import read_samples as read_samples
+    from avl_analysis.corpus.questions import scene_samples as scene_samples
     from avl_analysis.errors import InputError as InputError
-    from avl_analysis.models import VLM as VLM
-    from avl_analysis.models import load_model as load_model
-    from avl_analysis.policy_files import load_policy as load_policy
-    from avl_analysis.policy_files import save_policy as save_policy
-    from avl_analysis.recorder import record as record
-    from avl_analysis.recording import Recording as Recording
-    from avl_analysis.recording import load_recording as load_recording
-    from avl_analysis.recording import merge as merge
-    from avl_analysis.samples import Sample as Sample
-    from avl_analysis.samples import read_samples as read_samples
-    from avl_analysis.samples import scene_samples as scene_samples
+    from avl_analysis.evaluation.compare import compare as compare
+    from avl_analysis.evaluation.comparison import Comparison as Comparison
+    from avl_analysis.evaluation.comparison import load_comparison as load_comparison
+    from avl_analysis.evaluation.policy_files import load_policy as load_policy
+    from avl_analysis.evaluation.policy_files import save_policy as save_policy
+    from avl_analysis.models.loading import VLM as VLM
+    from avl_analysis.models.loading import load_model as load_model
+    from avl_analysis.recordings.recording import Recording as Recording
+    from avl_analysis.recordings.recording import load_recording as load_recording
+    from avl_analysis.recordings.recording import merge as merge
 
 _HOME = {  # public name -> module it lives in; no module may have the name of something public
-    "Comparison": "comparison",
-    "Evidence": "calibration",
+    "Comparison": "evaluation.comparison",
+    "Evidence": "calibration.calibrate",
     "InputError": "errors",
-    "Recording": "recording",
-    "Sample": "samples",
-    "VLM": "models",
-    "calibrate": "calibration",
-    "compare": "comparing",
-    "load_comparison": "comparison",
-    "load_model": "models",
-    "load_policy": "policy_files",
-    "load_recording": "recording",
-    "merge": "recording",
-    "read_samples": "samples",
-    "record": "recorder",
-    "save_policy": "policy_files",
-    "scene_samples": "samples",
+    "Recording": "recordings.recording",
+    "Sample": "corpus.questions",
+    "VLM": "models.loading",
+    "calibrate": "calibration.calibrate",
+    "compare": "evaluation.compare",
+    "load_comparison": "evaluation.comparison",
+    "load_model": "models.loading",
+    "load_policy": "evaluation.policy_files",
+    "load_recording": "recordings.recording",
+    "merge": "recordings.recording",
+    "read_samples": "corpus.questions",
+    "record": "capture.recorder",
+    "save_policy": "evaluation.policy_files",
+    "scene_samples": "corpus.questions",
 }
 
 __all__ = [

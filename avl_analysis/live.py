@@ -29,16 +29,16 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import avl
 from avl.attention import AttentionCall, Forward, attention_weights
-from avl.seam import Tap, attached
+from avl.hooks import Tap, attached
 from avl.tokens import Modality
-from avl_analysis.comparing import kl_divergence
-from avl_analysis.corpus import facts_of
+from avl_analysis.capture.recorder import record
+from avl_analysis.corpus.questions import Sample
+from avl_analysis.corpus.record_samples import facts_of
 from avl_analysis.errors import InputError
-from avl_analysis.generation import end_tokens, generate
-from avl_analysis.models import VLM
-from avl_analysis.recorder import record
-from avl_analysis.recording import Recording
-from avl_analysis.samples import Sample
+from avl_analysis.evaluation.compare import kl_divergence
+from avl_analysis.evaluation.generation import end_tokens, generate
+from avl_analysis.models.loading import VLM
+from avl_analysis.recordings.recording import Recording
 
 MAX_WEIGHTS = 1 << 29
 """Bytes of weights kept per observation; 64 tokens of a 32 x 32 model at 3,000 keys take 390 MB."""

@@ -13,11 +13,11 @@ FILES = {"xarray", "h5netcdf", "pandas"}
     ("module", "unwanted"),
     [
         ("avl", DRAWING | FILES | {"avl_analysis", "typer"}),
-        ("avl_analysis.cli", DRAWING | FILES | {"torch", "transformers", "reports", "app"}),
+        ("avl_analysis.cli.main", DRAWING | FILES | {"torch", "transformers", "avl_reports", "avl_app"}),
         ("avl_analysis.figures", DRAWING | {"torch", "transformers"}),
         ("avl_analysis.scenes", DRAWING | {"torch", "transformers"}),
-        ("reports.command", DRAWING | {"torch", "transformers"}),
-        ("app.cli", DRAWING | {"torch", "transformers"}),
+        ("avl_reports.command", DRAWING | {"torch", "transformers"}),
+        ("avl_app.cli", DRAWING | {"torch", "transformers"}),
     ],
 )
 def test_importing_a_package_loads_nothing_it_does_not_need(module: str, unwanted: set[str]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from avl_analysis.cli import main
+from avl_analysis.cli.main import main
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

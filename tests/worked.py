@@ -10,13 +10,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from avl_analysis.ages import AGE_STARTS
-from avl_analysis.passes import Plan
-from avl_analysis.prompt_rows import reduce_prompt
-from avl_analysis.rows import Tokens
-from avl_analysis.sight import Sight
+from avl_analysis.capture.plan import Plan
+from avl_analysis.capture.reduce_prompt import reduce_prompt
+from avl_analysis.capture.sample_call import View
+from avl_analysis.capture.visibility import Sight
+from avl_analysis.statistics.ages import AGE_STARTS
 from avl_analysis.statistics.base import RowStatistic
-from avl_analysis.view import View
+from avl_analysis.statistics.inputs import Tokens
 
 assert AGE_STARTS[0] == 0
 

@@ -24,10 +24,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from avl.cold import BITS, HOST, PLAIN, cold_keys
 from avl.policies.base import PROTECTED, Choice, Counts, Measure, Policy, Prompt, sizes
 from avl.policies.checks import check_choice, check_count, check_share, check_switch
 from avl.policies.scores import KINDS, image_scores, over_heads
+from avl.quantized_tier import BITS, HOST, PLAIN, cold_keys
 from avl.selection import best, between, members, newest_and_best
 from avl.tokens import Modality
 

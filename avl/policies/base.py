@@ -4,7 +4,7 @@ A policy is a frozen dataclass that decides; it never touches a cache or a model
 is shown that layer once (`Prompt`), measures what it needs (`measure`), and says which keys to hold (`choose`). While
 decoding it answers with plain numbers: how many keys a row may hold (`limit`), how many of the newest are safe
 (`recent`), whether this step attends to everything held (`whole`). Everything physical (buffers, masks, rows of unequal
-length) is the business of buffer.py, prompt_pass.py and decode_step.py, so that a policy stays about as long as its
+length) is the business of buffer.py, prefill_step.py and decode_step.py, so that a policy stays about as long as its
 formula.
 
 Order of a layer's keys: `cold` (kept cheaply, attended only at whole steps), `far` (held, attended only at whole

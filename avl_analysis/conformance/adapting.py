@@ -15,7 +15,7 @@ from torch import Tensor
 
 import avl
 from avl.attention import AttentionCall, Forward
-from avl.seam import Tap, attached
+from avl.hooks import Tap, attached
 from avl.tokens import Modality
 from avl_analysis.conformance.build import Case
 from avl_analysis.conformance.recording import Mismatch

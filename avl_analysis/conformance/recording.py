@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from avl.attention import AttentionCall, Forward, attention_weights
-from avl.seam import Tap, attached
+from avl.hooks import Tap, attached
 from avl.tokens import Modality
 from avl_analysis import record
 from avl_analysis.conformance.build import Case

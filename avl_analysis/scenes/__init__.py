@@ -3,7 +3,7 @@
 A trained vision-language model that ships with the package, so that attention can be looked at without a download, and
 pictures whose truth is known to the pixel, so that what attention looks at can be checked. ``generate`` and ``samples``
 give pictures with question, answer, boxes and covered image tokens; ``MODEL_DIR`` is a folder like any downloaded
-model's, loaded by plain ``from_pretrained``. ``python -m avl_analysis.scenes.train`` makes the weights,
+model's, loaded by plain ``from_pretrained``. ``python -m avl_analysis.scenes.training.train`` makes the weights,
 ``python -m avl_analysis.scenes.evaluate`` measures them; README.md beside this file says how they were made and what
 they reach. ``exact_match`` and ``evaluate`` live in ``avl_analysis.scenes.evaluate``.
 

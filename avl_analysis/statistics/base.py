@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from avl_analysis.rows import Rows, Tokens
-from avl_analysis.schema import Field
+from avl_analysis.recordings.schema import Field
+from avl_analysis.statistics.inputs import Rows, Tokens
 
 Result = tuple[np.ndarray, np.ndarray | None]
 """Sums and their counts, of one shape; or values and None."""
@@ -77,7 +77,7 @@ class RowStatistic(Statistic):
     """A number (or small vector) per query row and head.
 
     Attributes:
-        columns: key columns (`avl_analysis.rows.COLUMNS`) whose weighted sums `value` asks for.
+        columns: key columns (`avl_analysis.statistics.inputs.COLUMNS`) whose weighted sums `value` asks for.
         reads_values: whether it asks for `rows.value_mass`.
     """
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from avl.tokens import MODALITIES
-from avl_analysis.rows import Rows
 from avl_analysis.statistics.base import WeightStatistic
+from avl_analysis.statistics.inputs import Rows
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from avl.tokens import MODALITIES
-from avl_analysis.rows import Rows
 from avl_analysis.statistics.base import WeightStatistic
+from avl_analysis.statistics.inputs import Rows
 
 SLACK = 1e-6
 """Rounding allowed when a cumulative share is compared with tau, so that half of ten equal weights reaches 0.5."""

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from avl_analysis.rows import Rows, last_rank
 from avl_analysis.statistics.base import SumStatistic, WeightStatistic
+from avl_analysis.statistics.inputs import Rows, last_rank
 
 
 @dataclass(frozen=True)

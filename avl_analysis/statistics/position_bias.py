@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from avl.tokens import Modality
-from avl_analysis.schema import ROWS
+from avl_analysis.recordings.schema import ROWS
 from avl_analysis.statistics.base import KeyScores, KeyStatistic, Result
 
 

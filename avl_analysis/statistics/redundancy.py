@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from avl.tokens import MODALITIES
-from avl_analysis.rows import Tokens
 from avl_analysis.statistics.base import CacheStatistic
+from avl_analysis.statistics.inputs import Tokens
 
 
 @dataclass(frozen=True)

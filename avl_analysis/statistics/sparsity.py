@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from avl_analysis.rows import Rows
 from avl_analysis.statistics.base import SumStatistic
+from avl_analysis.statistics.inputs import Rows
 
 
 @dataclass(frozen=True)

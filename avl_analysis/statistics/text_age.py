@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from avl_analysis.ages import AGE_STARTS
+from avl_analysis.statistics.ages import AGE_STARTS
 from avl_analysis.statistics.base import KeyScores, KeyStatistic, Result
 
 PHASES = ("prefill", "decode")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.settings import VARIABLE
+from avl_app.settings import VARIABLE
 
 
 @pytest.fixture(autouse=True)

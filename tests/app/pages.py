@@ -11,7 +11,7 @@ pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
 
 from streamlit.testing.v1 import AppTest
 
-SCRIPT = str(Path(__file__).parents[2] / "app" / "main.py")
+SCRIPT = str(Path(__file__).parents[2] / "app" / "avl_app" / "main.py")
 ONE_WORD = {"task": "colour"}
 """A question with a short answer, so that tests are quick."""
 

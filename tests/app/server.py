@@ -39,7 +39,7 @@ def server(log: Path, *arguments: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from app.cli import main; main()", "--no-browser", f"--port={port}", *arguments]
+    command = [sys.executable, "-c", "from avl_app.cli import main; main()", "--no-browser", f"--port={port}", *arguments]
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env={**os.environ})
         try:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import avl
-from app.examples import questions
 from avl_analysis import load_model
+from avl_app.examples import questions
 from tests.app.server import chromium, server, settled
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need the extra [test]")

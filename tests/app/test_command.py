@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import tomllib
 
-from app import cli
-from app.settings import VARIABLE, Settings, settings
-from avl_analysis.cli import main
+from avl_analysis.cli.main import main
+from avl_app import cli
+from avl_app.settings import VARIABLE, Settings, settings
 
 CONFIG = tomllib.loads((Path(cli.__file__).parent / ".streamlit" / "config.toml").read_text(encoding="utf-8"))
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 import avl
-from app.data import Question, Shelf, Workbench, picture
-from app.settings import Settings, settings
 from avl_analysis.errors import InputError
-from avl_analysis.models import VLM
+from avl_analysis.models.loading import VLM
+from avl_app.data import Question, Shelf, Workbench, picture
+from avl_app.settings import Settings, settings
 from tests import tiny
 
 POLICY = avl.AdaptivePolicy(secondary=0.5, core=0.25, refresh_every=2, text=None)

@@ -13,12 +13,12 @@ pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
 from PIL import Image
 
 import avl
-from app.examples import questions
-from app.settings import VARIABLE, Settings
-from app.views import heads
 from avl_analysis import load_model, record
 from avl_analysis.errors import InputError
-from avl_analysis.headmaps import KINDS
+from avl_analysis.heads.taxonomy import KINDS
+from avl_app.examples import questions
+from avl_app.settings import VARIABLE, Settings
+from avl_app.views import heads
 from tests import tiny
 from tests.app.pages import ONE_WORD, address, errors, page, sources, texts
 
@@ -148,7 +148,7 @@ def test_a_defect_is_one_sentence_and_goes_to_the_log(
     def broken(context: Any) -> None:
         raise RuntimeError("secret path /home/somebody")
 
-    monkeypatch.setattr("app.views.ask.show", broken)
+    monkeypatch.setattr("avl_app.views.ask.show", broken)
     test = page(**ONE_WORD)
     assert len(errors(test)) == 1
     assert "could not be drawn" in errors(test)[0]
@@ -160,7 +160,7 @@ def test_a_model_that_cannot_be_followed_is_refused_with_its_reason(monkeypatch:
     def refuse(context: Any) -> None:
         raise avl.UnsupportedModelError("keys of several layers are shared <b>")
 
-    monkeypatch.setattr("app.views.ask.show", refuse)
+    monkeypatch.setattr("avl_app.views.ask.show", refuse)
     assert errors(page(**ONE_WORD)) == [r"keys of several layers are shared \<b\>"]
 
 

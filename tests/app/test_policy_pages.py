@@ -15,11 +15,12 @@ pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
 from PIL import Image
 
 import avl
-from app import adaptive, policies
-from app.examples import questions
-from app.views import live
 from avl.policies import scores
-from avl_analysis import load_model, policy_files
+from avl_analysis import load_model
+from avl_analysis.evaluation import policy_files
+from avl_app import adaptive, policies
+from avl_app.examples import questions
+from avl_app.views import live
 from tests.app.pages import ONE_WORD, address, errors, letters, page, texts
 
 # -- a-vl live ------------------------------------------------------------------------------------------

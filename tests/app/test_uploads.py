@@ -11,11 +11,11 @@ import h5py
 import numpy as np
 import pytest
 
-from app.uploads import check_hdf5, from_bytes, sent_samples, uploaded
-from avl_analysis.comparison import load_comparison
 from avl_analysis.errors import InputError
-from avl_analysis.policy_files import load_policy
-from avl_analysis.recording import load_recording
+from avl_analysis.evaluation.comparison import load_comparison
+from avl_analysis.evaluation.policy_files import load_policy
+from avl_analysis.recordings.recording import load_recording
+from avl_app.uploads import check_hdf5, from_bytes, sent_samples, uploaded
 from tests import tiny
 
 LIMITS = {"most_bytes": 1 << 20, "most_pixels": 10_000}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from avl.attention import Attend, AttentionCall, Forward, attention_weights
-from avl.seam import Tap, attached
+from avl.hooks import Tap, attached
 from avl.tokens import Modality
 
 

@@ -19,7 +19,7 @@ from transformers import (
 import avl
 from avl.attention import AttentionCall, attention_logits, attention_weights
 from avl.families import describe
-from avl.seam import Tap, _Name, attached
+from avl.hooks import Tap, _Name, attached
 from avl.tokens import Modality
 from avl_analysis.conformance.build import Case
 from avl_analysis.conformance.entries import ENTRIES, entry

@@ -13,7 +13,7 @@ import torch
 
 import avl
 from avl.attention import Attend, AttentionCall
-from avl.seam import attached
+from avl.hooks import attached
 from avl_analysis.conformance.build import Case, model_types, picture
 from avl_analysis.conformance.inputs import pixels, prompt
 from tests import tiny

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import avl
 from avl.attention import Attend, AttentionCall, attention_weights
+from avl.hooks import Tap, attached
 from avl.policies.scores import KINDS
-from avl.seam import Tap, attached
 from avl.tokens import Modality
 from tests import tiny
 from tests.avl.generating import difference, generate, rows_alone

@@ -9,7 +9,7 @@ from torch import Tensor
 import avl
 from avl.attention import AttentionCall, attention_weights
 from avl.cache import AdaptiveLayer
-from avl.seam import Tap, attached
+from avl.hooks import Tap, attached
 from tests import tiny
 from tests.avl.generating import generate
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from avl_analysis.recorder import record
-from avl_analysis.recording import Recording
+from avl_analysis.capture.recorder import record
+from avl_analysis.recordings.recording import Recording
 from tests import tiny
 from tests.reference import Seen
 

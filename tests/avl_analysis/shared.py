@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from avl_analysis.models import VLM
-from avl_analysis.samples import Sample
+from avl_analysis.corpus.questions import Sample
+from avl_analysis.models.loading import VLM
 from tests import tiny
 
 

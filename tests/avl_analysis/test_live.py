@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import avl
-from avl_analysis import headmaps, live
+from avl_analysis import live
+from avl_analysis.corpus.questions import Sample
 from avl_analysis.errors import InputError
-from avl_analysis.models import VLM
-from avl_analysis.samples import Sample
+from avl_analysis.heads import taxonomy
+from avl_analysis.models.loading import VLM
 from tests import tiny
 
 TOKENS = 7
@@ -154,19 +155,19 @@ def test_the_model_is_free_again_after_a_reader_stops(model: VLM, sample: Sample
 def test_head_maps_cover_every_head_and_rank_them(model: VLM, sample: Sample, seen: live.Observation) -> None:
     recording = live.recorded(model, sample, max_new_tokens=TOKENS)
     assert recording.facts()["answer"] == seen.answer.text
-    image = headmaps.measure(recording, "modality_mass/image")
+    image = taxonomy.measure(recording, "modality_mass/image")
     for step in range(TOKENS):
-        values = headmaps.matrix(recording, image, step)
+        values = taxonomy.matrix(recording, image, step)
         watched = [[seen.mass(step, layer, head)["image"] for head in range(4)] for layer in range(2)]
         np.testing.assert_allclose(values, watched, atol=2e-3)
-    means = headmaps.matrix(recording, image)
-    per_step = np.stack([headmaps.matrix(recording, image, step) for step in range(1, TOKENS)])
+    means = taxonomy.matrix(recording, image)
+    per_step = np.stack([taxonomy.matrix(recording, image, step) for step in range(1, TOKENS)])
     np.testing.assert_allclose(means, per_step.mean(0), rtol=1e-5)
-    ranked = headmaps.rank(means, (0, 1))
+    ranked = taxonomy.rank(means, (0, 1))
     assert [value for *_, value in ranked] == sorted(means.ravel().tolist(), reverse=True)
     assert {(layer, head) for layer, head, _ in ranked} == {(a, b) for a in range(2) for b in range(4)}
-    kinds = headmaps.kinds(recording)
+    kinds = taxonomy.kinds(recording)
     assert kinds.shape == (2, 4)
-    assert ((kinds == "visual") == (means >= headmaps.VISUAL)).all()
+    assert ((kinds == "visual") == (means >= taxonomy.VISUAL)).all()
     with pytest.raises(InputError, match="no measure 'nonsense'"):
-        headmaps.measure(recording, "nonsense")
+        taxonomy.measure(recording, "nonsense")

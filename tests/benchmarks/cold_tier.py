@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from avl.cold import BITS, ColdTier
+from avl.quantized_tier import BITS, ColdTier
 
 HEADS, TOKENS, WIDTH = 32, 2880, 128
 

@@ -33,11 +33,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import avl
-from avl.seam import attached
+from avl.hooks import attached
 from tests.benchmarks.machine import environment
 from tests.benchmarks.variants import MaskedStep, SlicedStep, kv_bytes
 

@@ -5,7 +5,7 @@
 
 Caption, ocr and count are the tasks with answers of many, some and few tokens. Every option answers the same held-out
 questions; intervals are Wilson's of the accuracy, and bootstrapped ones of the paired difference to the full cache. The
-file has the form of avl_analysis.frontier's. `--dtype bfloat16` runs model and cache in 16 bits, `--only cold` the full
+file has the form of avl_analysis.evaluation.frontier's. `--dtype bfloat16` runs model and cache in 16 bits, `--only cold` the full
 cache and options with that word in their names.
 """
 
@@ -21,9 +21,9 @@ import torch
 
 import avl
 from avl import AdaptivePolicy
-from avl_analysis.frontier import Entry, groups, read, run_unit, summarise, write
-from avl_analysis.models import load_model
-from avl_analysis.samples import COMPARE_SEED, scene_samples
+from avl_analysis.corpus.questions import COMPARE_SEED, scene_samples
+from avl_analysis.evaluation.frontier import Entry, groups, read, run_unit, summarise, write
+from avl_analysis.models.loading import load_model
 from avl_analysis.scenes import TASKS
 
 SCORES = ("question", "max", "sink", "position", "value", "diverse")

@@ -45,9 +45,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
-from avl_analysis.recorder import Recorder, record
+from avl_analysis.capture.recorder import Recorder, record
 from tests.benchmarks.machine import environment
 
 HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 32, 128, 4096, 11008

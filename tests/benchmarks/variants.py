@@ -15,8 +15,8 @@ from transformers.cache_utils import DynamicLayer
 
 from avl import AdaptivePolicy
 from avl.attention import Attend, AttentionCall, Forward, attend_one_row
+from avl.hooks import Tap
 from avl.policies.base import Counts, Prompt
-from avl.seam import Tap
 from avl.tokens import Modality
 
 

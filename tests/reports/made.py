@@ -8,12 +8,12 @@ import xarray as xr
 import avl
 from avl import tokens
 from avl_analysis import scenes
-from avl_analysis.ablation import Ablation, Silenced
-from avl_analysis.comparison import Comparison
-from avl_analysis.comparison import build as build_comparison
-from avl_analysis.recording import Recording
-from avl_analysis.samples import Sample
-from reports.frontiers import Frontier
+from avl_analysis.corpus.questions import Sample
+from avl_analysis.evaluation.comparison import Comparison
+from avl_analysis.evaluation.comparison import build as build_comparison
+from avl_analysis.heads.ablation import Ablation, Silenced
+from avl_analysis.recordings.recording import Recording
+from avl_reports.frontiers import Frontier
 
 LAYERS, HEADS, GRID = 3, 4, 12
 IMAGE, SYSTEM, QUESTION = GRID * GRID, 5, 8
@@ -170,4 +170,4 @@ def frontier(*, hostile: bool = False) -> Frontier:
         for (name, budget), (*both, held) in right.items()
         for task, letters in zip(("colour" + _EVIL * hostile, "count"), both, strict=True)
     ]
-    return Frontier({"command": "python -m avl_analysis.frontier --out f.jsonl"}, lines)
+    return Frontier({"command": "python -m avl_analysis.evaluation.frontier --out f.jsonl"}, lines)

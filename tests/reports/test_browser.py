@@ -2,7 +2,7 @@
 
 import pytest
 
-from reports.build import build
+from avl_reports.build import build
 from tests.app.server import chromium
 from tests.reports import made
 

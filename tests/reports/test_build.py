@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from avl_analysis.ablation import load_ablation
-from avl_analysis.comparison import load_comparison
-from avl_analysis.recording import load_recording
-from reports import fig_localisation, fig_modality, fig_overlay
-from reports.build import FIGURES, build
-from reports.findings import Verdict
-from reports.frontiers import load_frontier
-from reports.run import NotMeasured, Run
-from reports.script import run_script
+from avl_analysis.evaluation.comparison import load_comparison
+from avl_analysis.heads.ablation import load_ablation
+from avl_analysis.recordings.recording import load_recording
+from avl_reports import fig_localisation, fig_modality, fig_overlay
+from avl_reports.build import FIGURES, build
+from avl_reports.findings import Verdict
+from avl_reports.frontiers import load_frontier
+from avl_reports.run import NotMeasured, Run
+from avl_reports.script import run_script
 from tests.reports import made
 
 COMMANDS = ["avl report --samples 6"]

@@ -5,7 +5,7 @@ import pytest
 import xarray as xr
 
 from avl_analysis.intervals import mean_interval
-from reports.estimates import estimate, per_sample
+from avl_reports.estimates import estimate, per_sample
 
 
 def array(values: np.ndarray, *dims: str) -> xr.DataArray:

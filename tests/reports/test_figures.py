@@ -5,9 +5,9 @@ import pytest
 import torch
 import xarray as xr
 
+from avl_analysis.capture.recorder import record
 from avl_analysis.figures import Heat, Lines, Overlay
-from avl_analysis.recorder import record
-from reports import (
+from avl_reports import (
     fig_ablation,
     fig_core_age,
     fig_frontier,
@@ -18,9 +18,9 @@ from reports import (
     fig_prefill_recall,
     fig_sets,
 )
-from reports.build import FIGURES
-from reports.findings import Verdict
-from reports.run import NotMeasured, Run
+from avl_reports.build import FIGURES
+from avl_reports.findings import Verdict
+from avl_reports.run import NotMeasured, Run
 from tests import tiny
 from tests.reports import made
 
@@ -189,7 +189,7 @@ def test_the_frontier_pools_tasks_and_judges_equal_budgets_question_by_question(
     ours = next(points for points in everything.points if points.name == "A-VL")
     assert (ours.x.tolist(), ours.y.tolist()) == ([0.25, 0.5], [0.5, 0.75])
     assert section.figure.caption.n == 8
-    assert "python -m avl_analysis.frontier" in section.figure.caption.what
+    assert "python -m avl_analysis.evaluation.frontier" in section.figure.caption.what
     assert len(section.table) == 7
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from reports.findings import Finding, Interval, Verdict, judge
+from avl_reports.findings import Finding, Interval, Verdict, judge
 
 NAN = math.nan
 

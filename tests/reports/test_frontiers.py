@@ -5,8 +5,8 @@ import json
 import pytest
 
 from avl_analysis.errors import InputError
-from avl_analysis.frontier import write
-from reports.frontiers import load_frontier
+from avl_analysis.evaluation.frontier import write
+from avl_reports.frontiers import load_frontier
 from tests.reports import made
 
 

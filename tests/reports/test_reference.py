@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from avl_analysis.ablation import load_ablation
 from avl_analysis.errors import InputError
-from reports.build import build
-from reports.reference import FOLDER, condense
+from avl_analysis.heads.ablation import load_ablation
+from avl_reports.build import build
+from avl_reports.reference import FOLDER, condense
 from tests.reports import made
 
 

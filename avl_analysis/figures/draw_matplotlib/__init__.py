@@ -22,7 +22,12 @@ from matplotlib.figure import Figure as Canvas
 from avl_analysis.figures.draw_matplotlib.arrange import fill, size_of
 from avl_analysis.figures.draw_matplotlib.look import RC
 from avl_analysis.figures.draw_matplotlib.overlays import raster
-from avl_analysis.figures.draw_matplotlib.pages import Paragraph, figure_pages, save_document, text_pages
+from avl_analysis.figures.draw_matplotlib.pages import (
+    Paragraph,
+    figure_pages,
+    save_document,
+    text_pages,
+)
 from avl_analysis.figures.spec import Animation, Figure
 
 __all__ = ["FORMATS", "Paragraph", "draw", "figure_pages", "save", "save_animation", "save_document", "text_pages"]

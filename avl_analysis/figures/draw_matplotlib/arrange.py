@@ -9,7 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 from matplotlib.transforms import ScaledTranslation
 
-from avl_analysis.figures.draw_matplotlib.charts import draw_bars, draw_heat, draw_lines, draw_scatter
+from avl_analysis.figures.draw_matplotlib.charts import (
+    draw_bars,
+    draw_heat,
+    draw_lines,
+    draw_scatter,
+)
 from avl_analysis.figures.draw_matplotlib.look import handles_of, legend_columns, shared_legend
 from avl_analysis.figures.draw_matplotlib.overlays import attention_bar, draw_overlay
 from avl_analysis.figures.spec import Animation, Bars, Figure, Heat, Lines, Overlay, Panel, Scatter

@@ -11,7 +11,17 @@ from matplotlib.patches import Patch
 
 from avl_analysis.figures import palette
 from avl_analysis.figures.palette import LIGHT
-from avl_analysis.figures.spec import Animation, Bars, Line, Lines, Overlay, Panel, Points, Scatter, repeated
+from avl_analysis.figures.spec import (
+    Animation,
+    Bars,
+    Line,
+    Lines,
+    Overlay,
+    Panel,
+    Points,
+    Scatter,
+    repeated,
+)
 
 RC = {
     "font.family": "DejaVu Sans",

@@ -22,7 +22,17 @@ from avl_analysis.figures.draw_plotly.look import (
     whole_ticks,
 )
 from avl_analysis.figures.palette import Theme
-from avl_analysis.figures.spec import Array, Axis, Bars, Heat, Line, Lines, Points, Scatter, repeated
+from avl_analysis.figures.spec import (
+    Array,
+    Axis,
+    Bars,
+    Heat,
+    Line,
+    Lines,
+    Points,
+    Scatter,
+    repeated,
+)
 
 
 def draw_lines(panel: Lines, theme: Theme, dark: bool) -> go.Figure:

@@ -1,0 +1,211 @@
+"""A-VL's settings: presets, a control for every one of them, and files that calibration wrote.
+
+Presets that can be named on the command line appear here by themselves. While a preset is chosen it alone says what the
+policy is and the controls show it; moving any of them makes the settings one's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import streamlit as st
+
+import avl
+from avl_analysis.errors import InputError
+from avl_analysis.evaluation import policy_files
+from avl_analysis.evaluation.policy_files import load_evidence, load_policy, named_policy
+from avl_app import state
+from avl_app.page import plain, problem
+from avl_app.uploads import from_bytes
+
+PRESETS: Mapping[str, tuple[str, avl.AdaptivePolicy]] = {
+    "paper": ("the paper's setting", avl.AdaptivePolicy()),
+    "prefill": ("the paper's, with its prefill filter", avl.AdaptivePolicy(prefill=0.5)),
+    "vision": ("images only, text untouched", avl.AdaptivePolicy(text=None)),
+    "no_core": ("no core: held keys are always read", avl.AdaptivePolicy(core=None)),
+    "strong": ("strong: a quarter held, a tenth read", avl.AdaptivePolicy(secondary=0.25, core=0.1, text=0.5)),
+    "identity": ("everything kept: changes nothing", avl.AdaptivePolicy(secondary=1.0, core=1.0, text=None)),
+}
+"""Settings to start from; the sliders show what they mean."""
+CUSTOM, FILE = "custom", "file"
+OWN = {CUSTOM: "own settings", FILE: "a policy file"}
+"""Where settings come from that are no preset."""
+_NAMED = {"a-vl-cold": "cold tier: every image key, in 4 bits"}
+"""Presets of the command line in words; those without an entry go by their names."""
+
+COLD: Mapping[str, tuple[int | str | None, str]] = {
+    "dropped": (None, "are dropped: the paper"),
+    "8": (8, "are kept in 8 bits"),
+    "4": (4, "are kept in 4 bits"),
+    "2": (2, "are kept in 2 bits"),
+    "16": (16, "are kept as they are"),
+    "host": ("host", "are kept in host memory"),
+}
+"""What may become of image keys that are not secondary, in the address, as a setting, in words."""
+SCORES: Mapping[str, tuple[object, str]] = {
+    "last": (None, "the last row: the paper"),
+    "question": (None, "all rows of the question"),
+    "max": (None, "the last row's largest head"),
+    "sink": (None, "the last row without sinks"),
+    "position": (None, "the last row without its trend"),
+    "value": (None, "weight times value length"),
+    "diverse": (None, "weight and unlikeness"),
+}
+"""How image keys may be ranked, in words."""
+PLAIN = {
+    "secondary": "secondary",
+    "refresh": "refresh_every",
+    "prefill_layer": "prefill_layer",
+    "sparse_refresh": "sparse_refresh",
+    "score": "score",
+    "own_cores": "own_cores",
+}
+"""Choice in the address -> A-VL's setting."""
+SWITCHED = {"core": "core", "text": "text", "share": "budget", "drift": "drift"}
+"""The same for settings that None switches off; whether they are on is the choice use_..."""
+
+
+def presets() -> list[str]:
+    """Names of A-VL's presets: those above, and those one can name on the command line."""
+    named = [name for name in policy_files.PRESETS if isinstance(named_policy(name), avl.AdaptivePolicy)]
+    return [*PRESETS, *(name for name in named if name not in PRESETS)]
+
+
+def preset(name: str) -> avl.AdaptivePolicy:
+    """The settings of a preset."""
+    policy = PRESETS[name][1] if name in PRESETS else named_policy(name)
+    assert isinstance(policy, avl.AdaptivePolicy)
+    return policy
+
+
+def _label(name: str) -> str:
+    if name in PRESETS:
+        return PRESETS[name][0]
+    return OWN.get(name) or _NAMED.get(name, name)
+
+
+def choose_preset(*, disabled: bool) -> None:
+    """Where A-VL's settings come from."""
+    options = [*presets(), *OWN]
+    state.within("preset", options, "paper")
+    _take_preset()
+    st.selectbox(
+        "A-VL's settings", options, key="preset", on_change=_take_preset, disabled=disabled, format_func=_label
+    )
+
+
+def by_controls() -> avl.Policy | None:
+    """A-VL as its controls say; None, with the reason said, if that is no policy."""
+    with st.expander("Every setting", icon=":material/tune:", expanded=state.get("preset") == CUSTOM):
+        columns = st.columns(4)
+        with columns[0]:
+            st.markdown("**Held**")
+            _share("Image keys held whole (S)", "secondary", least=0.0, help="1 holds all; 0 needs a cold tier.")
+            _choice("Image keys that are not", "cold", COLD, help="Few bits: what is called the cold tier.")
+            st.toggle("Byte budget", key="use_share", on_change=_own, help="S then only sets the core's size.")
+            _share("Budget, share of all bytes", "share", disabled=not state.get("use_share"))
+        with columns[1]:
+            on = st.toggle("**Core**", key="use_core", on_change=_own, help="Off: every step reads all that is held.")
+            _share("Image keys read at ordinary steps (C)", "core", disabled=not on)
+            st.slider("Refresh every K steps", 0, 16, key="refresh", on_change=_own, disabled=not on, help="0: no core")
+            st.toggle("A refresh reads the new core alone", key="sparse_refresh", on_change=_own, disabled=not on)
+            drift = st.toggle("Refresh when the core drifts instead", key="use_drift", on_change=_own, disabled=not on)
+            _share("at a cosine of at most", "drift", disabled=not (on and drift))
+        with columns[2]:
+            on = st.toggle("**Text rule**", key="use_text", on_change=_own, help="Off: all words are held.")
+            _share("Text keys held (T)", "text", disabled=not on)
+        with columns[3]:
+            st.markdown("**Ranking and filter**")
+            _choice("Image keys are ranked by", "score", SCORES)
+            st.toggle("Each key/value head for itself", key="own_cores", on_change=_own)
+            _share("Prefill filter: image tokens passed on (P)", "prefill", help="1 is off.")
+            off = state.get("prefill") >= 1
+            st.number_input("after this many layers", 1, 256, key="prefill_layer", on_change=_own, disabled=off)
+        st.caption("Shares are of the original number of keys of their kind; C is at most S, and S at most P.")
+        try:
+            policy = from_state()
+        except (TypeError, ValueError) as error:
+            problem(f"These settings contradict each other: {error}.")
+            return None
+        st.caption(plain(repr(policy)))
+        return policy
+
+
+def present() -> avl.Policy:
+    """A-VL as last set in A-VL live: from its controls, or from the file sent there.
+
+    Raises:
+        ValueError: settings that contradict each other; the message says which.
+    """
+    sent: avl.Policy | None = st.session_state.get("sent_policy") if state.get("preset") == FILE else None
+    return sent or from_state()
+
+
+def from_state() -> avl.AdaptivePolicy:
+    """The preset, or the policy the controls stand at.
+
+    Raises:
+        ValueError: settings that contradict each other; the message says which.
+    """
+    if state.get("preset") in presets():
+        return preset(state.get("preset"))
+    settings = {field: state.get(key) for key, field in PLAIN.items()}
+    for key, field in SWITCHED.items():
+        settings[field] = state.get(key) if state.get(f"use_{key}") else None
+    settings["prefill"] = state.get("prefill") if state.get("prefill") < 1 else None
+    settings["cold"] = COLD.get(str(state.get("cold")), (None,))[0]
+    return avl.AdaptivePolicy(**settings)
+
+
+def _take_preset() -> None:
+    """The controls show the preset."""
+    if state.get("preset") not in presets():
+        return
+    policy = preset(state.get("preset"))
+    for key, field in PLAIN.items():
+        if (value := getattr(policy, field)) is not None and not isinstance(value, tuple):
+            state.put(key, value)
+    for key, field in SWITCHED.items():
+        value = getattr(policy, field)
+        state.put(f"use_{key}", value is not None)
+        if value is not None and not isinstance(value, tuple):
+            state.put(key, value)
+    state.put("secondary", 1.0 if policy.secondary is None else float(state.get("secondary")))
+    state.put("prefill", policy.prefill or 1.0)
+    state.put("cold", next(key for key, (value, _) in COLD.items() if value == policy.cold))
+
+
+def _own() -> None:
+    """A control moved: no longer the preset."""
+    state.put("preset", CUSTOM)
+
+
+def _share(label: str, key: str, *, least: float = 0.01, disabled: bool = False, help: str | None = None) -> None:
+    st.slider(label, least, 1.0, step=0.01, key=key, on_change=_own, disabled=disabled, help=help)
+
+
+def _choice(label: str, key: str, options: Mapping[str, tuple[object, str]], help: str | None = None) -> None:
+    state.within(key, list(options), next(iter(options)))
+    st.selectbox(label, list(options), key=key, on_change=_own, format_func=lambda o: options[o][1], help=help)
+
+
+def from_file() -> avl.Policy | None:
+    """The policy in a file that avl calibrate or save_policy wrote."""
+    sent = st.file_uploader(
+        "Policy file (.json), as avl calibrate writes it", ["json"], key="policy", max_upload_size=1
+    )
+    if sent is None:
+        st.info("Send a policy file, or choose a preset.", icon=":material/upload_file:")
+        return None
+    try:
+        policy = from_bytes(load_policy, sent.getvalue(), "policy.json")
+        evidence = from_bytes(load_evidence, sent.getvalue(), "policy.json")
+    except InputError as error:
+        problem(error)
+        return None
+    st.code(repr(policy), language=None)
+    if evidence:
+        with st.expander("What it was chosen by"):
+            st.json(evidence)
+    st.session_state["sent_policy"] = policy
+    return policy

@@ -1,0 +1,307 @@
+"""Everything between the pages and the models: questions in, immutable results out.
+
+All visitors share the loaded models and the results. A `Question` says everything a result depends on, so results are
+kept under it and a page drawn twice costs nothing. A model runs for one caller at a time: each run takes the model's
+lock, attaches what it needs, generates, detaches, and only then lets go, so a policy that one visitor switches on is on
+the model for that visitor's run alone. Waiting callers poll, because a page that is closed must stop waiting.
+
+Nothing here draws or knows widgets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avl_analysis.corpus.questions import Sample, scene_sample
+
+if TYPE_CHECKING:
+    import avl
+    from avl_analysis.evaluation.comparison import Comparison
+    from avl_analysis.live import Answer, Disagreement, Observation
+    from avl_analysis.models.loading import VLM
+    from avl_analysis.recordings.recording import Recording
+
+Result = TypeVar("Result")
+OnToken = Callable[[str, int], None]
+Waiting = Callable[[], None]
+_POLL = 0.1  # seconds between two looks at a lock that is taken
+_PART = 4  # samples recorded in one pass
+_TURN = 0.005  # seconds the lock is free between two parts of long work; waiting callers take it at once
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture one can ask about.
+
+    Attributes:
+        pixels: (height, width, 3) uint8, read-only.
+        name: what it is called on the page.
+        digest: hash of the pixels, what results are kept under.
+        scene: (seed, index) of a drawn scene, None for other pictures.
+    """
+
+    pixels: NDArray[np.uint8]
+    name: str
+    digest: str
+    scene: tuple[int, int] | None = None
+
+
+def picture(pixels: NDArray[np.uint8], name: str, scene: tuple[int, int] | None = None) -> Picture:
+    """A picture from its pixels."""
+    kept = np.ascontiguousarray(pixels, dtype=np.uint8).copy()
+    kept.setflags(write=False)
+    digest = hashlib.sha256(repr(kept.shape).encode() + kept.tobytes()).hexdigest()[:24]
+    return Picture(kept, name, digest, scene)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a result depends on, the policy aside.
+
+    Attributes:
+        model: name of the model.
+        picture: what is asked about; compared by its pixels.
+        prompt: the question.
+        tokens: longest answer, in tokens.
+    """
+
+    model: str
+    picture: Picture = field(compare=False)
+    prompt: str
+    tokens: int
+    digest: str = field(init=False, repr=False, default="")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", self.picture.digest)
+
+    @property
+    def sample(self) -> Sample:
+        """As the analysis takes it, with the truth where it is known."""
+        from avl_app.examples import asked_scene
+
+        if (scene := asked_scene(self.picture, self.prompt)) is not None:
+            return scene_sample(scene)
+        return Sample("question", (self.picture.pixels,), self.prompt)
+
+
+class Shelf:
+    """Results by key, the least recently used given away first. Safe to use from several threads."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._items: OrderedDict[Any, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Any) -> Any:
+        """What is kept under `key`, or None."""
+        with self._lock:
+            if key in self._items:
+                self._items.move_to_end(key)
+            return self._items.get(key)
+
+    def put(self, key: Any, value: Any) -> None:
+        with self._lock:
+            self._items[key] = value
+            self._items.move_to_end(key)
+            while len(self._items) > self.most:
+                self._items.popitem(last=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """A loaded model and the lock of whoever runs it."""
+
+    vlm: VLM
+    lock: threading.Lock
+
+    def give_way(self, waiting: Waiting | None = None) -> None:
+        """Let others run for a moment in the middle of long work; call it inside `use`, with nothing attached."""
+        self.lock.release()
+        time.sleep(_TURN)
+        self._take(waiting)
+
+    def _take(self, waiting: Waiting | None) -> None:
+        while not self.lock.acquire(timeout=_POLL):
+            if waiting is not None:
+                waiting()
+
+    @contextmanager
+    def use(self, waiting: Waiting | None = None) -> Iterator[VLM]:
+        """The model for the length of a block, alone; `waiting` is called now and then until it is free."""
+        self._take(waiting)
+        try:
+            yield self.vlm
+        finally:
+            self.lock.release()
+
+
+class Workbench:
+    """Models and results of one server.
+
+    Args:
+        allow_hub: whether hub ids may be fetched.
+        results: how many results are kept.
+        loader: reads a model by name.
+    """
+
+    def __init__(
+        self, *, allow_hub: bool = False, results: int = 48, loader: Callable[[str], VLM] | None = None
+    ) -> None:
+        self._loader = loader or (lambda name: _load(name, allow_hub))
+        self._models: dict[str, Shared] = {}
+        self._loading = threading.Lock()
+        self._shelf = Shelf(results)
+
+    def model(self, name: str) -> Shared:
+        """The model called `name`, loaded once.
+
+        Raises:
+            InputError: it cannot be loaded; the message says why and what to do.
+        """
+        if (known := self._models.get(name)) is not None:
+            return known  # without waiting for another one that is being loaded
+        with self._loading:
+            if name not in self._models:
+                self._models[name] = Shared(self._loader(name), threading.Lock())
+            return self._models[name]
+
+    # -- results -------------------------------------------------------------------------------------
+
+    def known(self, kind: str, question: Question, policy: avl.Policy | None = None) -> Any:
+        """A result that is there already, or None; `kind` is the name of the method that makes it."""
+        return self._shelf.get((kind, question, policy))
+
+    def observation(
+        self,
+        question: Question,
+        policy: avl.Policy | None = None,
+        on_token: OnToken | None = None,
+        waiting: Waiting | None = None,
+    ) -> Observation:
+        """The answer with where every token looked."""
+        from avl_analysis import live
+
+        def run(vlm: VLM) -> Observation:
+            return live.observe(vlm, question.sample, policy, max_new_tokens=question.tokens, on_token=on_token)
+
+        return self._once("observation", question, policy, run, waiting)
+
+    def answer(
+        self,
+        question: Question,
+        policy: avl.Policy | None = None,
+        on_token: OnToken | None = None,
+        waiting: Waiting | None = None,
+    ) -> Answer:
+        """The answer alone, timed with nothing but the policy on the model.
+
+        The first run of a process warms caches and allocators, so a short unmeasured run goes before it.
+        """
+        from avl_analysis import live
+
+        def run(vlm: VLM) -> Answer:
+            live.answer(vlm, question.sample, policy, max_new_tokens=2)
+            return live.answer(vlm, question.sample, policy, max_new_tokens=question.tokens, on_token=on_token)
+
+        return self._once("answer", question, policy, run, waiting)
+
+    def disagreement(
+        self, question: Question, policy: avl.Policy, reference: Answer, waiting: Waiting | None = None
+    ) -> Disagreement:
+        """How the policy's predictions differ along the full cache's answer."""
+        from avl_analysis import live
+
+        def run(vlm: VLM) -> Disagreement:
+            return live.disagreement(vlm, question.sample, policy, reference.ids)
+
+        return self._once("disagreement", question, policy, run, waiting)
+
+    def recording(
+        self,
+        question: Question,
+        policy: avl.Policy | None = None,
+        on_token: OnToken | None = None,
+        waiting: Waiting | None = None,
+    ) -> Recording:
+        """All statistics of the answer, as `avl record` makes them. Treat it as read-only."""
+        from avl_analysis import live
+
+        def run(vlm: VLM) -> Recording:
+            return live.recorded(vlm, question.sample, policy, max_new_tokens=question.tokens, on_token=on_token)
+
+        return self._once("recording", question, policy, run, waiting)
+
+    def comparison(
+        self,
+        model: str,
+        samples: Sequence[Sample],
+        chosen: Mapping[str, avl.Policy],
+        *,
+        tokens: int,
+        progress: Callable[[int, int], None],
+    ) -> Comparison:
+        """Policies compared on many samples; others may use the model between two batches.
+
+        Args:
+            progress: called with (done, total) after each batch under each policy; may raise to stop.
+        """
+        from avl_analysis.evaluation.compare import compare
+
+        shared = self.model(model)
+        with shared.use() as vlm:
+
+            def advance(done: int, total: int) -> None:
+                shared.give_way()
+                progress(done, total)
+
+            return compare(vlm, samples, chosen, max_new_tokens=tokens, progress=advance)
+
+    def corpus(
+        self, model: str, samples: Sequence[Sample], *, tokens: int, progress: Callable[[int, int], None]
+    ) -> Recording:
+        """All statistics of many samples; others may use the model in between."""
+        from avl_analysis import merge
+        from avl_analysis.corpus.record_samples import record_samples
+
+        shared, parts = self.model(model), []
+        for start in range(0, len(samples), _PART):
+            part = samples[start : start + _PART]
+            with shared.use() as vlm:
+                parts.append(record_samples(vlm, part, max_new_tokens=tokens, batch_size=_PART, first_sample=start))
+            progress(min(start + _PART, len(samples)), len(samples))
+        return merge(parts)
+
+    def _once(
+        self,
+        kind: str,
+        question: Question,
+        policy: avl.Policy | None,
+        run: Callable[[VLM], Result],
+        waiting: Waiting | None,
+    ) -> Result:
+        key = (kind, question, policy)
+        shared = self.model(question.model)
+        if (known := self._shelf.get(key)) is not None:
+            return known
+        with shared.use(waiting) as vlm:
+            # somebody else may have made it while this caller waited
+            if (known := self._shelf.get(key)) is None:
+                known = run(vlm)
+                self._shelf.put(key, known)
+            return known
+
+
+def _load(name: str, allow_hub: bool) -> VLM:
+    from avl_analysis import load_model
+
+    return load_model(name, allow_download=allow_hub)

@@ -1,0 +1,56 @@
+"""The example pictures: drawn scenes with the questions whose right answers are known.
+
+One picture of the embedded generator carries several questions, so a visitor can stay with a picture and ask about its
+colours, its text or all of it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from avl_analysis import scenes
+from avl_analysis.scenes import Sample
+from avl_app.data import Picture, picture
+
+SEED = 4_242
+"""Held-out scenes of this seed are the examples."""
+SCENES = 1000
+"""How many of them can be reached."""
+TASK_NAMES = {
+    "caption": "describe everything",
+    "ocr": "read the text",
+    "colour": "colour of an object",
+    "shape": "shape of an object",
+    "count": "count objects",
+    "exist": "is it there?",
+    "where": "where is it?",
+    "what": "what is at a place?",
+    "relation": "what is next to it?",
+    "size": "big or small?",
+    "text_colour": "colour of the text",
+    "character": "first or last character",
+}
+"""Kinds of question in words; tasks without an entry go by their own name."""
+
+
+@lru_cache(maxsize=64)
+def scene_picture(index: int) -> Picture:
+    """Example picture `index`."""
+    return picture(scenes.generate(SEED, index, "caption").image, f"scene {index}", (SEED, index))
+
+
+@lru_cache(maxsize=64)
+def questions(index: int) -> dict[str, Sample]:
+    """The questions that go with example picture `index`, by task; tasks that need another picture are left out."""
+    shown = scene_picture(index).pixels
+    asked = {task: scenes.generate(SEED, index, task) for task in ("caption", *scenes.TASKS)}
+    return {task: sample for task, sample in asked.items() if np.array_equal(sample.image, shown)}
+
+
+def asked_scene(shown: Picture, prompt: str) -> Sample | None:
+    """The question with its truth, if the picture is an example and the prompt one of its questions."""
+    if shown.scene is None:
+        return None
+    return next((sample for sample in questions(shown.scene[1]).values() if sample.prompt == prompt), None)

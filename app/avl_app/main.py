@@ -1,0 +1,93 @@
+"""The dashboard's one script: the frame around the views, the question at the side, errors in one sentence.
+
+Streamlit runs it from top to bottom for every interaction. It is called main.py because a script named like the package
+would hide it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import numpy as np
+import streamlit as st
+from PIL import Image
+
+from avl_analysis.errors import InputError
+from avl_app import sidebar, state
+from avl_app.data import Workbench
+from avl_app.page import Context, plain, problem
+from avl_app.settings import Settings, settings
+
+_LOG = logging.getLogger("avl.app")
+_STYLE = """<style>
+.stMainBlockContainer { padding-top: 3.2rem; padding-bottom: 3rem; }
+[data-testid="stSidebarHeader"] { height: 2rem; }
+</style>"""
+TITLES = {
+    "ask": ":material/visibility: Ask",
+    "heads": ":material/grid_on: Heads",
+    "patterns": ":material/monitoring: Patterns",
+    "live": ":material/toggle_on: A-VL live",
+    "benchmark": ":material/speed: Benchmark",
+    "report": ":material/description: Report",
+}
+
+
+@st.cache_resource(show_spinner=False)
+def workbench(given: Settings) -> Workbench:
+    """The one workbench of this server."""
+    return Workbench(allow_hub=given.hub, results=given.results)
+
+
+def _icon() -> Image.Image:
+    """A few lit patches, drawn here, because a named icon would be fetched from the network."""
+    lit = np.array([[0, 0, 1, 0], [0, 2, 2, 0], [1, 2, 2, 0], [0, 0, 0, 1]])
+    colours = np.array([[0x3B, 0x47, 0x54], [0x00, 0x72, 0xB2], [0xFF, 0xB0, 0x00]], np.uint8)
+    return Image.fromarray(colours[lit].repeat(8, 0).repeat(8, 1))
+
+
+def show(view: str, context: Context) -> None:
+    """Draw a view; each is imported when first looked at, so that the first screen comes early."""
+    from importlib import import_module
+
+    import_module(f"avl_app.views.{view}").show(context)
+
+
+def _for_visitors(error: Exception) -> bool:
+    """Whether a message was written for people: this model cannot be recorded or adapted, and why."""
+    avl = sys.modules.get("avl")  # whoever raised one of these has imported it
+    return isinstance(error, tuple(getattr(avl, name, ()) for name in ("SeamError", "UnsupportedModelError")))
+
+
+def main() -> None:
+    """Draw the page."""
+    st.set_page_config("avl: attention of vision-language models", _icon(), layout="wide")
+    st.html(_STYLE)
+    state.begin()
+    view = st.segmented_control(
+        "View", state.VIEWS, key="view", format_func=TITLES.__getitem__, required=True, label_visibility="collapsed"
+    )
+    try:
+        given = settings()
+        bench = workbench(given)
+        question = sidebar.show(given, bench)
+        if question is not None:
+            state.asked(question)
+            show(view or "ask", Context(given, bench, question))
+    except InputError as error:
+        problem(error)
+    except Exception as error:  # noqa: BLE001  (a visitor gets a sentence, the log the traceback)
+        if _for_visitors(error):
+            problem(error)
+        else:
+            _LOG.exception("a page could not be drawn")
+            st.error(
+                f"This page could not be drawn ({plain(type(error).__name__)}). The details are in the server's log; "
+                "reload the page or choose another view.",
+                icon=":material/error:",
+            )
+    state.finish()
+
+
+main()

@@ -1,0 +1,105 @@
+"""Parts every view is made of: plots in the visitor's theme, foreign text shown as text, progress, one-line errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import streamlit as st
+
+from avl_analysis.figures import draw_html, draw_plotly
+from avl_analysis.figures.clickable import with_cells, with_opacity
+from avl_analysis.figures.spec import Heat, Overlay, Panel
+from avl_analysis.figures.strip import Strip
+from avl_app.data import Question, Workbench
+from avl_app.settings import Settings
+
+_MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~$:&=^])")
+_CONFIG = {"displayModeBar": False, "scrollZoom": False, "doubleClick": False}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a view is given: the server's settings, the shared workbench, and what is being asked."""
+
+    settings: Settings
+    bench: Workbench
+    question: Question
+
+
+def plain(text: str) -> str:
+    """Foreign text for places that read Markdown: every character that could mean something is escaped."""
+    return _MARKUP.sub(r"\\\1", text.replace("\n", " "))
+
+
+def visible(token: str) -> str:
+    """A token's text such that one sees there is one, for places that read Markdown."""
+    return plain(visible_text(token))
+
+
+def visible_text(token: str) -> str:
+    """The same for places that take text as it is."""
+    return token.strip() or "␣"
+
+
+def is_dark() -> bool:
+    """Whether the visitor's theme is dark."""
+    return getattr(st.context.theme, "type", None) == "dark"
+
+
+def plot(
+    panel: Panel, key: str, *, titled: bool = True, opacity: float | None = None, height: int | None = None
+) -> None:
+    """A panel as a plot in the visitor's theme."""
+    drawn = draw_plotly.draw(panel, dark=is_dark(), titled=titled)
+    if opacity is not None:
+        with_opacity(drawn, opacity)
+    if isinstance(panel, Overlay) and panel.classes:
+        drawn.update_layout(legend={"y": -0.01})
+    drawn.update_yaxes(exponentformat="power")
+    if height is not None:
+        drawn.update_layout(height=height)
+    config = {**_CONFIG, "staticPlot": isinstance(panel, Overlay) and panel.patches is None}
+    st.plotly_chart(drawn, key=key, theme=None, config=config)
+
+
+def cells(heat: Heat, key: str, marked: tuple[int, int] | None, on_click: Callable[[], None]) -> None:
+    """A heat map whose cells can be clicked; `on_click` reads the cell with `clicked(key)`."""
+    drawn = with_cells(draw_plotly.draw(heat, dark=is_dark(), titled=False), heat, marked=marked, dark=is_dark())
+    st.plotly_chart(drawn, key=key, theme=None, on_select=on_click, selection_mode="points", config=_CONFIG)
+
+
+def clicked(key: str) -> tuple[int, int] | None:
+    """Row and column of the cell of `cells` that was clicked last, None if the click took a selection away."""
+    points = st.session_state[key]["selection"]["points"]
+    data = next((point["customdata"] for point in points if "customdata" in point), None)
+    return None if data is None else (int(data[0]), int(data[1]))
+
+
+def strip(shown: Strip) -> None:
+    """A token strip."""
+    st.html(draw_html.draw(shown, dark=is_dark()))
+
+
+def problem(error: Exception | str) -> None:
+    """One clear sentence in the page."""
+    st.error(plain(str(error)), icon=":material/error:")
+
+
+@contextmanager
+def streaming(title: str, place: Any = None) -> Iterator[tuple[Callable[[str, int], None], Callable[[], None]]]:
+    """Show an answer as it comes: yields what to call for each token, and while waiting for the model."""
+    target = place or st.empty()
+    target.markdown(f":material/hourglass_top: {plain(title)} …")
+
+    def on_token(text: str, count: int) -> None:
+        target.markdown(f"{plain(text)} ▌")
+
+    def waiting() -> None:
+        target.markdown(":material/group: Another session is using this model; yours is next …")
+
+    yield on_token, waiting
+    target.empty()

@@ -1,0 +1,85 @@
+"""Reports and their figures for the pages: made by `reports`, handed over as files in memory.
+
+The report's modules are imported when first needed: a page that shows none does not wait for them.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from avl_analysis.evaluation.comparison import Comparison
+    from avl_analysis.recordings.recording import Recording
+    from avl_reports.run import Section
+
+
+def figures() -> dict[str, str]:
+    """The figures of a report by name, with the question each answers."""
+    from avl_reports.build import FIGURES
+
+    return {module.__name__.rpartition(".fig_")[2]: str(module.QUESTION) for module in FIGURES}
+
+
+def section(recording: Recording, name: str, comparison: Comparison | None = None) -> Section:
+    """One figure of the report of a recording.
+
+    Raises:
+        NotMeasured: the recording cannot answer it; the message says what is missing.
+    """
+    from importlib import import_module
+
+    from avl_reports.run import Run
+
+    made: Section = import_module(f"reports.fig_{name}").section(Run(recording, comparison))
+    return made
+
+
+@dataclass(frozen=True)
+class Built:
+    """A report as files in memory.
+
+    Attributes:
+        page: the self-contained HTML page.
+        archive: ZIP of everything: page, figures, numbers, recording.
+        pdf: the report as one PDF, None if the builder makes none.
+        missing: figures that could not be drawn, and why.
+        about: model and samples it was built from, in words.
+    """
+
+    page: bytes
+    archive: bytes
+    pdf: bytes | None
+    missing: dict[str, str]
+    about: str
+
+
+def build_report(
+    recording: Recording,
+    title: str,
+    progress: Callable[[int, int, str], None],
+    comparison: Comparison | None = None,
+) -> Built:
+    """The report of a recording, with the policies of a comparison where there is one.
+
+    Raises:
+        InputError: the recording answers none of the report's questions.
+    """
+    from avl_reports.build import build
+
+    with tempfile.TemporaryDirectory() as folder:
+        made = build(recording, Path(folder) / "report", comparison=comparison, title=title, progress=progress)
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            for path in sorted(made.folder.rglob("*")):
+                if path.is_file():
+                    file.write(path, Path("report") / path.relative_to(made.folder))
+        pdf = next((path.read_bytes() for path in sorted(made.folder.glob("*.pdf"))), None)
+        model = recording.attrs.get("model_name") or recording.attrs.get("model") or "unknown"
+        about = f"Report on model {model}, {len(recording)} sample{'s' * (len(recording) != 1)}"
+        return Built(made.page.read_bytes(), archive.getvalue(), pdf, dict(made.missing), about)

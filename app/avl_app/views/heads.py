@@ -1,0 +1,211 @@
+"""Heads: a map of all heads coloured by any statistic, and any two of them side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+import streamlit as st
+
+from avl_analysis.figures import looks
+from avl_analysis.figures.spec import Axis
+from avl_analysis.heads import taxonomy
+from avl_analysis.heads.ablation import visual_head_score
+from avl_analysis.heads.taxonomy import Measure
+from avl_analysis.live import Observation
+from avl_analysis.recordings.recording import Recording
+from avl_app import state
+from avl_app.page import Context, cells, clicked, plain, plot, streaming, strip, visible
+from avl_app.views.ask import observe, pick_token
+
+_FIRST = "modality_mass/image"
+_ALONE = "no other head"
+KIND_TEXTS = {
+    "visual": f"at least {taxonomy.VISUAL:.0%} on the picture; where it is known, most on what the first word is about",
+    "scanning": f"at least {taxonomy.VISUAL:.0%} on the picture; most on something else",
+    "sink": f"at least {taxonomy.SINK:.0%} on the first token",
+    "local": f"text heads with {taxonomy.LOCAL:.0%} of it on the 16 newest words",
+    "text": f"at least {taxonomy.TEXT:.0%} on text",
+    "mixed": "everything else",
+}
+"""What the kinds of heads are; where it is not known what words are about, no head is scanning."""
+
+
+def show(context: Context) -> None:
+    """Draw the view."""
+    seen, recording = observe(context), recorded(context)
+    step = pick_token(seen)
+    chosen, single = _measure(recording)
+    values = taxonomy.matrix(recording, chosen, step if single else None)
+    _, kinds = _known(recording)
+    layer, head = _present(seen, values)
+    left, right = st.columns([3, 2])
+    with left:
+        st.markdown(f"**{plain(chosen.title)}**, every head; click one")
+        value = Axis(chosen.title, chosen.unit)
+        heat = looks.head_map(values, seen.layers, value)
+        cells(heat, "head_map", (seen.layers.index(layer), head), lambda: _take(seen))
+    with right:
+        _ranking(seen, values, kinds)
+    _compare(context, seen, recording, step, (layer, head), values, kinds, chosen)
+
+
+def recorded(context: Context) -> Recording:
+    """All statistics of the present question, with progress if they are not known yet."""
+    known: Recording | None = context.bench.known("recording", context.question)
+    if known is not None:
+        return known
+    with streaming("Recording all statistics") as (on_token, waiting):
+        return context.bench.recording(context.question, on_token=on_token, waiting=waiting)
+
+
+def _measure(recording: Recording) -> tuple[Measure, bool]:
+    """The chosen statistic, and whether it is that of the chosen token alone."""
+    keys, _ = _known(recording)
+    first, second = st.columns([3, 2], vertical_alignment="bottom")
+    state.within("measure", list(keys), _FIRST if _FIRST in keys else next(iter(keys)))
+    first.selectbox("Statistic", list(keys), key="measure", format_func=lambda key: keys[key].title)
+    chosen = keys[state.get("measure")]
+    single = False
+    if taxonomy.has_steps(recording, chosen):
+        single = second.toggle("of the chosen token alone", key="single_token")
+    return chosen, single
+
+
+def _known(recording: Recording) -> tuple[dict[str, Measure], np.ndarray]:
+    """The measures this recording has values of, and the kinds of its heads; found once per visitor."""
+    held = st.session_state.get("heads_of")
+    if held is None or held[0] is not recording:
+        known = [m for m in taxonomy.measures(recording) if np.isfinite(taxonomy.matrix(recording, m)).any()]
+        kinds = taxonomy.kinds(recording, visual_head_score(recording))
+        held = st.session_state["heads_of"] = (recording, ({m.key: m for m in known}, kinds))
+    found: tuple[dict[str, Measure], np.ndarray] = held[1]
+    return found
+
+
+def _present(seen: Observation, values: taxonomy.Matrix) -> tuple[int, int]:
+    """The chosen head; the one with the largest value until one is chosen."""
+    known = state.get("layer") in map(str, seen.layers) and state.get("head") in map(str, range(seen.heads))
+    if not known:
+        layer, head, _ = taxonomy.rank(values, seen.layers)[0]
+        state.put("layer", str(layer))
+        state.put("head", str(head))
+    return int(state.get("layer")), int(state.get("head"))
+
+
+def _take(seen: Observation) -> None:
+    """The clicked cell becomes the chosen head."""
+    if (cell := clicked("head_map")) is not None:
+        state.put("layer", str(seen.layers[cell[0]]))
+        state.put("head", str(cell[1]))
+
+
+def _ranking(seen: Observation, values: taxonomy.Matrix, kinds: np.ndarray) -> None:
+    """Heads from the largest value down, filtered by kind; choosing a row chooses the head."""
+    present = [kind for kind in taxonomy.KINDS if (kinds == kind).any()]
+    st.markdown("**Ranking**; choose a row, or filter by kind")
+    wanted = st.pills(
+        "Kinds of heads",
+        present,
+        selection_mode="multi",
+        key="kinds",
+        label_visibility="collapsed",
+        format_func=lambda kind: f"{kind} {int((kinds == kind).sum())}",
+        help="; ".join(f"{kind}: {text}" for kind, text in KIND_TEXTS.items()),
+    )
+    ranked = [
+        (layer, head, value, str(kinds[seen.layers.index(layer), head]))
+        for layer, head, value in taxonomy.rank(values, seen.layers)
+    ]
+    ranked = [row for row in ranked if not wanted or row[3] in wanted]
+    columns = ("layer", "head", "value", "kind")
+    st.dataframe(
+        {name: [row[i] for row in ranked] for i, name in enumerate(columns)},
+        key="ranking",
+        hide_index=True,
+        height=280,
+        selection_mode="single-row",
+        on_select=lambda: _take_row(ranked),
+        column_config={"value": st.column_config.NumberColumn(format="%.4f")},
+        alt="heads ranked by the chosen statistic",
+    )
+
+
+def _take_row(ranked: list[tuple[int, int, float, str]]) -> None:
+    if rows := st.session_state["ranking"]["selection"]["rows"]:
+        state.put("layer", str(ranked[rows[0]][0]))
+        state.put("head", str(ranked[rows[0]][1]))
+
+
+def _compare(
+    context: Context,
+    seen: Observation,
+    recording: Recording,
+    step: int,
+    first: tuple[int, int],
+    values: taxonomy.Matrix,
+    kinds: np.ndarray,
+    chosen: Measure,
+) -> None:
+    """The chosen head, and another one beside it if one is chosen."""
+    others = [f"{layer}.{head}" for layer in seen.layers for head in range(seen.heads) if (layer, head) != first]
+    state.within("other", ["", *others], "")
+    second = st.selectbox(
+        "Compare with",
+        ["", *others],
+        key="other",
+        format_func=lambda o: "layer {}, head {}".format(*o.split(".")) if o else _ALONE,
+    )
+    shown = [first]
+    if second:
+        layer, _, number = str(second).partition(".")
+        shown.append((int(layer), int(number)))
+    for column, (row, head) in zip(st.columns(2) if len(shown) == 2 else [st.container()], shown, strict=True):
+        with column:
+            at = seen.layers.index(row)
+            st.markdown(
+                f"#### Layer {row}, head {head}: a {kinds[at, head]} head\n"
+                f"{KIND_TEXTS[str(kinds[at, head])]} · {plain(chosen.title)} {values[at, head]:.3f}"
+            )
+            _head(context, seen, recording, step, row, head, narrow=len(shown) == 2)
+
+
+def _head(
+    context: Context, seen: Observation, recording: Recording, step: int, layer: int, head: int, *, narrow: bool
+) -> None:
+    """One head: where it looked for the token, over the answer, and how far back in the text."""
+    name = f"{layer}_{head}"
+    look = seen.look(step, layer, head)
+    places = list(st.columns(2)) + list(st.columns(1)) if narrow else list(st.columns(3))
+    word = visible(seen.answer.words[step])
+    with places[0]:
+        st.markdown(f"**Picture, for “{word}”**")
+        if seen.grids and seen.grids[0] != (0, 0):
+            plot(
+                looks.token_overlay(context.question.picture.pixels, seen.on_picture(look)),
+                f"o{name}",
+                height=210 if narrow else 280,
+            )
+    with places[1]:
+        st.markdown("**Over the answer**")
+        masses = [seen.mass(t, layer, head) for t in range(seen.steps)]
+        series = {key: np.array([m[key] for m in masses]) for key in ("image", "text")}
+        axis = Axis("attention", "share of the row", (0.0, 1.0))
+        plot(looks.evolution("over the answer", series, axis), f"e{name}", titled=False, height=280)
+    with places[2]:
+        st.markdown("**How far back in the text**")
+        _ages(recording, layer, head, name)
+    prompt = len(seen.tokens) - len(seen.answer.words)
+    strip(looks.token_strip(seen.tokens, look, seen.modality, prompt, prompt + step))
+
+
+def _ages(recording: Recording, layer: int, head: int, name: str) -> None:
+    """The head's mean attention on text by age."""
+    if "text_age_profile" not in recording.names:
+        st.info("The recording holds no profile of text ages.", icon=":material/info:")
+        return
+    profile = recording["text_age_profile"].sel(layer=layer, head=head).mean("sample")
+    kept = profile.isel(age=np.flatnonzero(np.isfinite(profile).any("age_phase").values))
+    if not kept.sizes["age"]:
+        st.info("No text token was old enough to measure.", icon=":material/info:")
+        return
+    weights = {str(phase): kept.sel(age_phase=phase).values for phase in kept["age_phase"].values}
+    plot(looks.age_profile(kept["age"].values, weights), f"a{name}", titled=False, height=280)

@@ -1,0 +1,156 @@
+"""Patterns: the report's figures for this answer or for a recording, with what each says about A-VL."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from avl_analysis.corpus.questions import scene_samples
+from avl_analysis.errors import InputError
+from avl_analysis.evaluation.comparison import Comparison
+from avl_analysis.figures import Animation, Overlay
+from avl_analysis.recordings.recording import Recording, load_recording
+from avl_app import state
+from avl_app.page import Context, plain, plot, problem
+from avl_app.reporting import figures, section
+from avl_app.uploads import from_bytes
+from avl_app.views.heads import recorded
+from avl_reports.findings import Finding, Verdict
+from avl_reports.run import NotMeasured, Section
+
+_HERE, _SCENES, _FILE = state.RECORDINGS
+_SOURCES = {_HERE: "this answer", _SCENES: "drawn scenes, recorded now", _FILE: "a recording file"}
+_LONGEST = 96  # tokens of an answer about a drawn scene
+_BADGES = {
+    Verdict.SUPPORTED: ("supported", "green", ":material/check:"),
+    Verdict.NOT_SUPPORTED: ("not supported", "orange", ":material/close:"),
+    Verdict.UNDECIDED: ("undecided", "gray", ":material/question_mark:"),
+}
+
+
+def show(context: Context) -> None:
+    """Draw the view."""
+    recording = choose_recording(context)
+    if recording is None:
+        return
+    if len(recording) == 1:
+        st.caption(
+            "One answer has no interval over samples, so verdicts stay undecided; many samples decide them: record "
+            "drawn scenes here, or use a file that `avl record --scenes 100` made."
+        )
+    questions = figures()
+    state.within("pattern", list(questions), next(iter(questions)))
+    names = {name: name.replace("_", " ") for name in questions}
+    name = st.pills("Figure", list(names), key="pattern", format_func=names.__getitem__, required=True, wrap=True)
+    try:
+        _section(_made(recording, str(name), st.session_state.get("comparison")))
+    except NotMeasured as error:
+        st.markdown(f"#### {plain(questions[str(name)])}")
+        st.info(f"This figure cannot be drawn here: {plain(str(error))}.", icon=":material/info:")
+
+
+def _made(recording: Recording, name: str, comparison: Comparison | None) -> Section:
+    """A figure of this recording, made once per visitor."""
+    held = st.session_state.get("sections")
+    if held is None or held[0] is not recording or held[1] is not comparison:
+        held = st.session_state["sections"] = (recording, comparison, {})
+    if name not in held[2]:
+        held[2][name] = section(recording, name, comparison)
+    made: Section = held[2][name]
+    return made
+
+
+def choose_recording(context: Context) -> Recording | None:
+    """The recording of the present answer, of scenes recorded now, or from a file; None while there is none."""
+    source = st.segmented_control(
+        "Statistics of", list(_SOURCES), key="recording_of", format_func=_SOURCES.__getitem__, required=True
+    )
+    if source == _HERE:
+        return recorded(context)
+    return _scenes(context) if source == _SCENES else _from_file(context)
+
+
+def _scenes(context: Context) -> Recording | None:
+    """Drawn scenes recorded when asked to; kept until others are."""
+    left, right = st.columns([3, 1], vertical_alignment="bottom")
+    count = int(left.slider("Scenes of each kind of question", 1, 20, key="per_task"))
+    if right.button("Record", icon=":material/radio_button_checked:", help="Any other click stops it."):
+        bar = st.progress(0.0, text="Drawing scenes …")
+        samples = scene_samples(count)
+        made = context.bench.corpus(
+            context.question.model,
+            samples,
+            tokens=_LONGEST,
+            progress=lambda done, total: bar.progress(done / total, text=f"{done} of {total} scenes recorded"),
+        )
+        bar.empty()
+        st.session_state["scenes_recording"] = (context.question.model, made)
+    model, known = st.session_state.get("scenes_recording", ("", None))
+    if known is None or model != context.question.model:
+        st.info("Nothing is recorded yet: choose how many scenes and press Record.", icon=":material/info:")
+        return None
+    st.caption(f"{len(known)} scenes are recorded.")
+    recording: Recording = known
+    return recording
+
+
+def _from_file(context: Context) -> Recording | None:
+    """A recording that was sent; None, with the reason said, while there is none."""
+    sent = st.file_uploader(
+        "Recording made by avl record (.nc)",
+        ["nc"],
+        key="recording_file",
+        max_upload_size=max(1, context.settings.recording_bytes >> 20),
+    )
+    if sent is None:
+        st.info("Send a recording, or go back to this answer.", icon=":material/upload_file:")
+        return None
+    if sent.size > context.settings.recording_bytes:
+        limit = context.settings.recording_bytes >> 20
+        problem(f"the file has {sent.size >> 20} MB; at most {limit} MB are accepted: record fewer samples")
+        return None
+    try:
+        return _read(sent.file_id, sent.getvalue())
+    except InputError as error:
+        problem(error)
+        return None
+
+
+def _read(key: str, data: bytes) -> Recording:
+    """A sent recording, read once per visitor."""
+    held = st.session_state.get("sent_recording")
+    if held is None or held[0] != key:
+        held = st.session_state["sent_recording"] = (key, from_bytes(load_recording, data, "recording.nc"))
+    recording: Recording = held[1]
+    return recording
+
+
+def _section(shown: Section) -> None:
+    """A figure with its question, its plots and its findings."""
+    figure = shown.figure
+    st.markdown(f"#### {plain(shown.question)}")
+    for finding in shown.findings:
+        _finding(finding)
+    columns = st.columns(min(figure.columns, len(figure.panels), 4))
+    for number, panel in enumerate(figure.panels):
+        with columns[number % len(columns)]:
+            if panel.title and not isinstance(panel, Animation):
+                st.markdown(f"**{plain(panel.title)}**")
+            height = 240 if isinstance(panel, Overlay) else None
+            plot(panel, f"{figure.name}{number}", titled=isinstance(panel, Animation), height=height)
+    if shown.moving is not None:
+        plot(shown.moving, f"{figure.name}_moving")
+    if shown.table:
+        header, *rows = shown.table
+        st.dataframe({name: [row[at] for row in rows] for at, name in enumerate(header)}, hide_index=True)
+    if shown.text:
+        st.markdown(plain(shown.text))
+    st.caption(plain(figure.caption.text))
+
+
+def _finding(finding: Finding) -> None:
+    """What the figure says about a choice made in A-VL."""
+    label, colour, icon = _BADGES[finding.verdict]
+    st.markdown(
+        f":{colour}-badge[{icon} {label}] **{plain(finding.choice)}.** {plain(finding.measured)} "
+        f"Rule: {plain(finding.rule)}."
+    )

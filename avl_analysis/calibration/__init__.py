@@ -1,0 +1,1 @@
+"""Choosing A-VL's settings from a model's own attention."""

@@ -1,0 +1,349 @@
+"""From recorded attention to a policy: A-VL's numbers, read from curves at the lower bounds of their intervals.
+
+`calibrate` lets the model answer calibration questions with the full cache and asks, for a target q (0.95: keep 95 % of
+the attention), what the smallest settings are that would have kept it:
+
+    secondary   smallest share of image tokens, chosen by the last prompt row, that catches q of the image attention of
+                all decode steps together
+    core, refresh_every
+                a core of some size catches less the longer ago it was chosen; of all pairs whose core still catches q
+                when it is oldest, the one that reads the fewest keys per step
+    text        smallest share of text keys, 70 % by accumulated score and 30 % newest, that catches q of the text
+                attention of all decode steps
+    prefill     (on request) smallest share on which the ranking of layer `prefill_layer` agrees to q with that of
+                every later layer; usually there is none, and the filter stays off
+
+Every choice keeps its curve and says in words why it fell where it fell. Held-out questions then show what the chosen
+numbers catch there, and `compare` what the policy really does to the answers. Where one number serves all layers, they
+are taken together, each with the weight of its attention on the modality in question: a layer that hardly looks at the
+picture does not decide how much of it is kept. With `per_layer`, `secondary` and `core` are read layer by layer
+instead. Samples whose answer is a single token say nothing about decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from avl import AdaptivePolicy, FullPolicy
+from avl.families import describe
+from avl.hooks import attached
+from avl_analysis.calibration.read_curves import (
+    MAX_REFRESH,
+    SHARES,
+    Choice,
+    core_choice,
+    cores_by_layer,
+    prefill_choice,
+    secondary_by_layer,
+    smallest_choice,
+    text_choice,
+)
+from avl_analysis.calibration.text_eviction import TextTrace, caught
+from avl_analysis.corpus.questions import Sample
+from avl_analysis.corpus.record_samples import record_samples
+from avl_analysis.errors import InputError
+from avl_analysis.evaluation.compare import compare
+from avl_analysis.evaluation.comparison import Comparison
+from avl_analysis.evaluation.generation import generate
+from avl_analysis.intervals import mean_intervals
+from avl_analysis.models.loading import VLM
+from avl_analysis.recordings.recording import Recording
+from avl_analysis.statistics.core_hits import CoreHitRate
+from avl_analysis.statistics.layer_agreement import LayerAgreement
+from avl_analysis.statistics.modality_mass import ModalityMass
+from avl_analysis.statistics.prefill_recall import PrefillMass
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Why a policy is what it is, and how it did on questions it was not chosen by.
+
+    Attributes:
+        target: q; model: name and revision; samples, held_out: ids of the questions.
+        choices: one per setting.
+        kept: on the held-out questions, with the full cache: share of attention the chosen numbers catch (mean, low,
+            high, n), by setting.
+        measured: the policy on the held-out questions: metric -> mean, low, high, n, difference to the full cache.
+    """
+
+    target: float
+    model: str
+    samples: tuple[str, ...]
+    held_out: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    kept: Mapping[str, Mapping[str, float | int | None]] = field(default_factory=dict)
+    measured: Mapping[str, Mapping[str, float | int | None]] = field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether every share kept on the held-out questions is at least the target; None if none could be measured."""
+        means = [entry["mean"] for entry in self.kept.values() if entry["mean"] is not None]
+        return all(mean >= self.target for mean in means) if means else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain lists, numbers and texts, for JSON."""
+        return {**asdict(self), "holds": self.holds}
+
+
+@dataclass(eq=False)
+class LayerCurves:
+    """The same, layer by layer."""
+
+    secondary: xr.DataArray  # (sample, layer, secondary)
+    core: xr.DataArray  # (sample, layer, core_age, core)
+    weight: xr.DataArray  # (sample, layer): image attention of all decode steps
+
+
+@dataclass(eq=False)
+class Curves:
+    """What was recorded of some samples, all layers taken together; dimensions as named."""
+
+    secondary: xr.DataArray  # (sample, secondary)
+    core: xr.DataArray  # (sample, core_age, core)
+    text: xr.DataArray  # (sample, share)
+    agreement: xr.DataArray | None  # (sample, layer, p)
+    layers: LayerCurves | None = None
+
+
+def calibrate(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    target: float = 0.95,
+    *,
+    held_out: Sequence[Sample] | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    prefill: bool = False,
+    prefill_layer: int = 2,
+    per_layer: bool = False,
+    progress: Progress | None = None,
+) -> tuple[AdaptivePolicy, Evidence]:
+    """Choose A-VL's settings for a model from its own attention.
+
+    Args:
+        vlm: a loaded model.
+        samples: calibration questions, like the ones the policy is for. Answers of several tokens are needed.
+        target: share of the attention that is to be kept, in (0, 1).
+        held_out: questions for verification; None takes every third of `samples` away for it.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: questions per pass.
+        prefill: whether to look for a prefill filter too.
+        prefill_layer: its layer.
+        per_layer: whether every layer gets a `secondary` and a `core` of its own.
+        progress: see `Progress`.
+
+    Returns:
+        The policy and its evidence.
+
+    Raises:
+        InputError: a target out of range, too few samples, or no sample with a picture and an answer of two tokens.
+    """
+    if not 0 < target < 1:
+        raise InputError(f"target {target}: choose a share of the attention between 0 and 1, for example 0.95")
+    if held_out is None:
+        samples, held_out = [s for i, s in enumerate(samples) if i % 3 != 2], samples[2::3]
+    if len(samples) < 2 or not held_out:
+        raise InputError(
+            f"{len(samples)} samples to calibrate on and {len(held_out)} to verify with: an interval needs two, and "
+            "verification one; pass more samples"
+        )
+    layer = prefill_layer if prefill else None
+    curves = measure(vlm, samples, max_new_tokens, batch_size, layer, _named(progress, "calibrating"))
+    policy, choices = choose(curves, target, layer, per_layer=per_layer)
+    fresh = measure(vlm, held_out, max_new_tokens, batch_size, layer, _named(progress, "verifying"))
+    comparison = compare(
+        vlm,
+        held_out,
+        {"full": FullPolicy(), "calibrated": policy},
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=_named(progress, "comparing"),
+    )
+    evidence = Evidence(
+        target=target,
+        model=f"{vlm.name} {vlm.revision or ''}".strip(),
+        samples=tuple(sample.id for sample in samples),
+        held_out=tuple(sample.id for sample in held_out),
+        choices=tuple(choices),
+        kept=kept(fresh, policy),
+        measured=_measured(comparison),
+    )
+    return policy, evidence
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------
+
+
+def measure(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    batch_size: int = 8,
+    prefill_layer: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Curves:
+    """Let the model answer with the full cache and record what the settings are read from.
+
+    Raises:
+        InputError: pictures or prompts that cannot be used; no answer of two tokens about a picture.
+    """
+    statistics: list[Any] = [
+        ModalityMass(), PrefillMass(secondaries=SHARES), CoreHitRate(fractions=SHARES, ages=MAX_REFRESH)
+    ]  # fmt: skip
+    if prefill_layer is not None:
+        layers = describe(vlm.model).layers
+        if not 1 <= prefill_layer < layers:
+            raise InputError(f"prefill_layer {prefill_layer}: this model has {layers} layers; choose 1 to {layers - 1}")
+        statistics.append(LayerAgreement(prefill_layer=prefill_layer, ps=SHARES))
+    total = 2 * len(samples)
+    recording = record_samples(
+        vlm,
+        samples,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        statistics=statistics,
+        maps=False,
+        on_token=None if progress is None else lambda done, _: progress(done, total),
+    )
+    text = []
+    for number, sample in enumerate(samples):
+        trace = TextTrace()
+        with attached(vlm.model, trace, "observer"):
+            generate(vlm, [sample], None, max_new_tokens=max_new_tokens)
+        text.append(caught(trace, SHARES))
+        if progress is not None:
+            progress(len(samples) + number + 1, total)
+    return from_recording(recording, np.array(text))
+
+
+def from_recording(recording: Recording, text: np.ndarray) -> Curves:
+    """Curves of a recording with the statistics of `measure`, and of `text_rule.caught`, (samples, shares).
+
+    Raises:
+        InputError: a recording without these statistics.
+    """
+    try:
+        shares, hits = recording["prefill_mass"], recording["core_hit_rate"].sel(hit="mass", drop=True)
+        mass = recording["modality_mass"].sel(key_modality="image", drop=True).isel(step=slice(1, None))
+    except KeyError as error:
+        raise InputError(f"this recording cannot be calibrated from: {error}") from error
+    weight = mass.sum("step").sum("head")
+    labels = {"sample": shares["sample"], "share": list(SHARES)}
+    agreement = recording["layer_agreement"] if "layer_agreement" in recording.names else None
+    return Curves(
+        _together(shares, weight),
+        _together(hits, weight),
+        xr.DataArray(text, dims=("sample", "share"), coords=labels),
+        agreement,
+        LayerCurves(shares, hits, weight),
+    )
+
+
+def _together(values: xr.DataArray, weight: xr.DataArray) -> xr.DataArray:
+    """Mean over layers, weighted; NaN where no layer has a value."""
+    known = weight.where(values.notnull())
+    total = known.sum("layer")
+    return (values * known).sum("layer") / total.where(total > 0)
+
+
+# -- choosing ----------------------------------------------------------------------------------------------------
+
+
+def choose(
+    curves: Curves, target: float, prefill_layer: int | None = None, *, per_layer: bool = False
+) -> tuple[AdaptivePolicy, list[Choice]]:
+    """The policy whose settings are the smallest that keep `target`, and the reason for each.
+
+    Raises:
+        InputError: fewer than two samples with a decode step after a picture.
+    """
+    if (usable := int(curves.secondary.notnull().any("secondary").sum())) < 2:
+        raise InputError(
+            f"{usable} of the samples have a picture and an answer of at least two tokens; only decode steps can be "
+            "calibrated, and an interval needs two samples: ask questions with longer answers, such as descriptions"
+        )
+    text = text_choice(curves.text, target)
+    if per_layer:
+        chosen, choices = _choose_by_layer(curves, target)
+    else:
+        secondary = smallest_choice(curves.secondary, "secondary", target, "image attention of the decode steps")
+        assert secondary.value is not None
+        core, refresh = core_choice(curves.core, float(secondary.value), target)
+        choices = [secondary, core, refresh]
+        chosen = {choice.setting: choice.value for choice in choices}
+    chosen["text"] = text.value
+    choices.append(text)
+    if prefill_layer is not None and curves.agreement is not None:
+        held = chosen["secondary"]
+        least = max(held) if isinstance(held, tuple) else float(held)
+        filter_ = prefill_choice(curves.agreement, target, prefill_layer, least)
+        chosen |= {"prefill": filter_.value, "prefill_layer": prefill_layer}
+        choices.append(filter_)
+    return AdaptivePolicy(**chosen), choices
+
+
+def _choose_by_layer(curves: Curves, target: float) -> tuple[dict[str, Any], list[Choice]]:
+    """`secondary`, `core` and `refresh_every`, the first two as one number per layer."""
+    if curves.layers is None:
+        raise InputError("these curves are of all layers together; measure them by layer to choose by layer")
+    secondary = secondary_by_layer(curves.layers.secondary, target)
+    held = tuple(float(choice.value or 0) for choice in secondary)
+    cores, refresh = cores_by_layer(curves.layers.core, held, target)
+    sizes = None if refresh.value == 0 else tuple(float(choice.value or 0) for choice in cores)
+    chosen = {"secondary": held, "core": sizes, "refresh_every": refresh.value}
+    return chosen, [*secondary, *cores, refresh]
+
+
+# -- verifying ---------------------------------------------------------------------------------------------------
+
+
+def kept(curves: Curves, policy: AdaptivePolicy) -> dict[str, dict[str, float | int | None]]:
+    """What a policy's numbers catch of the attention of these samples under the full cache, by setting."""
+    found: dict[str, xr.DataArray] = {}
+    if policy.secondary is not None:
+        found["secondary"] = _at(curves, "secondary", policy.secondary)
+    if policy.core is not None and policy.refresh_every > 1:
+        found["core"] = _at(curves, "core", policy.core).sel(core_age=policy.refresh_every - 1)
+    if policy.text is not None:
+        found["text"] = curves.text.sel(share=policy.text)
+    estimates: dict[str, dict[str, float | int | None]] = {}
+    for setting, values in found.items():
+        mean, low, high, n = mean_intervals(values.values)
+        estimates[setting] = {"mean": _plain(mean), "low": _plain(low), "high": _plain(high), "n": int(n)}
+    return estimates
+
+
+def _at(curves: Curves, setting: str, value: float | tuple[float, ...]) -> xr.DataArray:
+    """What one share of a setting catches, or one share per layer, all layers taken together."""
+    if not isinstance(value, tuple):
+        return getattr(curves, setting).sel({setting: value})
+    layers = curves.layers
+    assert layers is not None
+    own = xr.DataArray(list(value), dims="layer", coords={"layer": layers.weight["layer"]})
+    return _together(getattr(layers, setting).sel({setting: own}), layers.weight)
+
+
+def _measured(comparison: Comparison) -> dict[str, dict[str, float | int | None]]:
+    table = comparison.table()
+    rows = table[table.policy == "calibrated"]
+    columns = ("mean", "low", "high", "difference", "difference_low", "difference_high")
+    return {
+        str(row["metric"]): {**{name: _plain(row[name]) for name in columns}, "n": int(row["n"])}
+        for _, row in rows.iterrows()
+    }
+
+
+def _plain(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(what, done, total)

@@ -1,0 +1,1 @@
+"""Watching a running model: from one attention call to the numbers kept."""

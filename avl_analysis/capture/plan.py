@@ -1,0 +1,97 @@
+"""What a recording wants of every pass through the model, and what it gets of each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from avl_analysis.capture.raw_slices import Raw
+from avl_analysis.statistics.base import CacheStatistic, RowStatistic, SumStatistic, WeightStatistic
+from avl_analysis.statistics.inputs import KINDS, Tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is wanted of every pass.
+
+    Attributes:
+        rows: statistics per query row.
+        cache: statistics of keys and values.
+        received: whether the attention received per key is wanted; `ages`: that by age of text keys.
+        scores: whether the scores of image tokens are wanted.
+        raw: which weights are kept as they are, None for none.
+    """
+
+    rows: tuple[RowStatistic, ...] = ()
+    cache: tuple[CacheStatistic, ...] = ()
+    received: bool = False
+    ages: bool = False
+    scores: bool = False
+    raw: Raw | None = None
+
+    @cached_property
+    def sums(self) -> tuple[SumStatistic, ...]:
+        return tuple(s for s in self.rows if isinstance(s, SumStatistic))
+
+    @cached_property
+    def weights(self) -> tuple[WeightStatistic, ...]:
+        return tuple(s for s in self.rows if isinstance(s, WeightStatistic))
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*KINDS, *(c for s in self.rows for c in s.columns)]))
+
+    @cached_property
+    def thresholds(self) -> tuple[float, ...]:
+        return tuple(dict.fromkeys(t for s in self.sums for t in s.thresholds))
+
+    @cached_property
+    def reads_values(self) -> bool:
+        return any(s.reads_values for s in self.rows)
+
+    @cached_property
+    def places(self) -> dict[str, tuple[slice, tuple[int, ...]]]:
+        """Where the values of each row statistic lie among all values of a row, and their shape."""
+        places, start = {}, 0
+        for statistic in (*self.sums, *self.weights):
+            shape = tuple(len(labels) for labels in statistic.extra().values())
+            size = torch.Size(shape).numel()
+            places[statistic.name] = (slice(start, start + size), shape)
+            start += size
+        return places
+
+
+@dataclass(eq=False)
+class LayerPass:
+    """Numbers of one pass of one sample through one layer; values of all row statistics side by side (`Plan.places`).
+
+    Attributes:
+        keys: what the keys are, (key sets, keys).
+        step: (heads, values) of the row that produces a token.
+        weights: (heads, keys) of that row.
+        sums, counts: (heads, 3, values) float64, over prompt rows by query modality; None for a decode step.
+        received: (heads, 2, keys) from prompt and prompt text rows, or (heads, 1, keys) from the decode row.
+        queries: (1 or heads, 2 or 1, keys) how many of those rows could see the key.
+        ages: (heads, ages) float64 attention of text rows on text keys by age.
+        pairs: (1 or heads, ages) how many weights that sums.
+        cache: statistic -> (key heads, ...).
+        raw: (kept heads, kept rows, keys) weights; raw_visible: (1 or kept heads, kept rows, keys) bool; raw_rows:
+            ranks of these rows.
+    """
+
+    keys: Tokens
+    step: Tensor
+    weights: Tensor
+    sums: Tensor | None = None
+    counts: Tensor | None = None
+    received: Tensor | None = None
+    queries: Tensor | None = None
+    ages: Tensor | None = None
+    pairs: Tensor | None = None
+    cache: dict[str, Tensor] = field(default_factory=dict)
+    raw: Tensor | None = None
+    raw_visible: Tensor | None = None
+    raw_rows: Tensor | None = None

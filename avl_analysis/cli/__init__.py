@@ -1,0 +1,1 @@
+"""The avl command: one module per subcommand."""

@@ -1,0 +1,113 @@
+"""`avl calibrate`: choose A-VL's settings for a model from its own attention, and save them with their evidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from avl_analysis.cli.compare import read_or_draw
+from avl_analysis.cli.record import (
+    Attention,
+    BatchSize,
+    Device,
+    Download,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Tasks,
+    check_target,
+    load,
+    progress,
+)
+from avl_analysis.errors import InputError
+
+if TYPE_CHECKING:
+    from avl import AdaptivePolicy
+    from avl_analysis.calibration.calibrate import Evidence
+
+EXAMPLES = """
+Examples: [bold]avl calibrate --out tuned.json[/], then [bold]avl compare -p tuned.json -p a-vl[/];
+[bold]avl calibrate my-questions.jsonl --model ./my-llava --target 0.9 --out tuned.json[/]
+"""
+
+
+def calibrate(
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="JSONL file, one {image, prompt, answer} per line. Default: drawn scenes."),
+    ] = None,
+    target: Annotated[float, typer.Option(help="Share of the attention to keep, between 0 and 1.")] = 0.95,
+    model: Model = "scenes",
+    out: Annotated[Path, typer.Option(help="Policy file to write.")] = Path("policy.json"),
+    scenes: Annotated[int, typer.Option(min=1, help="Drawn scenes per task; a third of all is held out.")] = 9,
+    task: Tasks = None,
+    max_new_tokens: MaxNewTokens = 64,
+    batch_size: BatchSize = 8,
+    prefill: Annotated[bool, typer.Option("--prefill", help="Look for a prefill filter too.")] = False,
+    prefill_layer: Annotated[int, typer.Option(help="Layer after which the filter would act.")] = 2,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Give every layer a share to hold and a core of its own.")
+    ] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    attention: Attention = "sdpa",
+    download: Download = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Choose A-VL's settings from a model's own attention, check them on held-out questions, and save both."""
+    if out.suffix != ".json":
+        raise InputError(f"--out {out}: a policy file's name must end in .json")
+    if not 0 < target < 1:
+        raise InputError(f"--target {target}: choose a share of the attention between 0 and 1, for example 0.95")
+    check_target(out, force)
+    samples = read_or_draw(data, scenes, task)
+    vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
+
+    from avl_analysis.calibration.calibrate import calibrate as choose
+    from avl_analysis.evaluation.policy_files import save_policy
+
+    with progress("calibrating", unit="steps") as advance:
+        policy, evidence = choose(
+            vlm,
+            samples,
+            target,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            prefill=prefill,
+            prefill_layer=prefill_layer,
+            per_layer=per_layer,
+            progress=lambda what, done, total: advance(done, total, what),
+        )
+    save_policy(policy, out, evidence.to_dict())
+    _show(policy, evidence, out)
+
+
+def _show(policy: AdaptivePolicy, evidence: Evidence, out: Path) -> None:
+    console = Console()
+    for choice in evidence.choices:
+        where = f" in {choice.place}" if choice.place else ""
+        line = f"{choice.setting} = {choice.value}{where}: {choice.reason}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    table = Table("kept of", "mean on held-out questions", "95 % interval", box=None, pad_edge=False)
+    for setting, entry in evidence.kept.items():
+        mean, low, high = (
+            f"{value:.3f}" if (value := entry[key]) is not None else "-" for key in ("mean", "low", "high")
+        )
+        table.add_row(setting, mean, f"[{low}, {high}]")
+    console.print(table)
+    verdict = {True: "kept", False: "missed", None: "not measurable"}[evidence.holds]
+    console.print(
+        f"target {evidence.target:g} on {len(evidence.held_out)} held-out questions: {verdict}", highlight=False
+    )
+    shown = ("correct", "agreement", "kl", "kv_filled_share")
+    for metric, entry in ((name, evidence.measured[name]) for name in shown if name in evidence.measured):
+        if entry["mean"] is not None:
+            bounds = f" [{entry['low']:.3f}, {entry['high']:.3f}]" if entry["low"] is not None else ""
+            console.print(f"{metric} on them: {entry['mean']:.3f}{bounds}", markup=False, highlight=False)
+    console.print(
+        f"{policy}\nin {out}; try it with: avl compare -p {out}", markup=False, highlight=False, soft_wrap=True
+    )

@@ -1,0 +1,215 @@
+"""Questions with pictures and, where known, right answers: what comparisons, calibration and corpus runs work through.
+
+A `Sample` comes from the drawn scenes or from a person's JSONL file, one object per line:
+
+    {"image": "photos/cat.jpg", "prompt": "What is on the sofa?", "answer": "a cat"}
+
+Pictures are named relative to the file. Everything that can be checked without opening a picture is checked while the
+file is read, and every mistake names its line; a picture that turns out to be damaged fails later, as one sample among
+many. Nothing here loads a model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from avl_analysis.errors import InputError
+from avl_analysis.models.images import ImageSource
+from avl_analysis.scenes import TASKS
+from avl_analysis.scenes import Sample as SceneSample
+from avl_analysis.scenes import generate as draw_scene
+
+Box = tuple[int, int, int, int]
+"""Half-open pixel box (left, top, right, bottom)."""
+
+COMPARE_SEED = 800_000
+"""Seed of the first task's scenes unless told otherwise; apart from those of training and of the model's evaluation."""
+
+_KEYS = {
+    "image": "path of a picture, or a list of paths",
+    "images": "list of paths",
+    "prompt": "the question",
+    "answer": "the right answer, or a list of them",
+    "answers": "list of right answers",
+    "id": "name of the sample, unique in the file",
+    "task": "kind of question, for results by task",
+    "regions": "list of [left, top, right, bottom] pixel boxes the question is about",
+    "meta": "anything else worth keeping",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One question.
+
+    Attributes:
+        id: unique name.
+        images: pictures in order; empty for a question without one.
+        prompt: the question.
+        answers: texts that count as right; None where the truth is not known.
+        task: kind of question, "" if there is only one.
+        regions: pixel boxes of what the question is about, () where unknown.
+        strict: whether an answer must agree word for word, capitals included (as the scenes are scored); otherwise
+            case, punctuation and articles do not count.
+        meta: further facts, anything JSON can hold.
+    """
+
+    id: str
+    images: tuple[ImageSource, ...]
+    prompt: str
+    answers: tuple[str, ...] | None = None
+    task: str = ""
+    regions: tuple[Box, ...] = ()
+    strict: bool = False
+    meta: Mapping[str, Any] | None = None
+
+
+def scene_sample(sample: SceneSample) -> Sample:
+    """A drawn scene's question as a sample; `meta` says how to draw it again."""
+    return Sample(
+        id=f"{sample.task}-{sample.seed}-{sample.index:05d}",
+        images=(sample.image,),
+        prompt=sample.prompt,
+        answers=(sample.answer,),
+        task=sample.task,
+        regions=tuple(tuple(map(int, box)) for box in sample.boxes),  # type: ignore[misc]
+        strict=True,
+        meta={"scene": {"seed": sample.seed, "index": sample.index, "task": sample.task}},
+    )
+
+
+def scene_samples(
+    count: int, tasks: Sequence[str] | None = None, seed: int = COMPARE_SEED, first: int = 0
+) -> list[Sample]:
+    """`count` held-out scenes of each task (None: all tasks), grouped by task.
+
+    Every task draws from a seed of its own, `seed` plus the task's place in `TASKS`, indices `first` and up: ranges of
+    indices that do not overlap share no picture.
+
+    Raises:
+        InputError: an unknown task, or fewer than one sample.
+    """
+    chosen = list(TASKS) if tasks is None else list(dict.fromkeys(tasks))
+    for task in chosen:
+        if task not in TASKS:
+            raise InputError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
+    if count < 1 or not chosen:
+        raise InputError(f"{count} samples of {len(chosen)} tasks: ask for at least one of each")
+    return [
+        scene_sample(draw_scene(seed + TASKS.index(task), index, task))
+        for task in chosen
+        for index in range(first, first + count)
+    ]
+
+
+def read_samples(path: str | Path) -> list[Sample]:
+    """Read a JSONL file of samples; empty lines are skipped, an id that is missing is the line's number.
+
+    Raises:
+        InputError: no such file, no samples in it, or a line that cannot be used; says file, line, reason and remedy.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise InputError(f"{file} is a folder: name the JSONL file in it, one sample per line")
+    if not file.is_file():
+        raise InputError(f"no such file: {file} (looked from {Path.cwd()}); check the path of the samples")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"cannot read {file} as UTF-8 text: {error}") from error
+    samples: list[Sample] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            sample = _sample(line, f"{number:06d}", file.parent)
+            if sample.id in seen:
+                raise InputError(f"id {sample.id!r} was used in line {seen[sample.id]} already; ids must differ")
+        except InputError as error:
+            raise InputError(f"{file}, line {number}: {error}") from error
+        seen[sample.id] = number
+        samples.append(sample)
+    if not samples:
+        raise InputError(f"{file} holds no samples: write one JSON object per line with at least 'image' and 'prompt'")
+    return samples
+
+
+def _sample(line: str, number: str, folder: Path) -> Sample:
+    """The sample of one line."""
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"not valid JSON ({error.msg} at character {error.colno})") from error
+    if not isinstance(entry, dict):
+        raise InputError(f'a JSON object is needed, such as {{"image": ..., "prompt": ...}}; got {_shown(entry)}')
+    for key in entry:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"known are {', '.join(_KEYS)}; put anything else under 'meta'"
+            )
+            raise InputError(f"unknown key {key!r}: {hint}")
+    prompt = entry.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(f"'prompt' must be a question, a text that is not empty; got {_shown(prompt)}")
+    paths = _texts(entry, "image", "images")
+    if paths is None:
+        raise InputError("no 'image': name a picture, or write \"images\": [] to ask without one on purpose")
+    for name in ("id", "task"):
+        if name in entry and (not isinstance(entry[name], (str, int)) or isinstance(entry[name], bool)):
+            raise InputError(f"{name!r} must be {_KEYS[name]}; got {_shown(entry[name])}")
+    return Sample(
+        id=str(entry.get("id", number)),
+        images=tuple(_picture(folder, path) for path in paths),
+        prompt=prompt,
+        answers=_texts(entry, "answer", "answers"),
+        task=str(entry.get("task", "")),
+        regions=_boxes(entry.get("regions", [])),
+        meta=entry.get("meta"),
+    )
+
+
+def _texts(entry: Mapping[str, Any], one: str, several: str) -> tuple[str, ...] | None:
+    """The texts under either of two keys; None where neither is there."""
+    if one in entry and several in entry:
+        raise InputError(f"both {one!r} and {several!r}: write one of them")
+    key = several if several in entry else one
+    value = entry.get(key)
+    if value is None:
+        return None
+    listed = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) and text for text in listed) or (not listed and one == "answer"):
+        raise InputError(f"{key!r} must be {_KEYS[one]}; got {_shown(value)}")
+    return tuple(listed)
+
+
+def _picture(folder: Path, path: str) -> Path:
+    file = folder / Path(path).expanduser()
+    if not file.is_file():
+        raise InputError(f"no such picture: {file}; paths are relative to the folder of the JSONL file")
+    return file
+
+
+def _boxes(value: Any) -> tuple[Box, ...]:
+    if not isinstance(value, list):
+        raise InputError(f"'regions' must be a {_KEYS['regions']}; got {_shown(value)}")
+    boxes = []
+    for box in value:
+        numbers = isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) for n in box)
+        if not numbers or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
+            raise InputError(f"a region must be [left, top, right, bottom] in pixels, not empty; got {_shown(box)}")
+        boxes.append((int(box[0]), int(box[1]), int(box[2]), int(box[3])))
+    return tuple(boxes)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,77 @@
+"""Recording the shards of a corpus on several Ray workers, on this machine or a running cluster.
+
+Each worker loads the model once and records one shard after the other; results are files, so nothing large travels.
+Ray is optional: `pip install 'avl[ray]'`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from avl_analysis.corpus.sharded_run import Job, Shard, record_shard
+from avl_analysis.errors import InputError
+
+OBJECT_STORE = 128 * 2**20
+"""Bytes of shared memory for what is passed to workers: questions and drawn pictures of a few shards."""
+
+
+class _Recorder:
+    """What runs in a worker."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.vlm = job, job.loaded()
+
+    def record(self, shard: Shard) -> None:
+        record_shard(self.vlm, shard, self.job)
+
+
+def record_shards(job: Job, shards: Sequence[Shard], workers: int, address: str | None) -> Iterator[Shard]:
+    """Record shards on `workers` workers, yielding each when it is done.
+
+    Raises:
+        InputError: Ray is not installed, the cluster cannot be reached, or a worker died.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("several workers need Ray: pip install 'avl[ray]', or use one worker") from error
+    started = not ray.is_initialized()
+    if started:
+        _start(ray, workers, address)
+    try:
+        gpus = 1 if str(job.load.get("device") or "").startswith("cuda") else 0
+        recorder: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_Recorder)
+        idle = [recorder.remote(job) for _ in range(min(workers, len(shards)))]
+        waiting = list(shards)
+        busy: dict[Any, tuple[Any, Shard]] = {}
+        while waiting or busy:
+            while waiting and idle:
+                worker, shard = idle.pop(), waiting.pop(0)
+                busy[worker.record.remote(shard)] = (worker, shard)
+            (finished, *_), _ = ray.wait(list(busy), num_returns=1)
+            worker, shard = busy.pop(finished)
+            ray.get(finished)
+            idle.append(worker)
+            yield shard
+    except ray.exceptions.RayActorError as error:
+        raise InputError(
+            "a worker died, perhaps for lack of memory; what was recorded is kept: run the same command again, with "
+            f"fewer workers if it happens again ({str(error).splitlines()[0]})"
+        ) from error
+    except ray.exceptions.RayTaskError as error:
+        raise error.as_instanceof_cause() from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _start(ray: Any, workers: int, address: str | None) -> None:
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is None:
+        options |= {"num_cpus": workers, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = "on this machine" if address is None else f"at {address!r}"
+        raise InputError(f"cannot use Ray {where}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,83 @@
+"""What part of the picture each word of an answer is about, where that is known.
+
+For drawn scenes: the object whose part of a caption is being written, the character being read, or else what the
+question asks about. For a person's own pictures: the boxes given with the question, for every word. Only a right answer
+has regions, because a wrong word is about nothing in particular; where the right answer is not known, the boxes count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from avl_analysis import scenes
+from avl_analysis.corpus.scoring import normalised
+from avl_analysis.figures import Box
+from avl_analysis.recordings.recording import Recording
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a picture: pixel boxes and the image tokens under them."""
+
+    boxes: tuple[Box, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+
+def regions_of(facts: Mapping[str, Any]) -> list[Region]:
+    """The region of each word of a recorded sample, from the facts annotated on it; empty where nothing is known."""
+    words, answer = [str(word) for word in facts.get("words", ())], str(facts.get("answer", ""))
+    answers = [str(text) for text in facts.get("answers") or [facts.get("truth") or ""] if text]
+    if scene := facts.get("scene"):
+        if answer.strip() not in [text.strip() for text in answers]:
+            return []
+        return word_regions(scenes.generate(int(scene["seed"]), int(scene["index"]), scene["task"]), words)
+    tokens = tuple(int(token) for token in facts.get("region_tokens", ()))
+    if not tokens or (answers and normalised(answer) not in [normalised(text) for text in answers]):
+        return []
+    return [Region(boxes_of(facts.get("boxes", ())), tokens) for _ in words]
+
+
+def recorded_regions(recording: Recording) -> dict[str, dict[int, tuple[int, ...]]]:
+    """`localisation.Regions` of all samples of a recording: sample -> step -> image tokens."""
+    found: dict[str, dict[int, tuple[int, ...]]] = {}
+    for name in recording.samples:
+        regions = regions_of(recording.facts(name))
+        if known := {step: region.tokens for step, region in enumerate(regions) if region.tokens}:
+            found[name] = known
+    return found
+
+
+def word_regions(sample: scenes.Sample, words: Sequence[str]) -> list[Region]:
+    """The region of each word of a right answer; `words` are the texts of the produced tokens."""
+    text = sample.scene.text
+    if sample.task == "caption":
+        return _caption_regions(sample, words)
+    spelled = [word.strip() for word in words if word.strip()]
+    about = Region(boxes_of(sample.boxes), tuple(map(int, sample.patches)))
+    if sample.task == "ocr" and text is not None and spelled == list(text.string):
+        letters = iter(text.characters)
+        return [_part(next(letters)) if word.strip() else about for word in words]
+    return [about for _ in words]
+
+
+def boxes_of(boxes: Any) -> tuple[Box, ...]:
+    """Boxes from lists of left, top, right, bottom and perhaps a name."""
+    edges = [([float(edge) for edge in box[:4]], str(box[4]) if len(box) > 4 else "") for box in boxes]
+    return tuple(Box(left, top, right, bottom, label) for (left, top, right, bottom), label in edges)
+
+
+def _caption_regions(sample: scenes.Sample, words: Sequence[str]) -> list[Region]:
+    """A caption names what is in the scene in reading order, a comma after each part."""
+    parts: list[Any] = [*sample.scene.things, *([sample.scene.text] if sample.scene.text else [])]
+    parts.sort(key=lambda part: part.cell)
+    regions, number = [], 0
+    for word in words:
+        regions.append(_part(parts[min(number, len(parts) - 1)]))
+        number += "," in word
+    return regions
+
+
+def _part(part: Any) -> Region:
+    return Region(boxes_of([part.box]), tuple(int(patch) for patch in part.patches))

@@ -1,0 +1,1 @@
+"""Policies against the full cache: answers, bytes, keys read, time."""

@@ -1,0 +1,360 @@
+"""`compare`: the same questions under several policies, measured against the full cache.
+
+Four groups of numbers, each of which can be left out:
+
+    fidelity   teacher-forced on the full cache's own answer: KL divergence, top-1 agreement, perplexity
+    text       answering freely: how far the answer agrees with the full cache's
+    accuracy   answering freely: right or wrong, where the right answer is known
+    cost       answering freely: bytes, keys read, operations, seconds
+
+The yardstick of fidelity and text is the model as it was loaded, with the stock cache and no policy; `FullPolicy` is
+measured like any other, and its zeros show that nothing but the policies differs. Policies take turns at being first
+in a batch, so that a machine that slows down slows all of them.
+
+A batch that fails is halved until the sample that fails is alone; that one is reported with its reason and the others
+count. What surprises: rows of one batch share their seconds, so times are those of this batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avl import FullPolicy, Policy, UnsupportedModelError
+from avl.families import Family, describe
+from avl_analysis.capture.provenance import provenance
+from avl_analysis.corpus.questions import Sample
+from avl_analysis.corpus.scoring import common_prefix, correct, rouge_l
+from avl_analysis.errors import InputError
+from avl_analysis.evaluation.comparison import METRICS, Comparison, build
+from avl_analysis.evaluation.flops import attention_flops, linear_flops
+from avl_analysis.evaluation.generation import Run, decode_texts, generate, prompt_lengths
+from avl_analysis.models.loading import VLM
+
+Values = dict[str, Any]
+"""What is known of one sample (under one policy): number, array over steps, or text, by variable name."""
+
+_FAILURES = (RuntimeError, ValueError, OSError, MemoryError, ArithmeticError, LookupError)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a sample could not be measured."""
+
+    reason: str
+
+
+@dataclass(eq=False)
+class Reference:
+    """The full cache's answer to one sample.
+
+    Attributes:
+        tokens: its ids; text: as a reader sees it; prompt: true tokens of the prompt, None where it was not asked.
+        log_probs: (steps, vocabulary) float32 on the CPU, or None if fidelity was not asked for.
+    """
+
+    tokens: list[int]
+    text: str
+    prompt: int | None
+    log_probs: Tensor | None
+
+
+def compare(
+    vlm: VLM,
+    samples: Sequence[Sample],
+    policies: Mapping[str, Policy],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    metrics: Iterable[str] = METRICS,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Measure policies against the full cache on the same samples.
+
+    Args:
+        vlm: a loaded model.
+        samples: questions; see `avl_analysis.corpus.questions`.
+        policies: name -> policy, in the order of the result. A `FullPolicy` named "full" is put in front if there is
+            none, since differences are taken to it.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: samples per pass. Fidelity keeps batch_size x max_new_tokens x vocabulary x 4 bytes of logits.
+        metrics: which of "fidelity", "text", "accuracy", "cost". Without the first two the model runs once per policy.
+        progress: called with (done, total) after every batch under every policy.
+
+    Returns:
+        The comparison; samples that failed are in `failures`, with NaN in their place.
+
+    Raises:
+        InputError: no samples, ids that repeat, policies that are none, unknown metrics, numbers below 1; or every
+            single sample failed (with the first reason).
+        UnsupportedModelError: the model cannot be adapted.
+    """
+    wanted = _check(samples, policies, metrics, max_new_tokens, batch_size)
+    policies = _with_full(policies)
+    names, done, total = list(policies), 0, len(samples) * len(policies)
+    job = _Job(vlm, samples, max_new_tokens, wanted)
+    facts: dict[int, Values] = {}
+    results: dict[tuple[str, int], Values | Failure] = {}
+    if "cost" in wanted:
+        _warm_up(vlm, samples)
+    for number, chunk in enumerate(batches(vlm, samples, batch_size)):
+        references = divide(job.references, chunk)
+        facts |= {pair[0]: _facts(pair[1]) for pair in zip(chunk, references, strict=True)}
+        failed = {i: r for i, r in zip(chunk, references, strict=True) if isinstance(r, Failure)}
+        good = [(i, r) for i, r in zip(chunk, references, strict=True) if isinstance(r, Reference)]
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            results |= {(name, i): failure for i, failure in failed.items()}
+            measured = divide(partial(job.measure, policies[name]), good)
+            for (i, _), values in zip(good, measured, strict=True):
+                results[name, i] = values
+                if isinstance(values, dict) and "prompt_tokens" in values:
+                    facts[i]["prompt_tokens"] = values.pop("prompt_tokens")
+            done += len(chunk)
+            if progress is not None:
+                progress(done, total)
+    reasons = [value.reason for value in results.values() if isinstance(value, Failure)]
+    if len(reasons) == len(results):
+        raise InputError(f"none of the {len(samples)} samples could be measured; the first failed with: {reasons[0]}")
+    attrs = {
+        **provenance(vlm.model, job.family, ()),
+        "model": vlm.name,
+        "model_revision": vlm.revision or "",
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "metrics": " ".join(sorted(wanted)),
+        "reference": next(name for name, policy in policies.items() if isinstance(policy, FullPolicy)),
+    }
+    return build(samples, policies, facts, results, attrs)
+
+
+def batches(vlm: VLM, samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
+    """Indices of the samples in batches: rows alike in number of pictures and length of the prompt go together."""
+    lengths = prompt_lengths(vlm, samples)
+    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].images), lengths[i], i))
+    found: list[list[int]] = []
+    for i in order:
+        mixed = found and bool(samples[found[-1][0]].images) != bool(samples[i].images)
+        if not found or mixed or len(found[-1]) == batch_size:
+            found.append([])
+        found[-1].append(i)
+    return found
+
+
+def divide(run: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R | Failure]:
+    """`run(items)`, or the same on both halves where that fails, down to the items that fail alone.
+
+    Memory errors are dealt with the same way: what does not fit at once may fit in halves.
+    """
+    if not items:
+        return []
+    try:
+        return list(run(items))
+    except UnsupportedModelError:
+        raise
+    except _FAILURES as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(items) == 1:
+        return [Failure(reason)]
+    half = len(items) // 2
+    return divide(run, items[:half]) + divide(run, items[half:])
+
+
+# -- one batch ---------------------------------------------------------------------------------------------------
+
+
+class _Job:
+    """What stays the same from batch to batch."""
+
+    def __init__(self, vlm: VLM, samples: Sequence[Sample], max_new_tokens: int, wanted: frozenset[str]) -> None:
+        self.vlm, self.samples, self.max_new_tokens, self.wanted = vlm, samples, max_new_tokens, wanted
+        self.family = describe(vlm.model)
+        self.linear = linear_flops(vlm.model) if "cost" in wanted else 0.0
+
+    def references(self, part: Sequence[int]) -> list[Reference]:
+        """The unadapted model's answers to some samples; empty ones where nothing is compared with them."""
+        if not self.wanted & {"fidelity", "text"}:
+            return [Reference([], "", None, None) for _ in part]
+        steps: list[Tensor] = []
+
+        def keep(step: int, logits: Tensor) -> None:
+            steps.append(logits.float().log_softmax(-1).cpu())
+
+        watch = keep if "fidelity" in self.wanted else None
+        chosen = [self.samples[i] for i in part]
+        run = generate(self.vlm, chosen, None, max_new_tokens=self.max_new_tokens, on_logits=watch)
+        texts = decode_texts(self.vlm, run.tokens)
+        return [
+            Reference(tokens, text, prompt, torch.stack([s[row] for s in steps[: len(tokens)]]) if steps else None)
+            for row, (tokens, text, prompt) in enumerate(zip(run.tokens, texts, run.prompt_tokens, strict=True))
+        ]
+
+    def measure(self, policy: Policy, part: Sequence[tuple[int, Reference]]) -> list[Values]:
+        """Everything about some samples under one policy."""
+        samples, references = [self.samples[i] for i, _ in part], [reference for _, reference in part]
+        found: list[Values] = [{} for _ in part]
+        if "fidelity" in self.wanted:
+            more = _fidelity(self.vlm, samples, references, policy, "cost" in self.wanted)
+            found = [values | extra for values, extra in zip(found, more, strict=True)]
+        if self.wanted == {"fidelity"}:
+            return found
+        run = generate(self.vlm, samples, policy, max_new_tokens=self.max_new_tokens)
+        texts = decode_texts(self.vlm, run.tokens)
+        for row, (values, sample, text) in enumerate(zip(found, samples, texts, strict=True)):
+            values |= {"text": text, "tokens": len(run.tokens[row]), "correct": correct(text, sample)}
+            values["prompt_tokens"] = run.prompt_tokens[row]
+            if "text" in self.wanted:
+                values |= _likeness(run.tokens[row], text, references[row])
+            if "cost" in self.wanted:
+                values |= _cost(run, row, self.family, self.linear)
+        return found
+
+
+def _likeness(tokens: Sequence[int], text: str, reference: Reference) -> Values:
+    """How far a free answer agrees with the full cache's."""
+    return {
+        "exact_prefix": common_prefix(tokens, reference.tokens),
+        "rouge_l": rouge_l(text, reference.text),
+        "same_text": float(list(tokens) == reference.tokens),
+    }
+
+
+def _fidelity(
+    vlm: VLM, samples: Sequence[Sample], references: Sequence[Reference], policy: Policy, time_attention: bool
+) -> list[Values]:
+    """The policy's next-token distributions along the full cache's answers."""
+    kl: list[list[float]] = [[] for _ in samples]
+    agreement: list[list[float]] = [[] for _ in samples]
+    nll: list[list[float]] = [[] for _ in samples]
+
+    def watch(step: int, logits: Tensor) -> None:
+        rows = [row for row, reference in enumerate(references) if step < len(reference.tokens)]
+        if not rows:
+            return
+        full = torch.stack([references[row].log_probs[step] for row in rows])  # type: ignore[index]
+        mine = logits[rows].float().log_softmax(-1).cpu()
+        divergence, same = kl_divergence(full, mine).tolist(), (full.argmax(-1) == mine.argmax(-1)).tolist()
+        for at, row in enumerate(rows):
+            kl[row].append(divergence[at])
+            agreement[row].append(float(same[at]))
+            nll[row].append(-float(mine[at, references[row].tokens[step]]))
+
+    run = generate(
+        vlm,
+        samples,
+        policy,
+        max_new_tokens=1,
+        forced=[reference.tokens for reference in references],
+        on_logits=watch,
+        time_attention=time_attention,
+    )
+    found: list[Values] = []
+    for row, reference in enumerate(references):
+        values: Values = {"kl_by_step": np.array(kl[row]), "agreement_by_step": np.array(agreement[row])}
+        values |= {"nll_by_step": np.array(nll[row]), "kl": np.mean(kl[row]), "agreement": np.mean(agreement[row])}
+        assert reference.log_probs is not None
+        full = -reference.log_probs[torch.arange(len(reference.tokens)), torch.tensor(reference.tokens)]
+        values["perplexity"] = float(np.exp(np.mean(nll[row])))
+        values["perplexity_change"] = float(np.exp(np.mean(nll[row]) - full.double().mean().item()) - 1)
+        if time_attention and len(run.attention) > 1:
+            values["attention_seconds"] = float(np.mean(run.attention[1:]))
+        found.append(values)
+    return found
+
+
+def kl_divergence(full: Tensor, other: Tensor) -> Tensor:
+    """KL(full || other) in nats of log-probabilities or logits (rows, vocabulary); >= 0, exact zeros for equal rows.
+
+    Normalised and summed in float64: normalisers rounded to float32 alone would show as 1e-8 nats. A token the full
+    cache rules out (-inf) contributes nothing.
+    """
+    full, other = full.double().log_softmax(-1), other.double().log_softmax(-1)
+    terms = torch.where(full > -torch.inf, full.exp() * (full - other), 0.0)
+    return terms.sum(-1).clamp_min(0.0)
+
+
+def _cost(run: Run, row: int, family: Family, linear: float) -> Values:
+    """Seconds of the batch; bytes per row of it; keys the row's own decode steps attended to, mean over layers."""
+    usage = run.usage
+    assert usage is not None
+    batch, last = len(run.tokens), usage.steps[-1]
+    values: Values = {
+        "ttft": run.ttft,
+        "tpot": run.tpot,
+        "batch": float(batch),
+        "kv_filled": last.filled / batch,
+        "kv_allocated": last.allocated / batch,
+        "kv_bookkeeping": last.bookkeeping / batch,
+        "kv_peak": usage.peak / batch,
+        "kv_full": last.full / batch,
+        "kv_filled_share": usage.filled_share,
+        "kv_allocated_share": usage.allocated_share,
+    }
+    decode = usage.steps[1 : len(run.tokens[row])]
+    end = usage.steps[len(run.tokens[row]) - 1]  # where this row ended; others of the batch may have gone on
+    values["keys_held"] = float(np.mean([layer[row] for layer in end.held]))
+    values["keys_held_share"] = values["keys_held"] / (run.prompt_tokens[row] + len(decode))
+    if decode:
+        keys = np.array([[layer[row] for layer in step.attended] for step in decode], dtype=float)
+        attention = attention_flops(family, keys.sum(1).mean())
+        values |= {"keys_attended_by_step": keys.mean(1), "keys_attended": keys.mean()}
+        values |= {"attention_flops": attention, "step_flops": linear + attention}
+    return values
+
+
+def _facts(reference: Reference | Failure) -> Values:
+    """What does not depend on a policy."""
+    if isinstance(reference, Failure) or reference.prompt is None:
+        return {}
+    return {"full_text": reference.text, "full_tokens": len(reference.tokens), "prompt_tokens": reference.prompt}
+
+
+# -- at the door -------------------------------------------------------------------------------------------------
+
+
+def _check(
+    samples: Sequence[Sample], policies: Mapping[str, Policy], metrics: Iterable[str], tokens: int, batch_size: int
+) -> frozenset[str]:
+    wanted = frozenset([metrics] if isinstance(metrics, str) else metrics)
+    if not wanted or not wanted <= set(METRICS):
+        raise InputError(f"metrics {sorted(wanted)}: choose from {', '.join(METRICS)}")
+    if not samples:
+        raise InputError("no samples to compare on: pass at least one, for example scene_samples(20)")
+    names = [sample.id for sample in samples]
+    if twice := sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []:
+        raise InputError(f"sample ids must differ; {', '.join(twice[:5])} occur more than once")
+    if not policies:
+        raise InputError('no policies to compare: pass for example {"A-VL": avl.AdaptivePolicy()}')
+    for name, policy in policies.items():
+        if not isinstance(policy, Policy):
+            raise InputError(f"{name!r} is not a policy but {policy!r}; pass for example avl.AdaptivePolicy()")
+    for what, number in (("max_new_tokens", tokens), ("batch_size", batch_size)):
+        if number < 1:
+            raise InputError(f"{what} must be 1 or more; got {number}")
+    return wanted
+
+
+def _with_full(policies: Mapping[str, Policy]) -> dict[str, Policy]:
+    if any(isinstance(policy, FullPolicy) for policy in policies.values()):
+        return dict(policies)
+    if "full" in policies:
+        raise InputError(
+            "the name 'full' is kept for avl.FullPolicy(), which everything is compared with; choose another"
+        )
+    return {"full": FullPolicy(), **policies}
+
+
+def _warm_up(vlm: VLM, samples: Sequence[Sample]) -> None:
+    """Pay once, and outside the clocks, for what happens only the first time; failures show later."""
+    divide(lambda part: generate(vlm, part, FullPolicy(), max_new_tokens=2).tokens, list(samples[:1]))

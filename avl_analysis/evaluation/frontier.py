@@ -1,0 +1,382 @@
+"""Accuracy against bytes: every policy at every budget on the drawn scenes' tasks.
+
+    python -m avl_analysis.evaluation.frontier --out frontier.jsonl --samples 200 --workers 2
+
+Each policy answers the same held-out questions; what is plotted against accuracy is the share of the full cache's
+bytes that was really in use (`bytes`: of each row when its answer ended), never the budget asked for. Questions are
+grouped by length, so that nothing is padded and all rows of a pass hold equally many bytes. A group is a unit of work:
+its results go to a file of their own, written in one stroke, and a run that was interrupted goes on with the missing
+units. Workers are processes of one thread.
+
+What makes it affordable: the picture is encoded once per group and not once per policy (times are therefore not
+measured here; `compare` does that), and an answer is cut where it has become longer than any right one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import nn
+
+import avl
+from avl import Policy
+from avl_analysis.corpus.questions import COMPARE_SEED, Sample, scene_samples
+from avl_analysis.corpus.scoring import correct
+from avl_analysis.errors import InputError
+from avl_analysis.evaluation.compare import Failure, divide
+from avl_analysis.evaluation.generation import Run, decode_texts, generate, prompt_lengths
+from avl_analysis.evaluation.policy_files import POLICIES, PRESETS, with_budget
+from avl_analysis.intervals import paired_difference, wilson
+from avl_analysis.models.loading import VLM, load_model
+from avl_analysis.scenes import TASKS
+
+BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.1)
+"""Shares of the full cache's bytes."""
+_SLACK = 2
+"""Tokens an answer may be longer than the longest right one before it is cut: its end, and one too many."""
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One point of the plot: a policy, the budget it was asked for (None: its own settings) and its name."""
+
+    name: str
+    budget: float | None
+    policy: Policy
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is made of; a run can only be continued with equal settings."""
+
+    model: str = "scenes"
+    tasks: tuple[str, ...] = TASKS
+    samples: int = 200
+    budgets: tuple[float, ...] = BUDGETS
+    batch: int = 100
+    seed: int = COMPARE_SEED
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Work that is done at once: some samples of a task, and the file their results go to."""
+
+    task: str
+    indices: list[int]
+    target: Path
+
+    @property
+    def size(self) -> int:
+        """Roughly how long it takes; captions have ten times the tokens of other answers. Large ones go first."""
+        return len(self.indices) * (3 if self.task == "caption" else 1)
+
+
+def entries(budgets: Sequence[float] = BUDGETS) -> list[Entry]:
+    """Full cache, A-VL with the paper's settings, presets, and every policy and preset at every budget."""
+    found = [Entry("full", None, avl.FullPolicy()), Entry("A-VL (paper)", None, avl.AdaptivePolicy())]
+    for name, preset in PRESETS.items():
+        found += [Entry(_shown(name), None, preset()), *(Entry(_shown(name), b, preset(b)) for b in budgets)]
+    for name, kind in POLICIES.items():
+        if kind is not avl.FullPolicy:
+            found += [Entry(_shown(name), b, with_budget(kind, b)) for b in budgets]
+    return found
+
+
+def _shown(name: str) -> str:
+    """A policy's name on the command line, as a reader knows it."""
+    return name.replace("a-vl", "A-VL").replace("-cold", " cold")
+
+
+def groups(vlm: VLM, samples: Sequence[Sample], batch: int) -> list[list[int]]:
+    """Indices of samples whose prompts have the same length, at most `batch` together, in order."""
+    by_length: dict[int, list[int]] = {}
+    for index, length in enumerate(prompt_lengths(vlm, samples)):
+        by_length.setdefault(length, []).append(index)
+    return [
+        group[start : start + batch] for _, group in sorted(by_length.items()) for start in range(0, len(group), batch)
+    ]
+
+
+def run_unit(vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], points: Sequence[Entry]) -> list[Line]:
+    """Every point's answers to some samples of equal length: which are right, and at what cost."""
+    ids = vlm.processor.tokenizer([(s.answers or ("",))[0] for s in samples], add_special_tokens=False)["input_ids"]
+    longest = max(len(ids[index]) for index in indices) + _SLACK
+    lines: list[Line] = []
+    with pictures_seen_once(vlm.model):
+        for point in points:
+
+            def ask(part: Sequence[int], policy: Policy = point.policy) -> list[Line]:
+                return _ask(vlm, [samples[i] for i in part], part, policy, longest)
+
+            for index, found in zip(indices, divide(ask, indices), strict=True):
+                answer = {"failed": found.reason} if isinstance(found, Failure) else found
+                lines.append({"policy": point.name, "budget": point.budget, "sample": index, **answer})
+    return lines
+
+
+def _ask(vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], policy: Policy, longest: int) -> list[Line]:
+    run = generate(vlm, samples, policy, max_new_tokens=longest)
+    assert run.usage is not None
+    usage = run.usage
+    shares = {
+        "filled": usage.filled_share,
+        "allocated": usage.allocated_share,
+        "attended": usage.attended_share,
+        "bookkeeping": usage.bookkeeping / usage.full,
+    }
+    texts = decode_texts(vlm, run.tokens)
+    return [
+        {"right": int(correct(text, sample)), "held": _held(run, row), "bytes": _bytes(run, row), **shares}
+        for row, (text, sample) in enumerate(zip(texts, samples, strict=True))
+    ]
+
+
+def _held(run: Run, row: int) -> float:
+    """Keys a row held when its answer ended / tokens it had seen, whatever its neighbours held."""
+    assert run.usage is not None
+    end = run.usage.steps[len(run.tokens[row]) - 1]
+    return float(np.mean([layer[row] for layer in end.held])) / (run.prompt_tokens[row] + len(run.tokens[row]) - 1)
+
+
+def _bytes(run: Run, row: int) -> float:
+    """Bytes of keys and values a row filled when its answer ended / those of the full cache."""
+    assert run.usage is not None
+    end = run.usage.steps[len(run.tokens[row]) - 1]
+    of_token = end.full / (end.seen * len(end.by_row))
+    return end.by_row[row] / (of_token * (run.prompt_tokens[row] + len(run.tokens[row]) - 1))
+
+
+@contextmanager
+def pictures_seen_once(model: nn.Module) -> Iterator[None]:
+    """Inside, a vision tower that is shown the very pixels of the last time gives the output of the last time."""
+    tower = getattr(getattr(model, "base_model", model), "vision_tower", None)
+    if tower is None:
+        yield
+        return
+    forward = tower.forward
+    last: dict[str, Any] = {}
+
+    def remembered(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not last or last["kwargs"] != (args, kwargs) or not torch.equal(last["pixels"], pixel_values):
+            last.update(pixels=pixel_values, kwargs=(args, kwargs), output=forward(pixel_values, *args, **kwargs))
+        return last["output"]
+
+    tower.forward = remembered
+    try:
+        yield
+    finally:
+        del tower.forward
+
+
+# -- the run -----------------------------------------------------------------------------------------------------
+
+
+def summarise(lines: Iterable[Line], points: Sequence[Entry], samples: int) -> list[Line]:
+    """One line per task and point: accuracy with its Wilson interval, paired difference to the full cache, bytes."""
+    by_cell: dict[tuple[str, str, float | None], list[Line]] = {}
+    for line in lines:
+        by_cell.setdefault((line["task"], line["policy"], line["budget"]), []).append(line)
+    found = []
+    for (task, name, budget), cell in by_cell.items():
+        right = _right(cell, samples)
+        full = _right(by_cell[task, "full", None], samples)
+        known = right[np.isfinite(right)]
+        low, high = wilson(int(known.sum()), known.size)
+        change = paired_difference(right, full)
+        policy = next(point.policy for point in points if (point.name, point.budget) == (name, budget))
+        found.append(
+            {
+                "task": task,
+                "policy": name,
+                "budget": budget,
+                "samples": int(known.size),
+                "failed": len(cell) - int(known.size),
+                "accuracy": round(float(known.mean()), 4) if known.size else None,
+                "low": round(low, 4) if known.size else None,
+                "high": round(high, 4) if known.size else None,
+                "difference": _rounded(change.mean),
+                "difference_low": _rounded(change.low),
+                "difference_high": _rounded(change.high),
+                **{
+                    key: _rounded(_mean(cell, key))
+                    for key in ("bytes", "held", "filled", "allocated", "attended", "bookkeeping")
+                },
+                "settings": repr(policy),
+                "right": "".join("-" if np.isnan(value) else str(int(value)) for value in right),
+            }
+        )
+    order = {(point.name, point.budget): place for place, point in enumerate(points)}
+    return sorted(found, key=lambda line: (TASKS.index(line["task"]), order[line["policy"], line["budget"]]))
+
+
+def _right(cell: Sequence[Line], samples: int) -> np.ndarray:
+    """(samples,) 1 right, 0 wrong, NaN failed."""
+    right = np.full(samples, np.nan)
+    for line in cell:
+        right[line["sample"]] = line.get("right", np.nan)
+    return right
+
+
+def _mean(cell: Sequence[Line], key: str) -> float:
+    values = [line[key] for line in cell if key in line]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _rounded(value: float) -> float | None:
+    return round(value, 5) if np.isfinite(value) else None
+
+
+@lru_cache(maxsize=1)
+def _model(settings: Settings) -> VLM:
+    """What a worker process loads once."""
+    torch.set_num_threads(1)
+    return load_model(settings.model)
+
+
+@lru_cache(maxsize=1)
+def _samples(settings: Settings, task: str) -> list[Sample]:
+    return scene_samples(settings.samples, [task], settings.seed)
+
+
+def _work(settings: Settings, unit: Unit) -> None:
+    lines = run_unit(_model(settings), _samples(settings, unit.task), unit.indices, entries(settings.budgets))
+    unfinished = unit.target.with_suffix(f".{os.getpid()}")
+    unfinished.write_text("".join(json.dumps({"task": unit.task, **line}) + "\n" for line in lines), encoding="utf-8")
+    os.replace(unfinished, unit.target)
+
+
+def run(settings: Settings, folder: Path, workers: int = 2) -> list[Line]:
+    """Do the units that are missing in `folder`, then read all of them.
+
+    Raises:
+        InputError: the folder holds a run with other settings or other weights.
+    """
+    vlm = load_model(settings.model)
+    points = entries(settings.budgets)
+    described = {
+        "settings": repr(settings),
+        "model_revision": vlm.revision,
+        "policies": hashlib.sha256(repr(points).encode()).hexdigest(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "settings.json"
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != described:
+        raise InputError(
+            f"{folder} holds a run with other settings, weights or policies; choose another --work, or delete it"
+        )
+    note.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    planned = [
+        Unit(task, group, folder / f"{task}-{group[0]:05d}-{len(group)}.jsonl")
+        for task in settings.tasks
+        for group in groups(vlm, scene_samples(settings.samples, [task], settings.seed), settings.batch)
+    ]
+    missing = [unit for unit in planned if not unit.target.exists()]
+    if missing:
+        _do(sorted(missing, key=lambda unit: -unit.size), settings, len(planned), workers)
+    lines = [json.loads(line) for unit in planned for line in unit.target.read_text(encoding="utf-8").splitlines()]
+    return summarise(lines, points, settings.samples)
+
+
+def _do(missing: Sequence[Unit], settings: Settings, total: int, workers: int) -> None:
+    """Let worker processes do the missing units."""
+    columns = (TextColumn("frontier"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    saved = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    os.environ.update(dict.fromkeys(saved, "1"))  # read when a worker imports torch
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("frontier", total=total, completed=total - len(missing))
+            for done in as_completed([pool.submit(_work, settings, unit) for unit in missing]):
+                done.result()
+                bar.advance(task)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for name, value in saved.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def write(path: Path, lines: Sequence[Line], header: Mapping[str, Any]) -> None:
+    """JSON lines, the first one saying where the others come from; replaced in one stroke."""
+    unfinished = path.with_suffix(path.suffix + ".part")
+    text = [json.dumps({"about": dict(header)}), *(json.dumps(line) for line in lines)]
+    unfinished.write_text("\n".join(text) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Line]]:
+    """Header and lines that `write` wrote.
+
+    Raises:
+        InputError: no such file, or not one of these.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no frontier {path}; make one with python -m avl_analysis.evaluation.frontier --out {path}")
+    try:
+        first, *rest = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return first["about"], rest
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a frontier: its first line must be an object with 'about'") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m avl_analysis.evaluation.frontier", description="Accuracy against measured bytes on the scenes' tasks."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to write")
+    parser.add_argument("--work", type=Path, help="folder of the units done so far (default: OUT.work)")
+    parser.add_argument("--model", default="scenes")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--samples", type=int, default=200, help="samples per task")
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
+    parser.add_argument("--batch", type=int, default=100, help="most samples per pass")
+    parser.add_argument("--seed", type=int, default=COMPARE_SEED)
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    chosen = parser.parse_args(arguments)
+    settings = Settings(
+        chosen.model, tuple(chosen.tasks), chosen.samples, tuple(chosen.budgets), chosen.batch, chosen.seed
+    )
+    work = chosen.work or chosen.out.with_name(chosen.out.name + ".work")
+    try:
+        lines = run(settings, work, chosen.workers)
+    except InputError as error:
+        print(f"frontier: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    about = {**json.loads((work / "settings.json").read_text(encoding="utf-8")), "command": _command(chosen)}
+    write(chosen.out, lines, about)
+    print(f"{len(lines)} points of {len(chosen.tasks)} tasks in {chosen.out}; the units in {work} can be deleted now")
+
+
+def _command(chosen: argparse.Namespace) -> str:
+    return (
+        f"python -m avl_analysis.evaluation.frontier --out {chosen.out.name} --model {chosen.model} --samples {chosen.samples} "
+        f"--seed {chosen.seed} --budgets {' '.join(f'{b:g}' for b in chosen.budgets)} --tasks {' '.join(chosen.tasks)}"
+    )
+
+
+if __name__ == "__main__":
+    main()

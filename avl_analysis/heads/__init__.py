@@ -1,0 +1,1 @@
+"""Kinds of attention heads, where they look, and what silencing them does."""

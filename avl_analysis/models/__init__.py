@@ -1,0 +1,1 @@
+"""Loading a model, preparing its images and prompts, and describing it."""

@@ -1,0 +1,1 @@
+"""Labelled arrays of many samples: their schema, files and tables."""

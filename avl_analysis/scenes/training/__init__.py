@@ -1,0 +1,1 @@
+"""Training code of the embedded model; not needed to use it."""

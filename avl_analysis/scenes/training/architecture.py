@@ -1,0 +1,89 @@
+"""The embedded model's shape: a LLaVA of about 4 million parameters, built from configs.
+
+A CLIP vision tower, a two-layer projector and a Llama decoder with grouped queries, all 192 wide. Small, but each part
+is the stock transformers class, so whatever works on it works on its seven-billion-parameter relatives.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from avl_analysis.scenes.drawing import PATCH, SIDE
+from avl_analysis.scenes.language import (
+    BOS,
+    EOS,
+    IMAGE,
+    IMAGE_TOKENS,
+    PAD,
+    build_processor,
+    build_tokenizer,
+)
+
+
+def config(width: int = 192, vision_layers: int = 4, text_layers: int = 5) -> LlavaConfig:
+    """The model's configuration; heads are 32 wide, two of them hold keys and values in the decoder."""
+    tokenizer = build_tokenizer()
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (PAD, BOS, EOS, IMAGE)}
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=width // 32,
+        image_size=SIDE,
+        patch_size=PATCH,
+        hidden_act="gelu",
+        projection_dim=width,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=text_layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        tie_word_embeddings=True,
+        pad_token_id=ids[PAD],
+        bos_token_id=ids[BOS],
+        eos_token_id=ids[EOS],
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=ids[IMAGE],
+        image_seq_length=IMAGE_TOKENS,
+        projector_hidden_act="gelu",
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+
+
+def build_model(seed: int = 0, **sizes: int) -> LlavaForConditionalGeneration:
+    """An untrained model, float32, its weights drawn from ``seed``."""
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config(**sizes))
+    model.config._attn_implementation = "sdpa"
+    return model
+
+
+def export(model: LlavaForConditionalGeneration, folder: Path | str) -> None:
+    """Write weights (float16), tokenizer and processor to ``folder`` in the layout of any hub model."""
+    half = LlavaForConditionalGeneration(model.config)
+    half.load_state_dict(model.state_dict())
+    half = half.to(torch.float16)
+    end, pad = model.config.text_config.eos_token_id, model.config.text_config.pad_token_id
+    half.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, max_new_tokens=96, do_sample=False)
+    half.save_pretrained(folder)
+    build_processor().save_pretrained(folder)

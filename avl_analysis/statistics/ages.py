@@ -1,0 +1,82 @@
+"""Attention of text queries on text keys by age, the number of tokens between them.
+
+Ages are counted one by one up to 127 and in eight bins per doubling after that, so that profiles of prompts of any
+length have the same bins and merge. Age sums are sums along diagonals: where rows and keys are in order, a block of
+weights is read with a stride of one row plus one element and its diagonals become columns.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avl_analysis.statistics.inputs import for_heads
+
+EXACT = 128
+"""Ages below this have a bin each."""
+PER_DOUBLING = 8
+"""Bins per doubling of the age above."""
+LARGEST = 1 << 20
+"""Ages from here on share the last bin."""
+
+
+def _edges() -> np.ndarray:
+    steps = np.arange(PER_DOUBLING * int(np.log2(LARGEST / EXACT)) + 1)
+    return np.concatenate([np.arange(EXACT), np.round(EXACT * 2.0 ** (steps / PER_DOUBLING)).astype(np.int64)])
+
+
+AGE_STARTS: np.ndarray = _edges()
+"""Smallest age of every bin."""
+
+
+def by_age(block: Tensor, query_rank: Tensor, key_rank: Tensor) -> Tensor:
+    """Sums of a block over equal ages.
+
+    Args:
+        block: (heads, rows, keys) float32, zero wherever it should not count; ages below 0 must be zero.
+        query_rank: (rows,); key_rank: (key sets, keys).
+
+    Returns:
+        (heads, bins) float64 on the CPU.
+    """
+    several = block.shape[1] > 1 and key_rank.shape[0] == 1  # a single row has nothing but single diagonals
+    if not (several and _consecutive(query_rank) and _consecutive(key_rank[0])):
+        return _by_age_anyhow(block, query_rank, key_rank)
+    heads, rows, keys = block.shape
+    margin, width = rows - 1, keys + rows - 1  # zeros before every row catch what the diagonals of others run over into
+    padded = block.new_zeros(heads, rows * width + margin)
+    padded[:, : rows * width].view(heads, rows, width)[:, :, margin:] = block
+    oldest = int(query_rank[0] - key_rank[0, 0]) + margin  # age in the first column; falls by one per column
+    columns = min(width, oldest + 1)
+    if columns <= 0:
+        return torch.zeros(heads, len(AGE_STARTS), dtype=torch.float64)
+    sheared = padded.as_strided((heads, rows, columns), (padded.stride(0), width + 1, 1))
+    sums = sheared.sum(1).flip(-1).double().cpu().numpy()
+    return torch.from_numpy(_bin(sums, oldest - columns + 1))
+
+
+def _consecutive(rank: Tensor) -> bool:
+    return bool((rank[1:] - rank[:-1] == 1).all())
+
+
+def _bin(sums: np.ndarray, first: int) -> np.ndarray:
+    """(heads, ages from `first` on) into bins."""
+    binned = np.zeros((sums.shape[0], len(AGE_STARTS)))
+    if not sums.shape[1]:
+        return binned
+    low = np.searchsorted(AGE_STARTS, first, "right") - 1
+    high = np.searchsorted(AGE_STARTS, first + sums.shape[1] - 1, "right")
+    starts = np.maximum(AGE_STARTS[low:high] - first, 0)
+    binned[:, low:high] = np.add.reduceat(sums, starts, axis=1)
+    return binned
+
+
+def _by_age_anyhow(block: Tensor, query_rank: Tensor, key_rank: Tensor) -> Tensor:
+    starts = torch.from_numpy(AGE_STARTS).to(block.device)
+    age = (query_rank[:, None] - key_rank[:, None, :]).clamp_min(0)  # (key sets, rows, keys)
+    bins = torch.searchsorted(starts, age, right=True) - 1
+    heads = block.shape[0]
+    sums = block.new_zeros(heads, len(AGE_STARTS), dtype=torch.float64)
+    places = for_heads(bins, heads).expand(heads, -1, -1).flatten(1)
+    return sums.scatter_add_(1, places, block.double().flatten(1)).cpu()

@@ -1,0 +1,184 @@
+"""Builds a report: one page, one document, a folder of figures, and the numbers behind them.
+
+    out/index.html          everything in one file that works without a network
+    out/report.pdf          the same for print
+    out/figures/<name>.*    each figure as SVG, PDF and PNG, its numbers as CSV, its caption as text, its animation
+    out/numbers.json        every number of every figure with the findings
+    out/provenance.json     the commands that make it again, and everything the recording says about where it comes from
+    out/run.nc              the recording, from which every figure can be drawn again; likewise compare.nc,
+                            ablation.json, ablation-2.json and frontier.jsonl where these were measured
+
+It decides which figures are asked and writes files; what a figure shows is said in the fig_*.py modules.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from avl_analysis.evaluation import frontier as frontier_file
+from avl_analysis.evaluation.comparison import Comparison
+from avl_analysis.figures.draw_matplotlib import FORMATS
+from avl_analysis.figures.spec import rows
+from avl_analysis.heads.ablation import Ablation
+from avl_analysis.recordings.recording import Recording
+from avl_reports import (
+    fig_ablation,
+    fig_core_age,
+    fig_coverage,
+    fig_frontier,
+    fig_head_maps,
+    fig_heads,
+    fig_layer_agreement,
+    fig_localisation,
+    fig_modality,
+    fig_overlay,
+    fig_persistence,
+    fig_policies,
+    fig_position_bias,
+    fig_ppci,
+    fig_prefill_recall,
+    fig_sets,
+    fig_sinks,
+    fig_sparsity,
+    fig_text_age,
+    fig_values,
+)
+from avl_reports.document import write_document
+from avl_reports.facts import provenance
+from avl_reports.frontiers import Frontier
+from avl_reports.page import render
+from avl_reports.run import NotMeasured, Run, Section
+from avl_reports.script import write_section
+
+FIGURES: tuple[ModuleType, ...] = (
+    fig_modality,
+    fig_overlay,
+    fig_localisation,
+    fig_persistence,
+    fig_sparsity,
+    fig_coverage,
+    fig_text_age,
+    fig_prefill_recall,
+    fig_ppci,
+    fig_core_age,
+    fig_sets,
+    fig_heads,
+    fig_head_maps,
+    fig_ablation,
+    fig_sinks,
+    fig_position_bias,
+    fig_layer_agreement,
+    fig_values,
+    fig_policies,
+    fig_frontier,
+)
+"""Figure modules in the order of the report; each has `QUESTION` and `section(run)`."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was built: the page, the folder, the figures' sections, and why others are missing (name -> reason)."""
+
+    page: Path
+    folder: Path
+    sections: tuple[Section, ...]
+    missing: dict[str, str]
+
+
+def build(
+    recording: Recording,
+    out: Path | str,
+    *,
+    comparison: Comparison | None = None,
+    ablations: Sequence[Ablation] = (),
+    frontier: Frontier | None = None,
+    title: str = "",
+    commands: Sequence[str] = (),
+    figures: Sequence[ModuleType] = FIGURES,
+    formats: tuple[str, ...] = FORMATS,
+    document: bool = True,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Report:
+    """Write the report of a recording into the folder `out`, which is made if needed.
+
+    Args:
+        comparison, ablations, frontier: what else was measured of the same model; a figure without its numbers is left
+            out.
+        title: heading of the page; by default it names the model.
+        commands: command lines that reproduce the report, as printed on the page.
+        figures: which figure modules to ask.
+        formats: in which formats figures are written, of "png", "svg" and "pdf".
+        document: whether the PDF is written.
+        progress: called with (parts done, parts in all, name of the next part).
+
+    Raises:
+        NotMeasured: the recording is empty or answers none of the figures.
+    """
+    run = Run(recording, comparison, ablations, frontier)
+    parts = [*(module.__name__.rpartition(".")[2] for module in figures), "recording", "document", "page"]
+
+    def say(part: str) -> None:
+        if progress is not None:
+            progress(parts.index(part), len(parts), part.removeprefix("fig_"))
+
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    sections: dict[str, Section] = {}
+    missing: dict[str, str] = {}
+    for module in figures:
+        name = module.__name__.rpartition(".")[2]
+        say(name)
+        try:
+            sections[name] = module.section(run)
+        except NotMeasured as error:
+            missing[name] = str(error)
+            continue
+        write_section(sections[name], folder / "figures", formats)
+    if not sections:
+        raise NotMeasured(f"the recording answers no figure of the report: {'; '.join(missing.values())}")
+    say("recording")
+    recording.save(folder / "run.nc")
+    if comparison is not None:
+        comparison.save(folder / "compare.nc")
+    for number, ablation in enumerate(ablations, 1):
+        ablation.save(folder / ("ablation.json" if number == 1 else f"ablation-{number}.json"))
+    if frontier is not None:
+        frontier_file.write(folder / "frontier.jsonl", [dict(line) for line in frontier.lines], frontier.about)
+    numbers = {name: _numbers(section) for name, section in sections.items()}
+    (folder / "numbers.json").write_text(json.dumps(_plain(numbers), indent=1), encoding="utf-8")
+    about = {"title": title, "commands": list(commands), "recording": dict(provenance(run))}
+    (folder / "provenance.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    if document:
+        say("document")
+        write_document(run, sections, folder / "report.pdf", title=title, commands=commands)
+    say("page")
+    page = folder / "index.html"
+    page.write_text(render(run, sections, missing, title=title, commands=commands, formats=formats), encoding="utf-8")
+    return Report(page, folder, tuple(sections.values()), missing)
+
+
+def _numbers(section: Section) -> dict[str, Any]:
+    return {
+        "question": section.question,
+        "caption": section.figure.caption.text,
+        "findings": [
+            {"choice": f.choice, "measured": f.measured, "rule": f.rule, "verdict": f.verdict.value}
+            for f in section.findings
+        ],
+        "rows": rows(section.figure),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """NaN as null: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,54 @@
+"""What page and document both say about a run: headings, facts, provenance, samples."""
+
+from __future__ import annotations
+
+from avl_reports.run import Run
+
+LEAD = (
+    "Where a vision-language model looks while it reads a prompt and while it answers, measured layer by layer and "
+    "head by head, and what that says about the choices made in A-VL (adaptive attention for large vision-language "
+    "models, AAAI 2025)."
+)
+VERDICTS = (
+    "Each row holds one design choice of A-VL against one measured number. The verdict follows from the number's "
+    "interval by the rule beside it; it speaks of this model on these samples."
+)
+READING = (
+    "Attention weights are softmax weights of the model's own queries and keys. They say where a head reads, not what "
+    "the answer is made of: a key with a large weight may carry a small value. System is everything before the first "
+    "picture, image the positions that carry picture features, text everything after, generated tokens included. Step "
+    "0 is the last prompt row, step t the t-th decode step. Means are over samples; intervals are bootstrapped over "
+    "samples, so they say how much another draw of samples would change the number."
+)
+
+
+def heading(run: Run, title: str = "") -> str:
+    """The title asked for, or one that names the model."""
+    return title or f"Attention report: {run.model}"
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """Name and value of what a reader wants to know first."""
+    attrs, recording = run.recording.attrs, run.recording
+    sums = recording.tokens["modality_count"].sum("sample")
+    phases = recording.tokens["phase"]
+    shape = run["modality_mass"].sizes if "modality_mass" in recording.names else {}
+    known = [example for example in run.examples if example.truth]
+    right = sum(example.correct for example in known)
+    found = [
+        ("model", run.model),
+        ("class", str(attrs.get("model_class", ""))),
+        ("layers x heads", f"{shape['layer']} x {shape['head']}" if shape else ""),
+        ("samples", str(run.n)),
+        ("answers exactly right", f"{right} of {len(known)}" if known else ""),
+        ("image tokens per sample", f"{float(sums.sel(key_modality='image')) / run.n:.0f}"),
+        ("decode steps", f"{int((phases > 0).sum())}"),
+        ("recorded", str(attrs.get("date", ""))[:10]),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def provenance(run: Run) -> list[tuple[str, str]]:
+    """Everything the recording says about where it comes from, by name."""
+    attrs = sorted(run.recording.attrs.items())
+    return [(str(name).replace("_", " "), str(value)) for name, value in attrs if str(value)]

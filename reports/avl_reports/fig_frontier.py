@@ -1,0 +1,141 @@
+"""How much accuracy does each policy keep for the bytes it holds?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from avl_analysis.figures import Axis, Figure, Heat, Panel, Points, Rule, Scatter
+from avl_analysis.intervals import Estimate
+from avl_reports.findings import Finding, Interval, judge
+from avl_reports.frontiers import Frontier, Point
+from avl_reports.policy_numbers import FAMILIES, LOSS
+from avl_reports.run import Run, Section
+from avl_reports.script import run_script
+from avl_reports.shapes import share
+
+QUESTION = "How much accuracy does each policy keep for the bytes it holds?"
+_OURS, _FULL, _RANDOM = "A-VL", "full", "random"
+_OWN = (("A-VL (paper)", "A-VL keeps the answers right with the paper's settings"),
+        ("A-VL cold", "A-VL keeps the answers right with minor image keys kept in few bits"))  # fmt: skip
+"""What is asked with settings of its own, and the choice it stands for."""
+_NAMES = {"full": "full cache", "streaming": "StreamingLLM", "h2o": "H2O", "snapkv": "SnapKV", "fastv": "FastV",
+          "vl-cache": "VL-Cache"}  # fmt: skip
+_SHOWN = 3
+"""Tasks that get a panel of their own: those on which policies differ most."""
+
+
+def section(run: Run) -> Section:
+    """Accuracy against bytes for every policy and budget: all tasks together, those that differ most, and a table."""
+    frontier = run.frontier
+    tasks = _telling(frontier)
+    panels: list[Panel] = [_scatter(frontier, None, "all tasks"), *(_scatter(frontier, [t], t) for t in tasks)]
+    panels.append(_heat(frontier))
+    figure = Figure(
+        "frontier",
+        "Accuracy against bytes",
+        tuple(panels),
+        run.caption(
+            "Right free-running answers (Wilson intervals) against the bytes of keys and values really in use when "
+            "answers ended, relative to the stock cache; every point is the same held-out questions under one "
+            f"policy and budget. Shown apart: the tasks on which policies differ most. {_of(frontier)}",
+            frontier.questions,
+        ),
+    )
+    return Section(QUESTION, figure, findings(frontier), "", None, table(frontier))
+
+
+def findings(frontier: Frontier) -> tuple[Finding, ...]:
+    """Whether A-VL keeps accuracy with the paper's settings, and beats random selection at each budget they share."""
+    points = frontier.points
+    found = []
+    full = (_FULL, None)
+    for name, choice in _OWN:
+        own = (name, None)
+        if own not in points or full not in points:
+            continue
+        change = _interval(frontier.difference(own, full))
+        found.append(
+            Finding(choice,
+                    f"At {100 * frontier.bytes(own):.0f} % of the bytes accuracy changes by {change.words('%')} "
+                    "(paired).",
+                    f"at least {100 * LOSS:.0f} points", judge(change, "at least", LOSS))
+        )  # fmt: skip
+    for budget in sorted({b for name, b in points if name == _OURS and b is not None and b < 1}, reverse=True):
+        ours, rival = (_OURS, budget), (_RANDOM, budget)
+        if rival not in points:
+            continue
+        gain = _interval(frontier.difference(ours, rival))
+        found.append(
+            Finding(f"Choosing by attention beats choosing at random, at {100 * budget:.0f} % of the bytes",
+                    f"Accuracy of A-VL (using {100 * frontier.bytes(ours):.0f} %) less that of random selection "
+                    f"(using {100 * frontier.bytes(rival):.0f} %): {gain.words('%')} (paired).",
+                    "above 0", judge(gain, "at least", 0.0))
+        )  # fmt: skip
+    return tuple(found)
+
+
+def table(frontier: Frontier) -> tuple[tuple[str, ...], ...]:
+    """Bytes and accuracy of every point, and its difference to the full cache."""
+    rows = [("policy", "budget", "bytes in use / full", "right answers", "less full cache")]
+    for point in frontier.points:
+        name, budget = point
+        change = "" if name == _FULL else _interval(frontier.difference(point, (_FULL, None))).words("%")
+        accuracy = _interval(frontier.accuracy(point)).words("%")
+        rows.append(
+            (name, "own" if budget is None else f"{budget:g}", f"{frontier.bytes(point):.2f}", accuracy, change)
+        )
+    return tuple(rows)
+
+
+def _scatter(frontier: Frontier, tasks: list[str] | None, title: str) -> Scatter:
+    size = Axis("keys and values in use", "share of the full cache's bytes", (0.0, 1.08))
+    full = frontier.accuracy((_FULL, None), tasks).mean
+    series = []
+    for name in dict.fromkeys(name for name, _ in frontier.points if name != _FULL):
+        points = sorted((p for p in frontier.points if p[0] == name), key=lambda p: frontier.bytes(p, tasks))
+        found = [frontier.accuracy(point, tasks) for point in points]
+        y, low, high = (np.array([getattr(one, end) for one in found]) for end in ("mean", "low", "high"))
+        x = np.array([frontier.bytes(point, tasks) for point in points])
+        family = _NAMES.get(name, name)
+        slot = FAMILIES.index(family) if family in FAMILIES else 0
+        series.append(Points(family, x, y, low, high, slot=slot, joined=len(points) > 1))
+    return Scatter(size, share("right answers"), tuple(series), (Rule(full, "full cache", "y"),), title=title)
+
+
+def _heat(frontier: Frontier) -> Heat:
+    """Accuracy by task at the middle budget, and of what has no budget."""
+    budgets = sorted({budget for _, budget in frontier.points if budget is not None})
+    middle = min(budgets, key=lambda budget: abs(budget - 0.5)) if budgets else None
+    points = [point for point in frontier.points if point[1] in (None, middle)]
+    values = np.array([[frontier.accuracy(point, [task]).mean for task in frontier.tasks] for point in points])
+    x = Axis("task", "name", ticks=tuple(enumerate(frontier.tasks)))
+    y = Axis("policy", "name", ticks=tuple(enumerate(_label(point, frontier) for point in points)))
+    return Heat(x, y, share("right answers"), values, annotate=True, title=f"by task, at {middle:g} of the bytes")
+
+
+def _telling(frontier: Frontier) -> list[str]:
+    """The tasks on which accuracies spread most over policies and budgets, in the order of the file."""
+    spread = {t: np.std([frontier.accuracy(p, [t]).mean for p in frontier.points]) for t in frontier.tasks}
+    chosen = sorted(spread, key=lambda task: -spread[task])[:_SHOWN] if len(spread) > 1 else []
+    return [task for task in frontier.tasks if task in chosen]
+
+
+def _label(point: Point, frontier: Frontier) -> str:
+    """A policy's name; with its own settings where it was asked with budgets too."""
+    name = _NAMES.get(point[0], point[0])
+    several = any(other != point and other[0] == point[0] for other in frontier.points)
+    return f"{name}, own settings" if several and point[1] is None else name
+
+
+def _of(frontier: Frontier) -> str:
+    settings = frontier.about.get("settings") or {}
+    command = frontier.about.get("command")
+    return f"Made by: {command}." if command else (f"Made with {settings}." if settings else "")
+
+
+def _interval(estimate: Estimate) -> Interval:
+    return Interval(estimate.mean, estimate.low, estimate.high)
+
+
+if __name__ == "__main__":
+    run_script(section)

@@ -1,0 +1,182 @@
+"""What does each policy cost, and what does it save?"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from avl_analysis.evaluation.comparison import Comparison
+from avl_analysis.figures import Axis, Figure, Heat, Panel, Points, Rule, Scatter
+from avl_analysis.intervals import Estimate
+from avl_reports.findings import Finding, Interval, judge
+from avl_reports.policy_numbers import FAMILIES, LOSS
+from avl_reports.run import NotMeasured, Run, Section
+from avl_reports.script import run_script
+from avl_reports.shapes import share
+
+QUESTION = "What do policies lose, and what do they save?"
+SAVED = 0.75
+"""Share of the full cache's bytes below which a policy saves something worth the trouble."""
+_NAMES = {"FullPolicy": "full cache", "AdaptivePolicy": "A-VL", "RandomPolicy": "random", "StridePolicy": "stride",
+          "StreamingPolicy": "StreamingLLM", "H2OPolicy": "H2O", "SnapKVPolicy": "SnapKV", "FastVPolicy": "FastV",
+          "VLCachePolicy": "VL-Cache"}  # fmt: skip
+_COLUMNS = (
+    ("kv_filled_share", "bytes in use / full", 100.0, " %"),
+    ("keys_attended", "keys read per step", 1.0, ""),
+    ("attention_flops", "attention per step (kFLOP)", 1e-3, ""),
+    ("ttft", "TTFT (ms)", 1e3, ""),
+    ("tpot", "TPOT (ms)", 1e3, ""),
+    ("attention_seconds", "attention per step (ms)", 1e3, ""),
+    ("correct", "accuracy", 100.0, " %"),
+    ("kl", "KL (nats)", 1.0, ""),
+    ("same_text", "same text", 100.0, " %"),
+)
+"""Number, heading, factor to its unit, unit behind it."""
+
+
+def section(run: Run) -> Section:
+    """Accuracy and KL divergence against bytes for every policy, accuracy by task, and the cost table."""
+    compared = run.comparison
+    if "kv_filled_share" not in compared.metrics:
+        raise NotMeasured("the comparison holds no cost; compare with --metric cost too")
+    size = Axis("keys and values in use", "share of the full cache's bytes", (0.0, 1.08))
+    panels: list[Panel] = []
+    for metric, axis in (("correct", share("accuracy")), ("kl", Axis("KL from the full cache", "nats"))):
+        if metric in compared.metrics:
+            full = (Rule(compared.mean(metric, compared.reference).mean, "full cache", "y"),)
+            panels.append(Scatter(size, axis, _frontiers(compared, metric), full, title=f"{axis.label} against bytes"))
+    panels += _by_task(compared)
+    figure = Figure(
+        "policies",
+        "Policies: quality against bytes",
+        tuple(panels),
+        run.caption(
+            "Accuracy: free-running answers against the truth (Wilson intervals). KL: next-token distribution along "
+            "the full cache's own answer. Bytes of keys and values in use at the end of an answer, relative to the "
+            f"stock cache. Batches of {_batch(compared)}, times of this machine.",
+            compared.dataset.sizes["sample"],
+        ),
+    )
+    return Section(QUESTION, figure, findings(compared), "", None, table(compared))
+
+
+def findings(compared: Comparison) -> tuple[Finding, ...]:
+    """Whether A-VL keeps accuracy, saves bytes, and beats random selection of as many bytes."""
+    ours = next((name for name in compared.policies if family(compared, name) == "A-VL"), None)
+    if ours is None:
+        return ()
+    saved = _interval(compared.mean("kv_filled_share", ours))
+    found = [
+        Finding("A-VL saves memory", f"“{ours}” uses {saved.words('%')} of the full cache's bytes.",
+                f"at most {100 * SAVED:.0f} %", judge(saved, "at most", SAVED))
+    ]  # fmt: skip
+    if "correct" not in compared.metrics:
+        return tuple(found)
+    change = _interval(compared.difference("correct", ours))
+    found.append(
+        Finding("A-VL keeps the answers right", f"Under “{ours}” accuracy changes by {change.words('%')} (paired).",
+                f"at least {100 * LOSS:.0f} points", judge(change, "at least", LOSS))
+    )  # fmt: skip
+    if (rival := _rival(compared, ours)) is not None:
+        gain = _interval(compared.difference("correct", ours, rival))
+        found.append(
+            Finding("Choosing by attention beats choosing at random",
+                    f"Accuracy under “{ours}” less that under “{rival}”, at like bytes: {gain.words('%')} (paired).",
+                    "above 0", judge(gain, "at least", 0.0))
+        )  # fmt: skip
+    return tuple(found)
+
+
+def table(compared: Comparison) -> tuple[tuple[str, ...], ...]:
+    """The cost table as text: a header and a row per policy, means with intervals."""
+    columns = [column for column in _COLUMNS if column[0] in compared.metrics]
+    rows = [("policy", *(heading for _, heading, _, _ in columns))]
+    for name in compared.policies:
+        cells = [_cell(compared.mean(metric, name), scale, unit) for metric, _, scale, unit in columns]
+        rows.append((name, *cells))
+    return tuple(rows)
+
+
+def family(compared: Comparison, name: str) -> str:
+    """What kind of policy a name of the comparison stands for."""
+    described = json.loads(compared.dataset.attrs["policies"])[name]
+    kind = described.partition("(")[0]
+    return _NAMES.get(kind, kind)
+
+
+def _frontiers(compared: Comparison, metric: str) -> tuple[Points, ...]:
+    """One series per kind of policy, its settings joined by bytes."""
+    kinds = sorted(
+        {family(compared, name) for name in compared.policies if name != compared.reference},
+        key=lambda k: (FAMILIES.index(k) if k in FAMILIES else 99, k),
+    )
+    series = []
+    for number, kind in enumerate(kinds):
+        names = [name for name in compared.policies if family(compared, name) == kind]
+        held = np.array([compared.mean("kv_filled_share", name).mean for name in names])
+        order = np.argsort(held)
+        found = [compared.mean(metric, names[i]) for i in order]
+        y, low, high = (np.array([getattr(e, end) for e in found]) for end in ("mean", "low", "high"))
+        known = bool(np.isfinite(low).all() and np.isfinite(high).all())
+        slot = FAMILIES.index(kind) if kind in FAMILIES else number
+        series.append(
+            Points(
+                kind,
+                held[order],
+                y,
+                low if known else None,
+                high if known else None,
+                slot=slot,
+                joined=len(names) > 1,
+            )
+        )
+    return tuple(series)
+
+
+def _by_task(compared: Comparison) -> list[Heat]:
+    tasks = [str(task) for task in dict.fromkeys(compared.dataset["task"].values) if str(task)]
+    if "correct" not in compared.metrics or len(tasks) < 2:
+        return []
+    values = np.array(
+        [[compared.select_task(task).mean("correct", name).mean for task in tasks] for name in compared.policies]
+    )
+    x = Axis("task", "name", ticks=tuple(enumerate(tasks)))
+    y = Axis("policy", "name", ticks=tuple(enumerate(compared.policies)))
+    return [Heat(x, y, share("accuracy"), values, annotate=True, title="accuracy by task")]
+
+
+def _rival(compared: Comparison, ours: str) -> str | None:
+    """The random policy whose bytes are nearest to ours; None if it uses clearly more or fewer."""
+    size = compared.mean("kv_filled_share", ours).mean
+    rivals = [name for name in compared.policies if family(compared, name) == "random"]
+    best = min(rivals, key=lambda name: abs(compared.mean("kv_filled_share", name).mean - size), default=None)
+    return best if best is not None and abs(compared.mean("kv_filled_share", best).mean - size) < 0.1 else None
+
+
+def _batch(compared: Comparison) -> str:
+    return f"{int(np.nanmax(compared['batch'].values))}" if "batch" in compared.metrics else "unknown size"
+
+
+def _interval(estimate: Estimate) -> Interval:
+    return Interval(estimate.mean, estimate.low, estimate.high)
+
+
+def _cell(estimate: Estimate, scale: float, unit: str) -> str:
+    """Mean in three digits, with its interval where that is wider than a twentieth of it."""
+    mean, low, high = (
+        0.0 if abs(scale * v) < 1e-6 else scale * v for v in (estimate.mean, estimate.low, estimate.high)
+    )
+    if not np.isfinite(mean):
+        return "-"
+    spread = f" [{_short(low)}, {_short(high)}]" if high - low > abs(mean) / 20 else ""
+    return f"{_short(mean)}{unit}{spread}"
+
+
+def _short(value: float) -> str:
+    """Three digits, never as a power of ten."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    run_script(section)

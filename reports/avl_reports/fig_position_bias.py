@@ -1,0 +1,91 @@
+"""Does an image token's place in the picture decide how much attention it gets?"""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from avl_analysis.figures import Axis, Figure, Line, Lines, Rule
+from avl_analysis.figures.spec import Heat
+from avl_reports.estimates import estimate
+from avl_reports.findings import Finding, judge_within
+from avl_reports.run import NotMeasured, Run, Section
+from avl_reports.script import run_script
+from avl_reports.shapes import LAYER, curve, log_share
+
+QUESTION = "Does an image token's place in the picture decide how much attention it gets?"
+FACTOR = 2.0
+"""Between the first and the last image token the trend may change attention by at most this factor."""
+
+
+def section(run: Run) -> Section:
+    """Mean attention by place in the raster with the exponential fit, the fitted trend by layer, and the mean map."""
+    sigma = run["position_bias"].sel(bias_parameter="sigma")
+    received = _received(run)
+    lines = _raster(received)
+    figure = Figure(
+        "position_bias",
+        "Attention by place in the picture",
+        (
+            Lines(Axis("place in the raster", "share", (0.0, 1.0)), log_share("attention per text row", lines), lines,
+                  title="mean over layers and heads"),
+            Lines(LAYER, Axis("trend sigma", "ln(last / first)"),
+                  (curve("exponential fit", estimate(sigma, ("layer",)), "layer", 1),),
+                  (Rule(0.0, "no trend", "y"),), title="trend by layer"),
+            *_map(run, received),
+        ),
+        run.caption(
+            "Mean weight of an image token for the text rows of the prompt, by its place in reading order. The fit is "
+            "mu exp(sigma i / N) over the i-th of N tokens, least squares on the logarithm."
+        ),
+    )  # fmt: skip
+    trend = estimate(sigma).interval
+    finding = Finding(
+        "Scores rank image tokens without correcting for their place",
+        f"From the first to the last image token the trend is sigma = {trend.words()} "
+        f"(a factor of {np.exp(trend.value):.2f}).",
+        f"sigma within ±{np.log(FACTOR):.2f}, a factor of {FACTOR:g}",
+        judge_within(trend, float(np.log(FACTOR))),
+    )
+    return Section(QUESTION, figure, (finding,), "")
+
+
+def _received(run: Run) -> xr.DataArray:
+    """(sample, token): attention received per text row of the prompt, mean over layers and heads.
+
+    Samples whose number of image tokens differs from the first one's are left out.
+    """
+    scores = run["accumulated_score"].sel(rows="prompt text").mean(("layer", "head"))
+    positions = run.recording.tokens["token_position"]
+    counts = (positions >= 0).sum("token").values
+    if not counts.max(initial=0):
+        raise NotMeasured("no sample has a picture")
+    same = np.flatnonzero(counts == counts[0])
+    tokens = int(counts[0])
+    values = [scores.isel(sample=s).values[positions.isel(sample=s).values[:tokens]] for s in same]
+    return xr.DataArray(np.stack(values), dims=("sample", "token"), coords={"token": np.arange(tokens)})
+
+
+def _raster(received: xr.DataArray) -> tuple[Line, Line]:
+    found = estimate(received, ("token",))
+    x = (found.value["token"].values + 0.5) / found.value.sizes["token"]
+    measured = Line("measured", x, found.value.values, found.low.values, found.high.values, slot=1)
+    use = measured.y > 0
+    slope, offset = np.polyfit(x[use], np.log(measured.y[use]), 1) if use.sum() > 2 else (np.nan, np.nan)
+    return measured, Line("exponential fit", x, np.exp(offset + slope * x), slot=5, role="fit")
+
+
+def _map(run: Run, received: xr.DataArray) -> list[Heat]:
+    """The mean map, where all pictures have one known grid."""
+    tokens = run.recording.tokens
+    grid = [int(tokens[name].max()) + 1 for name in ("row", "column")]
+    if int(np.prod(grid)) != received.sizes["token"]:
+        return []
+    mean = received.mean("sample").values.reshape(grid)
+    value = Axis("attention", "times the mean", (0.0, float(max(2.0, mean.max() / mean.mean()))))
+    row, column = Axis("row", "patches"), Axis("column", "patches")
+    return [Heat(column, row, value, mean / mean.mean(), title="mean map over the picture")]
+
+
+if __name__ == "__main__":
+    run_script(section)

@@ -1,0 +1,83 @@
+"""Does a text token lose attention as it gets older?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from avl_analysis.figures import Axis, Figure, Line, Lines
+from avl_analysis.statistics.ages import AGE_STARTS
+from avl_analysis.statistics.text_age import decay_fits
+from avl_reports.estimates import Estimate, estimate
+from avl_reports.findings import Finding, judge
+from avl_reports.run import NotMeasured, Run, Section
+from avl_reports.script import run_script
+from avl_reports.shapes import LAYER, curve, least, log_share
+
+QUESTION = "Does a text token lose attention as it gets older?"
+_AGE = Axis("age of the text token", "tokens", log=True)
+
+
+def section(run: Run) -> Section:
+    """The age profile with its fits, at decode steps and in the prompt, and the fitted decay by layer."""
+    decode, prompt = _profile(run, "decode"), _profile(run, "prefill")
+    figure = Figure(
+        "text_age",
+        "Text attention by age",
+        (
+            Lines(_AGE, log_share("mean weight", decode), decode, title="decode steps"),
+            Lines(_AGE, log_share("mean weight", prompt), prompt, title="text rows of the prompt"),
+            Lines(LAYER, Axis("decay rate", "power of age"), (_rate(run, "power"),), title="power law, decode steps"),
+            Lines(
+                LAYER, Axis("decay rate", "per token"), (_rate(run, "exponential"),), title="exponential, decode steps"
+            ),
+        ),
+        run.caption(
+            "Mean weight of a text key for a text query by the number of tokens between them, over layers, heads and "
+            f"rows; ages that fewer than {least(run)} samples reach are left out. Fits are least squares on the "
+            "logarithm, weighted by the number of weights, from age 1 on."
+        ),
+    )
+    rate = estimate(run["text_age_fit"].sel(age_phase="decode", decay="power", decay_parameter="rate")).interval
+    finding = Finding(
+        "Recent text is kept by age (30 % of the text budget)",
+        f"While decoding, the weight of a text token falls with the power {rate.words()} of its age.",
+        "power above 0",
+        judge(rate, "at least", 0.0),
+    )
+    return Section(QUESTION, figure, (finding,), "A straight line on these axes is a power law.")
+
+
+def _profile(run: Run, phase: str) -> tuple[Line, ...]:
+    shown = run["text_age_profile"].sel(age_phase=phase)
+    ages = np.asarray(shown["age"].values)
+    means = estimate(shown, ("age",), least=least(run))
+    keep = np.isfinite(means.value.values) & (ages > 0) & (means.value.values > 0)
+    if not keep.any():
+        raise NotMeasured(f"no text token was attended to by another one ({phase})")
+    cut = Estimate(*(a.isel(age=keep) for a in (means.value, means.low, means.high, means.n)))
+    return (curve("measured", cut, "age", 2), *_fits(run, phase, ages[keep], cut.value.values))
+
+
+def _fits(run: Run, phase: str, ages: np.ndarray, weights: np.ndarray) -> list[Line]:
+    """Fits through all weights of the recording; the height is set so that the mean logarithm agrees with the curve."""
+    sums = run.recording.data["sums"]
+    parts = [sums[name].sel(age_phase=phase).sum(("sample", "layer", "head")).values
+             for name in ("text_age_profile", "text_age_profile_count")]  # fmt: skip
+    lines = []
+    names = (("exponential", ages.astype(float), 1), ("power law", np.log1p(ages), 5))
+    for (name, x, slot), (half_life, rate, r2) in zip(names, decay_fits(AGE_STARTS, *parts), strict=True):
+        if np.isfinite(rate):
+            level = np.exp(np.mean(np.log(weights) + rate * x))
+            life = f"half-life {half_life:.3g} tokens, " if np.isfinite(half_life) else ""
+            label = f"{name}: {life}R² {r2:.2f}"
+            lines.append(Line(label, ages.astype(float), level * np.exp(-rate * x), slot=slot, role="fit"))
+    return lines
+
+
+def _rate(run: Run, decay: str) -> Line:
+    fit = run["text_age_fit"].sel(age_phase="decode", decay=decay, decay_parameter="rate")
+    return curve(f"{decay} fit", estimate(fit, ("layer",)), "layer", 2)
+
+
+if __name__ == "__main__":
+    run_script(section)

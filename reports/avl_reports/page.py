@@ -1,0 +1,149 @@
+"""The page: sections and numbers as one HTML file that works without a network.
+
+The template escapes everything; plots travel as JSON in which no "<" is left. Only what this package brings itself
+(style, script) enters unescaped. A content security policy in the page forbids it to load anything from
+anywhere, so it either works offline or not at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from avl_analysis.figures import Animation, Figure, Heat, Overlay, Panel, draw_plotly, palette
+from avl_analysis.figures.draw_matplotlib import FORMATS
+from avl_analysis.figures.pictures import data_uri
+from avl_reports.facts import LEAD, READING, VERDICTS, facts, heading, provenance
+from avl_reports.run import Run, Section
+from avl_reports.script import MOVING, csv_text
+
+SAMPLES_SHOWN = 24
+
+
+def render(
+    run: Run,
+    sections: dict[str, Section],
+    missing: dict[str, str],
+    *,
+    title: str = "",
+    commands: Sequence[str] = (),
+    formats: tuple[str, ...] = FORMATS,
+) -> str:
+    """The page as text."""
+    environment = Environment(
+        loader=PackageLoader("avl_reports", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["close"] = lambda text: str(text).replace(" %", "\u00a0%")
+    templates = resources.files("avl_reports") / "templates"
+    return environment.get_template("page.html").render(
+        title=heading(run, title),
+        lead=LEAD,
+        verdicts=VERDICTS,
+        reading=READING,
+        facts=facts(run),
+        sections=[_view(name, section, formats) for name, section in sections.items()],
+        findings=[finding for section in sections.values() for finding in section.findings],
+        missing=[(name.removeprefix("fig_"), reason) for name, reason in missing.items()],
+        samples=_samples(run),
+        n=run.n,
+        provenance=provenance(run),
+        commands=list(commands),
+        footer=f"Made by avl from {run.n} recorded samples. Figures, numbers and the recording lie beside this page.",
+        css=(templates / "page.css").read_text("utf-8"),
+        script=(templates / "page.js").read_text("utf-8"),
+        plotly=_packed(draw_plotly.library()),
+        colours=json.dumps(_colours()),
+    )
+
+
+def _packed(text: str) -> str:
+    """Base64 of the text's gzip, the same for the same text."""
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode("ascii")
+
+
+def _view(name: str, section: Section, formats: tuple[str, ...]) -> dict[str, Any]:
+    """What the template shows of a section."""
+    figure = section.figure
+    moving = () if section.moving is None else (section.moving,)
+    suffixes = (*formats, *(MOVING if moving and formats else ()))
+    return {
+        "question": section.question,
+        "text": section.text,
+        "figure": figure,
+        "findings": section.findings,
+        "kind": _kind(figure),
+        "moving": [_plot(panel, f"moving-{figure.name}") for panel in moving],
+        "plots": [_plot(panel, f"{figure.name}-{number}") for number, panel in enumerate(figure.panels)],
+        "legend": _legend(figure),
+        "classes": _classes(figure),
+        "table": section.table,
+        "csv": "data:text/csv;base64," + base64.b64encode(csv_text(figure).encode()).decode("ascii"),
+        "files": [f"figures/{figure.name}.{suffix}" for suffix in suffixes],
+        "script": f"avl_reports.{name}",
+    }
+
+
+def _plot(panel: Panel, name: str) -> dict[str, str]:
+    """One plot: its place on the page and its data. Pictures keep their proportions, charts their height."""
+    plot = draw_plotly.draw(panel, titled=False)
+    if isinstance(panel, Overlay) and panel.classes:
+        plot.update_layout(showlegend=False)  # the figure's own legend stands below all pictures
+    size = f"height: {plot.layout.height}px"
+    if isinstance(panel, Overlay):
+        size = f"aspect-ratio: {panel.picture.shape[1]} / {panel.picture.shape[0]}"
+    title = "" if isinstance(panel, Animation) else panel.title
+    wide = isinstance(panel, Heat) and panel.x.ticks is not None
+    return {
+        "id": f"plot-{name}",
+        "title": title,
+        "size": size,
+        "json": draw_plotly.as_json(plot),
+        "kind": "wide" if wide else "",
+    }
+
+
+def _kind(figure: Figure) -> str:
+    """How the page lays the panels out."""
+    if all(isinstance(panel, Overlay) for panel in figure.panels):
+        return "pictures"
+    return "single" if len(figure.panels) == 1 else "charts"
+
+
+def _legend(figure: Figure) -> str:
+    """The scale that the pictures of a figure share, in words."""
+    scales = {(p.value.text, p.value.limits) for p in figure.panels if isinstance(p, Overlay) and not p.classes}
+    if len(scales) != 1:
+        return ""
+    text, limits = scales.pop()
+    return "" if limits is None else f"Opacity of the amber patches: {text}, {limits[0]:g} to {limits[1]:g} or more."
+
+
+def _classes(figure: Figure) -> list[tuple[str, str]]:
+    """Name and colour of the classes that the pictures of a figure show."""
+    names = next((p.classes for p in figure.panels if isinstance(p, Overlay) and p.classes), ())
+    fills = zip(palette.CLASS_COLOURS, palette.CLASS_OPACITY, names, strict=False)
+    return [(name, palette.translucent(colour, max(0.8, opacity))) for colour, opacity, name in fills]
+
+
+def _samples(run: Run) -> list[dict[str, str]]:
+    shown = []
+    for example in run.examples[:SAMPLES_SHOWN]:
+        fields = {key: getattr(example, key) for key in ("name", "task", "prompt", "answer", "truth")}
+        shown.append({**fields, "picture": "" if example.picture is None else data_uri(example.picture, 96)})
+    return shown if any(sample["prompt"] for sample in shown) else []
+
+
+def _colours() -> list[tuple[str, str]]:
+    """Pairs of light and dark colours, as hexadecimal numbers and as the start of rgba(...)."""
+    pairs = []
+    for light, dark in palette.dark_pairs():
+        pairs.append((light, dark))
+        starts = ["rgba({},{},{},".format(*palette.rgb(colour)) for colour in (light, dark)]
+        pairs.append((starts[0], starts[1]))
+    return pairs

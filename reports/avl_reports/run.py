@@ -1,0 +1,218 @@
+"""A recording as the figures see it: which model, how many samples, what was asked, what the picture looked like.
+
+Everything a figure needs is in the one recording file; pictures either lie in it as thumbnails or, for drawn scenes,
+are drawn again from their seed. `Section` is what a figure module hands back: the question, the described figure, and
+what it finds. A figure that the recording cannot answer raises `NotMeasured` with the reason, which the report prints
+in its place.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from PIL import Image
+
+from avl_analysis import scenes
+from avl_analysis.corpus.regions import Region, boxes_of, regions_of
+from avl_analysis.errors import InputError
+from avl_analysis.evaluation.comparison import Comparison, load_comparison
+from avl_analysis.figures import Animation, Box, Caption, Figure
+from avl_analysis.heads.ablation import Ablation, load_ablation
+from avl_analysis.recordings.recording import Recording, load_recording
+from avl_reports.estimates import INTERVAL
+from avl_reports.findings import Finding
+from avl_reports.frontiers import Frontier, load_frontier
+
+
+class NotMeasured(InputError):
+    """The recording does not hold what a figure shows; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question and its answer.
+
+    Attributes:
+        question: what the figure is asked.
+        figure: the figure.
+        findings: what it says about A-VL's choices.
+        text: how to read it, one or two sentences.
+        moving: an animation that goes with the figure, shown on the page and written to files of its own.
+        table: rows of text below the figure, the first one the header.
+    """
+
+    question: str
+    figure: Figure
+    findings: tuple[Finding, ...] = ()
+    text: str = ""
+    moving: Animation | None = None
+    table: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One recorded sample with what is known about it; empty where nothing is.
+
+    Attributes:
+        name: its name in the recording.
+        prompt, answer, truth, task: question, the model's answer, the expected answer, the kind of question.
+        words: text of the token each step produced.
+        boxes: where in the picture the question is about, in pixels of `picture`.
+        regions: what the word produced at each step is about; empty where unknown.
+        picture: (height, width, 3) uint8, None where it is not kept.
+    """
+
+    name: str
+    prompt: str = ""
+    answer: str = ""
+    truth: str = ""
+    task: str = ""
+    words: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    regions: tuple[Region, ...] = ()
+    picture: NDArray[np.uint8] | None = None
+
+    @property
+    def correct(self) -> bool:
+        """Whether the model gave the expected answer; False where none is known."""
+        return bool(self.truth) and self.answer.strip() == self.truth.strip()
+
+
+class Run:
+    """A recording with its samples, and what else was measured of the model.
+
+    Args:
+        recording: of at least one sample.
+        comparison: policies against the full cache; ablations: heads silenced; frontier: accuracy against bytes.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        comparison: Comparison | None = None,
+        ablations: Sequence[Ablation] = (),
+        frontier: Frontier | None = None,
+    ) -> None:
+        if not len(recording):
+            raise NotMeasured("the recording holds no samples, so there is nothing to report")
+        self.recording = recording
+        self._comparison, self._ablations, self._frontier = comparison, tuple(ablations), frontier
+
+    @property
+    def comparison(self) -> Comparison:
+        """Raises NotMeasured if there is none."""
+        if self._comparison is None:
+            raise NotMeasured(
+                "no policies were compared; pass a comparison as `avl compare --out compare.nc` writes it"
+            )
+        return self._comparison
+
+    @property
+    def ablations(self) -> tuple[Ablation, ...]:
+        """Raises NotMeasured if there is none."""
+        if not self._ablations:
+            raise NotMeasured("no heads were silenced; pass an ablation as `avl ablate --out ablation.json` writes it")
+        return self._ablations
+
+    @property
+    def frontier(self) -> Frontier:
+        """Raises NotMeasured if there is none."""
+        if self._frontier is None:
+            raise NotMeasured(
+                "accuracy against bytes was not measured; pass a file as `python -m avl_analysis.evaluation.frontier` writes it"
+            )
+        return self._frontier
+
+    def __getitem__(self, name: str) -> xr.DataArray:
+        """A statistic per sample. Raises NotMeasured if the recording does not hold it."""
+        try:
+            return self.recording[name]
+        except KeyError as error:
+            raise NotMeasured(f"the recording holds no statistic {name!r}") from error
+
+    @property
+    def n(self) -> int:
+        return len(self.recording)
+
+    @property
+    def model(self) -> str:
+        return str(self.recording.attrs.get("model_name") or self.recording.attrs.get("model") or "unknown model")
+
+    def decode(self, name: str) -> xr.DataArray:
+        """A statistic at the decode steps alone (step 1 and later). Raises NotMeasured if nothing was decoded."""
+        steps = self[name].sel(step=slice(1, None))
+        if not steps.sizes["step"] or not bool(np.isfinite(steps).any()):
+            raise NotMeasured(
+                f"{name} was not measured at any decode step; generate at least two tokens while recording"
+            )
+        return steps
+
+    def caption(self, what: str, n: int | None = None) -> Caption:
+        return Caption(what, self.n if n is None else n, self.model, INTERVAL)
+
+    @cached_property
+    def examples(self) -> list[Example]:
+        """All samples, in the recording's order."""
+        return [example(name, self.recording.facts(name)) for name in self.recording.samples]
+
+
+def load_run(
+    path: str | PathLike[str],
+    comparison: str | PathLike[str] | None = None,
+    ablations: Sequence[str | PathLike[str]] = (),
+    frontier: str | PathLike[str] | None = None,
+) -> Run:
+    """Read a recording file, and files of what else was measured, for reporting.
+
+    Raises:
+        RecordingError, InputError: unreadable or foreign files.
+        NotMeasured: an empty recording.
+    """
+    return Run(
+        load_recording(path),
+        None if comparison is None else load_comparison(comparison),
+        [load_ablation(one) for one in ablations],
+        None if frontier is None else load_frontier(frontier),
+    )
+
+
+def example(name: str, facts: Mapping[str, Any]) -> Example:
+    """A sample from the facts annotated on it; unknown facts are ignored, missing ones stay empty."""
+    words = tuple(str(word) for word in facts.get("words", ()))
+    prompt, answer, truth, task = (str(facts.get(key) or "") for key in ("prompt", "answer", "truth", "task"))
+    regions = tuple(regions_of(facts))
+    found = Example(name, prompt, answer, truth, task, words, boxes_of(facts.get("boxes", ())), regions)
+    if not (scene := facts.get("scene")):
+        return _reduced(replace(found, picture=_thumbnail(facts.get("picture"))), facts.get("picture_size"))
+    drawn = scenes.generate(int(scene["seed"]), int(scene["index"]), scene["task"])
+    return replace(found, picture=drawn.image)
+
+
+def _reduced(found: Example, size: Any) -> Example:
+    """The example with its boxes where they are on the thumbnail; `size` is that of the picture they were given for."""
+    if found.picture is None or not size:
+        return found
+    wide, high = found.picture.shape[1] / size[0], found.picture.shape[0] / size[1]
+
+    def on_thumbnail(boxes: tuple[Box, ...]) -> tuple[Box, ...]:
+        return tuple(Box(b.left * wide, b.top * high, b.right * wide, b.bottom * high, b.label) for b in boxes)
+
+    regions = tuple(replace(region, boxes=on_thumbnail(region.boxes)) for region in found.regions)
+    return replace(found, boxes=on_thumbnail(found.boxes), regions=regions)
+
+
+def _thumbnail(address: object) -> NDArray[np.uint8] | None:
+    """A picture kept as a "data:" address."""
+    if not isinstance(address, str) or not address.startswith("data:image/"):
+        return None
+    image = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
+    return np.asarray(image.convert("RGB"))

@@ -1,0 +1,103 @@
+"""The text rule played through on recorded weights, against a version with sets and loops."""
+
+import numpy as np
+import pytest
+
+from avl.attention import AttentionCall
+from avl.hooks import SeamError, Tap, attached
+from avl_analysis.calibration.text_eviction import TextTrace, caught
+from avl_analysis.corpus.questions import Sample
+from avl_analysis.evaluation.generation import generate
+from tests import tiny
+from tests.avl_analysis import shared
+
+SHARES = (0.1, 0.5, 0.8, 1.0)
+LONG = Sample("long", (tiny.picture(),), "where is the red picture and what is the colour of the blue picture in it")
+
+
+def _slow(prompt: np.ndarray, steps: list[np.ndarray], share: float) -> tuple[float, float]:
+    """One layer: attention on held keys, and all; a list of keys per head, one key dropped at a time."""
+    kept = seen = 0.0
+    for head in range(len(prompt)):
+        held, score = list(range(prompt.shape[1])), dict(enumerate(prompt[head]))
+        for step in range(len(steps) + 1):
+            length = prompt.shape[1] + step
+            if step:
+                held.append(length - 1)
+                score[length - 1] = 0.0
+                weights = steps[step - 1][head]
+                kept += sum(weights[key] for key in held)
+                seen += weights.sum()
+                for key in held:
+                    score[key] += weights[key]
+            budget = max(round(share * length), 20)
+            recent = budget - int(0.7 * budget)
+            while len(held) > budget:
+                held.remove(min(sorted(held)[: len(held) - recent], key=lambda key: score[key]))
+    return kept, seen
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_what_is_caught_equals_the_slow_version(heads: int) -> None:
+    random = np.random.default_rng(heads)
+    trace = TextTrace()
+    for layer in range(2):
+        trace.prompt[layer] = random.random((heads, 25)) ** 4
+        trace.steps[layer] = [random.random((heads, 26 + step)) ** 6 for step in range(30)]
+    for share, found in zip(SHARES, caught(trace, SHARES), strict=True):
+        slow = [_slow(trace.prompt[layer], trace.steps[layer], share) for layer in range(2)]
+        np.testing.assert_allclose(found, sum(k for k, _ in slow) / sum(s for _, s in slow), rtol=1e-9)
+
+
+def test_keeping_every_key_catches_everything_and_less_catches_less() -> None:
+    random = np.random.default_rng(0)
+    trace = TextTrace({0: random.random((2, 40))}, {0: [random.random((2, 41 + step)) for step in range(20)]})
+    found = caught(trace, (0.5, 0.6, 0.8, 1.0))
+    assert found[-1] == pytest.approx(1)
+    assert (np.diff(found) > 0).all()
+
+
+def test_short_texts_and_single_tokens_say_nothing() -> None:
+    random = np.random.default_rng(0)
+    short = TextTrace({0: random.random((1, 10))}, {0: [random.random((1, 11 + step)) for step in range(5)]})
+    single = TextTrace({0: random.random((1, 60))}, {})
+    for trace in (short, single):
+        assert np.isnan(caught(trace, SHARES)).all()
+
+
+class _Both(Tap):
+    """Keeps every call's full weights beside a trace."""
+
+    def __init__(self) -> None:
+        self.trace, self.calls = TextTrace(), []
+
+    def begin(self, forward) -> None:
+        self.trace.begin(forward)
+
+    def observe(self, call: AttentionCall, output) -> None:
+        from avl.attention import attention_weights
+
+        self.calls.append((call.layer, call.forward.kind, attention_weights(call)[0].numpy()))
+        self.trace.observe(call, output)
+
+
+def test_the_trace_holds_the_weights_on_text_keys_summed_over_groups_and_prompt_rows() -> None:
+    vlm = shared.vlm(kv_heads=2)  # 4 query heads
+    tap = _Both()
+    with attached(vlm.model, tap, "observer"):
+        generate(vlm, [LONG], None, max_new_tokens=4)
+    start = 0
+    inputs = vlm.prepare(list(LONG.images), LONG.prompt)
+    start = int((inputs["input_ids"][0] == tiny.IMAGE).nonzero().max()) + 1
+    for layer in range(2):
+        prompt, *steps = [weights for at, _, weights in tap.calls if at == layer]
+        grouped = prompt.reshape(2, 2, *prompt.shape[1:]).sum(1)
+        np.testing.assert_allclose(tap.trace.prompt[layer], grouped[:, start:, start:].sum(1), rtol=1e-5)
+        for found, weights in zip(tap.trace.steps[layer], steps, strict=True):
+            np.testing.assert_allclose(found, weights.reshape(2, 2, -1).sum(1)[:, start:], rtol=1e-5)
+
+
+def test_a_batch_is_refused() -> None:
+    vlm = shared.vlm()
+    with attached(vlm.model, TextTrace(), "observer"), pytest.raises(SeamError, match="one sample at a time"):
+        generate(vlm, shared.questions(2), None, max_new_tokens=2)

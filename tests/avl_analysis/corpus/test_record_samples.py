@@ -1,0 +1,92 @@
+"""Recording a list of questions: each sample is what it would be alone, and carries what a report needs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from avl_analysis.corpus.questions import Sample
+from avl_analysis.corpus.record_samples import facts_of, record_samples
+from avl_analysis.corpus.regions import recorded_regions, regions_of
+from avl_analysis.errors import InputError
+from avl_analysis.heads.localisation import first_word_hits
+from avl_analysis.models.loading import VLM, load_model
+from tests import tiny
+
+SAMPLES = [
+    Sample("a", (tiny.picture(seed=0),), "what is this?", answers=("red", "a red one"), task="colour"),
+    Sample("b", (tiny.picture(seed=1), tiny.picture(seed=2)), "which is the red one?", regions=((1, 2, 3, 4),)),
+    Sample("c", (tiny.picture(seed=3),), "describe the image", meta={"source": "drawn"}),
+]
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> VLM:
+    return load_model(tiny.save_folder(tmp_path_factory.mktemp("model"), tiny.llava(kv_heads=2)))
+
+
+def test_samples_recorded_in_a_padded_batch_equal_samples_recorded_alone(vlm: VLM) -> None:
+    alone = record_samples(vlm, SAMPLES, max_new_tokens=3)
+    batch = record_samples(vlm, SAMPLES, max_new_tokens=3, batch_size=2)
+    assert [batch.facts(i) for i in range(3)] == [alone.facts(i) for i in range(3)]
+    np.testing.assert_allclose(batch["modality_mass"].values, alone["modality_mass"].values, atol=1e-5)
+
+
+def test_every_sample_carries_its_question_its_answer_and_what_is_known_of_it(vlm: VLM) -> None:
+    facts = [record_samples(vlm, SAMPLES, max_new_tokens=3).facts(i) for i in range(3)]
+    assert [known["prompt"] for known in facts] == [sample.prompt for sample in SAMPLES]
+    assert all(len(known["words"]) == 3 for known in facts)
+    assert (facts[0]["truth"], facts[0]["answers"], facts[0]["task"]) == ("red", ["red", "a red one"], "colour")
+    assert facts[1]["boxes"] == [[1, 2, 3, 4]]
+    assert facts[2]["source"] == "drawn"
+    assert "picture" in facts[0]
+    assert "picture" not in facts[1]
+
+
+def test_boxes_given_with_a_question_become_the_image_tokens_under_them(vlm: VLM) -> None:
+    shown = tiny.picture(size=(40, 40))  # 4 x 4 tokens, so that a token is 10 pixels wide
+    asked = [
+        Sample("right half", (shown,), "what is this?", regions=((20, 0, 40, 40),)),
+        Sample("corner", (shown,), "where is the blue one?", regions=((0, 0, 10, 10),)),
+        Sample("several", (shown, shown), "which?", regions=((0, 0, 10, 10),)),
+        SAMPLES[2],
+    ]
+    recording = record_samples(vlm, asked, max_new_tokens=2, batch_size=2)
+    inside = [recording.facts(i).get("region_tokens") for i in range(4)]
+    assert inside == [[4 * row + column for row in range(4) for column in (2, 3)], [0], None, None]
+    regions = recorded_regions(recording)
+    assert regions == {"000000": dict.fromkeys(range(2), tuple(inside[0])), "000001": dict.fromkeys(range(2), (0,))}
+    hits = first_word_hits(recording, regions)
+    scores = recording["image_score_last"]
+    for sample, tokens in ((0, inside[0]), (1, [0])):
+        for layer, head in np.ndindex(hits.shape[1:]):
+            best = int(np.nanargmax(scores[sample].sel(layer=layer, head=head).values))
+            assert hits.values[sample, layer, head] == (best in tokens)
+    assert np.isnan(hits.values[2:]).all()
+
+
+def test_a_wrong_answer_is_about_no_region_and_an_unknown_truth_about_the_boxes() -> None:
+    facts = {"words": ["a", "b"], "answer": "A red one.", "region_tokens": [3], "boxes": [[0, 0, 1, 1]]}
+    assert [region.tokens for region in regions_of(facts)] == [(3,), (3,)]
+    assert len(regions_of({**facts, "answers": ["blue", "red one"]})) == 2
+    assert regions_of({**facts, "answers": ["blue"]}) == []
+
+
+def test_the_answer_ends_before_the_token_that_ends_it(vlm: VLM) -> None:
+    word = vlm.processor.tokenizer.convert_tokens_to_ids("▁red")
+    facts = facts_of(vlm, SAMPLES[0], [word, word, tiny.EOS, tiny.PAD, word])
+    assert len(facts["words"]) == 2
+    assert facts["answer"] == "red red"
+
+
+def test_progress_is_told_after_every_token(vlm: VLM) -> None:
+    told: list[tuple[int, int]] = []
+    record_samples(vlm, SAMPLES[:2], max_new_tokens=2, on_token=lambda done, token: told.append((done, token)))
+    assert told == [(0, 1), (0, 2), (1, 1), (1, 2)]
+
+
+def test_a_missing_picture_and_an_empty_batch_are_refused(vlm: VLM) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        record_samples(vlm, [Sample("x", (Path("nothing.png"),), "what?")])
+    with pytest.raises(InputError, match="batch_size 0"):
+        record_samples(vlm, SAMPLES, batch_size=0)

@@ -1,0 +1,177 @@
+"""The frontier of accuracy and bytes: each point is what `compare` would measure, and an interrupted run goes on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import avl
+from avl_analysis.corpus.questions import scene_samples
+from avl_analysis.errors import InputError
+from avl_analysis.evaluation import frontier
+from avl_analysis.evaluation.compare import compare
+from avl_analysis.models.loading import VLM
+from tests import tiny
+from tests.avl_analysis import shared
+
+POINTS = [
+    frontier.Entry("full", None, avl.FullPolicy()),
+    frontier.Entry("random", 0.5, avl.RandomPolicy(0.5)),
+    frontier.Entry("A-VL", 0.5, avl.AdaptivePolicy.for_budget(0.5)),
+]
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VLM:
+    return shared.vlm()
+
+
+def test_every_policy_stands_at_every_budget_beside_the_full_cache_and_the_paper() -> None:
+    points = frontier.entries((0.5, 0.1))
+    assert points[0].policy == avl.FullPolicy()
+    assert points[1].policy == avl.AdaptivePolicy()
+    assert len({(point.name, point.budget) for point in points}) == len(points) == 2 + 8 * 2 + 3
+
+
+def test_samples_are_grouped_by_length_of_the_prompt_and_none_is_lost(vlm: VLM) -> None:
+    samples = scene_samples(20, ["colour"])
+    groups = frontier.groups(vlm, samples, 3)
+    assert sorted(index for group in groups for index in group) == list(range(20))
+    for group in groups:
+        assert len(group) <= 3
+        inputs = vlm.prepare([list(samples[i].images) for i in group], [samples[i].prompt for i in group])
+        assert bool(inputs["attention_mask"].all())
+
+
+def test_each_line_is_what_compare_measures(vlm: VLM) -> None:
+    samples = scene_samples(6, ["colour"])
+    for group in frontier.groups(vlm, samples, 2):
+        lines = frontier.run_unit(vlm, samples, group, POINTS)
+        chosen = [samples[index] for index in group]
+        longest = max(len(vlm.processor.tokenizer(s.answers[0], add_special_tokens=False).input_ids) for s in chosen)
+        policies = {point.name: point.policy for point in POINTS}
+        measured = compare(vlm, chosen, policies, max_new_tokens=longest + 2, metrics=["accuracy", "cost"])
+        for line in lines:
+            row = measured.dataset.sel(policy=line["policy"], sample=samples[line["sample"]].id)
+            assert line["right"] == float(row["correct"])
+            np.testing.assert_allclose(line["held"], row["keys_held_share"])
+            np.testing.assert_allclose(line["bytes"], line["held"])
+            np.testing.assert_allclose(line["filled"], row["kv_filled_share"])
+            np.testing.assert_allclose(line["allocated"], row["kv_allocated_share"])
+
+
+def test_the_vision_tower_runs_once_per_group_and_is_left_as_it_was(vlm: VLM) -> None:
+    tower = vlm.model.model.vision_tower
+    calls: list[int] = []
+    handle = (
+        tower.vision_model.register_forward_hook(lambda *_: calls.append(1))
+        if hasattr(tower, "vision_model")
+        else tower.embeddings.register_forward_hook(lambda *_: calls.append(1))
+    )
+    samples = scene_samples(2, ["colour"])
+    group = frontier.groups(vlm, samples, 2)[0]
+    frontier.run_unit(vlm, samples, group, POINTS)
+    handle.remove()
+    assert len(calls) == 1
+    assert "forward" not in vars(tower)
+
+
+def test_other_pixels_are_not_answered_from_memory(vlm: VLM) -> None:
+    tower = vlm.model.model.vision_tower
+    one, other = torch.randn(1, 3, 24, 24), torch.randn(1, 3, 24, 24)
+    plain = [tower(pixels).last_hidden_state for pixels in (one, other)]
+    with frontier.pictures_seen_once(vlm.model):
+        for pixels, expected in ((one, plain[0]), (other, plain[1]), (other, plain[1]), (one, plain[0])):
+            assert torch.equal(tower(pixels).last_hidden_state, expected)
+
+
+def test_a_summary_counts_right_answers_with_intervals_and_differences() -> None:
+    cells = {"full": [1, 1, 1, 0], "random": [1, 0, 0, 0], "A-VL": [1, 1, None, 0]}
+    budgets = {"full": None, "random": 0.5, "A-VL": 0.5}
+    lines = [
+        {"task": "colour", "policy": name, "budget": budgets[name], "sample": index}
+        | ({"failed": "no memory"} if right is None else {"right": right, "held": 0.5, "filled": 0.5})
+        for name, cell in cells.items()
+        for index, right in enumerate(cell)
+    ]
+    full, random, adaptive = frontier.summarise(lines, POINTS, 4)
+    assert (full["accuracy"], random["accuracy"], adaptive["accuracy"]) == (0.75, 0.25, 0.6667)
+    assert random["low"] < 0.25 < random["high"]
+    assert random["difference"] == -0.5
+    assert (adaptive["samples"], adaptive["failed"], adaptive["right"]) == (3, 1, "11-0")
+    assert adaptive["difference"] == 0
+    assert random["held"] == 0.5
+    assert random["allocated"] is None
+
+
+@pytest.fixture
+def small(tmp_path: Path, vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> frontier.Settings:
+    """A run in this process with few points, so that tests need not start others."""
+    monkeypatch.setattr(frontier, "load_model", lambda name: vlm)
+    monkeypatch.setattr(frontier, "entries", lambda budgets: POINTS)
+    frontier._model.cache_clear()
+    frontier._samples.cache_clear()
+
+    def here(missing, settings, total, workers):  # type: ignore[no-untyped-def]
+        for unit in missing:
+            frontier._work(settings, unit)
+
+    monkeypatch.setattr(frontier, "_do", here)
+    return frontier.Settings(tasks=("colour", "size"), samples=4, batch=2)
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(
+    small: frontier.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = frontier.run(small, tmp_path / "whole")
+    done: list[str] = []
+    work = frontier._work
+
+    def dying(settings: frontier.Settings, unit: frontier.Unit) -> None:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        work(settings, unit)
+        done.append(unit.target.name)
+
+    monkeypatch.setattr(frontier, "_work", dying)
+    with pytest.raises(KeyboardInterrupt):
+        frontier.run(small, tmp_path / "part")
+    monkeypatch.setattr(frontier, "_work", lambda settings, unit: done.append(unit.target.name) or work(settings, unit))
+    assert frontier.run(small, tmp_path / "part") == whole
+    assert len(done) == len(set(done))
+
+
+def test_a_folder_of_another_run_is_refused(small: frontier.Settings, tmp_path: Path) -> None:
+    frontier.run(small, tmp_path / "work")
+    with pytest.raises(InputError, match="other settings"):
+        frontier.run(frontier.Settings(tasks=("colour",), samples=4, batch=2), tmp_path / "work")
+
+
+def test_what_was_written_is_read_and_anything_else_refused(tmp_path: Path) -> None:
+    lines = [{"task": "colour", "accuracy": 1.0}]
+    frontier.write(tmp_path / "f.jsonl", lines, {"command": "c"})
+    assert frontier.read(tmp_path / "f.jsonl") == ({"command": "c"}, lines)
+    (tmp_path / "g.jsonl").write_text(json.dumps(lines[0]))
+    for name, message in (("g.jsonl", "is not a frontier"), ("h.jsonl", "there is no frontier")):
+        with pytest.raises(InputError, match=message):
+            frontier.read(tmp_path / name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_worker_processes_find_what_one_process_finds(tmp_path: Path) -> None:
+    folder = tiny.save_folder(tmp_path / "model", tiny.llava(kv_heads=2))
+    settings = frontier.Settings(str(folder), ("colour", "size"), samples=4, budgets=(0.5,), batch=2)
+    whole = frontier.run(settings, tmp_path / "two", workers=2)
+    vlm = frontier.load_model(str(folder))
+    points = frontier.entries((0.5,))
+    lines = [
+        {"task": task, **line}
+        for task in settings.tasks
+        for samples in [scene_samples(4, [task], settings.seed)]
+        for group in frontier.groups(vlm, samples, 2)
+        for line in frontier.run_unit(vlm, samples, group, points)
+    ]
+    assert frontier.summarise(lines, points, 4) == whole

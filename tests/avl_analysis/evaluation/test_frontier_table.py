@@ -1,0 +1,69 @@
+"""The table of a frontier file: least kept task, bytes, and who beats the preset."""
+
+from pathlib import Path
+
+import pytest
+
+from avl_analysis.evaluation import frontier_table
+from avl_analysis.evaluation.frontier import entries, read, write
+from avl_analysis.scenes import TASKS
+
+
+def line(policy: str, budget: float | None, task: str, right: str, size: float) -> dict[str, object]:
+    accuracy = right.count("1") / len(right)
+    return {"policy": policy, "budget": budget, "task": task, "right": right, "accuracy": accuracy, "bytes": size}
+
+
+LINES = [
+    line("full", None, "ocr", "1" * 20, 1.0),
+    line("full", None, "count", "1" * 16 + "0" * 4, 1.0),
+    line("A-VL cold", None, "ocr", "1" * 19 + "0", 0.3),
+    line("A-VL cold", None, "count", "1" * 16 + "0" * 4, 0.4),
+    line("A-VL cold", 0.1, "ocr", "0" * 12 + "1" * 8, 0.1),
+    line("A-VL cold", 0.1, "count", "1" * 10 + "0" * 10, 0.1),
+    line("h2o", 0.1, "ocr", "1" * 20, 0.1),
+    line("h2o", 0.1, "count", "1" * 9 + "0" * 10 + "1", 0.1),
+    line("A-VL", 0.1, "ocr", "1" * 20, 0.1),
+]
+
+
+def test_a_row_tells_the_task_on_which_least_is_kept() -> None:
+    preset = frontier_table.rows(LINES)[1]
+    assert (preset.kept, preset.worst) == (0.95, "ocr")
+    assert preset.bytes == pytest.approx(0.35)
+    assert preset.most_bytes == 0.4
+    assert preset.accuracy == pytest.approx((0.95 + 0.8) / 2)
+
+
+def test_only_rivals_beyond_the_interval_beat_the_preset() -> None:
+    (loss,) = frontier_table.beaten(LINES)
+    assert (loss.rival, loss.budget, loss.task) == ("h2o", 0.1, "ocr")
+    assert loss.difference == pytest.approx(0.6)
+    assert 0 < loss.low < 0.6 < loss.high
+    assert frontier_table.beaten(LINES[:6]) == []
+
+
+def test_the_verdicts_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "f.jsonl", LINES, {})
+    frontier_table.main([str(tmp_path / "f.jsonl")])
+    said = capsys.readouterr().out
+    assert "| A-VL cold |  | 35 % | 0.875 | 0.95, ocr |" in said
+    assert "A-VL cold keeps 0.95" in said
+    assert "- h2o beats A-VL cold at 10 % on ocr by 60.0 points" in said
+    assert "No baseline beats" in frontier_table.show(LINES[:6])
+    with pytest.raises(SystemExit) as done:
+        frontier_table.main([str(tmp_path / "g.jsonl")])
+    assert done.value.code == 2
+
+
+def test_the_filed_frontier_is_whole_and_its_preset_keeps_what_is_claimed() -> None:
+    about, lines = read(Path(__file__).parents[3] / "reports" / "reference" / "frontier.jsonl")
+    assert "python -m avl_analysis.evaluation.frontier" in about["command"]
+    points = entries()
+    assert {(x["task"], x["policy"], x["budget"]) for x in lines} == {
+        (task, point.name, point.budget) for task in TASKS for point in points
+    }
+    assert all(x["samples"] >= 200 and x["failed"] == 0 for x in lines)
+    (preset,) = [row for row in frontier_table.rows(lines) if row.policy == "A-VL cold" and row.budget is None]
+    assert preset.kept >= frontier_table.KEPT
+    assert preset.most_bytes <= 0.5
