@@ -1,13 +1,14 @@
 """Adaptive attention for large vision-language models that are already loaded.
 
-This package *acts*: it lays out tokens by modality, hooks into the attention and the cache of a stock `transformers`
-model, and restores both on the way out. It needs torch and transformers, nothing else; recording, statistics and
-pictures live in `avl_analysis`, which knows this package while this package does not know it.
+This package *acts*: it lays out tokens by modality, hooks into the attention and the cache of a
+stock `transformers` model, and restores both on the way out. It needs torch and transformers,
+nothing else; recording, statistics and pictures live in `avl_analysis`, which knows this package
+while this package does not know it.
 """
 
 from avl.accounting import StepUsage, Usage
 from avl.families import UnsupportedModelError
-from avl.hooks import SeamError
+from avl.hooks import HookError
 from avl.policies import (
     AdaptivePolicy,
     BudgetPolicy,
@@ -42,6 +43,6 @@ __all__ = [
     "StepUsage",
     "Selection",
     "State",
-    "SeamError",
+    "HookError",
     "UnsupportedModelError",
 ]

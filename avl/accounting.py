@@ -1,10 +1,12 @@
-"""What a policy costs and saves, counted physically: bytes of buffers, keys read, against the stock cache.
+"""What a policy costs and saves, counted physically: bytes of buffers, keys read, against the stock
+cache.
 
-Everything allocated is counted, slack and empty slots too; keys and values apart from bookkeeping (positions, scores).
-The yardstick is what `transformers`' DynamicCache holds after the same tokens: every position of every row, padding
-included, which it stores as well. A cold tier counts with what is stored of it: codes, scales, or whole keys; what of
-it lies in host memory while the model runs elsewhere is counted apart, as `host`. Only the layers a policy acts on are
-counted; sliding-window and linear layers of hybrid models keep their own caches.
+Everything allocated is counted, slack and empty slots too; keys and values apart from bookkeeping
+(positions, scores). The yardstick is what `transformers`' DynamicCache holds after the same tokens:
+every position of every row, padding included, which it stores as well. A cold tier counts with what
+is stored of it: codes, scales, or whole keys; what of it lies in host memory while the model runs
+elsewhere is counted apart, as `host`. Only the layers a policy acts on are counted; sliding-window
+and linear layers of hybrid models keep their own caches.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ class StepUsage:
     """One pass through the decoder.
 
     Attributes:
-        step: 0 for a prompt (a later turn's prompt has the number of the step before it), then 1, 2, ...
+        step: 0 for a prompt (a later turn's prompt has the number of the step before it), then 1,
+            2, ...
         seen: tokens per row seen so far, padding included.
         attended: keys that each row's newest token attended to; one tuple over rows per layer.
         held: keys (per key/value head) that each row held after the pass; likewise.
@@ -53,7 +56,8 @@ class Usage:
     Attributes:
         layers: indices of the layers counted.
         steps: one record per pass, the prompt first.
-        peak: most bytes of keys and values at any moment, the prompt's own keys while it ran included.
+        peak: most bytes of keys and values at any moment, the prompt's own keys while it ran
+            included.
     """
 
     layers: tuple[int, ...]
@@ -77,7 +81,8 @@ class Usage:
 
     @property
     def host(self) -> int:
-        """Bytes of keys and values in host memory at the end, where that is not the model's device."""
+        """Bytes of keys and values in host memory at the end, where that is not
+        the model's device."""
         return self.steps[-1].host
 
     @property
@@ -97,13 +102,21 @@ class Usage:
 
     @property
     def attended_share(self) -> float:
-        """Keys attended / keys seen, mean over decode steps, layers and rows; 1.0 before the first decode step."""
-        shares = [keys / step.seen for step in self.steps if step.step > 0 for layer in step.attended for keys in layer]
+        """Keys attended / keys seen, mean over decode steps, layers and rows; 1.0 before the first
+        decode step.
+        """
+        shares = [
+            keys / step.seen
+            for step in self.steps
+            if step.step > 0
+            for layer in step.attended
+            for keys in layer
+        ]
         return sum(shares) / len(shares) if shares else 1.0
 
 
 @dataclass(eq=False)
-class Ledger:
+class UsageLog:
     """Writes down every pass of one conversation; `usage` makes the record."""
 
     layers: tuple[int, ...]
@@ -112,9 +125,13 @@ class Ledger:
 
     def hold(self, layers: Iterable[AdaptiveLayer], passing: Iterable[Tensor]) -> None:
         """Note a moment at which `passing` tensors exist beside the layers' buffers."""
-        self.peak = max(self.peak, sum(map(allocated, layers)) + sum(tensor.nbytes for tensor in passing))
+        self.peak = max(
+            self.peak, sum(map(allocated, layers)) + sum(tensor.nbytes for tensor in passing)
+        )
 
-    def write(self, step: int, layers: Sequence[AdaptiveLayer], attended: Sequence[Sequence[int]]) -> None:
+    def write(
+        self, step: int, layers: Sequence[AdaptiveLayer], attended: Sequence[Sequence[int]]
+    ) -> None:
         """Note the end of a pass."""
         total, slots = sum(map(allocated, layers)), list(map(_slot, layers))
         self.peak = max(self.peak, total)
@@ -128,7 +145,9 @@ class Ledger:
                 allocated=total,
                 bookkeeping=sum(t.nbytes for layer in layers for t in _notes(layer)),
                 full=sum(layer.seen * slot for layer, slot in zip(layers, slots, strict=True)),
-                host=sum(layer.cold.nbytes(host=True) for layer in layers if layer.cold is not None),
+                host=sum(
+                    layer.cold.nbytes(host=True) for layer in layers if layer.cold is not None
+                ),
                 by_row=tuple(map(sum, zip(*map(by_row, layers, slots), strict=True))),
             )
         )
@@ -150,7 +169,9 @@ def allocated(layer: AdaptiveLayer) -> int:
 
 
 def by_row(layer: AdaptiveLayer, slot: int) -> list[float]:
-    """Bytes of keys and values in use by each row, wherever they lie; empty slots are not the row's."""
+    """Bytes of keys and values in use by each row, wherever they lie; empty slots are not the
+    row's.
+    """
     rows = layer.keys.shape[0]
     near = [count * slot / rows for count in layer.held_near()]
     if layer.cold is None:

@@ -1,8 +1,9 @@
-"""One call of an attention layer, as seen at the seam, and the softmax weights it implies.
+"""One call of an attention layer, and the softmax weights it implies.
 
-SDPA and flash kernels never return weights. What they do is fully determined by query, key, mask and scale, so any rows
-of the weights can be computed beside the kernel, in float32, for as few rows as one needs: one row costs about as much
-as a decode step's attention, all rows as much as eager attention without the memory.
+SDPA and flash kernels never return weights. What they do is fully determined by query, key, mask
+and scale, so any rows of the weights can be computed beside the kernel, in float32, for as few rows
+as one needs: one row costs about as much as a decode step's attention, all rows as much as eager
+attention without the memory.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ class Forward:
     """One pass through the decoder, as told to taps.
 
     Attributes:
-        kind: "prefill" (nothing cached before), "extend" (a later turn: several new tokens after cached ones) or
-            "decode" (one new token per row).
-        step: 0 for prefill, then the number of decode steps so far, this one included; an extension keeps the count.
-        start: sequence index of this pass's first token = number of tokens seen before, padding included.
+        kind: "prefill" (nothing cached before), "extend" (a later turn: several new tokens after
+            cached ones) or "decode" (one new token per row).
+        step: 0 for prefill, then the number of decode steps so far, this one included; an extension
+            keeps the count.
+        start: sequence index of this pass's first token = number of tokens seen before, padding
+            included.
         tokens: number of new tokens per row.
         layout: layout of all positions 0 .. start + tokens - 1, generated tokens being text.
         cache: the `past_key_values` of the pass, None without a cache.
-        rows: sequence index of each query row where it is not simply start, start + 1, ...; (batch, rows) or None. Set
-            by a policy that removes hidden states on the way; read it at the time of an attention call.
+        rows: sequence index of each query row where it is not simply start, start + 1, ...; (batch,
+            rows) or None. Set by a policy that removes hidden states on the way; read it at the
+            time of an attention call.
         inputs: keyword arguments of the top-level model call (attention_mask, image grids, ...).
     """
 
@@ -51,12 +55,14 @@ class AttentionCall:
     Attributes:
         layer: index of the decoder layer.
         query: (batch, query heads, rows, head dim), after rotary embedding.
-        key, value: (batch, key/value heads, keys, head dim), after the cache update: what is really attended.
-        mask: as transformers made it for the underlying backend: None (causal if rows > 1), bool (True = attend) or
-            additive float, broadcastable to (batch, query heads, rows, keys); (batch, keys) for flash kernels.
+        key, value: (batch, key/value heads, keys, head dim), after the cache update: what is really
+            attended.
+        mask: as transformers made it for the underlying backend: None (causal if rows > 1), bool
+            (True = attend) or additive float, broadcastable to (batch, query heads, rows, keys);
+            (batch, keys) for flash kernels.
         scaling: factor on query . key.
-        key_positions: sequence index of every key, -1 for a slot that holds nothing; shape (keys,), (batch, keys) or
-            (batch, key/value heads, keys). None means key j is position j.
+        key_positions: sequence index of every key, -1 for a slot that holds nothing; shape (keys,),
+            (batch, keys) or (batch, key/value heads, keys). None means key j is position j.
         module: the attention module; `options` all further keyword arguments of the call.
     """
 
@@ -73,12 +79,16 @@ class AttentionCall:
 
     @property
     def groups(self) -> int:
-        """Query heads per key/value head (1 = multi-head attention, more = grouped-query attention)."""
+        """Query heads per key/value head (1 = multi-head attention, more = grouped-query
+        attention).
+        """
         return self.query.shape[1] // self.key.shape[1]
 
     @property
     def causal(self) -> bool:
-        """Whether a missing mask means causal attention; SDPA's `is_causal` compares row i with key i."""
+        """Whether a missing mask means causal attention; SDPA's `is_causal` compares row i with key
+        i.
+        """
         wanted = self.options.get("is_causal")
         wanted = getattr(self.module, "is_causal", True) if wanted is None else wanted
         return self.mask is None and self.query.shape[2] > 1 and bool(wanted)
@@ -89,12 +99,15 @@ def for_query_heads(mask: Tensor, call: AttentionCall) -> Tensor:
     return mask if mask.shape[1] == 1 else mask.repeat_interleave(call.groups, 1)
 
 
-def attention_logits(call: AttentionCall, rows: slice = slice(None), keys: int | None = None) -> Tensor:
+def attention_logits(
+    call: AttentionCall, rows: slice = slice(None), keys: int | None = None
+) -> Tensor:
     """Masked, scaled query-key products of some rows, before the softmax.
 
     Args:
         rows: which query rows.
-        keys: only the first `keys` keys (the rest must be invisible to these rows, e.g. a causal future).
+        keys: only the first `keys` keys (the rest must be invisible to these rows, e.g. a causal
+            future).
 
     Returns:
         (batch, query heads, rows, keys) float32, -inf where a key is not attended.
@@ -103,10 +116,16 @@ def attention_logits(call: AttentionCall, rows: slice = slice(None), keys: int |
     key = call.key[:, :, :keys].float()
     batch, heads, count, dim = query.shape
     grouped = query.reshape(batch, key.shape[1], call.groups * count, dim)
-    logits = torch.matmul(grouped, key.transpose(-1, -2)).mul_(call.scaling).view(batch, heads, count, key.shape[2])
+    logits = (
+        torch.matmul(grouped, key.transpose(-1, -2))
+        .mul_(call.scaling)
+        .view(batch, heads, count, key.shape[2])
+    )
     if (cap := call.options.get("softcap")) is not None:
         logits = torch.tanh(logits / cap) * cap
-    if (bias := call.options.get("position_bias")) is not None:  # learned, per relative position (T5, Inkling)
+    if (
+        bias := call.options.get("position_bias")
+    ) is not None:  # learned, per relative position (T5, Inkling)
         logits = logits + bias[:, :, rows, : key.shape[2]].float()
     mask = call.mask
     if mask is None:
@@ -126,7 +145,8 @@ def attention_logits(call: AttentionCall, rows: slice = slice(None), keys: int |
     mask = mask[:, :, rows if mask.shape[2] > 1 else slice(None), : key.shape[2]]
     if mask.dtype == torch.bool:
         return logits.masked_fill_(~mask, -torch.inf)
-    # transformers writes "not attended" as the most negative finite number; as -inf it survives the addition exactly
+    # transformers writes "not attended" as the most negative finite number; as -inf it survives the
+    # addition exactly
     hidden = mask <= torch.finfo(mask.dtype).min / 2
     return (logits + mask.float()).masked_fill_(hidden, -torch.inf)
 
@@ -134,12 +154,14 @@ def attention_logits(call: AttentionCall, rows: slice = slice(None), keys: int |
 def softmax_weights(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
     """Softmax over the last axis; rows that attend to nothing (padding) give zeros instead of NaN.
 
-    `sinks` are learned logits that take part in the normalisation and hold no value: (query heads,) as in gpt-oss, or
-    (batch, query heads, rows, 1) where they depend on the query (Inkling 2).
+    `sinks` are learned logits that take part in the normalisation and hold no value: (query heads,)
+    as in gpt-oss, or (batch, query heads, rows, 1) where they depend on the query (Inkling 2).
     """
     top = logits.amax(-1, keepdim=True)
     if sinks is not None:
-        sink = (sinks.float().view(1, -1, 1, 1) if sinks.dim() == 1 else sinks.float()).expand_as(top)
+        sink = (sinks.float().view(1, -1, 1, 1) if sinks.dim() == 1 else sinks.float()).expand_as(
+            top
+        )
         top = torch.maximum(top, sink)
     top = top.clamp_min(torch.finfo(logits.dtype).min)
     weights = (logits - top).exp_()
@@ -149,8 +171,12 @@ def softmax_weights(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
     return weights.div_(total.clamp_min(torch.finfo(logits.dtype).tiny))
 
 
-def attention_weights(call: AttentionCall, rows: slice = slice(None), keys: int | None = None) -> Tensor:
-    """Softmax weights of some query rows: (batch, query heads, rows, keys) float32, each row summing to 1 (or 0)."""
+def attention_weights(
+    call: AttentionCall, rows: slice = slice(None), keys: int | None = None
+) -> Tensor:
+    """Softmax weights of some query rows: (batch, query heads, rows, keys) float32, each row
+    summing to 1 (or 0).
+    """
     sinks: Tensor | None = call.options.get("s_aux")
     by_row: Tensor | None = call.options.get("sinks")
     if sinks is None and by_row is not None:
@@ -161,20 +187,28 @@ def attention_weights(call: AttentionCall, rows: slice = slice(None), keys: int 
 def attend_one_row(call: AttentionCall, empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Output and weights of a decode step, reading every key and value once.
 
-    The products are in the keys' own dtype (as in transformers' eager attention), the softmax in float32. The kernels'
-    own single-row path is slower on CPU and keeps the weights to itself.
+    The products are in the keys' own dtype (as in transformers' eager attention), the softmax in
+    float32. The kernels' own single-row path is slower on CPU and keeps the weights to itself.
 
     Args:
         call: one query row per row of the batch; its mask is not read.
-        empty: (batch, 1 or key/value heads, keys) bool, slots that hold nothing; None if there are none.
+        empty: (batch, 1 or key/value heads, keys) bool, slots that hold nothing; None if there are
+            none.
 
     Returns:
-        Output (batch, 1, query heads, head dim) and weights (batch, key/value heads, groups, keys) float32.
+        Output (batch, 1, query heads, head dim) and weights (batch, key/value heads, groups, keys)
+            float32.
     """
     batch, heads, _, dim = call.query.shape
     shape = (batch, heads // call.groups, call.groups, call.key.shape[2])
     query = call.query.reshape(-1, call.groups, dim).transpose(1, 2)
-    logits = _products(call.key.flatten(0, 1), query).transpose(1, 2).float().mul_(call.scaling).view(shape)
+    logits = (
+        _products(call.key.flatten(0, 1), query)
+        .transpose(1, 2)
+        .float()
+        .mul_(call.scaling)
+        .view(shape)
+    )
     if (cap := call.options.get("softcap")) is not None:
         logits = torch.tanh(logits / cap) * cap
     if empty is not None:
@@ -193,8 +227,9 @@ _COPIED_BYTES = 2**24
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """torch.bmm, (n, a, b) x (n, b, c), that does not suffer from views in half precision on CPU.
 
-    There, oneDNN takes packed batches only: a view of a larger buffer is copied first, and copies beyond 32 MB are
-    fresh memory in every call, several times slower than the product. In equal pieces below that it costs little.
+    There, oneDNN takes packed batches only: a view of a larger buffer is copied first, and copies
+    beyond 32 MB are fresh memory in every call, several times slower than the product. In equal
+    pieces below that it costs little.
     """
     if left.device.type != "cpu" or left.dtype == torch.float32:
         return torch.bmm(left, right)
@@ -203,7 +238,9 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     if calls <= 1:
         return torch.bmm(left, right)
     each = -(-left.shape[0] // calls)
-    return torch.cat([torch.bmm(*pair) for pair in zip(left.split(each), right.split(each), strict=True)])
+    return torch.cat(
+        [torch.bmm(*pair) for pair in zip(left.split(each), right.split(each), strict=True)]
+    )
 
 
 Attend = Callable[[AttentionCall], Tensor]

@@ -1,13 +1,16 @@
-"""Where the keys of one layer lie: one buffer, allocated ahead, and the bookkeeping that says what is in which slot.
+"""Where the keys of one layer lie: one buffer, allocated ahead, and the bookkeeping that says what
+is in which slot.
 
-Softmax attention does not care about the order of its keys, and their positions are baked in by the rotary embedding.
-So a layer keeps its keys in the order that makes reading cheap, `[far | core | rest ... growing]`: an ordinary decode
-step reads a suffix of the buffer, a view, without mask, gather or copy; a whole step reads everything; a new core is
-swapped into place (segments.py). A key that is dropped leaves a hole, and the next token's key fills it. Image keys may
-also lie in a quantised tier (quantized_tier.py), outside the buffer; a whole step reads them in front of it.
+Softmax attention does not care about the order of its keys, and their positions are baked in by the
+rotary embedding. So a layer keeps its keys in the order that makes reading cheap, `[far | core |
+rest ... growing]`: an ordinary decode step reads a suffix of the buffer, a view, without mask,
+gather or copy; a whole step reads everything; a new core is swapped into place (segments.py). A key
+that is dropped leaves a hole, and the next token's key fills it. Image keys may also lie in a
+quantised tier (quantized_tier.py), outside the buffer; a whole step reads them in front of it.
 
-The rows of a batch may hold different numbers of keys. Then some slots are empty (position -1) and attention needs a
-mask, made from the positions themselves; `ragged` says, without looking at a tensor, when there is nothing to mask.
+The rows of a batch may hold different numbers of keys. Then some slots are empty (position -1) and
+attention needs a mask, made from the positions themselves; `ragged` says, without looking at a
+tensor, when there is nothing to mask.
 """
 
 from __future__ import annotations
@@ -22,23 +25,28 @@ from avl.quantized_tier import ColdTier
 
 
 class KeyBuffer:
-    """Keys and values of one layer. It knows neither policies nor transformers, and decides nothing.
+    """Keys and values of one layer. It knows neither policies nor transformers, and decides
+    nothing.
 
     Attributes:
         keys, values: buffers of shape (batch, key/value heads, capacity, head dim).
-        positions: (batch, heads, capacity) int32 sequence index of each slot, -1 if empty; heads is 1 while all
-            key/value heads hold the same keys.
+        positions: (batch, heads, capacity) int32 sequence index of each slot, -1 if empty; heads is
+            1 while all key/value heads hold the same keys.
         scores: (batch, heads, capacity) float32 worth of each key when one must go, or None.
-        worth: (batch, far) what the keys in `far` were worth when last ranked, kept only if they may be dropped.
+        worth: (batch, far) what the keys in `far` were worth when last ranked, kept only if they
+            may be dropped.
         far: width of the first segment; `filled` the slots in use.
         missing, holes: empty slots per row in `far` (in front), and behind it (anywhere).
         free: (batch, heads, 1) an empty slot behind `far` of every row, where known; else None.
-        cores: slots (start, stop) of the core of each row; `core_heads` is 1 if all key/value heads share it.
+        cores: slots (start, stop) of the core of each row; `core_heads` is 1 if all key/value heads
+            share it.
         cold: image keys outside the buffer, or None; `held_cold` their number per row.
         few: image keys a sparse whole step attends to, per row.
-        reference: (batch, heads, largest core) what core keys were worth when they were chosen, or None.
+        reference: (batch, heads, largest core) what core keys were worth when they were chosen, or
+            None.
         whole: whether the next step reads everything or only what follows `far`.
-        evictable: number of keys in `rest` that may be dropped, per row; `share` what the policy wants to know.
+        evictable: number of keys in `rest` that may be dropped, per row; `share` what the policy
+            wants to know.
     """
 
     def __init__(self) -> None:
@@ -61,7 +69,7 @@ class KeyBuffer:
         self.evictable: list[int] = []
         self.share: list[float] = []
 
-    # -- reading ----------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     @property
     def front(self) -> int:
@@ -95,7 +103,9 @@ class KeyBuffer:
         return any(self.holes) or (self.whole and uneven)
 
     def attended(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the current step, (batch, key/value heads, keys, head dim); views without a cold tier."""
+        """Keys and values of the current step, (batch, key/value heads, keys, head dim); views
+        without a cold tier.
+        """
         return self.read_from(self.first, self.whole)
 
     def attended_positions(self) -> Tensor:
@@ -107,7 +117,9 @@ class KeyBuffer:
         return self._positions_from(0, True)
 
     def read_from(self, first: int, cold: bool) -> tuple[Tensor, Tensor]:
-        """Keys and values of the buffer from slot `first` on, behind those of the cold tier if wanted."""
+        """Keys and values of the buffer from slot `first` on, behind those of the cold tier if
+        wanted.
+        """
         near = self.keys[:, :, first : self.filled], self.values[:, :, first : self.filled]
         if self.cold is None or not cold:
             return near
@@ -131,10 +143,14 @@ class KeyBuffer:
 
     def reads(self) -> list[int]:
         """Keys each row attends to at the current step."""
-        return self.held() if self.whole else [self.filled - self.far - holes for holes in self.holes]
+        return (
+            self.held() if self.whole else [self.filled - self.far - holes for holes in self.holes]
+        )
 
     def image_slots(self) -> Tensor:
-        """(batch, 1, keys) bool: which slots that a whole step reads may hold cold, far or core keys."""
+        """(batch, 1, keys) bool: which slots that a whole step reads may hold cold, far or core
+        keys.
+        """
         offset = self.cold_width - self.front
         start, stop = torch.tensor(self.cores, device=self.keys.device).T[..., None, None] + offset
         slot = torch.arange(self.stored - self.front, device=self.keys.device)
@@ -145,10 +161,15 @@ class KeyBuffer:
         if len(set(self.cores)) == 1:
             return self.positions[:, : self.core_heads, slice(*self.cores[0])].clone()
         index = self._core_slots()[:, None].expand(-1, self.core_heads, -1)
-        return self.positions[:, : self.core_heads].gather(2, index.clamp_min(0)).masked_fill(index < 0, -1)
+        return (
+            self.positions[:, : self.core_heads]
+            .gather(2, index.clamp_min(0))
+            .masked_fill(index < 0, -1)
+        )
 
     def core_now_and_then(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """What core keys were worth when they were chosen, and what they are worth now; 0 where a row has fewer.
+        """What core keys were worth when they were chosen, and what they are worth now; 0 where a
+        row has fewer.
 
         Args:
             scores: (batch, 1 or heads, keys) of what an ordinary step reads.
@@ -160,17 +181,20 @@ class KeyBuffer:
     def _core_slots(self) -> Tensor:
         """(batch, most) slots of each row's core, -1 in front where a row has fewer."""
         width = max(stop - start for start, stop in self.cores)
-        slots = [[-1] * (width - stop + start) + list(range(start, stop)) for start, stop in self.cores]
+        slots = [
+            [-1] * (width - stop + start) + list(range(start, stop)) for start, stop in self.cores
+        ]
         return torch.tensor(slots, device=self.keys.device).long().view(len(slots), width)
 
     def far_held(self, row: int) -> int:
         """Keys a row holds in `far`."""
         return self.far - self.missing[row]
 
-    # -- one key more, one key less -----------------------------------------------------------------------------------
+    # -- one key more, one key less ----------------------------------------------------------------
 
     def append(self, key: Tensor, value: Tensor, position: int, arrival: float) -> None:
-        """Write one new key and value per row into a hole, or behind the last slot where a row has none.
+        """Write one new key and value per row into a hole, or behind the last slot where a row has
+        none.
 
         Args:
             key, value: (batch, key/value heads, 1, head dim).
@@ -197,7 +221,9 @@ class KeyBuffer:
                 self.scores[:, :, last] = 0
         slot, self.free = self.free, None
         if slot is None:
-            slot = self.far + (self.positions[:, :, self.far : self.filled] < 0).to(torch.uint8).argmax(2, keepdim=True)
+            slot = self.far + (self.positions[:, :, self.far : self.filled] < 0).to(
+                torch.uint8
+            ).argmax(2, keepdim=True)
         self.positions.scatter_(2, slot, position)
         if self.scores is not None:
             self.scores.scatter_(2, slot, arrival)
@@ -217,8 +243,12 @@ class KeyBuffer:
         """
         positions = self.positions[:, :, self.far : self.filled]
         scores = self.scores[:, :, self.far : self.filled]
-        largest = torch.finfo(scores.dtype).max  # protected keys go only when nothing else is left, empty slots never
-        worst = scores.clamp_max(largest).masked_fill_((positions >= newest) | (positions < 0), torch.inf)
+        largest = torch.finfo(
+            scores.dtype
+        ).max  # protected keys go only when nothing else is left, empty slots never
+        worst = scores.clamp_max(largest).masked_fill_(
+            (positions >= newest) | (positions < 0), torch.inf
+        )
         worst = worst.argmin(2, keepdim=True)
         dropped = positions.gather(2, worst)
         if all(rows):
@@ -230,7 +260,9 @@ class KeyBuffer:
             positions.scatter_(2, worst, torch.where(chosen, -1, dropped))
             dropped = dropped.masked_fill(~chosen, -1)
         self.holes = [holes + bool(row) for holes, row in zip(self.holes, rows, strict=True)]
-        self.evictable = [count - bool(row) for count, row in zip(self.evictable, rows, strict=True)]
+        self.evictable = [
+            count - bool(row) for count, row in zip(self.evictable, rows, strict=True)
+        ]
         return dropped
 
     def drop_far(self, row: int) -> Tensor:
@@ -238,7 +270,12 @@ class KeyBuffer:
         missing = self.missing[row]
         worst = int(self.worth[row, missing : self.far].argmin()) + missing
         dropped = self.positions[row, :1, worst : worst + 1].clone()
-        for tensor in (self.keys[row], self.values[row], self.positions[row], self.worth[None, row]):
+        for tensor in (
+            self.keys[row],
+            self.values[row],
+            self.positions[row],
+            self.worth[None, row],
+        ):
             tensor[:, worst] = tensor[:, missing]
         self.positions[row, :, missing] = -1
         self.missing[row] += 1

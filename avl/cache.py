@@ -1,10 +1,10 @@
 """One layer of a KV cache whose keys come and go, as `transformers` sees it.
 
-The keys themselves lie in a buffer of our own (buffer.py); here it speaks the language of a `transformers` cache layer.
-Whatever would need keys that are gone is refused with the reason.
+The keys themselves lie in a buffer of our own (buffer.py); here it speaks the language of a
+`transformers` cache layer. Whatever would need keys that are gone is refused with the reason.
 
-What surprises: `get_seq_length` reports tokens *seen*, because that is what positions are computed from; the number
-held is `held()`.
+What surprises: `get_seq_length` reports tokens *seen*, because that is what positions are computed
+from; the number held is `held()`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from avl.attention import Forward
 from avl.buffer import KeyBuffer
-from avl.hooks import SeamError
+from avl.hooks import HookError
 from avl.policies.base import Counts
 
 
@@ -27,11 +27,12 @@ class Conversation:
     """What the layers of one cache have in common.
 
     Attributes:
-        forward: the pass that is running; None outside passes and once the policy has left the model.
+        forward: the pass that is running; None outside passes and once the policy has left the
+            model.
         counts: true tokens of each row of the batch, the running pass included.
         arrival: score with which a new key starts.
-        rows: which original row each row of the batch continues, where rows have been rearranged; `moved` says that
-            they have been since the last pass.
+        rows: which original row each row of the batch continues, where rows have been rearranged;
+            `moved` says that they have been since the last pass.
         layers: layers of the cache that are ours, by index.
     """
 
@@ -75,20 +76,24 @@ class AdaptiveLayer(KeyBuffer, CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Take in new keys and values; returns what this pass attends to, held keys first."""
         forward = self.conversation.forward
         if forward is None:
-            raise SeamError(
-                "this KV cache was filled under a policy that is no longer on the model; continue it inside the same "
-                "`with avl.adaptive(...)` block, or start with an empty cache"
+            raise HookError(
+                "this KV cache was filled under a policy that is no longer on the model; continue"
+                " it inside the same `with avl.adaptive(...)` block, or start with an empty cache"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.widths = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
         self.seen = forward.start + forward.tokens
         if forward.kind == "decode":
-            self.append(key_states.detach(), value_states.detach(), forward.start, self.conversation.arrival)
+            self.append(
+                key_states.detach(), value_states.detach(), forward.start, self.conversation.arrival
+            )
             return self.attended()
         if self.filled:
             held_keys, held_values = self.read_from(0, True)
@@ -99,7 +104,9 @@ class AdaptiveLayer(KeyBuffer, CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks of transformers cover the new tokens only; what is held is masked by us, layer by layer."""
+        """Masks of transformers cover the new tokens only; what is held is masked by us, layer by
+        layer.
+        """
         return query_length, self.seen
 
     def get_max_length(self) -> int:
@@ -110,9 +117,10 @@ class AdaptiveLayer(KeyBuffer, CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
-            raise SeamError(
-                "a cache that drops keys cannot be cropped: what was dropped for a token cannot be brought back. "
-                "Assisted and speculative decoding need the full cache: generate without assistant or without policy"
+            raise HookError(
+                "a cache that drops keys cannot be cropped: what was dropped for a token cannot be"
+                " brought back. Assisted and speculative decoding need the full cache: generate"
+                " without assistant or without policy"
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -120,11 +128,15 @@ class AdaptiveLayer(KeyBuffer, CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
-            self._take_rows(torch.arange(self.keys.shape[0], device=self.device).repeat_interleave(repeats))
+            self._take_rows(
+                torch.arange(self.keys.shape[0], device=self.device).repeat_interleave(repeats)
+            )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.is_initialized:
-            self._take_rows(torch.arange(self.keys.shape[0], device=self.device)[indices.to(self.device)])
+            self._take_rows(
+                torch.arange(self.keys.shape[0], device=self.device)[indices.to(self.device)]
+            )
 
     def _take_rows(self, rows: Tensor) -> None:
         if self.positions is None:

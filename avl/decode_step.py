@@ -1,9 +1,9 @@
 """A decode step under a policy: what each layer reads, and what the weights change afterwards.
 
-Attention of the one new row is computed here, because its weights feed the next choice. A step may be taken once more:
-over everything held where the core turns out to be outdated, or over the best keys only where a policy is sparse.
-Changes to what was read (a new core, older text, minor keys) wait for the end of the pass, so that a recorder sees what
-was attended.
+Attention of the one new row is computed here, because its weights feed the next choice. A step may
+be taken once more: over everything held where the core turns out to be outdated, or over the best
+keys only where a policy is sparse. Changes to what was read (a new core, older text, minor keys)
+wait for the end of the pass, so that a recorder sees what was attended.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class DecodeStep:
         reads: keys each row attended to, by layer.
     """
 
-    def __init__(self, policy: Policy, conversation: Conversation, forward: Forward, diary: Selection) -> None:
+    def __init__(
+        self, policy: Policy, conversation: Conversation, forward: Forward, diary: Selection
+    ) -> None:
         self.policy = policy
         self.conversation = conversation
         self.forward = forward
@@ -42,7 +44,9 @@ class DecodeStep:
         self._turning: dict[int, list[bool]] = {}  # rows whose core was outdated
         self._thresholds: dict[tuple[int, ...], Tensor | int] = {}
         layout = forward.layout
-        self._arrived = torch.full((layout.batch, 1, 1), forward.start, device=layout.modality.device)
+        self._arrived = torch.full(
+            (layout.batch, 1, 1), forward.start, device=layout.modality.device
+        )
 
     def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
         """Attention over what the layer hands out: once, or once more over other keys."""
@@ -52,14 +56,18 @@ class DecodeStep:
         positions = layer.attended_positions()
         if call.key.shape[2] != positions.shape[2]:
             raise UnsupportedModelError(
-                f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave {positions.shape[2]}; "
-                "models that change keys behind the cache cannot be adapted"
+                f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave"
+                f" {positions.shape[2]}; models that change keys behind the cache cannot be adapted"
             )
         output, weights = self._read(call, layer, positions < 0 if layer.ragged else None)
         self.reads[layer.index] = layer.reads()
         if not layer.whole and (rows := self._drifted(layer, weights)) is not None:
             output, weights = self._refresh(call, layer, rows)
-        if layer.whole and (layer.far or layer.cold is not None) and (self.policy.rotates or self.policy.sparse):
+        if (
+            layer.whole
+            and (layer.far or layer.cold is not None)
+            and (self.policy.rotates or self.policy.sparse)
+        ):
             self._ranks[layer.index] = self.policy.core_scores(weights.detach())
             if self.policy.sparse:
                 output, weights = self._narrow(call, layer)
@@ -67,8 +75,12 @@ class DecodeStep:
             self._weights[layer.index] = weights.detach()
         return output
 
-    def _read(self, call: AttentionCall, layer: AdaptiveLayer, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Attention of one row over what the layer hands out, except where `hidden`, (batch, heads, keys)."""
+    def _read(
+        self, call: AttentionCall, layer: AdaptiveLayer, hidden: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of one row over what the layer hands out, except where `hidden`, (batch, heads,
+        keys).
+        """
         positions = layer.attended_positions()
         call.key_positions = positions[:, 0] if positions.shape[1] == 1 else positions
         call.mask = None if hidden is None else for_query_heads(~hidden, call)[:, :, None]
@@ -78,10 +90,14 @@ class DecodeStep:
         """Rows whose core is outdated, by this step's weights on it; None if there are none."""
         if layer.reference is None or not (layer.far or layer.cold is not None):
             return None
-        rows = self.policy.drifted(*layer.core_now_and_then(self.policy.core_scores(weights.detach())))
+        rows = self.policy.drifted(
+            *layer.core_now_and_then(self.policy.core_scores(weights.detach()))
+        )
         return None if rows is None or not bool(rows.any()) else rows.tolist()
 
-    def _refresh(self, call: AttentionCall, layer: AdaptiveLayer, rows: list[bool]) -> tuple[Tensor, Tensor]:
+    def _refresh(
+        self, call: AttentionCall, layer: AdaptiveLayer, rows: list[bool]
+    ) -> tuple[Tensor, Tensor]:
         """The step once more, some rows reading everything they hold."""
         reads = layer.reads()
         layer.whole = True
@@ -90,7 +106,9 @@ class DecodeStep:
         others = ~torch.tensor(rows, device=hidden.device)
         hidden[others, :, : layer.before_rest] = True
         self._turning[layer.index] = rows
-        self.reads[layer.index] = [a if r else b for a, b, r in zip(layer.reads(), reads, rows, strict=True)]
+        self.reads[layer.index] = [
+            a if r else b for a, b, r in zip(layer.reads(), reads, rows, strict=True)
+        ]
         return self._read(call, layer, hidden if layer.ragged or not all(rows) else None)
 
     def _narrow(self, call: AttentionCall, layer: AdaptiveLayer) -> tuple[Tensor, Tensor]:
@@ -100,7 +118,9 @@ class DecodeStep:
         chosen = best(ranks.masked_fill(~image, -torch.inf), layer.few)
         heads = max(positions.shape[1], chosen.shape[1])
         hidden = (layer.image_slots() | (positions < 0)).expand(-1, heads, -1)
-        hidden = torch.cat([hidden, hidden[..., :1]], 2)  # one more slot, for those that choose nothing
+        hidden = torch.cat(
+            [hidden, hidden[..., :1]], 2
+        )  # one more slot, for those that choose nothing
         end = positions.shape[2]
         hidden.scatter_(2, torch.where(chosen < 0, end, chosen).expand(-1, heads, -1), False)
         hidden = hidden[..., :end]
@@ -109,7 +129,7 @@ class DecodeStep:
         self.reads[layer.index] = (~hidden[:, 0]).sum(1).tolist()
         return self._read(call, layer, hidden)
 
-    # -- afterwards -------------------------------------------------------------------------------------------------
+    # -- afterwards --------------------------------------------------------------------------------
 
     def end(self) -> None:
         """The pass is over: change what its weights change."""
@@ -135,8 +155,14 @@ class DecodeStep:
         if layer.scores is None:
             return
         layer.evictable = [count + 1 for count in layer.evictable]
-        limits = [self.policy.limit(c, s) for c, s in zip(self.conversation.counts, layer.share, strict=True)]
-        over = [limit is not None and n > limit for n, limit in zip(layer.evictable, limits, strict=True)]
+        limits = [
+            self.policy.limit(c, s)
+            for c, s in zip(self.conversation.counts, layer.share, strict=True)
+        ]
+        over = [
+            limit is not None and n > limit
+            for n, limit in zip(layer.evictable, limits, strict=True)
+        ]
         if any(over):
             dropped = layer.evict(over, self._newest(limits))
             self.diary.note(layer.index, "dropped", dropped)
@@ -148,7 +174,11 @@ class DecodeStep:
         for row, counts in enumerate(self.conversation.counts):
             limit = self.policy.image_limit(counts, layer.evictable[row])
             start, stop = layer.cores[row]
-            if limit is not None and layer.far_held(row) and layer.far_held(row) + stop - start > limit:
+            if (
+                limit is not None
+                and layer.far_held(row)
+                and layer.far_held(row) + stop - start > limit
+            ):
                 dropped[row] = layer.drop_far(row)
                 self.diary.note(layer.index, "dropped", dropped)
 
@@ -159,7 +189,9 @@ class DecodeStep:
             positions = [self._nth_newest(row, count) for row, count in enumerate(recent)]
             device = self.conversation.layers[min(self.conversation.layers)].device
             one = len(set(positions)) == 1
-            self._thresholds[recent] = positions[0] if one else torch.tensor(positions, device=device)[:, None, None]
+            self._thresholds[recent] = (
+                positions[0] if one else torch.tensor(positions, device=device)[:, None, None]
+            )
         return self._thresholds[recent]
 
     def _nth_newest(self, row: int, count: int) -> int:
@@ -167,6 +199,10 @@ class DecodeStep:
         if count <= self.conversation.counts[row].tail:
             return self.forward.start + 1 - count
         modality = self.forward.layout.modality[row]
-        droppable = modality == Modality.TEXT if self.policy.evicts_text_only else modality != Modality.PADDING
+        droppable = (
+            modality == Modality.TEXT
+            if self.policy.evicts_text_only
+            else modality != Modality.PADDING
+        )
         positions = droppable.nonzero()[:, 0]
         return int(positions[-count]) if len(positions) >= count else 0

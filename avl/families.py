@@ -1,8 +1,9 @@
-"""What differs between model families: where the decoder is, which ids are image tokens, which cannot be followed.
+"""What differs between model families: where the decoder is, which ids are image tokens, which
+cannot be followed.
 
-One `Family` describes a loaded model. The generic description (config field names, `get_decoder`) serves most of
-transformers; how a family's tokens lie in a picture is one entry in `avl.grids`, and a family that cannot be recorded
-is one entry in `REFUSED`, with the reason.
+One `Family` describes a loaded model. The generic description (config field names, `get_decoder`)
+serves most of transformers; how a family's tokens lie in a picture is one entry in `avl.grids`, and
+a family that cannot be recorded is one entry in `REFUSED`, with the reason.
 """
 
 from __future__ import annotations
@@ -21,16 +22,28 @@ from avl.tokens import TokenLayout, token_layout
 _IMAGE_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
-_CROSS = "its decoder reaches the picture through cross-attention, so there are no image tokens in its sequence"
+_CROSS = (
+    "its decoder reaches the picture through cross-attention, so there are no image tokens in its"
+    " sequence"
+)
 
 REFUSED: dict[str, str] = {
     "blip": _CROSS,
     "idefics": _CROSS,
     "mllama": _CROSS,
-    "evolla": "it answers questions about proteins, which its decoder reaches through cross-attention",
-    "git": "it puts image features ahead of the text inside its decoder, so positions there are not those of input_ids",
-    "kosmos-2": "it marks image positions by a mask (image_embeds_position_mask), not by a token id",
-    "kosmos-2.5": "it marks image positions by a mask (image_embeds_position_mask), not by a token id",
+    "evolla": (
+        "it answers questions about proteins, which its decoder reaches through cross-attention"
+    ),
+    "git": (
+        "it puts image features ahead of the text inside its decoder, so positions there are not"
+        " those of input_ids"
+    ),
+    "kosmos-2": (
+        "it marks image positions by a mask (image_embeds_position_mask), not by a token id"
+    ),
+    "kosmos-2.5": (
+        "it marks image positions by a mask (image_embeds_position_mask), not by a token id"
+    ),
     "mistral4": "under this type is the language model alone, without a vision tower",
     "pi0": "it predicts the actions of a robot by denoising and generates no text",
     "diffusion_gemma": "it writes blocks of text by denoising, not token after token",
@@ -51,7 +64,7 @@ class Family:
         decoder: the module that runs the sequence of text and image tokens.
         image_token_ids: ids whose positions carry image features.
         layers: number of decoder layers.
-        query_heads: attention heads per layer; key_heads: key/value heads, the most of any layer.
+        query_heads: attention heads per layer; kv_heads: key/value heads, the most of any layer.
         config: the model's config.
     """
 
@@ -60,18 +73,24 @@ class Family:
     image_token_ids: tuple[int, ...]
     layers: int
     query_heads: int
-    key_heads: int
+    kv_heads: int
     config: Any
 
-    def layout(self, input_ids: Tensor, attention_mask: Tensor | None, inputs: Mapping[str, Any]) -> TokenLayout:
-        """Token layout of a prompt. `inputs` are the other arguments of the model call (grids, image sizes)."""
+    def layout(
+        self, input_ids: Tensor, attention_mask: Tensor | None, inputs: Mapping[str, Any]
+    ) -> TokenLayout:
+        """Token layout of a prompt. `inputs` are the other arguments of the model call (grids,
+        image sizes).
+        """
         pictures, _ = self._pictures(input_ids, attention_mask, inputs)
         return token_layout(
             input_ids,
             self.image_token_ids,
             attention_mask=attention_mask,
             tokens_per_image=[[count(picture) for picture in row] for row in pictures],
-            places=lambda b, index, _: [place for view in pictures[b][index] for place in view.places()],
+            places=lambda b, index, _: [
+                place for view in pictures[b][index] for place in view.places()
+            ],
         )
 
     def picture_map(
@@ -86,18 +105,24 @@ class Family:
         Args:
             layout: of the prompt.
             inputs: what the processor returned, `input_ids` included.
-            picture_sizes: (width, height) in pixels of every original picture, for every row of the batch.
-            processor: the model's processor or image processor; where the family's processors differ in how they crop,
-                it says what was done. None assumes the processor of the family's released models.
+            picture_sizes: (width, height) in pixels of every original picture, for every row of the
+                batch.
+            processor: the model's processor or image processor; where the family's processors
+                differ in how they crop, it says what was done. None assumes the processor of the
+                family's released models.
 
         Raises:
             ValueError: no `input_ids` in `inputs`, or other pictures than the prompt shows.
         """
         ids = inputs.get("input_ids")
         if ids is None:
-            raise ValueError("inputs must contain input_ids; pass everything the processor returned")
+            raise ValueError(
+                "inputs must contain input_ids; pass everything the processor returned"
+            )
         processor = getattr(processor, "image_processor", processor)
-        pictures, note = self._pictures(ids, inputs.get("attention_mask"), inputs, picture_sizes, processor)
+        pictures, note = self._pictures(
+            ids, inputs.get("attention_mask"), inputs, picture_sizes, processor
+        )
         return map_pictures(layout, pictures, picture_sizes, note)
 
     def _pictures(
@@ -113,13 +138,17 @@ class Family:
         if attention_mask is not None and attention_mask.shape == image.shape:
             image &= attention_mask.bool()
         runs = [_runs(row) for row in image.tolist()]
-        return describe_rows(self.name, self.config, input_ids.tolist(), runs, inputs, sizes, processor)
+        return describe_rows(
+            self.name, self.config, input_ids.tolist(), runs, inputs, sizes, processor
+        )
 
 
 def _runs(image: Sequence[bool]) -> list[tuple[int, int]]:
     """Start and length of every unbroken run of True."""
     starts = [i for i, here in enumerate(image) if here and (i == 0 or not image[i - 1])]
-    stops = [i + 1 for i, here in enumerate(image) if here and (i + 1 == len(image) or not image[i + 1])]
+    stops = [
+        i + 1 for i, here in enumerate(image) if here and (i + 1 == len(image) or not image[i + 1])
+    ]
     return [(start, stop - start) for start, stop in zip(starts, stops, strict=True)]
 
 
@@ -137,8 +166,8 @@ def describe(model: nn.Module) -> Family:
     """Facts about a loaded model.
 
     Raises:
-        UnsupportedModelError: text-only models (no image token id in the config), models without a decoder, and
-            families that cannot be followed (`REFUSED`, encoder-decoders).
+        UnsupportedModelError: text-only models (no image token id in the config), models without a
+            decoder, and families that cannot be followed (`REFUSED`, encoder-decoders).
     """
     config: Any = getattr(model, "config", None)
     name = getattr(config, "model_type", None)
@@ -149,8 +178,9 @@ def describe(model: nn.Module) -> Family:
         )
     if reason := _refusal(name, config):
         raise UnsupportedModelError(
-            f"{type(model).__name__} (model type {name!r}) is not supported: {reason}. Decoders whose sequence holds "
-            "image tokens are supported, such as LLaVA, Qwen-VL or InternVL; docs/families.md lists all types"
+            f"{type(model).__name__} (model type {name!r}) is not supported: {reason}. Decoders"
+            " whose sequence holds image tokens are supported, such as LLaVA, Qwen-VL or InternVL;"
+            " docs/families.md lists all types"
         )
     ids = tuple(
         dict.fromkeys(
@@ -161,9 +191,10 @@ def describe(model: nn.Module) -> Family:
     )
     if not ids:
         raise UnsupportedModelError(
-            f"{type(model).__name__} (model type {name!r}) names no image token in its config (looked for "
-            f"{', '.join(_IMAGE_ID_FIELDS)}); it seems to be a text-only model, or one whose images do not enter the "
-            "token sequence. Vision-language decoders such as LLaVA, Qwen-VL or InternVL are supported"
+            f"{type(model).__name__} (model type {name!r}) names no image token in its config"
+            f" (looked for {', '.join(_IMAGE_ID_FIELDS)}); it seems to be a text-only model, or one"
+            " whose images do not enter the token sequence. Vision-language decoders such as"
+            " LLaVA, Qwen-VL or InternVL are supported"
         )
     decoder = model.get_decoder()
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -171,9 +202,10 @@ def describe(model: nn.Module) -> Family:
     heads, *more = sorted({int(layer.num_attention_heads) for layer in per_layer})
     if more:
         raise UnsupportedModelError(
-            f"{type(model).__name__} (model type {name!r}) is not supported: its layers have different numbers of "
-            f"query heads ({', '.join(map(str, (heads, *more)))}), and recordings have one for all. Decoders with "
-            "equal layers are supported; docs/families.md lists all types"
+            f"{type(model).__name__} (model type {name!r}) is not supported: its layers have"
+            f" different numbers of query heads ({', '.join(map(str, (heads, *more)))}), and"
+            " recordings have one for all. Decoders with equal layers are supported;"
+            " docs/families.md lists all types"
         )
     return Family(
         name=name,
@@ -181,6 +213,8 @@ def describe(model: nn.Module) -> Family:
         image_token_ids=ids,
         layers=int(text.num_hidden_layers),
         query_heads=heads,
-        key_heads=max(int(getattr(layer, "num_key_value_heads", None) or heads) for layer in per_layer),
+        kv_heads=max(
+            int(getattr(layer, "num_key_value_heads", None) or heads) for layer in per_layer
+        ),
         config=config,
     )

@@ -1,12 +1,15 @@
-"""How each model family lays a picture out as tokens: one small function per way of doing it, one line per family.
+"""How each model family lays a picture out as tokens: one small function per way of doing it, one
+line per family.
 
-A function gets a `Prompt` (one row of a batch, and what the model was called with) and yields the pictures of that row,
-each as its `View`s. Numbers come from the model's config and inputs wherever they say them (grids, image sizes). Two
-things only the original picture's size tells, the centre crop of LLaVA-1.5 and the tile grid of InternVL; then
-`Prompt.size` may be known, and if it is not, neither are the places.
+A function gets a `Prompt` (one row of a batch, and what the model was called with) and yields the
+pictures of that row, each as its `View`s. Numbers come from the model's config and inputs wherever
+they say them (grids, image sizes). Two things only the original picture's size tells, the centre
+crop of LLaVA-1.5 and the tile grid of InternVL; then `Prompt.size` may be known, and if it is not,
+neither are the places.
 
-To add a family, write what its processor and its `get_image_features` do to a picture as views, and name it in `GRIDS`;
-the conformance suite then paints pictures and sees whether the tokens that change are those the views say.
+To add a family, write what its processor and its `get_image_features` do to a picture as views, and
+name it in `GRIDS`; the conformance suite then paints pictures and sees whether the tokens that
+change are those the views say.
 """
 
 from __future__ import annotations
@@ -28,7 +31,10 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 UNKNOWN = "the inputs do not tell where image tokens lie"
-SQUARE = "image tokens are assumed to lie in raster order over a square grid that covers what the processor keeps"
+SQUARE = (
+    "image tokens are assumed to lie in raster order over a square grid that covers what the"
+    " processor keeps"
+)
 NO_PLACE = "image tokens of this family stand for the whole picture, none of them for a part of it"
 
 
@@ -42,7 +48,8 @@ class Prompt:
         ids: token ids of the row, padding included.
         runs: (start, length) of every unbroken run of image tokens in the row.
         batch_runs: number of runs in the whole batch.
-        supply: what is left of inputs that hold one row per picture of the whole batch (grids, sizes), in order.
+        supply: what is left of inputs that hold one row per picture of the whole batch (grids,
+            sizes), in order.
         sizes: sizes of this row's original pictures, if known.
         processor: the image processor, if known.
     """
@@ -94,12 +101,18 @@ Describe = Callable[[Prompt], Pictures]
 
 
 def square(prompt: Prompt) -> Pictures:
-    """Fallback: every run of image tokens is a picture, its tokens a square grid over what the processor keeps of it.
+    """Fallback: every run of image tokens is a picture, its tokens a square grid over what the
+    processor keeps of it.
 
-    Not where a run holds several tiles or pictures (more pixel arrays than runs): nothing says how those lie.
+    Not where a run holds several tiles or pictures (more pixel arrays than runs): nothing says how
+    those lie.
     """
     pixels = prompt.inputs.get("pixel_values")
-    if isinstance(pixels, Tensor) and pixels.dim() >= 4 and math.prod(pixels.shape[:-3]) != prompt.batch_runs:
+    if (
+        isinstance(pixels, Tensor)
+        and pixels.dim() >= 4
+        and math.prod(pixels.shape[:-3]) != prompt.batch_runs
+    ):
         return
     for index, (_, length) in enumerate(prompt.runs):
         side = math.isqrt(length)
@@ -108,19 +121,22 @@ def square(prompt: Prompt) -> Pictures:
 
 
 def latent(prompt: Prompt) -> Pictures:
-    """Learned queries that look at the whole picture (Q-Former, perceiver): no token has a place."""
+    """Learned queries that look at the whole picture (Q-Former, perceiver): no token
+    has a place."""
     for _, length in prompt.runs:
         yield nowhere(length)
 
 
 def _whole(prompt: Prompt, length: int) -> range:
-    """Numbers of the row's pictures, each of `length` tokens; none if the runs do not hold whole pictures."""
+    """Numbers of the row's pictures, each of `length` tokens; none if the runs do not hold whole
+    pictures.
+    """
     if any(run % length for _, run in prompt.runs):
         return range(0)
     return range(prompt.tokens // length)
 
 
-# -- one grid ----------------------------------------------------------------------------------------------------------
+# -- one grid --------------------------------------------------------------------------------------
 
 
 def fixed(prompt: Prompt) -> Pictures:
@@ -132,7 +148,9 @@ def fixed(prompt: Prompt) -> Pictures:
 
 
 def clip(prompt: Prompt) -> Pictures:
-    """LLaVA-1.5, ViP-LLaVA: patches of a CLIP tower over the picture's centre square, at times behind a class token."""
+    """LLaVA-1.5, ViP-LLaVA: patches of a CLIP tower over the picture's centre square, at times
+    behind a class token.
+    """
     if prompt.vision("model_type") == "pixtral":
         yield from pixtral(prompt)
         return
@@ -140,13 +158,17 @@ def clip(prompt: Prompt) -> Pictures:
         yield from square(prompt)
         return
     side = prompt.patches
-    extra = 1 if getattr(prompt.config, "vision_feature_select_strategy", "default") == "full" else 0
+    extra = (
+        1 if getattr(prompt.config, "vision_feature_select_strategy", "default") == "full" else 0
+    )
     for index in _whole(prompt, side * side + extra):
         yield (View(side, side, _kept(prompt.size(index), prompt.processor), before=extra),)
 
 
 def _kept(size: Size | None, processor: Any) -> Box | None:
-    """What a processor keeps of a picture; without one, as CLIP's: shortest side resized, centre cropped."""
+    """What a processor keeps of a picture; without one, as CLIP's: shortest side resized, centre
+    cropped.
+    """
     if size is None:
         return None
     if getattr(processor, "do_pad", False):
@@ -155,7 +177,11 @@ def _kept(size: Size | None, processor: Any) -> Box | None:
         return WHOLE
     width, height = size
     short = _number(processor, "size", "shortest_edge") or min(width, height)
-    wide, high = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+    wide, high = (
+        (short, int(short * height / width))
+        if width <= height
+        else (int(short * width / height), short)
+    )
     cropped = _number(processor, "crop_size", "height") or short
     left, top = (wide - cropped) // 2, (high - cropped) // 2
     return (left / wide, top / high, (left + cropped) / wide, (top + cropped) / high)
@@ -175,7 +201,8 @@ def _squared(width: int, height: int) -> Box:
 
 
 def padded(prompt: Prompt) -> Pictures:
-    """DeepSeek-VL, Janus: a square grid over the picture resized to fit a square and padded there."""
+    """DeepSeek-VL, Janus: a square grid over the picture resized to fit a square
+    and padded there."""
     side, edge = prompt.patches, prompt.vision("image_size")
     for index in _whole(prompt, side * side):
         if (size := prompt.size(index)) is None:
@@ -187,7 +214,9 @@ def padded(prompt: Prompt) -> Pictures:
 
 
 def grid_thw(prompt: Prompt) -> Pictures:
-    """Qwen-VL and kin: `image_grid_thw` patches, merged `merge` x `merge`; one view per frame of a video."""
+    """Qwen-VL and kin: `image_grid_thw` patches, merged `merge` x `merge`; one view per frame of a
+    video.
+    """
     names = ("spatial_merge_size", "merge_size", "merge_kernel_size")
     default = next((merge for name in names if (merge := prompt.vision(name))), 1)
     done = 0
@@ -207,7 +236,9 @@ def grid_thw(prompt: Prompt) -> Pictures:
 
 
 def newlines(prompt: Prompt) -> Pictures:
-    """HunYuan-VL: merged patches with a newline token after each row, between a begin and an end token."""
+    """HunYuan-VL: merged patches with a newline token after each row, between a begin and an end
+    token.
+    """
     merge = prompt.vision("spatial_merge_size")
     done = 0
     while done < prompt.tokens and (grid := prompt.take("image_grid_thw")) is not None:
@@ -217,7 +248,9 @@ def newlines(prompt: Prompt) -> Pictures:
 
 
 def pixtral(prompt: Prompt) -> Pictures:
-    """Pixtral, Mistral 3: rows of merged patches, a text token between rows; `image_sizes` are those after resizing."""
+    """Pixtral, Mistral 3: rows of merged patches, a text token between rows; `image_sizes` are
+    those after resizing.
+    """
     cell = prompt.vision("patch_size") * (getattr(prompt.config, "spatial_merge_size", None) or 1)
     done = 0
     while done < prompt.tokens and (size := prompt.take("image_sizes")) is not None:
@@ -227,8 +260,12 @@ def pixtral(prompt: Prompt) -> Pictures:
 
 
 def positions(prompt: Prompt) -> Pictures:
-    """Gemma 4: `image_position_ids` give column and row of every patch (-1 in padding), which are pooled after that."""
-    pooled = prompt.vision("pooling_kernel_size") if prompt.vision("model_patch_size") is None else 1
+    """Gemma 4: `image_position_ids` give column and row of every patch (-1 in padding), which are
+    pooled after that.
+    """
+    pooled = (
+        prompt.vision("pooling_kernel_size") if prompt.vision("model_patch_size") is None else 1
+    )
     done = 0
     while done < prompt.tokens and (at := prompt.take("image_position_ids")) is not None:
         view = View((max(at[1::2]) + 1) // pooled, (max(at[::2]) + 1) // pooled)
@@ -236,20 +273,24 @@ def positions(prompt: Prompt) -> Pictures:
         yield (view,)
 
 
-# -- a view of the whole picture and tiles -----------------------------------------------------------------------------
+# -- a view of the whole picture and tiles ---------------------------------------------------------
 
 
 def anyres(prompt: Prompt) -> Pictures:
-    """LLaVA-NeXT, LLaVA-OneVision: a base grid, then unpadded tiles in one grid, one newline after each of its rows.
+    """LLaVA-NeXT, LLaVA-OneVision: a base grid, then unpadded tiles in one grid, one newline after
+    each of its rows.
 
-    Granite 4 Vision makes fewer tokens of the patches, `downsample_rate` ("1/2") of them along each side.
+    Granite 4 Vision makes fewer tokens of the patches, `downsample_rate` ("1/2") of them along each
+    side.
     """
     base = int(prompt.patches * Fraction(getattr(prompt.config, "downsample_rate", 1)))
     done = 0
     while done < prompt.tokens and (size := prompt.take("image_sizes")) is not None:
         height, width = size
         together = prompt.take("batch_num_images")
-        if together is not None and together[0] != 1:  # OneVision gives pictures of one prompt no tiles
+        if (
+            together is not None and together[0] != 1
+        ):  # OneVision gives pictures of one prompt no tiles
             picture: Picture = (View(base, base, _squared(width, height), after=1),)
         else:
             picture = (View(base, base, origin=None), _tiles(prompt, base, width, height))
@@ -258,8 +299,12 @@ def anyres(prompt: Prompt) -> Pictures:
 
 
 def _tiles(prompt: Prompt, base: int, width: int, height: int) -> View:
-    """The grid of an anyres picture's tiles: resized into the best canvas, padded, and cut back by whole cells."""
-    canvas_high, canvas_wide = select_best_resolution((height, width), prompt.config.image_grid_pinpoints)
+    """The grid of an anyres picture's tiles: resized into the best canvas, padded, and cut back by
+    whole cells.
+    """
+    canvas_high, canvas_wide = select_best_resolution(
+        (height, width), prompt.config.image_grid_pinpoints
+    )
     side = prompt.vision("image_size")
     rows, columns = canvas_high // side * base, canvas_wide // side * base
     if canvas_wide / width < canvas_high / height:
@@ -281,7 +326,9 @@ def _tiles(prompt: Prompt, base: int, width: int, height: int) -> View:
     )
     rows, columns = rows - 2 * cut_rows, columns - 2 * cut_columns
     most = getattr(prompt.config, "vision_aspect_ratio", None)
-    if isinstance(most, str) and most.startswith("anyres_max_"):  # OneVision shrinks grids that are larger than this
+    if isinstance(most, str) and most.startswith(
+        "anyres_max_"
+    ):  # OneVision shrinks grids that are larger than this
         ratio = math.sqrt(rows * columns / (int(most.removeprefix("anyres_max_")) * base**2))
         if ratio > 1.1:
             rows, columns = int(rows // ratio), int(columns // ratio)
@@ -289,7 +336,9 @@ def _tiles(prompt: Prompt, base: int, width: int, height: int) -> View:
 
 
 def _tile_grid(side: int, rows: int, columns: int) -> Picture:
-    """`rows` x `columns` tiles of side x side tokens in raster order, then a view of the whole picture."""
+    """`rows` x `columns` tiles of side x side tokens in raster order, then a view of the whole
+    picture.
+    """
     tiles = [
         View(
             side,
@@ -305,7 +354,9 @@ def _tile_grid(side: int, rows: int, columns: int) -> Picture:
 
 
 def internvl(prompt: Prompt) -> Pictures:
-    """InternVL: tiles in raster order, then the whole picture; their grid follows from the picture's size."""
+    """InternVL: tiles in raster order, then the whole picture; their grid follows from the
+    picture's size.
+    """
     side = int(prompt.patches * prompt.config.downsample_ratio)
     for index, (_, run) in enumerate(prompt.runs):
         views, rest = divmod(run, side * side)
@@ -314,21 +365,32 @@ def internvl(prompt: Prompt) -> Pictures:
         if views == 1:
             yield (View(side, side),)
             continue
-        shape = _canvas(prompt.size(index), views - 1, prompt.vision("image_size"), prompt.processor)
+        shape = _canvas(
+            prompt.size(index), views - 1, prompt.vision("image_size"), prompt.processor
+        )
         yield _tile_grid(side, *shape) if shape else nowhere(run)
 
 
 def _canvas(size: Size | None, tiles: int, pixels: int, processor: Any) -> tuple[int, int] | None:
-    """Rows and columns of the tile grid that InternVL's processor chose; None if the picture's size is not known."""
+    """Rows and columns of the tile grid that InternVL's processor chose; None if the picture's size
+    is not known.
+    """
     if size is None:
         return None
     width, height = size
-    low, high = getattr(processor, "min_patches", None) or 1, getattr(processor, "max_patches", None) or 12
-    shapes = [(c, r) for c in range(1, high + 1) for r in range(1, high + 1) if low <= c * r <= high]
+    low, high = (
+        getattr(processor, "min_patches", None) or 1,
+        getattr(processor, "max_patches", None) or 12,
+    )
+    shapes = [
+        (c, r) for c in range(1, high + 1) for r in range(1, high + 1) if low <= c * r <= high
+    ]
     best, least = (1, 1), math.inf
     for columns, rows in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
         difference = abs(width / height - columns / rows)
-        if difference < least or (difference == least and width * height > 0.5 * pixels**2 * columns * rows):
+        if difference < least or (
+            difference == least and width * height > 0.5 * pixels**2 * columns * rows
+        ):
             best, least = (columns, rows), difference
     return (best[1], best[0]) if best[0] * best[1] == tiles else None
 
@@ -336,8 +398,9 @@ def _canvas(size: Size | None, tiles: int, pixels: int, processor: Any) -> tuple
 def idefics3(prompt: Prompt) -> Pictures:
     """Idefics3, SmolVLM: tiles marked by text tokens in between, the whole picture last.
 
-    Every view is a run of its own, and the token before it names it: the one before a whole picture is the same every
-    time. Between two tiles of a row stand two tokens, and more at the end of a row.
+    Every view is a run of its own, and the token before it names it: the one before a whole picture
+    is the same every time. Between two tiles of a row stand two tokens, and more at the end of a
+    row.
     """
     side = prompt.patches // prompt.config.scale_factor
     if any(length != side * side for _, length in prompt.runs):
@@ -379,9 +442,12 @@ GRIDS: dict[str, Describe] = {
     "hunyuan_vl": newlines,
     "deepseek_vl": padded,
     "janus": padded,
-    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "idefics2", "aria", "deepseek_ocr2"), latent),
+    **dict.fromkeys(
+        ("blip-2", "instructblip", "instructblipvideo", "idefics2", "aria", "deepseek_ocr2"), latent
+    ),
 }
-"""Family -> its way of laying out pictures; families with an `image_grid_thw` input need no entry."""
+"""Family -> its way of laying out pictures; families with an `image_grid_thw` input need no entry.
+"""
 
 
 def describe_rows(
@@ -395,8 +461,8 @@ def describe_rows(
 ) -> tuple[list[list[Picture]], str]:
     """The pictures of every row of a batch, and what was assumed about them.
 
-    Where the views do not add up to the image tokens found (inputs not given, features made elsewhere), each run of
-    image tokens counts as a picture without places.
+    Where the views do not add up to the image tokens found (inputs not given, features made
+    elsewhere), each run of image tokens counts as a picture without places.
 
     Args:
         rows: token ids; `runs` the unbroken runs of image tokens in them.
@@ -405,7 +471,16 @@ def describe_rows(
     supply, batch_runs = _supply(inputs), sum(map(len, runs))
     found, notes = [], []
     for b, (ids, spans) in enumerate(zip(rows, runs, strict=True)):
-        prompt = Prompt(config, inputs, ids, spans, batch_runs, supply, None if sizes is None else sizes[b], processor)
+        prompt = Prompt(
+            config,
+            inputs,
+            ids,
+            spans,
+            batch_runs,
+            supply,
+            None if sizes is None else sizes[b],
+            processor,
+        )
         pictures = list(describe(prompt))
         if sum(map(count, pictures)) != prompt.tokens:
             pictures = [nowhere(length) for _, length in spans]
@@ -419,10 +494,19 @@ def describe_rows(
 def _supply(inputs: Mapping[str, Any]) -> dict[str, deque[list[int]]]:
     """One queue for every input that describes pictures one by one."""
     supply: dict[str, deque[list[int]]] = {}
-    for name in ("image_grid_thw", "video_grid_thw", "image_sizes", "image_merge_sizes", "video_merge_sizes"):
+    for name in (
+        "image_grid_thw",
+        "video_grid_thw",
+        "image_sizes",
+        "image_merge_sizes",
+        "video_merge_sizes",
+    ):
         if (value := inputs.get(name)) is not None:
             rows = value.tolist() if isinstance(value, Tensor) else list(value)
-            supply[name] = deque([int(v) for v in row] if isinstance(row, list | tuple) else [int(row)] for row in rows)
+            supply[name] = deque(
+                [int(v) for v in row] if isinstance(row, list | tuple) else [int(row)]
+                for row in rows
+            )
     if (value := inputs.get("image_position_ids")) is not None:
         supply["image_position_ids"] = deque(row.flatten().tolist() for row in value)
     if (value := inputs.get("batch_num_images")) is not None:

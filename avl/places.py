@@ -1,12 +1,14 @@
 """Where in a picture an image token lies.
 
-The image tokens of one picture are one or several *views* of it, one after another: a grid over the whole picture,
-tiles of it at higher resolution, frames of a video. A `View` says how many tokens a grid has, which of them stand for
-no place (a class token, a break after every row), and which part of the picture it covers, as fractions, so that
-nothing here depends on how large the picture was resized. `grids` knows how a model cuts a picture into views; this
-module turns views into rows, columns and boxes.
+The image tokens of one picture are one or several *views* of it, one after another: a grid over the
+whole picture, tiles of it at higher resolution, frames of a video. A `View` says how many tokens a
+grid has, which of them stand for no place (a class token, a break after every row), and which part
+of the picture it covers, as fractions, so that nothing here depends on how large the picture was
+resized. `grids` knows how a model cuts a picture into views; this module turns views into rows,
+columns and boxes.
 
-Fractions below 0 and above 1 are meant: a cell over the padding beside a picture lies outside of it.
+Fractions below 0 and above 1 are meant: a cell over the padding beside a picture lies outside of
+it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from torch import Tensor
 from avl.tokens import Place, TokenLayout
 
 Box = tuple[float, float, float, float]
-"""Left, top, right, bottom as fractions of the picture's width and height, from the top left corner."""
+"""Left, top, right, bottom as fractions of the picture's width and height, from the top left
+corner.
+"""
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
@@ -32,9 +36,12 @@ class View:
     Attributes:
         rows, columns: of the grid.
         box: part of the picture that the grid covers; None if it is not known.
-        origin: place of the first token in the picture's finest grid; None if this grid is a coarser, second one.
-        tile: 0 for a view of the whole picture, 1, 2, ... for tiles in the order of their tokens, frames likewise.
-        before, breaks, after: tokens without a place, ahead of the grid, after each row, behind the grid.
+        origin: place of the first token in the picture's finest grid; None if this grid is a
+            coarser, second one.
+        tile: 0 for a view of the whole picture, 1, 2, ... for tiles in the order of their tokens,
+            frames likewise.
+        before, breaks, after: tokens without a place, ahead of the grid, after each row, behind the
+            grid.
     """
 
     rows: int
@@ -52,11 +59,15 @@ class View:
         return self.before + self.rows * (self.columns + self.breaks) + self.after
 
     def places(self) -> list[Place]:
-        """Row and column of every token in the picture's finest grid, (-1, -1) where there is none."""
+        """Row and column of every token in the picture's finest grid, (-1, -1) where
+        there is none."""
         if self.origin is None:
             return [(-1, -1)] * self.count
         row, column = self.origin
-        return self._spread([[(row + r, column + c) for c in range(self.columns)] for r in range(self.rows)], (-1, -1))
+        return self._spread(
+            [[(row + r, column + c) for c in range(self.columns)] for r in range(self.rows)],
+            (-1, -1),
+        )
 
     def boxes(self) -> list[Box]:
         """Part of the picture under every token, NaN where there is none."""
@@ -100,10 +111,11 @@ class PictureMap:
     """Boxes of image tokens in pixels of the original pictures.
 
     Attributes:
-        boxes: (batch, length, 4) float32, left, top, right, bottom in pixels, from the picture's top left corner; NaN
-            for tokens without a place and everything that is no image token. Boxes over padding end at the border, so
-            they may be empty.
-        tile: (batch, length) int16, 0 for views of the whole picture, 1, 2, ... for its tiles or frames, -1 elsewhere.
+        boxes: (batch, length, 4) float32, left, top, right, bottom in pixels, from the picture's
+            top left corner; NaN for tokens without a place and everything that is no image token.
+            Boxes over padding end at the border, so they may be empty.
+        tile: (batch, length) int16, 0 for views of the whole picture, 1, 2, ... for its tiles or
+            frames, -1 elsewhere.
         assumption: what the boxes take for granted beyond the model's inputs; empty if nothing.
     """
 
@@ -134,12 +146,17 @@ def map_pictures(
     for b, (shown, known) in enumerate(zip(pictures, sizes, strict=True)):
         if len(shown) != len(known):
             raise ValueError(
-                f"row {b} shows {len(shown)} pictures, but {len(known)} picture sizes were given; pass the (width, "
-                "height) of every picture of every row, crops that the processor adds (pan and scan) included"
+                f"row {b} shows {len(shown)} pictures, but {len(known)} picture sizes were given;"
+                " pass the (width, height) of every picture of every row, crops that the processor"
+                " adds (pan and scan) included"
             )
         for index, (picture, (width, height)) in enumerate(zip(shown, known, strict=True)):
             at = (layout.image[b] == index).nonzero().flatten().cpu()
-            fractions = torch.tensor([box for view in picture for box in view.boxes()]).clamp(0.0, 1.0)
+            fractions = torch.tensor([box for view in picture for box in view.boxes()]).clamp(
+                0.0, 1.0
+            )
             boxes[b, at] = fractions * torch.tensor([width, height, width, height])
-            tile[b, at] = torch.tensor([view.tile for view in picture for _ in range(view.count)], dtype=torch.int16)
+            tile[b, at] = torch.tensor(
+                [view.tile for view in picture for _ in range(view.count)], dtype=torch.int16
+            )
     return PictureMap(boxes, tile, assumption, sizes)

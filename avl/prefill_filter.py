@@ -1,12 +1,13 @@
 """Dropping image tokens on the way through a prompt: hooks on decoder layers.
 
-After the filter layer a prompt's hidden states lose some rows, and everything the later layers are handed with them
-(mask, positions, rotary tables) loses the same rows. What is left stays in its order and keeps its positions. The last
-layer's output gets its full length back, with NaN where nothing was computed: the last row, which `generate` reads, is
-there, positions mean what they meant, and nobody takes a made-up row for a result.
+After the filter layer a prompt's hidden states lose some rows, and everything the later layers are
+handed with them (mask, positions, rotary tables) loses the same rows. What is left stays in its
+order and keeps its positions. The last layer's output gets its full length back, with NaN where
+nothing was computed: the last row, which `generate` reads, is there, positions mean what they
+meant, and nobody takes a made-up row for a result.
 
-Rows of a batch that lose different numbers of tokens get fillers in front (row index -1), hidden from everybody by the
-mask. The filter acts on prompts only; a later turn's pictures pass in full.
+Rows of a batch that lose different numbers of tokens get fillers in front (row index -1), hidden
+from everybody by the mask. The filter acts on prompts only; a later turn's pictures pass in full.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class PrefillFilter:
         layers = decoder_layers(family)
         if layer >= len(layers):
             raise ValueError(
-                f"prefill_layer={layer}, but {family.name} has {len(layers)} layers; pass 1 to {len(layers) - 1}"
+                f"prefill_layer={layer}, but {family.name} has {len(layers)} layers; pass 1 to"
+                f" {len(layers) - 1}"
             )
         self.layer = layer - 1
         self._layers = layers
@@ -58,11 +60,13 @@ class PrefillFilter:
         self._forward, self._next, self._rows = forward, None, None
 
     def drop(self, keep: Tensor) -> None:
-        """Say which positions go on, (batch, tokens) bool; takes effect when the filter layer is through."""
+        """Say which positions go on, (batch, tokens) bool; takes effect when the filter layer is
+        through.
+        """
         if not bool(keep.all()):
             self._next = members(keep[:, None], int(keep.sum(1).amax()))[:, 0]
 
-    # -- hooks ------------------------------------------------------------------------------------------------------
+    # -- hooks -------------------------------------------------------------------------------------
 
     def _cut(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._forward is None or self._next is None:
@@ -78,14 +82,21 @@ class PrefillFilter:
             return None
         names = list(signature(module.forward).parameters)
         length = self._forward.tokens
-        changed = [self._part(name, value, length) for name, value in zip(names[1:], args[1:], strict=False)]
-        return (args[0], *changed), {name: self._part(name, value, length) for name, value in kwargs.items()}
+        changed = [
+            self._part(name, value, length)
+            for name, value in zip(names[1:], args[1:], strict=False)
+        ]
+        return (args[0], *changed), {
+            name: self._part(name, value, length) for name, value in kwargs.items()
+        }
 
     def _restore(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._rows is None or self._forward is None:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
-        full = hidden.new_full((hidden.shape[0], self._forward.tokens + 1, hidden.shape[2]), torch.nan)
+        full = hidden.new_full(
+            (hidden.shape[0], self._forward.tokens + 1, hidden.shape[2]), torch.nan
+        )
         at = torch.where(self._rows < 0, self._forward.tokens, self._rows)
         full.scatter_(1, at[..., None].expand_as(hidden), hidden)
         full = full[:, :-1]
@@ -100,12 +111,22 @@ class PrefillFilter:
             return _take(value, self._rows, -1) if value.dim() > 1 else value
         if name.startswith(_TABLES) and isinstance(value, (tuple, list)):
             return type(value)(_take(table, self._rows, -2) for table in value)
-        if name != "hidden_states" and isinstance(value, Tensor) and value.dim() > 1 and length in value.shape[:-1]:
+        if (
+            name != "hidden_states"
+            and isinstance(value, Tensor)
+            and value.dim() > 1
+            and length in value.shape[:-1]
+        ):
             raise UnsupportedModelError(
-                f"decoder layers of this model are handed {name!r} of shape {tuple(value.shape)} per token, which the "
-                "prefill filter does not know how to shorten; use a policy without prefill filter (prefill=None)"
+                f"decoder layers of this model are handed {name!r} of shape {tuple(value.shape)}"
+                " per token, which the prefill filter does not know how to shorten; use a policy"
+                " without prefill filter (prefill=None)"
             )
-        return _take(value, self._rows, -2) if name == "hidden_states" and value.shape[-2] == length else value
+        return (
+            _take(value, self._rows, -2)
+            if name == "hidden_states" and value.shape[-2] == length
+            else value
+        )
 
 
 def decoder_layers(family: Family) -> nn.ModuleList:
@@ -117,19 +138,25 @@ def decoder_layers(family: Family) -> nn.ModuleList:
     for module in family.decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == family.layers:
             found = [
-                {m.layer_idx for m in layer.modules() if isinstance(getattr(m, "layer_idx", None), int)}
+                {
+                    m.layer_idx
+                    for m in layer.modules()
+                    if isinstance(getattr(m, "layer_idx", None), int)
+                }
                 for layer in module
             ]
             if found == [{index} for index in range(len(module))]:
                 return module
     raise UnsupportedModelError(
-        f"{family.name}: no stack of {family.layers} decoder layers found, which the prefill filter hooks into; use a "
-        "policy without prefill filter (prefill=None)"
+        f"{family.name}: no stack of {family.layers} decoder layers found, which the prefill filter"
+        " hooks into; use a policy without prefill filter (prefill=None)"
     )
 
 
 def _take(tensor: Tensor, rows: Tensor, dim: int) -> Tensor:
-    """Rows of a per-token tensor: its token axis is `dim` (-1 or -2), its batch axis (1 or batch) left of that."""
+    """Rows of a per-token tensor: its token axis is `dim` (-1 or -2), its batch axis (1 or batch)
+    left of that.
+    """
     shape = list(tensor.shape)
     shape[dim - 1] = rows.shape[0]
     batch = torch.arange(rows.shape[0], device=rows.device)[:, None]

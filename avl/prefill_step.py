@@ -1,8 +1,9 @@
 """A prompt, or a later turn's new tokens, on its way through the decoder under a policy.
 
-Attention itself is the model's own. After each layer's attention the policy is shown the layer and measures what it
-needs; its choice, at once or (where it compares layers) at the end of the pass, becomes what the layer holds. A later
-turn's tokens attend to what each layer holds, under a mask of our own.
+Attention itself is the model's own. After each layer's attention the policy is shown the layer and
+measures what it needs; its choice, at once or (where it compares layers) at the end of the pass,
+becomes what the layer holds. A later turn's tokens attend to what each layer holds, under a mask of
+our own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from avl import segments
-from avl.accounting import Ledger
+from avl.accounting import UsageLog
 from avl.attention import Attend, AttentionCall, Forward, attention_weights, for_query_heads
 from avl.cache import AdaptiveLayer, Conversation
 from avl.families import UnsupportedModelError
@@ -36,14 +37,16 @@ class PromptPass:
 
     policy: Policy
     conversation: Conversation
-    ledger: Ledger
+    ledger: UsageLog
     diary: Selection
     filter: PrefillFilter | None
     reads: dict[int, list[int]] = field(default_factory=dict)
     _measures: dict[int, tuple[Measure, Tensor, Tensor]] = field(default_factory=dict)
 
     def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
-        """Attention over the prompt as it is; then the policy chooses, now or at the end of the pass."""
+        """Attention over the prompt as it is; then the policy chooses, now or at the end of the
+        pass.
+        """
         layer = self.conversation.layers.get(call.layer)
         if layer is None:
             output = inner(call)
@@ -51,8 +54,9 @@ class PromptPass:
             return output
         if call.key.shape[2] != layer.stored + call.query.shape[2]:
             raise UnsupportedModelError(
-                f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave {layer.stored} + "
-                f"{call.query.shape[2]}; models that change keys behind the cache cannot be adapted"
+                f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave"
+                f" {layer.stored} + {call.query.shape[2]}; models that change keys behind the cache"
+                " cannot be adapted"
             )
         _check_keys(call, layer)
         rows = _row_positions(call.forward, call.key.device)
@@ -78,13 +82,17 @@ class PromptPass:
         if self._measures:
             self._settle()
 
-    def _shown(self, call: AttentionCall, layer: AdaptiveLayer, positions: Tensor, rows: Tensor) -> Prompt:
+    def _shown(
+        self, call: AttentionCall, layer: AdaptiveLayer, positions: Tensor, rows: Tensor
+    ) -> Prompt:
         """The layer as the policy sees it."""
         modality = call.forward.layout.modality.to(positions.device)
         places = (modality != Modality.PADDING).long().cumsum(1) - 1
         held = None
         if layer.scores is not None:
-            held = torch.zeros(*layer.scores.shape[:2], call.key.shape[2], device=layer.scores.device)
+            held = torch.zeros(
+                *layer.scores.shape[:2], call.key.shape[2], device=layer.scores.device
+            )
             rest = slice(layer.cold_width + layer.far, layer.stored)
             held[:, :, rest] = layer.scores[:, :, layer.far : layer.filled]
             held.masked_fill_(torch.isinf(held), 0.0)
@@ -112,19 +120,32 @@ class PromptPass:
             scores.masked_fill(~image, -torch.inf)[:, None],
             [self.policy.filter_count(c) for c in self.conversation.counts],
         )
-        keep = torch.zeros(scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device)
+        keep = torch.zeros(
+            scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device
+        )
         keep.scatter_(1, torch.where(chosen < 0, scores.shape[1], chosen)[:, 0], True)
         self.filter.drop(keep[:, :-1] | (layout.valid & ~image))
 
     def _settle(self) -> None:
         """Let the policy choose, and hold what it chose."""
         measures, self._measures = self._measures, {}
-        choices = self.policy.choices([measure for measure, _, _ in measures.values()], self.conversation.counts)
+        choices = self.policy.choices(
+            [measure for measure, _, _ in measures.values()], self.conversation.counts
+        )
         for index, choice in zip(list(measures), choices, strict=True):
             measure, keys, values = measures[index]
             layer = self.conversation.layers[index]
-            segments.fill(layer, keys, values, measure.positions, choice, keys.shape[1] if self.policy.per_head else 1)
-            self.ledger.hold(self.conversation.layers.values(), [t for _, *kv in measures.values() for t in kv])
+            segments.fill(
+                layer,
+                keys,
+                values,
+                measure.positions,
+                choice,
+                keys.shape[1] if self.policy.per_head else 1,
+            )
+            self.ledger.hold(
+                self.conversation.layers.values(), [t for _, *kv in measures.values() for t in kv]
+            )
             del measures[index], keys, values
             self._note_held(layer)
 
@@ -144,14 +165,16 @@ def _check_keys(call: AttentionCall, layer: AdaptiveLayer) -> None:
     given = (call.key.shape[1], call.key.shape[3], call.value.shape[3])
     if given != layer.widths:
         raise UnsupportedModelError(
-            f"{name} caches {layer.widths[0]} heads of width {layer.widths[1]} and attends to {given[0]} heads of "
-            f"width {given[1]}: its cache holds compressed keys (multi-head latent attention), beyond policies"
+            f"{name} caches {layer.widths[0]} heads of width {layer.widths[1]} and attends to"
+            f" {given[0]} heads of width {given[1]}: its cache holds compressed keys (multi-head"
+            " latent attention), beyond policies"
         )
     names = ("position_bias", "sinks", "indices", "block_indices")
     if others := [n for n in names if call.options.get(n) is not None]:
         raise UnsupportedModelError(
-            f"{name} attends with {', '.join(others)}, made for all keys of the sequence in order; policies drop and "
-            "reorder keys, and support plain, grouped-query and soft-capped attention and sinks that are parameters"
+            f"{name} attends with {', '.join(others)}, made for all keys of the sequence in order;"
+            " policies drop and reorder keys, and support plain, grouped-query and soft-capped"
+            " attention and sinks that are parameters"
         )
 
 
@@ -166,7 +189,9 @@ def _row_positions(forward: Forward, device: torch.device) -> Tensor:
 
 
 def _at(facts: Tensor, positions: Tensor, nothing: int) -> Tensor:
-    """What (batch, length) `facts` say at (batch, heads, n) positions; `nothing` where a position is -1."""
+    """What (batch, length) `facts` say at (batch, heads, n) positions; `nothing` where a position
+    is -1.
+    """
     found = facts[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp_min(0))
     return found.masked_fill(positions < 0, nothing)
 
@@ -183,8 +208,8 @@ def _with_held(call: AttentionCall, held: Tensor) -> Tensor:
         mask = torch.ones(new, new, dtype=torch.bool, device=held.device).tril()[None, None]
     if mask.dim() != 4 or mask.shape[-1] != new:
         raise UnsupportedModelError(
-            f"a later turn needs a mask over its {new} new tokens, got shape {tuple(mask.shape)}; load the model with "
-            "attn_implementation='sdpa' or 'eager'"
+            f"a later turn needs a mask over its {new} new tokens, got shape {tuple(mask.shape)};"
+            " load the model with attn_implementation='sdpa' or 'eager'"
         )
     valid = for_query_heads(held >= 0, call)[:, :, None]
     if mask.dtype != torch.bool:

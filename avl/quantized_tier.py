@@ -1,16 +1,18 @@
-"""Image keys kept cheaply, in a few bits or in host memory, where a step that reads everything finds them.
+"""Image keys kept cheaply, in a few bits or in host memory, where a step that reads everything
+finds them.
 
-Quantised as in KIVI (Liu et al., ICML 2024, arXiv 2402.02750): keys per channel, because some channels of keys are
-large in all tokens; values per token. That the less salient tokens of a vision-language model bear few bits is
-AKVQ-VL's point (arXiv 2501.15021, which rotates outliers away first; that is not done here). A number is stored as
-`round((x - low) / step)` in `bits` bits with one `low` and one `step`, in half precision, per group. A group of keys is
-`KEY_GROUP` consecutive image tokens of one channel; a group of values is `VALUE_GROUP` channels of one token (all
-channels where that does not divide them). KIVI takes 32 and 32; longer key groups cost less and lost nothing measurable
-on the embedded model.
+Quantised as in KIVI (Liu et al., ICML 2024, arXiv 2402.02750): keys per channel, because some
+channels of keys are large in all tokens; values per token. That the less salient tokens of a
+vision-language model bear few bits is AKVQ-VL's point (arXiv 2501.15021, which rotates outliers
+away first; that is not done here). A number is stored as `round((x - low) / step)` in `bits` bits
+with one `low` and one `step`, in half precision, per group. A group of keys is `KEY_GROUP`
+consecutive image tokens of one channel; a group of values is `VALUE_GROUP` channels of one token
+(all channels where that does not divide them). KIVI takes 32 and 32; longer key groups cost less
+and lost nothing measurable on the embedded model.
 
-The limits of a key group are taken over all its image tokens, wherever they are held, so that a key that leaves the
-tier and comes back is stored as it was. What surprises: a tier in host memory saves nothing while the model itself runs
-there, and `nbytes` says so.
+The limits of a key group are taken over all its image tokens, wherever they are held, so that a key
+that leaves the tier and comes back is stored as it was. What surprises: a tier in host memory saves
+nothing while the model itself runs there, and `nbytes` says so.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ HOST, PLAIN = "host", 16
 
 _NONE = torch.iinfo(torch.int32).max  # where a row has fewer image keys; sorts behind all positions
 _LARGEST = torch.finfo(torch.float16).max
-_BLOCK = 64  # keys decoded at once; what lies between codes and numbers stays in the processor's cache
+_BLOCK = (
+    64  # keys decoded at once; what lies between codes and numbers stays in the processor's cache
+)
 
 
 @dataclass(eq=False)
@@ -41,12 +45,15 @@ class ColdTier:
 
     Attributes:
         kind: 8, 4 or 2 bits, `PLAIN` or `HOST`.
-        positions: (batch, 1 or heads, n) int32 sequence index of each key, -1 (in front) where a row has fewer.
+        positions: (batch, 1 or heads, n) int32 sequence index of each key, -1 (in front) where a
+            row has fewer.
         groups: same shape, number of the key's group.
-        image: (batch, 1 or heads, m) int32 positions of all image keys that are held anywhere, ascending; what numbers
-            the groups.
-        moving: tensors with one entry per key, (batch, heads, n, width): codes of keys and values, limits of values.
-        limits: (batch, heads, groups, 2, key width) half precision, low and step of every channel; None if not coded.
+        image: (batch, 1 or heads, m) int32 positions of all image keys that are held anywhere,
+            ascending; what numbers the groups.
+        moving: tensors with one entry per key, (batch, heads, n, width): codes of keys and values,
+            limits of values.
+        limits: (batch, heads, groups, 2, key width) half precision, low and step of every channel;
+            None if not coded.
         widths: key width and value width.
         dtype, device: of the keys that are read.
     """
@@ -63,7 +70,13 @@ class ColdTier:
 
     @classmethod
     def hold(
-        cls, kind: int | str, keys: Tensor, values: Tensor, positions: Tensor, chosen: Tensor, image: Sequence[Tensor]
+        cls,
+        kind: int | str,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        chosen: Tensor,
+        image: Sequence[Tensor],
     ) -> ColdTier:
         """Store the chosen ones of `keys` and `values`, (batch, heads, keys, width).
 
@@ -76,7 +89,9 @@ class ColdTier:
         at = chosen.expand(-1, heads, -1)
         everywhere = torch.cat([part.expand(-1, heads, -1) for part in (*image, chosen)], 2)
         everywhere = everywhere.masked_fill(everywhere < 0, _NONE).sort(-1).values
-        all_positions = _positions(positions, everywhere.masked_fill(everywhere == _NONE, -1), _NONE)
+        all_positions = _positions(
+            positions, everywhere.masked_fill(everywhere == _NONE, -1), _NONE
+        )
         where = _positions(positions, at, -1)
         tier = cls(
             kind,
@@ -94,7 +109,7 @@ class ColdTier:
         tier.moving = tier._encode(_taken(keys, at), _taken(values, at), tier.groups)
         return tier
 
-    # -- what there is ----------------------------------------------------------------------------------------------
+    # -- what there is -----------------------------------------------------------------------------
 
     @property
     def width(self) -> int:
@@ -110,7 +125,9 @@ class ColdTier:
         return self.moving if self.limits is None else [*self.moving, self.limits]
 
     def nbytes(self, *, host: bool) -> int:
-        """Bytes of keys and values on the model's device, or (`host`) in host memory beside another device."""
+        """Bytes of keys and values on the model's device, or (`host`) in host memory beside another
+        device.
+        """
         return sum(t.nbytes for t in self.tensors() if (t.device != self.device) == host)
 
     def bytes_by_row(self, counts: Sequence[int]) -> list[float]:
@@ -119,18 +136,25 @@ class ColdTier:
         limits = 0.0 if self.limits is None else self.limits.nbytes / self.limits.shape[0]
         return [count * slot + (limits if count else 0.0) for count in counts]
 
-    # -- reading and exchanging -------------------------------------------------------------------------------------
+    # -- reading and exchanging --------------------------------------------------------------------
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all slots, (batch, heads, n, width), in the model's precision; empty slots are finite."""
+        """Keys and values of all slots, (batch, heads, n, width), in the model's precision; empty
+        slots are finite.
+        """
         moving = [part.to(self.device) for part in self.moving]
         if self.limits is None:
             return moving[0], moving[1]
-        keys, values = (moving[0].new_empty(*moving[0].shape[:3], width, dtype=self.dtype) for width in self.widths)
+        keys, values = (
+            moving[0].new_empty(*moving[0].shape[:3], width, dtype=self.dtype)
+            for width in self.widths
+        )
         for start in range(0, self.width, _BLOCK):
             block = slice(start, start + _BLOCK)
             stored = [part[:, :, block] for part in moving]
-            keys[:, :, block], values[:, :, block] = self._decode(stored, self.groups[..., block], self.limits)
+            keys[:, :, block], values[:, :, block] = self._decode(
+                stored, self.groups[..., block], self.limits
+            )
         return keys, values
 
     def take(self, row: int, head: slice, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,17 +164,28 @@ class ColdTier:
             head: which key/value heads.
             slots: (n,) indices.
         """
-        found = [part[row, head].index_select(1, slots.to(part.device)).to(self.device)[None] for part in self.moving]
+        found = [
+            part[row, head].index_select(1, slots.to(part.device)).to(self.device)[None]
+            for part in self.moving
+        ]
         limits = None if self.limits is None else self.limits[row : row + 1, head]
-        keys, values = self._decode(found, self.groups[row, head].index_select(1, slots)[None], limits)
+        keys, values = self._decode(
+            found, self.groups[row, head].index_select(1, slots)[None], limits
+        )
         return keys[0], values[0]
 
-    def put(self, row: int, head: slice, slots: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Write keys and values, (heads, n, width), of the tokens at `positions`, (1 or heads, n), into some slots."""
+    def put(
+        self, row: int, head: slice, slots: Tensor, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> None:
+        """Write keys and values, (heads, n, width), of the tokens at `positions`, (1 or heads, n),
+        into some slots.
+        """
         positions = positions[: self.positions[row, head].shape[0]].contiguous()
         groups = _groups(self.image[row, head], positions)
         limits = None if self.limits is None else self.limits[row : row + 1, head]
-        for part, new in zip(self.moving, self._encode(keys[None], values[None], groups[None], limits), strict=True):
+        for part, new in zip(
+            self.moving, self._encode(keys[None], values[None], groups[None], limits), strict=True
+        ):
             part[row, head].index_copy_(1, slots.to(part.device), new[0])
         self.positions[row, head].index_copy_(1, slots, positions)
         self.groups[row, head].index_copy_(1, slots, groups)
@@ -162,19 +197,26 @@ class ColdTier:
         self.moving = [part.index_select(0, rows.to(part.device)) for part in self.moving]
         self.limits = None if self.limits is None else self.limits.index_select(0, rows)
 
-    # -- codes ------------------------------------------------------------------------------------------------------
+    # -- codes -------------------------------------------------------------------------------------
 
     def _limits(self, keys: Tensor, index: Tensor) -> Tensor:
-        """(batch, heads, groups, 2, width): low and step of each channel over the keys at `index`, `_NONE` for none."""
+        """(batch, heads, groups, 2, width): low and step of each channel over the keys at `index`,
+        `_NONE` for none.
+        """
         assert isinstance(self.kind, int)
         empty = (index == _NONE).expand(-1, keys.shape[1], -1)[..., None]
         taken = _taken(keys, index.masked_fill(index == _NONE, -1)).float()
         parts = zip(taken.split(KEY_GROUP, 2), empty.split(KEY_GROUP, 2), strict=True)
-        ends = [(t.masked_fill(e, torch.inf).amin(2), t.masked_fill(e, -torch.inf).amax(2)) for t, e in parts]
+        ends = [
+            (t.masked_fill(e, torch.inf).amin(2), t.masked_fill(e, -torch.inf).amax(2))
+            for t, e in parts
+        ]
         low, high = (torch.stack(end, 2).nan_to_num(0, 0, 0) for end in zip(*ends, strict=True))
         return _low_and_step(low, high, self.kind, 3)
 
-    def _encode(self, keys: Tensor, values: Tensor, group: Tensor, limits: Tensor | None = None) -> list[Tensor]:
+    def _encode(
+        self, keys: Tensor, values: Tensor, group: Tensor, limits: Tensor | None = None
+    ) -> list[Tensor]:
         """(batch, heads, n, width) keys and values as what is stored of them."""
         if self.kind == HOST:
             return [keys.cpu(), values.cpu()]
@@ -185,12 +227,16 @@ class ColdTier:
         assert limits is not None
         grouped = _by_group(values.float())
         own = _low_and_step(grouped.amin(-1), grouped.amax(-1), self.kind, 3)
-        value_codes = _codes(grouped, own[..., 0, :, None], own[..., 1, :, None], self.kind).flatten(-2)
+        value_codes = _codes(
+            grouped, own[..., 0, :, None], own[..., 1, :, None], self.kind
+        ).flatten(-2)
         low, step = _of_tokens(limits, group, keys.shape[1])
         key_codes = _codes(keys.float(), low, step, self.kind)
         return [_pack(key_codes, self.kind), _pack(value_codes, self.kind), own]
 
-    def _decode(self, stored: list[Tensor], group: Tensor, limits: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _decode(
+        self, stored: list[Tensor], group: Tensor, limits: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if self.kind in (HOST, PLAIN):
             return stored[0], stored[1]
         assert isinstance(self.kind, int)
@@ -203,8 +249,12 @@ class ColdTier:
         return keys.to(self.dtype), values.to(self.dtype)
 
 
-def cold_keys(kind: int | str, count: int, image: int, widths: tuple[int, int], itemsize: int) -> float:
-    """What `count` of `image` keys of a head cost in the tier, in full keys and values of `itemsize` bytes a number."""
+def cold_keys(
+    kind: int | str, count: int, image: int, widths: tuple[int, int], itemsize: int
+) -> float:
+    """What `count` of `image` keys of a head cost in the tier, in full keys and values of
+    `itemsize` bytes a number.
+    """
     if kind in (HOST, PLAIN):
         return float(count)
     assert isinstance(kind, int)
@@ -221,8 +271,12 @@ def _positions(positions: Tensor, index: Tensor, nothing: int) -> Tensor:
 
 
 def _groups(image: Tensor, positions: Tensor) -> Tensor:
-    """Group of each key: its number among the image keys of its row (and head), in blocks of `KEY_GROUP`; int16."""
-    return (torch.searchsorted(image.contiguous(), positions.contiguous()) // KEY_GROUP).to(torch.int16)
+    """Group of each key: its number among the image keys of its row (and head), in blocks of
+    `KEY_GROUP`; int16.
+    """
+    return (torch.searchsorted(image.contiguous(), positions.contiguous()) // KEY_GROUP).to(
+        torch.int16
+    )
 
 
 def _low_and_step(low: Tensor, high: Tensor, bits: int, dim: int) -> Tensor:
@@ -237,7 +291,9 @@ def _of_tokens(limits: Tensor, group: Tensor, heads: int) -> tuple[Tensor, Tenso
     if limits.shape[2] == 1:
         return limits[..., 0, :].float(), limits[..., 1, :].float()
     at = group.long().expand(-1, heads, -1)[..., None]
-    low, step = (limits[..., which, :].gather(2, at.expand(-1, -1, -1, limits.shape[-1])) for which in (0, 1))
+    low, step = (
+        limits[..., which, :].gather(2, at.expand(-1, -1, -1, limits.shape[-1])) for which in (0, 1)
+    )
     return low.float(), step.float()
 
 
@@ -260,7 +316,9 @@ def _packed(width: int, bits: int) -> int:
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """(..., width) uint8 codes, several to a byte: (..., ceil(width * bits / 8)); neighbours lie in different bytes."""
+    """(..., width) uint8 codes, several to a byte: (..., ceil(width * bits / 8)); neighbours lie in
+    different bytes.
+    """
     each = 8 // bits
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (each, -1))
     packed = codes[..., 0, :].clone()

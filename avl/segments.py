@@ -1,8 +1,9 @@
-"""Which key lies in which segment of a layer's buffer: laid out once per prompt, exchanged at refreshes.
+"""Which key lies in which segment of a layer's buffer: laid out once per prompt, exchanged at
+refreshes.
 
-`fill` lays the keys a policy chose out as `[far | core | rest]`, the cold ones in their own tier. `recore` ranks image
-keys anew: the best become core, the next `far`, the others cold. Sizes stay as they are, so keys are swapped in
-place, and only those that move are touched.
+`fill` lays the keys a policy chose out as `[far | core | rest]`, the cold ones in their own tier.
+`recore` ranks image keys anew: the best become core, the next `far`, the others cold. Sizes stay as
+they are, so keys are swapped in place, and only those that move are touched.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from avl.policies.base import Choice
 from avl.quantized_tier import ColdTier
 
 
-def fill(buffer: KeyBuffer, keys: Tensor, values: Tensor, positions: Tensor, choice: Choice, heads: int) -> None:
+def fill(
+    buffer: KeyBuffer, keys: Tensor, values: Tensor, positions: Tensor, choice: Choice, heads: int
+) -> None:
     """Hold the chosen ones of `keys`, (batch, key/value heads, n, head dim), and nothing else.
 
     Args:
@@ -31,8 +34,12 @@ def fill(buffer: KeyBuffer, keys: Tensor, values: Tensor, positions: Tensor, cho
     batch, capacity = keys.shape[0], roomy(buffer.filled)
     buffer.keys = keys.new_empty(*keys.shape[:2], capacity, keys.shape[3])
     buffer.values = values.new_empty(*values.shape[:2], capacity, values.shape[3])
-    buffer.positions = torch.full((batch, heads, capacity), -1, dtype=torch.int32, device=keys.device)
-    buffer.scores = None if choice.scores is None else torch.zeros(batch, heads, capacity, device=keys.device)
+    buffer.positions = torch.full(
+        (batch, heads, capacity), -1, dtype=torch.int32, device=keys.device
+    )
+    buffer.scores = (
+        None if choice.scores is None else torch.zeros(batch, heads, capacity, device=keys.device)
+    )
     start = 0
     for part in (far, *near):
         to = slice(start, start + part.shape[2])
@@ -41,9 +48,13 @@ def fill(buffer: KeyBuffer, keys: Tensor, values: Tensor, positions: Tensor, cho
         _take(values, part, buffer.values[:, :, to])
         shared = max(part.shape[1], positions.shape[1]) == 1
         at = part.clamp_min(0).expand(-1, 1 if shared else heads, -1)
-        buffer.positions[:, :, to] = positions.expand(-1, at.shape[1], -1).gather(2, at).masked_fill(part < 0, -1)
+        buffer.positions[:, :, to] = (
+            positions.expand(-1, at.shape[1], -1).gather(2, at).masked_fill(part < 0, -1)
+        )
         if choice.scores is not None:
-            buffer.scores[:, :, to] = choice.scores.expand(-1, heads, -1).gather(2, at.expand(-1, heads, -1))
+            buffer.scores[:, :, to] = choice.scores.expand(-1, heads, -1).gather(
+                2, at.expand(-1, heads, -1)
+            )
     empty = buffer.positions[:, 0, : buffer.filled] < 0
     buffer.missing = empty[:, : buffer.far].sum(1).tolist()
     buffer.holes = empty[:, buffer.far :].sum(1).tolist()
@@ -51,7 +62,9 @@ def fill(buffer: KeyBuffer, keys: Tensor, values: Tensor, positions: Tensor, cho
     if choice.worth is not None:
         buffer.worth = choice.worth[:, 0].gather(1, far[:, 0].clamp_min(0)).float()
     sizes = [0] * batch if choice.core is None else (choice.core[:, 0] >= 0).sum(1).tolist()
-    buffer.cores = [(buffer.far + a, buffer.far + a + n) for a, n in zip(buffer.holes, sizes, strict=True)]
+    buffer.cores = [
+        (buffer.far + a, buffer.far + a + n) for a, n in zip(buffer.holes, sizes, strict=True)
+    ]
     buffer.core_heads = 1 if choice.core is None else choice.core.shape[1]
     buffer.cold, buffer.held_cold = None, [0] * batch
     if choice.cold is not None and choice.cold.shape[2]:
@@ -91,7 +104,11 @@ def _recore_row(buffer: KeyBuffer, row: int, head: slice, seen: Tensor) -> None:
     best = _best(torch.cat([far, core]), len(core))
     enter = best[: len(far)].nonzero()[:, 0] + missing
     leave = (~best[len(far) :]).nonzero()[:, 0] + start
-    _exchange((buffer.keys[row, head], buffer.values[row, head], buffer.positions[row, head]), enter, leave)
+    _exchange(
+        (buffer.keys[row, head], buffer.values[row, head], buffer.positions[row, head]),
+        enter,
+        leave,
+    )
     if buffer.worth is not None:
         buffer.worth[row, missing : buffer.far] = far
         buffer.worth[row, enter] = core[leave - start]
@@ -101,8 +118,12 @@ def _recore_row(buffer: KeyBuffer, row: int, head: slice, seen: Tensor) -> None:
         heads[..., buffer.reference.shape[2] - len(core) :] = core
 
 
-def _warm(buffer: KeyBuffer, row: int, head: slice, cold: Tensor, far: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
-    """Exchange keys with the cold tier so that the best are in the buffer; returns the scores of far and core."""
+def _warm(
+    buffer: KeyBuffer, row: int, head: slice, cold: Tensor, far: Tensor, core: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Exchange keys with the cold tier so that the best are in the buffer; returns the scores of
+    far and core.
+    """
     assert buffer.cold is not None
     held = torch.cat([far, core])
     best = _best(torch.cat([cold, held]), len(held))
@@ -125,13 +146,17 @@ def _warm(buffer: KeyBuffer, row: int, head: slice, cold: Tensor, far: Tensor, c
 
 def _best(scores: Tensor, count: int) -> Tensor:
     """(n,) bool: the `count` largest of some scores."""
-    return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, scores.topk(count).indices, True)
+    return torch.zeros_like(scores, dtype=torch.bool).index_fill_(
+        0, scores.topk(count).indices, True
+    )
 
 
 def _exchange(tensors: Sequence[Tensor], one: Tensor, other: Tensor) -> None:
-    """Swap slots one[i] and other[i] of every head of contiguous (heads, slots, ...) tensors, in place.
+    """Swap slots one[i] and other[i] of every head of contiguous (heads, slots, ...) tensors, in
+    place.
 
-    As rows of one long list: on CPU indices into a middle dimension are followed number by number, these row by row.
+    As rows of one long list: on CPU indices into a middle dimension are followed number by number,
+    these row by row.
     """
     heads, slots = tensors[0].shape[:2]
     first = torch.arange(0, heads * slots, slots, device=one.device)[:, None]
@@ -152,7 +177,9 @@ def _compact(parts: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _take(source: Tensor, index: Tensor, out: Tensor) -> None:
-    """out[b, h, i] = source[b, h, index[b, h, i]], index (batch, 1 or heads, n); any finite value where index < 0."""
+    """out[b, h, i] = source[b, h, index[b, h, i]], index (batch, 1 or heads, n); any finite value
+    where index < 0.
+    """
     index = index.clamp_min(0)
     if index.shape[1] == 1:
         for row, at in enumerate(index[:, 0]):

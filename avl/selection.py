@@ -1,11 +1,13 @@
 """Choosing keys by score, row by row, and remembering what was chosen.
 
-The helpers pick index sets whose sizes differ between the rows of a batch: sizes are plain Python numbers (they follow
-from token counts, never from scores), indices are tensors, and -1 marks a place that holds nothing. Empty places stand
-in front, so that a segment's contents always end where the next segment begins.
+The helpers pick index sets whose sizes differ between the rows of a batch: sizes are plain Python
+numbers (they follow from token counts, never from scores), indices are tensors, and -1 marks a
+place that holds nothing. Empty places stand in front, so that a segment's contents always end where
+the next segment begins.
 
-`Selection` is the diary a session keeps for drawing: which positions were core, secondary or minor in which layer after
-which step. It stores index sets and replays them on demand; it knows nothing about policies.
+`Selection` is the diary a session keeps for drawing: which positions were core, secondary or minor
+in which layer after which step. It stores index sets and replays them on demand; it knows nothing
+about policies.
 """
 
 from __future__ import annotations
@@ -27,15 +29,16 @@ def best(scores: Tensor, counts: Sequence[int]) -> Tensor:
         scores: (batch, heads, keys), higher = more important; -inf at keys that do not compete.
         counts: how many to take per row of the batch; at least that many keys must compete.
 
-    Returns:
-        (batch, heads, max(counts)) int64, -1 past a row's count. Ties are broken as torch.topk does.
+    Returns: (batch, heads, max(counts)) int64, -1 past a row's count. Ties are broken as torch.topk
+        does.
     """
     order = scores.topk(max(counts, default=0), dim=-1).indices
     return _blank(order, [0] * len(counts), counts)
 
 
 def between(order: Tensor, first: Sequence[int], last: Sequence[int]) -> Tensor:
-    """Entries first[b] .. last[b] - 1 of each row of `order`, moved to the end; -1 in front of shorter rows.
+    """Entries first[b] .. last[b] - 1 of each row of `order`, moved to the end; -1 in front of
+    shorter rows.
 
     Args:
         order: (batch, heads, n) as `best` returns it.
@@ -46,12 +49,16 @@ def between(order: Tensor, first: Sequence[int], last: Sequence[int]) -> Tensor:
     sizes = [b - a for a, b in zip(first, last, strict=True)]
     width = max(sizes, default=0)
     start = torch.tensor(list(first), device=order.device)[:, None, None]
-    at = start + torch.arange(width, device=order.device).expand(order.shape[0], order.shape[1], width)
+    at = start + torch.arange(width, device=order.device).expand(
+        order.shape[0], order.shape[1], width
+    )
     taken = order.gather(-1, at.clamp_max(max(order.shape[-1] - 1, 0))) if width else at
     return _blank(taken, [0] * len(sizes), sizes).flip(-1)
 
 
-def newest_and_best(scores: Tensor, positions: Tensor, counts: Sequence[int], recent: Sequence[int]) -> Tensor:
+def newest_and_best(
+    scores: Tensor, positions: Tensor, counts: Sequence[int], recent: Sequence[int]
+) -> Tensor:
     """The `recent[b]` newest keys of row b, and the best-scored of the others, `counts[b]` in all.
 
     Args:
@@ -63,9 +70,13 @@ def newest_and_best(scores: Tensor, positions: Tensor, counts: Sequence[int], re
     """
     competing = torch.where(scores > -torch.inf, positions.expand_as(scores), -1)
     newest = best(competing, [min(r, n) for r, n in zip(recent, counts, strict=True)])
-    safe = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool, device=scores.device)
+    safe = torch.zeros(
+        *scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool, device=scores.device
+    )
     safe.scatter_(-1, torch.where(newest < 0, scores.shape[2], newest), True)
-    return between(best(scores.masked_fill(safe[..., :-1], torch.inf), counts), [0] * len(counts), counts)
+    return between(
+        best(scores.masked_fill(safe[..., :-1], torch.inf), counts), [0] * len(counts), counts
+    )
 
 
 def members(mask: Tensor, width: int) -> Tensor:
@@ -101,7 +112,9 @@ class State(IntEnum):
 
 @dataclass(eq=False)
 class _Event:
-    """One change in a layer: what it holds, its core, keys added or dropped (positions), rows moved (indices)."""
+    """One change in a layer: what it holds, its core, keys added or dropped (positions), rows moved
+    (indices).
+    """
 
     step: int
     kind: str
@@ -136,32 +149,37 @@ class Selection:
         """Write an event down.
 
         Args:
-            kind: "held", "core" (both replace what was), "kept", "added" or "dropped" with positions
-                (batch, heads, n), -1 for none; or "rows", after which row i of the batch continues what was row
-                what[i].
+            kind: "held", "core" (both replace what was), "kept", "added" or "dropped" with
+                positions (batch, heads, n), -1 for none; or "rows", after which row i of the batch
+                continues what was row what[i].
         """
         self._events.setdefault(layer, []).append(_Event(self.steps, kind, what))
 
     def state(self, layer: int, step: int | None = None) -> Tensor:
         """State of every position after decode step `step` (default: the latest).
 
-        Returns:
-            (batch, heads, length) int8 of `State`; heads is 1 where all key/value heads hold the same keys. Tokens
-            generated up to that step are included.
+        Returns: (batch, heads, length) int8 of `State`; heads is 1 where all key/value heads hold
+            the same keys. Tokens generated up to that step are included.
 
         Raises:
             ValueError: a layer or a step that is not in the diary.
         """
         step = self.steps if step is None else step
         if layer not in self._events:
-            raise ValueError(f"no policy acted on layer {layer}; layers with a selection: {sorted(self._events)}")
+            raise ValueError(
+                f"no policy acted on layer {layer}; layers with a selection: {sorted(self._events)}"
+            )
         if not 0 <= step <= self.steps:
-            raise ValueError(f"step must be 0 (the prompt) to {self.steps} (the latest); got {step}")
+            raise ValueError(
+                f"step must be 0 (the prompt) to {self.steps} (the latest); got {step}"
+            )
         events = self._events[layer]
         heads = max(event.what.shape[1] for event in events if event.what.dim() == 3)
         first, length = events[0].what, self._lengths[step]
         image = self.layout.mask(Modality.IMAGE)[:, None].to(first.device)
-        state = torch.zeros(first.shape[0], heads, self.layout.length + 1, dtype=torch.int8, device=first.device)
+        state = torch.zeros(
+            first.shape[0], heads, self.layout.length + 1, dtype=torch.int8, device=first.device
+        )
         for event in events:
             if event.kind == "rows":  # also later ones: rows are told as their ancestors' history
                 state = state.index_select(0, event.what)
@@ -171,8 +189,14 @@ class Selection:
             if event.kind == "held":
                 state.fill_(int(State.MINOR))
             elif event.kind == "core":
-                state[..., :-1].masked_fill_((state[..., :-1] == State.CORE) & image, int(State.SECONDARY))
-            at = torch.where(event.what < 0, self.layout.length, event.what).long().expand(-1, heads, -1)
+                state[..., :-1].masked_fill_(
+                    (state[..., :-1] == State.CORE) & image, int(State.SECONDARY)
+                )
+            at = (
+                torch.where(event.what < 0, self.layout.length, event.what)
+                .long()
+                .expand(-1, heads, -1)
+            )
             state.scatter_(-1, at, int(_AFTER[event.kind]))
         hidden = ~self.layout.valid[:, None, :length].to(state.device)
         return state[..., :length].masked_fill(hidden, int(State.PADDING))
@@ -180,7 +204,8 @@ class Selection:
     def images(self, state: State, layer: int, step: int | None = None) -> list[list[int]]:
         """Image positions of each row that are in `state` in the given layer after the given step.
 
-        Where key/value heads differ, a position counts as what it is to the head that treats it best.
+        Where key/value heads differ, a position counts as what it is to the head that treats it
+        best.
         """
         states = self.state(layer, step).amax(1)
         image = self.layout.mask(Modality.IMAGE)[:, : states.shape[1]].to(states.device)

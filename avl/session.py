@@ -1,12 +1,12 @@
 """Switching a policy on and off on a loaded model.
 
-`with adaptive(model, policy) as session:` puts an actor on the seam. When a prompt enters the decoder with an empty
-cache, the cache's layers are exchanged for ours; `generate()` keeps its own cache object and notices nothing. For every
-pass through the decoder the session makes one object that acts on it, prefill_step.py or decode_step.py, and writes down
-what it cost.
+`with adaptive(model, policy) as session:` attaches an intervention. When a prompt enters the
+decoder with an empty cache, the cache's layers are exchanged for ours; `generate()` keeps its own
+cache object and notices nothing. For every pass through the decoder the session makes one object
+that acts on it, prefill_step.py or decode_step.py, and writes down what it cost.
 
-Keys, values, mask and positions of a call always come from one layer's own slots, never from transformers' mask, which
-is one for all layers.
+Keys, values, mask and positions of a call always come from one layer's own slots, never from
+transformers' mask, which is one for all layers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from avl.accounting import Ledger, Usage
+from avl.accounting import Usage, UsageLog
 from avl.attention import Attend, AttentionCall, Forward
 from avl.cache import AdaptiveLayer, Conversation
 from avl.decode_step import DecodeStep
 from avl.families import UnsupportedModelError
-from avl.hooks import Seam, SeamError, Tap, attach
+from avl.hooks import AttentionHooks, HookError, Intervention, attach
 from avl.policies.base import Counts, Policy
 from avl.prefill_filter import PrefillFilter
 from avl.prefill_step import PromptPass
@@ -33,54 +33,60 @@ from avl.selection import Selection
 from avl.tokens import Modality
 
 
-class AdaptiveSession(Tap):
-    """A policy on a model. Use `adaptive`, or `attach` and `detach` where a `with` block does not fit."""
+class AdaptiveSession(Intervention):
+    """A policy on a model. Use `adaptive`, or `attach` and `detach` where a `with` block does not
+    fit.
+    """
 
     def __init__(self, model: nn.Module, policy: Policy) -> None:
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a policy such as avl.AdaptivePolicy(); got {policy!r}")
         self.model = model
         self.policy = policy
-        self._seam: Seam | None = None
+        self._hooks: AttentionHooks | None = None
         self._filter: PrefillFilter | None = None
         self._hook: Any = None
         self._conversations: WeakKeyDictionary[Cache, Conversation] = WeakKeyDictionary()
         self._pass: PromptPass | DecodeStep | None = None
-        self._ledger: Ledger | None = None
+        self._ledger: UsageLog | None = None
         self._selection: Selection | None = None
 
-    # -- on and off -------------------------------------------------------------------------------------------------
+    # -- on and off --------------------------------------------------------------------------------
 
     def attach(self) -> AdaptiveSession:
         """Put the policy on the model.
 
         Raises:
             UnsupportedModelError: the model cannot be adapted; the message says why.
-            SeamError: another policy is on this model.
+            HookError: another policy is on this model.
         """
-        if self._seam is not None:
-            raise SeamError("this session is on its model already; detach it first, or make a second session")
-        seam = attach(self.model, self, "actor")
+        if self._hooks is not None:
+            raise HookError(
+                "this session is on its model already; detach it first, or make a second session"
+            )
+        hooks = attach(self.model, self)
         try:
-            decoder = seam.family.decoder
-            self._hook = decoder.register_forward_pre_hook(self._supply_cache, with_kwargs=True, prepend=True)
+            decoder = hooks.family.decoder
+            self._hook = decoder.register_forward_pre_hook(
+                self._supply_cache, with_kwargs=True, prepend=True
+            )
             if self.policy.filter_layer is not None:
-                self._filter = PrefillFilter(seam.family, self.policy.filter_layer)
+                self._filter = PrefillFilter(hooks.family, self.policy.filter_layer)
                 self._filter.connect()
         except BaseException:
-            self._disconnect(seam)
+            self._disconnect(hooks)
             raise
-        self._seam = seam
+        self._hooks = hooks
         return self
 
     def detach(self) -> None:
         """Take the policy off again; the model is exactly what it was. Harmless if it is not on."""
-        if self._seam is not None:
-            seam, self._seam = self._seam, None
-            self._disconnect(seam)
+        if self._hooks is not None:
+            hooks, self._hooks = self._hooks, None
+            self._disconnect(hooks)
 
-    def _disconnect(self, seam: Seam) -> None:
-        seam.detach(self)
+    def _disconnect(self, hooks: AttentionHooks) -> None:
+        hooks.detach(self)
         if self._hook is not None:
             self._hook.remove()
         if self._filter is not None:
@@ -89,7 +95,7 @@ class AdaptiveSession(Tap):
             conversation.forward = None
         self._hook = self._filter = self._pass = None
 
-    # -- what happened ----------------------------------------------------------------------------------------------
+    # -- what happened -----------------------------------------------------------------------------
 
     def usage(self) -> Usage:
         """Bytes and keys of the latest conversation, pass by pass.
@@ -98,7 +104,9 @@ class AdaptiveSession(Tap):
             ValueError: nothing has run under the policy yet.
         """
         if self._ledger is None or not self._ledger.steps:
-            raise ValueError("nothing has run under this policy yet; generate something inside the block first")
+            raise ValueError(
+                "nothing has run under this policy yet; generate something inside the block first"
+            )
         return self._ledger.usage()
 
     @property
@@ -109,15 +117,20 @@ class AdaptiveSession(Tap):
             ValueError: nothing has run under the policy yet.
         """
         if self._selection is None:
-            raise ValueError("nothing has run under this policy yet; generate something inside the block first")
+            raise ValueError(
+                "nothing has run under this policy yet; generate something inside the block first"
+            )
         return self._selection
 
-    # -- the tap ----------------------------------------------------------------------------------------------------
+    # -- the tap -----------------------------------------------------------------------------------
 
     def begin(self, forward: Forward) -> None:
         self._pass = None
         if forward.cache is None:
-            raise SeamError("a policy acts on the KV cache, and use_cache=False leaves none; call with use_cache=True")
+            raise HookError(
+                "a policy acts on the KV cache, and use_cache=False leaves none; call with"
+                " use_cache=True"
+            )
         if forward.kind == "prefill":
             conversation = self._exchange(forward.cache)
         else:
@@ -149,10 +162,13 @@ class AdaptiveSession(Tap):
             self._filter.begin(None)
         self._pass = None
 
-    # -- beginning --------------------------------------------------------------------------------------------------
+    # -- beginning ---------------------------------------------------------------------------------
 
-    def _supply_cache(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The cache a decoder would make for itself, made where its layers can still be exchanged."""
+    def _supply_cache(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The cache a decoder would make for itself, made where its layers can
+        still be exchanged."""
         use = kwargs.get("use_cache")
         use = getattr(module.config, "use_cache", True) if use is None else use
         if use and kwargs.get("past_key_values") is None and len(args) <= 1:
@@ -162,35 +178,43 @@ class AdaptiveSession(Tap):
     def _exchange(self, cache: Any) -> Conversation:
         """Put our layers in place of the cache's full-attention ones."""
         if not isinstance(cache, DynamicCache):
-            raise SeamError(
-                f"a policy needs the default (dynamic) KV cache, not {type(cache).__name__}; call generate without "
-                "cache_implementation and without past_key_values"
+            raise HookError(
+                f"a policy needs the default (dynamic) KV cache, not {type(cache).__name__}; call"
+                " generate without cache_implementation and without past_key_values"
             )
         if cache.offloading:
-            raise SeamError("a policy does not move keys between devices; call generate without an offloaded cache")
-        assert self._seam is not None
+            raise HookError(
+                "a policy does not move keys between devices; call generate without an offloaded"
+                " cache"
+            )
+        assert self._hooks is not None
         conversation = Conversation()
         if not cache.layers:
-            cache.layers.extend(DynamicLayer() for _ in range(self._seam.family.layers))
-        if _shares_keys(self._seam.family.decoder.config):
+            cache.layers.extend(DynamicLayer() for _ in range(self._hooks.family.layers))
+        if _shares_keys(self._hooks.family.decoder.config):
             raise UnsupportedModelError(
-                f"layers of {self._seam.family.name} share the KV cache of other layers; policies act on layers "
-                "that own their keys"
+                f"layers of {self._hooks.family.name} share the KV cache of other layers; policies"
+                " act on layers that own their keys"
             )
         for index, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer or isinstance(layer, AdaptiveLayer):
                 cache.layers[index] = AdaptiveLayer(conversation, index)
-        own = {type(c).__name__ for c in cache.layers if isinstance(c, DynamicLayer) and not c.is_sliding}
+        own = {
+            type(c).__name__
+            for c in cache.layers
+            if isinstance(c, DynamicLayer) and not c.is_sliding
+        }
         if own and conversation.layers:
             raise UnsupportedModelError(
-                f"{self._seam.family.name} mixes full attention with layers that choose their keys themselves "
-                f"({', '.join(sorted(own))}) under one mask; policies act on full attention, sliding windows beside it"
+                f"{self._hooks.family.name} mixes full attention with layers that choose their keys"
+                f" themselves ({', '.join(sorted(own))}) under one mask; policies act on full"
+                " attention, sliding windows beside it"
             )
         if not conversation.layers:
             kinds = sorted({type(layer).__name__ for layer in cache.layers})
             raise UnsupportedModelError(
-                f"{self._seam.family.name} has no full-attention layer with a cache of its own (found "
-                f"{', '.join(kinds)}); policies act on full attention only"
+                f"{self._hooks.family.name} has no full-attention layer with a cache of its own"
+                f" (found {', '.join(kinds)}); policies act on full attention only"
             )
         self._conversations[cache] = conversation
         return conversation
@@ -198,11 +222,15 @@ class AdaptiveSession(Tap):
     def _count(self, conversation: Conversation, forward: Forward) -> None:
         """True tokens of each row, and no padding behind them."""
         if forward.kind == "decode":
-            conversation.counts = [Counts(c.system, c.image, c.text + 1, c.tail + 1) for c in conversation.counts]
+            conversation.counts = [
+                Counts(c.system, c.image, c.text + 1, c.tail + 1) for c in conversation.counts
+            ]
             return
         modality = forward.layout.modality
         if bool((modality[:, -1] == Modality.PADDING).any()):
-            raise SeamError("a prompt of the batch is padded on the right; policies need padding_side='left'")
+            raise HookError(
+                "a prompt of the batch is padded on the right; policies need padding_side='left'"
+            )
         text = (modality == Modality.TEXT).long()
         tail = text.flip(1).cumprod(1).sum(1, keepdim=True)
         rows = torch.cat([forward.layout.counts(), tail], 1).tolist()
@@ -212,7 +240,7 @@ class AdaptiveSession(Tap):
         """What acts on this pass, with the conversation's ledger and diary opened for it."""
         if forward.kind == "prefill":
             layers = tuple(conversation.layers)
-            self._ledger, self._selection = Ledger(layers), Selection(forward.layout, layers)
+            self._ledger, self._selection = UsageLog(layers), Selection(forward.layout, layers)
         assert self._ledger is not None
         assert self._selection is not None
         if conversation.moved is not None:
@@ -238,8 +266,8 @@ def adaptive(model: nn.Module, policy: Policy) -> Iterator[AdaptiveSession]:
 
     Raises:
         UnsupportedModelError: the model cannot be adapted; the message says why.
-        SeamError: another policy is on this model, or (inside the block) the cache is used in a way that cannot be
-            followed: filled before the block, static, quantised, offloaded, cropped.
+        HookError: another policy is on this model, or (inside the block) the cache is used in a way
+            that cannot be followed: filled before the block, static, quantised, offloaded, cropped.
     """
     session = AdaptiveSession(model, policy)
     session.attach()
@@ -250,6 +278,8 @@ def adaptive(model: nn.Module, policy: Policy) -> Iterator[AdaptiveSession]:
 
 
 def _shares_keys(config: Any) -> bool:
-    """Whether layers attend to the keys of other layers; older versions of transformers only say how many."""
+    """Whether layers attend to the keys of other layers; older versions of transformers only say
+    how many.
+    """
     modes = getattr(config, "kv_sharing_modes", None) or ()
     return "reuse" in modes or bool(getattr(config, "num_kv_shared_layers", 0))

@@ -1,12 +1,15 @@
-"""Which position of a prompt is what: system, image or text token, padding, and where in the picture.
+"""Which position of a prompt is what: system, image or text token, padding, and where in the
+picture.
 
-Everything else in the project asks this module and never looks at token ids itself. It knows ids and nothing about
-models: families.py supplies the ids that stand for image features, and how one picture's tokens are laid out.
+Everything else in the project asks this module and never looks at token ids itself. It knows ids
+and nothing about models: families.py supplies the ids that stand for image features, and how one
+picture's tokens are laid out.
 
-The vocabulary is A-VL's: *system* is everything before the first image token, *image* the positions that carry image
-features, *text* everything else after the first image token: the question, text between two pictures, and all generated
-tokens. A row without an image has no system part, so all of it is text. That is a convention (nothing separates the two
-parts there), and it is why policies without an image act through their text rule only.
+The vocabulary is A-VL's: *system* is everything before the first image token, *image* the positions
+that carry image features, *text* everything else after the first image token: the question, text
+between two pictures, and all generated tokens. A row without an image has no system part, so all of
+it is text. That is a convention (nothing separates the two parts there), and it is why policies
+without an image act through their text rule only.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from torch import Tensor
 
 
 class Modality(IntEnum):
-    """Codes stored in `TokenLayout.modality`; the fixed vocabulary `system image text` plus padding."""
+    """Codes stored in `TokenLayout.modality`; the fixed vocabulary `system image text` plus
+    padding.
+    """
 
     PADDING = -1
     SYSTEM = 0
@@ -33,7 +38,9 @@ MODALITIES: tuple[str, ...] = ("system", "image", "text")
 """Names of the modalities, in the order of their codes."""
 
 Place = tuple[int, int]
-"""Row and column of a token in its picture's grid, counted from the top left; (-1, -1) where there is none."""
+"""Row and column of a token in its picture's grid, counted from the top left; (-1, -1) where there
+is none.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,10 @@ class TokenLayout:
 
     Attributes:
         modality: (batch, length) int8, values of `Modality`.
-        image: (batch, length) int16, index of the picture within its row of the batch, -1 outside pictures.
-        row, column: (batch, length) int16, place in the picture's grid, -1 where there is none or it is unknown.
+        image: (batch, length) int16, index of the picture within its row of the batch, -1 outside
+            pictures.
+        row, column: (batch, length) int16, place in the picture's grid, -1 where there is none or
+            it is unknown.
     """
 
     modality: Tensor
@@ -77,21 +86,27 @@ class TokenLayout:
         return [int(row.max()) + 1 for row in self.image]
 
     def to(self, device: torch.device | str) -> TokenLayout:
-        return TokenLayout(*(t.to(device) for t in (self.modality, self.image, self.row, self.column)))
+        return TokenLayout(
+            *(t.to(device) for t in (self.modality, self.image, self.row, self.column))
+        )
 
     def select(self, rows: Tensor) -> TokenLayout:
-        """Layout of rows `rows` of the batch, in that order, repetitions allowed (beam search, contrastive search)."""
+        """Layout of rows `rows` of the batch, in that order, repetitions allowed (beam search,
+        contrastive search).
+        """
         parts = (self.modality, self.image, self.row, self.column)
         return TokenLayout(*(part.index_select(0, rows.to(part.device)) for part in parts))
 
     def extend(self, other: TokenLayout) -> TokenLayout:
         """This layout followed by `other` (a later turn of the same conversations).
 
-        What the second part calls system is text here if this part already showed a picture, and pictures are
-        numbered on. Raises ValueError if the batch sizes differ.
+        What the second part calls system is text here if this part already showed a picture, and
+        pictures are numbered on. Raises ValueError if the batch sizes differ.
         """
         if other.batch != self.batch:
-            raise ValueError(f"cannot extend a layout of {self.batch} rows with one of {other.batch} rows")
+            raise ValueError(
+                f"cannot extend a layout of {self.batch} rows with one of {other.batch} rows"
+            )
         seen = torch.tensor(self.images(), dtype=torch.int16, device=self.image.device)[:, None]
         late = (other.modality == Modality.SYSTEM) & (seen > 0)
         early = (
@@ -106,9 +121,14 @@ class TokenLayout:
             ],
             dim=1,
         )
-        image = torch.cat([self.image, torch.where(other.image >= 0, other.image + seen, other.image)], dim=1)
+        image = torch.cat(
+            [self.image, torch.where(other.image >= 0, other.image + seen, other.image)], dim=1
+        )
         return TokenLayout(
-            modality, image, torch.cat([self.row, other.row], 1), torch.cat([self.column, other.column], 1)
+            modality,
+            image,
+            torch.cat([self.row, other.row], 1),
+            torch.cat([self.column, other.column], 1),
         )
 
     def extend_text(self, count: int) -> TokenLayout:
@@ -135,16 +155,18 @@ def token_layout(
     """Layout of a batch of prompts.
 
     Args:
-        input_ids: (batch, length) token ids, image placeholders already expanded (one id per image feature).
+        input_ids: (batch, length) token ids, image placeholders already expanded (one id per image
+            feature).
         image_token_ids: ids whose positions carry image features.
         attention_mask: (batch, length), zero at padding; None means no padding.
-        tokens_per_image: where one run of image tokens may hold several pictures: their common length, or the
-            lengths of every picture of every row. None: every run is one picture.
-        places: `places(row_of_batch, image, count)` gives row and column of each of the `count` tokens of a picture;
-            None leaves the places unknown.
+        tokens_per_image: where one run of image tokens may hold several pictures: their common
+            length, or the lengths of every picture of every row. None: every run is one picture.
+        places: `places(row_of_batch, image, count)` gives row and column of each of the `count`
+            tokens of a picture; None leaves the places unknown.
 
     Raises:
-        ValueError: if ids and mask differ in shape, or picture lengths do not add up to the image tokens found.
+        ValueError: if ids and mask differ in shape, or picture lengths do not add up to the image
+            tokens found.
     """
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids must be (batch, length); got shape {tuple(input_ids.shape)}")
@@ -152,8 +174,8 @@ def token_layout(
         attention_mask = torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}; pass the "
-            "mask the processor returned with these ids"
+            f"attention_mask has shape {tuple(attention_mask.shape)}, input_ids"
+            f" {tuple(input_ids.shape)}; pass the mask the processor returned with these ids"
         )
     valid = attention_mask.bool()
     ids = torch.tensor(list(image_token_ids), dtype=input_ids.dtype, device=input_ids.device)
@@ -173,7 +195,9 @@ def token_layout(
             at = positions[start : start + count]
             image[b, at] = index
             if places is not None:
-                where = torch.tensor(places(b, index, count), dtype=torch.int16, device=image.device).reshape(count, 2)
+                where = torch.tensor(
+                    places(b, index, count), dtype=torch.int16, device=image.device
+                ).reshape(count, 2)
                 row[b, at], column[b, at] = where[:, 0], where[:, 1]
             start += count
     return TokenLayout(modality, image, row, column)
@@ -189,7 +213,8 @@ def _picture_lengths(
         lengths = [int(n) for n in tokens_per_image[batch_row]]
         if sum(lengths) != positions.numel():
             raise ValueError(
-                f"row {batch_row} has {positions.numel()} image tokens, but its pictures were said to have {lengths}"
+                f"row {batch_row} has {positions.numel()} image tokens, but its pictures were said"
+                f" to have {lengths}"
             )
         return lengths
     breaks = ((positions[1:] - positions[:-1]) > 1).nonzero().flatten() + 1
@@ -201,8 +226,8 @@ def _picture_lengths(
     for run in runs:
         if run % tokens_per_image:
             raise ValueError(
-                f"row {batch_row} has a run of {run} image tokens, which is not a multiple of {tokens_per_image} "
-                "per picture"
+                f"row {batch_row} has a run of {run} image tokens, which is not a multiple of"
+                f" {tokens_per_image} per picture"
             )
         split += [tokens_per_image] * (run // tokens_per_image)
     return split

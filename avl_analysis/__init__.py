@@ -1,7 +1,9 @@
-"""Observe attention: load a model, record what its heads look at, and reduce that to labelled numbers.
+"""Observe attention: load a model, record what its heads look at, and reduce that to labelled
+numbers.
 
-Everything here looks on from outside; whatever changes a model's computation lives in `avl`. The public names are
-imported when first used, so that `avl --help`, the statistics and the figures start without loading transformers.
+Everything here looks on from outside; whatever changes a model's computation lives in `avl`. The
+public names are imported when first used, so that `avl --help`, the statistics and the figures
+start without loading transformers.
 """
 
 from importlib import import_module
@@ -69,5 +71,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public are {', '.join(sorted(_HOME))}")
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}; public are {', '.join(sorted(_HOME))}"
+        )
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

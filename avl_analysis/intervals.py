@@ -1,7 +1,8 @@
 """Means over samples with their uncertainty: bootstrap intervals, paired differences, proportions.
 
-Samples are what is drawn at random, so they are what is resampled; whatever else an array averages over (tokens, heads)
-has been averaged within the sample before. NaN means "this sample has no such number" and is left out.
+Samples are what is drawn at random, so they are what is resampled; whatever else an array averages
+over (tokens, heads) has been averaged within the sample before. NaN means "this sample has no such
+number" and is left out.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` samples with the bounds of its 95 % interval; NaN where nothing was measured."""
+    """A mean over `n` samples with the bounds of its 95 % interval; NaN where
+    nothing was measured."""
 
     mean: float
     low: float
@@ -36,8 +38,9 @@ def mean_interval(values: ArrayLike) -> Estimate:
         values: (samples,), NaN where a sample has no value.
 
     Returns:
-        An interval without width where all values are equal, and NaN bounds where there is only one value: one sample
-        says nothing about others.
+
+        An interval without width where all values are equal, and NaN bounds where there is
+        only one value: one sample says nothing about others.
     """
     known = np.asarray(values, dtype=float)
     known = known[np.isfinite(known)]
@@ -63,13 +66,16 @@ def mean_interval(values: ArrayLike) -> Estimate:
 def paired_difference(values: ArrayLike, baseline: ArrayLike) -> Estimate:
     """Mean of `values - baseline` over the samples that have both, with the interval of that mean.
 
-    Far narrower than the two intervals taken apart, because what makes one sample harder than another cancels.
+    Far narrower than the two intervals taken apart, because what makes one sample harder than
+    another cancels.
     """
     return mean_interval(np.asarray(values, dtype=float) - np.asarray(baseline, dtype=float))
 
 
 def wilson(right: int, asked: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a proportion (E. B. Wilson, 1927); (NaN, NaN) without a single trial."""
+    """95 % Wilson score interval of a proportion (E. B. Wilson, 1927); (NaN, NaN) without a single
+    trial.
+    """
     if asked == 0:
         return math.nan, math.nan
     z2, p = 1.959963984540054**2, right / asked
@@ -79,14 +85,16 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
 
 
 def mean_intervals(values: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Means and percentile-bootstrap intervals of many numbers at once, the samples resampled together.
+    """Means and percentile-bootstrap intervals of many numbers at once, the samples resampled
+    together.
 
     Args:
         values: (samples, ...), NaN where a sample has no value.
 
     Returns:
-        Mean, lower and upper bound and number of samples, each (...), as `mean_interval` gives them one by one (up to
-        the draw of the resamples).
+
+        Mean, lower and upper bound and number of samples, each (...), as `mean_interval` gives
+        them one by one (up to the draw of the resamples).
     """
     array = np.asarray(values, dtype=float)
     count = len(array)
@@ -94,7 +102,11 @@ def mean_intervals(values: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarra
     known = np.isfinite(flat)
     n = known.sum(0)
     flat = np.where(known, flat, 0.0)
-    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / max(count, 1)), RESAMPLES).astype(float)
+    weights = (
+        np.random.default_rng(0)
+        .multinomial(count, np.full(count, 1 / max(count, 1)), RESAMPLES)
+        .astype(float)
+    )
     with np.errstate(invalid="ignore", divide="ignore"):
         mean, drawn = flat.sum(0) / n, (weights @ flat) / (weights @ known)
     drawn = np.where(n > 1, drawn, np.nan)

@@ -1,15 +1,19 @@
-"""One question answered while somebody watches: tokens as they come, where each looked, and what a policy changed.
+"""One question answered while somebody watches: tokens as they come, where each looked, and what a
+policy changed.
 
-Three passes over the same prompt, each for its own purpose. `answer` runs free and is timed, so nothing else is on the
-model than the policy. `observe` runs again and keeps, for every token produced, the softmax weights of the row that
-produced it, for all layers and heads: a few hundred kilobytes for the embedded model.
-`disagreement` feeds a policy the full cache's own answer and compares the next-token distributions.
+Three passes over the same prompt, each for its own purpose. `answer` runs free and is timed, so
+nothing else is on the model than the policy. `observe` runs again and keeps, for every token
+produced, the softmax weights of the row that produced it, for all layers and heads: a few hundred
+kilobytes for the embedded model. `disagreement` feeds a policy the full cache's own answer and
+compares the next-token distributions.
 
-Everything returned is immutable and holds no tensor of the model, so that several people may look at it at once. The
-functions attach to the model and detach again; whoever shares a model between threads must let one run at a time.
+Everything returned is immutable and holds no tensor of the model, so that several people may look
+at it at once. The functions attach to the model and detach again; whoever shares a model between
+threads must let one run at a time.
 
-What surprises: the weights of step t belong to the row that *produced* token t, which is the row of the token before it
-(the last prompt row for the first token). Keys a policy did not read have NaN, not zero.
+What surprises: the weights of step t belong to the row that *produced* token t, which is the row of
+the token before it (the last prompt row for the first token). Keys a policy did not read have NaN,
+not zero.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import avl
 from avl.attention import AttentionCall, Forward, attention_weights
-from avl.hooks import Tap, attached
+from avl.hooks import Observer, attached
 from avl.tokens import Modality
 from avl_analysis.capture.recorder import record
 from avl_analysis.corpus.questions import Sample
@@ -58,8 +62,9 @@ class Answer:
         seconds: seconds from the start of the call until each token was there, (tokens,).
         finished: whether the model ended the answer itself.
         usage: bytes and keys, None without a policy.
-        states: (layers, steps, positions) int8 codes of `avl.State`, best treatment over heads; PADDING where a
-            position did not exist yet; step 0 is after the prompt. None without a policy.
+        states: (layers, steps, positions) int8 codes of `avl.State`, best treatment over heads;
+            PADDING where a position did not exist yet; step 0 is after the prompt. None without a
+            policy.
         layers: decoder layers of `states`.
     """
 
@@ -83,7 +88,11 @@ class Answer:
     @property
     def tpot(self) -> float:
         """Time per output token after the first in seconds; NaN for a single token."""
-        return (self.seconds[-1] - self.seconds[0]) / (len(self.seconds) - 1) if len(self.seconds) > 1 else float("nan")
+        return (
+            (self.seconds[-1] - self.seconds[0]) / (len(self.seconds) - 1)
+            if len(self.seconds) > 1
+            else float("nan")
+        )
 
 
 END = "(end)"
@@ -100,7 +109,8 @@ class Focus:
     Attributes:
         mass: attention on image tokens, share of the row.
         patches: fewest image tokens that hold `FOCUS` of it; `of` how many there are.
-        region: share of the attention on the picture that falls on a region, NaN where no region is known.
+        region: share of the attention on the picture that falls on a region, NaN where no region is
+            known.
         area: the region's share of the image tokens; region / area is the lift over chance.
     """
 
@@ -122,10 +132,12 @@ class Observation:
     Attributes:
         answer: the answer (timed while watched, so slower than free).
         tokens: text of every position of prompt and answer; image positions hold "".
-        modality, image, row, column: what every position is, (positions,); as in `avl.tokens.TokenLayout`.
+        modality, image, row, column: what every position is, (positions,); as in
+            `avl.tokens.TokenLayout`.
         layers: decoder layers of `weights`.
-        weights: (steps, layers, heads, positions) float16, softmax weights of the row that produced each token; NaN
-            where a key was not read or did not exist yet. Fewer steps than tokens if `MAX_WEIGHTS` was reached.
+        weights: (steps, layers, heads, positions) float16, softmax weights of the row that produced
+            each token; NaN where a key was not read or did not exist yet. Fewer steps than tokens
+            if `MAX_WEIGHTS` was reached.
     """
 
     answer: Answer
@@ -151,10 +163,13 @@ class Observation:
         """Rows and columns of every picture's grid; (0, 0) where places are unknown."""
         pictures = range(int(self.image.max(initial=-1)) + 1)
         places = [(self.row[self.image == i], self.column[self.image == i]) for i in pictures]
-        return tuple((int(r.max()) + 1, int(c.max()) + 1) if r.min() >= 0 else (0, 0) for r, c in places)
+        return tuple(
+            (int(r.max()) + 1, int(c.max()) + 1) if r.min() >= 0 else (0, 0) for r, c in places
+        )
 
     def look(self, step: int, layer: int | None = None, head: int | None = None) -> Floats:
-        """(positions,) weights of one token, mean over what is not chosen; NaN where no chosen head read the key.
+        """(positions,) weights of one token, mean over what is not chosen; NaN where no chosen head
+        read the key.
 
         Args:
             layer: index of a decoder layer, None for the mean over layers; head: likewise.
@@ -163,9 +178,14 @@ class Observation:
             InputError: a step, layer or head that is not there.
         """
         if not 0 <= step < self.steps:
-            raise InputError(f"token {step} is not there: weights of tokens 0 to {self.steps - 1} were kept")
+            raise InputError(
+                f"token {step} is not there: weights of tokens 0 to {self.steps - 1} were kept"
+            )
         if layer is not None and layer not in self.layers:
-            raise InputError(f"layer {layer} is not there: layers {self.layers[0]} to {self.layers[-1]} were watched")
+            raise InputError(
+                f"layer {layer} is not there: layers {self.layers[0]} to {self.layers[-1]} were"
+                " watched"
+            )
         if head is not None and not 0 <= head < self.heads:
             raise InputError(f"head {head} is not there: heads 0 to {self.heads - 1} were watched")
         rows = self.weights[step].astype(np.float64)
@@ -175,18 +195,30 @@ class Observation:
         read = ~np.isnan(rows).all(0)
         return np.where(read, np.nan_to_num(rows).mean(0), np.nan)
 
-    def mass(self, step: int, layer: int | None = None, head: int | None = None) -> dict[str, float]:
+    def mass(
+        self, step: int, layer: int | None = None, head: int | None = None
+    ) -> dict[str, float]:
         """Attention on system, image and text tokens; the three add up to 1."""
         look = np.nan_to_num(self.look(step, layer, head))
-        return {m.name.lower(): float(look[self.modality == m].sum()) for m in Modality if m != Modality.PADDING}
+        return {
+            m.name.lower(): float(look[self.modality == m].sum())
+            for m in Modality
+            if m != Modality.PADDING
+        }
 
     def focus(
-        self, step: int, layer: int | None = None, head: int | None = None, region: Sequence[int] | None = None
+        self,
+        step: int,
+        layer: int | None = None,
+        head: int | None = None,
+        region: Sequence[int] | None = None,
     ) -> Focus:
-        """How much of a token's attention is on the picture and how concentrated; zeros without a picture.
+        """How much of a token's attention is on the picture and how concentrated; zeros without a
+        picture.
 
         Args:
-            region: image tokens, counted from 0 in the order of the prompt, that the token is about.
+            region: image tokens, counted from 0 in the order of the prompt, that the token is
+                about.
         """
         look = np.nan_to_num(self.look(step, layer, head))[self.modality == Modality.IMAGE]
         mass = float(look.sum())
@@ -197,18 +229,29 @@ class Observation:
         if not region:
             return Focus(mass, min(patches, look.size), int(look.size))
         at = np.array(sorted(set(region)))
-        return Focus(mass, min(patches, look.size), int(look.size), float(share[at].sum()), at.size / look.size)
+        return Focus(
+            mass,
+            min(patches, look.size),
+            int(look.size),
+            float(share[at].sum()),
+            at.size / look.size,
+        )
 
     def on_picture(self, look: Floats, picture: int = 0) -> Floats:
-        """(rows, columns) of one picture's grid from (positions,) values; NaN where a patch has no token.
+        """(rows, columns) of one picture's grid from (positions,) values; NaN where a patch has no
+        token.
 
-        Values of another answer to the same prompt may be given too: only prompt positions are read.
+        Values of another answer to the same prompt may be given too: only prompt positions are
+        read.
 
         Raises:
             InputError: no such picture, or its patches' places are unknown.
         """
         if not 0 <= picture < len(self.grids) or self.grids[picture] == (0, 0):
-            raise InputError(f"picture {picture} has no known grid of patches, so there is nothing to draw over it")
+            raise InputError(
+                f"picture {picture} has no known grid of patches, so there is nothing to draw"
+                " over it"
+            )
         grid = np.full(self.grids[picture], np.nan)
         at = np.flatnonzero(self.image == picture)
         grid[self.row[at], self.column[at]] = look[at]
@@ -216,9 +259,11 @@ class Observation:
 
     @cached_property
     def most_telling(self) -> tuple[int, int]:
-        """Token and layer whose attention says most about the picture: much of it there, and on few patches.
+        """Token and layer whose attention says most about the picture: much of it there, and on few
+        patches.
 
-        The score is image mass x (1 - H / ln N), H the entropy of the mean over heads on the N image tokens of its row.
+        The score is image mass x (1 - H / ln N), H the entropy of the mean over heads on the N
+        image tokens of its row.
         """
         at = self.modality == Modality.IMAGE
         if not at.any():
@@ -228,7 +273,9 @@ class Observation:
         share = rows / np.maximum(mass[..., None], 1e-12)
         entropy = -(share * np.log(np.maximum(share, 1e-12))).sum(-1)
         score = mass * (1 - entropy / np.log(max(2, int(at.sum()))))
-        words = np.array([bool(word.strip(" .,")) for word in self.answer.words[: self.steps]] or [True])
+        words = np.array(
+            [bool(word.strip(" .,")) for word in self.answer.words[: self.steps]] or [True]
+        )
         score[: len(words)][~words] = -1.0
         step, layer = np.unravel_index(int(score[: len(words)].argmax()), score[: len(words)].shape)
         return int(step), self.layers[int(layer)]
@@ -236,12 +283,14 @@ class Observation:
 
 @dataclass(frozen=True, eq=False)
 class Disagreement:
-    """How a policy's next-token distributions differ from the full cache's, both fed the full cache's answer.
+    """How a policy's next-token distributions differ from the full cache's, both fed the full
+    cache's answer.
 
     Attributes:
         kl: (tokens,) KL(full || policy) in nats.
         agree: (tokens,) whether both prefer the same token.
-        preferred: text of the token the policy prefers at each step; `END` for the end of the answer.
+        preferred: text of the token the policy prefers at each step; `END` for the end of the
+            answer.
     """
 
     kl: Floats
@@ -265,11 +314,13 @@ def answer(
 
     Raises:
         InputError: a picture or prompt that cannot be used.
-        avl.UnsupportedModelError, avl.SeamError: the policy cannot be put on this model.
+        avl.UnsupportedModelError, avl.HookError: the policy cannot be put on this model.
     """
     inputs = vlm.prepare(list(sample.images), sample.prompt)
     length = inputs["input_ids"].shape[1]
-    on: AbstractContextManager[Any] = nullcontext() if policy is None else avl.adaptive(vlm.model, policy)
+    on: AbstractContextManager[Any] = (
+        nullcontext() if policy is None else avl.adaptive(vlm.model, policy)
+    )
     with on as session:
         watch = _Watch(vlm, length, on_token)
         out = vlm.model.generate(
@@ -283,7 +334,9 @@ def answer(
         states, layers = (None, ()) if session is None else _states(session.selection)
     ids = tuple(out[0, length:].tolist())
     ends = end_tokens(vlm.model)
-    return Answer(ids, tuple(_words(vlm, ids, ends)), watch.seconds, ids[-1] in ends, usage, states, layers)
+    return Answer(
+        ids, tuple(_words(vlm, ids, ends)), watch.seconds, ids[-1] in ends, usage, states, layers
+    )
 
 
 def observe(
@@ -296,19 +349,27 @@ def observe(
 ) -> Observation:
     """As `answer`, keeping where every token looked."""
     tap = _Rows()
-    with attached(vlm.model, tap, "observer"):
+    with attached(vlm.model, tap):
         said = answer(vlm, sample, policy, max_new_tokens=max_new_tokens, on_token=on_token)
     assert tap.layout is not None
     layout = tap.layout
     modality, image, row, column = (
-        _frozen(getattr(layout, name)[0].cpu().numpy()) for name in ("modality", "image", "row", "column")
+        _frozen(getattr(layout, name)[0].cpu().numpy())
+        for name in ("modality", "image", "row", "column")
     )
-    prompt = ["" if m == Modality.IMAGE else p for m, p in zip(modality, _pieces(vlm, tap.prompt), strict=False)]
+    prompt = [
+        "" if m == Modality.IMAGE else p
+        for m, p in zip(modality, _pieces(vlm, tap.prompt), strict=False)
+    ]
     tokens = (*prompt, *said.words)[: layout.length]
-    return Observation(said, tokens, modality, image, row, column, tuple(tap.layers), _frozen(tap.stack()))
+    return Observation(
+        said, tokens, modality, image, row, column, tuple(tap.layers), _frozen(tap.stack())
+    )
 
 
-def disagreement(vlm: VLM, sample: Sample, policy: avl.Policy | None, reference: Sequence[int]) -> Disagreement:
+def disagreement(
+    vlm: VLM, sample: Sample, policy: avl.Policy | None, reference: Sequence[int]
+) -> Disagreement:
     """Feed a policy and the full cache the same tokens and compare their predictions.
 
     Args:
@@ -335,13 +396,16 @@ def recorded(
     with record(vlm.model) as recording:
         said = answer(vlm, sample, policy, max_new_tokens=max_new_tokens, on_token=on_token)
     recording.annotate(**facts_of(vlm, sample, said.ids))
-    recording.attrs |= {"model_name": vlm.name, "policy": "full cache" if policy is None else repr(policy)}
+    recording.attrs |= {
+        "model_name": vlm.name,
+        "policy": "full cache" if policy is None else repr(policy),
+    }
     if vlm.revision:
         recording.attrs["model_revision"] = vlm.revision
     return recording
 
 
-# -- running the model ------------------------------------------------------------------------------------------
+# -- running the model -----------------------------------------------------------------------------
 
 
 class _Watch(StoppingCriteria):
@@ -357,13 +421,19 @@ class _Watch(StoppingCriteria):
         self.seconds = (*self.seconds, now - self.start - self.paused)
         if self.on_token is not None:
             new = input_ids[0, self.prompt :]
-            self.on_token(self.vlm.processor.decode(new, skip_special_tokens=True).strip(), len(new))
+            self.on_token(
+                self.vlm.processor.decode(new, skip_special_tokens=True).strip(), len(new)
+            )
             self.paused += time.perf_counter() - now
         return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
 
 
-def _predictions(vlm: VLM, sample: Sample, policy: avl.Policy | None, tokens: Sequence[int]) -> Tensor:
-    """(tokens, vocabulary) logits of the model's own predictions along given tokens, float32 on the CPU."""
+def _predictions(
+    vlm: VLM, sample: Sample, policy: avl.Policy | None, tokens: Sequence[int]
+) -> Tensor:
+    """(tokens, vocabulary) logits of the model's own predictions along given tokens, float32 on the
+    CPU.
+    """
     steps: list[Tensor] = []
     generate(
         vlm,
@@ -376,7 +446,7 @@ def _predictions(vlm: VLM, sample: Sample, policy: avl.Policy | None, tokens: Se
     return torch.stack(steps[: len(tokens)])
 
 
-class _Rows(Tap):
+class _Rows(Observer):
     """Keeps the weights of the row that produces each token, ordered by position."""
 
     def __init__(self) -> None:
@@ -410,7 +480,10 @@ class _Rows(Tap):
         """(steps, layers, heads, positions), NaN for positions that did not exist yet."""
         longest = self.layout.length
         room = ((0, 0), (0, 0), (0, 0))
-        grown = [np.pad(s, (*room[:2], (0, longest - s.shape[-1])), constant_values=np.nan) for s in self._steps]
+        grown = [
+            np.pad(s, (*room[:2], (0, longest - s.shape[-1])), constant_values=np.nan)
+            for s in self._steps
+        ]
         return np.stack(grown)
 
 
@@ -429,7 +502,7 @@ def _by_position(weights: Tensor, call: AttentionCall) -> Tensor:
     return out[:, :length]
 
 
-# -- small parts ------------------------------------------------------------------------------------------
+# -- small parts -----------------------------------------------------------------------------------
 
 
 def _states(selection: avl.Selection) -> tuple[NDArray[np.int8], tuple[int, ...]]:
@@ -444,7 +517,9 @@ def _states(selection: avl.Selection) -> tuple[NDArray[np.int8], tuple[int, ...]
 
 
 def _words(vlm: VLM, ids: Sequence[int], ends: Sequence[int]) -> list[str]:
-    """Text of each token such that together they are the answer; a token that completes a character carries it."""
+    """Text of each token such that together they are the answer; a token that completes a character
+    carries it.
+    """
     decode = vlm.processor.tokenizer.decode
     words, before = [], ""
     for count, token in enumerate(ids, start=1):
@@ -452,7 +527,11 @@ def _words(vlm: VLM, ids: Sequence[int], ends: Sequence[int]) -> list[str]:
             break
         text = decode(list(ids[:count]), skip_special_tokens=True)
         text = text.rstrip("\ufffd")
-        words.append(text[len(before) :] if text.startswith(before) else decode([token], skip_special_tokens=True))
+        words.append(
+            text[len(before) :]
+            if text.startswith(before)
+            else decode([token], skip_special_tokens=True)
+        )
         before = text
     return words
 
@@ -460,7 +539,10 @@ def _words(vlm: VLM, ids: Sequence[int], ends: Sequence[int]) -> list[str]:
 def _pieces(vlm: VLM, ids: Sequence[int]) -> list[str]:
     """Text of each prompt token by itself, special ones by name."""
     names = vlm.processor.tokenizer.convert_ids_to_tokens(list(ids))
-    return [str(name).replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("<0x0A>", "\n") for name in names]
+    return [
+        str(name).replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")
+        for name in names
+    ]
 
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:

@@ -1,15 +1,18 @@
-"""Every statistic once more, slow and obvious: float64 NumPy, one loop per sum of the definition, one sample at a time.
+"""Every statistic once more, slow and obvious: float64 NumPy, one loop per sum of the definition,
+one sample at a time.
 
-Nothing here is shared with the code it checks. A sample is its weights as eager attention returns them, unpadded:
+Nothing here is shared with the code it checks. A sample is its weights as eager attention returns
+them, unpadded:
 
-    Seen.prompt     (layers, heads, n, n)       the prompt's map
-    Seen.steps[t]   (layers, heads, n + t + 1)  the row of decode step t + 1
-    Seen.modality, image, row, column           of the n + T tokens; 0 system, 1 image, 2 text
-    Seen.value_norm (layers, heads, n + T)      length of every value vector, repeated to query heads
-    Seen.keys       (layers, key heads, n, d)   key vectors of the prompt
+    Seen.prompt     (layers, heads, n, n)       the prompt's map Seen.steps[t]   (layers, heads, n +
+    t + 1)  the row of decode step t + 1 Seen.modality, image, row, column           of the n + T
+    tokens; 0 system, 1 image, 2 text Seen.value_norm (layers, heads, n + T)      length of every
+    value vector, repeated to query heads Seen.keys       (layers, key heads, n, d)   key vectors of
+    the prompt
 
-`of_rows(seen, f)` gives what the recording holds of a statistic per row: the mean over prompt rows by query modality
-(layers, heads, 3, ...) and the values of the token-producing rows (layers, heads, steps, ...).
+`of_rows(seen, f)` gives what the recording holds of a statistic per row: the mean over prompt rows
+by query modality (layers, heads, 3, ...) and the values of the token-producing rows (layers, heads,
+steps, ...).
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ RowFormula = Callable[[Seen, int, int, int, np.ndarray], np.ndarray]
 """(seen, layer, head, q, a) -> value: a[k] is the weight of query q on key k = 0 ... q."""
 
 
-def of_rows(seen: Seen, formula: RowFormula, sampled: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def of_rows(
+    seen: Seen, formula: RowFormula, sampled: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Means over prompt rows by query modality, and values of the token-producing rows."""
     cells = list(product(range(seen.layers), range(seen.heads)))
     prefill, produced = {}, {}
@@ -71,17 +76,22 @@ def of_rows(seen: Seen, formula: RowFormula, sampled: bool = False) -> tuple[np.
             queries = [q for q in range(seen.n) if seen.modality[q] == modality]
             if sampled and len(queries) > 32:
                 queries = [queries[i * (len(queries) - 1) // 31] for i in range(32)]
-            values = [formula(seen, layer, head, q, seen.prompt[layer, head, q, : q + 1]) for q in queries]
+            values = [
+                formula(seen, layer, head, q, seen.prompt[layer, head, q, : q + 1]) for q in queries
+            ]
             by_modality.append(_mean(values, formula, seen))
         prefill[layer, head] = by_modality
         rows = seen.produced()
         produced[layer, head] = [
-            formula(seen, layer, head, seen.n - 1 + t, row[layer, head]) for t, row in enumerate(rows)
+            formula(seen, layer, head, seen.n - 1 + t, row[layer, head])
+            for t, row in enumerate(rows)
         ]
     shape = (seen.layers, seen.heads)
     return (
         np.array([prefill[cell] for cell in cells]).reshape(*shape, 3, *np.shape(prefill[0, 0][0])),
-        np.array([produced[cell] for cell in cells]).reshape(*shape, len(rows), *np.shape(produced[0, 0][0])),
+        np.array([produced[cell] for cell in cells]).reshape(
+            *shape, len(rows), *np.shape(produced[0, 0][0])
+        ),
     )
 
 
@@ -138,9 +148,14 @@ def patch_distance(seen: Seen, layer: int, head: int, q: int, a: np.ndarray) -> 
     if seen.row[q] < 0:
         return np.array(np.nan)
     keys = [k for k in range(q + 1) if seen.image[k] == seen.image[q] and seen.row[k] >= 0]
-    far = [np.sqrt((seen.row[k] - seen.row[q]) ** 2.0 + (seen.column[k] - seen.column[q]) ** 2.0) for k in keys]
+    far = [
+        np.sqrt((seen.row[k] - seen.row[q]) ** 2.0 + (seen.column[k] - seen.column[q]) ** 2.0)
+        for k in keys
+    ]
     mass = sum(a[k] for k in keys)
-    return np.array(sum(a[k] * d for k, d in zip(keys, far, strict=True)) / mass if mass > 0 else np.nan)
+    return np.array(
+        sum(a[k] * d for k, d in zip(keys, far, strict=True)) / mass if mass > 0 else np.nan
+    )
 
 
 def recent_text_mass(seen: Seen, layer: int, head: int, q: int, a: np.ndarray) -> np.ndarray:
@@ -152,12 +167,16 @@ def recent_text_mass(seen: Seen, layer: int, head: int, q: int, a: np.ndarray) -
 
 
 def _shares(seen: Seen, m: int, q: int, a: np.ndarray) -> np.ndarray | None:
-    """Weights on the keys of a modality divided by their sum, in descending order; None if there is no mass."""
+    """Weights on the keys of a modality divided by their sum, in descending order; None if there is
+    no mass.
+    """
     weights = np.array([a[k] for k in range(q + 1) if seen.modality[k] == m], dtype=float)
     return np.sort(weights)[::-1] / weights.sum() if weights.sum() > 0 else None
 
 
-def coverage(seen: Seen, layer: int, head: int, q: int, a: np.ndarray, slack: float = 1e-6) -> np.ndarray:
+def coverage(
+    seen: Seen, layer: int, head: int, q: int, a: np.ndarray, slack: float = 1e-6
+) -> np.ndarray:
     result = np.full((3, 5), np.nan)
     for m in range(3):
         p = _shares(seen, m, q, a)
@@ -175,7 +194,9 @@ def gini(seen: Seen, layer: int, head: int, q: int, a: np.ndarray) -> np.ndarray
     for m in range(3):
         if (p := _shares(seen, m, q, a)) is not None:
             n, ascending = len(p), np.sort(p)
-            result[m] = 1 + 1 / n - 2 / n * sum((n + 1 - i) * ascending[i - 1] for i in range(1, n + 1))
+            result[m] = (
+                1 + 1 / n - 2 / n * sum((n + 1 - i) * ascending[i - 1] for i in range(1, n + 1))
+            )
     return result
 
 
@@ -193,7 +214,14 @@ def effective_count(seen: Seen, layer: int, head: int, q: int, a: np.ndarray) ->
 
 EVERY_ROW: dict[str, RowFormula] = {
     f.__name__: f
-    for f in (modality_mass, first_token_mass, efficiency, value_weighted_mass, threshold_sparsity, text_distance)
+    for f in (
+        modality_mass,
+        first_token_mass,
+        efficiency,
+        value_weighted_mass,
+        threshold_sparsity,
+        text_distance,
+    )
 }
 SAMPLED_ROWS: dict[str, RowFormula] = {
     f.__name__: f for f in (patch_distance, recent_text_mass, gini, entropy, effective_count)
@@ -204,7 +232,9 @@ SAMPLED_ROWS: dict[str, RowFormula] = {
 
 
 def accumulated_score(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
-    """Raw sums and number of queries, (layers, heads, 3, tokens): from prompt rows, prompt text rows, decode rows."""
+    """Raw sums and number of queries, (layers, heads, 3, tokens): from prompt rows, prompt text
+    rows, decode rows.
+    """
     tokens = len(seen.modality)
     raw = np.zeros((seen.layers, seen.heads, 3, tokens))
     count = np.zeros_like(raw)
@@ -222,11 +252,15 @@ def accumulated_score(seen: Seen) -> tuple[np.ndarray, np.ndarray]:
 
 
 def text_age_profile(seen: Seen, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sums and numbers of weights, (layers, heads, 2, ages): text queries of the prompt, and decode steps."""
+    """Sums and numbers of weights, (layers, heads, 2, ages): text queries of the prompt, and decode
+    steps.
+    """
     total = np.zeros((seen.layers, seen.heads, 2, len(starts)))
     pairs = np.zeros_like(total)
     for layer, head in product(range(seen.layers), range(seen.heads)):
-        rows = [(0, q, seen.prompt[layer, head, q]) for q in range(seen.n) if seen.modality[q] == TEXT]
+        rows = [
+            (0, q, seen.prompt[layer, head, q]) for q in range(seen.n) if seen.modality[q] == TEXT
+        ]
         rows += [(1, seen.n + t, row[layer, head]) for t, row in enumerate(seen.steps)]
         for phase, q, a in rows:
             for k in range(q + 1):
@@ -238,11 +272,17 @@ def text_age_profile(seen: Seen, starts: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def text_age_fit(seen: Seen, starts: np.ndarray) -> np.ndarray:
-    """(layers, 2 phases, exponential and power, half-life and rate and R^2), through `np.polyfit` with weights."""
+    """(layers, 2 phases, exponential and power, half-life and rate and R^2), through `np.polyfit`
+    with weights.
+    """
     total, pairs = (array.sum(1) for array in text_age_profile(seen, starts))
     result = np.full((seen.layers, 2, 2, 3), np.nan)
     for layer, phase in product(range(seen.layers), range(2)):
-        ages = [i for i in range(1, len(starts)) if pairs[layer, phase, i] > 0 and total[layer, phase, i] > 0]
+        ages = [
+            i
+            for i in range(1, len(starts))
+            if pairs[layer, phase, i] > 0 and total[layer, phase, i] > 0
+        ]
         if len(ages) < 4:
             continue
         y = np.log([total[layer, phase, i] / pairs[layer, phase, i] for i in ages])
@@ -278,7 +318,11 @@ def position_bias(seen: Seen) -> np.ndarray:
         mean = []
         for k in images:
             rows = [q for q in range(k, seen.n) if seen.modality[q] == TEXT]
-            mean.append(np.mean([seen.prompt[layer, h, q, k] for h in range(seen.heads) for q in rows] or [0.0]))
+            mean.append(
+                np.mean(
+                    [seen.prompt[layer, h, q, k] for h in range(seen.heads) for q in rows] or [0.0]
+                )
+            )
         if sum(m > 0 for m in mean) < 3:
             continue
         x = np.array([i / len(images) for i, m in enumerate(mean) if m > 0])
@@ -294,7 +338,11 @@ def key_redundancy(seen: Seen) -> np.ndarray:
     layers, heads, _, _ = seen.keys.shape
     result = np.full((layers, heads, 3), np.nan)
     for layer, head, m in product(range(layers), range(heads), range(3)):
-        unit = [v / np.linalg.norm(v) for k, v in enumerate(seen.keys[layer, head]) if seen.modality[k] == m]
+        unit = [
+            v / np.linalg.norm(v)
+            for k, v in enumerate(seen.keys[layer, head])
+            if seen.modality[k] == m
+        ]
         pairs = [a @ b for i, a in enumerate(unit) for j, b in enumerate(unit) if i != j]
         if pairs:
             result[layer, head, m] = np.mean(pairs)
@@ -379,7 +427,11 @@ def core_hit_rate(scores: np.ndarray) -> np.ndarray:
             if t - age >= 0:
                 core, true = _top(scores[t - age, layer], c), _top(scores[t, layer], c)
                 recall.append(_ppci(core, true))
-                mass.append(sum(scores[t, layer, k] for k in core) / scores[t, layer].sum() if core else np.nan)
+                mass.append(
+                    sum(scores[t, layer, k] for k in core) / scores[t, layer].sum()
+                    if core
+                    else np.nan
+                )
         result[layer, age, i] = _average(recall), _average(mass)
     return result
 
@@ -390,7 +442,9 @@ def prefill_recall(scores: np.ndarray) -> np.ndarray:
     for layer, s, (i, c) in product(range(layers), range(20), enumerate((0.1, 0.3))):
         kept = _top(scores[0, layer], round(0.05 * (s + 1), 2))
         if kept:
-            result[layer, s, i] = _average([_ppci(_top(scores[t, layer], c), kept) for t in range(1, steps)])
+            result[layer, s, i] = _average(
+                [_ppci(_top(scores[t, layer], c), kept) for t in range(1, steps)]
+            )
     return result
 
 
@@ -430,7 +484,9 @@ OVER_STEPS = {
 
 
 def spatial_entropy(seen: Seen) -> np.ndarray:
-    """(layers, heads): mean over pictures of the entropy of connected attended places, last prompt row."""
+    """(layers, heads): mean over pictures of the entropy of connected attended places, last prompt
+    row.
+    """
     pictures = [i for i in np.unique(seen.image) if i >= 0]
     result = np.full((seen.layers, seen.heads), np.nan)
     for layer, head in product(range(seen.layers), range(seen.heads)):

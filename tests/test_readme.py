@@ -24,7 +24,9 @@ def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     assert Path("run.nc").is_file()
 
 
-def test_every_command_of_the_readme_exists_with_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_of_the_readme_exists_with_its_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     lines = [line.partition("#")[0] for block in _blocks("sh") for line in block.splitlines()]
     commands = [line.split() for line in lines if line.startswith("avl ")]
     assert len(commands) > 5
@@ -49,6 +51,8 @@ def test_every_file_in_the_tree_of_the_readme_exists() -> None:
         if not line.startswith(" "):
             folder = ROOT / line.split("/")[0]
         names = [] if not line.startswith(" ") else re.findall(r"[\w*]+(?:\.py|/)", line)
-        missing += [f"{folder.name}/{name}" for name in names if not list(folder.glob(name.rstrip("/")))]
+        missing += [
+            f"{folder.name}/{name}" for name in names if not list(folder.glob(name.rstrip("/")))
+        ]
         missing += [] if folder.is_dir() else [folder.name]
     assert missing == []

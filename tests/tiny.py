@@ -1,17 +1,19 @@
-"""Tiny random vision-language models, their processors and their inputs, built in code: no file, no network.
+"""Tiny random vision-language models, their processors and their inputs, built in code: no file, no
+network.
 
-The weights are random but *sharp* (initializer range 0.25 at the default width): with the usual 0.02 every softmax
-row is nearly uniform, and a wrong mask, a lost padding position or a swapped head changes nothing a test can see.
+The weights are random but *sharp* (initializer range 0.25 at the default width): with the usual
+0.02 every softmax row is nearly uniform, and a wrong mask, a lost padding position or a swapped
+head changes nothing a test can see.
 
-    model = llava(kv_heads=4, heads=4, layers=2, hidden=64, grid=4, seed=0, attn="sdpa")
-        A LlavaForConditionalGeneration in eval mode, fp32. kv_heads < heads gives grouped-query attention;
-        `grid` x `grid` image tokens to a picture; `attn` is the attention implementation ("sdpa", "eager").
-        generate() never stops early and never emits a special token.
-    batch = inputs(model, batch=[9, 5], images=1, system=3, between=0, seed=0)
-        A dict for model(**batch) and generate(**batch). Row i = `system` tokens, then images[i] pictures with `between`
-        text tokens between two of them, then batch[i] question tokens; shorter rows are padded on the left.
-        `images` is one number for all rows or one per row; 0 means no picture (and no `pixel_values` when no row
-        has one).
+    model = llava(kv_heads=4, heads=4, layers=2, hidden=64, grid=4, seed=0, attn="sdpa") A
+        LlavaForConditionalGeneration in eval mode, fp32. kv_heads < heads gives grouped-query
+        attention; `grid` x `grid` image tokens to a picture; `attn` is the attention implementation
+        ("sdpa", "eager"). generate() never stops early and never emits a special token.
+    batch = inputs(model, batch=[9, 5], images=1, system=3, between=0, seed=0) A dict for
+        model(**batch) and generate(**batch). Row i = `system` tokens, then images[i] pictures with
+        `between` text tokens between two of them, then batch[i] question tokens; shorter rows are
+        padded on the left. `images` is one number for all rows or one per row; 0 means no picture
+        (and no `pixel_values` when no row has one).
     processor(model, chat_template=True)
         A LlavaProcessor over a small Unigram tokenizer, with the same placeholders as `model`.
     save_folder(path, model=None, chat_template=True) -> path
@@ -82,7 +84,9 @@ def llava(
     seed: int = 0,
     attn: str = "sdpa",
 ) -> LlavaForConditionalGeneration:
-    """A random LLaVA in float32; equal arguments give equal weights, and the caller's random state is left alone."""
+    """A random LLaVA in float32; equal arguments give equal weights, and the caller's random state
+    is left alone.
+    """
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -120,9 +124,11 @@ def inputs(
     between: int = 0,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` of shape (rows, longest), left-padded, and `pixel_values` (pictures, 3, s, s).
+    """`input_ids` and `attention_mask` of shape (rows, longest), left-padded, and `pixel_values`
+    (pictures, 3, s, s).
 
-    Random text never contains a special token; pictures follow one another in row order, as the model expects them.
+    Random text never contains a special token; pictures follow one another in row order, as the
+    model expects them.
     """
     counts = [images] * len(batch) if isinstance(images, int) else list(images)
     if len(counts) != len(batch):
@@ -142,7 +148,9 @@ def inputs(
     longest = max(map(len, rows))
     result = {
         "input_ids": torch.tensor([[PAD] * (longest - len(row)) + row for row in rows]),
-        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
+        "attention_mask": torch.tensor(
+            [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+        ),
     }
     if sum(counts):
         size = model.config.vision_config.image_size
@@ -151,10 +159,31 @@ def inputs(
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words where the list below has them, single characters otherwise; any printable ASCII text round-trips."""
+    """Whole words where the list below has them, single characters otherwise; any printable ASCII
+    text round-trips.
+    """
     special = ["<pad>", "<s>", "</s>", "<unk>", "<sep>", "<image>"]
-    words = ["what", "is", "the", "colour", "where", "describe", "image", "red", "blue", "picture", "USER", "ASSISTANT"]
-    pieces = ["▁", *(f"▁{word}" for word in words), *string.ascii_letters, *string.digits, *":.,?!'\"-()\n"]
+    words = [
+        "what",
+        "is",
+        "the",
+        "colour",
+        "where",
+        "describe",
+        "image",
+        "red",
+        "blue",
+        "picture",
+        "USER",
+        "ASSISTANT",
+    ]
+    pieces = [
+        "▁",
+        *(f"▁{word}" for word in words),
+        *string.ascii_letters,
+        *string.digits,
+        *":.,?!'\"-()\n",
+    ]
     pieces += [f"<unused{i}>" for i in range(VOCABULARY - len(special) - len(pieces))]
     vocabulary = [(piece, 0.0) for piece in special]
     vocabulary += [(piece, -1.0 if len(piece) > 2 else -4.0) for piece in pieces]
@@ -172,7 +201,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def processor(model: LlavaForConditionalGeneration | None = None, *, chat_template: bool = True) -> LlavaProcessor:
+def processor(
+    model: LlavaForConditionalGeneration | None = None, *, chat_template: bool = True
+) -> LlavaProcessor:
     """The processor whose placeholders match `model` (default: the default `llava()`)."""
     size = model.config.vision_config.image_size if model is not None else 4 * PATCH
     images = CLIPImageProcessorPil(
@@ -192,7 +223,9 @@ def processor(model: LlavaForConditionalGeneration | None = None, *, chat_templa
     )
 
 
-def save_folder(path: Path, model: LlavaForConditionalGeneration | None = None, *, chat_template: bool = True) -> Path:
+def save_folder(
+    path: Path, model: LlavaForConditionalGeneration | None = None, *, chat_template: bool = True
+) -> Path:
     """Write `model` (default: `llava()`) and its processor as `save_pretrained` does."""
     model = llava() if model is None else model
     model.save_pretrained(path)

@@ -1,1 +1,3 @@
-"""Show: the dashboard. Widgets and layout only; numbers come from `avl_analysis`, drawings from its figures."""
+"""Show: the dashboard. Widgets and layout only; numbers come from `avl_analysis`, drawings from its
+figures.
+"""

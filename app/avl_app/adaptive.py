@@ -1,7 +1,8 @@
 """A-VL's settings: presets, a control for every one of them, and files that calibration wrote.
 
-Presets that can be named on the command line appear here by themselves. While a preset is chosen it alone says what the
-policy is and the controls show it; moving any of them makes the settings one's own.
+Presets that can be named on the command line appear here by themselves. While a preset is chosen it
+alone says what the policy is and the controls show it; moving any of them makes the settings one's
+own.
 """
 
 from __future__ import annotations
@@ -23,8 +24,14 @@ PRESETS: Mapping[str, tuple[str, avl.AdaptivePolicy]] = {
     "prefill": ("the paper's, with its prefill filter", avl.AdaptivePolicy(prefill=0.5)),
     "vision": ("images only, text untouched", avl.AdaptivePolicy(text=None)),
     "no_core": ("no core: held keys are always read", avl.AdaptivePolicy(core=None)),
-    "strong": ("strong: a quarter held, a tenth read", avl.AdaptivePolicy(secondary=0.25, core=0.1, text=0.5)),
-    "identity": ("everything kept: changes nothing", avl.AdaptivePolicy(secondary=1.0, core=1.0, text=None)),
+    "strong": (
+        "strong: a quarter held, a tenth read",
+        avl.AdaptivePolicy(secondary=0.25, core=0.1, text=0.5),
+    ),
+    "identity": (
+        "everything kept: changes nothing",
+        avl.AdaptivePolicy(secondary=1.0, core=1.0, text=None),
+    ),
 }
 """Settings to start from; the sliders show what they mean."""
 CUSTOM, FILE = "custom", "file"
@@ -67,7 +74,9 @@ SWITCHED = {"core": "core", "text": "text", "share": "budget", "drift": "drift"}
 
 def presets() -> list[str]:
     """Names of A-VL's presets: those above, and those one can name on the command line."""
-    named = [name for name in policy_files.PRESETS if isinstance(named_policy(name), avl.AdaptivePolicy)]
+    named = [
+        name for name in policy_files.PRESETS if isinstance(named_policy(name), avl.AdaptivePolicy)
+    ]
     return [*PRESETS, *(name for name in named if name not in PRESETS)]
 
 
@@ -90,29 +99,76 @@ def choose_preset(*, disabled: bool) -> None:
     state.within("preset", options, "paper")
     _take_preset()
     st.selectbox(
-        "A-VL's settings", options, key="preset", on_change=_take_preset, disabled=disabled, format_func=_label
+        "A-VL's settings",
+        options,
+        key="preset",
+        on_change=_take_preset,
+        disabled=disabled,
+        format_func=_label,
     )
 
 
 def by_controls() -> avl.Policy | None:
     """A-VL as its controls say; None, with the reason said, if that is no policy."""
-    with st.expander("Every setting", icon=":material/tune:", expanded=state.get("preset") == CUSTOM):
+    with st.expander(
+        "Every setting", icon=":material/tune:", expanded=state.get("preset") == CUSTOM
+    ):
         columns = st.columns(4)
         with columns[0]:
             st.markdown("**Held**")
-            _share("Image keys held whole (S)", "secondary", least=0.0, help="1 holds all; 0 needs a cold tier.")
-            _choice("Image keys that are not", "cold", COLD, help="Few bits: what is called the cold tier.")
-            st.toggle("Byte budget", key="use_share", on_change=_own, help="S then only sets the core's size.")
+            _share(
+                "Image keys held whole (S)",
+                "secondary",
+                least=0.0,
+                help="1 holds all; 0 needs a cold tier.",
+            )
+            _choice(
+                "Image keys that are not",
+                "cold",
+                COLD,
+                help="Few bits: what is called the cold tier.",
+            )
+            st.toggle(
+                "Byte budget",
+                key="use_share",
+                on_change=_own,
+                help="S then only sets the core's size.",
+            )
             _share("Budget, share of all bytes", "share", disabled=not state.get("use_share"))
         with columns[1]:
-            on = st.toggle("**Core**", key="use_core", on_change=_own, help="Off: every step reads all that is held.")
+            on = st.toggle(
+                "**Core**",
+                key="use_core",
+                on_change=_own,
+                help="Off: every step reads all that is held.",
+            )
             _share("Image keys read at ordinary steps (C)", "core", disabled=not on)
-            st.slider("Refresh every K steps", 0, 16, key="refresh", on_change=_own, disabled=not on, help="0: no core")
-            st.toggle("A refresh reads the new core alone", key="sparse_refresh", on_change=_own, disabled=not on)
-            drift = st.toggle("Refresh when the core drifts instead", key="use_drift", on_change=_own, disabled=not on)
+            st.slider(
+                "Refresh every K steps",
+                0,
+                16,
+                key="refresh",
+                on_change=_own,
+                disabled=not on,
+                help="0: no core",
+            )
+            st.toggle(
+                "A refresh reads the new core alone",
+                key="sparse_refresh",
+                on_change=_own,
+                disabled=not on,
+            )
+            drift = st.toggle(
+                "Refresh when the core drifts instead",
+                key="use_drift",
+                on_change=_own,
+                disabled=not on,
+            )
             _share("at a cosine of at most", "drift", disabled=not (on and drift))
         with columns[2]:
-            on = st.toggle("**Text rule**", key="use_text", on_change=_own, help="Off: all words are held.")
+            on = st.toggle(
+                "**Text rule**", key="use_text", on_change=_own, help="Off: all words are held."
+            )
             _share("Text keys held (T)", "text", disabled=not on)
         with columns[3]:
             st.markdown("**Ranking and filter**")
@@ -120,8 +176,13 @@ def by_controls() -> avl.Policy | None:
             st.toggle("Each key/value head for itself", key="own_cores", on_change=_own)
             _share("Prefill filter: image tokens passed on (P)", "prefill", help="1 is off.")
             off = state.get("prefill") >= 1
-            st.number_input("after this many layers", 1, 256, key="prefill_layer", on_change=_own, disabled=off)
-        st.caption("Shares are of the original number of keys of their kind; C is at most S, and S at most P.")
+            st.number_input(
+                "after this many layers", 1, 256, key="prefill_layer", on_change=_own, disabled=off
+            )
+        st.caption(
+            "Shares are of the original number of keys of their kind; C is at most S, and S at"
+            " most P."
+        )
         try:
             policy = from_state()
         except (TypeError, ValueError) as error:
@@ -137,7 +198,9 @@ def present() -> avl.Policy:
     Raises:
         ValueError: settings that contradict each other; the message says which.
     """
-    sent: avl.Policy | None = st.session_state.get("sent_policy") if state.get("preset") == FILE else None
+    sent: avl.Policy | None = (
+        st.session_state.get("sent_policy") if state.get("preset") == FILE else None
+    )
     return sent or from_state()
 
 
@@ -180,13 +243,24 @@ def _own() -> None:
     state.put("preset", CUSTOM)
 
 
-def _share(label: str, key: str, *, least: float = 0.01, disabled: bool = False, help: str | None = None) -> None:
+def _share(
+    label: str, key: str, *, least: float = 0.01, disabled: bool = False, help: str | None = None
+) -> None:
     st.slider(label, least, 1.0, step=0.01, key=key, on_change=_own, disabled=disabled, help=help)
 
 
-def _choice(label: str, key: str, options: Mapping[str, tuple[object, str]], help: str | None = None) -> None:
+def _choice(
+    label: str, key: str, options: Mapping[str, tuple[object, str]], help: str | None = None
+) -> None:
     state.within(key, list(options), next(iter(options)))
-    st.selectbox(label, list(options), key=key, on_change=_own, format_func=lambda o: options[o][1], help=help)
+    st.selectbox(
+        label,
+        list(options),
+        key=key,
+        on_change=_own,
+        format_func=lambda o: options[o][1],
+        help=help,
+    )
 
 
 def from_file() -> avl.Policy | None:

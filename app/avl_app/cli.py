@@ -1,8 +1,8 @@
 """`avl app`: start the dashboard on this machine.
 
-Registered with the command line through the entry point group "avl.commands", since `avl_analysis` may not import the
-packages above it. While the server starts, the heavy libraries are imported beside it, so that the first page finds
-them there.
+Registered with the command line through the entry point group "avl.commands", since `avl_analysis`
+may not import the packages above it. While the server starts, the heavy libraries are imported
+beside it, so that the first page finds them there.
 """
 
 from __future__ import annotations
@@ -22,22 +22,36 @@ PORT = 8501
 
 def app(
     model: Annotated[
-        list[str] | None, typer.Option("--model", help="Model to offer: scenes, a folder or a hub id; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--model", help="Model to offer: scenes, a folder or a hub id; may be repeated."
+        ),
     ] = None,
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on this machine.")] = PORT,
+    port: Annotated[
+        int, typer.Option("--port", min=1, max=65535, help="Port on this machine.")
+    ] = PORT,
     hub: Annotated[bool, typer.Option("--hub", help="Allow hub ids to be fetched.")] = False,
-    webcam: Annotated[bool, typer.Option("--webcam", help="Offer the webcam for pictures.")] = False,
-    folders: Annotated[bool, typer.Option(help="Let visitors name further model folders on this machine.")] = True,
+    webcam: Annotated[
+        bool, typer.Option("--webcam", help="Offer the webcam for pictures.")
+    ] = False,
+    folders: Annotated[
+        bool, typer.Option(help="Let visitors name further model folders on this machine.")
+    ] = True,
     browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
 ) -> None:
-    """Explore heads, switch A-VL on and off, and build reports, in the browser; only this machine can reach it."""
+    """Explore heads, switch A-VL on and off, and build reports, in the browser; only this machine
+    can reach it.
+    """
     try:
         from streamlit.web import cli as streamlit_cli
     except ImportError as error:
         raise InputError(
-            "the dashboard needs streamlit: install the package with its extra, pip install 'avl[app]'"
+            "the dashboard needs streamlit: install the package with its extra, pip install"
+            " 'avl[app]'"
         ) from error
-    os.environ[VARIABLE] = Settings(tuple(model or ("scenes",)), folders=folders, hub=hub, webcam=webcam).as_json()
+    os.environ[VARIABLE] = Settings(
+        tuple(model or ("scenes",)), folders=folders, hub=hub, webcam=webcam
+    ).as_json()
     threading.Thread(target=_import_ahead, daemon=True, name="import ahead").start()
     script = str(Path(__file__).with_name("main.py"))
     flags = [f"--server.port={port}", f"--server.headless={'false' if browser else 'true'}"]
@@ -53,5 +67,7 @@ def _import_ahead() -> None:
 
 
 def main() -> None:
-    """`python -c "from avl_app.cli import main; main()"`: the command alone, where the package is not installed."""
+    """`python -c "from avl_app.cli import main; main()"`: the command alone, where the package is
+    not installed.
+    """
     typer.run(app)

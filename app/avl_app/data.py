@@ -1,9 +1,10 @@
 """Everything between the pages and the models: questions in, immutable results out.
 
-All visitors share the loaded models and the results. A `Question` says everything a result depends on, so results are
-kept under it and a page drawn twice costs nothing. A model runs for one caller at a time: each run takes the model's
-lock, attaches what it needs, generates, detaches, and only then lets go, so a policy that one visitor switches on is on
-the model for that visitor's run alone. Waiting callers poll, because a page that is closed must stop waiting.
+All visitors share the loaded models and the results. A `Question` says everything a result depends
+on, so results are kept under it and a page drawn twice costs nothing. A model runs for one caller
+at a time: each run takes the model's lock, attaches what it needs, generates, detaches, and only
+then lets go, so a policy that one visitor switches on is on the model for that visitor's run alone.
+Waiting callers poll, because a page that is closed must stop waiting.
 
 Nothing here draws or knows widgets.
 """
@@ -36,7 +37,8 @@ OnToken = Callable[[str, int], None]
 Waiting = Callable[[], None]
 _POLL = 0.1  # seconds between two looks at a lock that is taken
 _PART = 4  # samples recorded in one pass
-_TURN = 0.005  # seconds the lock is free between two parts of long work; waiting callers take it at once
+# seconds the lock is free between two parts of long work; waiting callers take it at once
+_TURN = 0.005
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +96,9 @@ class Question:
         return Sample("question", (self.picture.pixels,), self.prompt)
 
 
-class Shelf:
-    """Results by key, the least recently used given away first. Safe to use from several threads."""
+class LruCache:
+    """Results by key, the least recently used given away first. Safe to use
+    from several threads."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -124,8 +127,10 @@ class Shared:
     vlm: VLM
     lock: threading.Lock
 
-    def give_way(self, waiting: Waiting | None = None) -> None:
-        """Let others run for a moment in the middle of long work; call it inside `use`, with nothing attached."""
+    def yield_lock(self, waiting: Waiting | None = None) -> None:
+        """Let others run for a moment in the middle of long work; call it inside `use`, with
+        nothing attached.
+        """
         self.lock.release()
         time.sleep(_TURN)
         self._take(waiting)
@@ -137,7 +142,9 @@ class Shared:
 
     @contextmanager
     def use(self, waiting: Waiting | None = None) -> Iterator[VLM]:
-        """The model for the length of a block, alone; `waiting` is called now and then until it is free."""
+        """The model for the length of a block, alone; `waiting` is called now and then until it is
+        free.
+        """
         self._take(waiting)
         try:
             yield self.vlm
@@ -145,7 +152,7 @@ class Shared:
             self.lock.release()
 
 
-class Workbench:
+class ModelServer:
     """Models and results of one server.
 
     Args:
@@ -155,12 +162,16 @@ class Workbench:
     """
 
     def __init__(
-        self, *, allow_hub: bool = False, results: int = 48, loader: Callable[[str], VLM] | None = None
+        self,
+        *,
+        allow_hub: bool = False,
+        results: int = 48,
+        loader: Callable[[str], VLM] | None = None,
     ) -> None:
         self._loader = loader or (lambda name: _load(name, allow_hub))
         self._models: dict[str, Shared] = {}
         self._loading = threading.Lock()
-        self._shelf = Shelf(results)
+        self._shelf = LruCache(results)
 
     def model(self, name: str) -> Shared:
         """The model called `name`, loaded once.
@@ -175,10 +186,11 @@ class Workbench:
                 self._models[name] = Shared(self._loader(name), threading.Lock())
             return self._models[name]
 
-    # -- results -------------------------------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------------------
 
     def known(self, kind: str, question: Question, policy: avl.Policy | None = None) -> Any:
-        """A result that is there already, or None; `kind` is the name of the method that makes it."""
+        """A result that is there already, or None; `kind` is the name of the method
+        that makes it."""
         return self._shelf.get((kind, question, policy))
 
     def observation(
@@ -192,7 +204,9 @@ class Workbench:
         from avl_analysis import live
 
         def run(vlm: VLM) -> Observation:
-            return live.observe(vlm, question.sample, policy, max_new_tokens=question.tokens, on_token=on_token)
+            return live.observe(
+                vlm, question.sample, policy, max_new_tokens=question.tokens, on_token=on_token
+            )
 
         return self._once("observation", question, policy, run, waiting)
 
@@ -205,18 +219,25 @@ class Workbench:
     ) -> Answer:
         """The answer alone, timed with nothing but the policy on the model.
 
-        The first run of a process warms caches and allocators, so a short unmeasured run goes before it.
+        The first run of a process warms caches and allocators, so a short unmeasured run goes
+        before it.
         """
         from avl_analysis import live
 
         def run(vlm: VLM) -> Answer:
             live.answer(vlm, question.sample, policy, max_new_tokens=2)
-            return live.answer(vlm, question.sample, policy, max_new_tokens=question.tokens, on_token=on_token)
+            return live.answer(
+                vlm, question.sample, policy, max_new_tokens=question.tokens, on_token=on_token
+            )
 
         return self._once("answer", question, policy, run, waiting)
 
     def disagreement(
-        self, question: Question, policy: avl.Policy, reference: Answer, waiting: Waiting | None = None
+        self,
+        question: Question,
+        policy: avl.Policy,
+        reference: Answer,
+        waiting: Waiting | None = None,
     ) -> Disagreement:
         """How the policy's predictions differ along the full cache's answer."""
         from avl_analysis import live
@@ -237,7 +258,9 @@ class Workbench:
         from avl_analysis import live
 
         def run(vlm: VLM) -> Recording:
-            return live.recorded(vlm, question.sample, policy, max_new_tokens=question.tokens, on_token=on_token)
+            return live.recorded(
+                vlm, question.sample, policy, max_new_tokens=question.tokens, on_token=on_token
+            )
 
         return self._once("recording", question, policy, run, waiting)
 
@@ -253,7 +276,9 @@ class Workbench:
         """Policies compared on many samples; others may use the model between two batches.
 
         Args:
-            progress: called with (done, total) after each batch under each policy; may raise to stop.
+
+            progress: called with (done, total) after each batch under each policy; may raise to
+            stop.
         """
         from avl_analysis.evaluation.compare import compare
 
@@ -261,13 +286,18 @@ class Workbench:
         with shared.use() as vlm:
 
             def advance(done: int, total: int) -> None:
-                shared.give_way()
+                shared.yield_lock()
                 progress(done, total)
 
             return compare(vlm, samples, chosen, max_new_tokens=tokens, progress=advance)
 
     def corpus(
-        self, model: str, samples: Sequence[Sample], *, tokens: int, progress: Callable[[int, int], None]
+        self,
+        model: str,
+        samples: Sequence[Sample],
+        *,
+        tokens: int,
+        progress: Callable[[int, int], None],
     ) -> Recording:
         """All statistics of many samples; others may use the model in between."""
         from avl_analysis import merge
@@ -277,7 +307,11 @@ class Workbench:
         for start in range(0, len(samples), _PART):
             part = samples[start : start + _PART]
             with shared.use() as vlm:
-                parts.append(record_samples(vlm, part, max_new_tokens=tokens, batch_size=_PART, first_sample=start))
+                parts.append(
+                    record_samples(
+                        vlm, part, max_new_tokens=tokens, batch_size=_PART, first_sample=start
+                    )
+                )
             progress(min(start + _PART, len(samples)), len(samples))
         return merge(parts)
 

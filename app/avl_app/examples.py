@@ -1,7 +1,7 @@
 """The example pictures: drawn scenes with the questions whose right answers are known.
 
-One picture of the embedded generator carries several questions, so a visitor can stay with a picture and ask about its
-colours, its text or all of it.
+One picture of the embedded generator carries several questions, so a visitor can stay with a
+picture and ask about its colours, its text or all of it.
 """
 
 from __future__ import annotations
@@ -43,14 +43,20 @@ def scene_picture(index: int) -> Picture:
 
 @lru_cache(maxsize=64)
 def questions(index: int) -> dict[str, Sample]:
-    """The questions that go with example picture `index`, by task; tasks that need another picture are left out."""
+    """The questions that go with example picture `index`, by task; tasks that need another picture
+    are left out.
+    """
     shown = scene_picture(index).pixels
     asked = {task: scenes.generate(SEED, index, task) for task in ("caption", *scenes.TASKS)}
     return {task: sample for task, sample in asked.items() if np.array_equal(sample.image, shown)}
 
 
 def asked_scene(shown: Picture, prompt: str) -> Sample | None:
-    """The question with its truth, if the picture is an example and the prompt one of its questions."""
+    """The question with its truth, if the picture is an example and the prompt one of its
+    questions.
+    """
     if shown.scene is None:
         return None
-    return next((sample for sample in questions(shown.scene[1]).values() if sample.prompt == prompt), None)
+    return next(
+        (sample for sample in questions(shown.scene[1]).values() if sample.prompt == prompt), None
+    )

@@ -1,7 +1,8 @@
-"""The dashboard's one script: the frame around the views, the question at the side, errors in one sentence.
+"""The dashboard's one script: the frame around the views, the question at the side, errors in one
+sentence.
 
-Streamlit runs it from top to bottom for every interaction. It is called main.py because a script named like the package
-would hide it.
+Streamlit runs it from top to bottom for every interaction. It is called main.py because a script
+named like the package would hide it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from PIL import Image
 
 from avl_analysis.errors import InputError
 from avl_app import sidebar, state
-from avl_app.data import Workbench
+from avl_app.data import ModelServer
 from avl_app.page import Context, plain, problem
 from avl_app.settings import Settings, settings
 
@@ -35,9 +36,9 @@ TITLES = {
 
 
 @st.cache_resource(show_spinner=False)
-def workbench(given: Settings) -> Workbench:
+def workbench(given: Settings) -> ModelServer:
     """The one workbench of this server."""
-    return Workbench(allow_hub=given.hub, results=given.results)
+    return ModelServer(allow_hub=given.hub, results=given.results)
 
 
 def _icon() -> Image.Image:
@@ -55,9 +56,12 @@ def show(view: str, context: Context) -> None:
 
 
 def _for_visitors(error: Exception) -> bool:
-    """Whether a message was written for people: this model cannot be recorded or adapted, and why."""
+    """Whether a message was written for people: this model cannot be recorded or
+    adapted, and why."""
     avl = sys.modules.get("avl")  # whoever raised one of these has imported it
-    return isinstance(error, tuple(getattr(avl, name, ()) for name in ("SeamError", "UnsupportedModelError")))
+    return isinstance(
+        error, tuple(getattr(avl, name, ()) for name in ("HookError", "UnsupportedModelError"))
+    )
 
 
 def main() -> None:
@@ -66,7 +70,12 @@ def main() -> None:
     st.html(_STYLE)
     state.begin()
     view = st.segmented_control(
-        "View", state.VIEWS, key="view", format_func=TITLES.__getitem__, required=True, label_visibility="collapsed"
+        "View",
+        state.VIEWS,
+        key="view",
+        format_func=TITLES.__getitem__,
+        required=True,
+        label_visibility="collapsed",
     )
     try:
         given = settings()
@@ -83,8 +92,8 @@ def main() -> None:
         else:
             _LOG.exception("a page could not be drawn")
             st.error(
-                f"This page could not be drawn ({plain(type(error).__name__)}). The details are in the server's log; "
-                "reload the page or choose another view.",
+                f"This page could not be drawn ({plain(type(error).__name__)}). The details are in"
+                " the server's log; reload the page or choose another view.",
                 icon=":material/error:",
             )
     state.finish()

@@ -1,4 +1,6 @@
-"""Parts every view is made of: plots in the visitor's theme, foreign text shown as text, progress, one-line errors."""
+"""Parts every view is made of: plots in the visitor's theme, foreign text shown as text, progress,
+one-line errors.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from avl_analysis.figures import draw_html, draw_plotly
 from avl_analysis.figures.clickable import with_cells, with_opacity
 from avl_analysis.figures.spec import Heat, Overlay, Panel
 from avl_analysis.figures.strip import Strip
-from avl_app.data import Question, Workbench
+from avl_app.data import ModelServer, Question
 from avl_app.settings import Settings
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~$:&=^])")
@@ -23,15 +25,18 @@ _CONFIG = {"displayModeBar": False, "scrollZoom": False, "doubleClick": False}
 
 @dataclass(frozen=True)
 class Context:
-    """What a view is given: the server's settings, the shared workbench, and what is being asked."""
+    """What a view is given: the server's settings, the shared workbench, and what
+    is being asked."""
 
     settings: Settings
-    bench: Workbench
+    bench: ModelServer
     question: Question
 
 
 def plain(text: str) -> str:
-    """Foreign text for places that read Markdown: every character that could mean something is escaped."""
+    """Foreign text for places that read Markdown: every character that could mean something is
+    escaped.
+    """
     return _MARKUP.sub(r"\\\1", text.replace("\n", " "))
 
 
@@ -51,7 +56,12 @@ def is_dark() -> bool:
 
 
 def plot(
-    panel: Panel, key: str, *, titled: bool = True, opacity: float | None = None, height: int | None = None
+    panel: Panel,
+    key: str,
+    *,
+    titled: bool = True,
+    opacity: float | None = None,
+    height: int | None = None,
 ) -> None:
     """A panel as a plot in the visitor's theme."""
     drawn = draw_plotly.draw(panel, dark=is_dark(), titled=titled)
@@ -66,14 +76,22 @@ def plot(
     st.plotly_chart(drawn, key=key, theme=None, config=config)
 
 
-def cells(heat: Heat, key: str, marked: tuple[int, int] | None, on_click: Callable[[], None]) -> None:
+def cells(
+    heat: Heat, key: str, marked: tuple[int, int] | None, on_click: Callable[[], None]
+) -> None:
     """A heat map whose cells can be clicked; `on_click` reads the cell with `clicked(key)`."""
-    drawn = with_cells(draw_plotly.draw(heat, dark=is_dark(), titled=False), heat, marked=marked, dark=is_dark())
-    st.plotly_chart(drawn, key=key, theme=None, on_select=on_click, selection_mode="points", config=_CONFIG)
+    drawn = with_cells(
+        draw_plotly.draw(heat, dark=is_dark(), titled=False), heat, marked=marked, dark=is_dark()
+    )
+    st.plotly_chart(
+        drawn, key=key, theme=None, on_select=on_click, selection_mode="points", config=_CONFIG
+    )
 
 
 def clicked(key: str) -> tuple[int, int] | None:
-    """Row and column of the cell of `cells` that was clicked last, None if the click took a selection away."""
+    """Row and column of the cell of `cells` that was clicked last, None if the click took a
+    selection away.
+    """
     points = st.session_state[key]["selection"]["points"]
     data = next((point["customdata"] for point in points if "customdata" in point), None)
     return None if data is None else (int(data[0]), int(data[1]))
@@ -90,8 +108,12 @@ def problem(error: Exception | str) -> None:
 
 
 @contextmanager
-def streaming(title: str, place: Any = None) -> Iterator[tuple[Callable[[str, int], None], Callable[[], None]]]:
-    """Show an answer as it comes: yields what to call for each token, and while waiting for the model."""
+def streaming(
+    title: str, place: Any = None
+) -> Iterator[tuple[Callable[[str, int], None], Callable[[], None]]]:
+    """Show an answer as it comes: yields what to call for each token, and while waiting for the
+    model.
+    """
     target = place or st.empty()
     target.markdown(f":material/hourglass_top: {plain(title)} …")
 

@@ -1,6 +1,7 @@
 """Choosing policies: A-VL (adaptive.py) and any others beside it.
 
-Which policies there are is read from `avl_analysis.evaluation.policy_files`, so one that is added there appears here too.
+Which policies there are is read from `avl_analysis.evaluation.policy_files`, so one that is added
+there appears here too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _NAMES = {
     "fastv": "FastV",
     "vl-cache": "VL-Cache",
 }
-"""What policies are called in print; those without an entry go by their names on the command line."""
+"""What policies are called in print; those without an entry go by their names on the command line.
+"""
 
 MOST_RIVALS = 3
 """Policies beside the full cache and A-VL; more columns cannot be read."""
@@ -35,13 +37,20 @@ _EXAMPLE = "a-vl:0.3; snapkv:0.5,window=8"
 
 
 def rivals(*, ours: bool = False) -> dict[str, str]:
-    """Names of the policies that can stand beside A-VL (or of A-VL too), with what they are called."""
+    """Names of the policies that can stand beside A-VL (or of A-VL too), with what
+    they are called."""
     left_out = {"full"} if ours else {"full", "a-vl"}
-    return {name: _NAMES.get(name, name) for name in (*POLICIES, *policy_files.PRESETS) if name not in left_out}
+    return {
+        name: _NAMES.get(name, name)
+        for name in (*POLICIES, *policy_files.PRESETS)
+        if name not in left_out
+    }
 
 
 def at_budget(name: str, budget: float) -> avl.Policy:
-    """The policy of this name at a share of the full cache's bytes; one without a budget at its own settings."""
+    """The policy of this name at a share of the full cache's bytes; one without a budget at its own
+    settings.
+    """
     try:
         return named_policy(f"{name}:{budget:g}")
     except InputError:
@@ -52,14 +61,22 @@ def choose() -> dict[str, avl.Policy]:
     """Draw the controls; the chosen policies by name, the full cache first."""
     chosen: dict[str, avl.Policy] = {FULL: avl.FullPolicy()}
     first, second = st.columns([1, 3], vertical_alignment="bottom")
-    on = first.toggle("A-VL on", key="avl_on", help="Adaptive attention on the loaded model, for your answers only.")
+    on = first.toggle(
+        "A-VL on",
+        key="avl_on",
+        help="Adaptive attention on the loaded model, for your answers only.",
+    )
     with second:
         adaptive.choose_preset(disabled=not on)
     if on:
-        ours = adaptive.from_file() if state.get("preset") == adaptive.FILE else adaptive.by_controls()
+        ours = (
+            adaptive.from_file() if state.get("preset") == adaptive.FILE else adaptive.by_controls()
+        )
         if ours is not None:
             chosen[ADAPTIVE] = ours
-    with st.expander("Other policies beside it", icon=":material/compare_arrows:", expanded=bool(_asked_for())):
+    with st.expander(
+        "Other policies beside it", icon=":material/compare_arrows:", expanded=bool(_asked_for())
+    ):
         others = _others()
     for name, policy in others.items():
         chosen[name] = policy
@@ -70,7 +87,7 @@ def _asked_for() -> list[str]:
     return [*(state.get("rivals") or []), *str(state.get("more")).split()]
 
 
-# -- others -----------------------------------------------------------------------------------------------------
+# -- others ----------------------------------------------------------------------------------------
 
 
 def _others() -> dict[str, avl.Policy]:
@@ -86,13 +103,18 @@ def _others() -> dict[str, avl.Policy]:
         wrap=True,
     )
     left, right = st.columns(2)
-    left.slider("Their budget, share of all keys", 0.02, 1.0, step=0.01, key="budget", disabled=not picked)
+    left.slider(
+        "Their budget, share of all keys", 0.02, 1.0, step=0.01, key="budget", disabled=not picked
+    )
     right.text_input(
         "More, as on the command line",
         key="more",
         placeholder=_EXAMPLE,
         max_chars=300,
-        help=f"Names with settings, semicolons between them: {_EXAMPLE}. Names: {', '.join(('full', *names))}.",
+        help=(
+            f"Names with settings, semicolons between them: {_EXAMPLE}. Names:"
+            f" {', '.join(('full', *names))}."
+        ),
     )
     found = {names[name]: at_budget(name, float(state.get("budget"))) for name in picked}
     try:
@@ -100,7 +122,10 @@ def _others() -> dict[str, avl.Policy]:
     except InputError as error:
         problem(error)
     if len(found) > MOST_RIVALS:
-        problem(f"{len(found)} policies are chosen; the first {MOST_RIVALS} are shown, take some away to see others.")
+        problem(
+            f"{len(found)} policies are chosen; the first {MOST_RIVALS} are shown, take some away"
+            " to see others."
+        )
     return dict(list(found.items())[:MOST_RIVALS])
 
 
@@ -113,6 +138,7 @@ def written(text: str) -> dict[str, avl.Policy]:
     parts = [part.strip() for part in text.split(";") if part.strip()]
     if files := [part for part in parts if part.endswith(".json")]:
         raise InputError(
-            f"{files[0]} is a file on the server; choose the preset “{adaptive.OWN[adaptive.FILE]}” and send it"
+            f"{files[0]} is a file on the server; choose the preset “{adaptive.OWN[adaptive.FILE]}”"
+            " and send it"
         )
     return {part: named_policy(part) for part in parts}

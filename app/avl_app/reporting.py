@@ -73,7 +73,13 @@ def build_report(
     from avl_reports.build import build
 
     with tempfile.TemporaryDirectory() as folder:
-        made = build(recording, Path(folder) / "report", comparison=comparison, title=title, progress=progress)
+        made = build(
+            recording,
+            Path(folder) / "report",
+            comparison=comparison,
+            title=title,
+            progress=progress,
+        )
         archive = io.BytesIO()
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
             for path in sorted(made.folder.rglob("*")):

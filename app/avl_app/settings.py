@@ -1,7 +1,7 @@
 """What the person who started the server allows, handed to the pages through the environment.
 
-Streamlit starts scripts itself, so arguments cannot be passed to them; environment variables can, from `avl app`, from
-`streamlit run` and from tests alike.
+Streamlit starts scripts itself, so arguments cannot be passed to them; environment variables can,
+from `avl app`, from `streamlit run` and from tests alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Settings:
     """Limits of one server.
 
     Attributes:
-        models: models one can choose from, the first one is shown first: "scenes", folders or hub ids.
+        models: models one can choose from, the first one is shown first: "scenes", folders or hub
+            ids.
         folders: whether a page may name a further folder on the server's disk.
         hub: whether hub ids may be fetched.
         webcam: whether the webcam is offered.
@@ -30,7 +31,8 @@ class Settings:
         recording_bytes: largest recording or comparison file accepted.
         picture_pixels: largest picture accepted, width x height, checked before it is decoded.
         longest: most tokens an answer may have.
-        results: how many answers, observations and recordings are remembered for all visitors together.
+        results: how many answers, observations and recordings are remembered for all visitors
+            together.
     """
 
     models: tuple[str, ...] = ("scenes",)
@@ -45,7 +47,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not self.models:
-            raise InputError("the dashboard needs at least one model, for example: avl app --model scenes")
+            raise InputError(
+                "the dashboard needs at least one model, for example: avl app --model scenes"
+            )
 
     def as_json(self) -> str:
         return json.dumps(asdict(self))
@@ -64,4 +68,6 @@ def settings(environment: Mapping[str, str] = os.environ) -> Settings:
         values = json.loads(text)
         return Settings(**{**values, "models": tuple(values.get("models", ("scenes",)))})
     except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{VARIABLE} holds {text[:80]!r}, which are not settings of the dashboard: {error}") from error
+        raise InputError(
+            f"{VARIABLE} holds {text[:80]!r}, which are not settings of the dashboard: {error}"
+        ) from error

@@ -8,7 +8,7 @@ import streamlit as st
 
 from avl_analysis.errors import InputError
 from avl_app import examples, state
-from avl_app.data import Picture, Question, Workbench
+from avl_app.data import ModelServer, Picture, Question
 from avl_app.page import plain, problem
 from avl_app.settings import Settings
 from avl_app.uploads import uploaded
@@ -18,7 +18,7 @@ _TYPES = ["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"]
 _SOURCE_NAMES = {"example": "Example", "upload": "Upload", "webcam": "Webcam"}
 
 
-def show(given: Settings, bench: Workbench) -> Question | None:
+def show(given: Settings, bench: ModelServer) -> Question | None:
     """Draw the sidebar; None while something is missing, which it then says."""
     with st.sidebar:
         st.markdown("### avl · where a model looks")
@@ -27,7 +27,12 @@ def show(given: Settings, bench: Workbench) -> Question | None:
         if picture is None:
             return None
         prompt = _prompt(picture)
-        st.button("Ask", type="primary", width="stretch", help="Answers are remembered; asking again is immediate.")
+        st.button(
+            "Ask",
+            type="primary",
+            width="stretch",
+            help="Answers are remembered; asking again is immediate.",
+        )
         _more(given)
         if not prompt.strip():
             problem("The question is empty: write one, for example “Describe the image.”")
@@ -38,9 +43,13 @@ def show(given: Settings, bench: Workbench) -> Question | None:
 def _model(given: Settings) -> str:
     """Name of the chosen model."""
     typed = str(state.get("model"))
-    options = list(dict.fromkeys([*given.models, *([typed] if typed and (given.folders or given.hub) else [])]))
+    options = list(
+        dict.fromkeys([*given.models, *([typed] if typed and (given.folders or given.hub) else [])])
+    )
     state.within("model", options, options[0])
-    st.selectbox("Model", options, key="model", format_func=lambda name: name.rpartition("/")[2] or name)
+    st.selectbox(
+        "Model", options, key="model", format_func=lambda name: name.rpartition("/")[2] or name
+    )
     chosen = str(state.get("model"))
     if chosen not in given.models:
         allowed(chosen, given)
@@ -48,7 +57,8 @@ def _model(given: Settings) -> str:
 
 
 def allowed(name: str, given: Settings) -> None:
-    """Whether a visitor may have this model loaded: a folder where folders may be named, a hub id with the switch.
+    """Whether a visitor may have this model loaded: a folder where folders may be named, a hub id
+    with the switch.
 
     Raises:
         InputError: neither.
@@ -56,11 +66,13 @@ def allowed(name: str, given: Settings) -> None:
     if Path(name).expanduser().is_dir():
         if given.folders:
             return
-        raise InputError(f"this server offers {', '.join(given.models)} only; it was started with --no-folders")
+        raise InputError(
+            f"this server offers {', '.join(given.models)} only; it was started with --no-folders"
+        )
     if not given.hub:
         raise InputError(
-            f"there is no model folder {name} on the server, and hub ids are loaded only by a server started with "
-            "avl app --hub"
+            f"there is no model folder {name} on the server, and hub ids are loaded only by a"
+            " server started with avl app --hub"
         )
 
 
@@ -69,7 +81,11 @@ def _more(given: Settings) -> None:
     state.put("longest", min(int(state.get("longest")), given.longest))
     with st.expander("More"):
         st.slider("Longest answer, in tokens", 1, given.longest, key="longest")
-        kinds = [kind for kind, may in (("folder of a model", given.folders), ("hub id", given.hub)) if may]
+        kinds = [
+            kind
+            for kind, may in (("folder of a model", given.folders), ("hub id", given.hub))
+            if may
+        ]
         if kinds:
             st.text_input(
                 " or ".join(kinds).capitalize(),
@@ -90,28 +106,44 @@ def _picture(given: Settings) -> Picture | None:
     """The chosen picture; None, with the next step said, if there is none."""
     sources = [source for source in state.SOURCES if source != "webcam" or given.webcam]
     state.within("source", sources, "example")
-    st.segmented_control("Picture", sources, key="source", format_func=_SOURCE_NAMES.__getitem__, required=True)
+    st.segmented_control(
+        "Picture", sources, key="source", format_func=_SOURCE_NAMES.__getitem__, required=True
+    )
     source = state.get("source")
     if source == "example":
-        st.number_input("Scene", 0, examples.SCENES - 1, key="scene", help="Drawn scenes the model never saw.")
+        st.number_input(
+            "Scene", 0, examples.SCENES - 1, key="scene", help="Drawn scenes the model never saw."
+        )
         picture = examples.scene_picture(int(state.get("scene")))
     else:
         sent = (
-            st.file_uploader("Picture file", _TYPES, key="file", max_upload_size=max(1, given.upload_bytes >> 20))
+            st.file_uploader(
+                "Picture file", _TYPES, key="file", max_upload_size=max(1, given.upload_bytes >> 20)
+            )
             if source == "upload"
             else st.camera_input("Webcam picture", key="camera")
         )
         if sent is None:
-            st.info("Send a picture to ask about, or go back to the examples.", icon=":material/image:")
+            st.info(
+                "Send a picture to ask about, or go back to the examples.", icon=":material/image:"
+            )
             return None
         try:
             picture = uploaded(
-                sent.getvalue(), sent.name, most_bytes=given.upload_bytes, most_pixels=given.picture_pixels
+                sent.getvalue(),
+                sent.name,
+                most_bytes=given.upload_bytes,
+                most_pixels=given.picture_pixels,
             )
         except InputError as error:
             problem(error)
             return None
-    st.image(picture.pixels, caption=plain(picture.name), width=210, alt=f"the picture asked about, {picture.name}")
+    st.image(
+        picture.pixels,
+        caption=plain(picture.name),
+        width=210,
+        alt=f"the picture asked about, {picture.name}",
+    )
     return picture
 
 

@@ -1,8 +1,8 @@
 """What a visitor is looking at, mirrored in the address of the page, so that a view can be linked.
 
-Every choice worth sharing is a `Field`: a key of Streamlit's session state that starts from the address, survives while
-its widget is not on the page, and is written back when it differs from the default. What is in the address was typed by
-anybody, so values that do not parse are ignored.
+Every choice worth sharing is a `Field`: a key of Streamlit's session state that starts from the
+address, survives while its widget is not on the page, and is written back when it differs from the
+default. What is in the address was typed by anybody, so values that do not parse are ignored.
 
 Not in the address: uploaded pictures, files and results.
 """
@@ -27,7 +27,9 @@ MOST_TEXT = 2000
 
 @dataclass(frozen=True)
 class Field:
-    """One shared choice: its default and how it is read from text (None if the text makes no sense)."""
+    """One shared choice: its default and how it is read from text (None if the text makes no
+    sense).
+    """
 
     default: Any
     read: Callable[[str], Any]
@@ -125,7 +127,9 @@ FIELDS: dict[str, Field] = {
 
 
 def begin() -> None:
-    """Take the choices from the address on the first run, and keep those whose widgets are not on this page."""
+    """Take the choices from the address on the first run, and keep those whose widgets are not on
+    this page.
+    """
     for name, field in FIELDS.items():
         if name not in st.session_state:
             text = st.query_params.get(name)
@@ -157,7 +161,9 @@ def put(name: str, value: Any) -> None:
 
 
 def asked(question: object) -> None:
-    """Note what is being asked; another question than before starts without a chosen token, layer or step."""
+    """Note what is being asked; another question than before starts without a chosen token, layer
+    or step.
+    """
     before = st.session_state.get("asked", question)
     st.session_state["asked"] = question
     if before != question:
@@ -166,7 +172,9 @@ def asked(question: object) -> None:
 
 
 def within(name: str, options: Sequence[Value], fallback: Value) -> Value:
-    """The present value if it is among the options now possible, else `fallback`, which becomes the value."""
+    """The present value if it is among the options now possible, else `fallback`, which becomes the
+    value.
+    """
     if st.session_state.get(name) not in options:
         st.session_state[name] = fallback
     value: Value = st.session_state[name]

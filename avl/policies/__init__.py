@@ -1,4 +1,5 @@
-"""Policies: A-VL, the full cache, and baselines at equal bytes. `base` says what a policy is asked."""
+"""Policies: A-VL, the full cache, and baselines at equal bytes. `base` says what a
+policy is asked."""
 
 from avl.policies.adaptive import AdaptivePolicy
 from avl.policies.base import Policy

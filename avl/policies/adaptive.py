@@ -1,18 +1,21 @@
 """A-VL: image tokens take turns, text tokens grow old (Zhang et al., AAAI 2025, arXiv 2409.14846).
 
-Three rules, each switched off by `None`. *Vision*: after the prompt a layer keeps the best `secondary` of the image
-keys, attends to the best `core` of them, and every `refresh_every`-th step attends to all it kept and chooses the core
-anew. *Text*: heavy-hitter eviction (H2O) among the text keys, per key/value head. *Prefill filter*: after
-`prefill_layer` layers only the best `prefill` of the image tokens travel on; alone it is FastV.
+Three rules, each switched off by `None`. *Vision*: after the prompt a layer keeps the best
+`secondary` of the image keys, attends to the best `core` of them, and every `refresh_every`-th step
+attends to all it kept and chooses the core anew. *Text*: heavy-hitter eviction (H2O) among the text
+keys, per key/value head. *Prefill filter*: after `prefill_layer` layers only the best `prefill` of
+the image tokens travel on; alone it is FastV.
 
-All fractions are fractions *kept* of the original number of image tokens and are truncated; the numbers below the paper
-does not print (the floor of 20 text keys, the 70/30 split) are those of the authors' released program, and the traces
-in the tests are reproduced only with them. Beyond that program: batches, several pictures, later turns, and grouped
-key/value heads, whose query heads' scores are summed.
+All fractions are fractions *kept* of the original number of image tokens and are truncated; the
+numbers below the paper does not print (the floor of 20 text keys, the 70/30 split) are those of the
+authors' released program, and the traces in the tests are reproduced only with them. Beyond that
+program: batches, several pictures, later turns, and grouped key/value heads, whose query heads'
+scores are summed.
 
-Beyond the paper, off by default: minor image keys kept cheaply instead of dropped (`cold`), refreshes that attend to
-the new core only (`sparse_refresh`), refreshes when attention has drifted (`drift`), shares per layer, other ways to
-rank image keys (`score`) and a core per key/value head (`own_cores`). docs/beyond-the-paper.md says what each is worth.
+Beyond the paper, off by default: minor image keys kept cheaply instead of dropped (`cold`),
+refreshes that attend to the new core only (`sparse_refresh`), refreshes when attention has drifted
+(`drift`), shares per layer, other ways to rank image keys (`score`) and a core per key/value head
+(`own_cores`). docs/beyond-the-paper.md says what each is worth.
 """
 
 from __future__ import annotations
@@ -47,23 +50,30 @@ class AdaptivePolicy(Policy):
     """A-VL with the paper's settings as defaults.
 
     Attributes:
-        secondary: share of the image keys held after the prompt, (0, 1]; None holds all. One number, or one per layer.
-            With a cold tier: the share held in full precision, and 0 is possible.
-        core: share of the image keys attended at ordinary steps, (0, secondary]; None attends to all held. One number,
-            or one per layer.
-        refresh_every: every how many decode steps all held keys are attended and the core is chosen anew; 0: there is
-            no core, every step attends to all held.
+        secondary: share of the image keys held after the prompt, (0, 1]; None holds all. One
+            number, or one per layer. With a cold tier: the share held in full precision, and 0 is
+            possible.
+        core: share of the image keys attended at ordinary steps, (0, secondary]; None attends to
+            all held. One number, or one per layer.
+        refresh_every: every how many decode steps all held keys are attended and the core is chosen
+            anew; 0: there is no core, every step attends to all held.
         text: share of the text keys held, (0, 1], at least 20 keys; None holds all.
-        prefill: share of the image tokens that go on after `prefill_layer`, [secondary, 1]; None: all.
+        prefill: share of the image tokens that go on after `prefill_layer`, [secondary, 1]; None:
+            all.
         prefill_layer: number of decoder layers that see all image tokens, >= 1.
-        budget: share of the full cache's bytes, (0, 1]; then `secondary` only says how large the core is beside it, and
-            as many image keys are held after the prompt as the budget leaves. See `for_budget` and `with_cold_tier`.
-        cold: what becomes of the image keys that are not secondary. None: dropped. 8, 4 or 2: kept in that many bits;
-            "host": kept in host memory; 16: kept as they are. Refreshes attend to them, and bring back the best.
-        sparse_refresh: a refresh ranks all keys held and attends to the new core alone, not to all it ranked.
-        drift: refresh a row at any step at which the cosine between its core keys' weights now and when they were
-            chosen is at most this, (0, 1]; takes the place of `refresh_every`. 1 refreshes at every step.
-        score: how the prompt ranks image keys; the ways are listed in scores.py. "last" is the paper's.
+        budget: share of the full cache's bytes, (0, 1]; then `secondary` only says how large the
+            core is beside it, and as many image keys are held after the prompt as the budget
+            leaves. See `for_budget` and `with_cold_tier`.
+        cold: what becomes of the image keys that are not secondary. None: dropped. 8, 4 or 2: kept
+            in that many bits; "host": kept in host memory; 16: kept as they are. Refreshes attend
+            to them, and bring back the best.
+        sparse_refresh: a refresh ranks all keys held and attends to the new core alone, not to all
+            it ranked.
+        drift: refresh a row at any step at which the cosine between its core keys' weights now and
+            when they were chosen is at most this, (0, 1]; takes the place of `refresh_every`. 1
+            refreshes at every step.
+        score: how the prompt ranks image keys; the ways are listed in scores.py. "last" is the
+            paper's.
         own_cores: every key/value head has image keys of its own, ranked by its query heads.
 
     Raises:
@@ -87,27 +97,41 @@ class AdaptivePolicy(Policy):
 
     def __post_init__(self) -> None:
         if self.cold is not None:
-            check_choice("cold", self.cold, (*BITS, PLAIN, HOST), "bits of a number; None drops minor keys")
+            check_choice(
+                "cold", self.cold, (*BITS, PLAIN, HOST), "bits of a number; None drops minor keys"
+            )
         for name in ("text", "prefill", "budget", "drift"):
             check_share(name, getattr(self, name), optional=True)
         for name in ("secondary", "core"):
-            _check_layers(name, getattr(self, name), zero=self.cold is not None and name == "secondary")
+            _check_layers(
+                name, getattr(self, name), zero=self.cold is not None and name == "secondary"
+            )
         check_count("refresh_every", self.refresh_every, 0, "0 switches the core off")
-        check_count("prefill_layer", self.prefill_layer, 1, "the ranking needs at least one layer's attention")
+        check_count(
+            "prefill_layer",
+            self.prefill_layer,
+            1,
+            "the ranking needs at least one layer's attention",
+        )
         check_choice("score", self.score, KINDS, "how the prompt ranks image keys")
         check_switch("sparse_refresh", self.sparse_refresh)
         check_switch("own_cores", self.own_cores)
         self._check_shares()
         if self.sparse_refresh and (self.core is None or self.refresh_every == 0):
             raise ValueError(
-                f"sparse_refresh attends to a new core, and core={self.core}, refresh_every={self.refresh_every} have "
-                "none; pass e.g. core=0.1, refresh_every=1"
+                f"sparse_refresh attends to a new core, and core={self.core},"
+                f" refresh_every={self.refresh_every} have none; pass e.g. core=0.1,"
+                " refresh_every=1"
             )
         if self.drift is not None and (self.core is None or self.refresh_every == 0):
-            raise ValueError(f"drift={self.drift} watches the core, and there is none; pass core and refresh_every > 0")
+            raise ValueError(
+                f"drift={self.drift} watches the core, and there is none; pass core and"
+                " refresh_every > 0"
+            )
         if self.own_cores and self.budget is not None:
             raise ValueError(
-                "own_cores cannot be combined with budget: image keys that give way are those of all heads"
+                "own_cores cannot be combined with budget: image keys that give way are those of"
+                " all heads"
             )
 
     def _check_shares(self) -> None:
@@ -116,27 +140,36 @@ class AdaptivePolicy(Policy):
         for layer in range(count):
             secondary, core = _of_layer(self.secondary, layer), _of_layer(self.core, layer)
             secondary = 1.0 if secondary is None else secondary
-            most = 1.0 if self.cold is not None and self.sparse_refresh and self.refresh_every == 1 else secondary
+            most = (
+                1.0
+                if self.cold is not None and self.sparse_refresh and self.refresh_every == 1
+                else secondary
+            )
             if core is not None and core > most:
                 raise ValueError(
-                    f"core={core} is larger than secondary={secondary}: core image tokens are chosen among the "
-                    f"secondary ones. Pass core <= {secondary}, or core=None to attend to all that are held"
+                    f"core={core} is larger than secondary={secondary}: core image tokens are"
+                    f" chosen among the secondary ones. Pass core <= {secondary}, or core=None to"
+                    " attend to all that are held"
                 )
-            filtered = self.prefill is not None and self.secondary is not None and self.budget is None
+            filtered = (
+                self.prefill is not None and self.secondary is not None and self.budget is None
+            )
             if filtered and secondary > (self.prefill or 1.0):
                 raise ValueError(
-                    f"secondary={secondary} is larger than prefill={self.prefill}: later layers cannot hold image "
-                    f"tokens that the prefill filter removed. Pass secondary <= {self.prefill}, or prefill=None to "
-                    "let all pass"
+                    f"secondary={secondary} is larger than prefill={self.prefill}: later layers"
+                    " cannot hold image tokens that the prefill filter removed. Pass secondary <="
+                    f" {self.prefill}, or prefill=None to let all pass"
                 )
 
     @classmethod
     def for_budget(cls, budget: float, **changes: Any) -> AdaptivePolicy:
-        """The paper's policy scaled so that a layer holds at most `budget` of the full cache's keys at every moment.
+        """The paper's policy scaled so that a layer holds at most `budget` of the full cache's keys
+        at every moment.
 
-        The text rule keeps at most the share `budget`, and image keys outside the core give way, worst first, when
-        the text needs their place. System keys, 20 text keys and the core never do; where these alone exceed the
-        budget, it is missed. `changes` are further fields, for example `refresh_every`.
+        The text rule keeps at most the share `budget`, and image keys outside the core give way,
+        worst first, when the text needs their place. System keys, 20 text keys and the core never
+        do; where these alone exceed the budget, it is missed. `changes` are further fields, for
+        example `refresh_every`.
         """
         check_share("budget", budget)
         text = min(budget, cls.text) if cls.text is not None else budget
@@ -144,20 +177,25 @@ class AdaptivePolicy(Policy):
 
     @classmethod
     def with_cold_tier(cls, budget: float | None = None, **changes: Any) -> AdaptivePolicy:
-        """Every image key kept in 4 bits and attended at every step, all text kept: the preset beyond the paper.
+        """Every image key kept in 4 bits and attended at every step, all text kept: the preset
+        beyond the paper.
 
-        With a budget a layer holds at most that share of the full cache's bytes at every moment: image keys in 8 bits
-        from 0.75 on, in 4 from 0.5 on, in 2 below. What is left beside room for an answer of 64 tokens holds the
-        best-ranked in full precision. Where the budget is too small for that, text gives way by the text rule once it
-        is reached, down to 20 keys, and then the worst-ranked image keys are dropped. `changes` are further fields.
+        With a budget a layer holds at most that share of the full cache's bytes at every moment:
+        image keys in 8 bits from 0.75 on, in 4 from 0.5 on, in 2 below. What is left beside room
+        for an answer of 64 tokens holds the best-ranked in full precision. Where the budget is too
+        small for that, text gives way by the text rule once it is reached, down to 20 keys, and
+        then the worst-ranked image keys are dropped. `changes` are further fields.
         """
         cold = 4
         if budget is not None:
             check_share("budget", budget)
             cold = 8 if budget >= 0.75 else 4 if budget >= 0.5 else 2
-        return replace(cls(secondary=0, core=None, refresh_every=0, text=None, cold=cold, budget=budget), **changes)
+        return replace(
+            cls(secondary=0, core=None, refresh_every=0, text=None, cold=cold, budget=budget),
+            **changes,
+        )
 
-    # -- what the machinery asks ------------------------------------------------------------------------------------
+    # -- what the machinery asks -------------------------------------------------------------------
 
     @property
     def accumulates(self) -> bool:
@@ -173,7 +211,9 @@ class AdaptivePolicy(Policy):
 
     @property
     def rotates(self) -> bool:
-        return self.cold is None or (self.core is not None and (self.refresh_every > 1 or self.drift is not None))
+        return self.cold is None or (
+            self.core is not None and (self.refresh_every > 1 or self.drift is not None)
+        )
 
     @property
     def sparse(self) -> bool:
@@ -201,7 +241,12 @@ class AdaptivePolicy(Policy):
     def limit(self, counts: Counts, share: float) -> int | None:
         limits = [] if self.text is None else [max(round(self.text * counts.text), TEXT_FLOOR)]
         if self.budget is not None and self.cold is not None:
-            limits.append(max(int(self.budget * counts.tokens - share) - counts.system, self._least_text(counts)))
+            limits.append(
+                max(
+                    int(self.budget * counts.tokens - share) - counts.system,
+                    self._least_text(counts),
+                )
+            )
         return min(limits, default=None)
 
     def recent(self, limit: int) -> int:
@@ -213,7 +258,9 @@ class AdaptivePolicy(Policy):
         return max(int(self.budget * counts.tokens) - counts.system - text, 0)
 
     def measure(self, prompt: Prompt) -> Measure:
-        """Image keys: the last row's weights. Text keys: weights summed over text rows, earlier turns included."""
+        """Image keys: the last row's weights. Text keys: weights summed over text rows, earlier
+        turns included.
+        """
         text = None
         if self.accumulates:
             text = prompt.row_sums(prompt.row_modality == Modality.TEXT)
@@ -231,12 +278,18 @@ class AdaptivePolicy(Policy):
         limits = [self.limit(c, s) for c, s in zip(counts, share, strict=True)]
         kept = [n if r is None else min(n, r) for n, r in zip(sizes(text), limits, strict=True)]
         if self.cold is None:
-            near = [min(self._secondary(measure, c, k), n) for c, k, n in zip(counts, kept, sizes(image), strict=True)]
+            near = [
+                min(self._secondary(measure, c, k), n)
+                for c, k, n in zip(counts, kept, sizes(image), strict=True)
+            ]
         core = [self._core(measure, c, n) for c, n in zip(counts, near, strict=True)]
         held = [a + b for a, b in zip(near, cold, strict=True)]
         order = best(measure.scores.masked_fill(~image, -torch.inf), held)
         scores = None if measure.extra is None else measure.extra.masked_fill(~text, PROTECTED)
-        few = [min(int((self._of(self.core, measure) or 1.0) * c.image), n) for c, n in zip(counts, held, strict=True)]
+        few = [
+            min(int((self._of(self.core, measure) or 1.0) * c.image), n)
+            for c, n in zip(counts, held, strict=True)
+        ]
         return Choice(
             far=between(order, core, near),
             core=between(order, [0] * len(core), core),
@@ -251,7 +304,7 @@ class AdaptivePolicy(Policy):
             reference=None if self.drift is None else measure.scores,
         )
 
-    # -- the counts -------------------------------------------------------------------------------------------------
+    # -- the counts --------------------------------------------------------------------------------
 
     def _of(self, share: Share, measure: Measure) -> float | None:
         return _of_layer(share, measure.layer)
@@ -270,7 +323,7 @@ class AdaptivePolicy(Policy):
             return int(share / (self._of(self.secondary, measure) or 1.0) * secondary)
         return min(int(share * counts.image), secondary)
 
-    # -- the cold tier ----------------------------------------------------------------------------------------------
+    # -- the cold tier -----------------------------------------------------------------------------
 
     @property
     def _cold_budget(self) -> bool:
@@ -279,17 +332,23 @@ class AdaptivePolicy(Policy):
     def _tiers(
         self, measure: Measure, counts: Sequence[Counts], image: Sequence[int]
     ) -> tuple[list[int], list[int], list[float]]:
-        """Image keys per row in full precision and in the cold tier, and what they cost, in full keys."""
+        """Image keys per row in full precision and in the cold tier, and what they cost, in full
+        keys.
+        """
         if self.cold is None:
             return [0] * len(image), [0] * len(image), [1.0] * len(image)
         if self.budget is None:
-            near = [min(self._secondary(measure, c, 0), n) for c, n in zip(counts, image, strict=True)]
+            near = [
+                min(self._secondary(measure, c, 0), n) for c, n in zip(counts, image, strict=True)
+            ]
             return near, [n - k for n, k in zip(image, near, strict=True)], [1.0] * len(image)
         rows = [self._within(c, n, measure.widths) for c, n in zip(counts, image, strict=True)]
         near, cold, share = (list(part) for part in zip(*rows, strict=True))
         return near, cold, share
 
-    def _within(self, counts: Counts, image: int, widths: tuple[int, int, int]) -> tuple[int, int, float]:
+    def _within(
+        self, counts: Counts, image: int, widths: tuple[int, int, int]
+    ) -> tuple[int, int, float]:
         """One row's keys in full precision and cold, and their cost, that a budget allows."""
         assert self.budget is not None
         assert self.cold is not None
@@ -335,7 +394,10 @@ def _of_layer(share: Share, layer: int) -> float | None:
     if not isinstance(share, tuple):
         return share
     if layer >= len(share):
-        raise ValueError(f"shares for {len(share)} layers were given, and the model has a layer {layer}: pass one each")
+        raise ValueError(
+            f"shares for {len(share)} layers were given, and the model has a layer {layer}: pass"
+            " one each"
+        )
     return share[layer]
 
 
@@ -345,6 +407,8 @@ def _check_layers(name: str, value: Any, *, zero: bool) -> None:
         check_share(name, value, optional=True, zero=zero)
         return
     if not value:
-        raise ValueError(f"{name} is an empty tuple; pass one share for all layers, or one for each")
+        raise ValueError(
+            f"{name} is an empty tuple; pass one share for all layers, or one for each"
+        )
     for share in value:
         check_share(name, share, zero=zero)

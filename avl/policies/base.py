@@ -1,14 +1,14 @@
 """What a policy is asked, and what it may look at.
 
-A policy is a frozen dataclass that decides; it never touches a cache or a model. After a prompt has passed a layer it
-is shown that layer once (`Prompt`), measures what it needs (`measure`), and says which keys to hold (`choose`). While
-decoding it answers with plain numbers: how many keys a row may hold (`limit`), how many of the newest are safe
-(`recent`), whether this step attends to everything held (`whole`). Everything physical (buffers, masks, rows of unequal
-length) is the business of buffer.py, prefill_step.py and decode_step.py, so that a policy stays about as long as its
-formula.
+A policy is a frozen dataclass that decides; it never touches a cache or a model. After a prompt has
+passed a layer it is shown that layer once (`Prompt`), measures what it needs (`measure`), and says
+which keys to hold (`choose`). While decoding it answers with plain numbers: how many keys a row may
+hold (`limit`), how many of the newest are safe (`recent`), whether this step attends to everything
+held (`whole`). Everything physical (buffers, masks, rows of unequal length) is the business of
+buffer.py, prefill_step.py and decode_step.py, so that a policy stays about as long as its formula.
 
-Order of a layer's keys: `cold` (kept cheaply, attended only at whole steps), `far` (held, attended only at whole
-steps), `core`, then `rest`. Most policies know only `rest`.
+Order of a layer's keys: `cold` (kept cheaply, attended only at whole steps), `far` (held, attended
+only at whole steps), `core`, then `rest`. Most policies know only `rest`.
 """
 
 from __future__ import annotations
@@ -56,14 +56,16 @@ class Prompt:
     Attributes:
         layer: index of the decoder layer.
         layers: number of layers the policy acts on.
-        positions: (batch, heads, keys) sequence index of each key, -1 where there is none; heads is 1 while all
-            key/value heads hold the same keys.
+        positions: (batch, heads, keys) sequence index of each key, -1 where there is none; heads is
+            1 while all key/value heads hold the same keys.
         modality: same shape, int8 codes of `Modality`.
-        places: same shape, number of each key among its row's true tokens, from 0; 0 where there is none.
+        places: same shape, number of each key among its row's true tokens, from 0; 0 where there is
+            none.
         rows: (batch, rows) sequence index of each query row, -1 where it is no token.
         row_modality: (batch, rows) of the query rows.
         counts: true tokens of each row of the batch.
-        held: (batch, key/value heads, keys) scores so far of keys held from earlier turns, 0 for new ones; or None.
+        held: (batch, key/value heads, keys) scores so far of keys held from earlier turns, 0 for
+            new ones; or None.
     """
 
     def __init__(
@@ -110,11 +112,11 @@ class Prompt:
         return attention_weights(self._call, slice(rows - 1, rows))[:, :, 0]
 
     def weights(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Softmax weights of the blocks of query rows that contain any of `rows`, (batch, rows) bool.
+        """Softmax weights of the blocks of query rows that contain any of `rows`, (batch, rows)
+        bool.
 
-        Yields:
-            The block and its weights, (batch, query heads, block, keys) float32. Under a purely causal mask, keys
-            behind the block are left out.
+        Yields: The block and its weights, (batch, query heads, block, keys) float32. Under a purely
+            causal mask, keys behind the block are left out.
         """
         call, wanted = self._call, rows.any(0).tolist()
         for start in range(0, len(wanted), _BLOCK):
@@ -124,7 +126,8 @@ class Prompt:
                 yield slice(start, stop), attention_weights(call, slice(start, stop), seen)
 
     def row_sums(self, rows: Tensor) -> Tensor:
-        """Softmax weights summed over some query rows and over the query heads that share a key/value head.
+        """Softmax weights summed over some query rows and over the query heads that share a
+        key/value head.
 
         Args:
             rows: (batch, rows) bool, which query rows to sum.
@@ -136,7 +139,9 @@ class Prompt:
         total = torch.zeros(batch, heads, keys, device=self._call.key.device)
         for block, weights in self.weights(rows):
             summed = weights.mul_(rows[:, None, block, None]).sum(2)
-            total[..., : weights.shape[3]] += summed.view(batch, heads, self._call.groups, -1).sum(2)
+            total[..., : weights.shape[3]] += summed.view(batch, heads, self._call.groups, -1).sum(
+                2
+            )
         return total
 
     def newest(self, count: int) -> Tensor:
@@ -170,19 +175,23 @@ class Measure:
 
 @dataclass(eq=False)
 class Choice:
-    """Which keys of a layer to hold; indices into its keys, (batch, heads, n), -1 for nothing (in front).
+    """Which keys of a layer to hold; indices into its keys, (batch, heads, n), -1 for nothing (in
+    front).
 
     Attributes:
-        far, core: image keys that take turns, or None; heads is 1 where all key/value heads share them.
+        far, core: image keys that take turns, or None; heads is 1 where all key/value heads share
+            them.
         cold: image keys that go to a `ColdTier` of this `kind`, or None.
         rest: sets of keys that are attended at every step.
-        scores: (batch, heads, keys) what the rest's keys are worth when one must go, `PROTECTED` for never; None if
-            nothing is ever dropped while decoding.
-        worth: (batch, 1, keys) what keys in `far` are worth, if the policy drops some of them later; else None.
+        scores: (batch, heads, keys) what the rest's keys are worth when one must go, `PROTECTED`
+            for never; None if nothing is ever dropped while decoding.
+        worth: (batch, 1, keys) what keys in `far` are worth, if the policy drops some of them
+            later; else None.
         evictable: number of keys in `rest` that may be dropped later, per row.
         share: what `limit` is given for each row; 1.0 if left out.
         few: image keys a sparse whole step attends to, per row; see `Policy.sparse`.
-        reference: (batch, heads, keys) importance of image keys now, if the policy wants to be asked about drift.
+        reference: (batch, heads, keys) importance of image keys now, if the policy wants to be
+            asked about drift.
     """
 
     rest: Sequence[Tensor]
@@ -203,7 +212,9 @@ class Policy(ABC):
     """Base of all policies; the methods below describe one that changes nothing."""
 
     deferred: ClassVar[bool] = False
-    """Whether `choices` needs the measures of all layers (the whole prompt's keys stay in memory until then)."""
+    """Whether `choices` needs the measures of all layers (the whole prompt's keys stay in memory
+    until then).
+    """
     evicts_text_only: ClassVar[bool] = False
     """Whether `limit` and `recent` are about text keys rather than all keys in `rest`."""
 
@@ -219,7 +230,9 @@ class Policy(ABC):
 
     @property
     def filter_layer(self) -> int | None:
-        """Number of decoder layers a prompt passes in full; after them image tokens leave it. None: all layers."""
+        """Number of decoder layers a prompt passes in full; after them image tokens leave it. None:
+        all layers.
+        """
         return None
 
     def filter_count(self, counts: Counts) -> int:
@@ -228,12 +241,16 @@ class Policy(ABC):
 
     @property
     def rotates(self) -> bool:
-        """Whether there are steps that do not attend to all keys held, so that it matters which are core."""
+        """Whether there are steps that do not attend to all keys held, so that it matters which are
+        core.
+        """
         return True
 
     @property
     def sparse(self) -> bool:
-        """Whether a whole step ranks all image keys held, and attends to the `few` best of them only."""
+        """Whether a whole step ranks all image keys held, and attends to the `few` best of them
+        only.
+        """
         return False
 
     @abstractmethod
@@ -245,7 +262,9 @@ class Policy(ABC):
         """Say which keys of one layer to hold."""
 
     def choices(self, measures: Sequence[Measure], counts: Sequence[Counts]) -> list[Choice]:
-        """Say which keys to hold in each of some layers: all of them if `deferred`, else one at a time."""
+        """Say which keys to hold in each of some layers: all of them if `deferred`, else one at a
+        time.
+        """
         return [self.choose(measure, counts) for measure in measures]
 
     def whole(self, step: int) -> bool:
@@ -253,20 +272,24 @@ class Policy(ABC):
         return True
 
     def rank(self, weights: Tensor) -> Tensor:
-        """Importance of keys from one query row's weights, (batch, query heads, keys) -> (batch, keys)."""
+        """Importance of keys from one query row's weights, (batch, query heads, keys) -> (batch,
+        keys).
+        """
         return weights.mean(1)
 
     def core_scores(self, weights: Tensor) -> Tensor:
-        """Importance of keys from a decode step's weights, (batch, key/value heads, groups, keys) -> (batch, heads,
-        keys), where heads is 1 if all key/value heads share one core."""
+        """Importance of keys from a decode step's weights, (batch, key/value heads, groups, keys)
+        -> (batch, heads, keys), where heads is 1 if all key/value heads share one core.
+        """
         return self.rank(weights.flatten(1, 2))[:, None]
 
     def drifted(self, before: Tensor, now: Tensor) -> Tensor | None:
-        """(batch,) bool: rows whose core is outdated; None: none, the core is renewed by `whole` alone.
+        """(batch,) bool: rows whose core is outdated; None: none, the core is renewed by `whole`
+        alone.
 
         Args:
-            before, now: (batch, heads, core keys) importance of the core's keys when it was chosen and at this step; 0
-                where a row has fewer.
+            before, now: (batch, heads, core keys) importance of the core's keys when it was chosen
+                and at this step; 0 where a row has fewer.
         """
         return None
 
@@ -275,7 +298,9 @@ class Policy(ABC):
         return None
 
     def image_limit(self, counts: Counts, text: int) -> int | None:
-        """Most keys a row may hold in `far` and core together while it holds `text` evictable ones; None: no limit."""
+        """Most keys a row may hold in `far` and core together while it holds `text` evictable ones;
+        None: no limit.
+        """
         return None
 
     def recent(self, limit: int) -> int:

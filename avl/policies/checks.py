@@ -12,10 +12,15 @@ def check_share(name: str, value: Any, *, optional: bool = False, zero: bool = F
         return
     span = "[0, 1]" if zero else "(0, 1]"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number in {span}{' or None' if optional else ''}; got {value!r}")
+        raise TypeError(
+            f"{name} must be a number in {span}{' or None' if optional else ''}; got {value!r}"
+        )
     if not (0 < value <= 1 or (zero and value == 0)):
         hint = ", or None to switch its rule off" if optional else ""
-        raise ValueError(f"{name} is the share that is kept, in {span}; got {value!r}. Pass e.g. {name}=0.5{hint}")
+        raise ValueError(
+            f"{name} is the share that is kept, in {span}; got {value!r}. Pass e.g."
+            f" {name}=0.5{hint}"
+        )
 
 
 def check_count(name: str, value: Any, least: int, why: str) -> None:
@@ -29,7 +34,9 @@ def check_count(name: str, value: Any, least: int, why: str) -> None:
 def check_choice(name: str, value: Any, possible: Sequence[Any], why: str) -> None:
     """Refuse what is not one of some values."""
     if isinstance(value, bool) or value not in possible:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, possible))} ({why}); got {value!r}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, possible))} ({why}); got {value!r}"
+        )
 
 
 def check_switch(name: str, value: Any) -> None:

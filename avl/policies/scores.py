@@ -1,14 +1,15 @@
 """How a prompt ranks its image keys: the paper's way, and others that have been proposed.
 
-    last      the last row's weights, mean over heads: the paper (A-VL, arXiv 2409.14846)
-    question  weights of all prompt text rows, mean over rows and heads (post-vision scoring of VL-Cache, 2410.23317)
-    max       the last row's weights, largest over heads
-    sink      mean over heads of weights normalised over the image keys, so that a head that rests on the first token
-              counts as much as others (attention sinks, StreamingLLM, 2309.17453)
-    position  the paper's, over the trend `mu * exp(sigma * i / N)` fitted to the row's N image keys in raster order
-              (Attention Debiasing, 2508.17807)
-    value     weights times the length of the key's value vector (VATP, 2406.12335)
-    diverse   half rank of the paper's score, half rank of how unlike the mean image key a key is (after MixKV, which
+    last      the last row's weights, mean over heads: the paper (A-VL, arXiv 2409.14846) question
+    weights of all prompt text rows, mean over rows and heads (post-vision scoring of VL-Cache,
+    2410.23317) max       the last row's weights, largest over heads sink      mean over heads of
+    weights normalised over the image keys, so that a head that rests on the first token
+              counts as much as others (attention sinks, StreamingLLM, 2309.17453) position  the
+    paper's, over the trend `mu * exp(sigma * i / N)` fitted to the row's N image keys in raster
+    order
+              (Attention Debiasing, 2508.17807) value     weights times the length of the key's
+    value vector (VATP, 2406.12335) diverse   half rank of the paper's score, half rank of how
+    unlike the mean image key a key is (after MixKV, which
               mixes importance and diversity)
 
 With `own`, heads are averaged (or maximised) within the group of a key/value head only.
@@ -34,7 +35,9 @@ def image_scores(prompt: Prompt, kind: str, own: bool) -> Tensor:
         sums = prompt.row_sums(rows)
         return sums if own else sums.mean(1, keepdim=True)
     weights = prompt.last_row()
-    weights = weights.unflatten(1, (prompt.keys.shape[1], -1))  # (batch, key/value heads, groups, keys)
+    weights = weights.unflatten(
+        1, (prompt.keys.shape[1], -1)
+    )  # (batch, key/value heads, groups, keys)
     if kind == "sink":
         weights = weights * image[:, :, None]
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
@@ -49,7 +52,9 @@ def image_scores(prompt: Prompt, kind: str, own: bool) -> Tensor:
 
 
 def over_heads(weights: Tensor, kind: str, own: bool) -> Tensor:
-    """(batch, key/value heads, groups, keys) -> (batch, 1 or key/value heads, keys): mean, or largest for `max`."""
+    """(batch, key/value heads, groups, keys) -> (batch, 1 or key/value heads, keys): mean, or
+    largest for `max`.
+    """
     weights = weights if own else weights.flatten(1, 2)[:, None]
     return weights.amax(2) if kind == "max" else weights.mean(2)
 
@@ -62,7 +67,9 @@ def _trend(scores: Tensor, image: Tensor) -> Tensor:
     logs = torch.where(image, scores.clamp_min(1e-12).log(), 0.0)
     mean_place, mean_log = place.sum(-1, keepdim=True) / count, logs.sum(-1, keepdim=True) / count
     off = torch.where(image, place - mean_place, 0.0)
-    sigma = (off * (logs - mean_log)).sum(-1, keepdim=True) / off.square().sum(-1, keepdim=True).clamp_min(1e-12)
+    sigma = (off * (logs - mean_log)).sum(-1, keepdim=True) / off.square().sum(
+        -1, keepdim=True
+    ).clamp_min(1e-12)
     return (mean_log + sigma * (place - mean_place)).exp()
 
 
@@ -77,4 +84,6 @@ def _unlike(prompt: Prompt, image: Tensor, own: bool) -> Tensor:
 def _rank(scores: Tensor, image: Tensor) -> Tensor:
     """0 for the lowest image key, then 1, 2, ...; others below."""
     scores = scores.masked_fill(~image, -torch.inf)
-    return scores.argsort(dim=-1, stable=True).argsort(dim=-1).float() - (~image).sum(-1, keepdim=True)
+    return scores.argsort(dim=-1, stable=True).argsort(dim=-1).float() - (~image).sum(
+        -1, keepdim=True
+    )

@@ -1,23 +1,25 @@
-"""From recorded attention to a policy: A-VL's numbers, read from curves at the lower bounds of their intervals.
+"""From recorded attention to a policy: A-VL's numbers, read from curves at the lower bounds of
+their intervals.
 
-`calibrate` lets the model answer calibration questions with the full cache and asks, for a target q (0.95: keep 95 % of
-the attention), what the smallest settings are that would have kept it:
+`calibrate` lets the model answer calibration questions with the full cache and asks, for a target q
+(0.95: keep 95 % of the attention), what the smallest settings are that would have kept it:
 
-    secondary   smallest share of image tokens, chosen by the last prompt row, that catches q of the image attention of
-                all decode steps together
-    core, refresh_every
-                a core of some size catches less the longer ago it was chosen; of all pairs whose core still catches q
-                when it is oldest, the one that reads the fewest keys per step
-    text        smallest share of text keys, 70 % by accumulated score and 30 % newest, that catches q of the text
-                attention of all decode steps
-    prefill     (on request) smallest share on which the ranking of layer `prefill_layer` agrees to q with that of
-                every later layer; usually there is none, and the filter stays off
+    secondary   smallest share of image tokens, chosen by the last prompt row, that catches q of the
+                image attention of all decode steps together
+    core, refresh_every a core of some size catches less the longer ago it was chosen; of all pairs
+                whose core still catches q when it is oldest, the one that reads the fewest keys per
+                step
+    text        smallest share of text keys, 70 % by accumulated score and 30 % newest, that catches
+                q of the text attention of all decode steps
+    prefill     (on request) smallest share on which the ranking of layer `prefill_layer` agrees to
+                q with that of every later layer; usually there is none, and the filter stays off
 
-Every choice keeps its curve and says in words why it fell where it fell. Held-out questions then show what the chosen
-numbers catch there, and `compare` what the policy really does to the answers. Where one number serves all layers, they
-are taken together, each with the weight of its attention on the modality in question: a layer that hardly looks at the
-picture does not decide how much of it is kept. With `per_layer`, `secondary` and `core` are read layer by layer
-instead. Samples whose answer is a single token say nothing about decoding.
+Every choice keeps its curve and says in words why it fell where it fell. Held-out questions then
+show what the chosen numbers catch there, and `compare` what the policy really does to the answers.
+Where one number serves all layers, they are taken together, each with the weight of its attention
+on the modality in question: a layer that hardly looks at the picture does not decide how much of it
+is kept. With `per_layer`, `secondary` and `core` are read layer by layer instead. Samples whose
+answer is a single token say nothing about decoding.
 """
 
 from __future__ import annotations
@@ -69,9 +71,10 @@ class Evidence:
     Attributes:
         target: q; model: name and revision; samples, held_out: ids of the questions.
         choices: one per setting.
-        kept: on the held-out questions, with the full cache: share of attention the chosen numbers catch (mean, low,
-            high, n), by setting.
-        measured: the policy on the held-out questions: metric -> mean, low, high, n, difference to the full cache.
+        kept: on the held-out questions, with the full cache: share of attention the chosen numbers
+            catch (mean, low, high, n), by setting.
+        measured: the policy on the held-out questions: metric -> mean, low, high, n, difference to
+            the full cache.
     """
 
     target: float
@@ -84,7 +87,9 @@ class Evidence:
 
     @property
     def holds(self) -> bool | None:
-        """Whether every share kept on the held-out questions is at least the target; None if none could be measured."""
+        """Whether every share kept on the held-out questions is at least the target; None if none
+        could be measured.
+        """
         means = [entry["mean"] for entry in self.kept.values() if entry["mean"] is not None]
         return all(mean >= self.target for mean in means) if means else None
 
@@ -130,7 +135,8 @@ def calibrate(
 
     Args:
         vlm: a loaded model.
-        samples: calibration questions, like the ones the policy is for. Answers of several tokens are needed.
+        samples: calibration questions, like the ones the policy is for. Answers of several tokens
+            are needed.
         target: share of the attention that is to be kept, in (0, 1).
         held_out: questions for verification; None takes every third of `samples` away for it.
         max_new_tokens: longest answer, in tokens.
@@ -144,19 +150,24 @@ def calibrate(
         The policy and its evidence.
 
     Raises:
-        InputError: a target out of range, too few samples, or no sample with a picture and an answer of two tokens.
+        InputError: a target out of range, too few samples, or no sample with a picture and an
+            answer of two tokens.
     """
     if not 0 < target < 1:
-        raise InputError(f"target {target}: choose a share of the attention between 0 and 1, for example 0.95")
+        raise InputError(
+            f"target {target}: choose a share of the attention between 0 and 1, for example 0.95"
+        )
     if held_out is None:
         samples, held_out = [s for i, s in enumerate(samples) if i % 3 != 2], samples[2::3]
     if len(samples) < 2 or not held_out:
         raise InputError(
-            f"{len(samples)} samples to calibrate on and {len(held_out)} to verify with: an interval needs two, and "
-            "verification one; pass more samples"
+            f"{len(samples)} samples to calibrate on and {len(held_out)} to verify with: an"
+            " interval needs two, and verification one; pass more samples"
         )
     layer = prefill_layer if prefill else None
-    curves = measure(vlm, samples, max_new_tokens, batch_size, layer, _named(progress, "calibrating"))
+    curves = measure(
+        vlm, samples, max_new_tokens, batch_size, layer, _named(progress, "calibrating")
+    )
     policy, choices = choose(curves, target, layer, per_layer=per_layer)
     fresh = measure(vlm, held_out, max_new_tokens, batch_size, layer, _named(progress, "verifying"))
     comparison = compare(
@@ -179,7 +190,7 @@ def calibrate(
     return policy, evidence
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------
+# -- measuring -------------------------------------------------------------------------------------
 
 
 def measure(
@@ -193,15 +204,21 @@ def measure(
     """Let the model answer with the full cache and record what the settings are read from.
 
     Raises:
-        InputError: pictures or prompts that cannot be used; no answer of two tokens about a picture.
+        InputError: pictures or prompts that cannot be used; no answer of two tokens about a
+            picture.
     """
     statistics: list[Any] = [
-        ModalityMass(), PrefillMass(secondaries=SHARES), CoreHitRate(fractions=SHARES, ages=MAX_REFRESH)
-    ]  # fmt: skip
+        ModalityMass(),
+        PrefillMass(secondaries=SHARES),
+        CoreHitRate(fractions=SHARES, ages=MAX_REFRESH),
+    ]
     if prefill_layer is not None:
         layers = describe(vlm.model).layers
         if not 1 <= prefill_layer < layers:
-            raise InputError(f"prefill_layer {prefill_layer}: this model has {layers} layers; choose 1 to {layers - 1}")
+            raise InputError(
+                f"prefill_layer {prefill_layer}: this model has {layers} layers; choose 1 to"
+                f" {layers - 1}"
+            )
         statistics.append(LayerAgreement(prefill_layer=prefill_layer, ps=SHARES))
     total = 2 * len(samples)
     recording = record_samples(
@@ -216,7 +233,7 @@ def measure(
     text = []
     for number, sample in enumerate(samples):
         trace = TextTrace()
-        with attached(vlm.model, trace, "observer"):
+        with attached(vlm.model, trace):
             generate(vlm, [sample], None, max_new_tokens=max_new_tokens)
         text.append(caught(trace, SHARES))
         if progress is not None:
@@ -225,14 +242,22 @@ def measure(
 
 
 def from_recording(recording: Recording, text: np.ndarray) -> Curves:
-    """Curves of a recording with the statistics of `measure`, and of `text_rule.caught`, (samples, shares).
+    """Curves of a recording with the statistics of `measure`, and of `text_rule.caught`, (samples,
+    shares).
 
     Raises:
         InputError: a recording without these statistics.
     """
     try:
-        shares, hits = recording["prefill_mass"], recording["core_hit_rate"].sel(hit="mass", drop=True)
-        mass = recording["modality_mass"].sel(key_modality="image", drop=True).isel(step=slice(1, None))
+        shares, hits = (
+            recording["prefill_mass"],
+            recording["core_hit_rate"].sel(hit="mass", drop=True),
+        )
+        mass = (
+            recording["modality_mass"]
+            .sel(key_modality="image", drop=True)
+            .isel(step=slice(1, None))
+        )
     except KeyError as error:
         raise InputError(f"this recording cannot be calibrated from: {error}") from error
     weight = mass.sum("step").sum("head")
@@ -254,7 +279,7 @@ def _together(values: xr.DataArray, weight: xr.DataArray) -> xr.DataArray:
     return (values * known).sum("layer") / total.where(total > 0)
 
 
-# -- choosing ----------------------------------------------------------------------------------------------------
+# -- choosing --------------------------------------------------------------------------------------
 
 
 def choose(
@@ -267,14 +292,17 @@ def choose(
     """
     if (usable := int(curves.secondary.notnull().any("secondary").sum())) < 2:
         raise InputError(
-            f"{usable} of the samples have a picture and an answer of at least two tokens; only decode steps can be "
-            "calibrated, and an interval needs two samples: ask questions with longer answers, such as descriptions"
+            f"{usable} of the samples have a picture and an answer of at least two tokens; only"
+            " decode steps can be calibrated, and an interval needs two samples: ask questions"
+            " with longer answers, such as descriptions"
         )
     text = text_choice(curves.text, target)
     if per_layer:
         chosen, choices = _choose_by_layer(curves, target)
     else:
-        secondary = smallest_choice(curves.secondary, "secondary", target, "image attention of the decode steps")
+        secondary = smallest_choice(
+            curves.secondary, "secondary", target, "image attention of the decode steps"
+        )
         assert secondary.value is not None
         core, refresh = core_choice(curves.core, float(secondary.value), target)
         choices = [secondary, core, refresh]
@@ -293,7 +321,9 @@ def choose(
 def _choose_by_layer(curves: Curves, target: float) -> tuple[dict[str, Any], list[Choice]]:
     """`secondary`, `core` and `refresh_every`, the first two as one number per layer."""
     if curves.layers is None:
-        raise InputError("these curves are of all layers together; measure them by layer to choose by layer")
+        raise InputError(
+            "these curves are of all layers together; measure them by layer to choose by layer"
+        )
     secondary = secondary_by_layer(curves.layers.secondary, target)
     held = tuple(float(choice.value or 0) for choice in secondary)
     cores, refresh = cores_by_layer(curves.layers.core, held, target)
@@ -302,11 +332,13 @@ def _choose_by_layer(curves: Curves, target: float) -> tuple[dict[str, Any], lis
     return chosen, [*secondary, *cores, refresh]
 
 
-# -- verifying ---------------------------------------------------------------------------------------------------
+# -- verifying -------------------------------------------------------------------------------------
 
 
 def kept(curves: Curves, policy: AdaptivePolicy) -> dict[str, dict[str, float | int | None]]:
-    """What a policy's numbers catch of the attention of these samples under the full cache, by setting."""
+    """What a policy's numbers catch of the attention of these samples under the full cache, by
+    setting.
+    """
     found: dict[str, xr.DataArray] = {}
     if policy.secondary is not None:
         found["secondary"] = _at(curves, "secondary", policy.secondary)
@@ -317,7 +349,12 @@ def kept(curves: Curves, policy: AdaptivePolicy) -> dict[str, dict[str, float | 
     estimates: dict[str, dict[str, float | int | None]] = {}
     for setting, values in found.items():
         mean, low, high, n = mean_intervals(values.values)
-        estimates[setting] = {"mean": _plain(mean), "low": _plain(low), "high": _plain(high), "n": int(n)}
+        estimates[setting] = {
+            "mean": _plain(mean),
+            "low": _plain(low),
+            "high": _plain(high),
+            "n": int(n),
+        }
     return estimates
 
 

@@ -1,7 +1,9 @@
-"""Reading settings off curves: which share, core or interval is the smallest that keeps a target, and why.
+"""Reading settings off curves: which share, core or interval is the smallest that keeps a target,
+and why.
 
-A curve is a mean over samples with its interval; a number is good enough where the lower bound reaches the target.
-Every choice keeps the curve it was read from and says in words why it fell where it fell. Knows arrays, not models.
+A curve is a mean over samples with its interval; a number is good enough where the lower bound
+reaches the target. Every choice keeps the curve it was read from and says in words why it fell
+where it fell. Knows arrays, not models.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class Curve:
 
     Attributes:
         x: what was varied; name says what it is and in which unit.
-        mean, low, high: (points,), None where nothing could be measured; n samples behind each point.
+        mean, low, high: (points,), None where nothing could be measured; n samples behind each
+            point.
     """
 
     name: str
@@ -39,8 +42,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Choice:
-    """One number of the policy: its value, the curve it was read from, and why, in words; `place` says where it holds
-    if not everywhere."""
+    """One number of the policy: its value, the curve it was read from, and why, in words; `place`
+    says where it holds if not everywhere.
+    """
 
     setting: str
     value: float | int | None
@@ -49,21 +53,29 @@ class Choice:
     place: str = ""
 
 
-def smallest_choice(values: xr.DataArray, setting: str, target: float, what: str, place: str = "") -> Choice:
+def smallest_choice(
+    values: xr.DataArray, setting: str, target: float, what: str, place: str = ""
+) -> Choice:
     """The smallest share whose lower bound reaches the target."""
     dim = str(values.dims[-1])
     curve = curve_of(values, dim, f"share of the {what} that is caught, by {setting}")
     everything = len(curve.x) - 1  # catches all of it, whatever the rounding
-    index = next((i for i, low in enumerate(curve.low) if low is not None and low >= target), everything)
-    return Choice(setting, curve.x[index], _because(curve, index, setting, target, what), curve, place)
+    index = next(
+        (i for i, low in enumerate(curve.low) if low is not None and low >= target), everything
+    )
+    return Choice(
+        setting, curve.x[index], _because(curve, index, setting, target, what), curve, place
+    )
 
 
 def _because(curve: Curve, index: int, setting: str, target: float, what: str) -> str:
     words = (
-        f"{setting} = {curve.x[index]:g} is the smallest share that keeps {target:.0%} of the {what}: "
-        f"{_words(curve, index)}"
+        f"{setting} = {curve.x[index]:g} is the smallest share that keeps {target:.0%} of the"
+        f" {what}: {_words(curve, index)}"
     )
-    return words + (f"; at {curve.x[index - 1]:g} it is {_words(curve, index - 1)}" if index else "")
+    return words + (
+        f"; at {curve.x[index - 1]:g} it is {_words(curve, index - 1)}" if index else ""
+    )
 
 
 def _words(curve: Curve, index: int) -> str:
@@ -76,7 +88,8 @@ def _words(curve: Curve, index: int) -> str:
 def core_choice(values: xr.DataArray, secondary: float, target: float) -> tuple[Choice, Choice]:
     """Core and refresh interval that read fewest keys per step.
 
-    With an interval of K a core is used 1 to K - 1 steps after it was chosen; every K-th step reads all that is held.
+    With an interval of K a core is used 1 to K - 1 steps after it was chosen; every K-th step reads
+    all that is held.
     """
     values = values.transpose("sample", "core_age", "core")
     mean, low, high, n = mean_intervals(values.values)
@@ -90,62 +103,103 @@ def core_choice(values: xr.DataArray, secondary: float, target: float) -> tuple[
             if not low[interval - 1, c] >= target:
                 break
             read = (secondary + (interval - 1) * share) / interval
-            if best is None or read < best[0] - 1e-9 or (abs(read - best[0]) <= 1e-9 and interval > best[1]):
+            if (
+                best is None
+                or read < best[0] - 1e-9
+                or (abs(read - best[0]) <= 1e-9 and interval > best[1])
+            ):
                 best = (read, interval, c)
     if best is None or best[0] >= secondary - 1e-9:
         largest = max(i for i, share in enumerate(shares) if share <= secondary + 1e-9)
         name = "share of the image attention on a core chosen 1 step ago, by its size"
         young = _curve(name, shares, *(part[1] for part in (mean, low, high, n)))
         reason = (
-            f"no core that reads fewer keys than the {secondary:g} held catches {target:.0%} of the image attention "
-            f"one step after it was chosen (one of {shares[largest]:g}: {_words(young, largest)}): every step attends "
-            "to all that is held"
+            f"no core that reads fewer keys than the {secondary:g} held catches {target:.0%} of the"
+            f" image attention one step after it was chosen (one of {shares[largest]:g}:"
+            f" {_words(young, largest)}): every step attends to all that is held"
         )
         return Choice("core", None, reason, young), Choice("refresh_every", 0, reason, young)
     read, interval, c = best
-    by_age = f"share of the image attention on a core of {shares[c]:g}, by steps since it was chosen"
+    by_age = (
+        f"share of the image attention on a core of {shares[c]:g}, by steps since it was chosen"
+    )
     aged = _curve(by_age, ages, mean[:, c], low[:, c], high[:, c], n[:, c])
     by_size = f"share of the image attention on a core chosen {interval - 1} steps ago, by its size"
     sized = _curve(by_size, shares, *(part[interval - 1] for part in (mean, low, high, n)))
-    caught_last = f"catches {_words(sized, c)} of the image attention when it is oldest, {interval - 1} steps"
-    why = f"reads {read:.2f} of the image tokens per step on average, fewest of all pairs that keep {target:.0%}"
+    caught_last = (
+        f"catches {_words(sized, c)} of the image attention when it is oldest, {interval - 1} steps"
+    )
+    why = (
+        f"reads {read:.2f} of the image tokens per step on average, fewest of all pairs that keep"
+        f" {target:.0%}"
+    )
     return (
         Choice(
-            "core", shares[c], f"core = {shares[c]:g} with refresh_every = {interval} {why}; it {caught_last}", sized
+            "core",
+            shares[c],
+            f"core = {shares[c]:g} with refresh_every = {interval} {why}; it {caught_last}",
+            sized,
         ),
-        Choice("refresh_every", interval, f"refresh_every = {interval} with core = {shares[c]:g} {why}", aged),
+        Choice(
+            "refresh_every",
+            interval,
+            f"refresh_every = {interval} with core = {shares[c]:g} {why}",
+            aged,
+        ),
     )
 
 
 def text_choice(values: xr.DataArray, target: float) -> Choice:
-    """The smallest share of text keys that reaches the target; None where texts were too short to tell."""
+    """The smallest share of text keys that reaches the target; None where texts were too short to
+    tell.
+    """
     what = "text attention of the decode steps"
     curve = curve_of(values, "share", f"share of the {what} that is caught, by text")
     acting = [i for i, count in enumerate(curve.n) if count > 1]
     if not acting:
-        reason = "the rule stays off: texts were too short for it to drop a key (20 are always held), or too few"
+        reason = (
+            "the rule stays off: texts were too short for it to drop a key (20 are always held), or"
+            " too few"
+        )
         return Choice("text", None, reason, curve)
     for index in acting:
         low = curve.low[index]
         if low is not None and low >= target:
-            return Choice("text", curve.x[index], _because(curve, index, "text", target, what), curve)
+            return Choice(
+                "text", curve.x[index], _because(curve, index, "text", target, what), curve
+            )
     last = acting[-1]
-    reason = f"the rule stays off: at {curve.x[last]:g} it catches {_words(curve, last)}, less than {target:.0%}"
+    reason = (
+        f"the rule stays off: at {curve.x[last]:g} it catches {_words(curve, last)}, less than"
+        f" {target:.0%}"
+    )
     return Choice("text", None, reason, curve)
 
 
 def prefill_choice(agreement: xr.DataArray, target: float, layer: int, secondary: float) -> Choice:
     """The smallest share on which all later layers agree with `layer`; None where there is none."""
     worst = agreement.min("layer")
-    curve = curve_of(worst, "p", f"overlap of layer {layer}'s best image tokens with the least agreeing later layer's")
+    curve = curve_of(
+        worst,
+        "p",
+        f"overlap of layer {layer}'s best image tokens with the least agreeing later layer's",
+    )
     for index, share in enumerate(curve.x):
         low = curve.low[index]
         if low is not None and low >= target and secondary - 1e-9 <= share < 1:
-            return Choice("prefill", share, _because(curve, index, "prefill", target, "ranking of later layers"), curve)
-    index = max((i for i, share in enumerate(curve.x) if share < 1), key=lambda i: curve.mean[i] or 0.0)
+            return Choice(
+                "prefill",
+                share,
+                _because(curve, index, "prefill", target, "ranking of later layers"),
+                curve,
+            )
+    index = max(
+        (i for i, share in enumerate(curve.x) if share < 1), key=lambda i: curve.mean[i] or 0.0
+    )
     reason = (
-        f"the filter stays off: the best image tokens of layer {layer} are not those of every later layer; they "
-        f"overlap by {_words(curve, index)} at {curve.x[index]:g} (chance: {curve.x[index]:g}), less than {target:.0%}"
+        f"the filter stays off: the best image tokens of layer {layer} are not those of every later"
+        f" layer; they overlap by {_words(curve, index)} at {curve.x[index]:g} (chance:"
+        f" {curve.x[index]:g}), less than {target:.0%}"
     )
     return Choice("prefill", None, reason, curve)
 
@@ -156,19 +210,29 @@ def curve_of(values: xr.DataArray, dim: str, name: str) -> Curve:
     return _curve(name, x, *mean_intervals(values.transpose("sample", dim).values))
 
 
-def _curve(name: str, x: Sequence[float], mean: np.ndarray, low: np.ndarray, high: np.ndarray, n: np.ndarray) -> Curve:
-    return Curve(name, tuple(x), _tuple(mean), _tuple(low), _tuple(high), tuple(int(count) for count in n))
+def _curve(
+    name: str,
+    x: Sequence[float],
+    mean: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    n: np.ndarray,
+) -> Curve:
+    return Curve(
+        name, tuple(x), _tuple(mean), _tuple(low), _tuple(high), tuple(int(count) for count in n)
+    )
 
 
 def _tuple(values: np.ndarray) -> tuple[float | None, ...]:
     return tuple(round(float(value), 6) if np.isfinite(value) else None for value in values)
 
 
-# -- layer by layer ----------------------------------------------------------------------------------------------
+# -- layer by layer --------------------------------------------------------------------------------
 
 
 def secondary_by_layer(values: xr.DataArray, target: float) -> list[Choice]:
-    """For each layer the smallest share that catches the target, from (sample, layer, secondary)."""
+    """For each layer the smallest share that catches the target, from
+    (sample, layer, secondary)."""
     return [
         smallest_choice(
             values.sel(layer=layer, drop=True),
@@ -181,10 +245,13 @@ def secondary_by_layer(values: xr.DataArray, target: float) -> list[Choice]:
     ]
 
 
-def cores_by_layer(values: xr.DataArray, secondary: Sequence[float], target: float) -> tuple[list[Choice], Choice]:
+def cores_by_layer(
+    values: xr.DataArray, secondary: Sequence[float], target: float
+) -> tuple[list[Choice], Choice]:
     """For each layer a core, and one refresh interval for all, that read the fewest keys per step.
 
-    A layer whose cores age too fast for an interval attends to all it holds. `values`: (sample, layer, core_age, core).
+    A layer whose cores age too fast for an interval attends to all it holds. `values`: (sample,
+    layer, core_age, core).
     """
     values = values.transpose("sample", "layer", "core_age", "core")
     mean, low, high, n = mean_intervals(values.values)
@@ -193,39 +260,57 @@ def cores_by_layer(values: xr.DataArray, secondary: Sequence[float], target: flo
     held = float(np.mean(secondary))
 
     def cores(interval: int) -> list[int | None]:
-        """Per layer the smallest core that is still good when it is oldest; None: all that is held."""
+        """Per layer the smallest core that is still good when it is oldest; None: all
+        that is held."""
         good = [low[i, 1:interval].min(0) >= target for i in range(len(layers))]
         return [
-            next((c for c, share in enumerate(shares) if good[i][c] and share <= secondary[i] + 1e-9), None)
+            next(
+                (
+                    c
+                    for c, share in enumerate(shares)
+                    if good[i][c] and share <= secondary[i] + 1e-9
+                ),
+                None,
+            )
             for i in range(len(layers))
         ]
 
     def read(interval: int) -> float:
         chosen = cores(interval)
-        least = [secondary[i] if c is None else min(shares[c], secondary[i]) for i, c in enumerate(chosen)]
+        least = [
+            secondary[i] if c is None else min(shares[c], secondary[i])
+            for i, c in enumerate(chosen)
+        ]
         return (held + (interval - 1) * float(np.mean(least))) / interval
 
     interval = min(range(2, values.sizes["core_age"] + 1), key=lambda k: (round(read(k), 9), -k))
     if read(interval) >= held - 1e-9:
         reason = (
-            f"no layer has a core that catches {target:.0%} one step after it was chosen: every step attends to all"
+            f"no layer has a core that catches {target:.0%} one step after it was chosen: every"
+            " step attends to all"
         )
         return [Choice("core", None, reason, None, f"layer {layer}") for layer in layers], Choice(
             "refresh_every", 0, reason
         )
     found = []
     for i, c in enumerate(cores(interval)):
-        name = f"share of layer {layers[i]}'s image attention on a core chosen {interval - 1} steps ago, by its size"
+        name = (
+            f"share of layer {layers[i]}'s image attention on a core chosen {interval - 1} steps"
+            " ago, by its size"
+        )
         curve = _curve(name, shares, *(part[i, interval - 1] for part in (mean, low, high, n)))
         where = f"layer {layers[i]}"
         if c is None:
-            reason = f"{where} attends to all it holds: no smaller core catches {target:.0%} after {interval - 1} steps"
+            reason = (
+                f"{where} attends to all it holds: no smaller core catches {target:.0%} after"
+                f" {interval - 1} steps"
+            )
             found.append(Choice("core", secondary[i], reason, curve, where))
         else:
             reason = f"core = {shares[c]:g} in {where} catches {_words(curve, c)} when it is oldest"
             found.append(Choice("core", shares[c], reason, curve, where))
     why = (
-        f"refresh_every = {interval} reads {read(interval):.2f} of the image tokens per step on average over layers, "
-        f"fewest of all intervals; {held:.2f} are held"
+        f"refresh_every = {interval} reads {read(interval):.2f} of the image tokens per step on"
+        f" average over layers, fewest of all intervals; {held:.2f} are held"
     )
     return found, Choice("refresh_every", interval, why)

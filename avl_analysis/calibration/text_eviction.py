@@ -1,11 +1,13 @@
-"""What A-VL's text rule would keep: text attention caught by heavy hitters and recent keys, for any share of keys.
+"""What A-VL's text rule would keep: text attention caught by heavy hitters and recent keys, for any
+share of keys.
 
-`TextTrace` observes one answer under the full cache and remembers, per key/value head, the weights on text keys;
-`caught` then plays the rule through for many shares at once, without running the model again. Weights are those of the
-full cache throughout: what later weights would be after dropping a key is not followed, which comparing policies does.
+`TextTrace` observes one answer under the full cache and remembers, per key/value head, the weights
+on text keys; `caught` then plays the rule through for many shares at once, without running the
+model again. Weights are those of the full cache throughout: what later weights would be after
+dropping a key is not followed, which comparing policies does.
 
-What surprises: at least 20 text keys are always held, so short questions with short answers say nothing about the
-share; for them the result is NaN.
+What surprises: at least 20 text keys are always held, so short questions with short answers say
+nothing about the share; for them the result is NaN.
 """
 
 from __future__ import annotations
@@ -17,23 +19,27 @@ import torch
 from torch import Tensor
 
 from avl.attention import AttentionCall, Forward, attention_weights
-from avl.hooks import SeamError, Tap
+from avl.hooks import HookError, Observer
 from avl.policies.adaptive import HEAVY_SHARE, TEXT_FLOOR
 from avl.tokens import Modality
 
 _BLOCK = 64  # prompt rows whose weights are in memory at once
 
 
-class TextTrace(Tap):
+class TextTrace(Observer):
     """An observer for one unpadded sample under the full cache.
 
     Attributes:
-        prompt: layer -> (key/value heads, text keys) weights summed over the prompt's text rows and the head's group.
-        steps: layer -> one (key/value heads, text keys so far) array per decode step, summed over the group.
+        prompt: layer -> (key/value heads, text keys) weights summed over the prompt's text rows and
+            the head's group.
+        steps: layer -> one (key/value heads, text keys so far) array per decode step, summed over
+            the group.
     """
 
     def __init__(
-        self, prompt: dict[int, np.ndarray] | None = None, steps: dict[int, list[np.ndarray]] | None = None
+        self,
+        prompt: dict[int, np.ndarray] | None = None,
+        steps: dict[int, list[np.ndarray]] | None = None,
     ) -> None:
         self.prompt = prompt or {}
         self.steps = steps or {}
@@ -41,7 +47,10 @@ class TextTrace(Tap):
 
     def begin(self, forward: Forward) -> None:
         if forward.layout.batch != 1:
-            raise SeamError(f"the text trace follows one sample at a time; got a batch of {forward.layout.batch}")
+            raise HookError(
+                "the text trace follows one sample at a time; got a batch of"
+                f" {forward.layout.batch}"
+            )
         if forward.kind == "prefill":
             self.prompt, self.steps = {}, {}
         self._text = forward.layout.mask(Modality.TEXT)[0]
@@ -51,7 +60,9 @@ class TextTrace(Tap):
         text = self._text.to(call.key.device)
         if call.forward.kind == "decode":
             weights = _grouped(attention_weights(call)[:, :, -1:], call)
-            self.steps.setdefault(call.layer, []).append(weights[:, text[: weights.shape[1]]].cpu().numpy())
+            self.steps.setdefault(call.layer, []).append(
+                weights[:, text[: weights.shape[1]]].cpu().numpy()
+            )
             return
         total = torch.zeros(call.key.shape[1], call.key.shape[2], device=call.key.device)
         for start in range(0, call.query.shape[2], _BLOCK):
@@ -62,15 +73,17 @@ class TextTrace(Tap):
 
 
 def _grouped(weights: Tensor, call: AttentionCall) -> Tensor:
-    """(1, query heads, rows, keys) summed over rows and over the query heads of a group: (key/value heads, keys)."""
+    """(1, query heads, rows, keys) summed over rows and over the query heads of a group: (key/value
+    heads, keys).
+    """
     return weights.sum(2)[0].view(call.key.shape[1], call.groups, -1).sum(1)
 
 
 def caught(trace: TextTrace, shares: Sequence[float]) -> np.ndarray:
     """Share of the text attention of all decode steps and layers together that falls on held keys.
 
-    Returns:
-        (shares,) in [0, 1]; NaN where no share drops anything (texts of 20 keys or fewer) and without decode steps.
+    Returns: (shares,) in [0, 1]; NaN where no share drops anything (texts of 20 keys or fewer) and
+        without decode steps.
     """
     kept, seen, dropped = np.zeros(len(shares)), 0.0, False
     for layer, prompt in trace.prompt.items():
@@ -84,7 +97,9 @@ def caught(trace: TextTrace, shares: Sequence[float]) -> np.ndarray:
 
 
 def _play(prompt: np.ndarray, steps: Sequence[np.ndarray], share: float) -> tuple[float, bool]:
-    """One layer's weights on held keys, all steps together, and whether a key was dropped in time to matter."""
+    """One layer's weights on held keys, all steps together, and whether a key was dropped in time
+    to matter.
+    """
     heads, count = prompt.shape
     total = count + len(steps)
     scores, held = np.zeros((heads, total)), np.zeros((heads, total), dtype=bool)
@@ -101,7 +116,9 @@ def _play(prompt: np.ndarray, steps: Sequence[np.ndarray], share: float) -> tupl
 
 
 def _drop(scores: np.ndarray, held: np.ndarray, seen: int, share: float) -> bool:
-    """Reduce every head's held keys to the budget: the newest ones, and the best-scored of the others."""
+    """Reduce every head's held keys to the budget: the newest ones, and the best-scored of the
+    others.
+    """
     budget = max(round(share * seen), TEXT_FLOOR)
     if int(held[0].sum()) <= budget:
         return False

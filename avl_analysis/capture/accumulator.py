@@ -1,8 +1,9 @@
 """What is kept of one sample while its model runs, and how that becomes arrays with names.
 
-A `SampleLog` is filled by the recorder with the numbers of every layer, pass after pass, and knows nothing of models,
-masks or blocks. It holds sums and counts over prompt rows, the values of token-producing rows, two numbers per key
-and layer and head, and one number per image token and layer and step. `part()` may be asked at any time.
+A `SampleAccumulator` is filled by the recorder with the numbers of every layer, pass after pass,
+and knows nothing of models, masks or blocks. It holds sums and counts over prompt rows, the values
+of token-producing rows, two numbers per key and layer and head, and one number per image token and
+layer and step. `part()` may be asked at any time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from avl.tokens import Modality
-from avl_analysis.capture.plan import LayerPass, Plan
+from avl_analysis.capture.plan import CapturePlan, LayerResult
 from avl_analysis.recordings.schema import Field, Part
 from avl_analysis.statistics.ages import AGE_STARTS
 from avl_analysis.statistics.base import (
@@ -29,18 +30,21 @@ from avl_analysis.statistics.base import (
     Trajectory,
     TrajectoryStatistic,
 )
-from avl_analysis.statistics.inputs import Tokens, as_slice, for_heads
+from avl_analysis.statistics.inputs import TokenInfo, as_slice, for_heads
 
 MAX_TRAJECTORY = 512
-"""Steps whose image-token scores are held (the first ones); bounds memory at 512 x layers x image tokens x 4 bytes,
-189 MB for 32 layers and 2,880 image tokens."""
+"""Steps whose image-token scores are held (the first ones); bounds memory at 512 x layers x image
+tokens x 4 bytes, 189 MB for 32 layers and 2,880 image tokens.
+"""
 
 PHASES = ("prefill", "decode", "extend")
 
 
 @dataclass(eq=False)
 class RawRows:
-    """Raw weights of one pass: rows (n,) positions; weights and visible (layers, kept heads, n, positions)."""
+    """Raw weights of one pass: rows (n,) positions; weights and visible (layers, kept heads, n,
+    positions).
+    """
 
     rows: np.ndarray
     weights: np.ndarray
@@ -48,15 +52,15 @@ class RawRows:
 
 
 @dataclass(eq=False)
-class SampleLog:
+class SampleAccumulator:
     """One sample in the making.
 
     Attributes:
         name: its name, unique within a recording.
         layers: the decoder layers that are recorded; heads: number of query heads.
         statistics, plan: what is computed, and what of it concerns single passes.
-        maps: which image-token scores of every step become part of the recording: "none", "mean" over heads, or
-            "heads".
+        maps: which image-token scores of every step become part of the recording: "none", "mean"
+            over heads, or "heads".
         finished: nothing more is to be added.
     """
 
@@ -64,7 +68,7 @@ class SampleLog:
     layers: tuple[int, ...]
     heads: int
     statistics: Sequence[Statistic]
-    plan: Plan
+    plan: CapturePlan
     maps: str = "mean"
     finished: bool = False
     tokens: dict[str, np.ndarray] = field(default_factory=dict)
@@ -78,9 +82,13 @@ class SampleLog:
     pairs: np.ndarray | None = None
     scores: list[np.ndarray] = field(default_factory=list)  # (layers, image tokens) each
     last: np.ndarray | None = None  # (layers, heads, image tokens)
-    head_scores: list[np.ndarray] = field(default_factory=list)  # (layers, heads, image tokens) float16 each
+    head_scores: list[np.ndarray] = field(
+        default_factory=list
+    )  # (layers, heads, image tokens) float16 each
     cache: dict[str, list[Tensor | None]] = field(default_factory=dict)
-    produced: list[int] = field(default_factory=list)  # position of the row that produces a token, per step
+    produced: list[int] = field(
+        default_factory=list
+    )  # position of the row that produces a token, per step
     raw: list[RawRows] = field(default_factory=list)
 
     @property
@@ -98,14 +106,18 @@ class SampleLog:
     def add_tokens(self, **arrays: np.ndarray) -> None:
         """Tokens behind the ones so far: token_id, modality, image, row, column, each (count,)."""
         for name, array in arrays.items():
-            self.tokens[name] = np.concatenate([self.tokens[name], array]) if name in self.tokens else array.copy()
+            self.tokens[name] = (
+                np.concatenate([self.tokens[name], array]) if name in self.tokens else array.copy()
+            )
 
-    def add_pass(self, kind: str, passes: Sequence[LayerPass | None]) -> None:
+    def add_pass(self, kind: str, passes: Sequence[LayerResult | None]) -> None:
         """The numbers of one pass, one entry per recorded layer (None: the layer was not seen)."""
         self.phases.append(kind)
         self.produced.append(self.length - 1)
         size = max((place.stop for place, _ in self.plan.places.values()), default=0)
-        self.steps.append(_stack([p and p.step for p in passes], (self.heads, size), np.nan).astype(np.float32))
+        self.steps.append(
+            _stack([p and p.step for p in passes], (self.heads, size), np.nan).astype(np.float32)
+        )
         if kind != "decode":
             shape = (self.heads, 3, size)
             self.sums = self.sums + _stack([p and p.sums for p in passes], shape, 0.0)
@@ -121,26 +133,34 @@ class SampleLog:
         for statistic in self.plan.cache if kind == "prefill" else ():
             self.cache[statistic.name] = [p and p.cache[statistic.name].cpu() for p in passes]
 
-    def _add_received(self, kind: str, passes: Sequence[LayerPass | None]) -> None:
+    def _add_received(self, kind: str, passes: Sequence[LayerResult | None]) -> None:
         rows = slice(2, 3) if kind == "decode" else slice(0, 2)
-        lead = max((len(p.queries) for p in passes if p is not None and p.queries is not None), default=1)
+        lead = max(
+            (len(p.queries) for p in passes if p is not None and p.queries is not None), default=1
+        )
         self.received = _room(self.received, (len(self.layers), self.heads, 3), self.length)
         self.queries = _room(self.queries, (len(self.layers), lead, 3), self.length)
         for layer, one in enumerate(passes):
             if one is not None and one.received is not None and one.queries is not None:
-                self.received[layer, :, rows, : self.length] += by_rank(one.received, one.keys, self.length, 0.0)
-                self.queries[layer, :, rows, : self.length] += by_rank(one.queries, one.keys, self.length, 0.0)
+                self.received[layer, :, rows, : self.length] += by_rank(
+                    one.received, one.keys, self.length, 0.0
+                )
+                self.queries[layer, :, rows, : self.length] += by_rank(
+                    one.queries, one.keys, self.length, 0.0
+                )
 
-    def _add_ages(self, kind: str, passes: Sequence[LayerPass | None]) -> None:
+    def _add_ages(self, kind: str, passes: Sequence[LayerResult | None]) -> None:
         row = 1 if kind == "decode" else 0
         if self.ages is None or self.pairs is None:
-            self.ages, self.pairs = (np.zeros((len(self.layers), self.heads, 2, len(AGE_STARTS))) for _ in range(2))
+            self.ages, self.pairs = (
+                np.zeros((len(self.layers), self.heads, 2, len(AGE_STARTS))) for _ in range(2)
+            )
         for layer, one in enumerate(passes):
             if one is not None and one.ages is not None and one.pairs is not None:
                 self.ages[layer, :, row] += one.ages.numpy()
                 self.pairs[layer, :, row] += one.pairs.numpy()
 
-    def _add_scores(self, passes: Sequence[LayerPass | None]) -> None:
+    def _add_scores(self, passes: Sequence[LayerResult | None]) -> None:
         positions = self.image_positions
         at = as_slice(positions)  # of one picture; much faster to take than a list of places
         scores = [
@@ -155,16 +175,20 @@ class SampleLog:
         if self.maps == "heads":
             self.head_scores.append(np.stack(scores).astype(np.float16))
 
-    def _add_raw(self, passes: Sequence[LayerPass | None]) -> None:
+    def _add_raw(self, passes: Sequence[LayerResult | None]) -> None:
         rows = next((p.raw_rows for p in passes if p is not None), None)
         if rows is None or not len(rows) or self.plan.raw is None:
             return
-        weights = np.zeros((len(self.layers), len(self.plan.raw.heads), len(rows), self.length), np.float32)
+        weights = np.zeros(
+            (len(self.layers), len(self.plan.raw.heads), len(rows), self.length), np.float32
+        )
         visible = np.zeros(weights.shape, np.int8)
         for layer, one in enumerate(passes):
             if one is not None and one.raw is not None and one.raw_visible is not None:
                 weights[layer] = by_rank(one.raw, one.keys, self.length, 0.0)
-                visible[layer] = by_rank(one.raw_visible.to(torch.int8).expand(one.raw.shape), one.keys, self.length, 0)
+                visible[layer] = by_rank(
+                    one.raw_visible.to(torch.int8).expand(one.raw.shape), one.keys, self.length, 0
+                )
         self.raw.append(RawRows(rows.cpu().numpy(), weights, visible))
 
     # -- as arrays -----
@@ -178,11 +202,18 @@ class SampleLog:
             if isinstance(statistic, RowStatistic):
                 self._row_fields(statistic, sums, values)
             elif isinstance(statistic, CacheStatistic):
-                values[statistic.name] = (statistic.field("layer", "key_head"), self._cache_values(statistic))
+                values[statistic.name] = (
+                    statistic.field("layer", "key_head"),
+                    self._cache_values(statistic),
+                )
             elif isinstance(statistic, KeyStatistic) and scores is not None:
                 _put(statistic, statistic.dims, statistic.value(scores), sums, values)
             elif isinstance(statistic, TrajectoryStatistic):
-                result = _undefined(statistic, self) if trajectory is None else statistic.value(trajectory)
+                result = (
+                    _undefined(statistic, self)
+                    if trajectory is None
+                    else statistic.value(trajectory)
+                )
                 _put(statistic, statistic.dims, result, sums, values)
         return {
             "tokens": self._token_fields(),
@@ -205,7 +236,10 @@ class SampleLog:
 
         every = isinstance(statistic, SumStatistic)
         prompt = statistic.field(
-            "layer", "head", "query_modality", prompt_rows="all" if every else "at most 32 per modality, evenly spaced"
+            "layer",
+            "head",
+            "query_modality",
+            prompt_rows="all" if every else "at most 32 per modality, evenly spaced",
         )
         if isinstance(self.sums, np.ndarray) and isinstance(self.counts, np.ndarray):
             _put_sum(f"{name}_prefill", prompt, own(self.sums), own(self.counts), sums)
@@ -252,7 +286,9 @@ class SampleLog:
         if self.plan.raw is None or not self.raw:
             return {}
         heads, rows = {"head": self.plan.raw.heads}, np.concatenate([one.rows for one in self.raw])
-        weights = np.zeros((len(self.layers), len(self.plan.raw.heads), len(rows), self.length), np.float32)
+        weights = np.zeros(
+            (len(self.layers), len(self.plan.raw.heads), len(rows), self.length), np.float32
+        )
         visible, start = np.zeros(weights.shape, np.int8), 0
         for one in self.raw:
             at = np.s_[:, :, start : start + len(one.rows), : one.weights.shape[-1]]
@@ -262,8 +298,14 @@ class SampleLog:
         named = {"long_name": "attention weight; 0 where a key is not attended"}
         return {
             "attention": (Field(dims, np.nan, heads, named), weights),
-            "visible": (Field(dims, 0, heads, {"long_name": "1 where the query may attend to the key"}), visible),
-            "query_position": (Field(("query",), -1, attrs={"long_name": "position of the query"}), rows),
+            "visible": (
+                Field(dims, 0, heads, {"long_name": "1 where the query may attend to the key"}),
+                visible,
+            ),
+            "query_position": (
+                Field(("query",), -1, attrs={"long_name": "position of the query"}),
+                rows,
+            ),
         }
 
     def _key_scores(self) -> KeyScores | None:
@@ -291,14 +333,17 @@ def _mean_of_present(scores: np.ndarray) -> np.ndarray:
     return mean
 
 
-def by_rank(values: Tensor, keys: Tokens, length: int, fill: float) -> np.ndarray:
-    """Values per key, (heads, n, keys), put where the keys' tokens stand: (heads, n, length), `fill` where there is
-    none."""
+def by_rank(values: Tensor, keys: TokenInfo, length: int, fill: float) -> np.ndarray:
+    """Values per key, (heads, n, keys), put where the keys' tokens stand: (heads, n, length),
+    `fill` where there is none.
+    """
     heads, n, count = values.shape
     if keys.in_order and count == length:
         return values.cpu().numpy()
     rank = keys.rank
-    placed = values.new_full((heads, n, length + 1), fill)  # the last place takes what belongs nowhere
+    placed = values.new_full(
+        (heads, n, length + 1), fill
+    )  # the last place takes what belongs nowhere
     if len(rank) == 1:
         placed[:, :, rank[0].where(rank[0] >= 0, length)] = values
     else:
@@ -307,22 +352,30 @@ def by_rank(values: Tensor, keys: Tokens, length: int, fill: float) -> np.ndarra
     return placed[..., :length].cpu().numpy()
 
 
-def token_arrays(tokens: Tokens, ids: Tensor | None, new: slice) -> dict[str, np.ndarray]:
-    """What the new tokens of a sample are, padding left out; tokens (length,), ids (new tokens,)."""
-    named = {name: getattr(tokens, name)[new] for name in ("rank", "modality", "image", "row", "column")}
+def token_arrays(tokens: TokenInfo, ids: Tensor | None, new: slice) -> dict[str, np.ndarray]:
+    """What the new tokens of a sample are, padding left out; tokens (length,),
+    ids (new tokens,)."""
+    named = {
+        name: getattr(tokens, name)[new] for name in ("rank", "modality", "image", "row", "column")
+    }
     named["token_id"] = torch.full_like(named["rank"], -1) if ids is None else ids
     arrays = {name: values.cpu().numpy() for name, values in named.items()}
     valid = arrays.pop("rank") >= 0
     return {name: values[valid] for name, values in arrays.items()}
 
 
-def _undefined(statistic: TrajectoryStatistic, log: SampleLog) -> Result:
-    """What a statistic of image tokens is for a sample without a picture: NaN, or sums of nothing."""
+def _undefined(statistic: TrajectoryStatistic, log: SampleAccumulator) -> Result:
+    """What a statistic of image tokens is for a sample without a picture: NaN, or
+    sums of nothing."""
     scores = np.full((len(log.phases), len(log.layers), 1), np.nan, np.float32)
     none = np.full(1, -1)
     last = np.full((len(log.layers), log.heads, 1), np.nan, np.float32)
     values, count = statistic.value(Trajectory(scores, last, none, none, none, log.layers))
-    return (np.full_like(values, np.nan), None) if count is None else (np.zeros_like(values), np.zeros_like(count))
+    return (
+        (np.full_like(values, np.nan), None)
+        if count is None
+        else (np.zeros_like(values), np.zeros_like(count))
+    )
 
 
 def _stack(layers: Sequence[Tensor | None], shape: tuple[int, ...], fill: float) -> np.ndarray:
@@ -348,14 +401,23 @@ def _put(
 
 
 def _put_sum(
-    name: str, described: Field, total: np.ndarray, count: np.ndarray, sums: dict[str, tuple[Field, np.ndarray]]
+    name: str,
+    described: Field,
+    total: np.ndarray,
+    count: np.ndarray,
+    sums: dict[str, tuple[Field, np.ndarray]],
 ) -> None:
     sums[name] = (described, total)
-    sums[f"{name}_count"] = (Field(described.dims, 0, described.coords), np.round(count).astype(np.int64))
+    sums[f"{name}_count"] = (
+        Field(described.dims, 0, described.coords),
+        np.round(count).astype(np.int64),
+    )
 
 
 def _room(held: np.ndarray | None, lead: tuple[int, ...], positions: int) -> np.ndarray:
-    """`held` with room for `positions` keys; grows in chunks, and from one entry for all heads to one per head."""
+    """`held` with room for `positions` keys; grows in chunks, and from one entry for all heads to
+    one per head.
+    """
     if held is None:
         return np.zeros((*lead, positions), np.float32)
     if held.shape[1] < lead[1]:

@@ -10,19 +10,19 @@ from torch import Tensor
 
 from avl_analysis.capture.raw_slices import Raw
 from avl_analysis.statistics.base import CacheStatistic, RowStatistic, SumStatistic, WeightStatistic
-from avl_analysis.statistics.inputs import KINDS, Tokens
+from avl_analysis.statistics.inputs import KINDS, TokenInfo
 
 
 @dataclass(frozen=True)
-class Plan:
+class CapturePlan:
     """What is wanted of every pass.
 
     Attributes:
-        rows: statistics per query row.
-        cache: statistics of keys and values.
-        received: whether the attention received per key is wanted; `ages`: that by age of text keys.
-        scores: whether the scores of image tokens are wanted.
-        raw: which weights are kept as they are, None for none.
+
+        rows: statistics per query row. cache: statistics of keys and values. received:
+        whether the attention received per key is wanted; `ages`: that by age of text keys. scores:
+        whether the scores of image tokens are wanted. raw: which weights are kept as they are, None
+        for none.
     """
 
     rows: tuple[RowStatistic, ...] = ()
@@ -65,24 +65,27 @@ class Plan:
 
 
 @dataclass(eq=False)
-class LayerPass:
-    """Numbers of one pass of one sample through one layer; values of all row statistics side by side (`Plan.places`).
+class LayerResult:
+    """Numbers of one pass of one sample through one layer; values of all row statistics side by
+    side (`Plan.places`).
 
     Attributes:
         keys: what the keys are, (key sets, keys).
         step: (heads, values) of the row that produces a token.
         weights: (heads, keys) of that row.
-        sums, counts: (heads, 3, values) float64, over prompt rows by query modality; None for a decode step.
-        received: (heads, 2, keys) from prompt and prompt text rows, or (heads, 1, keys) from the decode row.
+        sums, counts: (heads, 3, values) float64, over prompt rows by query modality; None for a
+            decode step.
+        received: (heads, 2, keys) from prompt and prompt text rows, or (heads, 1, keys) from the
+            decode row.
         queries: (1 or heads, 2 or 1, keys) how many of those rows could see the key.
         ages: (heads, ages) float64 attention of text rows on text keys by age.
         pairs: (1 or heads, ages) how many weights that sums.
         cache: statistic -> (key heads, ...).
-        raw: (kept heads, kept rows, keys) weights; raw_visible: (1 or kept heads, kept rows, keys) bool; raw_rows:
-            ranks of these rows.
+        raw: (kept heads, kept rows, keys) weights; raw_visible: (1 or kept heads, kept rows, keys)
+            bool; raw_rows: ranks of these rows.
     """
 
-    keys: Tokens
+    keys: TokenInfo
     step: Tensor
     weights: Tensor
     sums: Tensor | None = None

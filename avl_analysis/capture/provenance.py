@@ -1,4 +1,6 @@
-"""Where a recording comes from, as flat attributes that fit into a file: model, libraries, date, settings."""
+"""Where a recording comes from, as flat attributes that fit into a file: model, libraries, date,
+settings.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def provenance(model: nn.Module, family: Family, statistics: Sequence[Statistic]
             getattr(config.get_text_config(decoder=True), "_attn_implementation", "")
         ).removeprefix("avl_"),
         "query_heads": str(family.query_heads),
-        "key_heads": str(family.key_heads),
+        "kv_heads": str(family.kv_heads),
         "layers": str(family.layers),
         "dtype": str(parameters.dtype).removeprefix("torch.") if parameters is not None else "",
         "device": str(parameters.device) if parameters is not None else "",

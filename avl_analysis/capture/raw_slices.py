@@ -1,7 +1,8 @@
 """Raw attention slices: which rows and heads to keep as they are, and how much memory that takes.
 
-Raw weights are what streaming statistics avoid: they grow with the square of the prompt. They are kept only when asked
-for, for chosen layers, heads and queries, and refused with the numbers spelled out where they would not fit.
+Raw weights are what streaming statistics avoid: they grow with the square of the prompt. They are
+kept only when asked for, for chosen layers, heads and queries, and refused with the numbers spelled
+out where they would not fit.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 from avl_analysis.errors import InputError
 
 QUERIES = ("all", "prompt", "last", "decode", "steps")
-"""Which query rows: every one; those of the prompt; the last of the prompt; decode steps; the last of the prompt and
-decode steps, that is, the rows that produce a token."""
+"""Which query rows: every one; those of the prompt; the last of the prompt; decode steps; the last
+of the prompt and decode steps, that is, the rows that produce a token.
+"""
 
 LIMIT = 4 << 30
 """Bytes of raw slices above which a recording is refused, unless the caller says otherwise."""
@@ -30,7 +32,8 @@ class Raw:
     """What to keep.
 
     Attributes:
-        heads: query heads; queries: one of `QUERIES`, or positions in the prompt, counted without padding.
+        heads: query heads; queries: one of `QUERIES`, or positions in the prompt, counted without
+            padding.
         limit: bytes that all slices of a recording together may take.
     """
 
@@ -59,7 +62,13 @@ class Raw:
 
     def bytes(self, layers: int, prompt: int) -> int:
         """Size of the slices of one sample with a prompt of this length, before any decode step."""
-        rows = prompt if self.queries in ("all", "prompt") else len(self.queries) if self._listed else 1
+        rows = (
+            prompt
+            if self.queries in ("all", "prompt")
+            else len(self.queries)
+            if self._listed
+            else 1
+        )
         return layers * len(self.heads) * rows * prompt * BYTES
 
     def step_bytes(self, layers: int, length: int) -> int:
@@ -74,27 +83,37 @@ class Raw:
         """Raises InputError if `total` bytes are above the limit."""
         if total > self.limit:
             raise InputError(
-                f"raw attention of {layers} layers and {len(self.heads)} heads would take {total / 2**30:.1f} GiB, "
-                f"more than the limit of {self.limit / 2**30:.1f} GiB; choose fewer with layers=, heads= or "
-                "queries='last', or raise limit="
+                f"raw attention of {layers} layers and {len(self.heads)} heads would take"
+                f" {total / 2**30:.1f} GiB, more than the limit of {self.limit / 2**30:.1f} GiB;"
+                " choose fewer with layers=, heads= or queries='last', or raise limit="
             )
 
 
 def raw(
-    heads: Sequence[int] | None, queries: str | Sequence[int] | None, available: int, limit: int | None = None
+    heads: Sequence[int] | None,
+    queries: str | Sequence[int] | None,
+    available: int,
+    limit: int | None = None,
 ) -> Raw:
     """Check what the caller asked for.
 
     Raises:
         InputError: heads out of range, or unknown queries.
     """
-    chosen = tuple(range(available)) if heads is None else tuple(sorted({int(head) for head in heads}))
+    chosen = (
+        tuple(range(available)) if heads is None else tuple(sorted({int(head) for head in heads}))
+    )
     if not chosen or min(chosen) < 0 or max(chosen) >= available:
-        raise InputError(f"heads {list(heads or [])} are out of range; this model has heads 0 to {available - 1}")
+        raise InputError(
+            f"heads {list(heads or [])} are out of range; this model has heads 0 to {available - 1}"
+        )
     if queries is None:
         queries = "all"
     elif not isinstance(queries, str):
         queries = tuple(int(position) for position in queries)
     elif queries not in QUERIES:
-        raise InputError(f"queries {queries!r} is not one of {', '.join(QUERIES)}, nor a list of prompt positions")
+        raise InputError(
+            f"queries {queries!r} is not one of {', '.join(QUERIES)}, nor a list of prompt"
+            " positions"
+        )
     return Raw(chosen, queries, LIMIT if limit is None else limit)

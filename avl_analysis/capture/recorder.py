@@ -1,14 +1,16 @@
 """`record(model)`: watch a loaded model's attention and keep statistics of it.
 
-The recorder is an observer on the seam (`avl.hooks`). It computes softmax weights a second time, beside the model's own
-kernel, for a block of query rows at a time, hands each block to the statistics and forgets it. Whatever was recorded of
-a pass that raised is dropped with it.
+The recorder is an `avl.hooks.Observer`. It computes softmax weights a second time, beside the
+model's own kernel, for a block of query rows at a time, hands each block to the statistics and
+forgets it. Whatever was recorded of a pass that raised is dropped with it.
 
-It does not know how statistics are defined (`statistics/`), how recordings are stored (`recording.py`), or which policy
-may be on the model: queries and keys are described by the pass and by the call, never counted off.
+It does not know how statistics are defined (`statistics/`), how recordings are stored
+(`recording.py`), or which policy may be on the model: queries and keys are described by the pass
+and by the call, never counted off.
 
-What surprised us: in a batch, `generate` keeps feeding rows that are finished, with padding or end-of-sequence tokens.
-A row that is fed one of these in a decode step is finished, and nothing of it is counted from then on.
+What surprised us: in a batch, `generate` keeps feeding rows that are finished, with padding or
+end-of-sequence tokens. A row that is fed one of these in a decode step is finished, and nothing of
+it is counted from then on.
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ from torch import Tensor, nn
 
 from avl.attention import AttentionCall, Forward
 from avl.families import describe
-from avl.hooks import SeamError, Tap, attach
-from avl_analysis.capture.accumulator import SampleLog, token_arrays
-from avl_analysis.capture.plan import LayerPass, Plan
+from avl.hooks import HookError, Observer, attach
+from avl_analysis.capture.accumulator import SampleAccumulator, token_arrays
+from avl_analysis.capture.plan import CapturePlan, LayerResult
 from avl_analysis.capture.provenance import provenance
 from avl_analysis.capture.raw_slices import Raw, raw
 from avl_analysis.capture.reduce_prompt import reduce_prompt
 from avl_analysis.capture.reduce_step import StepRow, reduce_step
-from avl_analysis.capture.sample_call import Part, View, view
+from avl_analysis.capture.sample_call import SampleCall, SampleSlice, view
 from avl_analysis.capture.softmax import row_weights
 from avl_analysis.errors import InputError
 from avl_analysis.recordings import schema
@@ -42,16 +44,18 @@ from avl_analysis.statistics import (
     TrajectoryStatistic,
     select,
 )
-from avl_analysis.statistics.inputs import Tokens, sample_tokens
+from avl_analysis.statistics.inputs import TokenInfo, sample_tokens
 
 MAPS = ("none", "mean", "heads")
-"""Which image-token scores of every step a recording keeps; any but "none" brings the last prompt row per head, too."""
+"""Which image-token scores of every step a recording keeps; any but "none" brings the last prompt
+row per head, too.
+"""
 
 
-def plan(statistics: Sequence[Statistic], maps: str, kept: Raw | None = None) -> Plan:
+def plan(statistics: Sequence[Statistic], maps: str, kept: Raw | None = None) -> CapturePlan:
     """What the passes of a recording have to deliver."""
     keys = [s for s in statistics if isinstance(s, KeyStatistic)]
-    return Plan(
+    return CapturePlan(
         rows=tuple(s for s in statistics if isinstance(s, RowStatistic)),
         cache=tuple(s for s in statistics if isinstance(s, CacheStatistic)),
         received=bool(keys),
@@ -61,14 +65,15 @@ def plan(statistics: Sequence[Statistic], maps: str, kept: Raw | None = None) ->
     )
 
 
-class Recorder(Tap):
+class Recorder(Observer):
     """The tap behind `record`.
 
     Args:
         statistics: what to compute.
         layers: decoder layers to watch, in the order they will have in the recording.
         heads: query heads per layer.
-        require_image: refuse prompts without a picture instead of leaving the image statistics undefined.
+        require_image: refuse prompts without a picture instead of leaving the image statistics
+            undefined.
         stop: token ids that mark a finished row when fed in a decode step.
         maps: which image-token scores to keep of every step, one of `MAPS`.
         first: number of the first sample; names are numbers of six digits.
@@ -93,17 +98,23 @@ class Recorder(Tap):
         self.heads, self.stop, self.maps, self.first = heads, stop, maps, first
         self.running = True
         self._closed: list[tuple[str, schema.Part]] = []
-        self.open: list[SampleLog] = []
-        self._norms: dict[tuple[int, int], tuple[Tensor, int]] = {}  # (sample, layer): by rank; how many in order
+        self.open: list[SampleAccumulator] = []
+        self._norms: dict[
+            tuple[int, int], tuple[Tensor, int]
+        ] = {}  # (sample, layer): by rank; how many in order
         self._begin_pass([])
 
     def names(self) -> list[str]:
         """Names of the samples so far."""
-        return [name for name, _ in self._closed] + [sample.name for sample in self.open if sample.phases]
+        return [name for name, _ in self._closed] + [
+            sample.name for sample in self.open if sample.phases
+        ]
 
     def parts(self) -> list[schema.Part]:
         """Their arrays; those of samples whose generation is still running as they stand now."""
-        return [part for _, part in self._closed] + [sample.part() for sample in self.open if sample.phases]
+        return [part for _, part in self._closed] + [
+            sample.part() for sample in self.open if sample.phases
+        ]
 
     def close(self) -> None:
         """No more passes will follow for the samples so far; their working memory is let go."""
@@ -117,10 +128,13 @@ class Recorder(Tap):
             self.close()
             self._check_prompt(forward)
             _refuse_reordering(forward.cache)
-        elif forward.kind == "extend" and bool((forward.layout.image[:, forward.start :] >= 0).any()):
-            raise SeamError(
-                "a later turn brought a new picture, so the image tokens of this sample changed; record such a "
-                "conversation with its whole prompt in one prefill (all turns at once, with an empty cache)"
+        elif forward.kind == "extend" and bool(
+            (forward.layout.image[:, forward.start :] >= 0).any()
+        ):
+            raise HookError(
+                "a later turn brought a new picture, so the image tokens of this sample changed;"
+                " record such a conversation with its whole prompt in one prefill (all turns at"
+                " once, with an empty cache)"
             )
         self._count_raw(forward)
         self._begin_pass([sample_tokens(forward.layout, b) for b in range(forward.layout.batch)])
@@ -129,8 +143,8 @@ class Recorder(Tap):
         without = [b for b, count in enumerate(forward.layout.images()) if count == 0]
         if self.require_image and without:
             raise InputError(
-                f"row {without[0]} of the batch has no image tokens; put the image placeholder into the prompt (the "
-                "chat template does), or record with require_image=False"
+                f"row {without[0]} of the batch has no image tokens; put the image placeholder into"
+                " the prompt (the chat template does), or record with require_image=False"
             )
 
     def _count_raw(self, forward: Forward) -> None:
@@ -142,10 +156,10 @@ class Recorder(Tap):
         self._raw_bytes += one(layers, length) * forward.layout.batch
         self.plan.raw.check(self._raw_bytes, layers)
 
-    def _begin_pass(self, tokens: list[Tokens]) -> None:
+    def _begin_pass(self, tokens: list[TokenInfo]) -> None:
         self._tokens = tokens
-        self._parts: dict[tuple[int, ...], Part | None] = {}
-        self._passes: dict[tuple[int, int], LayerPass] = {}  # (sample, layer)
+        self._parts: dict[tuple[int, ...], SampleSlice | None] = {}
+        self._passes: dict[tuple[int, int], LayerResult] = {}  # (sample, layer)
         self._steps: dict[tuple[int, int], StepRow] = {}
 
     @torch.inference_mode()
@@ -167,13 +181,20 @@ class Recorder(Tap):
             except FloatingPointError as error:
                 raise _not_numbers(f"{error} in layer {call.layer}", call.forward) from error
 
-    def _value_norm(self, seen: View, layer: int, b: int) -> Tensor:
-        """(key heads, keys) norms of the value vectors; those of keys met before are remembered, by rank."""
+    def _value_norm(self, seen: SampleCall, layer: int, b: int) -> Tensor:
+        """(key heads, keys) norms of the value vectors; those of keys met before are remembered, by
+        rank.
+        """
         rank, heads = seen.keys.rank, seen.value.shape[0]
-        known, count = self._norms.get((b, layer)) or (seen.value.new_empty((heads, 0), dtype=torch.float32), 0)
+        known, count = self._norms.get((b, layer)) or (
+            seen.value.new_empty((heads, 0), dtype=torch.float32),
+            0,
+        )
         length = int(seen.queries.rank[-1]) + 1
         if length > known.shape[1]:
-            known = torch.cat([known, known.new_full((heads, length + 256 - known.shape[1]), torch.nan)], 1)
+            known = torch.cat(
+                [known, known.new_full((heads, length + 256 - known.shape[1]), torch.nan)], 1
+            )
         if seen.keys.in_order:
             _norms(seen.value[:, count:length], known[:, count:length])
             self._norms[b, layer] = known, length
@@ -189,22 +210,35 @@ class Recorder(Tap):
         if forward.kind == "prefill":
             count = self.first + len(self._closed)
             self.open = [
-                SampleLog(f"{count + b:06d}", tuple(self.layers), self.heads, self.statistics, self.plan, self.maps)
+                SampleAccumulator(
+                    f"{count + b:06d}",
+                    tuple(self.layers),
+                    self.heads,
+                    self.statistics,
+                    self.plan,
+                    self.maps,
+                )
                 for b in range(forward.layout.batch)
             ]
         ids = forward.inputs.get("input_ids")
         new = slice(forward.start, forward.start + forward.tokens)
         for b, (sample, tokens) in enumerate(zip(self.open, self._tokens, strict=True)):
-            sample.finished |= forward.kind == "decode" and ids is not None and int(ids[b, -1]) in self.stop
+            sample.finished |= (
+                forward.kind == "decode" and ids is not None and int(ids[b, -1]) in self.stop
+            )
             self._reduce_steps(b, forward)
             passes = [self._passes.get((b, layer)) for layer in self.layers]
             if not sample.finished and any(one is not None for one in passes):
-                sample.add_tokens(**token_arrays(tokens, None if ids is None else ids[b, -forward.tokens :], new))
+                sample.add_tokens(
+                    **token_arrays(tokens, None if ids is None else ids[b, -forward.tokens :], new)
+                )
                 sample.add_pass(forward.kind, passes)
         self._begin_pass([])
 
     def _reduce_steps(self, b: int, forward: Forward) -> None:
-        """Reduce the decode rows of one sample, together for the layers that have equally many keys."""
+        """Reduce the decode rows of one sample, together for the layers that have equally many
+        keys.
+        """
         together: dict[tuple[int, ...], list[int]] = {}
         for layer in self.layers:
             if (row := self._steps.get((b, layer))) is not None:
@@ -214,25 +248,29 @@ class Recorder(Tap):
                 reduced = reduce_step([self._steps[b, layer] for layer in layers], self.plan)
             except FloatingPointError as error:
                 raise _not_numbers(str(error), forward) from error
-            self._passes.update({(b, layer): one for layer, one in zip(layers, reduced, strict=True)})
+            self._passes.update(
+                {(b, layer): one for layer, one in zip(layers, reduced, strict=True)}
+            )
 
 
 def _not_numbers(what: str, forward: Forward) -> ValueError:
     return ValueError(
-        f"{what}, {forward.kind} step {forward.step}: the model's queries or keys are NaN or infinite there (float16 "
-        "overflows easily; load it in bfloat16 or float32)"
+        f"{what}, {forward.kind} step {forward.step}: the model's queries or keys are NaN or"
+        " infinite there (float16 overflows easily; load it in bfloat16 or float32)"
     )
 
 
 def _refuse_reordering(cache: Any) -> None:
-    """Beam search exchanges rows of the batch between steps, which would silently give them to another sample."""
+    """Beam search exchanges rows of the batch between steps, which would silently give them to
+    another sample.
+    """
     if cache is None or "reorder_cache" in vars(cache):
         return
 
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise SeamError(
-            "beam search exchanges the rows of the batch between steps, which a recording cannot follow; generate with "
-            "num_beams=1 (greedy or sampling) while recording"
+        raise HookError(
+            "beam search exchanges the rows of the batch between steps, which a recording cannot"
+            " follow; generate with num_beams=1 (greedy or sampling) while recording"
         )
 
     cache.reorder_cache = refuse
@@ -243,12 +281,16 @@ def _check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
         return list(range(count))
     chosen = sorted({int(layer) for layer in layers})
     if not chosen or min(chosen) < 0 or max(chosen) >= count:
-        raise InputError(f"layers {list(layers)} are out of range; this model has layers 0 to {count - 1}")
+        raise InputError(
+            f"layers {list(layers)} are out of range; this model has layers 0 to {count - 1}"
+        )
     return chosen
 
 
 def _norms(vectors: Tensor, out: Tensor) -> None:
-    """Lengths of vectors, (key heads, keys, dim), in float32; many are taken head by head, as they may be converted."""
+    """Lengths of vectors, (key heads, keys, dim), in float32; many are taken head by head, as they
+    may be converted.
+    """
     together = len(vectors) if vectors.shape[1] == 1 else 1
     for first in range(0, len(vectors), together):
         some = slice(first, first + together)
@@ -280,57 +322,70 @@ def record(
 ) -> Iterator[Recording]:
     """Record the attention of `model` while the `with` block runs.
 
-    Every prefill (a call with an empty cache) begins new samples, one per row of the batch; decode steps and later
-    turns belong to the samples of their cache. Logits stay bit-identical to those without recording, and the model is
-    restored on leaving the block, also by an exception. Works on an adapted model (inside `avl.adaptive`) as well.
+    Every prefill (a call with an empty cache) begins new samples, one per row of the batch; decode
+    steps and later turns belong to the samples of their cache. Logits stay bit-identical to those
+    without recording, and the model is restored on leaving the block, also by an exception. Works
+    on an adapted model (inside `avl.adaptive`) as well.
 
     Args:
         model: a loaded vision-language model (see `avl.families`).
         statistics: names or instances; None means all (`avl_analysis.statistics.ALL`).
         keep: "attention" keeps raw weights as well, `recording["attention"]`; None keeps none.
         layers: decoder layers to record; None means all.
-        heads: query heads whose raw weights are kept; None means all. Statistics always see all heads.
-        queries: rows whose raw weights are kept: "all" (default), "prompt", "last", "decode", "steps" (the last of the
-            prompt and decode steps), or positions in the prompt counted without padding.
-        limit: bytes that raw weights may take together, default 4 GiB; more is refused before it is computed.
-        maps: image-token scores to keep of every step (the first 512), from which overlays are drawn: "mean" over
-            heads, "heads" (every head as well, float16: layers x heads x image tokens x 2 bytes a step), or "none";
-            True and False mean the first and the last.
-        require_image: refuse prompts without a picture instead of leaving the image statistics undefined.
-        stop: token ids that mark a row as finished when fed in a decode step; None takes padding and end-of-sequence
-            from the model's generation config.
-        first_sample: number of the first sample; give every recording its own range if they will be merged.
+        heads: query heads whose raw weights are kept; None means all. Statistics always see all
+            heads.
+        queries: rows whose raw weights are kept: "all" (default), "prompt", "last", "decode",
+            "steps" (the last of the prompt and decode steps), or positions in the prompt counted
+            without padding.
+        limit: bytes that raw weights may take together, default 4 GiB; more is refused before it is
+            computed.
+        maps: image-token scores to keep of every step (the first 512), from which overlays are
+            drawn: "mean" over heads, "heads" (every head as well, float16: layers x heads x image
+            tokens x 2 bytes a step), or "none"; True and False mean the first and the last.
+        require_image: refuse prompts without a picture instead of leaving the image statistics
+            undefined.
+        stop: token ids that mark a row as finished when fed in a decode step; None takes padding
+            and end-of-sequence from the model's generation config.
+        first_sample: number of the first sample; give every recording its own range if they will be
+            merged.
 
     Yields:
         The recording. It can be read inside the block; after the block it is complete.
 
     Raises:
-        InputError: unknown statistic, layers or heads out of range, raw weights beyond the limit, no picture where
-        one is
-            required.
+        InputError: unknown statistic, layers or heads out of range, raw weights beyond the limit,
+            no picture where one is required.
         ValueError: weights that are not numbers.
         avl.families.UnsupportedModelError: the model is not a vision-language decoder.
-        avl.hooks.SeamError: a recorder is on this model already, or its cache cannot be followed (beam search).
+        avl.hooks.HookError: a recorder is on this model already, or its cache cannot be followed
+            (beam search).
     """
     chosen = select(statistics)
     family = describe(model)
     numbers = _check_layers(layers, family.layers)
     stops = stop_tokens(model) if stop is None else frozenset(int(token) for token in stop)
     if keep not in (None, "attention"):
-        raise InputError(f"keep={keep!r} is not possible; keep='attention' keeps raw weights, None only statistics")
+        raise InputError(
+            f"keep={keep!r} is not possible; keep='attention' keeps raw weights, None only"
+            " statistics"
+        )
     if keep is None and (heads is not None or queries is not None):
-        raise InputError("heads and queries choose raw weights, which are kept with keep='attention' only")
+        raise InputError(
+            "heads and queries choose raw weights, which are kept with keep='attention' only"
+        )
     maps = {True: "mean", False: "none"}.get(maps, maps) if isinstance(maps, bool) else maps
     if maps not in MAPS:
         raise InputError(f"maps={maps!r} is not one of {', '.join(MAPS)}")
     kept = raw(heads, queries, family.query_heads, limit) if keep else None
-    recorder = Recorder(chosen, numbers, family.query_heads, stops, maps, first_sample, kept, require_image)
-    labels = schema.layer_labels(numbers, family.query_heads, family.key_heads)
-    seam = attach(model, recorder, "observer")
+    recorder = Recorder(
+        chosen, numbers, family.query_heads, stops, maps, first_sample, kept, require_image
+    )
+    labels = schema.layer_labels(numbers, family.query_heads, family.kv_heads)
+    hooks = attach(model, recorder)
     recording = Recording.live(recorder, labels, provenance(model, family, chosen))
     try:
         yield recording
     finally:
-        seam.detach(recorder)
+        hooks.detach(recorder)
         recorder.close()
         recorder.running = False

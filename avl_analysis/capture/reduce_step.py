@@ -1,7 +1,7 @@
 """From the weights of a decode step, one row per layer, to the numbers that are kept.
 
-The rows of all layers are reduced together when the step ends: one call on many rows is much cheaper than many calls on
-one.
+The rows of all layers are reduced together when the step ends: one call on many rows is much
+cheaper than many calls on one.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from avl.tokens import Modality
-from avl_analysis.capture.plan import LayerPass, Plan
+from avl_analysis.capture.plan import CapturePlan, LayerResult
 from avl_analysis.capture.reductions import count_above, text_by_age, values_of, weighted_sums
-from avl_analysis.capture.sample_call import View
+from avl_analysis.capture.sample_call import SampleCall
 from avl_analysis.statistics.ages import by_age
-from avl_analysis.statistics.inputs import KINDS, Rows, Tokens, key_columns
+from avl_analysis.statistics.inputs import KINDS, QueryRows, TokenInfo, key_columns
 
 
 @dataclass(eq=False)
@@ -32,13 +32,14 @@ class StepRow:
     """
 
     layer: int
-    view: View
+    view: SampleCall
     weights: Tensor
     value_norm: Tensor | None
 
 
-def reduce_step(rows: Sequence[StepRow], plan: Plan) -> list[LayerPass]:
-    """Everything that is kept of a decode step; `rows` are those of several layers with equally many keys.
+def reduce_step(rows: Sequence[StepRow], plan: CapturePlan) -> list[LayerResult]:
+    """Everything that is kept of a decode step; `rows` are those of several layers with equally
+    many keys.
 
     Raises:
         FloatingPointError: weights are not numbers.
@@ -60,7 +61,7 @@ def reduce_step(rows: Sequence[StepRow], plan: Plan) -> list[LayerPass]:
         raise FloatingPointError(f"attention weights are not numbers in layer {rows[first].layer}")
     above = {t: count_above(weights, t, torch.empty_like(weights)) for t in plan.thresholds}
     counts = _by_kind(visible.float(), keys)
-    stacked = Rows(queries, keys, counts, sums, plan.columns, above, value_mass, weights)
+    stacked = QueryRows(queries, keys, counts, sums, plan.columns, above, value_mass, weights)
     values = torch.cat([values_of(plan.sums, stacked), values_of(plan.weights, stacked)], -1)
     step = values[:, 0].unflatten(0, (layers, -1))
     ages = pairs = None
@@ -70,7 +71,7 @@ def reduce_step(rows: Sequence[StepRow], plan: Plan) -> list[LayerPass]:
         pairs = pairs.expand(max(len(pairs), layers), -1).unflatten(0, (layers, -1))
     results = []
     for i, row in enumerate(rows):
-        one = LayerPass(row.view.keys, step[i], row.weights[:, 0])
+        one = LayerResult(row.view.keys, step[i], row.weights[:, 0])
         if plan.received:
             one.received, one.queries = row.weights, row.view.sight.visible.float()
         if ages is not None and pairs is not None:
@@ -83,15 +84,19 @@ def reduce_step(rows: Sequence[StepRow], plan: Plan) -> list[LayerPass]:
     return results
 
 
-def _by_kind(values: Tensor, keys: Tokens) -> Tensor:
+def _by_kind(values: Tensor, keys: TokenInfo) -> Tensor:
     """(heads, rows, keys) summed over system, image and text keys: (heads, rows, 3)."""
     if len(keys.rank) > 1:
         return weighted_sums(values, key_columns(keys, KINDS)).transpose(1, 2)
     return torch.stack([values[..., at].sum(-1) for at in keys.kinds], -1)
 
 
-def _step_ages(weights: Tensor, visible: Tensor, queries: Tokens, keys: Tokens) -> tuple[Tensor, Tensor]:
-    """Of a row, a text token, the weights of text keys by age, (heads, ages); how many they are, (1 or heads, ages)."""
+def _step_ages(
+    weights: Tensor, visible: Tensor, queries: TokenInfo, keys: TokenInfo
+) -> tuple[Tensor, Tensor]:
+    """Of a row, a text token, the weights of text keys by age, (heads, ages); how many they are, (1
+    or heads, ages).
+    """
     if len(keys.rank) > 1:
         return text_by_age(weights, queries, keys), text_by_age(visible.float(), queries, keys)
     at = keys.kinds[Modality.TEXT]  # few of its keys
@@ -100,6 +105,6 @@ def _step_ages(weights: Tensor, visible: Tensor, queries: Tokens, keys: Tokens) 
     return ages[: len(weights)], ages[len(weights) :]
 
 
-def _join(keys: Sequence[Tokens]) -> Tokens:
+def _join(keys: Sequence[TokenInfo]) -> TokenInfo:
     fields = ("rank", "modality", "image", "row", "column")
-    return Tokens(*(torch.cat([getattr(one, name) for one in keys]) for name in fields))
+    return TokenInfo(*(torch.cat([getattr(one, name) for one in keys]) for name in fields))

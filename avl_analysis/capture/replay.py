@@ -1,7 +1,8 @@
-"""Statistics once more, from raw weights that a recording kept: the same code on stored instead of fresh weights.
+"""Statistics once more, from raw weights that a recording kept: the same code on stored instead of
+fresh weights.
 
-Useful for a statistic, or settings of one, that nobody asked for while the model ran. What needs keys or values (key
-redundancy, value-weighted mass) cannot be replayed, since those are not kept.
+Useful for a statistic, or settings of one, that nobody asked for while the model ran. What needs
+keys or values (key redundancy, value-weighted mass) cannot be replayed, since those are not kept.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from avl_analysis.capture.accumulator import PHASES, SampleLog
-from avl_analysis.capture.plan import Plan
+from avl_analysis.capture.accumulator import PHASES, SampleAccumulator
+from avl_analysis.capture.plan import CapturePlan
 from avl_analysis.capture.recorder import plan
 from avl_analysis.capture.reduce_prompt import reduce_prompt
 from avl_analysis.capture.reduce_step import StepRow, reduce_step
-from avl_analysis.capture.sample_call import View
-from avl_analysis.capture.visibility import Sight
+from avl_analysis.capture.sample_call import SampleCall
+from avl_analysis.capture.visibility import VisibleKeys
 from avl_analysis.errors import InputError
 from avl_analysis.recordings import schema
 from avl_analysis.recordings.recording import Recording
 from avl_analysis.statistics import CacheStatistic, RowStatistic, Statistic, select
-from avl_analysis.statistics.inputs import Tokens
+from avl_analysis.statistics.inputs import TokenInfo
 
 
 def replay(recording: Recording, statistics: Sequence[Statistic | str] | None = None) -> Recording:
@@ -40,60 +41,97 @@ def replay(recording: Recording, statistics: Sequence[Statistic | str] | None = 
     attention = recording.data["attention"]
     heads = int(recording.attrs["query_heads"])
     if "attention" not in attention or list(attention["head"].values) != list(range(heads)):
-        raise InputError("replaying needs raw weights of all heads; record with keep='attention' and without heads=")
+        raise InputError(
+            "replaying needs raw weights of all heads; record with keep='attention' and without"
+            " heads="
+        )
     chosen = [s for s in select(statistics) if statistics is not None or not _needs_more(s)]
     if unable := [s.name for s in chosen if _needs_more(s)]:
-        raise InputError(f"{', '.join(unable)} cannot be replayed: keys and values are not in a recording")
+        raise InputError(
+            f"{', '.join(unable)} cannot be replayed: keys and values are not in a recording"
+        )
     layers = tuple(int(layer) for layer in attention["layer"].values)
     what = plan(chosen, maps="mean")
     parts = []
     for name in recording.samples:
-        log = SampleLog(name, layers, heads, chosen, what)
+        log = SampleAccumulator(name, layers, heads, chosen, what)
         _replay_sample(log, recording.tokens.sel(sample=name), attention.sel(sample=name), what)
         parts.append((name, log.part()))
-    labels = schema.layer_labels(layers, heads, int(recording.attrs["key_heads"]))
+    labels = schema.layer_labels(layers, heads, int(recording.attrs["kv_heads"]))
     attrs = {**recording.attrs, "statistics": " ".join(repr(s) for s in chosen)}
-    return Recording(schema.stack([part for _, part in parts], [name for name, _ in parts], labels), attrs)
+    return Recording(
+        schema.stack([part for _, part in parts], [name for name, _ in parts], labels), attrs
+    )
 
 
 def _needs_more(statistic: Statistic) -> bool:
-    return isinstance(statistic, CacheStatistic) or (isinstance(statistic, RowStatistic) and statistic.reads_values)
+    return isinstance(statistic, CacheStatistic) or (
+        isinstance(statistic, RowStatistic) and statistic.reads_values
+    )
 
 
 @torch.no_grad()
-def _replay_sample(log: SampleLog, tokens: xr.Dataset, attention: xr.Dataset, what: Plan) -> None:
-    at = {int(position): row for row, position in enumerate(attention["query_position"].values) if position >= 0}
+def _replay_sample(
+    log: SampleAccumulator, tokens: xr.Dataset, attention: xr.Dataset, what: CapturePlan
+) -> None:
+    at = {
+        int(position): row
+        for row, position in enumerate(attention["query_position"].values)
+        if position >= 0
+    }
     start = 0
     for step, phase in enumerate(tokens["phase"].values):
         if phase < 0:
             break
         stop = int(tokens["step_position"].values[step]) + 1
         if not all(position in at for position in range(start, stop)):
-            raise InputError("replaying needs raw weights of all queries; record with keep='attention', queries='all'")
+            raise InputError(
+                "replaying needs raw weights of all queries; record with keep='attention',"
+                " queries='all'"
+            )
         rows = [at[position] for position in range(start, stop)]
         new = slice(start, stop)
         log.add_tokens(
-            **{name: tokens[name].values[new] for name in ("token_id", "modality", "image", "row", "column")}
+            **{
+                name: tokens[name].values[new]
+                for name in ("token_id", "modality", "image", "row", "column")
+            }
         )
-        weights = torch.from_numpy(attention["attention"].values[:, :, rows, :stop].astype(np.float32))
+        weights = torch.from_numpy(
+            attention["attention"].values[:, :, rows, :stop].astype(np.float32)
+        )
         visible = torch.from_numpy(attention["visible"].values[:, :, rows, :stop] > 0)
-        known = Tokens(
+        known = TokenInfo(
             torch.arange(stop),
-            *(torch.from_numpy(log.tokens[name]) for name in ("modality", "image", "row", "column")),
+            *(
+                torch.from_numpy(log.tokens[name])
+                for name in ("modality", "image", "row", "column")
+            ),
         )
         views = [_view(one, seen, known, new) for one, seen in zip(weights, visible, strict=True)]
         if PHASES[phase] == "decode":
-            passes = reduce_step([StepRow(i, view, view.weights, None) for i, view in enumerate(views)], what)
+            passes = reduce_step(
+                [StepRow(i, view, view.weights, None) for i, view in enumerate(views)], what
+            )
         else:
             passes = [reduce_prompt(view, what) for view in views]
         log.add_pass(PHASES[phase], passes)
         start = stop
 
 
-def _view(weights: Tensor, visible: Tensor, tokens: Tokens, new: slice) -> View:
+def _view(weights: Tensor, visible: Tensor, tokens: TokenInfo, new: slice) -> SampleCall:
     """One layer's rows, (heads, rows, keys), as if they had just been computed."""
     heads, rows, keys = weights.shape
     seen = visible[:1] if bool((visible == visible[:1]).all()) else visible
     query, key = weights.new_empty(heads, rows, 0), weights.new_empty(heads, keys, 0)
     part = tokens.map(lambda t: t[new])
-    return View(query, key, key, 1.0, part, tokens.map(lambda t: t[None]), Sight(seen), weights=weights)
+    return SampleCall(
+        query,
+        key,
+        key,
+        1.0,
+        part,
+        tokens.map(lambda t: t[None]),
+        VisibleKeys(seen),
+        weights=weights,
+    )

@@ -1,7 +1,9 @@
-"""One sample's part of an attention call: its rows, its keys, what they are and which may attend to which.
+"""One sample's part of an attention call: its rows, its keys, what they are and which may attend to
+which.
 
-Padding is cut off here, so nothing behind this knows of batches. What the keys are comes from the call
-(`key_positions`) and what the rows are from the pass (`forward.rows`) wherever a policy has changed them.
+Padding is cut off here, so nothing behind this knows of batches. What the keys are comes from the
+call (`key_positions`) and what the rows are from the pass (`forward.rows`) wherever a policy has
+changed them.
 """
 
 from __future__ import annotations
@@ -13,24 +15,24 @@ import torch
 from torch import Tensor
 
 from avl.attention import AttentionCall
-from avl_analysis.capture.visibility import Sight, sight
-from avl_analysis.statistics.inputs import Tokens, for_heads
+from avl_analysis.capture.visibility import VisibleKeys, sight
+from avl_analysis.statistics.inputs import TokenInfo, for_heads
 
 
 @dataclass(eq=False)
-class View:
+class SampleCall:
     """One sample's valid part of an attention call.
 
     Attributes:
-        query: (query heads, rows, head dim); key, value: (key heads, keys, head dim), in the model's precision.
-        scaling: factor on query . key.
-        queries, keys: what they are, (rows,) and (key sets, keys).
-        sight: which keys the rows may attend to.
-        softcap: products are `softcap * tanh(products / softcap)`, None for no cap.
-        bias: (1 or query heads, rows, keys) learned, added to the products, or None.
-        sinks: (query heads, 1 or rows) learned logits that take part in the softmax and stand for no key, or None.
-        memo: what was found out about these rows and keys alone, shared by the layers they are the same in.
-        weights: (query heads, rows, keys) float32 where they are known already (a replay); query and key then have
+
+        query: (query heads, rows, head dim); key, value: (key heads, keys, head dim), in
+        the model's precision. scaling: factor on query . key. queries, keys: what they are, (rows,)
+        and (key sets, keys). sight: which keys the rows may attend to. softcap: products are
+        `softcap * tanh(products / softcap)`, None for no cap. bias: (1 or query heads, rows, keys)
+        learned, added to the products, or None. sinks: (query heads, 1 or rows) learned logits that
+        take part in the softmax and stand for no key, or None. memo: what was found out about these
+        rows and keys alone, shared by the layers they are the same in. weights: (query heads, rows,
+        keys) float32 where they are known already (a replay); query and key then have
             the right number of rows and keys, and no content.
     """
 
@@ -38,9 +40,9 @@ class View:
     key: Tensor
     value: Tensor
     scaling: float
-    queries: Tokens
-    keys: Tokens
-    sight: Sight
+    queries: TokenInfo
+    keys: TokenInfo
+    sight: VisibleKeys
     softcap: float | None = None
     bias: Tensor | None = None
     sinks: Tensor | None = None
@@ -54,23 +56,30 @@ class View:
 
 
 @dataclass(eq=False)
-class Part:
-    """Which rows and keys of a call belong to one sample, what they are, and what the rows may see."""
+class SampleSlice:
+    """Which rows and keys of a call belong to one sample, what they are, and what the
+    rows may see."""
 
     rows: slice
     columns: slice
-    queries: Tokens
-    keys: Tokens
-    sight: Sight
+    queries: TokenInfo
+    keys: TokenInfo
+    sight: VisibleKeys
     memo: dict[str, Any] = field(default_factory=dict)
 
 
-def view(call: AttentionCall, tokens: Tokens, sample: int, parts: dict[tuple[int, ...], Part | None]) -> View | None:
+def view(
+    call: AttentionCall,
+    tokens: TokenInfo,
+    sample: int,
+    parts: dict[tuple[int, ...], SampleSlice | None],
+) -> SampleCall | None:
     """Cut a call to one sample; None if none of its rows is a real token.
 
     Args:
         tokens: all tokens of the sample so far, (length,), padding included.
-        parts: those of this pass by mask and size, filled on the way: layers with the same mask share them.
+        parts: those of this pass by mask and size, filled on the way: layers with the same mask
+            share them.
     """
     name = (id(call.mask), sample, call.query.shape[2], call.key.shape[2])
     if call.key_positions is not None or call.forward.rows is not None:
@@ -79,7 +88,7 @@ def view(call: AttentionCall, tokens: Tokens, sample: int, parts: dict[tuple[int
         part = parts[name] if name in parts else parts.setdefault(name, _part(call, tokens, sample))
     if part is None:
         return None
-    return View(
+    return SampleCall(
         call.query[sample, :, part.rows],
         call.key[sample, :, part.columns],
         call.value[sample, :, part.columns],
@@ -94,8 +103,12 @@ def view(call: AttentionCall, tokens: Tokens, sample: int, parts: dict[tuple[int
     )
 
 
-def _of_sample(bias: Tensor | None, sample: int, part: Part) -> Tensor | None:
-    return None if bias is None else bias[min(sample, len(bias) - 1), :, part.rows, part.columns].float()
+def _of_sample(bias: Tensor | None, sample: int, part: SampleSlice) -> Tensor | None:
+    return (
+        None
+        if bias is None
+        else bias[min(sample, len(bias) - 1), :, part.rows, part.columns].float()
+    )
 
 
 def _sinks(call: AttentionCall, sample: int, rows: slice) -> Tensor | None:
@@ -106,25 +119,37 @@ def _sinks(call: AttentionCall, sample: int, rows: slice) -> Tensor | None:
     return None if sinks is None else sinks[sample, :, rows, 0].float()
 
 
-def _part(call: AttentionCall, tokens: Tokens, sample: int) -> Part | None:
+def _part(call: AttentionCall, tokens: TokenInfo, sample: int) -> SampleSlice | None:
     queries, keys = _queries(call, tokens, sample), _keys(call, tokens, sample)
     held = keys.rank >= 0
     rows, columns = valid_part(queries.rank >= 0), valid_part(held.any(0))
     if rows.start == rows.stop:
         return None
-    queries, keys, held = queries.map(lambda t: t[rows]), keys.map(lambda t: t[:, columns]), held[:, columns]
-    return Part(rows, columns, queries, keys, sight(call, sample, rows, columns, for_heads(held, call.query.shape[1])))
+    queries, keys, held = (
+        queries.map(lambda t: t[rows]),
+        keys.map(lambda t: t[:, columns]),
+        held[:, columns],
+    )
+    return SampleSlice(
+        rows,
+        columns,
+        queries,
+        keys,
+        sight(call, sample, rows, columns, for_heads(held, call.query.shape[1])),
+    )
 
 
-def _queries(call: AttentionCall, tokens: Tokens, sample: int) -> Tokens:
+def _queries(call: AttentionCall, tokens: TokenInfo, sample: int) -> TokenInfo:
     """(rows,)"""
     if call.forward.rows is not None:
         return tokens.at(call.forward.rows[sample])
     return tokens.map(lambda t: t[call.forward.start : call.forward.start + call.query.shape[2]])
 
 
-def _keys(call: AttentionCall, tokens: Tokens, sample: int) -> Tokens:
-    """(1 or key heads, keys); slots behind the last token of the sequence (of a static cache) are empty."""
+def _keys(call: AttentionCall, tokens: TokenInfo, sample: int) -> TokenInfo:
+    """(1 or key heads, keys); slots behind the last token of the sequence (of a static cache) are
+    empty.
+    """
     positions, count = call.key_positions, call.key.shape[2]
     if positions is not None:
         mine = positions if positions.dim() == 1 else positions[sample]

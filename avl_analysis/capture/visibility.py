@@ -1,9 +1,9 @@
 """Which keys each query row of one sample may attend to, whatever form transformers gave the mask.
 
-Masks come as nothing at all (causal, or a single row), as booleans, as numbers to add, or, for flash kernels, as one
-flag per key. All become one boolean matrix here. It is the same for all layers of a pass that share a mask, so the
-recorder makes it once per pass; the number of keys that a row sees, and of rows that see a key, are counted from it
-once.
+Masks come as nothing at all (causal, or a single row), as booleans, as numbers to add, or, for
+flash kernels, as one flag per key. All become one boolean matrix here. It is the same for all
+layers of a pass that share a mask, so the recorder makes it once per pass; the number of keys that
+a row sees, and of rows that see a key, are counted from it once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from avl.attention import AttentionCall
 from avl_analysis.statistics.inputs import for_heads
 
 
-class Sight:
+class VisibleKeys:
     """Rows and keys of one sample, cut to the valid ones.
 
     Attributes:
@@ -45,7 +45,9 @@ class Sight:
         return slice(min(self._first[rows]), max(self._end[rows]))
 
     def hide(self, logits: Tensor, heads: slice, rows: slice, span: slice) -> None:
-        """Put -inf where a key may not be attended, in place; logits (heads, rows, keys of the span)."""
+        """Put -inf where a key may not be attended, in place; logits (heads, rows, keys of the
+        span).
+        """
         if self.causal:
             if rows.stop - rows.start == 1:  # its span ends with the last key it sees
                 return
@@ -64,15 +66,22 @@ class Sight:
             weights.masked_fill_(blind[..., None], 0.0)
 
     def keys_per_row(self, kinds: Tensor) -> Tensor:
-        """(1 or heads, rows, n): for every row how many of the keys marked in kinds, (key sets, n, keys), it sees.
+        """(1 or heads, rows, n): for every row how many of the keys marked in kinds, (key sets, n,
+        keys), it sees.
 
         Where there are several key sets, `visible` is per head.
         """
-        return torch.cat([block @ for_heads(kinds, len(block)).transpose(1, 2) for block in self._blocks()], 1)
+        return torch.cat(
+            [block @ for_heads(kinds, len(block)).transpose(1, 2) for block in self._blocks()], 1
+        )
 
     def rows_per_key(self, groups: Tensor) -> Tensor:
-        """(1 or heads, n, keys): for every key how many of the rows marked in groups, (n, rows), see it."""
-        total = torch.zeros(self.visible.shape[0], groups.shape[0], self.visible.shape[2], device=groups.device)
+        """(1 or heads, n, keys): for every key how many of the rows marked in groups, (n, rows),
+        see it.
+        """
+        total = torch.zeros(
+            self.visible.shape[0], groups.shape[0], self.visible.shape[2], device=groups.device
+        )
         start = 0
         for block in self._blocks():
             total += groups[:, start : start + block.shape[1]] @ block
@@ -89,11 +98,14 @@ def _is_triangle(visible: Tensor, offset: int) -> bool:
         return False
     if rows == 1:  # the last row of a triangle is all there is of it
         return bool(visible.all())
-    column, row = torch.arange(keys, device=visible.device), torch.arange(rows, device=visible.device)
+    column, row = (
+        torch.arange(keys, device=visible.device),
+        torch.arange(rows, device=visible.device),
+    )
     return bool((visible == (column <= row[:, None] + offset)).all())
 
 
-def sight(call: AttentionCall, sample: int, rows: slice, keys: slice, held: Tensor) -> Sight:
+def sight(call: AttentionCall, sample: int, rows: slice, keys: slice, held: Tensor) -> VisibleKeys:
     """What the rows of one sample see.
 
     Args:
@@ -106,12 +118,16 @@ def sight(call: AttentionCall, sample: int, rows: slice, keys: slice, held: Tens
     bias = None
     if mask is None:
         visible = (column <= row)[None] if call.causal else torch.ones_like(column <= row)[None]
-    elif mask.dim() == 2:  # flash kernels: flags of the keys; the kernel itself is causal, aligned at the last corner
+    elif (
+        mask.dim() == 2
+    ):  # flash kernels: flags of the keys; the kernel itself is causal, aligned at the last corner
         visible = mask[sample, keys].bool().expand(1, len(row), -1)
         if count > 1:
             visible = visible & (column <= row + call.key.shape[2] - count)
     else:
-        mine = mask[min(sample, mask.shape[0] - 1), :, rows if mask.shape[2] > 1 else slice(None), keys]
+        mine = mask[
+            min(sample, mask.shape[0] - 1), :, rows if mask.shape[2] > 1 else slice(None), keys
+        ]
         mine = mine.expand(-1, len(row), -1)
         visible = mine if mine.dtype == torch.bool else mine > torch.finfo(mine.dtype).min / 2
         if mine.dtype != torch.bool:
@@ -119,4 +135,4 @@ def sight(call: AttentionCall, sample: int, rows: slice, keys: slice, held: Tens
             bias = added if bool(added.any()) else None
     if len(held) > 1 or not bool(held.all()):
         visible = visible & held[:, None]
-    return Sight(visible, bias)
+    return VisibleKeys(visible, bias)

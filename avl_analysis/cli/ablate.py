@@ -1,4 +1,6 @@
-"""`avl ablate`: silence the heads of a kind, and as many others, and see which the answers need more."""
+"""`avl ablate`: silence the heads of a kind, and as many others, and see which the answers need
+more.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
     from avl_analysis.recordings.recording import Recording
 
 EXAMPLES = """
-Examples: [bold]avl ablate --out ablation.json[/], then [bold]avl report run.nc --ablation ablation.json[/];
+Examples: [bold]avl ablate --out ablation.json[/], then
+[bold]avl report run.nc --ablation ablation.json[/];
 [bold]avl ablate my-questions.jsonl --model ./my-llava --kind text[/]
 """
 
@@ -40,21 +43,34 @@ Examples: [bold]avl ablate --out ablation.json[/], then [bold]avl report run.nc 
 def ablate(
     data: Annotated[
         Path | None,
-        typer.Argument(help="JSONL file, one {image, prompt, answer} per line. Default: drawn scenes."),
+        typer.Argument(
+            help="JSONL file, one {image, prompt, answer} per line. Default: drawn scenes."
+        ),
     ] = None,
-    kind: Annotated[str, typer.Option(help="Kind of heads: visual, sink, local, text or mixed.")] = "visual",
+    kind: Annotated[
+        str, typer.Option(help="Kind of heads: visual, sink, local, text or mixed.")
+    ] = "visual",
     model: Model = "scenes",
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     recording: Annotated[
         Path | None,
-        typer.Option(help="Recording that tells the kinds of heads. Default: a third of the questions is recorded."),
+        typer.Option(
+            help=(
+                "Recording that tells the kinds of heads. Default: a third of the questions is"
+                " recorded."
+            )
+        ),
     ] = None,
     scenes: Annotated[int, typer.Option(min=1, help="Drawn scenes per task.")] = 9,
     task: Tasks = None,
     draws: Annotated[int, typer.Option(min=1, help="Random sets of as many other heads.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Seed of these draws.")] = 0,
     same_layers: Annotated[
-        bool, typer.Option("--same-layers", help="Take as many others from the very layers the kind's heads are in.")
+        bool,
+        typer.Option(
+            "--same-layers",
+            help="Take as many others from the very layers the kind's heads are in.",
+        ),
     ] = False,
     max_new_tokens: MaxNewTokens = 64,
     batch_size: BatchSize = 32,
@@ -64,7 +80,9 @@ def ablate(
     download: Download = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Silence the heads of one kind, then as many others drawn at random: which do right answers need more?"""
+    """Silence the heads of one kind, then as many others drawn at random: which do right answers
+    need more?
+    """
     from avl_analysis.heads.taxonomy import KINDS
 
     if kind not in KINDS:
@@ -80,7 +98,9 @@ def ablate(
     from avl_analysis.heads.ablation import ablate as silence
 
     questions = (
-        (str(data),) if data is not None else ("--scenes", str(scenes), *(f"--task={name}" for name in task or ()))
+        (str(data),)
+        if data is not None
+        else ("--scenes", str(scenes), *(f"--task={name}" for name in task or ()))
     )
     told_by = () if recording is None else ("--recording", str(recording))
     with progress("silencing", unit="answers") as advance:
@@ -95,11 +115,24 @@ def ablate(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             command=shlex.join(
-                ["avl", "ablate", *questions, "--model", model, "--kind", kind, "--draws", str(draws), "--seed",
-                 str(seed), *told_by, *(("--same-layers",) if same_layers else ())]
+                [
+                    "avl",
+                    "ablate",
+                    *questions,
+                    "--model",
+                    model,
+                    "--kind",
+                    kind,
+                    "--draws",
+                    str(draws),
+                    "--seed",
+                    str(seed),
+                    *told_by,
+                    *(("--same-layers",) if same_layers else ()),
+                ]
             ),
             progress=lambda what, done, total: advance(done, total, what),
-        )  # fmt: skip
+        )
     if out is not None:
         result.save(out)
     _show(result)
@@ -114,7 +147,8 @@ def _recording(path: Path | None) -> Recording | None:
 def _show(result: Ablation) -> None:
     console = Console()
     console.print(
-        f"{result.found} of {result.heads} heads are {result.kind}, read from {result.found_on}", highlight=False
+        f"{result.found} of {result.heads} heads are {result.kind}, read from {result.found_on}",
+        highlight=False,
     )
     table = Table("silenced", "heads", "right answers", "95 % interval", box=None, pad_edge=False)
     for group in result.groups:
@@ -124,8 +158,9 @@ def _show(result: Ablation) -> None:
     console.print(table)
     contrast = result.contrast
     console.print(
-        f"with {len(result.of_kind.heads)} {result.kind} heads silenced {contrast.mean:+.3f} {_bounds(contrast)} more "
-        f"questions go wrong than with {result.others} ({contrast.n} questions, {len(result.random)} draws)",
+        f"with {len(result.of_kind.heads)} {result.kind} heads silenced {contrast.mean:+.3f}"
+        f" {_bounds(contrast)} more questions go wrong than with {result.others} ({contrast.n}"
+        f" questions, {len(result.random)} draws)",
         highlight=False,
         soft_wrap=True,
     )

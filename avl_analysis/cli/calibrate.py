@@ -1,4 +1,6 @@
-"""`avl calibrate`: choose A-VL's settings for a model from its own attention, and save them with their evidence."""
+"""`avl calibrate`: choose A-VL's settings for a model from its own attention, and save them with
+their evidence.
+"""
 
 from __future__ import annotations
 
@@ -38,19 +40,28 @@ Examples: [bold]avl calibrate --out tuned.json[/], then [bold]avl compare -p tun
 def calibrate(
     data: Annotated[
         Path | None,
-        typer.Argument(help="JSONL file, one {image, prompt, answer} per line. Default: drawn scenes."),
+        typer.Argument(
+            help="JSONL file, one {image, prompt, answer} per line. Default: drawn scenes."
+        ),
     ] = None,
-    target: Annotated[float, typer.Option(help="Share of the attention to keep, between 0 and 1.")] = 0.95,
+    target: Annotated[
+        float, typer.Option(help="Share of the attention to keep, between 0 and 1.")
+    ] = 0.95,
     model: Model = "scenes",
     out: Annotated[Path, typer.Option(help="Policy file to write.")] = Path("policy.json"),
-    scenes: Annotated[int, typer.Option(min=1, help="Drawn scenes per task; a third of all is held out.")] = 9,
+    scenes: Annotated[
+        int, typer.Option(min=1, help="Drawn scenes per task; a third of all is held out.")
+    ] = 9,
     task: Tasks = None,
     max_new_tokens: MaxNewTokens = 64,
     batch_size: BatchSize = 8,
-    prefill: Annotated[bool, typer.Option("--prefill", help="Look for a prefill filter too.")] = False,
+    prefill: Annotated[
+        bool, typer.Option("--prefill", help="Look for a prefill filter too.")
+    ] = False,
     prefill_layer: Annotated[int, typer.Option(help="Layer after which the filter would act.")] = 2,
     per_layer: Annotated[
-        bool, typer.Option("--per-layer", help="Give every layer a share to hold and a core of its own.")
+        bool,
+        typer.Option("--per-layer", help="Give every layer a share to hold and a core of its own."),
     ] = False,
     dtype: Dtype = None,
     device: Device = None,
@@ -58,11 +69,15 @@ def calibrate(
     download: Download = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Choose A-VL's settings from a model's own attention, check them on held-out questions, and save both."""
+    """Choose A-VL's settings from a model's own attention, check them on held-out questions, and
+    save both.
+    """
     if out.suffix != ".json":
         raise InputError(f"--out {out}: a policy file's name must end in .json")
     if not 0 < target < 1:
-        raise InputError(f"--target {target}: choose a share of the attention between 0 and 1, for example 0.95")
+        raise InputError(
+            f"--target {target}: choose a share of the attention between 0 and 1, for example 0.95"
+        )
     check_target(out, force)
     samples = read_or_draw(data, scenes, task)
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
@@ -92,22 +107,35 @@ def _show(policy: AdaptivePolicy, evidence: Evidence, out: Path) -> None:
         where = f" in {choice.place}" if choice.place else ""
         line = f"{choice.setting} = {choice.value}{where}: {choice.reason}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    table = Table("kept of", "mean on held-out questions", "95 % interval", box=None, pad_edge=False)
+    table = Table(
+        "kept of", "mean on held-out questions", "95 % interval", box=None, pad_edge=False
+    )
     for setting, entry in evidence.kept.items():
         mean, low, high = (
-            f"{value:.3f}" if (value := entry[key]) is not None else "-" for key in ("mean", "low", "high")
+            f"{value:.3f}" if (value := entry[key]) is not None else "-"
+            for key in ("mean", "low", "high")
         )
         table.add_row(setting, mean, f"[{low}, {high}]")
     console.print(table)
     verdict = {True: "kept", False: "missed", None: "not measurable"}[evidence.holds]
     console.print(
-        f"target {evidence.target:g} on {len(evidence.held_out)} held-out questions: {verdict}", highlight=False
+        f"target {evidence.target:g} on {len(evidence.held_out)} held-out questions: {verdict}",
+        highlight=False,
     )
     shown = ("correct", "agreement", "kl", "kv_filled_share")
-    for metric, entry in ((name, evidence.measured[name]) for name in shown if name in evidence.measured):
+    for metric, entry in (
+        (name, evidence.measured[name]) for name in shown if name in evidence.measured
+    ):
         if entry["mean"] is not None:
-            bounds = f" [{entry['low']:.3f}, {entry['high']:.3f}]" if entry["low"] is not None else ""
-            console.print(f"{metric} on them: {entry['mean']:.3f}{bounds}", markup=False, highlight=False)
+            bounds = (
+                f" [{entry['low']:.3f}, {entry['high']:.3f}]" if entry["low"] is not None else ""
+            )
+            console.print(
+                f"{metric} on them: {entry['mean']:.3f}{bounds}", markup=False, highlight=False
+            )
     console.print(
-        f"{policy}\nin {out}; try it with: avl compare -p {out}", markup=False, highlight=False, soft_wrap=True
+        f"{policy}\nin {out}; try it with: avl compare -p {out}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )

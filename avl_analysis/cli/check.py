@@ -1,4 +1,6 @@
-"""`avl models --check`: what is true of every model type of the installed transformers, found out on tiny models."""
+"""`avl models --check`: what is true of every model type of the installed transformers, found out
+on tiny models.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,15 @@ def check_types(names: Sequence[str] | None, write: Path | None) -> None:
     known = model_types()
     if unknown := sorted(set(names or ()) - set(known)):
         raise InputError(
-            f"transformers registers no image-text-to-text type {', '.join(unknown)}; its types are {', '.join(known)}"
+            f"transformers registers no image-text-to-text type {', '.join(unknown)}; its types are"
+            f" {', '.join(known)}"
         )
     if write is not None and names:
         raise InputError("--write renews the whole table; leave the type names out")
     if write is not None and (not write.is_file() or MARK not in write.read_text(encoding="utf-8")):
-        raise InputError(f"{write} is not a file with the line {MARK}, behind which the table stands")
+        raise InputError(
+            f"{write} is not a file with the line {MARK}, behind which the table stands"
+        )
     rows: list[Row] = []
     failures: list[str] = []
     with progress("checking", unit="types") as advance:
@@ -44,7 +49,9 @@ def check_types(names: Sequence[str] | None, write: Path | None) -> None:
                 failures.append(f"{name}: {mismatch}")
     table = Table(box=None)
     for heading in ("type", "recorded", "adapted", "picture map", "pixels"):
-        table.add_column(heading, overflow="fold")  # in a narrow terminal names go on in the next line, uncut
+        table.add_column(
+            heading, overflow="fold"
+        )  # in a narrow terminal names go on in the next line, uncut
     for row in rows:
         table.add_row(row.model_type, row.recorded, row.adapted, row.picture_map, row.pixels)
     Console().print(table, counts(rows), *failures, sep="\n")

@@ -32,7 +32,17 @@ if TYPE_CHECKING:
 DEFAULT_POLICIES = ("a-vl", "random:0.5", "stride:0.5")
 """A-VL with the paper's settings, and two baselines that any policy has to beat."""
 
-SHOWN = ("correct", "kl", "agreement", "same_text", "rouge_l", "kv_filled_share", "keys_attended", "ttft", "tpot")
+SHOWN = (
+    "correct",
+    "kl",
+    "agreement",
+    "same_text",
+    "rouge_l",
+    "kv_filled_share",
+    "keys_attended",
+    "ttft",
+    "tpot",
+)
 """Numbers that are printed; the file holds all of them."""
 
 EXAMPLES = """
@@ -45,29 +55,38 @@ Examples: [bold]avl compare[/],
 def compare(
     data: Annotated[
         Path | None,
-        typer.Argument(help="JSONL file, one {image, prompt, answer} per line. Default: drawn scenes."),
+        typer.Argument(
+            help="JSONL file, one {image, prompt, answer} per line. Default: drawn scenes."
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
             "--policy",
             "-p",
-            help="A policy: a name (full, a-vl, a-vl-cold, random, stride, streaming, h2o, snapkv, fastv, vl-cache), "
-            "name:share of the full cache's bytes, name,setting=value, or a .json file. Repeat for several.",
+            help=(
+                "A policy: a name (full, a-vl, a-vl-cold, random, stride, streaming, h2o, snapkv,"
+                " fastv, vl-cache), "
+                "name:share of the full cache's bytes, name,setting=value, or a .json file. Repeat"
+                " for several."
+            ),
         ),
     ] = None,
     model: Model = "scenes",
     out: Annotated[
-        Path | None, typer.Option(help="File to write: .nc for everything, .csv or .json for the tables.")
+        Path | None,
+        typer.Option(help="File to write: .nc for everything, .csv or .json for the tables."),
     ] = None,
     scenes: Annotated[int, typer.Option(min=1, help="Drawn scenes per task.")] = 5,
     task: Annotated[
-        list[str] | None, typer.Option(help="Tasks of the scenes; repeat for several. Default: all.")
+        list[str] | None,
+        typer.Option(help="Tasks of the scenes; repeat for several. Default: all."),
     ] = None,
     max_new_tokens: MaxNewTokens = 64,
     batch_size: BatchSize = 8,
     metric: Annotated[
-        list[str] | None, typer.Option(help="fidelity, text, accuracy, cost; repeat for several. Default: all.")
+        list[str] | None,
+        typer.Option(help="fidelity, text, accuracy, cost; repeat for several. Default: all."),
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -75,7 +94,9 @@ def compare(
     download: Download = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Compare policies with the full cache: the same answers? right ones? at what cost? With 95 % intervals."""
+    """Compare policies with the full cache: the same answers? right ones? at what cost? With 95 %
+    intervals.
+    """
     if out is not None:
         _check_out(out, force)
     policies = _policies(policy or DEFAULT_POLICIES)
@@ -96,7 +117,9 @@ def compare(
             progress=advance,
         )
     if out is not None:
-        {".nc": comparison.save, ".csv": comparison.to_csv, ".json": comparison.to_json}[out.suffix](out)
+        {".nc": comparison.save, ".csv": comparison.to_csv, ".json": comparison.to_json}[
+            out.suffix
+        ](out)
     _show(comparison)
 
 
@@ -105,7 +128,9 @@ def _policies(names: list[str] | tuple[str, ...]) -> dict[str, Policy]:
 
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"policy {', '.join(sorted(twice))} is named twice: leave one out")
-    return {Path(name).stem if name.endswith(".json") else name: named_policy(name) for name in names}
+    return {
+        Path(name).stem if name.endswith(".json") else name: named_policy(name) for name in names
+    }
 
 
 def read_or_draw(data: Path | None, scenes: int, task: list[str] | None) -> list[Sample]:
@@ -119,13 +144,17 @@ def read_or_draw(data: Path | None, scenes: int, task: list[str] | None) -> list
     if data is None:
         return scene_samples(scenes, task)
     if task:
-        raise InputError(f"--task chooses among drawn scenes, but the questions come from {data}: leave one out")
+        raise InputError(
+            f"--task chooses among drawn scenes, but the questions come from {data}: leave one out"
+        )
     return read_samples(data)
 
 
 def _check_out(out: Path, force: bool) -> None:
     if out.suffix not in (".nc", ".csv", ".json"):
-        raise InputError(f"--out {out}: the name must end in .nc (everything), .csv or .json (tables)")
+        raise InputError(
+            f"--out {out}: the name must end in .nc (everything), .csv or .json (tables)"
+        )
     check_target(out, force)
 
 
@@ -136,21 +165,37 @@ def _show(comparison: Comparison) -> None:
     console = Console()
     for metric in (name for name in SHOWN if name in comparison.metrics):
         unit = "" if VARIABLES[metric].unit == "1" else f" [{VARIABLES[metric].unit}]"
-        console.print(f"{metric}: {VARIABLES[metric].meaning}{unit}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{metric}: {VARIABLES[metric].meaning}{unit}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
         table = Table("policy", "mean", f"less {comparison.reference}", box=None, pad_edge=False)
         for name in comparison.policies:
-            change = "" if name == comparison.reference else _cell(comparison.difference(metric, name), sign="+")
+            change = (
+                ""
+                if name == comparison.reference
+                else _cell(comparison.difference(metric, name), sign="+")
+            )
             table.add_row(name, _cell(comparison.mean(metric, name)), change)
         console.print(table)
         console.print()
     failures = comparison.failures
     if len(failures):
         reason = f"{failures.iloc[0]['sample']}: {failures.iloc[0]['reason']}"
-        console.print(f"{failures['sample'].nunique()} sample(s) could not be measured; {reason}", markup=False)
+        console.print(
+            f"{failures['sample'].nunique()} sample(s) could not be measured; {reason}",
+            markup=False,
+        )
 
 
 def _cell(estimate: Estimate, sign: str = "") -> str:
     if not estimate.n:
         return "-"
-    spread = f" [{estimate.low:{sign}.3g}, {estimate.high:{sign}.3g}]" if estimate.low < estimate.high else ""
+    spread = (
+        f" [{estimate.low:{sign}.3g}, {estimate.high:{sign}.3g}]"
+        if estimate.low < estimate.high
+        else ""
+    )
     return f"{estimate.mean:{sign}.3g}{spread}"

@@ -1,4 +1,6 @@
-"""`avl record --data` and `--workers`: many questions, recorded so that nothing is lost when it is interrupted."""
+"""`avl record --data` and `--workers`: many questions, recorded so that nothing is lost when it is
+interrupted.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def read(data: Path, image: Sequence[str], scenes: int, task: str | None) -> lis
     from avl_analysis.corpus.questions import read_samples
 
     if image or scenes or task is not None:
-        raise InputError(f"the questions come from {data}: leave out pictures, questions, --scenes and --task")
+        raise InputError(
+            f"the questions come from {data}: leave out pictures, questions, --scenes and --task"
+        )
     return read_samples(data)
 
 
@@ -52,9 +56,15 @@ def record_many(
                 **options,
             )
     except KeyboardInterrupt:
-        typer.echo(f"what was recorded is kept in {out}.parts; the same command goes on from there", err=True)
+        typer.echo(
+            f"what was recorded is kept in {out}.parts; the same command goes on from there",
+            err=True,
+        )
         raise
     for one in result.failed:
         typer.echo(f"{one.id} was left out: {one.reason}", err=True)
     left_out = f" ({len(result.failed)} left out)" if result.failed else ""
-    typer.echo(f"{result.recorded} sample(s) of {model} in {out}{left_out}; look at it with: avl stats {out}")
+    typer.echo(
+        f"{result.recorded} sample(s) of {model} in {out}{left_out}; look at it with: avl stats"
+        f" {out}"
+    )

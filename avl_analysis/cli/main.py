@@ -1,12 +1,13 @@
 """The `avl` command: one thin subcommand per thing this package does.
 
-Commands parse, call, print; what they call is the same public interface Python users have. Two rules hold for all:
-a mistake a person can correct is one line on stderr and exit code 2, never a traceback; anything over two seconds shows
-what it is doing. Heavy imports sit inside the commands, so that `avl --help` answers at once.
+Commands parse, call, print; what they call is the same public interface Python users have. Two
+rules hold for all: a mistake a person can correct is one line on stderr and exit code 2, never a
+traceback; anything over two seconds shows what it is doing. Heavy imports sit inside the commands,
+so that `avl --help` answers at once.
 
-The reports and the dashboard stand above this package and may import it, not the other way round. Their commands
-therefore come to the command line by themselves: each installed entry point of the group "avl.commands" names a typer
-command function, as any third package may declare one too.
+The reports and the dashboard stand above this package and may import it, not the other way round.
+Their commands therefore come to the command line by themselves: each installed entry point of the
+group "avl.commands" names a typer command function, as any third package may declare one too.
 """
 
 from __future__ import annotations
@@ -37,10 +38,15 @@ app = typer.Typer(
 GROUP = "avl.commands"
 """Entry point group in which packages above this one offer their commands."""
 
-_INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C; typer returns it for KeyboardInterrupt
+_INTERRUPTED = (
+    130  # what shells report for a program ended by Ctrl-C; typer returns it for KeyboardInterrupt
+)
 
-# typer carries its own copy of click in some versions and imports it in others; the base class is the same either way.
-_UsageError: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+# typer carries its own copy of click in some versions and imports it in others; the base class is
+# the same either way.
+_UsageError: type[Exception] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
 
 
 @app.callback(epilog="Start with: avl models, then avl record --help.")
@@ -48,24 +54,41 @@ def _avl() -> None:
     """Record, measure and adapt the attention of vision-language models."""
 
 
-@app.command(epilog="Examples: [bold]avl models[/], [bold]avl models ./my-llava llava-hf/llava-1.5-7b-hf --download[/]")
+@app.command(
+    epilog=(
+        "Examples: [bold]avl models[/], [bold]avl models ./my-llava llava-hf/llava-1.5-7b-hf"
+        " --download[/]"
+    )
+)
 def models(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Models to describe: scenes, a folder or a hub id. Default: scenes. With --check: model types of "
-            "transformers, default all."
+            help=(
+                "Models to describe: scenes, a folder or a hub id. Default: scenes. With --check:"
+                " model types of "
+                "transformers, default all."
+            )
         ),
     ] = None,
     download: Download = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Check recording, policies and picture maps on a tiny model of each type.")
+        bool,
+        typer.Option(
+            "--check",
+            help="Check recording, policies and picture maps on a tiny model of each type.",
+        ),
     ] = False,
     write: Annotated[
-        Path | None, typer.Option(help="With --check of all types: renew the table at the end of this Markdown file.")
+        Path | None,
+        typer.Option(
+            help="With --check of all types: renew the table at the end of this Markdown file."
+        ),
     ] = None,
 ) -> None:
-    """Describe models without loading their weights: size, layers, heads, image tokens, recordable or why not."""
+    """Describe models without loading their weights: size, layers, heads, image tokens, recordable
+    or why not.
+    """
     if check or write is not None:
         from avl_analysis.cli.check import check_types
 
@@ -73,26 +96,40 @@ def models(
         return
     from avl_analysis.models.inventory import SAMPLE_SIZE, count_of, inspect_model
 
-    table = Table("model", "type", "parameters", "layers", "heads", "image tokens", "recordable", box=None)
+    table = Table(
+        "model", "type", "parameters", "layers", "heads", "image tokens", "recordable", box=None
+    )
     for name in names or ["scenes"]:
         facts = inspect_model(name, allow_download=download)
-        heads = f"{facts.query_heads}" + (f" / {facts.key_heads} KV" if facts.key_heads != facts.query_heads else "")
-        known = [str(facts.layers), heads, str(facts.image_tokens)] if facts.refusal is None else ["-"] * 3
-        table.add_row(name, facts.model_type, count_of(facts.parameters), *known, facts.refusal or "yes")
+        heads = f"{facts.query_heads}" + (
+            f" / {facts.kv_heads} KV" if facts.kv_heads != facts.query_heads else ""
+        )
+        known = (
+            [str(facts.layers), heads, str(facts.image_tokens)]
+            if facts.refusal is None
+            else ["-"] * 3
+        )
+        table.add_row(
+            name, facts.model_type, count_of(facts.parameters), *known, facts.refusal or "yes"
+        )
     table.caption = f"image tokens: for one picture of {SAMPLE_SIZE[0]} x {SAMPLE_SIZE[1]} pixels"
     table.caption_justify = "left"
     Console().print(table)
 
 
 app.command(epilog=record.RECORD_EXAMPLES)(record.record)
-app.command(epilog="Examples: [bold]avl stats run.nc[/], [bold]avl stats run.nc modality_mass[/]")(record.stats)
+app.command(epilog="Examples: [bold]avl stats run.nc[/], [bold]avl stats run.nc modality_mass[/]")(
+    record.stats
+)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.command(epilog=ablate.EXAMPLES)(ablate.ablate)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 on success, 2 on input that cannot be used, 130 when interrupted."""
+    """Run the command line and exit: 0 on success, 2 on input that cannot be used, 130 when
+    interrupted.
+    """
     for entry in entry_points(group=GROUP):
         if entry.name not in {command.name for command in app.registered_commands}:
             app.command(entry.name)(entry.load())
@@ -119,7 +156,9 @@ def _fail(message: str) -> NoReturn:
 
 
 def _correctable() -> tuple[type[Exception], ...]:
-    """Exceptions whose message tells a person what to do; every other one is a defect and keeps its traceback."""
+    """Exceptions whose message tells a person what to do; every other one is a defect and keeps its
+    traceback.
+    """
     from avl.families import UnsupportedModelError
     from avl_analysis.recordings.schema import RecordingError
 
@@ -127,7 +166,9 @@ def _correctable() -> tuple[type[Exception], ...]:
 
 
 def _quiet() -> None:
-    """Keep the libraries' own notices and progress bars out of the output; the commands show their own."""
+    """Keep the libraries' own notices and progress bars out of the output; the commands show their
+    own.
+    """
     import os
     import warnings
 

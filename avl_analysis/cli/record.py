@@ -28,15 +28,23 @@ if TYPE_CHECKING:
     from avl_analysis.models.loading import VLM
     from avl_analysis.recordings.recording import Recording
 
-Model = Annotated[str, typer.Option(help="scenes (the embedded model), a model folder, or a hub id.")]
+Model = Annotated[
+    str, typer.Option(help="scenes (the embedded model), a model folder, or a hub id.")
+]
 Download = Annotated[
-    bool, typer.Option("--download", help="Allow fetching a hub id; otherwise only this machine is searched.")
+    bool,
+    typer.Option(
+        "--download", help="Allow fetching a hub id; otherwise only this machine is searched."
+    ),
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: float32 on a CPU, else auto.")
+    str | None,
+    typer.Option(help="float32, bfloat16, float16 or auto. Default: float32 on a CPU, else auto."),
 ]
 Device = Annotated[str | None, typer.Option(help="Torch device. Default: cuda where there is one.")]
-Attention = Annotated[str, typer.Option(help="Attention backend of transformers: sdpa, eager, flash_attention_2, ...")]
+Attention = Annotated[
+    str, typer.Option(help="Attention backend of transformers: sdpa, eager, flash_attention_2, ...")
+]
 Tasks = Annotated[list[str] | None, typer.Option(help="Tasks of the scenes; repeat for several.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions per pass.")]
@@ -45,44 +53,68 @@ RECORD_EXAMPLES = """
 Examples: [bold]avl record photo.jpg 'what is on the table?'[/],
 [bold]avl record --scenes 20 --out scenes.nc[/] (pictures drawn with known truth),
 [bold]avl record photo.jpg 'describe the image' --model ./my-llava --layers 0,8-15[/],
-[bold]avl record --data questions.jsonl --out run.nc --workers 4[/] (goes on where it was interrupted)
+[bold]avl record --data questions.jsonl --out run.nc --workers 4[/] (resumes an interrupted run)
 """
 
 
 def record(
     image: Annotated[
-        list[str] | None, typer.Argument(metavar="IMAGE... PROMPT", help="One or several pictures, then the question.")
+        list[str] | None,
+        typer.Argument(
+            metavar="IMAGE... PROMPT", help="One or several pictures, then the question."
+        ),
     ] = None,
     model: Model = "scenes",
-    out: Annotated[Path, typer.Option(help="File to write; an existing one is replaced only with --force.")] = Path(
-        "run.nc"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="File to write; an existing one is replaced only with --force.")
+    ] = Path("run.nc"),
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Instead of a picture, a JSONL file with one {image, prompt, answer} per line; can be resumed."
+            help=(
+                "Instead of a picture, a JSONL file with one {image, prompt, answer} per line; can"
+                " be resumed."
+            )
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes; more than one needs Ray and can be resumed.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes; more than one needs Ray and can be resumed.")
+    ] = 1,
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster. Default: workers on this machine.")
     ] = None,
     batch_size: BatchSize = 1,
-    scenes: Annotated[int, typer.Option(help="Instead of a picture, ask about this many drawn scenes.")] = 0,
-    task: Annotated[str | None, typer.Option(help="Kind of question about the scenes. Default: all kinds.")] = None,
+    scenes: Annotated[
+        int, typer.Option(help="Instead of a picture, ask about this many drawn scenes.")
+    ] = 0,
+    task: Annotated[
+        str | None, typer.Option(help="Kind of question about the scenes. Default: all kinds.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the drawn scenes.")] = 0,
     max_new_tokens: MaxNewTokens = 64,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Decoder layers to record, e.g. 0,4-7. Default: all.")] = None,
-    statistics: Annotated[str | None, typer.Option(help="Statistics to record, by name. Default: all.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Decoder layers to record, e.g. 0,4-7. Default: all.")
+    ] = None,
+    statistics: Annotated[
+        str | None, typer.Option(help="Statistics to record, by name. Default: all.")
+    ] = None,
     keep_attention: Annotated[
-        bool, typer.Option("--keep-attention", help="Keep raw attention weights too, of --heads and --queries.")
+        bool,
+        typer.Option(
+            "--keep-attention", help="Keep raw attention weights too, of --heads and --queries."
+        ),
     ] = False,
-    heads: Annotated[str | None, typer.Option(help="Heads whose raw weights are kept, e.g. 0,3. Default: all.")] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Heads whose raw weights are kept, e.g. 0,3. Default: all.")
+    ] = None,
     queries: Annotated[
         str | None,
         typer.Option(
-            help="Rows whose raw weights are kept: all, prompt, last, decode, steps, or positions like 5,7-9."
+            help=(
+                "Rows whose raw weights are kept: all, prompt, last, decode, steps, or positions"
+                " like 5,7-9."
+            )
         ),
     ] = None,
     dtype: Dtype = None,
@@ -91,12 +123,19 @@ def record(
     download: Download = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Record where a model looks while it answers, every layer and head, and save that as one file."""
+    """Record where a model looks while it answers, every layer and head, and save that
+    as one file."""
     check_target(out, force)
-    samples = _samples(image or [], scenes, task, seed) if data is None else read(data, image or [], scenes, task)
+    samples = (
+        _samples(image or [], scenes, task, seed)
+        if data is None
+        else read(data, image or [], scenes, task)
+    )
     numbers = None if layers is None else parse_numbers(layers, "--layers")
     kept = _raw(keep_attention, heads, queries)
-    names = None if statistics is None else [name for name in re.split(r"[,\s]+", statistics) if name]
+    names = (
+        None if statistics is None else [name for name in re.split(r"[,\s]+", statistics) if name]
+    )
     options = {
         "system": system,
         "max_new_tokens": max_new_tokens,
@@ -106,8 +145,15 @@ def record(
         **kept,
     }
     if data is not None or workers > 1 or address is not None:
-        how = {"dtype": dtype, "device": device, "attn_implementation": attention, "allow_download": download}
-        record_many(model, samples, out, how, force=force, workers=workers, address=address, options=options)
+        how = {
+            "dtype": dtype,
+            "device": device,
+            "attn_implementation": attention,
+            "allow_download": download,
+        }
+        record_many(
+            model, samples, out, how, force=force, workers=workers, address=address, options=options
+        )
         return
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 
@@ -124,14 +170,20 @@ def record(
     recording.save(out)
     for index in range(min(len(samples), 3)):
         typer.echo(f"{samples[index].prompt}\n  {recording.facts(index)['answer']}")
-    typer.echo(f"{len(recording)} sample(s) of {vlm.name} in {out}; look at it with: avl stats {out}")
+    typer.echo(
+        f"{len(recording)} sample(s) of {vlm.name} in {out}; look at it with: avl stats {out}"
+    )
 
 
 def stats(
     recording: Annotated[Path, typer.Argument(help="A file written by avl record.")],
-    names: Annotated[list[str] | None, typer.Argument(help="Statistics to print. Default: all by layer.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Statistics to print. Default: all by layer.")
+    ] = None,
 ) -> None:
-    """Print a recording's statistics by layer: means over samples with 95 % intervals where there are several."""
+    """Print a recording's statistics by layer: means over samples with 95 % intervals where there
+    are several.
+    """
     from avl_analysis.recordings.recording import load_recording
     from avl_analysis.recordings.tables import layer_tables
 
@@ -147,13 +199,17 @@ def stats(
         console.print(drawn)
 
 
-def load(name: str, *, dtype: str | None, device: str | None, attention: str, download: bool) -> VLM:
+def load(
+    name: str, *, dtype: str | None, device: str | None, attention: str, download: bool
+) -> VLM:
     """`load_model` with the options of the command line, saying that it is at work."""
     console = Console(stderr=True)
     with console.status(f"loading {name}") if console.is_terminal else _nothing():
         from avl_analysis.models.loading import load_model
 
-        return load_model(name, dtype=dtype, device=device, attn_implementation=attention, allow_download=download)
+        return load_model(
+            name, dtype=dtype, device=device, attn_implementation=attention, allow_download=download
+        )
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
@@ -178,12 +234,21 @@ def progress(what: str, unit: str = "tokens") -> Iterator[Callable[..., None]]:
     Yields:
         `advance(done, total, what=what)`.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+    )
     console = Console(stderr=True)
     with Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
         disable=not console.is_terminal,
-    ) as bar:  # fmt: skip
+    ) as bar:
         task = bar.add_task(what, total=None)
 
         def advance(done: int, total: int, what: str = what) -> None:
@@ -201,7 +266,10 @@ def _raw(keep: bool, heads: str | None, queries: str | None) -> dict[str, Any]:
     """Arguments of `record` for raw weights."""
     if not keep:
         if heads is not None or queries is not None:
-            raise InputError("--heads and --queries choose raw weights, which are kept with --keep-attention only")
+            raise InputError(
+                "--heads and --queries choose raw weights, which are kept with --keep-attention"
+                " only"
+            )
         return {}
     named = queries is None or not queries[:1].isdigit()
     return {
@@ -220,7 +288,9 @@ def check_target(out: Path, force: bool) -> None:
     if not out.parent.is_dir():
         raise InputError(f"no such folder: {out.parent}; make it first, or choose another --out")
     if out.is_dir():
-        raise InputError(f"--out {out} is a folder: name a file in it, for example {out / 'run.nc'}")
+        raise InputError(
+            f"--out {out} is a folder: name a file in it, for example {out / 'run.nc'}"
+        )
     if out.exists() and not force:
         raise InputError(f"{out} exists already: choose another --out, or replace it with --force")
 
@@ -235,9 +305,16 @@ def _samples(image: list[str], scenes: int, task: str | None, seed: int) -> list
         raise InputError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
     if scenes:
         if image:
-            raise InputError(f"--scenes brings its own pictures and questions; leave out {' '.join(image)!r}")
-        kinds = (task,) if task else TASKS  # tasks take turns, so that any number covers them evenly
-        return [scene_sample(generate(seed, index, kinds[index % len(kinds)])) for index in range(scenes)]
+            raise InputError(
+                f"--scenes brings its own pictures and questions; leave out {' '.join(image)!r}"
+            )
+        kinds = (
+            (task,) if task else TASKS
+        )  # tasks take turns, so that any number covers them evenly
+        return [
+            scene_sample(generate(seed, index, kinds[index % len(kinds)]))
+            for index in range(scenes)
+        ]
     if task is not None:
         raise InputError("--task chooses questions about drawn scenes: add --scenes with how many")
     if not image:
@@ -245,8 +322,13 @@ def _samples(image: list[str], scenes: int, task: str | None, seed: int) -> list
     *pictures, prompt = image
     if not pictures:
         if Path(prompt).is_file():
-            raise InputError(f"a picture without a question: add one, for example avl record {prompt} 'what is this?'")
-        raise InputError(f"a prompt without an image: pass the picture first, avl record photo.jpg {prompt!r}")
+            raise InputError(
+                f"a picture without a question: add one, for example avl record {prompt} 'what is"
+                " this?'"
+            )
+        raise InputError(
+            f"a prompt without an image: pass the picture first, avl record photo.jpg {prompt!r}"
+        )
     return [Sample("000000", tuple(pictures), prompt)]
 
 
@@ -255,9 +337,10 @@ def _heading(console: Console, recording: Recording) -> None:
     lengths = recording.tokens["prompt_length"]
     steps = (recording.tokens["phase"] >= 0).sum("step") - 1
     console.print(
-        f"{attrs.get('model')} ({attrs.get('model_type')}, {attrs.get('dtype')}), recorded {attrs.get('date')}\n"
-        f"{len(recording)} sample(s), prompts of {int(lengths.min())} to {int(lengths.max())} tokens, "
-        f"answers of {int(steps.min()) + 1} to {int(steps.max()) + 1}",
+        f"{attrs.get('model')} ({attrs.get('model_type')}, {attrs.get('dtype')}), recorded"
+        f" {attrs.get('date')}\n{len(recording)} sample(s), prompts of {int(lengths.min())} to"
+        f" {int(lengths.max())} tokens, answers of {int(steps.min()) + 1} to"
+        f" {int(steps.max()) + 1}",
         highlight=False,
         soft_wrap=True,
     )

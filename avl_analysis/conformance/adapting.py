@@ -1,8 +1,9 @@
-"""Does a policy that keeps everything change nothing, and does the default policy keep what it says?
+"""Does a policy that keeps everything change nothing, and does the default policy keep what it
+says?
 
-Two identities (the full policy, and A-VL with every share at one) against plain generation, for one prompt and for a
-left-padded batch. Then twenty steps of the default policy, whose record of bytes and keys is compared with what an
-observer on the same model sees handed to attention.
+Two identities (the full policy, and A-VL with every share at one) against plain generation, for one
+prompt and for a left-padded batch. Then twenty steps of the default policy, whose record of bytes
+and keys is compared with what an observer on the same model sees handed to attention.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import avl
 from avl.attention import AttentionCall, Forward
-from avl.hooks import Tap, attached
+from avl.hooks import Observer, attached
 from avl.tokens import Modality
 from avl_analysis.conformance.build import Case
 from avl_analysis.conformance.recording import Mismatch
@@ -29,7 +30,7 @@ ROUNDING = 1e-3
 
 
 @dataclass
-class _Sizes(Tap):
+class _Sizes(Observer):
     """Keys that attention got in every pass and layer, and the bytes of one of them."""
 
     keys: list[dict[int, int]] = field(default_factory=list)
@@ -40,7 +41,9 @@ class _Sizes(Tap):
 
     def observe(self, call: AttentionCall, output: Tensor) -> None:
         self.keys[-1][call.layer] = call.key.shape[2]
-        self.slot[call.layer] = sum(t[:, :, 0].numel() * t.element_size() for t in (call.key, call.value))
+        self.slot[call.layer] = sum(
+            t[:, :, 0].numel() * t.element_size() for t in (call.key, call.value)
+        )
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Adapted:
     Attributes:
         layers: decoder layers the policy acts on.
         of: attention layers of the model.
-        filled_share: bytes in use / bytes of the stock cache, at the end of the default policy's run.
+        filled_share: bytes in use / bytes of the stock cache, at the end of the default policy's
+            run.
     """
 
     layers: int
@@ -68,7 +72,10 @@ def check_adapting(case: Case) -> Adapted:
                 kept = _generate(case, inputs, IDENTITY_STEPS)
             _identical(plain, kept, policy)
     sizes = _Sizes()
-    with avl.adaptive(case.model, avl.AdaptivePolicy()) as session, attached(case.model, sizes, "observer"):
+    with (
+        avl.adaptive(case.model, avl.AdaptivePolicy()) as session,
+        attached(case.model, sizes),
+    ):
         _generate(case, case.inputs, DEFAULT_STEPS + 1)
     usage = session.usage()
     _adds_up(case, usage, sizes)
@@ -77,7 +84,11 @@ def check_adapting(case: Case) -> Adapted:
 
 def _generate(case: Case, inputs: dict[str, Any], tokens: int) -> Any:
     return case.model.generate(
-        **inputs, max_new_tokens=tokens, do_sample=False, return_dict_in_generate=True, output_scores=True
+        **inputs,
+        max_new_tokens=tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
     )
 
 
@@ -85,14 +96,17 @@ def _identical(plain: Any, kept: Any, policy: avl.Policy) -> None:
     for step, (one, other) in enumerate(zip(plain.scores, kept.scores, strict=True)):
         difference = float((one - other).abs().max())
         if difference > ROUNDING * max(1.0, float(one.abs().max())):
-            raise Mismatch(f"{policy!r} keeps everything, yet scores of token {step} differ by {difference:.1e}")
+            raise Mismatch(
+                f"{policy!r} keeps everything, yet scores of token {step} differ by"
+                f" {difference:.1e}"
+            )
     if not torch.equal(plain.sequences, kept.sequences):
         raise Mismatch(f"{policy!r} keeps everything, yet other tokens are generated")
 
 
 def _adds_up(case: Case, usage: avl.Usage, sizes: _Sizes) -> None:
     """Bytes are keys times the bytes of a key; keys are what the default policy's shares leave."""
-    with attached(case.model, watch := _Layout(), "observer"):
+    with attached(case.model, watch := _Layout()):
         case.model(**case.inputs)
     system, image, text = (int(watch.layout.mask(Modality(code)).sum()) for code in range(3))
     if len(usage.steps) != DEFAULT_STEPS + 1:
@@ -101,21 +115,38 @@ def _adds_up(case: Case, usage: avl.Usage, sizes: _Sizes) -> None:
         held = {layer: step.held[i][0] for i, layer in enumerate(usage.layers)}
         seen = case.inputs["input_ids"].shape[1] + index
         bytes_held = sum(held[layer] * sizes.slot[layer] for layer in usage.layers)
-        freed = sum(sizes.slot[layer] for layer in usage.layers)  # an evicted key's slot waits for the next key
+        freed = sum(
+            sizes.slot[layer] for layer in usage.layers
+        )  # an evicted key's slot waits for the next key
         if not bytes_held <= step.filled <= bytes_held + freed:
-            raise Mismatch(f"step {index} of the default policy: {step.filled} bytes filled hold {bytes_held} bytes")
-        _equal("bytes of the stock cache", step.full, sum(seen * sizes.slot[layer] for layer in usage.layers), index)
+            raise Mismatch(
+                f"step {index} of the default policy: {step.filled} bytes filled hold {bytes_held}"
+                " bytes"
+            )
+        _equal(
+            "bytes of the stock cache",
+            step.full,
+            sum(seen * sizes.slot[layer] for layer in usage.layers),
+            index,
+        )
         texts, before = (min(n, max(round(0.7 * n), 20)) for n in (text + index, text + index - 1))
         core = image if index == 0 else int((0.5 if index % 3 == 0 else 0.3) * image)
         for i, layer in enumerate(usage.layers):
             _equal("keys held", held[layer], system + int(0.5 * image) + texts, index)
             _equal("keys handed to attention", sizes.keys[index][layer], step.attended[i][0], index)
-            _equal("keys attended", step.attended[i][0], system + core + (before + 1 if index else text), index)
+            _equal(
+                "keys attended",
+                step.attended[i][0],
+                system + core + (before + 1 if index else text),
+                index,
+            )
         if step.allocated < step.filled:
-            raise Mismatch(f"step {index}: {step.allocated} bytes allocated hold {step.filled} bytes")
+            raise Mismatch(
+                f"step {index}: {step.allocated} bytes allocated hold {step.filled} bytes"
+            )
 
 
-class _Layout(Tap):
+class _Layout(Observer):
     def begin(self, forward: Forward) -> None:
         self.layout = forward.layout
 

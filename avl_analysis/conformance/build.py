@@ -55,7 +55,9 @@ class Case:
 
     @property
     def sees_ahead(self) -> bool:
-        """Whether prompt tokens attend to later ones, so that a prompt is more than its tokens one by one."""
+        """Whether prompt tokens attend to later ones, so that a prompt is more than its tokens one
+        by one.
+        """
         return entry(self.model_type).prefix
 
     @property
@@ -121,16 +123,22 @@ class Case:
 
 
 def _fill_zeros(model: nn.Module) -> None:
-    """Random numbers in place of matrices that start as zeros (gates, projectors) and would hide what they multiply."""
+    """Random numbers in place of matrices that start as zeros (gates, projectors) and would hide
+    what they multiply.
+    """
     draw = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.dim() > 1 and not bool(parameter.any()):
-            parameter.data = torch.randn(parameter.shape, generator=draw) * parameter.shape[-1] ** -0.5
+            parameter.data = (
+                torch.randn(parameter.shape, generator=draw) * parameter.shape[-1] ** -0.5
+            )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Mute transformers' advice (missing torchvision, unusual configurations) while tiny models are built."""
+    """Mute transformers' advice (missing torchvision, unusual configurations) while tiny models are
+    built.
+    """
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

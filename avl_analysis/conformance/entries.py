@@ -1,8 +1,9 @@
 """What the generic shrinker and the generic prompt cannot know about single model types.
 
-One `Entry` per type that needs one: configuration fields that hold its tiny model together (rotary sections that sum to
-half a head, expert counts, layer lists), and where the pixels come from when transformers has no Pillow image processor
-of that type. A type without an entry is served by its defaults; most are.
+One `Entry` per type that needs one: configuration fields that hold its tiny model together (rotary
+sections that sum to half a head, expert counts, layer lists), and where the pixels come from when
+transformers has no Pillow image processor of that type. A type without an entry is served by its
+defaults; most are.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ class Entry:
         tokens: number of image tokens, where the model cannot be asked for it.
         shown: the ids that stand for a picture, where other tokens come between image tokens.
         along: dimension along which the pixels of several prompts are laid one after another.
-        prefix: whether the whole prompt is seen by all its tokens, which `token_type_ids` 0 then stands for (elsewhere
-            they mark image tokens with 1).
+        prefix: whether the whole prompt is seen by all its tokens, which `token_type_ids` 0 then
+            stands for (elsewhere they mark image tokens with 1).
         reach: pixels that resampling spreads a change of the picture over.
-        ignores_padding: False where padding takes part in choosing blocks of keys, so that backends, which fill padding
-            differently, choose differently (MiniMax M3; its modeling file says so).
+        ignores_padding: False where padding takes part in choosing blocks of keys, so that
+            backends, which fill padding differently, choose differently (MiniMax M3; its modeling
+            file says so).
     """
 
     override: Mapping[str, Any] = field(default_factory=dict)
@@ -53,20 +55,43 @@ class Entry:
 def _thirds(text: str = "text_config", **more: Any) -> dict[str, Any]:
     """Rotary parameters whose three sections fit half of a small head."""
     return {
-        f"{text}.rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3], **more}
+        f"{text}.rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 3, 3],
+            **more,
+        }
     }
 
 
 _GEMMA4_VISION = {
-    "model_type": "gemma4_vision", "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": HEAD, "pooling_kernel_size": 2, "patch_size": PATCH,
+    "model_type": "gemma4_vision",
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": HEAD,
+    "pooling_kernel_size": 2,
+    "patch_size": PATCH,
     "position_embedding_size": 64,
-}  # fmt: skip
-_SAM = {"output_channels": 16, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": WIDTH, "image_size": 64}
+}
+_SAM = {
+    "output_channels": 16,
+    "window_size": 2,
+    "global_attn_indexes": [1],
+    "mlp_dim": WIDTH,
+    "image_size": 64,
+}
 _CLIP = {
-    "model_type": "clip_vision_model", "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "image_size": SIDE, "patch_size": PATCH,
-}  # fmt: skip
+    "model_type": "clip_vision_model",
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
 _MINICPM = {
     "image_token_id": IMAGE_ID,
     "video_token_id": IMAGE_ID + 1,
@@ -76,14 +101,31 @@ _MINICPM = {
 
 
 _CONVOLUTIONS = {
-    "model_type": "convnext", "num_stages": 2, "hidden_sizes": [16, WIDTH], "depths": [1, 1], "patch_size": PATCH,
+    "model_type": "convnext",
+    "num_stages": 2,
+    "hidden_sizes": [16, WIDTH],
+    "depths": [1, 1],
+    "patch_size": PATCH,
     "hidden_size": WIDTH,
-}  # fmt: skip
-_SPLIT = {"size": {"longest_edge": 2 * SIDE}, "max_image_size": {"longest_edge": SIDE}, "return_row_col_info": True}
+}
+_SPLIT = {
+    "size": {"longest_edge": 2 * SIDE},
+    "max_image_size": {"longest_edge": SIDE},
+    "return_row_col_info": True,
+}
 _SOFT = {"patch_size": PATCH, "pooling_kernel_size": 2, "max_soft_tokens": 70}
 _PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
-_VQ = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "latent_channels": 32, "embed_dim": 32}
-_ROPES = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+_VQ = {
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
+    "latent_channels": 32,
+    "embed_dim": 32,
+}
+_ROPES = {
+    kind: {"rope_type": "default", "rope_theta": 1e4}
+    for kind in ("full_attention", "sliding_attention")
+}
 
 ENTRIES: dict[str, Entry] = {
     "aria": Entry(
@@ -93,10 +135,19 @@ ENTRIES: dict[str, Entry] = {
     "blip-2": Entry({"image_token_index": IMAGE_ID, "num_query_tokens": 8}),
     "chameleon": Entry(
         {
-            "vq_config.num_embeddings": 32, "vq_config.resolution": SIDE, **{f"vq_config.{k}": v for k,
-                v in _VQ.items()},
-            "vocabulary_map": {"<image>": IMAGE_ID, **{f"IMGIMG{c}{d}Z": 91 + 10 * i + j
-               for i, c in enumerate("ABC") for j, d in enumerate("ABCDEFGHIJ")}, "IMGIMGDAZ": 121, "IMGIMGDBZ": 122},
+            "vq_config.num_embeddings": 32,
+            "vq_config.resolution": SIDE,
+            **{f"vq_config.{k}": v for k, v in _VQ.items()},
+            "vocabulary_map": {
+                "<image>": IMAGE_ID,
+                **{
+                    f"IMGIMG{c}{d}Z": 91 + 10 * i + j
+                    for i, c in enumerate("ABC")
+                    for j, d in enumerate("ABCDEFGHIJ")
+                },
+                "IMGIMGDAZ": 121,
+                "IMGIMGDBZ": 122,
+            },
         },
     ),
     "cohere2_vision": Entry(pixels=px.square),
@@ -104,7 +155,11 @@ ENTRIES: dict[str, Entry] = {
         {
             "text_config.layer_types": ["sliding_attention", "full_attention"],
             "text_config.rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+                "sliding_attention": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "mrope_section": [2, 3, 3],
+                },
                 "full_attention": None,
             },
             "vision_config.deepstack_visual_indexes": [],
@@ -113,7 +168,8 @@ ENTRIES: dict[str, Entry] = {
     ),
     "deepseek_ocr2": Entry(
         {
-            "text_config.mlp_layer_types": ["dense", "sparse"], "text_config.num_experts_per_tok": 2,
+            "text_config.mlp_layer_types": ["dense", "sparse"],
+            "text_config.num_experts_per_tok": 2,
             **{f"vision_config.sam_config.{k}": v for k, v in _SAM.items()},
             "vision_config.sam_config.downsample_channels": [32, WIDTH],
         },
@@ -121,36 +177,60 @@ ENTRIES: dict[str, Entry] = {
     ),
     "deepseek_vl_hybrid": Entry(
         {**{f"high_res_vision_config.{k}": v for k, v in _SAM.items()}},
-        options={"high_res_size": {"height": 64, "width": 64}, "size": {"height": SIDE, "width": SIDE}, "min_size": 4},
+        options={
+            "high_res_size": {"height": 64, "width": 64},
+            "size": {"height": SIDE, "width": SIDE},
+            "min_size": 4,
+        },
     ),
     "diffusion_gemma": Entry(
         {
-            "vision_config": _GEMMA4_VISION, "text_config.num_experts": 4, "text_config.top_k_experts": 2,
+            "vision_config": _GEMMA4_VISION,
+            "text_config.num_experts": 4,
+            "text_config.top_k_experts": 2,
             "text_config.moe_intermediate_size": WIDTH,
         }
     ),
     "dots3_note": Entry(
         {
-            "text_config.num_key_value_heads": 4, "text_config.layer_types": ["indexed_attention", "sliding_attention"],
+            "text_config.num_key_value_heads": 4,
+            "text_config.layer_types": ["indexed_attention", "sliding_attention"],
             **{f"text_config.swa_{k}": 2 for k in ("num_attention_heads", "num_key_value_heads")},
-            **{f"text_config.swa_{k}": HEAD for k in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")},
-            "text_config.swa_head_dim": 24, "text_config.qk_rope_head_dim": 8, "text_config.head_dim": 24,
-            "text_config.rope_parameters": DROP, "text_config.sliding_window": 8, "text_config.index_topk": 8,
-            "vision_config.adapter_in_dim": WIDTH, "vision_config.adapter_out_dim": WIDTH,
-            "audio_config.adapter_input_size": WIDTH, "audio_config.adapter_out_dim": WIDTH,
+            **{
+                f"text_config.swa_{k}": HEAD
+                for k in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim")
+            },
+            "text_config.swa_head_dim": 24,
+            "text_config.qk_rope_head_dim": 8,
+            "text_config.head_dim": 24,
+            "text_config.rope_parameters": DROP,
+            "text_config.sliding_window": 8,
+            "text_config.index_topk": 8,
+            "vision_config.adapter_in_dim": WIDTH,
+            "vision_config.adapter_out_dim": WIDTH,
+            "audio_config.adapter_input_size": WIDTH,
+            "audio_config.adapter_out_dim": WIDTH,
         },
         pixels=px.patches(frames=1),
     ),
     "ernie4_5_vl_moe": Entry(
-        {**_thirds(mrope_section=[3, 3, 2]), "text_config.moe_intermediate_size": [32, 32]}, pixels=px.patches(frames=1)
+        {**_thirds(mrope_section=[3, 3, 2]), "text_config.moe_intermediate_size": [32, 32]},
+        pixels=px.patches(frames=1),
     ),
     "emu3": Entry(
         {
-            "vq_config.codebook_size": 16, "vq_config.base_channels": WIDTH, "vq_config.num_res_blocks": 1,
+            "vq_config.codebook_size": 16,
+            "vq_config.base_channels": WIDTH,
+            "vq_config.num_res_blocks": 1,
             "vq_config.embed_dim": 4,
-            "vq_config.channel_multiplier": [1, 1], "vq_config.attn_resolutions": [1], "image_token_id": IMAGE_ID,
-            "vocabulary_map": {"<image>": IMAGE_ID, "<|extra_200|>": 91,
-                               **{f"<|visual token {i:06d}|>": 92 + i for i in range(16)}},
+            "vq_config.channel_multiplier": [1, 1],
+            "vq_config.attn_resolutions": [1],
+            "image_token_id": IMAGE_ID,
+            "vocabulary_map": {
+                "<image>": IMAGE_ID,
+                "<|extra_200|>": 91,
+                **{f"<|visual token {i:06d}|>": 92 + i for i in range(16)},
+            },
         },
         pixels=px.emu,
     ),
@@ -160,10 +240,19 @@ ENTRIES: dict[str, Entry] = {
     "gemma3n": Entry(
         {
             "text_config.num_hidden_layers": 4,
-            "text_config.layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-            "text_config.num_kv_shared_layers": 2, "text_config.intermediate_size": WIDTH,
-            "text_config.activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "text_config.laurel_rank": 8,
-            "vision_config": toy_tower(), "audio_config.vocab_size": 8, "audio_config.vocab_offset": VOCABULARY + 16,
+            "text_config.layer_types": [
+                "sliding_attention",
+                "full_attention",
+                "sliding_attention",
+                "full_attention",
+            ],
+            "text_config.num_kv_shared_layers": 2,
+            "text_config.intermediate_size": WIDTH,
+            "text_config.activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+            "text_config.laurel_rank": 8,
+            "vision_config": toy_tower(),
+            "audio_config.vocab_size": 8,
+            "audio_config.vocab_offset": VOCABULARY + 16,
             "vision_soft_tokens_per_image": (SIDE // PATCH) ** 2,
         },
         pixels=px.square,
@@ -172,9 +261,12 @@ ENTRIES: dict[str, Entry] = {
     "gemma4_unified": Entry(
         {
             "vision_config": {
-                "model_type": "gemma4_unified_vision", "patch_size": PATCH, "pooling_kernel_size": 2,
+                "model_type": "gemma4_unified_vision",
+                "patch_size": PATCH,
+                "pooling_kernel_size": 2,
                 "mm_embed_dim": WIDTH,
-                "mm_posemb_size": 64, "output_proj_dims": WIDTH,
+                "mm_posemb_size": 64,
+                "output_proj_dims": WIDTH,
             },
         },
         pixels=px.positions,
@@ -184,27 +276,34 @@ ENTRIES: dict[str, Entry] = {
     "glm46v": Entry(_thirds()),
     "glmga": Entry(_thirds()),
     "glm_ocr": Entry(_thirds(), processor="glm46v"),
-    "got_ocr2": Entry({f"vision_config.{k}": v for k, v in _SAM.items()}, reach=20.0),  # 3 x 3 convolutions
+    "got_ocr2": Entry(
+        {f"vision_config.{k}": v for k, v in _SAM.items()}, reach=20.0
+    ),  # 3 x 3 convolutions
     "pp_chart2table": Entry({f"vision_config.{k}": v for k, v in _SAM.items()}, reach=20.0),
     "granite4_vision": Entry(
         {
-            "downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [0, 0, 1, 1],
+            "downsample_rate": "1/2",
+            "deepstack_layer_map": [[-1, 0]],
+            "spatial_target_layers": [0, 0, 1, 1],
             "image_grid_pinpoints": _PINPOINTS,
         }
     ),
     "hunyuan_vl": Entry({"text_config.head_dim": HEAD, **_thirds()}),
     "granite_docling": Entry({"vision_config.image_size": 32}),
-    "idefics2": Entry({"perceiver_config.num_key_value_heads": 2, "text_config.sliding_window": None}),
+    "idefics2": Entry(
+        {"perceiver_config.num_key_value_heads": 2, "text_config.sliding_window": None}
+    ),
     "idefics3": Entry(options=_SPLIT, shown=px.marked_tiles, reach=5.0),  # resized twice
     "smolvlm": Entry(options=_SPLIT, shown=px.marked_tiles, reach=5.0),
     "inkling_mm_model": Entry({"vision_config.num_hidden_layers": 3}, pixels=px.inkling),
     "inkling2": Entry({}, pixels=px.inkling2),
-    "instructblip": Entry({"image_token_index": IMAGE_ID, "num_query_tokens": 8}, pixels=px.qformer),
+    "instructblip": Entry(
+        {"image_token_index": IMAGE_ID, "num_query_tokens": 8}, pixels=px.qformer
+    ),
     "instructblipvideo": Entry(
         {"video_token_index": IMAGE_ID, "num_query_tokens": 8},
         pixels=px.frames,
-        tokens=lambda c,
-        _: 4 * c.num_query_tokens,
+        tokens=lambda c, _: 4 * c.num_query_tokens,
     ),
     "internvl": Entry(options={"crop_to_patches": True}),
     "qianfan_ocr": Entry(options={"crop_to_patches": True}),
@@ -217,9 +316,12 @@ ENTRIES: dict[str, Entry] = {
     "llama4": Entry(
         {
             "text_config.moe_layers": DROP,
-            "vision_config.projector_input_dim": WIDTH, "vision_config.projector_output_dim": WIDTH,
-            "vision_config.vision_output_dim": WIDTH, "vision_config.intermediate_size": 4 * WIDTH,
-            "text_config.no_rope_layers": [1, 0], "text_config.attention_chunk_size": 8,
+            "vision_config.projector_input_dim": WIDTH,
+            "vision_config.projector_output_dim": WIDTH,
+            "vision_config.vision_output_dim": WIDTH,
+            "vision_config.intermediate_size": 4 * WIDTH,
+            "text_config.no_rope_layers": [1, 0],
+            "text_config.attention_chunk_size": 8,
         },
         pixels=px.square,
     ),
@@ -233,7 +335,8 @@ ENTRIES: dict[str, Entry] = {
     "minicpmv4_7": Entry(_MINICPM, pixels=px.minicpm, along=3),
     "minimax_m3_vl": Entry(
         {
-            "text_config.layer_types": ["full_attention", "minimax_m3_sparse"], "text_config.index_block_size": 4,
+            "text_config.layer_types": ["full_attention", "minimax_m3_sparse"],
+            "text_config.index_block_size": 4,
             "text_config.index_topk_blocks": 2,
         },
         pixels=px.patches(),
@@ -241,7 +344,8 @@ ENTRIES: dict[str, Entry] = {
     ),
     "mistral_large4": Entry(
         {
-            "text_config.num_hidden_layers": 3, "text_config.kv_source_layers": [0, 0, 2],
+            "text_config.num_hidden_layers": 3,
+            "text_config.kv_source_layers": [0, 0, 2],
             "text_config.no_rope_layers": [1, 1, 0],
             "text_config.index_topk": 8,
             "vision_config.image_size": 48,
@@ -251,8 +355,10 @@ ENTRIES: dict[str, Entry] = {
     "mllama": Entry({"text_config.cross_attention_layers": [1]}),
     "molmo2": Entry(
         {
-            "adapter_config.vision_feature_layer": [-1, 0], "text_config.rope_scaling_layers": DROP,
-            "adapter_config.text_hidden_size": WIDTH, "vision_config.num_position_embeddings": 36,
+            "adapter_config.vision_feature_layer": [-1, 0],
+            "text_config.rope_scaling_layers": DROP,
+            "adapter_config.text_hidden_size": WIDTH,
+            "vision_config.num_position_embeddings": 36,
             "vision_config.image_size": [SIDE, SIDE],
         },
         pixels=px.molmo,
@@ -263,25 +369,37 @@ ENTRIES: dict[str, Entry] = {
     ),
     "muse_spark": Entry(
         {
-            "text_config.layer_rope_theta": [1e4, 0], "out_hidden_size": 4 * WIDTH,
-            "audio_config.num_hidden_layers": 2, "audio_config.patch_sizes": [4, 2],
+            "text_config.layer_rope_theta": [1e4, 0],
+            "out_hidden_size": 4 * WIDTH,
+            "audio_config.num_hidden_layers": 2,
+            "audio_config.patch_sizes": [4, 2],
             "audio_config.hidden_sizes": [16, 16],
-            "audio_config.depths": [1, 1], "text_config.moe_hidden_size": WIDTH,
+            "audio_config.depths": [1, 1],
+            "text_config.moe_hidden_size": WIDTH,
         },
         pixels=px.patches(),
     ),
     "nemotron_h_omni": Entry(
         {
-            "image_token_id": IMAGE_ID, "video_token_id": IMAGE_ID + 1, "vision_config.max_img_size": 64,
-            "text_config.mamba_num_heads": 4, "text_config.mamba_head_dim": HEAD, "text_config.n_groups": 2,
-            "text_config.ssm_state_size": 16, "vision_config.patch_dim": DROP, "vision_config.video_patch_dim": DROP,
+            "image_token_id": IMAGE_ID,
+            "video_token_id": IMAGE_ID + 1,
+            "vision_config.max_img_size": 64,
+            "text_config.mamba_num_heads": 4,
+            "text_config.mamba_head_dim": HEAD,
+            "text_config.n_groups": 2,
+            "text_config.ssm_state_size": 16,
+            "vision_config.patch_dim": DROP,
+            "vision_config.video_patch_dim": DROP,
         },
         pixels=px.radio,
     ),
     "paddleocr_vl": Entry(_thirds()),
     "paligemma": Entry(prefix=True),
     "perception_lm": Entry(
-        {"vision_config": {**_CLIP, "model_args": {"embed_dim": WIDTH}}, "vision_use_cls_token": True},
+        {
+            "vision_config": {**_CLIP, "model_args": {"embed_dim": WIDTH}},
+            "vision_use_cls_token": True,
+        },
         pixels=px.tiles,
     ),
     "qwen2_vl": Entry(_thirds()),
@@ -297,17 +415,24 @@ ENTRIES: dict[str, Entry] = {
     "qwen3_vl_moe": Entry(processor="qwen2_vl"),
     "qwen4_exp": Entry(
         {
-            "text_config.indexer_n_heads": 2, "text_config.indexer_kv_heads": 1, "text_config.indexer_head_dim": HEAD,
-            "text_config.indexer_budget": 8, "text_config.indexer_compress_ratio": 2, "text_config.hc_lowrank": 8,
-            "text_config.ple_embed_dim": 32, "text_config.ngram_vocab_size_base": 64,
+            "text_config.indexer_n_heads": 2,
+            "text_config.indexer_kv_heads": 1,
+            "text_config.indexer_head_dim": HEAD,
+            "text_config.indexer_budget": 8,
+            "text_config.indexer_compress_ratio": 2,
+            "text_config.hc_lowrank": 8,
+            "text_config.ple_embed_dim": 32,
+            "text_config.ngram_vocab_size_base": 64,
             "text_config.output_gate_type": "silu",
         },
     ),
     "shieldgemma2": Entry({"mm_tokens_per_image": 9}),
     "step3p7": Entry(
         {
-            "text_config.layer_types": ["full_attention", "sliding_attention"], "text_config.sliding_window": 8,
-            "text_config.rope_parameters": _ROPES, "text_config.num_sliding_attention_heads": 4,
+            "text_config.layer_types": ["full_attention", "sliding_attention"],
+            "text_config.sliding_window": 8,
+            "text_config.rope_parameters": _ROPES,
+            "text_config.num_sliding_attention_heads": 4,
         },
         pixels=px.square,
     ),
@@ -319,7 +444,7 @@ ENTRIES: dict[str, Entry] = {
         pixels=px.large_square,
     ),
     "vipllava": Entry({"vision_feature_layer": [-1, -2]}),
-}  # fmt: skip
+}
 
 
 def entry(model_type: str) -> Entry:

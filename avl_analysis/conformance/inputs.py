@@ -1,8 +1,9 @@
 """Prompts with a picture for a tiny model: what its processor would hand it, without a tokenizer.
 
-Pixels come from the family's own image processor (the Pillow one, which needs no download) wherever transformers has
-it, else from random numbers in the shapes the entry states. The number of image tokens is then asked from the model
-itself (`get_image_features`), so that no second copy of every family's token arithmetic is kept here.
+Pixels come from the family's own image processor (the Pillow one, which needs no download) wherever
+transformers has it, else from random numbers in the shapes the entry states. The number of image
+tokens is then asked from the model itself (`get_image_features`), so that no second copy of every
+family's token arithmetic is kept here.
 """
 
 from __future__ import annotations
@@ -43,12 +44,18 @@ def image_processor(model_type: str, config: PreTrainedConfig, options: Mapping[
     """
     name = _processor_name(model_type)
     if name is None:
-        raise LookupError(f"{model_type!r} has no Pillow image processor and its entry names no pixels")
+        raise LookupError(
+            f"{model_type!r} has no Pillow image processor and its entry names no pixels"
+        )
     kind = getattr(transformers, name)
     try:
         default, vision = kind(), getattr(config, "vision_config", None) or config
-    except ImportError as missing:  # in older versions some Pillow processors ask for torchvision all the same
-        raise LookupError(f"{name} cannot be made here: {str(missing).strip().splitlines()[0]}") from missing
+    except (
+        ImportError
+    ) as missing:  # in older versions some Pillow processors ask for torchvision all the same
+        raise LookupError(
+            f"{name} cannot be made here: {str(missing).strip().splitlines()[0]}"
+        ) from missing
     side = _first(getattr(vision, "image_size", None)) or SIDE
     patch = _first(getattr(vision, "patch_size", None)) or PATCH
     size = {k for k, v in dict(getattr(default, "size", None) or {}).items() if v is not None}
@@ -62,8 +69,13 @@ def image_processor(model_type: str, config: PreTrainedConfig, options: Mapping[
     if getattr(default, "crop_size", None) is not None:
         wanted["crop_size"] = {"height": side, "width": side}
     if getattr(default, "patch_size", None) is not None:
-        wanted["patch_size"] = {"height": patch, "width": patch} if isinstance(default.patch_size, dict) else patch
-    for ours, theirs in (("merge_size", "spatial_merge_size"), ("temporal_patch_size", "temporal_patch_size")):
+        wanted["patch_size"] = (
+            {"height": patch, "width": patch} if isinstance(default.patch_size, dict) else patch
+        )
+    for ours, theirs in (
+        ("merge_size", "spatial_merge_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+    ):
         if getattr(default, ours, None) is not None and getattr(vision, theirs, None) is not None:
             wanted[ours] = getattr(vision, theirs)
     if getattr(config, "image_grid_pinpoints", None):
@@ -75,8 +87,12 @@ def _first(value: Any) -> Any:
     return value[0] if isinstance(value, list | tuple) else value
 
 
-def pixels(model_type: str, config: PreTrainedConfig, pictures: Sequence[Image.Image]) -> dict[str, Any]:
-    """Pixel inputs of some pictures, by the family's image processor or at random, as its entry says."""
+def pixels(
+    model_type: str, config: PreTrainedConfig, pictures: Sequence[Image.Image]
+) -> dict[str, Any]:
+    """Pixel inputs of some pictures, by the family's image processor or at random, as its entry
+    says.
+    """
     help = entry(model_type)
     if help.pixels is not None:
         return help.pixels(config)
@@ -86,20 +102,33 @@ def pixels(model_type: str, config: PreTrainedConfig, pictures: Sequence[Image.I
 
 def image_features(model: nn.Module, given: Mapping[str, Any]) -> Any:
     """What the model makes of pixels, by its own `get_image_features`."""
-    owners: list[Any] = [m for m in (model, getattr(model, "model", None)) if hasattr(m, "get_image_features")]
+    owners: list[Any] = [
+        m for m in (model, getattr(model, "model", None)) if hasattr(m, "get_image_features")
+    ]
     takes = {name for owner in owners for name in signature(owner.get_image_features).parameters}
     fields = ("vision_feature_layer", "vision_feature_select_strategy")
     places = (model.config, getattr(model.config, "vision_config", None))
-    defaults = {n: getattr(place, n) for n in fields for place in reversed(places) if hasattr(place, n)}
-    return owners[0].get_image_features(**{k: v for k, v in {**defaults, **given}.items() if k in takes})
+    defaults = {
+        n: getattr(place, n) for n in fields for place in reversed(places) if hasattr(place, n)
+    }
+    return owners[0].get_image_features(
+        **{k: v for k, v in {**defaults, **given}.items() if k in takes}
+    )
 
 
 def parts(output: Any) -> Iterator[Tensor]:
-    """The image features `get_image_features` returned, (tokens, width) each, whatever it wraps them in."""
+    """The image features `get_image_features` returned, (tokens, width) each, whatever it wraps
+    them in.
+    """
     if hasattr(output, "last_hidden_state"):
-        found = (getattr(output, n, None) for n in ("pooler_output", "last_hidden_state", "deepstack_features"))
+        found = (
+            getattr(output, n, None)
+            for n in ("pooler_output", "last_hidden_state", "deepstack_features")
+        )
         output = next(part for part in found if part is not None)
-        if isinstance(output[0], tuple):  # Granite 4 Vision: what it adds to every decoder layer, of equal length
+        if isinstance(
+            output[0], tuple
+        ):  # Granite 4 Vision: what it adds to every decoder layer, of equal length
             output = output[0][1]
     if isinstance(output, Tensor):
         yield output.reshape(-1, output.shape[-1])
@@ -110,18 +139,31 @@ def parts(output: Any) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def prompt(
-    model: Any, given: dict[str, Any], *, before: int = 4, after: Sequence[int] = (6,), seed: int = 0
+    model: Any,
+    given: dict[str, Any],
+    *,
+    before: int = 4,
+    after: Sequence[int] = (6,),
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Arguments of a model call: prompts that show the picture of `given`, one per entry of `after`.
+    """Arguments of a model call: prompts that show the picture of `given`, one per entry of
+    `after`.
 
     Args:
         given: pixels and their descriptions, of one picture.
-        before, after: text tokens before and (per prompt) after the picture; shorter prompts are padded on the left.
+        before, after: text tokens before and (per prompt) after the picture; shorter prompts are
+            padded on the left.
     """
     config = model.config
     help = entry(config.model_type)
-    count = help.tokens(config, given) if help.tokens else sum(map(len, parts(image_features(model, given))))
-    image = _id(config, "image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    count = (
+        help.tokens(config, given)
+        if help.tokens
+        else sum(map(len, parts(image_features(model, given))))
+    )
+    image = _id(
+        config, "image_token_id", "image_token_index", "video_token_id", "video_token_index"
+    )
     start = _id(config, "vision_start_token_id", "image_start_token_id")
     end = _id(config, "vision_end_token_id", "image_end_token_id")
     draw = torch.Generator().manual_seed(seed)
@@ -136,16 +178,21 @@ def prompt(
     kinds = (ids == image[0]).long()
     result = {**_repeat(given, len(rows), help.along), "input_ids": ids, "attention_mask": mask}
     result |= {"mm_token_type_ids": kinds, "token_type_ids": 0 * kinds if help.prefix else kinds}
-    return {name: value for name, value in result.items() if name in signature(model.forward).parameters}
+    return {
+        name: value for name, value in result.items() if name in signature(model.forward).parameters
+    }
 
 
 def _id(config: Any, *names: str) -> list[int]:
-    """The first special id a configuration names among `names`, as a list of one, or an empty list."""
+    """The first special id a configuration names among `names`, as a list of one, or
+    an empty list."""
     return [i for i in (getattr(config, name, None) for name in names) if isinstance(i, int)][:1]
 
 
 def _repeat(given: Mapping[str, Any], times: int, along: int) -> dict[str, Any]:
-    """The same picture for several prompts, laid one after another as processors do; `along` is for the pixels."""
+    """The same picture for several prompts, laid one after another as processors do; `along` is for
+    the pixels.
+    """
 
     def repeat(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):

@@ -1,8 +1,9 @@
-"""Do image tokens lie where the picture map says? Paint a part of a picture and see which tokens change.
+"""Do image tokens lie where the picture map says? Paint a part of a picture and see which tokens
+change.
 
-Attention in the vision tower is silenced first (its output projections set to zero), so that a token's features depend
-on its own patch only. A token whose box lies within the painted part must change; one whose box lies beyond the reach
-of the resampling filter must not.
+Attention in the vision tower is silenced first (its output projections set to zero), so that a
+token's features depend on its own patch only. A token whose box lies within the painted part must
+change; one whose box lies beyond the reach of the resampling filter must not.
 """
 
 from __future__ import annotations
@@ -93,7 +94,9 @@ def _silenced(case: Case) -> nn.Module:
     model: Any = copy.deepcopy(case.model)
     own = {id(module) for module in model.get_decoder().modules()}
     for module in model.modules():
-        if id(module) in own or not any(part in type(module).__name__ for part in ("Attention", "ShortConv")):
+        if id(module) in own or not any(
+            part in type(module).__name__ for part in ("Attention", "ShortConv")
+        ):
             continue
         for name in _OUTPUTS:
             layer = getattr(module, name, None)
@@ -106,7 +109,9 @@ def _silenced(case: Case) -> nn.Module:
 
 def _noise(size: tuple[int, int]) -> Image.Image:
     draw = torch.Generator().manual_seed(0)
-    return Image.fromarray(torch.randint(60, 190, (size[1], size[0], 3), generator=draw, dtype=torch.uint8).numpy())
+    return Image.fromarray(
+        torch.randint(60, 190, (size[1], size[0], 3), generator=draw, dtype=torch.uint8).numpy()
+    )
 
 
 def _paint(picture: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Image.Image]]:
@@ -119,13 +124,17 @@ def _paint(picture: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Im
 
 
 def _sides(boxes: Tensor, part: tuple[int, int, int, int], reach: float) -> tuple[Tensor, Tensor]:
-    """Which tokens lie within a part, and which beyond it, as do newlines beside tokens with a place."""
+    """Which tokens lie within a part, and which beyond it, as do newlines beside tokens with a
+    place.
+    """
     left, top, right, bottom = boxes.unbind(-1)
     wide, high = right - left, bottom - top
     close = 1e-3
     within = (left >= part[0] - close) & (top >= part[1] - close)
     within &= (right <= part[2] + close) & (bottom <= part[3] + close)
-    within &= (wide > 0.5) & (high > 0.5)  # a sliver of the picture beside padding may leave no trace
+    within &= (wide > 0.5) & (
+        high > 0.5
+    )  # a sliver of the picture beside padding may leave no trace
     beyond = (left >= part[2] + reach) | (top >= part[3] + reach)
     beyond |= (right <= part[0] - reach) | (bottom <= part[1] - reach)
     known = ~left.isnan()

@@ -1,4 +1,5 @@
-"""Random pixel inputs, for types whose image processor needs torchvision; and ids between the image tokens of some.
+"""Random pixel inputs, for types whose image processor needs torchvision; and ids between the image
+tokens of some.
 
 Shapes are those the types' `forward` methods document; the numbers mean nothing.
 """
@@ -17,7 +18,9 @@ Pixels = Callable[[Any], dict[str, Any]]
 """Pixel inputs for a tiny configuration, of one picture."""
 
 BREAK, END, NEWLINE = 100, 101, 102
-"""Ids of text tokens between image tokens: row break or view marker, end of a picture or view, line break."""
+"""Ids of text tokens between image tokens: row break or view marker, end of a picture or view, line
+break.
+"""
 
 
 def _noise(*shape: int) -> Tensor:
@@ -29,19 +32,27 @@ def square(config: Any) -> dict[str, Any]:
     return {"pixel_values": _noise(1, 3, SIDE, SIDE)}
 
 
-def patches(channels_last: int | None = None, rows: int = 4, columns: int = 6, frames: int = 2) -> Pixels:
+def patches(
+    channels_last: int | None = None, rows: int = 4, columns: int = 6, frames: int = 2
+) -> Pixels:
     """Flattened patches of one picture and its grid, as the Qwen family takes them."""
 
     def make(config: Any) -> dict[str, Any]:
         width = channels_last or 3 * frames * PATCH * PATCH
-        return {"pixel_values": _noise(rows * columns, width), "image_grid_thw": torch.tensor([[1, rows, columns]])}
+        return {
+            "pixel_values": _noise(rows * columns, width),
+            "image_grid_thw": torch.tensor([[1, rows, columns]]),
+        }
 
     return make
 
 
 def patch_images(config: Any) -> dict[str, Any]:
     """Patches as small pictures (Kimi)."""
-    return {"pixel_values": _noise(24, 3, PATCH, PATCH), "image_grid_thw": torch.tensor([[1, 4, 6]])}
+    return {
+        "pixel_values": _noise(24, 3, PATCH, PATCH),
+        "image_grid_thw": torch.tensor([[1, 4, 6]]),
+    }
 
 
 def naflex(config: Any) -> dict[str, Any]:
@@ -58,7 +69,10 @@ def positions(config: Any) -> dict[str, Any]:
     vision = config.vision_config
     side = getattr(vision, "model_patch_size", vision.patch_size)
     where = torch.tensor([[x, y] for y in range(4) for x in range(6)])
-    return {"pixel_values": _noise(1, 24, 3 * side * side).sigmoid(), "image_position_ids": where[None]}
+    return {
+        "pixel_values": _noise(1, 24, 3 * side * side).sigmoid(),
+        "image_position_ids": where[None],
+    }
 
 
 def minicpm(config: Any) -> dict[str, Any]:
@@ -79,7 +93,11 @@ def molmo(config: Any) -> dict[str, Any]:
 
 def inkling(config: Any) -> dict[str, Any]:
     vision = config.vision_config
-    return {"pixel_values": _noise(12, vision.temporal_patch_size, vision.patch_size, vision.patch_size, 3)}
+    return {
+        "pixel_values": _noise(
+            12, vision.temporal_patch_size, vision.patch_size, vision.patch_size, 3
+        )
+    }
 
 
 def inkling2(config: Any) -> dict[str, Any]:
@@ -106,7 +124,11 @@ def frames(config: Any) -> dict[str, Any]:
 
 def qformer(config: Any) -> dict[str, Any]:
     ids = torch.tensor([[5, 6, 7]])
-    return {**square(config), "qformer_input_ids": ids, "qformer_attention_mask": torch.ones_like(ids)}
+    return {
+        **square(config),
+        "qformer_input_ids": ids,
+        "qformer_attention_mask": torch.ones_like(ids),
+    }
 
 
 def fuyu(config: Any) -> dict[str, Any]:
@@ -130,11 +152,15 @@ def broken_rows(config: Any, given: Mapping[str, Any], image: int) -> list[int]:
 
 
 def marked_tiles(config: Any, given: Mapping[str, Any], image: int) -> list[int]:
-    """Tiles behind a token for row and column, a line break after each row, the whole picture last (Idefics3)."""
+    """Tiles behind a token for row and column, a line break after each row, the whole picture last
+    (Idefics3).
+    """
     vision = config.vision_config
     view = [image] * (vision.image_size // vision.patch_size // config.scale_factor) ** 2
     rows, columns = int(given["rows"][0][0]), int(given["cols"][0][0])
     ids: list[int] = []
     for row in range(rows):
-        ids += [i for column in range(columns) for i in (END, BREAK + 10 + 6 * row + column, *view)] + [NEWLINE]
+        ids += [
+            i for column in range(columns) for i in (END, BREAK + 10 + 6 * row + column, *view)
+        ] + [NEWLINE]
     return [*ids, END, BREAK, *view, END]

@@ -1,9 +1,9 @@
-"""Is what the seam shows of a model what the model computes?
+"""Is what the attention hooks shows of a model what the model computes?
 
-Three comparisons, each exact in its own way: logits with and without an observer bit for bit; softmax weights of every
-attention call against those the family's own eager attention returns; the image tokens found in the prompt against
-those put there. All for a single prompt, for a left-padded batch of two, and for the prefill and decode steps of a
-short generation.
+Three comparisons, each exact in its own way: logits with and without an observer bit for bit;
+softmax weights of every attention call against those the family's own eager attention returns; the
+image tokens found in the prompt against those put there. All for a single prompt, for a left-padded
+batch of two, and for the prefill and decode steps of a short generation.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from avl.attention import AttentionCall, Forward, attention_weights
-from avl.hooks import Tap, attached
+from avl.hooks import Observer, attached
 from avl.tokens import Modality
 from avl_analysis import record
 from avl_analysis.conformance.build import Case
 
 EXACT = 1e-5
-"""Largest difference between recorded and returned weights of one and the same eager attention call."""
+"""Largest difference between recorded and returned weights of one and the same eager attention
+call.
+"""
 
 DRIFT = 5e-5
-"""The same between SDPA and eager, whose hidden states differ by rounding from the second layer on."""
+"""The same between SDPA and eager, whose hidden states differ by rounding from the second layer on.
+"""
 
 STEPWISE = 1e-3
 """The same between a decode step and the last row of the whole sequence as one prompt."""
@@ -37,7 +40,7 @@ class Mismatch(AssertionError):
 
 
 @dataclass
-class Watch(Tap):
+class Watch(Observer):
     """Collects the weights of all attention calls, pass by pass."""
 
     passes: list[Forward] = field(default_factory=list)
@@ -76,18 +79,18 @@ class Recorded:
 
 @torch.no_grad()
 def check_recording(case: Case) -> Recorded:
-    """Compare; raises `Mismatch`, or what the seam raises for a refused family."""
+    """Compare; raises `Mismatch`, or what the attention hooks raises for a refused family."""
     watch = Watch()
     plain = case.model(**case.inputs).logits
-    with attached(case.model, watch, "observer") as seam:
+    with attached(case.model, watch) as hooks:
         recorded = case.model(**case.inputs).logits
-        family = seam.family
+        family = hooks.family
     _same(plain, recorded, "logits of a prompt")
     _image_tokens(case, watch, family.image_token_ids)
     difference = _eager_weights(case, case.inputs, watch)
     padded = Watch()
     plain = case.model(**case.batch).logits
-    with attached(case.model, padded, "observer"):
+    with attached(case.model, padded):
         _same(plain, case.model(**case.batch).logits, "logits of a padded batch")
     batch_difference = _eager_weights(case, case.batch, padded if case.ignores_padding else None)
     _generation(case)
@@ -104,14 +107,19 @@ def check_recording(case: Case) -> Recorded:
 
 def _same(one: Tensor, other: Tensor, what: str) -> None:
     if not torch.equal(one, other):
-        raise Mismatch(f"recording changed the {what} by up to {float((one - other).abs().max()):.1e}")
+        raise Mismatch(
+            f"recording changed the {what} by up to {float((one - other).abs().max()):.1e}"
+        )
 
 
 def _image_tokens(case: Case, watch: Watch, ids: tuple[int, ...]) -> None:
     found = watch.passes[0].layout.mask(Modality.IMAGE)
     placed = torch.isin(case.inputs["input_ids"], torch.tensor(ids))
     if not bool(placed.any()) or not torch.equal(found, placed):
-        raise Mismatch(f"the layout finds {int(found.sum())} image tokens where the prompt has {int(placed.sum())}")
+        raise Mismatch(
+            f"the layout finds {int(found.sum())} image tokens where the prompt has"
+            f" {int(placed.sum())}"
+        )
 
 
 def _attentions(output: Any) -> list[Tensor]:
@@ -122,37 +130,54 @@ def _attentions(output: Any) -> list[Tensor]:
 
 
 def _eager_weights(case: Case, inputs: dict[str, Any], sdpa: Watch | None) -> float | None:
-    """Largest difference between the weights seen at the seam (of SDPA, too, if given) and those eager returns."""
+    """Largest difference between the weights the hooks see (of SDPA, too, if given) and
+    those that eager returns.
+    """
     watch = Watch()
-    with attached(case.eager, watch, "observer"):
+    with attached(case.eager, watch):
         returned = _attentions(case.eager(**inputs, output_attentions=True))
     if not returned:
         return None
     if len(returned) != len(watch.weights[0]):
         raise Mismatch(
-            f"eager attention returned weights of {len(returned)} layers, the seam saw {len(watch.weights[0])}"
+            f"eager attention returned weights of {len(returned)} layers, the attention hooks saw"
+            f" {len(watch.weights[0])}"
         )
     valid = inputs["attention_mask"].bool()[:, None, :, None]
     worst = 0.0
     fast = sdpa or watch
-    for own, (_, eager), (_, other) in zip(returned, watch.weights[0], fast.weights[0], strict=True):
+    for own, (_, eager), (_, other) in zip(
+        returned, watch.weights[0], fast.weights[0], strict=True
+    ):
         for seen, allowed in ((eager, EXACT), (other, DRIFT)):
-            # a row that its mask hides from every key: nothing recorded, and rounding makes eager's softmax uniform
+            # a row that its mask hides from every key: nothing recorded, and rounding makes eager's
+            # softmax uniform
             blind = valid & (seen.sum(-1, keepdim=True) == 0)
             uniform = (own - 1 / own.shape[-1]).abs() < EXACT
-            difference = float(((seen - own.float().masked_fill(blind & uniform, 0.0)) * valid).abs().max())
+            difference = float(
+                ((seen - own.float().masked_fill(blind & uniform, 0.0)) * valid).abs().max()
+            )
             if difference > allowed:
-                raise Mismatch(f"recorded weights differ from eager attention's by {difference:.1e}")
+                raise Mismatch(
+                    f"recorded weights differ from eager attention's by {difference:.1e}"
+                )
             worst = max(worst, difference)
     return worst
 
 
 def _generation(case: Case) -> None:
-    """Prefill and decode steps: same scores bit for bit, same weights as eager's, one pass per token."""
-    options = {"max_new_tokens": STEPS, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    """Prefill and decode steps: same scores bit for bit, same weights as eager's, one pass per
+    token.
+    """
+    options = {
+        "max_new_tokens": STEPS,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
     plain = case.model.generate(**case.inputs, **options)
     watch = Watch()
-    with attached(case.model, watch, "observer"):
+    with attached(case.model, watch):
         recorded = case.model.generate(**case.inputs, **options)
     for one, other in zip(plain.scores, recorded.scores, strict=True):
         _same(one, other, "scores of a generation")
@@ -162,14 +187,17 @@ def _generation(case: Case) -> None:
     _positions(case, watch, recorded.sequences)
     _recorder(case, watch, options)
     watch = Watch()
-    with attached(case.eager, watch, "observer"):
+    with attached(case.eager, watch):
         output = case.eager.generate(**case.inputs, **options, output_attentions=True)
     for returned, seen in zip(output.attentions or (), watch.weights, strict=False):
         own = [weights for weights in returned if weights is not None]
         for weights, (_, recorded_weights) in zip(own, seen, strict=True):
             difference = float((recorded_weights - weights.float()).abs().max())
             if difference > EXACT:
-                raise Mismatch(f"recorded weights of a decode step differ from eager attention's by {difference:.1e}")
+                raise Mismatch(
+                    "recorded weights of a decode step differ from eager attention's by"
+                    f" {difference:.1e}"
+                )
 
 
 def _recorder(case: Case, watch: Watch, options: dict[str, Any]) -> None:
@@ -183,24 +211,31 @@ def _recorder(case: Case, watch: Watch, options: dict[str, Any]) -> None:
         found = mass.sel(layer=layer).sum("head").values
         difference = max(abs(one - other) for one, other in zip(sums, found, strict=True))
         if not difference < STEPWISE:
-            raise Mismatch(f"the recorder's modality mass of layer {layer} is off by {difference:.1e}")
+            raise Mismatch(
+                f"the recorder's modality mass of layer {layer} is off by {difference:.1e}"
+            )
 
 
 def _positions(case: Case, stepwise: Watch, sequence: Tensor) -> None:
-    """The last decode step attended to the positions it says: the same row of the whole sequence as one prompt."""
+    """The last decode step attended to the positions it says: the same row of the whole sequence as
+    one prompt.
+    """
     fed, length = sequence[:, :-1], case.inputs["input_ids"].shape[1]
     inputs = {**case.inputs, "input_ids": fed}
     for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
         if name in inputs:
             filler = 1 if name == "attention_mask" else 0
-            inputs[name] = torch.nn.functional.pad(inputs[name], (0, fed.shape[1] - length), value=filler)
+            inputs[name] = torch.nn.functional.pad(
+                inputs[name], (0, fed.shape[1] - length), value=filler
+            )
     whole = Watch()
-    with attached(case.model, whole, "observer"):
+    with attached(case.model, whole):
         case.model(**inputs)
     layers = sorted(stepwise.last)
     for layer in layers[:1] if case.sees_ahead else layers:
         difference = float((stepwise.last[layer] - whole.last[layer]).abs().max())
         if difference > STEPWISE:
             raise Mismatch(
-                f"layer {layer} of the last decode step attends to other positions than recorded: {difference:.1e}"
+                f"layer {layer} of the last decode step attends to other positions than recorded:"
+                f" {difference:.1e}"
             )

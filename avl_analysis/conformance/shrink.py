@@ -1,10 +1,12 @@
-"""A tiny version of any transformers configuration, made from its defaults by the names of its fields.
+"""A tiny version of any transformers configuration, made from its defaults by the names of its
+fields.
 
-A default configuration describes a model of several gigabytes. `shrink` keeps every choice that decides *what* is
-computed (layer kinds, rotary sections, expert routing, bidirectional masks) and replaces the numbers that decide *how
-much*: two or three layers of width 64 with four heads. It knows field names only, and nothing about families; a family
-whose fields do not fit gets an override in `entries.py`. Special token ids are moved into the small vocabulary, equal
-ids staying equal across the nested configurations.
+A default configuration describes a model of several gigabytes. `shrink` keeps every choice that
+decides *what* is computed (layer kinds, rotary sections, expert routing, bidirectional masks) and
+replaces the numbers that decide *how much*: two or three layers of width 64 with four heads. It
+knows field names only, and nothing about families; a family whose fields do not fit gets an
+override in `entries.py`. Special token ids are moved into the small vocabulary, equal ids staying
+equal across the nested configurations.
 """
 
 from __future__ import annotations
@@ -26,9 +28,15 @@ _FIRST_SPECIAL = 16  # ids below stay; ids from here on are numbered anew
 
 _SIZES: tuple[tuple[str, Any], ...] = (
     (r"vocab_size.*|.*_vocab_size", VOCABULARY),
-    (r"(.*_)?hidden_(size|dim)|d_model|n_embd|word_embed_proj_dim|projection_dim|output_dim", WIDTH),
+    (
+        r"(.*_)?hidden_(size|dim)|d_model|n_embd|word_embed_proj_dim|projection_dim|output_dim",
+        WIDTH,
+    ),
     (r"embed_dim|image_token_embed_dim", WIDTH),
-    (r".*(intermediate_size|ffn_dim|mlp_dim|ffn_hidden_size)(_mlp)?|d_ff|share_expert_dim|.*intermediate_dim", WIDTH),
+    (
+        r".*(intermediate_size|ffn_dim|mlp_dim|ffn_hidden_size)(_mlp)?|d_ff|share_expert_dim|.*intermediate_dim",
+        WIDTH,
+    ),
     (r".*(num_)?key_value_heads", HEADS // 2),
     (r".*num_attention_heads|.*num_heads|.*attention_heads|n_heads", HEADS),
     (r"(?!qk_head_dim)(.*_)?head_dim|d_kv|qk_(nope|rope)_head_dim", HEAD),
@@ -53,8 +61,8 @@ def shrink(config: PreTrainedConfig, override: Mapping[str, Any] | None = None) 
 
     Args:
         config: the defaults.
-        override: dotted field names with their values ("text_config.num_hidden_layers"), applied last; a value may be
-            `DROP` to leave the field to the class's own default.
+        override: dotted field names with their values ("text_config.num_hidden_layers"), applied
+            last; a value may be `DROP` to leave the field to the class's own default.
     """
     ids = _special_ids(config)
     fields = _shrink(config, ids, override or {}, "")
@@ -73,22 +81,35 @@ def shrink(config: PreTrainedConfig, override: Mapping[str, Any] | None = None) 
 DROP = object()
 """Override value: leave the field out."""
 
-_KEPT = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "is_encoder_decoder")
+_KEPT = (
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "is_encoder_decoder",
+)
 _BASE_FIELDS = frozenset(PreTrainedConfig().to_dict()) - {*_KEPT, "decoder_start_token_id"}
 
 
-def _shrink(config: PreTrainedConfig, ids: Mapping[int, int], override: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _shrink(
+    config: PreTrainedConfig, ids: Mapping[int, int], override: Mapping[str, Any], path: str
+) -> dict[str, Any]:
     known = set(type(config).__dataclass_fields__)
     fields: dict[str, Any] = {}
     for name, value in vars(config).items():
         if name.startswith("_") or name in _BASE_FIELDS or name not in known:
             continue
         if isinstance(value, PreTrainedConfig):
-            fields[name] = {**_shrink(value, ids, override, f"{path}{name}."), "model_type": value.model_type}
+            fields[name] = {
+                **_shrink(value, ids, override, f"{path}{name}."),
+                "model_type": value.model_type,
+            }
         else:
             fields[name] = _small(name, value, ids)
     given = vars(config)
-    if "num_key_value_heads" in fields and given["num_key_value_heads"] == given.get("num_attention_heads"):
+    if "num_key_value_heads" in fields and given["num_key_value_heads"] == given.get(
+        "num_attention_heads"
+    ):
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     counts = [n for n in ("num_hidden_layers", "num_layers", "n_layers") if n in fields]
     layers = override.get(path + counts[0], fields[counts[0]]) if counts else None
@@ -103,14 +124,20 @@ def _shrink(config: PreTrainedConfig, ids: Mapping[int, int], override: Mapping[
 
 
 def _few(kinds: list[Any], layers: int) -> list[Any]:
-    """`layers` entries in which every kind that occurs is kept if there is room, in the original order."""
+    """`layers` entries in which every kind that occurs is kept if there is room, in the original
+    order.
+    """
     distinct = list(dict.fromkeys(kinds))[:layers]
     return (distinct * layers)[:layers] if len(distinct) < layers else distinct
 
 
 def _small(name: str, value: Any, ids: Mapping[int, int]) -> Any:
     if _is_id(name):
-        return [ids.get(v, v) for v in value] if isinstance(value, (list, tuple)) else ids.get(value, value)
+        return (
+            [ids.get(v, v) for v in value]
+            if isinstance(value, (list, tuple))
+            else ids.get(value, value)
+        )
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, dict) and "rope" in name:
@@ -125,7 +152,9 @@ def _small(name: str, value: Any, ids: Mapping[int, int]) -> Any:
 
 
 def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Multi-dimensional rotary sections cut to half a small head; nested per layer type in some families."""
+    """Multi-dimensional rotary sections cut to half a small head; nested per layer type in some
+    families.
+    """
     result = {}
     for name, value in parameters.items():
         if isinstance(value, dict):
@@ -138,7 +167,10 @@ def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
 
 def _is_id(name: str) -> bool:
     return bool(
-        re.fullmatch(r".*(_token_id|_token_index|_token_ids|_start_id|_end_id|newline_id|image_patch_id)", name)
+        re.fullmatch(
+            r".*(_token_id|_token_index|_token_ids|_start_id|_end_id|newline_id|image_patch_id)",
+            name,
+        )
     )
 
 
@@ -151,7 +183,11 @@ def _special_ids(config: PreTrainedConfig) -> dict[int, int]:
             if isinstance(value, PreTrainedConfig):
                 collect(value)
             elif _is_id(name):
-                found.extend(v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int))
+                found.extend(
+                    v
+                    for v in (value if isinstance(value, (list, tuple)) else [value])
+                    if isinstance(v, int)
+                )
 
     collect(config)
     large = [i for i in dict.fromkeys(found) if i >= _FIRST_SPECIAL]

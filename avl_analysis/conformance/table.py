@@ -1,7 +1,8 @@
 """One line per registered model type: recorded, adapted, picture map, or the reason why not.
 
-`check` finds out by running a tiny model; `markdown` and `parse` write and read the table that is committed as
-docs/families.md and compared by the tests, so that a change of transformers or of this project shows as a changed line.
+`check` finds out by running a tiny model; `markdown` and `parse` write and read the table that is
+committed as docs/families.md and compared by the tests, so that a change of transformers or of this
+project shows as a changed line.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ def check(model_type: str) -> Row:
     except UnsupportedModelError as refusal:
         return Row(model_type, _reason(refusal), "-", "-", "-")
     except ImportError as missing:
-        return Row(model_type, f"{NOT_CHECKED}: {str(missing).strip().splitlines()[0]}", "-", "-", "-")
+        return Row(
+            model_type, f"{NOT_CHECKED}: {str(missing).strip().splitlines()[0]}", "-", "-", "-"
+        )
     if not family.image_token_ids:
         raise Mismatch(f"{model_type} is neither described nor refused")
     try:
@@ -81,7 +84,9 @@ def _adapted(case: Case) -> str:
 
 
 def _places(case: Case) -> str:
-    """How well the picture map is known: from the inputs or by assumption, and whether painting confirmed it."""
+    """How well the picture map is known: from the inputs or by assumption, and whether painting
+    confirmed it.
+    """
     if case.pixels_from != "processor":
         return "not checked (no Pillow image processor)"
     found = check_places(case)
@@ -89,7 +94,9 @@ def _places(case: Case) -> str:
         return "none" if NO_PLACE in found.assumption else "unknown"
     kind = "assumed square" if found.assumption else "grid"
     if found.wrong and not found.assumption:
-        raise Mismatch(f"{found.wrong} image tokens of {case.model_type} do not lie where the picture map says")
+        raise Mismatch(
+            f"{found.wrong} image tokens of {case.model_type} do not lie where the picture map says"
+        )
     if found.wrong or not (found.inside and found.outside):
         return f"{kind}, not confirmed"
     return f"{kind}, confirmed by painting"
@@ -103,7 +110,7 @@ def _reason(refusal: UnsupportedModelError) -> str:
     return text.split("; policies act")[0]
 
 
-# -- the table as text ------------------------------------------------------------------------------------------------
+# -- the table as text -----------------------------------------------------------------------------
 
 _HEAD = ("type", "recorded", "adapted", "picture map", "pixels")
 
@@ -111,7 +118,10 @@ _HEAD = ("type", "recorded", "adapted", "picture map", "pixels")
 def counts(rows: Sequence[Row]) -> str:
     """One sentence that sums a table up."""
     recorded, adapted = sum(row.is_recorded for row in rows), sum(row.is_adapted for row in rows)
-    return f"{len(rows)} types: {recorded} recorded exactly, {adapted} adapted, {len(rows) - recorded} refused."
+    return (
+        f"{len(rows)} types: {recorded} recorded exactly, {adapted} adapted, {len(rows) - recorded}"
+        " refused."
+    )
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -119,7 +129,10 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [
         "| " + " | ".join(_HEAD) + " |",
         "|" + "---|" * len(_HEAD),
-        *("| " + " | ".join(astuple(row)) + " |" for row in sorted(rows, key=lambda row: row.model_type)),
+        *(
+            "| " + " | ".join(astuple(row)) + " |"
+            for row in sorted(rows, key=lambda row: row.model_type)
+        ),
     ]
     return f"transformers {transformers.__version__}. {counts(rows)}\n\n" + "\n".join(lines) + "\n"
 

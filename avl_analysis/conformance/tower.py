@@ -1,7 +1,8 @@
 """A stand-in for vision towers that live in timm, which needs torchvision.
 
-What happens to a picture before its features enter the token sequence is of no consequence to attention in the
-decoder; a family whose only obstacle is a missing tower is therefore checked with one convolution in its place.
+What happens to a picture before its features enter the token sequence is of no consequence to
+attention in the decoder; a family whose only obstacle is a missing tower is therefore checked with
+one convolution in its place.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ class ToyTowerConfig(Gemma3nVisionConfig):
 
 
 class ToyTower(PreTrainedModel):
-    """One convolution: (pictures, 3, h, w) to a feature map (pictures, width, h / patch, w / patch)."""
+    """One convolution: (pictures, 3, h, w) to a feature map (pictures, width, h / patch, w /
+    patch).
+    """
 
     config_class = ToyTowerConfig
     main_input_name = "pixel_values"
@@ -33,7 +36,9 @@ class ToyTower(PreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(last_hidden_state=torch.tanh(self.convolution(pixel_values)))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=torch.tanh(self.convolution(pixel_values))
+        )
 
 
 AutoModel.register(ToyTowerConfig, ToyTower, exist_ok=True)

@@ -1,12 +1,13 @@
-"""Questions with pictures and, where known, right answers: what comparisons, calibration and corpus runs work through.
+"""Questions with pictures and, where known, right answers: what comparisons, calibration and corpus
+runs work through.
 
 A `Sample` comes from the drawn scenes or from a person's JSONL file, one object per line:
 
     {"image": "photos/cat.jpg", "prompt": "What is on the sofa?", "answer": "a cat"}
 
-Pictures are named relative to the file. Everything that can be checked without opening a picture is checked while the
-file is read, and every mistake names its line; a picture that turns out to be damaged fails later, as one sample among
-many. Nothing here loads a model.
+Pictures are named relative to the file. Everything that can be checked without opening a picture is
+checked while the file is read, and every mistake names its line; a picture that turns out to be
+damaged fails later, as one sample among many. Nothing here loads a model.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ Box = tuple[int, int, int, int]
 """Half-open pixel box (left, top, right, bottom)."""
 
 COMPARE_SEED = 800_000
-"""Seed of the first task's scenes unless told otherwise; apart from those of training and of the model's evaluation."""
+"""Seed of the first task's scenes unless told otherwise; apart from those of training and of the
+model's evaluation.
+"""
 
 _KEYS = {
     "image": "path of a picture, or a list of paths",
@@ -54,8 +57,8 @@ class Sample:
         answers: texts that count as right; None where the truth is not known.
         task: kind of question, "" if there is only one.
         regions: pixel boxes of what the question is about, () where unknown.
-        strict: whether an answer must agree word for word, capitals included (as the scenes are scored); otherwise
-            case, punctuation and articles do not count.
+        strict: whether an answer must agree word for word, capitals included (as the scenes are
+            scored); otherwise case, punctuation and articles do not count.
         meta: further facts, anything JSON can hold.
     """
 
@@ -88,8 +91,8 @@ def scene_samples(
 ) -> list[Sample]:
     """`count` held-out scenes of each task (None: all tasks), grouped by task.
 
-    Every task draws from a seed of its own, `seed` plus the task's place in `TASKS`, indices `first` and up: ranges of
-    indices that do not overlap share no picture.
+    Every task draws from a seed of its own, `seed` plus the task's place in `TASKS`, indices
+    `first` and up: ranges of indices that do not overlap share no picture.
 
     Raises:
         InputError: an unknown task, or fewer than one sample.
@@ -108,16 +111,20 @@ def scene_samples(
 
 
 def read_samples(path: str | Path) -> list[Sample]:
-    """Read a JSONL file of samples; empty lines are skipped, an id that is missing is the line's number.
+    """Read a JSONL file of samples; empty lines are skipped, an id that is missing is the line's
+    number.
 
     Raises:
-        InputError: no such file, no samples in it, or a line that cannot be used; says file, line, reason and remedy.
+        InputError: no such file, no samples in it, or a line that cannot be used; says file, line,
+            reason and remedy.
     """
     file = Path(path).expanduser()
     if file.is_dir():
         raise InputError(f"{file} is a folder: name the JSONL file in it, one sample per line")
     if not file.is_file():
-        raise InputError(f"no such file: {file} (looked from {Path.cwd()}); check the path of the samples")
+        raise InputError(
+            f"no such file: {file} (looked from {Path.cwd()}); check the path of the samples"
+        )
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (UnicodeDecodeError, OSError) as error:
@@ -130,13 +137,18 @@ def read_samples(path: str | Path) -> list[Sample]:
         try:
             sample = _sample(line, f"{number:06d}", file.parent)
             if sample.id in seen:
-                raise InputError(f"id {sample.id!r} was used in line {seen[sample.id]} already; ids must differ")
+                raise InputError(
+                    f"id {sample.id!r} was used in line {seen[sample.id]} already; ids must differ"
+                )
         except InputError as error:
             raise InputError(f"{file}, line {number}: {error}") from error
         seen[sample.id] = number
         samples.append(sample)
     if not samples:
-        raise InputError(f"{file} holds no samples: write one JSON object per line with at least 'image' and 'prompt'")
+        raise InputError(
+            f"{file} holds no samples: write one JSON object per line with at least 'image' and"
+            " 'prompt'"
+        )
     return samples
 
 
@@ -147,7 +159,9 @@ def _sample(line: str, number: str, folder: Path) -> Sample:
     except json.JSONDecodeError as error:
         raise InputError(f"not valid JSON ({error.msg} at character {error.colno})") from error
     if not isinstance(entry, dict):
-        raise InputError(f'a JSON object is needed, such as {{"image": ..., "prompt": ...}}; got {_shown(entry)}')
+        raise InputError(
+            f'a JSON object is needed, such as {{"image": ..., "prompt": ...}}; got {_shown(entry)}'
+        )
     for key in entry:
         if key not in _KEYS:
             near = difflib.get_close_matches(key, _KEYS, n=1)
@@ -159,12 +173,18 @@ def _sample(line: str, number: str, folder: Path) -> Sample:
             raise InputError(f"unknown key {key!r}: {hint}")
     prompt = entry.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise InputError(f"'prompt' must be a question, a text that is not empty; got {_shown(prompt)}")
+        raise InputError(
+            f"'prompt' must be a question, a text that is not empty; got {_shown(prompt)}"
+        )
     paths = _texts(entry, "image", "images")
     if paths is None:
-        raise InputError("no 'image': name a picture, or write \"images\": [] to ask without one on purpose")
+        raise InputError(
+            "no 'image': name a picture, or write \"images\": [] to ask without one on purpose"
+        )
     for name in ("id", "task"):
-        if name in entry and (not isinstance(entry[name], (str, int)) or isinstance(entry[name], bool)):
+        if name in entry and (
+            not isinstance(entry[name], (str, int)) or isinstance(entry[name], bool)
+        ):
             raise InputError(f"{name!r} must be {_KEYS[name]}; got {_shown(entry[name])}")
     return Sample(
         id=str(entry.get("id", number)),
@@ -186,7 +206,9 @@ def _texts(entry: Mapping[str, Any], one: str, several: str) -> tuple[str, ...] 
     if value is None:
         return None
     listed = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) and text for text in listed) or (not listed and one == "answer"):
+    if not all(isinstance(text, str) and text for text in listed) or (
+        not listed and one == "answer"
+    ):
         raise InputError(f"{key!r} must be {_KEYS[one]}; got {_shown(value)}")
     return tuple(listed)
 
@@ -194,7 +216,9 @@ def _texts(entry: Mapping[str, Any], one: str, several: str) -> tuple[str, ...] 
 def _picture(folder: Path, path: str) -> Path:
     file = folder / Path(path).expanduser()
     if not file.is_file():
-        raise InputError(f"no such picture: {file}; paths are relative to the folder of the JSONL file")
+        raise InputError(
+            f"no such picture: {file}; paths are relative to the folder of the JSONL file"
+        )
     return file
 
 
@@ -203,9 +227,14 @@ def _boxes(value: Any) -> tuple[Box, ...]:
         raise InputError(f"'regions' must be a {_KEYS['regions']}; got {_shown(value)}")
     boxes = []
     for box in value:
-        numbers = isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) for n in box)
+        numbers = (
+            isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) for n in box)
+        )
         if not numbers or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
-            raise InputError(f"a region must be [left, top, right, bottom] in pixels, not empty; got {_shown(box)}")
+            raise InputError(
+                "a region must be [left, top, right, bottom] in pixels, not empty; got"
+                f" {_shown(box)}"
+            )
         boxes.append((int(box[0]), int(box[1]), int(box[2]), int(box[3])))
     return tuple(boxes)
 

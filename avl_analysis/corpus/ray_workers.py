@@ -1,7 +1,7 @@
 """Recording the shards of a corpus on several Ray workers, on this machine or a running cluster.
 
-Each worker loads the model once and records one shard after the other; results are files, so nothing large travels.
-Ray is optional: `pip install 'avl[ray]'`.
+Each worker loads the model once and records one shard after the other; results are files, so
+nothing large travels. Ray is optional: `pip install 'avl[ray]'`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from avl_analysis.corpus.sharded_run import Job, Shard, record_shard
 from avl_analysis.errors import InputError
 
 OBJECT_STORE = 128 * 2**20
-"""Bytes of shared memory for what is passed to workers: questions and drawn pictures of a few shards."""
+"""Bytes of shared memory for what is passed to workers: questions and drawn pictures of a few
+shards.
+"""
 
 
 class _Recorder:
@@ -26,7 +28,9 @@ class _Recorder:
         record_shard(self.vlm, shard, self.job)
 
 
-def record_shards(job: Job, shards: Sequence[Shard], workers: int, address: str | None) -> Iterator[Shard]:
+def record_shards(
+    job: Job, shards: Sequence[Shard], workers: int, address: str | None
+) -> Iterator[Shard]:
     """Record shards on `workers` workers, yielding each when it is done.
 
     Raises:
@@ -35,7 +39,9 @@ def record_shards(job: Job, shards: Sequence[Shard], workers: int, address: str 
     try:
         import ray
     except ImportError as error:
-        raise InputError("several workers need Ray: pip install 'avl[ray]', or use one worker") from error
+        raise InputError(
+            "several workers need Ray: pip install 'avl[ray]', or use one worker"
+        ) from error
     started = not ray.is_initialized()
     if started:
         _start(ray, workers, address)
@@ -56,8 +62,8 @@ def record_shards(job: Job, shards: Sequence[Shard], workers: int, address: str 
             yield shard
     except ray.exceptions.RayActorError as error:
         raise InputError(
-            "a worker died, perhaps for lack of memory; what was recorded is kept: run the same command again, with "
-            f"fewer workers if it happens again ({str(error).splitlines()[0]})"
+            "a worker died, perhaps for lack of memory; what was recorded is kept: run the same"
+            f" command again, with fewer workers if it happens again ({str(error).splitlines()[0]})"
         ) from error
     except ray.exceptions.RayTaskError as error:
         raise error.as_instanceof_cause() from error
@@ -69,7 +75,11 @@ def record_shards(job: Job, shards: Sequence[Shard], workers: int, address: str 
 def _start(ray: Any, workers: int, address: str | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        options |= {"num_cpus": workers, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+        options |= {
+            "num_cpus": workers,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE,
+        }
     try:
         ray.init(address=address, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -1,9 +1,9 @@
 """Record a model while it answers a list of questions.
 
-Between `record`, which knows nothing about prompts, and the command line, which knows nothing about models. Every
-sample of the recording carries what a report wants to know about it (`facts_of`), so that one file is enough to draw
-every figure again: the words of the answer, the truth where it is known, and the picture, as the seed it is drawn from
-or as a thumbnail.
+Between `record`, which knows nothing about prompts, and the command line, which knows nothing about
+models. Every sample of the recording carries what a report wants to know about it (`facts_of`), so
+that one file is enough to draw every figure again: the words of the answer, the truth where it is
+known, and the picture, as the seed it is drawn from or as a thumbnail.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from avl_analysis.models.loading import VLM
 from avl_analysis.recordings.recording import Recording
 
 OnToken = Callable[[int, int], None]
-"""Called after every token with (samples done before this batch, new tokens of this batch so far)."""
+"""Called after every token with (samples done before this batch, new tokens of this batch so far).
+"""
 
 
 def record_samples(
@@ -45,7 +46,8 @@ def record_samples(
 
     Args:
         vlm: a loaded model.
-        samples: the questions; sample i of the recording is `samples[i]`, with the facts of `facts_of`.
+        samples: the questions; sample i of the recording is `samples[i]`, with the facts of
+            `facts_of`.
         system: system prompt of all of them.
         max_new_tokens: longest answer, in tokens.
         batch_size: questions per pass.
@@ -54,7 +56,8 @@ def record_samples(
         options: passed on to `record`.
 
     Raises:
-        InputError: pictures or prompts that cannot be used, layers or heads out of range, a batch size below 1.
+        InputError: pictures or prompts that cannot be used, layers or heads out of range, a batch
+            size below 1.
     """
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: at least one question must go into a pass")
@@ -70,7 +73,9 @@ def record_samples(
             inside = tokens_asked_about(vlm, chosen, inputs)
             for row, sample in enumerate(chosen):
                 about = {"region_tokens": inside[row]} if inside[row] else {}
-                recording.annotate(start + row, **facts_of(vlm, sample, out[row, length:].tolist()), **about)
+                recording.annotate(
+                    start + row, **facts_of(vlm, sample, out[row, length:].tolist()), **about
+                )
     recording.attrs |= {"model": vlm.name, "model_revision": vlm.revision or ""}
     return recording
 
@@ -78,14 +83,16 @@ def record_samples(
 def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
     """What to remember about a sample and the answer it got, as `Recording.annotate` takes it.
 
-    prompt, answer, words (text of each token of the answer); where known task, truth (all right answers in `answers`),
-    boxes (and, by `record_samples`, region_tokens: the image tokens under them); and scene (seed, index, task of a
-    drawn picture) or picture and picture_size (a thumbnail and the picture's own width and height, to which boxes
-    refer; for samples with one picture).
+    prompt, answer, words (text of each token of the answer); where known task, truth (all right
+    answers in `answers`), boxes (and, by `record_samples`, region_tokens: the image tokens under
+    them); and scene (seed, index, task of a drawn picture) or picture and picture_size (a thumbnail
+    and the picture's own width and height, to which boxes refer; for samples with one picture).
     """
     tokenizer = vlm.processor.tokenizer
     ends = {*end_tokens(vlm.model), tokenizer.eos_token_id}
-    answer = [*tokens[: next((at for at, token in enumerate(tokens) if token in ends), len(tokens))]]
+    answer = [
+        *tokens[: next((at for at, token in enumerate(tokens) if token in ends), len(tokens))]
+    ]
     facts: dict[str, Any] = {
         "id": sample.id,
         "task": sample.task,
@@ -99,20 +106,29 @@ def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
     }
     if "scene" not in facts and len(sample.images) == 1:
         picture = np.asarray(open_image(sample.images[0]))
-        facts |= {"picture": data_uri(picture), "picture_size": [picture.shape[1], picture.shape[0]]}
+        facts |= {
+            "picture": data_uri(picture),
+            "picture_size": [picture.shape[1], picture.shape[0]],
+        }
     return {name: value for name, value in facts.items() if value not in ("", [])}
 
 
-def tokens_asked_about(vlm: VLM, samples: Sequence[Sample], inputs: Mapping[str, Any]) -> list[list[int]]:
-    """The image tokens under the boxes given with each question, by their place among the sample's image tokens.
+def tokens_asked_about(
+    vlm: VLM, samples: Sequence[Sample], inputs: Mapping[str, Any]
+) -> list[list[int]]:
+    """The image tokens under the boxes given with each question, by their place among the sample's
+    image tokens.
 
-    Empty where no boxes were given or the model's tokens have no known place; also for drawn scenes, whose truth is
-    known word by word, and for samples of several pictures, of which boxes do not say the one.
+    Empty where no boxes were given or the model's tokens have no known place; also for drawn
+    scenes, whose truth is known word by word, and for samples of several pictures, of which boxes
+    do not say the one.
 
     Args:
         inputs: what `VLM.prepare` returned for these samples.
     """
-    asked = [bool(s.regions) and len(s.images) == 1 and "scene" not in (s.meta or {}) for s in samples]
+    asked = [
+        bool(s.regions) and len(s.images) == 1 and "scene" not in (s.meta or {}) for s in samples
+    ]
     if not any(asked):
         return [[] for _ in samples]
     family = describe(vlm.model)
@@ -120,7 +136,10 @@ def tokens_asked_about(vlm: VLM, samples: Sequence[Sample], inputs: Mapping[str,
     sizes = [[open_image(image).size for image in sample.images] for sample in samples]
     boxes = family.picture_map(layout, inputs, sizes, vlm.processor).boxes
     places = [boxes[row][layout.image[row].cpu() >= 0].numpy() for row in range(len(samples))]
-    return [tokens_in_boxes(places[row], sample.regions) if asked[row] else [] for row, sample in enumerate(samples)]
+    return [
+        tokens_in_boxes(places[row], sample.regions) if asked[row] else []
+        for row, sample in enumerate(samples)
+    ]
 
 
 class _Watch(StoppingCriteria):
@@ -129,6 +148,8 @@ class _Watch(StoppingCriteria):
     def __init__(self, done: int, prompt: int, on_token: OnToken) -> None:
         self.done, self.prompt, self.on_token = done, prompt, on_token
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
         self.on_token(self.done, input_ids.shape[1] - self.prompt)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

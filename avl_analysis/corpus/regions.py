@@ -1,8 +1,9 @@
 """What part of the picture each word of an answer is about, where that is known.
 
-For drawn scenes: the object whose part of a caption is being written, the character being read, or else what the
-question asks about. For a person's own pictures: the boxes given with the question, for every word. Only a right answer
-has regions, because a wrong word is about nothing in particular; where the right answer is not known, the boxes count.
+For drawn scenes: the object whose part of a caption is being written, the character being read, or
+else what the question asks about. For a person's own pictures: the boxes given with the question,
+for every word. Only a right answer has regions, because a wrong word is about nothing in
+particular; where the right answer is not known, the boxes count.
 """
 
 from __future__ import annotations
@@ -26,13 +27,17 @@ class Region:
 
 
 def regions_of(facts: Mapping[str, Any]) -> list[Region]:
-    """The region of each word of a recorded sample, from the facts annotated on it; empty where nothing is known."""
+    """The region of each word of a recorded sample, from the facts annotated on it; empty where
+    nothing is known.
+    """
     words, answer = [str(word) for word in facts.get("words", ())], str(facts.get("answer", ""))
     answers = [str(text) for text in facts.get("answers") or [facts.get("truth") or ""] if text]
     if scene := facts.get("scene"):
         if answer.strip() not in [text.strip() for text in answers]:
             return []
-        return word_regions(scenes.generate(int(scene["seed"]), int(scene["index"]), scene["task"]), words)
+        return word_regions(
+            scenes.generate(int(scene["seed"]), int(scene["index"]), scene["task"]), words
+        )
     tokens = tuple(int(token) for token in facts.get("region_tokens", ()))
     if not tokens or (answers and normalised(answer) not in [normalised(text) for text in answers]):
         return []
@@ -64,8 +69,12 @@ def word_regions(sample: scenes.Sample, words: Sequence[str]) -> list[Region]:
 
 def boxes_of(boxes: Any) -> tuple[Box, ...]:
     """Boxes from lists of left, top, right, bottom and perhaps a name."""
-    edges = [([float(edge) for edge in box[:4]], str(box[4]) if len(box) > 4 else "") for box in boxes]
-    return tuple(Box(left, top, right, bottom, label) for (left, top, right, bottom), label in edges)
+    edges = [
+        ([float(edge) for edge in box[:4]], str(box[4]) if len(box) > 4 else "") for box in boxes
+    ]
+    return tuple(
+        Box(left, top, right, bottom, label) for (left, top, right, bottom), label in edges
+    )
 
 
 def _caption_regions(sample: scenes.Sample, words: Sequence[str]) -> list[Region]:

@@ -1,6 +1,8 @@
-"""How well one text agrees with another: right or wrong against the truth, alike or not against the full cache's text.
+"""How well one text agrees with another: right or wrong against the truth, alike or not against the
+full cache's text.
 
-All scores are of one sample, in [0, 1] or in tokens, higher = better, and know neither models nor policies.
+All scores are of one sample, in [0, 1] or in tokens, higher = better, and know neither models nor
+policies.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
 
 
 def correct(text: str, sample: Sample) -> float:
-    """1.0 if the text is one of the sample's answers, 0.0 if not, NaN where the answer is not known.
+    """1.0 if the text is one of the sample's answers, 0.0 if not, NaN where the answer is not
+    known.
 
-    Strict samples must agree word for word (spaces and a final full stop aside); otherwise both sides are normalised.
+    Strict samples must agree word for word (spaces and a final full stop aside); otherwise both
+    sides are normalised.
     """
     if sample.answers is None:
         return float("nan")
@@ -30,8 +34,9 @@ def correct(text: str, sample: Sample) -> float:
 
 
 def normalised(text: str) -> list[str]:
-    """Words in lower case, without punctuation and articles: the usual rule of question answering (SQuAD; Rajpurkar et
-    al., 2016), with punctuation read as a space."""
+    """Words in lower case, without punctuation and articles: the usual rule of question answering
+    (SQuAD; Rajpurkar et al., 2016), with punctuation read as a space.
+    """
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
@@ -40,10 +45,11 @@ def _words(text: str) -> list[str]:
 
 
 def rouge_l(text: str, reference: str) -> float:
-    """ROUGE-L F-measure (Lin, 2004) on words, without stemming; equal texts score 1, empty ones included.
+    """ROUGE-L F-measure (Lin, 2004) on words, without stemming; equal texts score 1, empty ones
+    included.
 
-    The package keeps only the letters a-z and digits of a text. A pair of which nothing is left (other scripts) is
-    scored on characters in their place, by the same formula.
+    The package keeps only the letters a-z and digits of a text. A pair of which nothing is left
+    (other scripts) is scored on characters in their place, by the same formula.
     """
     if text == reference:
         return 1.0

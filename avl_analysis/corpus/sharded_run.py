@@ -1,14 +1,16 @@
-"""Recording a corpus: many samples, in shards that survive interruptions, by one process or several.
+"""Recording a corpus: many samples, in shards that survive interruptions, by one process or
+several.
 
-A shard is a fixed range of samples. Its recording and then a small note ("done, these samples failed") are each put
-in place in one stroke, in a folder beside the result; a shard without a note was not done. Starting the same run again
-does the shards that are missing, and when all are there they become one recording (`shard_files.join`), which is the
-same however often the run was interrupted and whoever recorded which shard: what goes into a pass together depends on
-the samples alone.
+A shard is a fixed range of samples. Its recording and then a small note ("done, these samples
+failed") are each put in place in one stroke, in a folder beside the result; a shard without a note
+was not done. Starting the same run again does the shards that are missing, and when all are there
+they become one recording (`shard_files.join`), which is the same however often the run was
+interrupted and whoever recorded which shard: what goes into a pass together depends on the samples
+alone.
 
-A batch that fails is halved until the sample that fails is alone; it is noted with its reason and left out. Memory
-holds one shard at a time. What surprises: a sample's number in the recording is its place in the corpus, so failed
-samples leave gaps.
+A batch that fails is halved until the sample that fails is alone; it is noted with its reason and
+left out. Memory holds one shard at a time. What surprises: a sample's number in the recording is
+its place in the corpus, so failed samples leave gaps.
 """
 
 from __future__ import annotations
@@ -106,25 +108,28 @@ def record_corpus(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> CorpusResult:
-    """Record a model on many samples, going on where an earlier run with the same arguments stopped.
+    """Record a model on many samples, going on where an earlier run with the same arguments
+    stopped.
 
     Args:
         model: name or path, as `load_model` takes it.
         samples: the questions, always the same ones in the same order.
         out: netCDF file to write; the shards are kept in `<out>.parts` until it is complete.
         load: further arguments of `load_model`.
-        workers: processes; more than one needs Ray (the extra `ray`). Bits are the same if every process computes with
-            as many threads (OMP_NUM_THREADS).
-        address: a running Ray cluster ("auto" or ray://...); its machines must see models and pictures, and the folder
-            of `out`, under the same paths. None starts workers on this machine.
+        workers: processes; more than one needs Ray (the extra `ray`). Bits are the same if every
+            process computes with as many threads (OMP_NUM_THREADS).
+        address: a running Ray cluster ("auto" or ray://...); its machines must see models and
+            pictures, and the folder of `out`, under the same paths. None starts workers on this
+            machine.
         shard: samples per shard.
         replace: whether an existing `out` may be replaced, once the new recording is complete.
         progress: called with (samples done, samples in all).
-        options: passed on to `record_samples` (max_new_tokens, batch_size, system, ...) and `record` (layers, ...).
+        options: passed on to `record_samples` (max_new_tokens, batch_size, system, ...) and
+            `record` (layers, ...).
 
     Raises:
-        InputError: an `out` that exists, a folder of another run, options that cannot be used, Ray missing, or not one
-            sample that could be recorded.
+        InputError: an `out` that exists, a folder of another run, options that cannot be used, Ray
+            missing, or not one sample that could be recorded.
     """
     target = Path(out)
     if workers < 1 or shard < 1:
@@ -137,9 +142,11 @@ def record_corpus(
     job = Job(model, folder, dict(load or {}), options)
     vlm = job.loaded()
     _check_options(vlm, options)
-    with _claimed(folder):
-        date = _agree(folder, vlm, samples, shard, options)
-        shards = [Shard(start, samples[start : start + shard]) for start in range(0, len(samples), shard)]
+    with lock_folder(folder):
+        date = check_same_run(folder, vlm, samples, shard, options)
+        shards = [
+            Shard(start, samples[start : start + shard]) for start in range(0, len(samples), shard)
+        ]
         missing = [one for one in shards if not one.done(folder)]
         done = sum(len(one.samples) for one in shards) - sum(len(one.samples) for one in missing)
         for finished in _work(job, vlm, missing, workers, address):
@@ -156,10 +163,12 @@ def record_shard(vlm: VLM, shard: Shard, job: Job) -> None:
     recordings, failed = _record(vlm, shard.samples, shard.start, job.options)
     recording_file, note = shard.files(job.folder)
     if recordings:
-        with _in_one_stroke(recording_file) as unfinished:
+        with atomic_write(recording_file) as unfinished:
             merge(recordings).save(unfinished)
-    with _in_one_stroke(note) as unfinished:
-        unfinished.write_text(json.dumps({"failed": [asdict(one) for one in failed]}) + "\n", encoding="utf-8")
+    with atomic_write(note) as unfinished:
+        unfinished.write_text(
+            json.dumps({"failed": [asdict(one) for one in failed]}) + "\n", encoding="utf-8"
+        )
 
 
 def _record(
@@ -175,11 +184,16 @@ def _record(
     if len(samples) == 1:
         return [], [Failed(start, samples[0].id, reason)]
     half = len(samples) // 2
-    first, second = _record(vlm, samples[:half], start, options), _record(vlm, samples[half:], start + half, options)
+    first, second = (
+        _record(vlm, samples[:half], start, options),
+        _record(vlm, samples[half:], start + half, options),
+    )
     return first[0] + second[0], first[1] + second[1]
 
 
-def _work(job: Job, vlm: VLM, missing: Sequence[Shard], workers: int, address: str | None) -> Iterator[Shard]:
+def _work(
+    job: Job, vlm: VLM, missing: Sequence[Shard], workers: int, address: str | None
+) -> Iterator[Shard]:
     """Do the missing shards, yielding each when it is done."""
     if workers == 1 and address is None:
         for shard in missing:
@@ -199,15 +213,18 @@ def _finish(folder: Path, target: Path, shards: Sequence[Shard], date: str) -> C
     if not recorded:
         first = failed[0]
         shutil.rmtree(folder)
-        raise InputError(f"none of the {len(failed)} samples could be recorded; {first.id} failed with: {first.reason}")
+        raise InputError(
+            f"none of the {len(failed)} samples could be recorded; {first.id} failed with:"
+            f" {first.reason}"
+        )
     files = [path for shard in shards if (path := shard.files(folder)[0]).exists()]
     attrs = {"date": date, "failed": json.dumps([asdict(one) for one in failed])}
-    with _in_one_stroke(target) as unfinished:
+    with atomic_write(target) as unfinished:
         join(files, unfinished, attrs)
     return CorpusResult(target, recorded, failed)
 
 
-# -- at the door -------------------------------------------------------------------------------------------------
+# -- at the door -----------------------------------------------------------------------------------
 
 
 def _check_options(vlm: VLM, options: Mapping[str, Any]) -> None:
@@ -220,7 +237,9 @@ def _check_options(vlm: VLM, options: Mapping[str, Any]) -> None:
         pass
 
 
-def _agree(folder: Path, vlm: VLM, samples: Sequence[Sample], shard: int, options: Mapping[str, Any]) -> str:
+def check_same_run(
+    folder: Path, vlm: VLM, samples: Sequence[Sample], shard: int, options: Mapping[str, Any]
+) -> str:
     """Write down what this run is, or check that the folder holds the same one; returns its date.
 
     Raises:
@@ -239,13 +258,15 @@ def _agree(folder: Path, vlm: VLM, samples: Sequence[Sample], shard: int, option
         different = [name for name, value in described.items() if found.get(name) != value]
         if different:
             raise InputError(
-                f"{folder} holds an unfinished run with other {', '.join(different)}: repeat that one's arguments to "
-                "finish it, or delete the folder to start anew"
+                f"{folder} holds an unfinished run with other {', '.join(different)}: repeat that"
+                " one's arguments to finish it, or delete the folder to start anew"
             )
         return str(found["date"])
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    with _in_one_stroke(note) as unfinished:
-        unfinished.write_text(json.dumps({**described, "date": date}, indent=1) + "\n", encoding="utf-8")
+    with atomic_write(note) as unfinished:
+        unfinished.write_text(
+            json.dumps({**described, "date": date}, indent=1) + "\n", encoding="utf-8"
+        )
     return date
 
 
@@ -253,19 +274,28 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     """A digest of everything about the samples; of pictures in files their path and size."""
     digest = hashlib.sha256()
     for sample in samples:
-        fields = [sample.id, sample.prompt, sample.answers, sample.task, sample.regions, sample.strict]
+        fields = [
+            sample.id,
+            sample.prompt,
+            sample.answers,
+            sample.task,
+            sample.regions,
+            sample.strict,
+        ]
         digest.update(repr([*fields, sorted((sample.meta or {}).items())]).encode())
         for image in sample.images:
             if isinstance(image, (str, os.PathLike)):
                 size = os.path.getsize(image) if os.path.exists(image) else -1
                 digest.update(f"{os.fspath(image)!r} {size}".encode())
             else:
-                digest.update(image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes())
+                digest.update(
+                    image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
+                )
     return digest.hexdigest()
 
 
 @contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """The folder, for this process alone; the claim ends with the process, however that ends.
 
     Raises:
@@ -274,7 +304,9 @@ def _claimed(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the folder {folder} for the parts of the run: {error}") from error
+        raise InputError(
+            f"cannot make the folder {folder} for the parts of the run: {error}"
+        ) from error
     try:
         import fcntl
     except ImportError:  # not a POSIX system: two runs at once are the user's to avoid
@@ -284,12 +316,14 @@ def _claimed(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InputError(f"another process is at work in {folder}: wait for it, or stop it first") from error
+            raise InputError(
+                f"another process is at work in {folder}: wait for it, or stop it first"
+            ) from error
         yield
 
 
 @contextmanager
-def _in_one_stroke(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A name to write to; what is there afterwards becomes `path` at once, or nothing does."""
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:

@@ -2,17 +2,19 @@
 
 Four groups of numbers, each of which can be left out:
 
-    fidelity   teacher-forced on the full cache's own answer: KL divergence, top-1 agreement, perplexity
-    text       answering freely: how far the answer agrees with the full cache's
-    accuracy   answering freely: right or wrong, where the right answer is known
-    cost       answering freely: bytes, keys read, operations, seconds
+    fidelity   teacher-forced on the full cache's own answer: KL divergence, top-1 agreement,
+    perplexity text       answering freely: how far the answer agrees with the full cache's accuracy
+    answering freely: right or wrong, where the right answer is known cost       answering freely:
+    bytes, keys read, operations, seconds
 
-The yardstick of fidelity and text is the model as it was loaded, with the stock cache and no policy; `FullPolicy` is
-measured like any other, and its zeros show that nothing but the policies differs. Policies take turns at being first
-in a batch, so that a machine that slows down slows all of them.
+The yardstick of fidelity and text is the model as it was loaded, with the stock cache and no
+policy; `FullPolicy` is measured like any other, and its zeros show that nothing but the policies
+differs. Policies take turns at being first in a batch, so that a machine that slows down slows all
+of them.
 
-A batch that fails is halved until the sample that fails is alone; that one is reported with its reason and the others
-count. What surprises: rows of one batch share their seconds, so times are those of this batch size.
+A batch that fails is halved until the sample that fails is alone; that one is reported with its
+reason and the others count. What surprises: rows of one batch share their seconds, so times are
+those of this batch size.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ from avl_analysis.evaluation.generation import Run, decode_texts, generate, prom
 from avl_analysis.models.loading import VLM
 
 Values = dict[str, Any]
-"""What is known of one sample (under one policy): number, array over steps, or text, by variable name."""
+"""What is known of one sample (under one policy): number, array over steps, or text, by variable
+name.
+"""
 
 _FAILURES = (RuntimeError, ValueError, OSError, MemoryError, ArithmeticError, LookupError)
 
@@ -58,7 +62,8 @@ class Reference:
     """The full cache's answer to one sample.
 
     Attributes:
-        tokens: its ids; text: as a reader sees it; prompt: true tokens of the prompt, None where it was not asked.
+        tokens: its ids; text: as a reader sees it; prompt: true tokens of the prompt, None where it
+            was not asked.
         log_probs: (steps, vocabulary) float32 on the CPU, or None if fidelity was not asked for.
     """
 
@@ -83,19 +88,21 @@ def compare(
     Args:
         vlm: a loaded model.
         samples: questions; see `avl_analysis.corpus.questions`.
-        policies: name -> policy, in the order of the result. A `FullPolicy` named "full" is put in front if there is
-            none, since differences are taken to it.
+        policies: name -> policy, in the order of the result. A `FullPolicy` named "full" is put in
+            front if there is none, since differences are taken to it.
         max_new_tokens: longest answer, in tokens.
-        batch_size: samples per pass. Fidelity keeps batch_size x max_new_tokens x vocabulary x 4 bytes of logits.
-        metrics: which of "fidelity", "text", "accuracy", "cost". Without the first two the model runs once per policy.
+        batch_size: samples per pass. Fidelity keeps batch_size x max_new_tokens x vocabulary x 4
+            bytes of logits.
+        metrics: which of "fidelity", "text", "accuracy", "cost". Without the first two the model
+            runs once per policy.
         progress: called with (done, total) after every batch under every policy.
 
     Returns:
         The comparison; samples that failed are in `failures`, with NaN in their place.
 
     Raises:
-        InputError: no samples, ids that repeat, policies that are none, unknown metrics, numbers below 1; or every
-            single sample failed (with the first reason).
+        InputError: no samples, ids that repeat, policies that are none, unknown metrics, numbers
+            below 1; or every single sample failed (with the first reason).
         UnsupportedModelError: the model cannot be adapted.
     """
     wanted = _check(samples, policies, metrics, max_new_tokens, batch_size)
@@ -124,7 +131,10 @@ def compare(
                 progress(done, total)
     reasons = [value.reason for value in results.values() if isinstance(value, Failure)]
     if len(reasons) == len(results):
-        raise InputError(f"none of the {len(samples)} samples could be measured; the first failed with: {reasons[0]}")
+        raise InputError(
+            f"none of the {len(samples)} samples could be measured; the first failed with:"
+            f" {reasons[0]}"
+        )
     attrs = {
         **provenance(vlm.model, job.family, ()),
         "model": vlm.name,
@@ -132,13 +142,17 @@ def compare(
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "metrics": " ".join(sorted(wanted)),
-        "reference": next(name for name, policy in policies.items() if isinstance(policy, FullPolicy)),
+        "reference": next(
+            name for name, policy in policies.items() if isinstance(policy, FullPolicy)
+        ),
     }
     return build(samples, policies, facts, results, attrs)
 
 
 def batches(vlm: VLM, samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
-    """Indices of the samples in batches: rows alike in number of pictures and length of the prompt go together."""
+    """Indices of the samples in batches: rows alike in number of pictures and length of the prompt
+    go together.
+    """
     lengths = prompt_lengths(vlm, samples)
     order = sorted(range(len(samples)), key=lambda i: (len(samples[i].images), lengths[i], i))
     found: list[list[int]] = []
@@ -171,19 +185,28 @@ def divide(run: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> lis
     return divide(run, items[:half]) + divide(run, items[half:])
 
 
-# -- one batch ---------------------------------------------------------------------------------------------------
+# -- one batch -------------------------------------------------------------------------------------
 
 
 class _Job:
     """What stays the same from batch to batch."""
 
-    def __init__(self, vlm: VLM, samples: Sequence[Sample], max_new_tokens: int, wanted: frozenset[str]) -> None:
-        self.vlm, self.samples, self.max_new_tokens, self.wanted = vlm, samples, max_new_tokens, wanted
+    def __init__(
+        self, vlm: VLM, samples: Sequence[Sample], max_new_tokens: int, wanted: frozenset[str]
+    ) -> None:
+        self.vlm, self.samples, self.max_new_tokens, self.wanted = (
+            vlm,
+            samples,
+            max_new_tokens,
+            wanted,
+        )
         self.family = describe(vlm.model)
         self.linear = linear_flops(vlm.model) if "cost" in wanted else 0.0
 
     def references(self, part: Sequence[int]) -> list[Reference]:
-        """The unadapted model's answers to some samples; empty ones where nothing is compared with them."""
+        """The unadapted model's answers to some samples; empty ones where nothing is compared with
+        them.
+        """
         if not self.wanted & {"fidelity", "text"}:
             return [Reference([], "", None, None) for _ in part]
         steps: list[Tensor] = []
@@ -196,13 +219,23 @@ class _Job:
         run = generate(self.vlm, chosen, None, max_new_tokens=self.max_new_tokens, on_logits=watch)
         texts = decode_texts(self.vlm, run.tokens)
         return [
-            Reference(tokens, text, prompt, torch.stack([s[row] for s in steps[: len(tokens)]]) if steps else None)
-            for row, (tokens, text, prompt) in enumerate(zip(run.tokens, texts, run.prompt_tokens, strict=True))
+            Reference(
+                tokens,
+                text,
+                prompt,
+                torch.stack([s[row] for s in steps[: len(tokens)]]) if steps else None,
+            )
+            for row, (tokens, text, prompt) in enumerate(
+                zip(run.tokens, texts, run.prompt_tokens, strict=True)
+            )
         ]
 
     def measure(self, policy: Policy, part: Sequence[tuple[int, Reference]]) -> list[Values]:
         """Everything about some samples under one policy."""
-        samples, references = [self.samples[i] for i, _ in part], [reference for _, reference in part]
+        samples, references = (
+            [self.samples[i] for i, _ in part],
+            [reference for _, reference in part],
+        )
         found: list[Values] = [{} for _ in part]
         if "fidelity" in self.wanted:
             more = _fidelity(self.vlm, samples, references, policy, "cost" in self.wanted)
@@ -212,7 +245,11 @@ class _Job:
         run = generate(self.vlm, samples, policy, max_new_tokens=self.max_new_tokens)
         texts = decode_texts(self.vlm, run.tokens)
         for row, (values, sample, text) in enumerate(zip(found, samples, texts, strict=True)):
-            values |= {"text": text, "tokens": len(run.tokens[row]), "correct": correct(text, sample)}
+            values |= {
+                "text": text,
+                "tokens": len(run.tokens[row]),
+                "correct": correct(text, sample),
+            }
             values["prompt_tokens"] = run.prompt_tokens[row]
             if "text" in self.wanted:
                 values |= _likeness(run.tokens[row], text, references[row])
@@ -231,7 +268,11 @@ def _likeness(tokens: Sequence[int], text: str, reference: Reference) -> Values:
 
 
 def _fidelity(
-    vlm: VLM, samples: Sequence[Sample], references: Sequence[Reference], policy: Policy, time_attention: bool
+    vlm: VLM,
+    samples: Sequence[Sample],
+    references: Sequence[Reference],
+    policy: Policy,
+    time_attention: bool,
 ) -> list[Values]:
     """The policy's next-token distributions along the full cache's answers."""
     kl: list[list[float]] = [[] for _ in samples]
@@ -244,7 +285,10 @@ def _fidelity(
             return
         full = torch.stack([references[row].log_probs[step] for row in rows])  # type: ignore[index]
         mine = logits[rows].float().log_softmax(-1).cpu()
-        divergence, same = kl_divergence(full, mine).tolist(), (full.argmax(-1) == mine.argmax(-1)).tolist()
+        divergence, same = (
+            kl_divergence(full, mine).tolist(),
+            (full.argmax(-1) == mine.argmax(-1)).tolist(),
+        )
         for at, row in enumerate(rows):
             kl[row].append(divergence[at])
             agreement[row].append(float(same[at]))
@@ -261,12 +305,23 @@ def _fidelity(
     )
     found: list[Values] = []
     for row, reference in enumerate(references):
-        values: Values = {"kl_by_step": np.array(kl[row]), "agreement_by_step": np.array(agreement[row])}
-        values |= {"nll_by_step": np.array(nll[row]), "kl": np.mean(kl[row]), "agreement": np.mean(agreement[row])}
+        values: Values = {
+            "kl_by_step": np.array(kl[row]),
+            "agreement_by_step": np.array(agreement[row]),
+        }
+        values |= {
+            "nll_by_step": np.array(nll[row]),
+            "kl": np.mean(kl[row]),
+            "agreement": np.mean(agreement[row]),
+        }
         assert reference.log_probs is not None
-        full = -reference.log_probs[torch.arange(len(reference.tokens)), torch.tensor(reference.tokens)]
+        full = -reference.log_probs[
+            torch.arange(len(reference.tokens)), torch.tensor(reference.tokens)
+        ]
         values["perplexity"] = float(np.exp(np.mean(nll[row])))
-        values["perplexity_change"] = float(np.exp(np.mean(nll[row]) - full.double().mean().item()) - 1)
+        values["perplexity_change"] = float(
+            np.exp(np.mean(nll[row]) - full.double().mean().item()) - 1
+        )
         if time_attention and len(run.attention) > 1:
             values["attention_seconds"] = float(np.mean(run.attention[1:]))
         found.append(values)
@@ -274,10 +329,11 @@ def _fidelity(
 
 
 def kl_divergence(full: Tensor, other: Tensor) -> Tensor:
-    """KL(full || other) in nats of log-probabilities or logits (rows, vocabulary); >= 0, exact zeros for equal rows.
+    """KL(full || other) in nats of log-probabilities or logits (rows, vocabulary); >= 0, exact
+    zeros for equal rows.
 
-    Normalised and summed in float64: normalisers rounded to float32 alone would show as 1e-8 nats. A token the full
-    cache rules out (-inf) contributes nothing.
+    Normalised and summed in float64: normalisers rounded to float32 alone would show as 1e-8 nats.
+    A token the full cache rules out (-inf) contributes nothing.
     """
     full, other = full.double().log_softmax(-1), other.double().log_softmax(-1)
     terms = torch.where(full > -torch.inf, full.exp() * (full - other), 0.0)
@@ -285,7 +341,9 @@ def kl_divergence(full: Tensor, other: Tensor) -> Tensor:
 
 
 def _cost(run: Run, row: int, family: Family, linear: float) -> Values:
-    """Seconds of the batch; bytes per row of it; keys the row's own decode steps attended to, mean over layers."""
+    """Seconds of the batch; bytes per row of it; keys the row's own decode steps attended to, mean
+    over layers.
+    """
     usage = run.usage
     assert usage is not None
     batch, last = len(run.tokens), usage.steps[-1]
@@ -302,7 +360,9 @@ def _cost(run: Run, row: int, family: Family, linear: float) -> Values:
         "kv_allocated_share": usage.allocated_share,
     }
     decode = usage.steps[1 : len(run.tokens[row])]
-    end = usage.steps[len(run.tokens[row]) - 1]  # where this row ended; others of the batch may have gone on
+    end = usage.steps[
+        len(run.tokens[row]) - 1
+    ]  # where this row ended; others of the batch may have gone on
     values["keys_held"] = float(np.mean([layer[row] for layer in end.held]))
     values["keys_held_share"] = values["keys_held"] / (run.prompt_tokens[row] + len(decode))
     if decode:
@@ -317,28 +377,44 @@ def _facts(reference: Reference | Failure) -> Values:
     """What does not depend on a policy."""
     if isinstance(reference, Failure) or reference.prompt is None:
         return {}
-    return {"full_text": reference.text, "full_tokens": len(reference.tokens), "prompt_tokens": reference.prompt}
+    return {
+        "full_text": reference.text,
+        "full_tokens": len(reference.tokens),
+        "prompt_tokens": reference.prompt,
+    }
 
 
-# -- at the door -------------------------------------------------------------------------------------------------
+# -- at the door -----------------------------------------------------------------------------------
 
 
 def _check(
-    samples: Sequence[Sample], policies: Mapping[str, Policy], metrics: Iterable[str], tokens: int, batch_size: int
+    samples: Sequence[Sample],
+    policies: Mapping[str, Policy],
+    metrics: Iterable[str],
+    tokens: int,
+    batch_size: int,
 ) -> frozenset[str]:
     wanted = frozenset([metrics] if isinstance(metrics, str) else metrics)
     if not wanted or not wanted <= set(METRICS):
         raise InputError(f"metrics {sorted(wanted)}: choose from {', '.join(METRICS)}")
     if not samples:
-        raise InputError("no samples to compare on: pass at least one, for example scene_samples(20)")
+        raise InputError(
+            "no samples to compare on: pass at least one, for example scene_samples(20)"
+        )
     names = [sample.id for sample in samples]
-    if twice := sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []:
+    if twice := (
+        sorted({name for name in names if names.count(name) > 1})
+        if len(set(names)) < len(names)
+        else []
+    ):
         raise InputError(f"sample ids must differ; {', '.join(twice[:5])} occur more than once")
     if not policies:
         raise InputError('no policies to compare: pass for example {"A-VL": avl.AdaptivePolicy()}')
     for name, policy in policies.items():
         if not isinstance(policy, Policy):
-            raise InputError(f"{name!r} is not a policy but {policy!r}; pass for example avl.AdaptivePolicy()")
+            raise InputError(
+                f"{name!r} is not a policy but {policy!r}; pass for example avl.AdaptivePolicy()"
+            )
     for what, number in (("max_new_tokens", tokens), ("batch_size", batch_size)):
         if number < 1:
             raise InputError(f"{what} must be 1 or more; got {number}")
@@ -350,11 +426,15 @@ def _with_full(policies: Mapping[str, Policy]) -> dict[str, Policy]:
         return dict(policies)
     if "full" in policies:
         raise InputError(
-            "the name 'full' is kept for avl.FullPolicy(), which everything is compared with; choose another"
+            "the name 'full' is kept for avl.FullPolicy(), which everything is compared with;"
+            " choose another"
         )
     return {"full": FullPolicy(), **policies}
 
 
 def _warm_up(vlm: VLM, samples: Sequence[Sample]) -> None:
-    """Pay once, and outside the clocks, for what happens only the first time; failures show later."""
-    divide(lambda part: generate(vlm, part, FullPolicy(), max_new_tokens=2).tokens, list(samples[:1]))
+    """Pay once, and outside the clocks, for what happens only the first time;
+    failures show later."""
+    divide(
+        lambda part: generate(vlm, part, FullPolicy(), max_new_tokens=2).tokens, list(samples[:1])
+    )

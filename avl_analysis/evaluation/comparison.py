@@ -1,12 +1,12 @@
 """A finished comparison: labelled numbers per policy and sample, their means with intervals, files.
 
-    comparison["kl"]                 xarray.DataArray (policy, sample)
-    comparison.table()               pandas.DataFrame: means with intervals, paired differences to the full cache
-    comparison.save("compare.nc"); load_comparison("compare.nc")
-    comparison.to_csv("compare.csv"); comparison.to_json("compare.json")
+    comparison["kl"]                 xarray.DataArray (policy, sample) comparison.table()
+    pandas.DataFrame: means with intervals, paired differences to the full cache
+    comparison.save("compare.nc"); load_comparison("compare.nc") comparison.to_csv("compare.csv");
+    comparison.to_json("compare.json")
 
-`VARIABLES` is the one place that says what the numbers are. A number that does not exist (accuracy without a known
-answer, anything of a sample that failed) is NaN, never zero.
+`VARIABLES` is the one place that says what the numbers are. A number that does not exist (accuracy
+without a known answer, anything of a sample that failed) is NaN, never zero.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ FORMAT, VERSION = "avl-comparison", 1
 
 @dataclass(frozen=True)
 class Variable:
-    """What a number is: group, unit, meaning, and whether it is better small (-1), large (1) or neither (0)."""
+    """What a number is: group, unit, meaning, and whether it is better small (-1), large (1) or
+    neither (0).
+    """
 
     group: str
     unit: str
@@ -44,41 +46,76 @@ class Variable:
 
 
 VARIABLES: Mapping[str, Variable] = {
-    "kl": Variable("fidelity", "nats", "KL(full || policy) of the next token, mean over the full cache's answer", -1),
-    "agreement": Variable("fidelity", "1", "share of tokens where both have the same most likely one", 1),
-    "perplexity": Variable("fidelity", "1", "perplexity of the full cache's answer under the policy", -1),
+    "kl": Variable(
+        "fidelity",
+        "nats",
+        "KL(full || policy) of the next token, mean over the full cache's answer",
+        -1,
+    ),
+    "agreement": Variable(
+        "fidelity", "1", "share of tokens where both have the same most likely one", 1
+    ),
+    "perplexity": Variable(
+        "fidelity", "1", "perplexity of the full cache's answer under the policy", -1
+    ),
     "perplexity_change": Variable("fidelity", "1", "perplexity / the full cache's own - 1", -1),
-    "exact_prefix": Variable("text", "tokens", "tokens before the first difference from the full cache's answer", 1),
+    "exact_prefix": Variable(
+        "text", "tokens", "tokens before the first difference from the full cache's answer", 1
+    ),
     "rouge_l": Variable("text", "1", "ROUGE-L F against the full cache's answer", 1),
     "same_text": Variable("text", "1", "share of samples with the full cache's very tokens", 1),
     "correct": Variable("accuracy", "1", "share of right answers", 1),
     "tokens": Variable("accuracy", "tokens", "length of the answer, its end included"),
-    "kv_filled": Variable("cost", "bytes", "keys and values in use at the end, per row of the batch", -1),
-    "kv_allocated": Variable("cost", "bytes", "key and value buffers at the end, slack included, per row", -1),
+    "kv_filled": Variable(
+        "cost", "bytes", "keys and values in use at the end, per row of the batch", -1
+    ),
+    "kv_allocated": Variable(
+        "cost", "bytes", "key and value buffers at the end, slack included, per row", -1
+    ),
     "kv_bookkeeping": Variable("cost", "bytes", "positions and scores beside them, per row", -1),
-    "kv_peak": Variable("cost", "bytes", "most keys and values at any moment, the prompt's included, per row", -1),
-    "kv_full": Variable("cost", "bytes", "what the stock cache holds after the same tokens, per row"),
+    "kv_peak": Variable(
+        "cost", "bytes", "most keys and values at any moment, the prompt's included, per row", -1
+    ),
+    "kv_full": Variable(
+        "cost", "bytes", "what the stock cache holds after the same tokens, per row"
+    ),
     "kv_filled_share": Variable("cost", "1", "bytes in use / bytes of the stock cache", -1),
     "kv_allocated_share": Variable("cost", "1", "bytes allocated / bytes of the stock cache", -1),
     "keys_held": Variable("cost", "keys", "keys held when the answer ends, mean over layers", -1),
-    "keys_held_share": Variable("cost", "1", "keys held / tokens seen then: the share of bytes of this row alone", -1),
-    "keys_attended": Variable("cost", "keys", "keys a decode step reads, mean over steps and layers", -1),
-    "attention_flops": Variable("cost", "FLOP", "attention's operations per decode step, from the keys read", -1),
+    "keys_held_share": Variable(
+        "cost", "1", "keys held / tokens seen then: the share of bytes of this row alone", -1
+    ),
+    "keys_attended": Variable(
+        "cost", "keys", "keys a decode step reads, mean over steps and layers", -1
+    ),
+    "attention_flops": Variable(
+        "cost", "FLOP", "attention's operations per decode step, from the keys read", -1
+    ),
     "step_flops": Variable("cost", "FLOP", "operations of a whole decode step", -1),
     "ttft": Variable("cost", "s", "time to first token, of the batch", -1),
     "tpot": Variable("cost", "s", "time per further token, of the batch", -1),
-    "attention_seconds": Variable("cost", "s", "time in attention and cache per decode step, of the batch", -1),
+    "attention_seconds": Variable(
+        "cost", "s", "time in attention and cache per decode step, of the batch", -1
+    ),
     "batch": Variable("cost", "rows", "rows of the batch"),
 }
 """Numbers with dimensions (policy, sample)."""
 
 BY_STEP: Mapping[str, Variable] = {
     "kl_by_step": Variable("fidelity", "nats", "KL(full || policy) of the next token", -1),
-    "agreement_by_step": Variable("fidelity", "1", "whether both have the same most likely token", 1),
-    "nll_by_step": Variable("fidelity", "nats", "negative log-likelihood of the full cache's token", -1),
-    "keys_attended_by_step": Variable("cost", "keys", "keys read, mean over layers; decode steps 1, 2, ...", -1),
+    "agreement_by_step": Variable(
+        "fidelity", "1", "whether both have the same most likely token", 1
+    ),
+    "nll_by_step": Variable(
+        "fidelity", "nats", "negative log-likelihood of the full cache's token", -1
+    ),
+    "keys_attended_by_step": Variable(
+        "cost", "keys", "keys read, mean over layers; decode steps 1, 2, ...", -1
+    ),
 }
-"""Numbers with dimensions (policy, sample, step): step 0 is the prompt's last row, step t the t-th decode step."""
+"""Numbers with dimensions (policy, sample, step): step 0 is the prompt's last row, step t the t-th
+decode step.
+"""
 
 
 class Comparison:
@@ -93,7 +130,10 @@ class Comparison:
 
     def __getitem__(self, name: str) -> xr.DataArray:
         if name not in self.dataset:
-            raise KeyError(f"this comparison holds no {name!r}; it holds {', '.join(map(str, self.dataset.data_vars))}")
+            raise KeyError(
+                f"this comparison holds no {name!r}; it holds"
+                f" {', '.join(map(str, self.dataset.data_vars))}"
+            )
         return self.dataset[name]
 
     @property
@@ -121,35 +161,49 @@ class Comparison:
         """Only the samples of one task."""
         tasks = self.dataset["task"].values
         if task not in tasks:
-            raise InputError(f"no samples of task {task!r}; there are {', '.join(sorted(set(map(str, tasks))))}")
+            raise InputError(
+                f"no samples of task {task!r}; there are {', '.join(sorted(set(map(str, tasks))))}"
+            )
         return Comparison(self.dataset.isel(sample=np.flatnonzero(tasks == task)))
 
-    # -- means -------------------------------------------------------------------------------------------------------
+    # -- means -------------------------------------------------------------------------------------
 
     def mean(self, metric: str, policy: str) -> Estimate:
-        """Mean over samples with its 95 % interval: Wilson's for shares of samples, bootstrap otherwise."""
+        """Mean over samples with its 95 % interval: Wilson's for shares of samples, bootstrap
+        otherwise.
+        """
         values = self[metric].sel(policy=policy).values
         if metric in ("correct", "same_text"):
             known = values[np.isfinite(values)]
             return Estimate(
-                float(known.mean()) if known.size else np.nan, *wilson(int(known.sum()), known.size), known.size
+                float(known.mean()) if known.size else np.nan,
+                *wilson(int(known.sum()), known.size),
+                known.size,
             )
         return mean_interval(values)
 
     def difference(self, metric: str, policy: str, to: str | None = None) -> Estimate:
-        """Mean paired difference, `policy` minus `to` (default: the full cache), with its 95 % bootstrap interval."""
+        """Mean paired difference, `policy` minus `to` (default: the full cache), with its 95 %
+        bootstrap interval.
+        """
         array = self[metric]
-        return paired_difference(array.sel(policy=policy).values, array.sel(policy=to or self.reference).values)
+        return paired_difference(
+            array.sel(policy=policy).values, array.sel(policy=to or self.reference).values
+        )
 
     def table(self, metrics: Sequence[str] | None = None) -> pd.DataFrame:
-        """One row per policy and metric: mean, low, high, n; difference, its low and high; unit and meaning.
+        """One row per policy and metric: mean, low, high, n; difference, its low and high; unit and
+        meaning.
 
         Raises:
             InputError: a metric that was not measured.
         """
         chosen = self.metrics if metrics is None else list(metrics)
         if missing := [name for name in chosen if name not in self.metrics]:
-            raise InputError(f"{', '.join(missing)} was not measured here; measured are {', '.join(self.metrics)}")
+            raise InputError(
+                f"{', '.join(missing)} was not measured here; measured are"
+                f" {', '.join(self.metrics)}"
+            )
         rows = []
         for policy in self.policies:
             for metric in chosen:
@@ -164,12 +218,16 @@ class Comparison:
                         "high": mean.high,
                         "n": mean.n,
                     }
-                    | {"difference": change.mean, "difference_low": change.low, "difference_high": change.high}
+                    | {
+                        "difference": change.mean,
+                        "difference_low": change.low,
+                        "difference_high": change.high,
+                    }
                     | described
                 )
         return pd.DataFrame(rows)
 
-    # -- files -------------------------------------------------------------------------------------------------------
+    # -- files -------------------------------------------------------------------------------------
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write one netCDF file.
@@ -179,7 +237,9 @@ class Comparison:
         """
         target = Path(path)
         try:
-            self.dataset.assign_attrs(format=FORMAT, version=VERSION).to_netcdf(target, engine="h5netcdf")
+            self.dataset.assign_attrs(format=FORMAT, version=VERSION).to_netcdf(
+                target, engine="h5netcdf"
+            )
         except OSError as error:
             raise InputError(f"cannot write the comparison to {target}: {error}") from error
         return target
@@ -190,7 +250,9 @@ class Comparison:
         return Path(path)
 
     def to_json(self, path: str | PathLike[str]) -> Path:
-        """Write provenance, `table()`, every sample's numbers and texts, and the failures; NaN becomes null."""
+        """Write provenance, `table()`, every sample's numbers and texts, and the failures; NaN
+        becomes null.
+        """
         samples = self.dataset.drop_dims("step") if "step" in self.dataset.dims else self.dataset
         content = {
             "provenance": {key: str(value) for key, value in self.dataset.attrs.items()},
@@ -210,16 +272,24 @@ def load_comparison(path: str | PathLike[str]) -> Comparison:
     """
     source = Path(path)
     if not source.is_file():
-        raise InputError(f"there is no comparison file {source}; make one with avl compare --out {source}")
+        raise InputError(
+            f"there is no comparison file {source}; make one with avl compare --out {source}"
+        )
     try:
         with xr.open_dataset(source, engine="h5netcdf") as opened:
             dataset = opened.load()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(f"{source} is not a readable netCDF file, so not a comparison: {error}") from error
+        raise InputError(
+            f"{source} is not a readable netCDF file, so not a comparison: {error}"
+        ) from error
     if dataset.attrs.pop("format", None) != FORMAT:
-        raise InputError(f"{source} is a netCDF file but not a comparison (no format = {FORMAT!r} in it)")
+        raise InputError(
+            f"{source} is a netCDF file but not a comparison (no format = {FORMAT!r} in it)"
+        )
     if (version := int(dataset.attrs.pop("version", -1))) != VERSION:
-        raise InputError(f"{source} has comparison format {version}, this program reads {VERSION}: compare again")
+        raise InputError(
+            f"{source} has comparison format {version}, this program reads {VERSION}: compare again"
+        )
     return Comparison(dataset)
 
 
@@ -233,20 +303,28 @@ def build(
     """The comparison of what was measured.
 
     Args:
-        facts: sample index -> what does not depend on the policy (full_text, full_tokens, prompt_tokens).
+        facts: sample index -> what does not depend on the policy (full_text, full_tokens,
+            prompt_tokens).
         results: (policy, sample index) -> values by variable name, or an object with a `reason`.
     """
     values = {key: value for key, value in results.items() if isinstance(value, Mapping)}
     known = {name for value in values.values() for name in value}
     shape = (len(policies), len(samples))
-    places = [((p, s), values.get((name, s), {})) for p, name in enumerate(policies) for s in range(len(samples))]
+    places = [
+        ((p, s), values.get((name, s), {}))
+        for p, name in enumerate(policies)
+        for s in range(len(samples))
+    ]
     data: dict[str, Any] = {}
     for name in [name for name in VARIABLES if name in known]:
         array = np.full(shape, np.nan)
         for at, value in places:
             array[at] = value.get(name, np.nan)
         data[name] = (("policy", "sample"), array, _described(VARIABLES[name]))
-    steps = max((len(v[n]) + (n.startswith("keys")) for v in values.values() for n in BY_STEP if n in v), default=0)
+    steps = max(
+        (len(v[n]) + (n.startswith("keys")) for v in values.values() for n in BY_STEP if n in v),
+        default=0,
+    )
     for name in [name for name in BY_STEP if name in known]:
         array, first = np.full((*shape, steps), np.nan), int(name.startswith("keys"))
         for at, value in places:
@@ -267,10 +345,15 @@ def build(
         "answers": [json.dumps(sample.answers) for sample in samples],
         "full_text": [str(facts.get(s, {}).get("full_text", "")) for s in range(len(samples))],
     }
-    data |= {name: ("sample", np.array(column, dtype=object)) for name, column in per_sample.items()}
+    data |= {
+        name: ("sample", np.array(column, dtype=object)) for name, column in per_sample.items()
+    }
     for name in ("full_tokens", "prompt_tokens"):
         if any(name in fact for fact in facts.values()):
-            data[name] = ("sample", np.array([facts.get(s, {}).get(name, np.nan) for s in range(len(samples))], float))
+            data[name] = (
+                "sample",
+                np.array([facts.get(s, {}).get(name, np.nan) for s in range(len(samples))], float),
+            )
     coords: dict[str, Any] = {"policy": np.array(list(policies), dtype=object)}
     coords["sample"] = np.array([sample.id for sample in samples], dtype=object)
     if steps:
@@ -280,4 +363,9 @@ def build(
 
 
 def _described(variable: Variable) -> dict[str, Any]:
-    return {"units": variable.unit, "long_name": variable.meaning, "group": variable.group, "better": variable.better}
+    return {
+        "units": variable.unit,
+        "long_name": variable.meaning,
+        "group": variable.group,
+        "better": variable.better,
+    }

@@ -1,9 +1,10 @@
 """Floating-point operations of a decode step, attention apart from everything else.
 
-A multiplication and an addition count as two. Attention's share follows from the number of keys that were really read,
-so a policy is credited for what it skips and for nothing else; its own scoring and sorting are not counted here, they
-show in the times. Everything else is the same under every policy and is measured once, by counting the matrix products
-of one real step. Embedding look-ups, norms and softmax are left out on both sides, as is usual.
+A multiplication and an addition count as two. Attention's share follows from the number of keys
+that were really read, so a policy is credited for what it skips and for nothing else; its own
+scoring and sorting are not counted here, they show in the times. Everything else is the same under
+every policy and is measured once, by counting the matrix products of one real step. Embedding
+look-ups, norms and softmax are left out on both sides, as is usual.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _NOT_LINEAR = ("bmm", "baddbmm", "scaled_dot_product", "flash", "efficient", "co
 
 
 def attention_flops(family: Family, keys: float) -> float:
-    """Operations of one query row against `keys` keys (summed over layers): q k^T and weights times values.
+    """Operations of one query row against `keys` keys (summed over layers): q k^T and weights times
+    values.
 
     2 (multiply, add) x 2 (products) x query heads x head dimension, per key.
     """
@@ -35,15 +37,23 @@ def head_dim(family: Family) -> int:
 
 @torch.no_grad()
 def linear_flops(model: nn.Module) -> float:
-    """Operations of one decode step of one row outside attention: projections, feed-forward layers, output head."""
+    """Operations of one decode step of one row outside attention: projections, feed-forward layers,
+    output head.
+    """
     family = describe(model)
     ids = torch.tensor([[_plain_token(family)]], device=next(model.parameters()).device)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False)
     counts = counter.get_flop_counts()["Global"]
-    return float(sum(n for op, n in counts.items() if not any(part in str(op) for part in _NOT_LINEAR)))
+    return float(
+        sum(n for op, n in counts.items() if not any(part in str(op) for part in _NOT_LINEAR))
+    )
 
 
 def _plain_token(family: Family) -> int:
     """An id that does not stand for a picture."""
-    return next(token for token in range(len(family.image_token_ids) + 1) if token not in family.image_token_ids)
+    return next(
+        token
+        for token in range(len(family.image_token_ids) + 1)
+        if token not in family.image_token_ids
+    )

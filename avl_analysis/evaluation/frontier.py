@@ -2,14 +2,16 @@
 
     python -m avl_analysis.evaluation.frontier --out frontier.jsonl --samples 200 --workers 2
 
-Each policy answers the same held-out questions; what is plotted against accuracy is the share of the full cache's
-bytes that was really in use (`bytes`: of each row when its answer ended), never the budget asked for. Questions are
-grouped by length, so that nothing is padded and all rows of a pass hold equally many bytes. A group is a unit of work:
-its results go to a file of their own, written in one stroke, and a run that was interrupted goes on with the missing
-units. Workers are processes of one thread.
+Each policy answers the same held-out questions; what is plotted against accuracy is the share of
+the full cache's bytes that was really in use (`bytes`: of each row when its answer ended), never
+the budget asked for. Questions are grouped by length, so that nothing is padded and all rows of a
+pass hold equally many bytes. A group is a unit of work: its results go to a file of their own,
+written in one stroke, and a run that was interrupted goes on with the missing units. Workers are
+processes of one thread.
 
-What makes it affordable: the picture is encoded once per group and not once per policy (times are therefore not
-measured here; `compare` does that), and an answer is cut where it has become longer than any right one.
+What makes it affordable: the picture is encoded once per group and not once per policy (times are
+therefore not measured here; `compare` does that), and an answer is cut where it has become longer
+than any right one.
 """
 
 from __future__ import annotations
@@ -56,14 +58,18 @@ from avl_analysis.scenes import TASKS
 BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.1)
 """Shares of the full cache's bytes."""
 _SLACK = 2
-"""Tokens an answer may be longer than the longest right one before it is cut: its end, and one too many."""
+"""Tokens an answer may be longer than the longest right one before it is cut: its end, and one too
+many.
+"""
 
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One point of the plot: a policy, the budget it was asked for (None: its own settings) and its name."""
+    """One point of the plot: a policy, the budget it was asked for (None: its own settings) and its
+    name.
+    """
 
     name: str
     budget: float | None
@@ -92,15 +98,25 @@ class Unit:
 
     @property
     def size(self) -> int:
-        """Roughly how long it takes; captions have ten times the tokens of other answers. Large ones go first."""
+        """Roughly how long it takes; captions have ten times the tokens of other answers. Large
+        ones go first.
+        """
         return len(self.indices) * (3 if self.task == "caption" else 1)
 
 
 def entries(budgets: Sequence[float] = BUDGETS) -> list[Entry]:
-    """Full cache, A-VL with the paper's settings, presets, and every policy and preset at every budget."""
-    found = [Entry("full", None, avl.FullPolicy()), Entry("A-VL (paper)", None, avl.AdaptivePolicy())]
+    """Full cache, A-VL with the paper's settings, presets, and every policy and preset at every
+    budget.
+    """
+    found = [
+        Entry("full", None, avl.FullPolicy()),
+        Entry("A-VL (paper)", None, avl.AdaptivePolicy()),
+    ]
     for name, preset in PRESETS.items():
-        found += [Entry(_shown(name), None, preset()), *(Entry(_shown(name), b, preset(b)) for b in budgets)]
+        found += [
+            Entry(_shown(name), None, preset()),
+            *(Entry(_shown(name), b, preset(b)) for b in budgets),
+        ]
     for name, kind in POLICIES.items():
         if kind is not avl.FullPolicy:
             found += [Entry(_shown(name), b, with_budget(kind, b)) for b in budgets]
@@ -118,13 +134,19 @@ def groups(vlm: VLM, samples: Sequence[Sample], batch: int) -> list[list[int]]:
     for index, length in enumerate(prompt_lengths(vlm, samples)):
         by_length.setdefault(length, []).append(index)
     return [
-        group[start : start + batch] for _, group in sorted(by_length.items()) for start in range(0, len(group), batch)
+        group[start : start + batch]
+        for _, group in sorted(by_length.items())
+        for start in range(0, len(group), batch)
     ]
 
 
-def run_unit(vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], points: Sequence[Entry]) -> list[Line]:
+def run_unit(
+    vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], points: Sequence[Entry]
+) -> list[Line]:
     """Every point's answers to some samples of equal length: which are right, and at what cost."""
-    ids = vlm.processor.tokenizer([(s.answers or ("",))[0] for s in samples], add_special_tokens=False)["input_ids"]
+    ids = vlm.processor.tokenizer(
+        [(s.answers or ("",))[0] for s in samples], add_special_tokens=False
+    )["input_ids"]
     longest = max(len(ids[index]) for index in indices) + _SLACK
     lines: list[Line] = []
     with pictures_seen_once(vlm.model):
@@ -135,11 +157,15 @@ def run_unit(vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], points
 
             for index, found in zip(indices, divide(ask, indices), strict=True):
                 answer = {"failed": found.reason} if isinstance(found, Failure) else found
-                lines.append({"policy": point.name, "budget": point.budget, "sample": index, **answer})
+                lines.append(
+                    {"policy": point.name, "budget": point.budget, "sample": index, **answer}
+                )
     return lines
 
 
-def _ask(vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], policy: Policy, longest: int) -> list[Line]:
+def _ask(
+    vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], policy: Policy, longest: int
+) -> list[Line]:
     run = generate(vlm, samples, policy, max_new_tokens=longest)
     assert run.usage is not None
     usage = run.usage
@@ -151,7 +177,12 @@ def _ask(vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], policy: Po
     }
     texts = decode_texts(vlm, run.tokens)
     return [
-        {"right": int(correct(text, sample)), "held": _held(run, row), "bytes": _bytes(run, row), **shares}
+        {
+            "right": int(correct(text, sample)),
+            "held": _held(run, row),
+            "bytes": _bytes(run, row),
+            **shares,
+        }
         for row, (text, sample) in enumerate(zip(texts, samples, strict=True))
     ]
 
@@ -160,7 +191,9 @@ def _held(run: Run, row: int) -> float:
     """Keys a row held when its answer ended / tokens it had seen, whatever its neighbours held."""
     assert run.usage is not None
     end = run.usage.steps[len(run.tokens[row]) - 1]
-    return float(np.mean([layer[row] for layer in end.held])) / (run.prompt_tokens[row] + len(run.tokens[row]) - 1)
+    return float(np.mean([layer[row] for layer in end.held])) / (
+        run.prompt_tokens[row] + len(run.tokens[row]) - 1
+    )
 
 
 def _bytes(run: Run, row: int) -> float:
@@ -173,7 +206,9 @@ def _bytes(run: Run, row: int) -> float:
 
 @contextmanager
 def pictures_seen_once(model: nn.Module) -> Iterator[None]:
-    """Inside, a vision tower that is shown the very pixels of the last time gives the output of the last time."""
+    """Inside, a vision tower that is shown the very pixels of the last time gives the output of the
+    last time.
+    """
     tower = getattr(getattr(model, "base_model", model), "vision_tower", None)
     if tower is None:
         yield
@@ -182,8 +217,16 @@ def pictures_seen_once(model: nn.Module) -> Iterator[None]:
     last: dict[str, Any] = {}
 
     def remembered(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not last or last["kwargs"] != (args, kwargs) or not torch.equal(last["pixels"], pixel_values):
-            last.update(pixels=pixel_values, kwargs=(args, kwargs), output=forward(pixel_values, *args, **kwargs))
+        if (
+            not last
+            or last["kwargs"] != (args, kwargs)
+            or not torch.equal(last["pixels"], pixel_values)
+        ):
+            last.update(
+                pixels=pixel_values,
+                kwargs=(args, kwargs),
+                output=forward(pixel_values, *args, **kwargs),
+            )
         return last["output"]
 
     tower.forward = remembered
@@ -193,11 +236,13 @@ def pictures_seen_once(model: nn.Module) -> Iterator[None]:
         del tower.forward
 
 
-# -- the run -----------------------------------------------------------------------------------------------------
+# -- the run ---------------------------------------------------------------------------------------
 
 
 def summarise(lines: Iterable[Line], points: Sequence[Entry], samples: int) -> list[Line]:
-    """One line per task and point: accuracy with its Wilson interval, paired difference to the full cache, bytes."""
+    """One line per task and point: accuracy with its Wilson interval, paired difference to the full
+    cache, bytes.
+    """
     by_cell: dict[tuple[str, str, float | None], list[Line]] = {}
     for line in lines:
         by_cell.setdefault((line["task"], line["policy"], line["budget"]), []).append(line)
@@ -208,7 +253,9 @@ def summarise(lines: Iterable[Line], points: Sequence[Entry], samples: int) -> l
         known = right[np.isfinite(right)]
         low, high = wilson(int(known.sum()), known.size)
         change = paired_difference(right, full)
-        policy = next(point.policy for point in points if (point.name, point.budget) == (name, budget))
+        policy = next(
+            point.policy for point in points if (point.name, point.budget) == (name, budget)
+        )
         found.append(
             {
                 "task": task,
@@ -231,7 +278,9 @@ def summarise(lines: Iterable[Line], points: Sequence[Entry], samples: int) -> l
             }
         )
     order = {(point.name, point.budget): place for place, point in enumerate(points)}
-    return sorted(found, key=lambda line: (TASKS.index(line["task"]), order[line["policy"], line["budget"]]))
+    return sorted(
+        found, key=lambda line: (TASKS.index(line["task"]), order[line["policy"], line["budget"]])
+    )
 
 
 def _right(cell: Sequence[Line], samples: int) -> np.ndarray:
@@ -264,9 +313,13 @@ def _samples(settings: Settings, task: str) -> list[Sample]:
 
 
 def _work(settings: Settings, unit: Unit) -> None:
-    lines = run_unit(_model(settings), _samples(settings, unit.task), unit.indices, entries(settings.budgets))
+    lines = run_unit(
+        _model(settings), _samples(settings, unit.task), unit.indices, entries(settings.budgets)
+    )
     unfinished = unit.target.with_suffix(f".{os.getpid()}")
-    unfinished.write_text("".join(json.dumps({"task": unit.task, **line}) + "\n" for line in lines), encoding="utf-8")
+    unfinished.write_text(
+        "".join(json.dumps({"task": unit.task, **line}) + "\n" for line in lines), encoding="utf-8"
+    )
     os.replace(unfinished, unit.target)
 
 
@@ -287,24 +340,37 @@ def run(settings: Settings, folder: Path, workers: int = 2) -> list[Line]:
     note = folder / "settings.json"
     if note.exists() and json.loads(note.read_text(encoding="utf-8")) != described:
         raise InputError(
-            f"{folder} holds a run with other settings, weights or policies; choose another --work, or delete it"
+            f"{folder} holds a run with other settings, weights or policies; choose another --work,"
+            " or delete it"
         )
     note.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     planned = [
         Unit(task, group, folder / f"{task}-{group[0]:05d}-{len(group)}.jsonl")
         for task in settings.tasks
-        for group in groups(vlm, scene_samples(settings.samples, [task], settings.seed), settings.batch)
+        for group in groups(
+            vlm, scene_samples(settings.samples, [task], settings.seed), settings.batch
+        )
     ]
     missing = [unit for unit in planned if not unit.target.exists()]
     if missing:
         _do(sorted(missing, key=lambda unit: -unit.size), settings, len(planned), workers)
-    lines = [json.loads(line) for unit in planned for line in unit.target.read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line)
+        for unit in planned
+        for line in unit.target.read_text(encoding="utf-8").splitlines()
+    ]
     return summarise(lines, points, settings.samples)
 
 
 def _do(missing: Sequence[Unit], settings: Settings, total: int, workers: int) -> None:
     """Let worker processes do the missing units."""
-    columns = (TextColumn("frontier"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("frontier"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     saved = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     os.environ.update(dict.fromkeys(saved, "1"))  # read when a worker imports torch
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
@@ -335,20 +401,28 @@ def read(path: Path) -> tuple[dict[str, Any], list[Line]]:
         InputError: no such file, or not one of these.
     """
     if not path.is_file():
-        raise InputError(f"there is no frontier {path}; make one with python -m avl_analysis.evaluation.frontier --out {path}")
+        raise InputError(
+            f"there is no frontier {path}; make one with python -m avl_analysis.evaluation.frontier"
+            f" --out {path}"
+        )
     try:
         first, *rest = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return first["about"], rest
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a frontier: its first line must be an object with 'about'") from error
+        raise InputError(
+            f"{path} is not a frontier: its first line must be an object with 'about'"
+        ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m avl_analysis.evaluation.frontier", description="Accuracy against measured bytes on the scenes' tasks."
+        prog="python -m avl_analysis.evaluation.frontier",
+        description="Accuracy against measured bytes on the scenes' tasks.",
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to write")
-    parser.add_argument("--work", type=Path, help="folder of the units done so far (default: OUT.work)")
+    parser.add_argument(
+        "--work", type=Path, help="folder of the units done so far (default: OUT.work)"
+    )
     parser.add_argument("--model", default="scenes")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--samples", type=int, default=200, help="samples per task")
@@ -358,7 +432,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     chosen = parser.parse_args(arguments)
     settings = Settings(
-        chosen.model, tuple(chosen.tasks), chosen.samples, tuple(chosen.budgets), chosen.batch, chosen.seed
+        chosen.model,
+        tuple(chosen.tasks),
+        chosen.samples,
+        tuple(chosen.budgets),
+        chosen.batch,
+        chosen.seed,
     )
     work = chosen.work or chosen.out.with_name(chosen.out.name + ".work")
     try:
@@ -366,15 +445,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"frontier: error: {error}", file=sys.stderr)
         sys.exit(2)
-    about = {**json.loads((work / "settings.json").read_text(encoding="utf-8")), "command": _command(chosen)}
+    about = {
+        **json.loads((work / "settings.json").read_text(encoding="utf-8")),
+        "command": _command(chosen),
+    }
     write(chosen.out, lines, about)
-    print(f"{len(lines)} points of {len(chosen.tasks)} tasks in {chosen.out}; the units in {work} can be deleted now")
+    print(
+        f"{len(lines)} points of {len(chosen.tasks)} tasks in {chosen.out}; the units in {work} can"
+        " be deleted now"
+    )
 
 
 def _command(chosen: argparse.Namespace) -> str:
     return (
-        f"python -m avl_analysis.evaluation.frontier --out {chosen.out.name} --model {chosen.model} --samples {chosen.samples} "
-        f"--seed {chosen.seed} --budgets {' '.join(f'{b:g}' for b in chosen.budgets)} --tasks {' '.join(chosen.tasks)}"
+        f"python -m avl_analysis.evaluation.frontier --out {chosen.out.name} --model {chosen.model}"
+        f" --samples {chosen.samples} --seed {chosen.seed} --budgets"
+        f" {' '.join(f'{b:g}' for b in chosen.budgets)} --tasks {' '.join(chosen.tasks)}"
     )
 
 

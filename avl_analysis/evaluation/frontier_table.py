@@ -2,9 +2,9 @@
 
     python -m avl_analysis.evaluation.frontier_table reports/reference/frontier.jsonl
 
-Kept is a policy's exact match divided by the full cache's, on the task where that is smallest. A rival beats the preset
-where, asked for the same share of bytes, it answers more of a task's questions rightly, and the 95 % interval of the
-paired difference lies above nothing.
+Kept is a policy's exact match divided by the full cache's, on the task where that is smallest. A
+rival beats the preset where, asked for the same share of bytes, it answers more of a task's
+questions rightly, and the 95 % interval of the paired difference lies above nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Beaten:
-    """A rival that is better than the preset on a task, with the difference of exact match and its interval."""
+    """A rival that is better than the preset on a task, with the difference of exact match and its
+    interval.
+    """
 
     rival: str
     budget: float
@@ -69,7 +71,9 @@ def rows(lines: Sequence[Line]) -> list[Row]:
         worst = min(kept, key=kept.__getitem__)
         size = [line["bytes"] for line in cell]
         accuracy = float(np.mean([line["accuracy"] for line in cell]))
-        found.append(Row(policy, budget, float(np.mean(size)), max(size), accuracy, kept[worst], worst))
+        found.append(
+            Row(policy, budget, float(np.mean(size)), max(size), accuracy, kept[worst], worst)
+        )
     return found
 
 
@@ -94,33 +98,48 @@ def _right(line: Line) -> np.ndarray:
 
 def show(lines: Sequence[Line], preset: str = PRESET) -> str:
     """Table and verdicts in Markdown."""
-    text = ["| policy | asked for | bytes in use | exact match | least kept, on |", "|---|---|---|---|---|"]
+    text = [
+        "| policy | asked for | bytes in use | exact match | least kept, on |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows(lines):
         asked = "" if row.budget is None else f"{100 * row.budget:g} %"
         text.append(
-            f"| {row.policy} | {asked} | {100 * row.bytes:.0f} % | {row.accuracy:.3f} | {row.kept:.2f}, {row.worst} |"
+            f"| {row.policy} | {asked} | {100 * row.bytes:.0f} % | {row.accuracy:.3f} |"
+            f" {row.kept:.2f}, {row.worst} |"
         )
     own = next((row for row in rows(lines) if row.policy == preset and row.budget is None), None)
     if own is not None:
         verb = "keeps" if own.kept >= KEPT else "does not keep"
         text += [
             "",
-            f"With its own settings {preset} {verb} {KEPT:g} of the full cache's exact match on every task (least: "
-            f"{own.kept:.3f}, {own.worst}), at {100 * own.bytes:.0f} % of the bytes (most on a task: "
-            f"{100 * own.most_bytes:.0f} %).",
+            (
+                f"With its own settings {preset} {verb} {KEPT:g} of the full cache's exact match on"
+                f" every task (least: {own.kept:.3f}, {own.worst}), at {100 * own.bytes:.0f} % of"
+                f" the bytes (most on a task: {100 * own.most_bytes:.0f} %)."
+            ),
         ]
     losses = beaten(lines, preset)
     if not losses:
-        text += ["", f"No baseline beats {preset} at the same budget on any task beyond its interval."]
+        text += [
+            "",
+            f"No baseline beats {preset} at the same budget on any task beyond its interval.",
+        ]
     for loss in losses:
         span = f"{100 * loss.difference:.1f} points [{100 * loss.low:.1f}, {100 * loss.high:.1f}]"
-        text.append(f"- {loss.rival} beats {preset} at {100 * loss.budget:g} % on {loss.task} by {span}.")
+        text.append(
+            f"- {loss.rival} beats {preset} at {100 * loss.budget:g} % on {loss.task} by {span}."
+        )
     return "\n".join(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m avl_analysis.evaluation.frontier_table", description=__doc__)
-    parser.add_argument("file", type=Path, help="what python -m avl_analysis.evaluation.frontier wrote")
+    parser = argparse.ArgumentParser(
+        prog="python -m avl_analysis.evaluation.frontier_table", description=__doc__
+    )
+    parser.add_argument(
+        "file", type=Path, help="what python -m avl_analysis.evaluation.frontier wrote"
+    )
     chosen = parser.parse_args(arguments)
     try:
         print(show(read(chosen.file)[1]))

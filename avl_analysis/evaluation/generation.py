@@ -1,12 +1,14 @@
-"""One batch, generated once: freely or along given tokens, under a policy or without, with its times and logits.
+"""One batch, generated once: freely or along given tokens, under a policy or without, with its
+times and logits.
 
-Teacher forcing goes through `generate()` too: a logits processor leaves only the next given token possible, so that
-every pass (positions, masks, cache, a policy's decode step per token) is exactly what free generation would have run.
-Logits are taken from the model's own output, before any processor.
+Teacher forcing goes through `generate()` too: a logits processor leaves only the next given token
+possible, so that every pass (positions, masks, cache, a policy's decode step per token) is exactly
+what free generation would have run. Logits are taken from the model's own output, before any
+processor.
 
-Attention is timed apart from the passes: everything that happens inside an attention module except its projections,
-that is rotary embedding, cache update, attention and whatever the policy does. That clock costs a little itself, so
-times per token come from runs without it.
+Attention is timed apart from the passes: everything that happens inside an attention module except
+its projections, that is rotary embedding, cache update, attention and whatever the policy does.
+That clock costs a little itself, so times per token come from runs without it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from avl_analysis.models.loading import VLM
 from avl_analysis.models.prompts import Conversation, render
 
 OnLogits = Callable[[int, Tensor], None]
-"""Called after every pass with its step (0: the prompt) and the (batch, vocabulary) logits of the next token."""
+"""Called after every pass with its step (0: the prompt) and the (batch, vocabulary) logits of the
+next token.
+"""
 
 
 @dataclass(eq=False)
@@ -36,7 +40,8 @@ class Run:
     """What one call of `generate` did.
 
     Attributes:
-        tokens: generated ids of each row, the end-of-sequence token included, padding behind it left out.
+        tokens: generated ids of each row, the end-of-sequence token included, padding behind it
+            left out.
         prompt_tokens: true tokens of each row's prompt.
         ttft: seconds from the call to the first token.
         tpot: seconds per further token of the batch; NaN where there was only one.
@@ -72,15 +77,23 @@ def generate(
     Raises:
         InputError: pictures or prompts that cannot be used. Whatever the model raises is passed on.
     """
-    inputs = vlm.prepare([list(sample.images) for sample in samples], [sample.prompt for sample in samples])
+    inputs = vlm.prepare(
+        [list(sample.images) for sample in samples], [sample.prompt for sample in samples]
+    )
     length = int(inputs["input_ids"].shape[1])
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if forced is not None:
         options["max_new_tokens"] = max(map(len, forced))
-        options["logits_processor"] = LogitsProcessorList([_Forced(forced, length, vlm.model.device)])
+        options["logits_processor"] = LogitsProcessorList(
+            [_Forced(forced, length, vlm.model.device)]
+        )
     watch = _Watch(on_logits)
-    clock: AbstractContextManager[list[float]] = _attention_clock(vlm.model) if time_attention else nullcontext([])
-    scope: AbstractContextManager[Any] = adaptive(vlm.model, policy) if policy is not None else nullcontext(None)
+    clock: AbstractContextManager[list[float]] = (
+        _attention_clock(vlm.model) if time_attention else nullcontext([])
+    )
+    scope: AbstractContextManager[Any] = (
+        adaptive(vlm.model, policy) if policy is not None else nullcontext(None)
+    )
     with torch.no_grad(), scope as session, clock as attention, watch.on(vlm.model):
         started = _now(vlm.model)
         out = vlm.model.generate(**inputs, do_sample=False, num_beams=1, **options)
@@ -97,27 +110,34 @@ def generate(
 
 
 def prompt_lengths(vlm: VLM, samples: Sequence[Sample]) -> list[int]:
-    """Tokens of each prompt as the model is given it, a picture counted as one: samples alike in pictures and in this
-    number need no padding together.
+    """Tokens of each prompt as the model is given it, a picture counted as one: samples alike in
+    pictures and in this number need no padding together.
 
     Raises:
         InputError: prompts the model's chat template cannot take.
     """
-    texts = [render(vlm.processor, Conversation(sample.prompt, len(sample.images))) for sample in samples]
+    texts = [
+        render(vlm.processor, Conversation(sample.prompt, len(sample.images))) for sample in samples
+    ]
     return [len(row) for row in vlm.processor.tokenizer(texts)["input_ids"]]
 
 
 def decode_texts(vlm: VLM, tokens: Sequence[Sequence[int]]) -> list[str]:
     """Generated ids as text, special tokens left out."""
     return [
-        text.strip() for text in vlm.processor.batch_decode([list(row) for row in tokens], skip_special_tokens=True)
+        text.strip()
+        for text in vlm.processor.batch_decode(
+            [list(row) for row in tokens], skip_special_tokens=True
+        )
     ]
 
 
 def end_tokens(model: nn.Module) -> tuple[int, ...]:
     """Ids that end an answer; none if the model never stops by itself."""
     value = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+    return (
+        () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+    )
 
 
 def _until_end(row: list[int], model: nn.Module) -> list[int]:
@@ -126,7 +146,8 @@ def _until_end(row: list[int], model: nn.Module) -> list[int]:
 
 
 class _Forced(LogitsProcessor):
-    """Leaves one token possible at every step: the given one (rows that are through may take any)."""
+    """Leaves one token possible at every step: the given one (rows that are through
+    may take any)."""
 
     def __init__(self, tokens: Sequence[Sequence[int]], prompt: int, device: torch.device) -> None:
         longest = max(map(len, tokens))
@@ -162,7 +183,9 @@ class _Watch:
 
 @contextmanager
 def _attention_clock(model: nn.Module) -> Iterator[list[float]]:
-    """Seconds inside attention modules but outside their linear projections, one number per pass through the model."""
+    """Seconds inside attention modules but outside their linear projections, one number per pass
+    through the model.
+    """
     passes: list[float] = []
     current = [0.0]
 
@@ -182,7 +205,10 @@ def _attention_clock(model: nn.Module) -> Iterator[list[float]]:
             handles += [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
             for inner in module.modules():
                 if isinstance(inner, nn.Linear):
-                    handles += [inner.register_forward_pre_hook(stop), inner.register_forward_hook(start)]
+                    handles += [
+                        inner.register_forward_pre_hook(stop),
+                        inner.register_forward_hook(start),
+                    ]
         handles.append(model.register_forward_hook(finish))
         yield passes
     finally:
@@ -192,12 +218,20 @@ def _attention_clock(model: nn.Module) -> Iterator[list[float]]:
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The decoder's attention modules: the innermost ones that know the index of their layer."""
-    having = [m for m in describe(model).decoder.modules() if isinstance(getattr(m, "layer_idx", None), int)]
-    return [m for m in having if not any(other is not m for other in m.modules() if other in having)]
+    having = [
+        m
+        for m in describe(model).decoder.modules()
+        if isinstance(getattr(m, "layer_idx", None), int)
+    ]
+    return [
+        m for m in having if not any(other is not m for other in m.modules() if other in having)
+    ]
 
 
 def _now(model: nn.Module) -> float:
-    """Seconds on a clock that only runs forward, after all work given to the model's device is done."""
+    """Seconds on a clock that only runs forward, after all work given to the model's device is
+    done.
+    """
     device = next(model.parameters()).device
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -6,8 +6,8 @@
     a-vl,core=0.2,text=none     fields changed
     my.json                     what `save_policy` (or calibration) wrote
 
-A file names the class and the fields that differ from its defaults, and may carry the evidence they were chosen by.
-Only the policies listed in `POLICIES` can be named: a file never runs code.
+A file names the class and the fields that differ from its defaults, and may carry the evidence they
+were chosen by. Only the policies listed in `POLICIES` can be named: a file never runs code.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def named_policy(text: str) -> Policy:
     """The policy meant by a name with settings, or by the path of a JSON file; see the module.
 
     Raises:
-        InputError: an unknown name, no such file, settings the policy does not have or does not accept.
+        InputError: an unknown name, no such file, settings the policy does not have or does not
+            accept.
     """
     if text.endswith(".json"):
         return load_policy(text)
@@ -59,10 +60,14 @@ def named_policy(text: str) -> Policy:
     for setting in settings:
         key, sign, value = setting.partition("=")
         if not sign:
-            raise InputError(f"{setting!r} in {text!r} is no setting: write name=value, for example core=0.3")
+            raise InputError(
+                f"{setting!r} in {text!r} is no setting: write name=value, for example core=0.3"
+            )
         values[key.strip()] = _value(value.strip())
     share = _number(budget, text) if budget else None
-    return changed(_preset(name, share) if name in PRESETS else _plain(POLICIES[name], share), values)
+    return changed(
+        _preset(name, share) if name in PRESETS else _plain(POLICIES[name], share), values
+    )
 
 
 def _preset(name: str, budget: float | None) -> Policy:
@@ -101,7 +106,10 @@ def changed(policy: Policy, values: Mapping[str, Any]) -> Policy:
     known = [field.name for field in fields(policy)]
     for name in values:
         if name not in known:
-            raise InputError(f"{type(policy).__name__} has no setting {name!r}; it has {', '.join(known) or 'none'}")
+            raise InputError(
+                f"{type(policy).__name__} has no setting {name!r}; it has"
+                f" {', '.join(known) or 'none'}"
+            )
     try:
         return replace(policy, **values)
     except (TypeError, ValueError) as error:
@@ -115,7 +123,9 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
         InputError: a policy that is not one of `POLICIES`.
     """
     if type(policy) not in POLICIES.values():
-        raise InputError(f"{type(policy).__name__} cannot be written to a file; these can: {', '.join(POLICIES)}")
+        raise InputError(
+            f"{type(policy).__name__} cannot be written to a file; these can: {', '.join(POLICIES)}"
+        )
     plain = {field.name: getattr(policy, field.name) for field in fields(policy)}
     default = type(policy)()
     different = {name: value for name, value in plain.items() if value != getattr(default, name)}
@@ -130,11 +140,16 @@ def policy_from_json(content: Any, source: str = "this content") -> Policy:
     """
     classes = {kind.__name__: kind for kind in POLICIES.values()}
     if not isinstance(content, dict) or not isinstance(content.get("fields", {}), dict):
-        raise InputError(f"{source} does not describe a policy: an object with 'policy' and 'fields' is needed")
+        raise InputError(
+            f"{source} does not describe a policy: an object with 'policy' and 'fields' is needed"
+        )
     if content.get("policy") not in classes:
-        raise InputError(f"{source} names policy {content.get('policy')!r}; possible are {', '.join(classes)}")
+        raise InputError(
+            f"{source} names policy {content.get('policy')!r}; possible are {', '.join(classes)}"
+        )
     given = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in content.get("fields", {}).items()
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in content.get("fields", {}).items()
     }
     try:
         return changed(classes[content["policy"]](), given)
@@ -142,7 +157,9 @@ def policy_from_json(content: Any, source: str = "this content") -> Policy:
         raise InputError(f"{source}: {error}") from error
 
 
-def save_policy(policy: Policy, path: str | PathLike[str], evidence: Mapping[str, Any] | None = None) -> Path:
+def save_policy(
+    policy: Policy, path: str | PathLike[str], evidence: Mapping[str, Any] | None = None
+) -> Path:
     """Write a policy, and what it was chosen by, as JSON.
 
     Raises:
@@ -152,7 +169,9 @@ def save_policy(policy: Policy, path: str | PathLike[str], evidence: Mapping[str
     if evidence is not None:
         content["evidence"] = dict(evidence)
     try:
-        Path(path).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        Path(path).write_text(
+            json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
     except OSError as error:
         raise InputError(f"cannot write the policy to {path}: {error}") from error
     return Path(path)
@@ -162,13 +181,16 @@ def load_policy(path: str | PathLike[str]) -> Policy:
     """Read a policy that `save_policy` wrote.
 
     Raises:
-        InputError: no such file, not JSON, not a policy, of another version of the format, or settings out of range.
+        InputError: no such file, not JSON, not a policy, of another version of the format, or
+            settings out of range.
     """
     return policy_from_json(_read(path), str(path))
 
 
 def load_evidence(path: str | PathLike[str]) -> dict[str, Any] | None:
-    """What the policy in a file was chosen by; None if the file does not say. Raises as `load_policy`."""
+    """What the policy in a file was chosen by; None if the file does not say. Raises as
+    `load_policy`.
+    """
     evidence = _read(path).get("evidence")
     return None if evidence is None else dict(evidence)
 
@@ -176,7 +198,9 @@ def load_evidence(path: str | PathLike[str]) -> dict[str, Any] | None:
 def _read(path: str | PathLike[str]) -> dict[str, Any]:
     source = Path(path).expanduser()
     if not source.is_file():
-        raise InputError(f"there is no policy file {source}; make one with avl calibrate --out {source}")
+        raise InputError(
+            f"there is no policy file {source}; make one with avl calibrate --out {source}"
+        )
     try:
         content = json.loads(source.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
@@ -184,7 +208,9 @@ def _read(path: str | PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f'{source} is JSON but not a policy (no "format": "{FORMAT}" in it)')
     if content.get("version") != VERSION:
-        raise InputError(f"{source} has policy format {content.get('version')}, this program reads {VERSION}")
+        raise InputError(
+            f"{source} has policy format {content.get('version')}, this program reads {VERSION}"
+        )
     return content
 
 
@@ -205,4 +231,6 @@ def _number(text: str, where: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise InputError(f"{text!r} in {where!r} is not a number: write the budget like a-vl:0.5") from error
+        raise InputError(
+            f"{text!r} in {where!r} is not a number: write the budget like a-vl:0.5"
+        ) from error

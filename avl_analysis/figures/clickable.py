@@ -1,7 +1,9 @@
-"""Small changes to plots already drawn by draw_plotly: cells one can click, a cell that is marked, opacity.
+"""Small changes to plots already drawn by draw_plotly: cells one can click, a cell that is marked,
+opacity.
 
-Plotly does not report clicks on a heat map as a selection, only clicks on points. `with_cells` therefore lays one
-invisible square over every cell, which carries row and column and is what a page is told about.
+Plotly does not report clicks on a heat map as a selection, only clicks on points. `with_cells`
+therefore lays one invisible square over every cell, which carries row and column and is what a page
+is told about.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from avl_analysis.figures import palette
 from avl_analysis.figures.spec import Heat
 
 
-def with_cells(plot: Any, heat: Heat, *, marked: tuple[int, int] | None = None, dark: bool = False) -> Any:
+def with_cells(
+    plot: Any, heat: Heat, *, marked: tuple[int, int] | None = None, dark: bool = False
+) -> Any:
     """Make the cells of a drawn heat map selectable; `marked` (row, column) gets a frame.
 
     The points' `customdata` is [row, column, value].
@@ -20,7 +24,9 @@ def with_cells(plot: Any, heat: Heat, *, marked: tuple[int, int] | None = None, 
     rows, columns = heat.values.shape
     places = [(r, c) for r in range(rows) for c in range(columns)]
     theme = palette.DARK if dark else palette.LIGHT
-    hover = f"{_plain(heat.y.label)} %{{customdata[0]}}, {_plain(heat.x.label)} %{{customdata[1]}}<br>"
+    hover = (
+        f"{_plain(heat.y.label)} %{{customdata[0]}}, {_plain(heat.x.label)} %{{customdata[1]}}<br>"
+    )
     hover += f"{_plain(heat.value.label)}: %{{customdata[2]:.4g}}<extra></extra>"
     plot.add_scatter(
         x=[c for _, c in places],
@@ -35,18 +41,30 @@ def with_cells(plot: Any, heat: Heat, *, marked: tuple[int, int] | None = None, 
     )
     if marked is not None:
         row, column = marked
-        corners = {"x0": column - 0.5, "x1": column + 0.5, "y0": row - 0.5, "y1": row + 0.5, "type": "rect"}
+        corners = {
+            "x0": column - 0.5,
+            "x1": column + 0.5,
+            "y0": row - 0.5,
+            "y1": row + 0.5,
+            "type": "rect",
+        }
         plot.add_shape(**corners, line={"color": theme.paper, "width": 7})
         plot.add_shape(**corners, line={"color": theme.ink, "width": 3})
-    plot.update_traces(colorbar={"title": {"text": ""}}, selector={"type": "heatmap"})  # the page's heading says it
+    plot.update_traces(
+        colorbar={"title": {"text": ""}}, selector={"type": "heatmap"}
+    )  # the page's heading says it
     plot.update_layout(clickmode="event+select", dragmode=False)
     plot.update_xaxes(range=[-0.5, columns - 0.5], fixedrange=True)
-    plot.update_yaxes(range=[-0.5, rows - 0.5] if heat.upward else [rows - 0.5, -0.5], fixedrange=True)
+    plot.update_yaxes(
+        range=[-0.5, rows - 0.5] if heat.upward else [rows - 0.5, -0.5], fixedrange=True
+    )
     return plot
 
 
 def with_opacity(plot: Any, opacity: float) -> Any:
-    """Let more or less of a picture shine through what is drawn over it; 0 hides the patches, 1 is as drawn."""
+    """Let more or less of a picture shine through what is drawn over it; 0 hides the patches, 1 is
+    as drawn.
+    """
     plot.update_traces(opacity=opacity, selector={"type": "heatmap"})
     return plot
 

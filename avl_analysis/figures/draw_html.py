@@ -1,8 +1,8 @@
 """Draws token strips as HTML: text that wraps, each token shaded by its value.
 
-Every text is escaped; tags, attributes and colours are this module's own. The value stands in each token's tooltip and,
-for screen readers, in its label. Shade is one hue whose opacity is the value, so it reads in grey and on black alike;
-what is large is underlined too.
+Every text is escaped; tags, attributes and colours are this module's own. The value stands in each
+token's tooltip and, for screen readers, in its label. Shade is one hue whose opacity is the value,
+so it reads in grey and on black alike; what is large is underlined too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ def draw(strip: Strip, *, dark: bool = False) -> str:
 
 def _span(strip: Strip, span: Span, dark: bool) -> str:
     theme = palette.DARK if dark else palette.LIGHT
-    name = f'<span style="color:{theme.muted};font-size:0.8rem;margin-right:6px">{escape(span.name)}</span>'
+    name = (
+        "<span"
+        f' style="color:{theme.muted};font-size:0.8rem;margin-right:6px">{escape(span.name)}</span>'
+    )
     words = "".join(_token(strip, at, dark) for at in range(span.first, span.last))
     return f'<div style="margin-bottom:2px">{name}{words}</div>'
 
@@ -42,7 +45,10 @@ def _token(strip: Strip, at: int, dark: bool) -> str:
     low, high = strip.value.limits or (0.0, float(np.nanmax(strip.values, initial=0.0)) or 1.0)
     known = np.isfinite(value)
     share = float(np.clip((value - low) / (high - low), 0, 1)) if known else 0.0
-    style = _BOX + f"background:{palette.translucent(palette.style(strip.slot).colour(dark), 0.75 * share)};"
+    style = (
+        _BOX
+        + f"background:{palette.translucent(palette.style(strip.slot).colour(dark), 0.75 * share)};"
+    )
     if share > 0.5:
         style += f"color:{palette.LIGHT.ink};" if dark else ""  # the dark theme's colours are light
         style += "text-decoration:underline;text-decoration-color:currentColor;"
@@ -56,5 +62,8 @@ def _token(strip: Strip, at: int, dark: bool) -> str:
     shown = _SPECIAL.get(text) or escape(text.strip() or "␣").replace("\n", "↵")
     note = ""
     if at in strip.notes:
-        note = f'<span style="color:{theme.muted};font-size:0.8rem;margin-left:3px">→{escape(strip.notes[at])}</span>'
+        note = (
+            f'<span style="color:{theme.muted};font-size:0.8rem;margin-left:3px">'
+            f"→{escape(strip.notes[at])}</span>"
+        )
     return f'<span title="{escape(said, quote=True)}" style="{style}">{shown}</span>{note} '

@@ -1,7 +1,7 @@
 """Figures about one token of one answer: the picture, the text and the head that was looking.
 
-Plain arrays in, specs out. Attention is a share of the whole row's attention everywhere here (rows add up to 1 over
-system, image and text), so numbers of picture and text can be compared.
+Plain arrays in, specs out. Attention is a share of the whole row's attention everywhere here (rows
+add up to 1 over system, image and text), so numbers of picture and text can be compared.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ LAYER = Axis("layer", "index")
 HEAD = Axis("head", "index")
 STEP = Axis("answer token", "index")
 FAINT = 0.05
-"""Attention on a word that is drawn at full strength even if no word gets more, so that crumbs look like crumbs."""
+"""Attention on a word that is drawn at full strength even if no word gets more, so that crumbs look
+like crumbs.
+"""
 UNLIKE = 1.0
-"""Divergence in nats drawn at full strength: the full cache's token has lost about two thirds of its probability."""
+"""Divergence in nats drawn at full strength: the full cache's token has lost about two thirds of
+its probability.
+"""
 STATES = ("minor: dropped", "secondary: held", "core: held and read")
 """Names of `avl.State` 0, 1, 2, in the palette's class colours."""
 
@@ -34,8 +38,9 @@ def token_overlay(
     title: str = "",
     top: float | None = None,
 ) -> Overlay:
-    """Attention of one token on the patches of a picture; `top` is the value drawn at full strength (default: the
-    largest)."""
+    """Attention of one token on the patches of a picture; `top` is the value drawn at full strength
+    (default: the largest).
+    """
     largest = float(np.nanmax(patches, initial=0.0))
     axis = Axis(ATTENTION.label, ATTENTION.unit, (0.0, max(top or largest, 1e-6)))
     return Overlay(picture, axis, patches, boxes=boxes, title=title)
@@ -47,7 +52,11 @@ def plain_picture(picture: NDArray[np.uint8], boxes: tuple[Box, ...] = ()) -> Ov
 
 
 def token_strip(
-    tokens: Sequence[str], values: Array, modality: NDArray[np.int8], prompt: int, marked: int | None = None
+    tokens: Sequence[str],
+    values: Array,
+    modality: NDArray[np.int8],
+    prompt: int,
+    marked: int | None = None,
 ) -> Strip:
     """Attention of one token on the words before it, the pictures left out.
 
@@ -60,7 +69,11 @@ def token_strip(
     text = tuple(tokens[int(i)] for i in kept)
     shown = np.asarray(values, dtype=float)[kept]
     system, question = int((modality[kept] == 0).sum()), int((kept < prompt).sum())
-    spans = (Span("system", 0, system), Span("question", system, question), Span("answer", question, len(text)))
+    spans = (
+        Span("system", 0, system),
+        Span("question", system, question),
+        Span("answer", question, len(text)),
+    )
     place = np.flatnonzero(kept == marked)
     largest = float(np.nanmax(shown, initial=0.0))
     axis = Axis(ATTENTION.label, ATTENTION.unit, (0.0, max(largest, FAINT)))
@@ -73,8 +86,11 @@ def token_strip(
     )
 
 
-def fidelity_strip(name: str, words: Sequence[str], kl: Array, other: Mapping[int, str], slot: int = 1) -> Strip:
-    """An answer of the full cache, shaded by how far a policy's prediction is from the full cache's.
+def fidelity_strip(
+    name: str, words: Sequence[str], kl: Array, other: Mapping[int, str], slot: int = 1
+) -> Strip:
+    """An answer of the full cache, shaded by how far a policy's prediction is from the full
+    cache's.
 
     Args:
         kl: (tokens,) divergence in nats; `UNLIKE` is drawn at full strength.
@@ -96,18 +112,31 @@ def mass_by_layer(layers: Sequence[int], mass: Mapping[str, Sequence[float]]) ->
     return Lines(LAYER, Axis("attention", "share of the row", (0.0, 1.0)), lines, title="by layer")
 
 
-def mass_by_token(words: Sequence[str], mass: Mapping[str, Sequence[float]], chosen: int | None = None) -> Bars:
+def mass_by_token(
+    words: Sequence[str], mass: Mapping[str, Sequence[float]], chosen: int | None = None
+) -> Bars:
     """Attention on the picture and on text for every answer token."""
     names = tuple(f"{i} {word.strip() or '␣'}" for i, word in enumerate(words))
-    bars = tuple(Bar(name, np.array(mass[name]), slot=slot) for slot, name in ((1, "image"), (2, "text")))
+    bars = tuple(
+        Bar(name, np.array(mass[name]), slot=slot) for slot, name in ((1, "image"), (2, "text"))
+    )
     title = "" if chosen is None else f"token {chosen} is chosen"
     return Bars(STEP, Axis("attention", "share of the row", (0.0, 1.0)), names, bars, title=title)
 
 
-def evolution(name: str, values: Mapping[str, Array], axis: Axis, title: str = "", *, slot: int = 1) -> Lines:
-    """Curves over answer tokens; NaN where nothing was measured. `slot` is the palette's slot of the first."""
+def evolution(
+    name: str, values: Mapping[str, Array], axis: Axis, title: str = "", *, slot: int = 1
+) -> Lines:
+    """Curves over answer tokens; NaN where nothing was measured. `slot` is the palette's slot of
+    the first.
+    """
     lines = tuple(
-        Line(key, np.arange(len(series), dtype=float), np.asarray(series, dtype=float), slot=slot + place)
+        Line(
+            key,
+            np.arange(len(series), dtype=float),
+            np.asarray(series, dtype=float),
+            slot=slot + place,
+        )
         for place, (key, series) in enumerate(values.items())
     )
     return Lines(STEP, axis, lines, title=title or name)
@@ -120,7 +149,10 @@ def age_profile(ages: Array, weights: Mapping[str, Array], title: str = "") -> L
         for slot, (name, series) in enumerate(weights.items(), start=2)
     )
     return Lines(
-        Axis("age of the text token", "tokens"), Axis("mean attention", "share of the row"), lines, title=title
+        Axis("age of the text token", "tokens"),
+        Axis("mean attention", "share of the row"),
+        lines,
+        title=title,
     )
 
 
@@ -131,7 +163,8 @@ def head_map(values: Array, layers: Sequence[int], value: Axis, title: str = "")
 
 
 def states_overlay(picture: NDArray[np.uint8], states: Array, title: str = "") -> Overlay:
-    """What a policy did with every patch: classes 0, 1, 2 of `STATES`; NaN where there is no token."""
+    """What a policy did with every patch: classes 0, 1, 2 of `STATES`; NaN where there
+    is no token."""
     return Overlay(picture, Axis("state", "class"), states, classes=STATES, title=title)
 
 

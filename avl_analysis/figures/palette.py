@@ -1,12 +1,13 @@
 """The one palette: what a slot number looks like, on white and on black, in colour and in grey.
 
-Colours are those of Okabe and Ito (2008, "Color Universal Design"), ordered so that the first three, which stand for
-system, image and text wherever modalities are drawn, also differ in lightness; each slot has a dash and a marker of its
-own, so a grey print or a photocopy still works. The dark theme keeps the hues and lifts what would drown in black.
+Colours are those of Okabe and Ito (2008, "Color Universal Design"), ordered so that the first
+three, which stand for system, image and text wherever modalities are drawn, also differ in
+lightness; each slot has a dash and a marker of its own, so a grey print or a photocopy still works.
+The dark theme keeps the hues and lifts what would drown in black.
 
-Continuous values use cividis-like maps that rise in lightness (matplotlib's "cividis", plotly's "Cividis"), readable
-with any colour vision. Attention over a picture is drawn in one warm hue whose opacity is the value, because a picture
-brings its own colours.
+Continuous values use cividis-like maps that rise in lightness (matplotlib's "cividis", plotly's
+"Cividis"), readable with any colour vision. Attention over a picture is drawn in one warm hue whose
+opacity is the value, because a picture brings its own colours.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Style:
-    """How one series looks: colours as "#rrggbb", plotly's and matplotlib's names of dash and marker."""
+    """How one series looks: colours as "#rrggbb", plotly's and matplotlib's names of dash and
+    marker.
+    """
 
     light: str
     dark: str
@@ -54,7 +57,9 @@ STYLES: tuple[Style, ...] = (
     Style("#6f4aa8", "#b39ddb", (0, (4, 1, 1, 1, 1, 1)), "h", "6px,2px,2px,2px", "hexagon"),
     Style("#a5304c", "#e8788a", (0, (1, 0.8)), "p", "2px,2px", "pentagon"),
 )
-"""Slots 0, 1, 2 stand for system, image and text wherever modalities are drawn; any slot beyond the last repeats."""
+"""Slots 0, 1, 2 stand for system, image and text wherever modalities are drawn; any slot beyond the
+last repeats.
+"""
 
 SYSTEM, IMAGE, TEXT = 0, 1, 2
 """Slots of the modalities."""
@@ -67,7 +72,9 @@ BOX_EDGE = "#010101"
 
 CLASS_COLOURS: tuple[str, ...] = ("#000000", "#0072b2", "#ffb000")
 CLASS_OPACITY: tuple[float, ...] = (0.72, 0.45, 0.60)
-"""Fill of class 0, 1, 2 over a picture: minor is darkened away, secondary is blue, core is amber (lightness rises)."""
+"""Fill of class 0, 1, 2 over a picture: minor is darkened away, secondary is blue, core is amber
+(lightness rises).
+"""
 
 
 def style(slot: int) -> Style:
@@ -87,13 +94,20 @@ def translucent(colour: str, opacity: float) -> str:
 
 def lightness(colour: str) -> float:
     """CIE 1976 lightness L*, 0 (black) to 100 (white): what is left of a colour in a grey print."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in rgb(colour))]
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (v / 255 for v in rgb(colour))
+    ]
     y = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return 116 * y ** (1 / 3) - 16 if y > (6 / 29) ** 3 else y * (29 / 3) ** 3
 
 
 def dark_pairs() -> list[tuple[str, str]]:
-    """(light, dark) for every colour a light figure is made of, as a page needs them to change its theme."""
+    """(light, dark) for every colour a light figure is made of, as a page needs them to change its
+    theme.
+    """
     pairs = [(s.light, s.dark) for s in STYLES]
-    pairs += [(getattr(LIGHT, name), getattr(DARK, name)) for name in ("paper", "ink", "muted", "grid")]
+    pairs += [
+        (getattr(LIGHT, name), getattr(DARK, name)) for name in ("paper", "ink", "muted", "grid")
+    ]
     return pairs

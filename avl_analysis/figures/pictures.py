@@ -1,6 +1,7 @@
 """Pictures as arrays: what both drawing modules do to a photograph before they put attention on it.
 
-A picture under an attention map is shown grey and dimmed, so that the only colour seen is the measurement.
+A picture under an attention map is shown grey and dimmed, so that the only colour seen is the
+measurement.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def dimmed(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def data_uri(picture: NDArray[np.uint8], longest: int = 512) -> str:
-    """The picture as a "data:" address holding a PNG, reduced to at most `longest` pixels a side."""
+    """The picture as a "data:" address holding a PNG, reduced to at most `longest`
+    pixels a side."""
     image = Image.fromarray(picture)
     image.thumbnail((longest, longest))
     buffer = io.BytesIO()

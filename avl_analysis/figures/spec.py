@@ -1,10 +1,11 @@
 """What a figure shows, as plain values: the only thing that passes between numbers and drawing.
 
-A `Figure` is a titled row of panels with a caption; a panel is one of six kinds (`Lines`, `Heat`, `Bars`, `Scatter`,
-`Overlay`, `Animation`). Everything is checked here, at the door: lengths must agree, intervals must contain their
-value, and every axis must name its unit, because a figure without units is not a measurement. Colours are not chosen
-here: a series carries a `slot`, and palette.py turns the slot into colour, dash and marker together, so that a figure
-printed in grey still tells its series apart.
+A `Figure` is a titled row of panels with a caption; a panel is one of six kinds (`Lines`, `Heat`,
+`Bars`, `Scatter`, `Overlay`, `Animation`). Everything is checked here, at the door: lengths must
+agree, intervals must contain their value, and every axis must name its unit, because a figure
+without units is not a measurement. Colours are not chosen here: a series carries a `slot`, and
+palette.py turns the slot into colour, dash and marker together, so that a figure printed in grey
+still tells its series apart.
 
 What surprises: NaN means "not measured" and is drawn as a gap; infinities are refused.
 """
@@ -31,7 +32,8 @@ class Axis:
 
     Attributes:
         label: quantity in words, e.g. "decode step".
-        unit: unit in words, never empty; "share" for a number between 0 and 1, "index" for a counted thing.
+        unit: unit in words, never empty; "share" for a number between 0 and 1, "index" for a
+            counted thing.
         limits: (low, high) in data units; None lets the drawing choose.
         log: logarithmic scale (values must be positive).
         ticks: (position, text) pairs for axes of named things; None for ordinary numbers.
@@ -45,9 +47,13 @@ class Axis:
 
     def __post_init__(self) -> None:
         if not self.label or not self.unit:
-            raise ValueError(f"an axis needs a label and a unit; got label {self.label!r}, unit {self.unit!r}")
+            raise ValueError(
+                f"an axis needs a label and a unit; got label {self.label!r}, unit {self.unit!r}"
+            )
         if self.limits is not None and not self.limits[0] < self.limits[1]:
-            raise ValueError(f"axis {self.label!r} has limits {self.limits}; the first must be below the second")
+            raise ValueError(
+                f"axis {self.label!r} has limits {self.limits}; the first must be below the second"
+            )
 
     @property
     def text(self) -> str:
@@ -62,7 +68,9 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One curve: `y` at `x`, both (points,), with an optional interval `low <= y <= high` of the same shape."""
+    """One curve: `y` at `x`, both (points,), with an optional interval `low <= y <= high` of the
+    same shape.
+    """
 
     name: str
     x: Array
@@ -78,7 +86,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Rule:
-    """A straight reference line across a panel, `at` in units of the axis it stands on (`axis`, "x" or "y")."""
+    """A straight reference line across a panel, `at` in units of the axis it stands on (`axis`, "x"
+    or "y").
+    """
 
     at: float
     label: str
@@ -102,9 +112,11 @@ class Lines:
 
 @dataclass(frozen=True, eq=False)
 class Heat:
-    """A matrix of values, (rows, columns), row 0 at the top unless `upward`; `value` is the colour bar's axis.
+    """A matrix of values, (rows, columns), row 0 at the top unless `upward`; `value` is the colour
+    bar's axis.
 
-    `low` and `high` (same shape) are shown on hover and exported; `annotate` writes each value into its cell.
+    `low` and `high` (same shape) are shown on hover and exported; `annotate` writes each value into
+    its cell.
     """
 
     x: Axis
@@ -120,7 +132,9 @@ class Heat:
     def __post_init__(self) -> None:
         _series(self, "heat map", self.title or self.value.label, ("values",), ("low", "high"))
         if self.values.ndim != 2 or self.values.size == 0:
-            raise ValueError(f"heat map {self.title!r} needs a non-empty matrix; got shape {self.values.shape}")
+            raise ValueError(
+                f"heat map {self.title!r} needs a non-empty matrix; got shape {self.values.shape}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +153,9 @@ class Bar:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars side by side for each of `categories`; lying down when `horizontal` (long category names)."""
+    """Bars side by side for each of `categories`; lying down when `horizontal` (long category
+    names).
+    """
 
     category: Axis
     value: Axis
@@ -153,13 +169,16 @@ class Bars:
         for bar in self.bars:
             if bar.values.shape != (len(self.categories),):
                 raise ValueError(
-                    f"bars {bar.name!r} have {bar.values.size} values for {len(self.categories)} categories"
+                    f"bars {bar.name!r} have {bar.values.size} values for {len(self.categories)}"
+                    " categories"
                 )
 
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """Points of one series: `x`, `y` (points,), optional intervals in y and labels; `joined` draws a frontier."""
+    """Points of one series: `x`, `y` (points,), optional intervals in y and labels; `joined` draws
+    a frontier.
+    """
 
     name: str
     x: Array
@@ -173,7 +192,9 @@ class Points:
     def __post_init__(self) -> None:
         _series(self, "points", self.name, ("x", "y"), ("low", "high"))
         if self.labels and len(self.labels) != self.x.size:
-            raise ValueError(f"points {self.name!r} have {len(self.labels)} labels for {self.x.size} points")
+            raise ValueError(
+                f"points {self.name!r} have {len(self.labels)} labels for {self.x.size} points"
+            )
 
 
 @dataclass(frozen=True)
@@ -189,7 +210,9 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle in picture pixels, from the left/top edge to the right/bottom edge, with its name."""
+    """A rectangle in picture pixels, from the left/top edge to the right/bottom edge, with its
+    name.
+    """
 
     left: float
     top: float
@@ -199,7 +222,9 @@ class Box:
 
     def __post_init__(self) -> None:
         if not (self.left < self.right and self.top < self.bottom):
-            raise ValueError(f"box {self.label!r} is empty: {(self.left, self.top, self.right, self.bottom)}")
+            raise ValueError(
+                f"box {self.label!r} is empty: {(self.left, self.top, self.right, self.bottom)}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +234,8 @@ class Overlay:
     Attributes:
         picture: (height, width, 3) uint8.
         value: what the patch values are, with unit; its limits fix the colour scale.
-        patches: (rows, columns) value of each patch of the picture, NaN where none; None shows the picture alone.
+        patches: (rows, columns) value of each patch of the picture, NaN where none; None shows the
+            picture alone.
         classes: names of classes if `patches` holds class numbers 0, 1, ... instead of quantities.
         boxes: outlines, e.g. where the object asked for really is.
     """
@@ -225,19 +251,27 @@ class Overlay:
         picture = np.asarray(self.picture)
         if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
             raise ValueError(
-                f"overlay {self.title!r} needs a (height, width, 3) uint8 picture; got {picture.shape} {picture.dtype}"
+                f"overlay {self.title!r} needs a (height, width, 3) uint8 picture; got"
+                f" {picture.shape} {picture.dtype}"
             )
         if self.patches is not None:
             _series(self, "overlay", self.title, ("patches",), ())
             if self.patches.ndim != 2:
-                raise ValueError(f"overlay {self.title!r} needs (rows, columns) patches; got {self.patches.shape}")
+                raise ValueError(
+                    f"overlay {self.title!r} needs (rows, columns) patches; got"
+                    f" {self.patches.shape}"
+                )
             if self.classes and np.nanmax(self.patches, initial=0) >= len(self.classes):
-                raise ValueError(f"overlay {self.title!r} has a class beyond its {len(self.classes)} names")
+                raise ValueError(
+                    f"overlay {self.title!r} has a class beyond its {len(self.classes)} names"
+                )
 
 
 @dataclass(frozen=True)
 class Animation:
-    """The same picture over time: one overlay per decode step, `steps` their numbers, `seconds` each is shown."""
+    """The same picture over time: one overlay per decode step, `steps` their numbers, `seconds`
+    each is shown.
+    """
 
     frames: tuple[Overlay, ...]
     steps: tuple[int, ...]
@@ -246,7 +280,10 @@ class Animation:
 
     def __post_init__(self) -> None:
         if not self.frames or len(self.frames) != len(self.steps):
-            raise ValueError(f"animation {self.title!r} has {len(self.frames)} frames for {len(self.steps)} steps")
+            raise ValueError(
+                f"animation {self.title!r} has {len(self.frames)} frames for {len(self.steps)}"
+                " steps"
+            )
 
 
 Panel = Lines | Heat | Bars | Scatter | Overlay | Animation
@@ -254,7 +291,9 @@ Panel = Lines | Heat | Bars | Scatter | Overlay | Animation
 
 @dataclass(frozen=True)
 class Caption:
-    """The words below a figure. `n` counts `of` (samples unless said otherwise); `interval` says what bands are."""
+    """The words below a figure. `n` counts `of` (samples unless said otherwise); `interval` says
+    what bands are.
+    """
 
     what: str
     n: int
@@ -265,13 +304,19 @@ class Caption:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise ValueError(f"a caption must say how many {self.of} were measured; got n = {self.n}")
+            raise ValueError(
+                f"a caption must say how many {self.of} were measured; got n = {self.n}"
+            )
 
     @property
     def text(self) -> str:
         """The whole caption; every figure says what, n, model and interval."""
         of = self.of.removesuffix("s") if self.n == 1 else self.of
-        parts = [self.what, self.finding, f"n = {self.n} {of}; model: {self.model}; {self.interval}."]
+        parts = [
+            self.what,
+            self.finding,
+            f"n = {self.n} {of}; model: {self.model}; {self.interval}.",
+        ]
         return " ".join(part for part in parts if part)
 
 
@@ -289,7 +334,11 @@ class Figure:
     columns: int = 2
 
     def __post_init__(self) -> None:
-        if not self.name.replace("_", "").isalnum() or self.name != self.name.lower() or not self.name.isascii():
+        if (
+            not self.name.replace("_", "").isalnum()
+            or self.name != self.name.lower()
+            or not self.name.isascii()
+        ):
             raise ValueError(f"figure name {self.name!r} must be a plain lower-case file stem")
         if not self.panels:
             raise ValueError(f"figure {self.name!r} has no panels")
@@ -298,22 +347,32 @@ class Figure:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Ticks of a logarithmic axis: powers of ten, with their doubles and halves where there is room for them."""
+    """Ticks of a logarithmic axis: powers of ten, with their doubles and halves where there is room
+    for them.
+    """
     decades = range(int(np.floor(np.log10(low))) - 1, int(np.ceil(np.log10(high))) + 1)
     steps = (1, 2, 5) if high < 300 * low else (1,)
-    return [tick for d in decades for step in steps if low <= (tick := float(f"{step}e{d}")) <= high]
+    return [
+        tick for d in decades for step in steps if low <= (tick := float(f"{step}e{d}")) <= high
+    ]
 
 
 def repeated(panel: Lines, line: Line) -> bool:
-    """Whether a baseline of the same name stands before this one, so that the legend needs no second entry."""
+    """Whether a baseline of the same name stands before this one, so that the legend needs no
+    second entry.
+    """
     before = panel.lines[: panel.lines.index(line)]
-    return line.role == "baseline" and any(other.role == "baseline" and other.name == line.name for other in before)
+    return line.role == "baseline" and any(
+        other.role == "baseline" and other.name == line.name for other in before
+    )
 
 
 def rows(figure: Figure) -> list[Row]:
-    """Every number of a figure in long form: one row per value with panel, series, place and interval.
+    """Every number of a figure in long form: one row per value with panel, series, place and
+    interval.
 
-    Keys: panel, series, x, y, value, low, high, label. What a kind does not have is None; NaN stays NaN.
+    Keys: panel, series, x, y, value, low, high, label. What a kind does not have is None; NaN stays
+    NaN.
     """
     table = []
     for number, panel in enumerate(figure.panels, 1):
@@ -329,7 +388,9 @@ def _panel_rows(panel: Panel) -> Iterator[dict[str, Any]]:
             yield from _points(line.name, line.x, line.y, line.low, line.high)
     elif isinstance(panel, Scatter):
         for points in panel.points:
-            yield from _points(points.name, points.x, points.y, points.low, points.high, points.labels)
+            yield from _points(
+                points.name, points.x, points.y, points.low, points.high, points.labels
+            )
     elif isinstance(panel, Bars):
         for bar in panel.bars:
             yield from _points(bar.name, None, bar.values, bar.low, bar.high, panel.categories)
@@ -345,7 +406,12 @@ def _panel_rows(panel: Panel) -> Iterator[dict[str, Any]]:
 
 
 def _points(
-    name: str, x: Array | None, y: Array, low: Array | None, high: Array | None, labels: tuple[str, ...] = ()
+    name: str,
+    x: Array | None,
+    y: Array,
+    low: Array | None,
+    high: Array | None,
+    labels: tuple[str, ...] = (),
 ) -> Iterator[dict[str, Any]]:
     for i in range(y.size):
         yield {
@@ -358,7 +424,9 @@ def _points(
         }
 
 
-def _matrix(name: str, values: Array, low: Array | None, high: Array | None) -> Iterator[dict[str, Any]]:
+def _matrix(
+    name: str, values: Array, low: Array | None, high: Array | None
+) -> Iterator[dict[str, Any]]:
     for (row, column), value in np.ndenumerate(values):
         yield {
             "series": name,
@@ -370,21 +438,36 @@ def _matrix(name: str, values: Array, low: Array | None, high: Array | None) -> 
         }
 
 
-def _series(spec: Any, kind: str, name: str, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
-    """Turn the array fields of `spec` into read-only float64 of one shape and check the interval around the value."""
+def _series(
+    spec: Any, kind: str, name: str, required: tuple[str, ...], optional: tuple[str, ...]
+) -> None:
+    """Turn the array fields of `spec` into read-only float64 of one shape and check the interval
+    around the value.
+    """
     arrays = {key: _floats(getattr(spec, key)) for key in required}
-    arrays |= {key: _floats(getattr(spec, key)) for key in optional if getattr(spec, key) is not None}
+    arrays |= {
+        key: _floats(getattr(spec, key)) for key in optional if getattr(spec, key) is not None
+    }
     value = arrays[required[-1]]
     for key, array in arrays.items():
         if array.shape != value.shape:
-            raise ValueError(f"{kind} {name!r}: {key} has shape {array.shape}, {required[-1]} has {value.shape}")
+            raise ValueError(
+                f"{kind} {name!r}: {key} has shape {array.shape}, {required[-1]} has {value.shape}"
+            )
         if np.isinf(array).any():
-            raise ValueError(f"{kind} {name!r}: {key} is infinite somewhere; use NaN for what was not measured")
+            raise ValueError(
+                f"{kind} {name!r}: {key} is infinite somewhere; use NaN for what was not measured"
+            )
         object.__setattr__(spec, key, array)
     if ("low" in arrays) != ("high" in arrays):
-        raise ValueError(f"{kind} {name!r} has one end of its interval only; give both low and high")
+        raise ValueError(
+            f"{kind} {name!r} has one end of its interval only; give both low and high"
+        )
     slack = 1e-6 * (1 + np.abs(value))
-    if "low" in arrays and ((arrays["low"] > value + slack) | (arrays["high"] < value - slack)).any():
+    if (
+        "low" in arrays
+        and ((arrays["low"] > value + slack) | (arrays["high"] < value - slack)).any()
+    ):
         raise ValueError(f"{kind} {name!r}: somewhere the interval does not contain the value")
 
 

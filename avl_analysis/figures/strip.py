@@ -1,7 +1,7 @@
 """A running text with a value per token: which words the model looked at.
 
-The counterpart of `Overlay` for text. It is not a panel of the `Figure` kind, because it is set like a paragraph rather
-than drawn on axes; draw_html.py turns it into markup.
+The counterpart of `Overlay` for text. It is not a panel of the `Figure` kind, because it is set
+like a paragraph rather than drawn on axes; draw_html.py turns it into markup.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from avl_analysis.figures.spec import Array, Axis, _series
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of tokens that is set apart, e.g. "question" or "answer"; `last` is not included."""
+    """A stretch of tokens that is set apart, e.g. "question" or "answer"; `last`
+    is not included."""
 
     name: str
     first: int
@@ -32,7 +33,8 @@ class Strip:
         spans: stretches with names, not overlapping, in order; tokens outside are not shown.
         marked: token that is set in a frame (the one being produced), None for none.
         slot: series of the palette that gives the shade its colour.
-        notes: what stands instead of some tokens, by place; such tokens are framed and the note follows them.
+        notes: what stands instead of some tokens, by place; such tokens are framed and the note
+            follows them.
     """
 
     tokens: tuple[str, ...]
@@ -46,9 +48,14 @@ class Strip:
     def __post_init__(self) -> None:
         _series(self, "token strip", self.value.label, ("values",), ())
         if self.values.shape != (len(self.tokens),):
-            raise ValueError(f"a token strip has {self.values.size} values for {len(self.tokens)} tokens")
+            raise ValueError(
+                f"a token strip has {self.values.size} values for {len(self.tokens)} tokens"
+            )
         end = 0
         for span in self.spans:
             if not end <= span.first <= span.last <= len(self.tokens):
-                raise ValueError(f"span {span.name!r} ({span.first} to {span.last}) is out of order or out of range")
+                raise ValueError(
+                    f"span {span.name!r} ({span.first} to {span.last}) is out of order or out of"
+                    " range"
+                )
             end = span.last

@@ -22,7 +22,9 @@ class Place:
 
 
 def tradeoff(places: Sequence[Place], quality: Axis, title: str = "") -> Scatter:
-    """Quality against bytes, one point with its interval per policy; places without a value are left out."""
+    """Quality against bytes, one point with its interval per policy; places without a value are
+    left out.
+    """
     known = [place for place in places if np.isfinite(place.value)]
     points = tuple(_point(place, slot) for slot, place in enumerate(known, start=1))
     share = Axis("bytes of keys and values held", "share of the full cache", (0.0, 1.08))
@@ -32,4 +34,6 @@ def tradeoff(places: Sequence[Place], quality: Axis, title: str = "") -> Scatter
 def _point(place: Place, slot: int) -> Points:
     known = bool(np.isfinite([place.low, place.high]).all())
     low, high = (np.array([place.low]), np.array([place.high])) if known else (None, None)
-    return Points(place.name, np.array([place.share]), np.array([place.value]), low, high, slot=slot)
+    return Points(
+        place.name, np.array([place.share]), np.array([place.value]), low, high, slot=slot
+    )

@@ -1,19 +1,23 @@
-"""Do heads do what their kind says? Silence the heads of one kind, and as many others, and ask the same questions.
+"""Do heads do what their kind says? Silence the heads of one kind, and as many others, and ask the
+same questions.
 
-The taxonomy of `headmaps.kinds` is read from attention weights, and weights are not contributions. So the claim behind
-"visual head" is tested by taking such heads away: a silenced head's output (weights times values, before the output
-projection) is zero at every position, which is what Voita et al. (ACL 2019) and Michel et al. (NeurIPS 2019) do to find
-heads a model can be without. The control is as many heads drawn at random from all other kinds, several times.
+The taxonomy of `headmaps.kinds` is read from attention weights, and weights are not contributions.
+So the claim behind "visual head" is tested by taking such heads away: a silenced head's output
+(weights times values, before the output projection) is zero at every position, which is what Voita
+et al. (ACL 2019) and Michel et al. (NeurIPS 2019) do to find heads a model can be without. The
+control is as many heads drawn at random from all other kinds, several times.
 
     with silenced(model, [(3, 0), (3, 5)]):     # layer, head
         model.generate(...)
 
-Where a kind has more heads than others, as many of it are silenced as others can be drawn: those with the largest
-share of attention on the picture. Heads are found on other questions than those they are judged by.
+Where a kind has more heads than others, as many of it are silenced as others can be drawn: those
+with the largest share of attention on the picture. Heads are found on other questions than those
+they are judged by.
 
-What surprises: heads of a kind crowd in some layers, and layers differ in how much every answer needs them. With
-`same_layers` a layer loses as many heads of the kind as of others, so that the comparison is of heads alone; layers
-all of one kind then stay whole. And heads that stand in for each other show less than each of them does.
+What surprises: heads of a kind crowd in some layers, and layers differ in how much every answer
+needs them. With `same_layers` a layer loses as many heads of the kind as of others, so that the
+comparison is of heads alone; layers all of one kind then stay whole. And heads that stand in for
+each other show less than each of them does.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from torch import Tensor, nn
 
 from avl.attention import Attend, AttentionCall
 from avl.families import describe
-from avl.hooks import Tap, attached
+from avl.hooks import Intervention, attached
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.corpus.record_samples import record_samples
 from avl_analysis.corpus.regions import recorded_regions
@@ -56,10 +60,10 @@ _SLACK = 2
 """Tokens an answer may be longer than the longest right one before it is cut."""
 
 
-# -- silencing ---------------------------------------------------------------------------------------------------
+# -- silencing -------------------------------------------------------------------------------------
 
 
-class _Silencer(Tap):
+class _Silencer(Intervention):
     def __init__(self, heads: Sequence[Head]) -> None:
         self.by_layer: dict[int, list[int]] = {}
         for layer, head in heads:
@@ -84,20 +88,20 @@ def silenced(model: nn.Module, heads: Sequence[Head]) -> Iterator[None]:
 
     Raises:
         InputError: a layer or head the model does not have.
-        avl.families.UnsupportedModelError, avl.hooks.SeamError: as for a policy.
+        avl.families.UnsupportedModelError, avl.hooks.HookError: as for a policy.
     """
     family = describe(model)
     for layer, head in heads:
         if not (0 <= layer < family.layers and 0 <= head < family.query_heads):
             raise InputError(
-                f"there is no head {head} in layer {layer}: this model has layers 0 to {family.layers - 1} with heads "
-                f"0 to {family.query_heads - 1}"
+                f"there is no head {head} in layer {layer}: this model has layers 0 to"
+                f" {family.layers - 1} with heads 0 to {family.query_heads - 1}"
             )
-    with attached(model, _Silencer(heads), "actor"):
+    with attached(model, _Silencer(heads)):
         yield
 
 
-# -- choosing heads ----------------------------------------------------------------------------------------------
+# -- choosing heads --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -142,21 +146,31 @@ def find_heads(recording: Recording, kind: str = "visual") -> tuple[list[Head], 
     image = matrix(recording, measure(recording, "modality_mass/image"))
     of_kind = sorted(zip(*np.nonzero(found == kind), strict=True), key=lambda at: -image[at])
     others = zip(*np.nonzero(found != kind), strict=True)
-    return [(layers[row], int(head)) for row, head in of_kind], [(layers[row], int(head)) for row, head in others]
+    return [(layers[row], int(head)) for row, head in of_kind], [
+        (layers[row], int(head)) for row, head in others
+    ]
 
 
 def visual_head_score(recording: Recording) -> Matrix | None:
-    """(layers, heads) share of samples whose first word's region a head's strongest patch is on; None where no region
-    is known."""
+    """(layers, heads) share of samples whose first word's region a head's strongest patch is on;
+    None where no region is known.
+    """
     regions = recorded_regions(recording)
     hits = first_word_hits(recording, regions) if regions else None
     return None if hits is None else np.asarray(hits.mean("sample").values, dtype=np.float64)
 
 
 def plan(
-    of_kind: Sequence[Head], others: Sequence[Head], kind: str, draws: int, seed: int = 0, *, same_layers: bool = False
+    of_kind: Sequence[Head],
+    others: Sequence[Head],
+    kind: str,
+    draws: int,
+    seed: int = 0,
+    *,
+    same_layers: bool = False,
 ) -> list[Silenced]:
-    """Nothing, the kind's heads, and up to `draws` different sets of as many others (all there are, if fewer).
+    """Nothing, the kind's heads, and up to `draws` different sets of as many others (all there are,
+    if fewer).
 
     Args:
         same_layers: take equally many of both from every layer.
@@ -165,22 +179,35 @@ def plan(
         InputError: no heads to compare, or no draw.
     """
     rng = np.random.default_rng(seed)
-    pairs = [([h for h in of_kind if h[0] == layer], [h for h in others if h[0] == layer])
-             for layer in sorted({layer for layer, _ in of_kind})] if same_layers else [(of_kind, others)]  # fmt: skip
+    pairs = (
+        [
+            ([h for h in of_kind if h[0] == layer], [h for h in others if h[0] == layer])
+            for layer in sorted({layer for layer, _ in of_kind})
+        ]
+        if same_layers
+        else [(of_kind, others)]
+    )
     pools: list[tuple[list[Head], list[Head], int]] = []
     for own, rest in pairs:
-        # half of all others at most, so that draws can differ; within a layer every one of them, there are so few
+        # half of all others at most, so that draws can differ; within a layer every one of them,
+        # there are so few
         count = min(len(own), len(rest) if same_layers else (len(rest) + 1) // 2)
         pools.append((list(own), list(rest), count))
     if not sum(count for _, _, count in pools) or draws < 1:
         where = " in the same layers" if same_layers else ""
         raise InputError(
-            f"{len(of_kind)} {kind} heads, {len(others)} others and {draws} draws: there must be one of each{where}; "
-            "choose another kind, or ask questions that show more of the heads"
+            f"{len(of_kind)} {kind} heads, {len(others)} others and {draws} draws: there must be"
+            f" one of each{where}; choose another kind, or ask questions that show more of the"
+            " heads"
         )
     sets: dict[tuple[Head, ...], None] = {}
     for _ in range(100 * draws):
-        chosen = [rest[i] for _, rest, count in pools if count for i in rng.choice(len(rest), count, replace=False)]
+        chosen = [
+            rest[i]
+            for _, rest, count in pools
+            if count
+            for i in rng.choice(len(rest), count, replace=False)
+        ]
         sets[tuple(sorted(chosen))] = None
         if len(sets) == draws:
             break
@@ -189,7 +216,7 @@ def plan(
     return [Silenced("nothing", ()), Silenced(kind, silent), *random]
 
 
-# -- measuring ---------------------------------------------------------------------------------------------------
+# -- measuring -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -198,10 +225,11 @@ class Ablation:
 
     Attributes:
         kind: which heads were silenced; found: how many of them there are among all `heads` heads.
-        model: name and revision; samples, tasks: ids and kinds of the questions; groups: as `plan` made them, with
-            answers.
+        model: name and revision; samples, tasks: ids and kinds of the questions; groups: as `plan`
+            made them, with answers.
         found_on: the questions, or the recording, that the kinds of heads were read from.
-        same_layers: whether as many others means as many of the same layers; command: how to make it again.
+        same_layers: whether as many others means as many of the same layers; command: how to make
+            it again.
     """
 
     kind: str
@@ -239,12 +267,15 @@ class Ablation:
 
     @property
     def random_loss(self) -> Estimate:
-        """Change of accuracy by silencing as many others: mean over draws, resampling questions and draws."""
+        """Change of accuracy by silencing as many others: mean over draws, resampling questions and
+        draws.
+        """
         return crossed(np.array([group.values for group in self.random]) - self.nothing.values)
 
     @property
     def contrast(self) -> Estimate:
-        """Accuracy with others silenced less accuracy with the kind silenced: above 0, the kind matters more.
+        """Accuracy with others silenced less accuracy with the kind silenced: above 0, the kind
+        matters more.
 
         Questions and draws are both resampled, since another run would draw both anew.
         """
@@ -253,8 +284,15 @@ class Ablation:
     def select_task(self, task: str) -> Ablation:
         """Only the questions of one task."""
         at = [index for index, name in enumerate(self.tasks) if name == task]
-        groups = tuple(replace(one, right="".join(one.right[index] for index in at)) for one in self.groups)
-        return replace(self, samples=tuple(self.samples[index] for index in at), tasks=(task,) * len(at), groups=groups)
+        groups = tuple(
+            replace(one, right="".join(one.right[index] for index in at)) for one in self.groups
+        )
+        return replace(
+            self,
+            samples=tuple(self.samples[index] for index in at),
+            tasks=(task,) * len(at),
+            groups=groups,
+        )
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write it as JSON."""
@@ -280,12 +318,24 @@ def load_ablation(path: str | PathLike[str]) -> Ablation:
         if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
             raise ValueError("another format or version")
         groups = [
-            Silenced(one["name"], tuple((int(layer), int(head)) for layer, head in one["heads"]), one["right"])
+            Silenced(
+                one["name"],
+                tuple((int(layer), int(head)) for layer, head in one["heads"]),
+                one["right"],
+            )
             for one in content.pop("groups")
         ]
-        return Ablation(**{**content, "groups": tuple(groups), **{k: tuple(content[k]) for k in ("samples", "tasks")}})
+        return Ablation(
+            **{
+                **content,
+                "groups": tuple(groups),
+                **{k: tuple(content[k]) for k in ("samples", "tasks")},
+            }
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{source} is not an ablation: make one with avl ablate ({error})") from error
+        raise InputError(
+            f"{source} is not an ablation: make one with avl ablate ({error})"
+        ) from error
 
 
 def ablate(
@@ -307,7 +357,8 @@ def ablate(
     Args:
         samples: questions with known answers.
         kind: which heads, one of `headmaps.KINDS`.
-        recording: where the kinds are read from; None records every third of `samples` for that and leaves them out.
+        recording: where the kinds are read from; None records every third of `samples` for that and
+            leaves them out.
         draws: how many random sets of other heads; seed: of these draws; same_layers: see `plan`.
         max_new_tokens: longest answer, in tokens; cut earlier where all right answers are shorter.
         batch_size: questions per pass.
@@ -319,27 +370,44 @@ def ablate(
     """
     found_on = "" if recording is None else f"a recording of {len(recording)} samples"
     if recording is None:
-        recorded, samples = samples[2::3], [sample for i, sample in enumerate(samples) if i % 3 != 2]
+        recorded, samples = (
+            samples[2::3],
+            [sample for i, sample in enumerate(samples) if i % 3 != 2],
+        )
         recording = _record(vlm, recorded, max_new_tokens, batch_size, progress)
         found_on = f"{len(recorded)} other questions"
     if len(samples) < 2 or any(not sample.answers for sample in samples):
-        raise InputError(f"{len(samples)} questions: at least two are needed, each with its right answer")
+        raise InputError(
+            f"{len(samples)} questions: at least two are needed, each with its right answer"
+        )
     of_kind, others = find_heads(recording, kind)
     groups_ = plan(of_kind, others, kind, draws, seed, same_layers=same_layers)
     right = _ask_all(vlm, samples, groups_, max_new_tokens, batch_size, progress)
-    done = tuple(Silenced(one.name, one.heads, letters) for one, letters in zip(groups_, right, strict=True))
+    done = tuple(
+        Silenced(one.name, one.heads, letters) for one, letters in zip(groups_, right, strict=True)
+    )
     name = f"{vlm.name} {vlm.revision or ''}".strip()
     ids, tasks = tuple(sample.id for sample in samples), tuple(sample.task for sample in samples)
     total = len(of_kind) + len(others)
-    return Ablation(kind, len(of_kind), total, name, ids, tasks, done, found_on, same_layers, command)
+    return Ablation(
+        kind, len(of_kind), total, name, ids, tasks, done, found_on, same_layers, command
+    )
 
 
 def _record(
-    vlm: VLM, samples: Sequence[Sample], tokens: int, batch: int, progress: Callable[[str, int, int], None] | None
+    vlm: VLM,
+    samples: Sequence[Sample],
+    tokens: int,
+    batch: int,
+    progress: Callable[[str, int, int], None] | None,
 ) -> Recording:
     if not samples:
-        raise InputError("too few questions: a third of them is needed to find out what kinds the heads are of")
-    watch = None if progress is None else lambda done, _: progress("finding heads", done, len(samples))
+        raise InputError(
+            "too few questions: a third of them is needed to find out what kinds the heads are of"
+        )
+    watch = (
+        None if progress is None else lambda done, _: progress("finding heads", done, len(samples))
+    )
     return record_samples(
         vlm,
         samples,
@@ -358,21 +426,29 @@ def _ask_all(
     batch_size: int,
     progress: Callable[[str, int, int], None] | None,
 ) -> list[str]:
-    """Per group one letter per sample. Questions of equal length share a pass and see their pictures once."""
+    """Per group one letter per sample. Questions of equal length share a pass and see their
+    pictures once.
+    """
     letters = np.full((len(plans), len(samples)), "-", dtype="<U1")
     total, done = len(plans) * len(samples), 0
-    ids = vlm.processor.tokenizer([(s.answers or ("",))[0] for s in samples], add_special_tokens=False)["input_ids"]
+    ids = vlm.processor.tokenizer(
+        [(s.answers or ("",))[0] for s in samples], add_special_tokens=False
+    )["input_ids"]
     for indices in _batches(vlm, samples, batch_size):
         longest = min(max_new_tokens, max(len(ids[index]) for index in indices) + _SLACK)
         with pictures_seen_once(vlm.model):
             for number, one in enumerate(plans):
 
-                def ask(part: Sequence[int], heads: Sequence[Head] = one.heads, longest: int = longest) -> list[Any]:
+                def ask(
+                    part: Sequence[int], heads: Sequence[Head] = one.heads, longest: int = longest
+                ) -> list[Any]:
                     chosen = [samples[index] for index in part]
                     with silenced(vlm.model, heads):
                         run = generate(vlm, chosen, None, max_new_tokens=longest)
                     texts = decode_texts(vlm, run.tokens)
-                    return [correct(text, sample) for text, sample in zip(texts, chosen, strict=True)]
+                    return [
+                        correct(text, sample) for text, sample in zip(texts, chosen, strict=True)
+                    ]
 
                 for index, found in zip(indices, divide(ask, indices), strict=True):
                     letters[number, index] = "-" if isinstance(found, Failure) else str(int(found))
@@ -395,7 +471,9 @@ def crossed(values: np.ndarray) -> Estimate:
     known = values[:, np.isfinite(values).all(0)]
     draws, count = known.shape
     if count < 2:
-        return Estimate(float(known.mean()) if count else float("nan"), float("nan"), float("nan"), count)
+        return Estimate(
+            float(known.mean()) if count else float("nan"), float("nan"), float("nan"), count
+        )
     rng = np.random.default_rng(0)
     of_draws = rng.multinomial(draws, np.full(draws, 1 / draws), RESAMPLES) / draws
     of_questions = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count

@@ -1,13 +1,18 @@
-"""Does a head look at what the current word is about? Needs recordings with `maps="heads"` and regions from outside.
+"""Does a head look at what the current word is about? Needs recordings with `maps="heads"` and
+regions from outside.
 
 Three numbers per head, all from the image-token weights of rows that produce a token:
 
-* lift: share of the row's image attention on the region, divided by the region's share of the picture; 1 is chance.
-* visual-head score: share of rows whose most attended image token lies in the region; chance is the region's share.
-* both are sums and counts over the rows whose region is known, like every statistic, so that they can be pooled.
+* lift: share of the row's image attention on the region, divided by the region's share of the
+picture; 1 is chance.
+* visual-head score: share of rows whose most attended image token lies in the region; chance is the
+region's share.
+* both are sums and counts over the rows whose region is known, like every statistic, so that they
+can be pooled.
 
-Regions are sets of image tokens (the i-th of the sample). `tokens_in_boxes` finds them for boxes on a picture, given
-the part of the picture under every token as `avl.families.Family.picture_map` tells it.
+Regions are sets of image tokens (the i-th of the sample). `tokens_in_boxes` finds them for boxes on
+a picture, given the part of the picture under every token as `avl.families.Family.picture_map`
+tells it.
 """
 
 from __future__ import annotations
@@ -30,34 +35,54 @@ def localise(recording: Recording, regions: Regions) -> xr.Dataset:
     Sources: visual-head score after SparseMM; region share after Kang et al. (2503.06287).
 
     Returns:
-        Variables lift and visual_head_score, means over the rows with a region, NaN where a sample has none; and rows,
-        their number. Dimensions sample, layer, head; attribute random_baseline of each.
+        Variables lift and visual_head_score, means over the rows with a region, NaN where a sample
+            has none; and rows, their number. Dimensions sample, layer, head; attribute
+            random_baseline of each.
 
     Raises:
-        InputError: the recording holds no maps per head, or a region names a sample, step or token that is not there.
+        InputError: the recording holds no maps per head, or a region names a sample, step or token
+            that is not there.
     """
     maps = recording.data["maps"]
     if "image_score_heads" not in maps:
         raise InputError("localisation per head needs maps per head; record with maps='heads'")
     if unknown := sorted(set(regions) - set(recording.samples)):
-        raise InputError(f"regions are given for samples that were not recorded: {', '.join(unknown[:5])}")
+        raise InputError(
+            f"regions are given for samples that were not recorded: {', '.join(unknown[:5])}"
+        )
     scores = maps["image_score_heads"]
     counts = recording.tokens["modality_count"].sel(key_modality="image")
     shape = (scores.sizes["layer"], scores.sizes["head"])
     lift, hits, rows = [], [], []
     for name in recording.samples:
-        about = {step: list(tokens) for step, tokens in regions.get(name, {}).items() if len(tokens)}
-        tokens, steps = int(counts.sel(sample=name)), int((recording.tokens["phase"].sel(sample=name) >= 0).sum())
+        about = {
+            step: list(tokens) for step, tokens in regions.get(name, {}).items() if len(tokens)
+        }
+        tokens, steps = (
+            int(counts.sel(sample=name)),
+            int((recording.tokens["phase"].sel(sample=name) >= 0).sum()),
+        )
         found = [_row(scores, name, step, tokens, steps, inside) for step, inside in about.items()]
         lift.append(np.mean([one for one, _ in found], 0) if found else np.full(shape, np.nan))
         hits.append(np.mean([hit for _, hit in found], 0) if found else np.full(shape, np.nan))
         rows.append(len(found))
-    dims, coords = ("sample", "layer", "head"), {dim: scores[dim] for dim in ("sample", "layer", "head")}
+    dims, coords = (
+        ("sample", "layer", "head"),
+        {dim: scores[dim] for dim in ("sample", "layer", "head")},
+    )
     chance = {"random_baseline": "1"}, {"random_baseline": "the region's share of the picture"}
     return xr.Dataset(
         {
-            "lift": (dims, np.array(lift), {"long_name": "attention on the region / chance", **chance[0]}),
-            "visual_head_score": (dims, np.array(hits), {"long_name": "share of words looked at", **chance[1]}),
+            "lift": (
+                dims,
+                np.array(lift),
+                {"long_name": "attention on the region / chance", **chance[0]},
+            ),
+            "visual_head_score": (
+                dims,
+                np.array(hits),
+                {"long_name": "share of words looked at", **chance[1]},
+            ),
             "rows": ("sample", np.array(rows)),
         },
         coords=coords,
@@ -65,13 +90,15 @@ def localise(recording: Recording, regions: Regions) -> xr.Dataset:
 
 
 def first_word_hits(recording: Recording, regions: Regions) -> xr.DataArray | None:
-    """1 where a head's most attended image token of the last prompt row lies in the region the first word is about.
+    """1 where a head's most attended image token of the last prompt row lies in the region the
+    first word is about.
 
-    Its mean over samples is the visual-head score of SparseMM (Wang et al., 2025) for first words; chance is the
-    region's share of the picture. Needs no maps per head beyond what every recording keeps of the last prompt row.
+    Its mean over samples is the visual-head score of SparseMM (Wang et al., 2025) for first words;
+    chance is the region's share of the picture. Needs no maps per head beyond what every recording
+    keeps of the last prompt row.
 
-    Returns:
-        (sample, layer, head), NaN for samples whose region is unknown; None if it is unknown for all.
+    Returns: (sample, layer, head), NaN for samples whose region is unknown; None if it is unknown
+        for all.
 
     Raises:
         InputError: the recording keeps no image scores of the last prompt row.
@@ -79,7 +106,8 @@ def first_word_hits(recording: Recording, regions: Regions) -> xr.DataArray | No
     maps = recording.data["maps"]
     if "image_score_last" not in maps:
         raise InputError(
-            "this recording keeps no image scores of the last prompt row; record with maps other than none"
+            "this recording keeps no image scores of the last prompt row; record with maps other"
+            " than none"
         )
     scores = maps["image_score_last"].transpose("sample", "layer", "head", "token")
     counts = recording.tokens["modality_count"].sel(key_modality="image")
@@ -91,7 +119,9 @@ def first_word_hits(recording: Recording, regions: Regions) -> xr.DataArray | No
                 hits[index] = in_region(weights, inside)
     if not np.isfinite(hits).any():
         return None
-    return xr.DataArray(hits, dims=("sample", "layer", "head"), coords={n: scores[n] for n in ("layer", "head")})
+    return xr.DataArray(
+        hits, dims=("sample", "layer", "head"), coords={n: scores[n] for n in ("layer", "head")}
+    )
 
 
 def _row(
@@ -104,33 +134,45 @@ def _row(
             f"sample {sample} has steps 0 to {last} and image tokens 0 to {tokens - 1}, "
             f"got a region at step {step}, tokens {min(inside)} to {max(inside)}"
         )
-    weights = scores.sel(sample=sample, step=step).isel(token=slice(0, tokens)).transpose("layer", "head", "token")
+    weights = (
+        scores.sel(sample=sample, step=step)
+        .isel(token=slice(0, tokens))
+        .transpose("layer", "head", "token")
+    )
     return region_lift(weights.values, inside), in_region(weights.values, inside)
 
 
 def region_lift(weights: np.ndarray, inside: Sequence[int]) -> np.ndarray:
-    """Share of the weights, (..., image tokens), on the tokens `inside`, over these tokens' share of all.
+    """Share of the weights, (..., image tokens), on the tokens `inside`, over these tokens' share
+    of all.
 
     A weight that is NaN was not attended. NaN where there is no weight at all.
     """
     known = np.nan_to_num(weights.astype(np.float64))
     total = known.sum(-1)
-    share = np.divide(known[..., list(inside)].sum(-1), total, out=np.full(total.shape, np.nan), where=total > 0)
+    share = np.divide(
+        known[..., list(inside)].sum(-1), total, out=np.full(total.shape, np.nan), where=total > 0
+    )
     return share * weights.shape[-1] / len(inside)
 
 
 def in_region(weights: np.ndarray, inside: Sequence[int]) -> np.ndarray:
-    """1 where the most attended of the image tokens, (..., image tokens), is one of `inside`, else 0."""
+    """1 where the most attended of the image tokens, (..., image tokens), is one of `inside`, else
+    0.
+    """
     top = np.where(np.isnan(weights), -np.inf, weights).argmax(-1)
     return np.isin(top, list(inside)).astype(np.float64)
 
 
-def tokens_in_boxes(places: np.ndarray, boxes: Sequence[Sequence[float]], least: float = 0.5) -> list[int]:
-    """Image tokens of which at least the share `least` of their own area lies under one of the boxes.
+def tokens_in_boxes(
+    places: np.ndarray, boxes: Sequence[Sequence[float]], least: float = 0.5
+) -> list[int]:
+    """Image tokens of which at least the share `least` of their own area lies under one of the
+    boxes.
 
     Args:
-        places: (image tokens, 4) left, top, right, bottom of the part of the picture under every token, NaN where
-            there is none; boxes: the same of the boxes, in the same unit.
+        places: (image tokens, 4) left, top, right, bottom of the part of the picture under every
+            token, NaN where there is none; boxes: the same of the boxes, in the same unit.
     """
     chosen = np.zeros(len(places), bool)
     area = (places[:, 2] - places[:, 0]) * (places[:, 3] - places[:, 1])

@@ -1,8 +1,10 @@
-"""Layers x heads: every statistic that tells heads apart, as a matrix, a ranking, and a coarse taxonomy.
+"""Layers x heads: every statistic that tells heads apart, as a matrix, a ranking, and a coarse
+taxonomy.
 
-Reads recordings; knows neither models nor pages. A statistic with further dimensions (modality of the key, tau of
-coverage) becomes one `Measure` per label. Means run over the samples and, where a statistic has steps, over decode
-steps; step 0 (the last prompt row) is left out of that mean unless there is nothing else.
+Reads recordings; knows neither models nor pages. A statistic with further dimensions (modality of
+the key, tau of coverage) becomes one `Measure` per label. Means run over the samples and, where a
+statistic has steps, over decode steps; step 0 (the last prompt row) is left out of that mean unless
+there is nothing else.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ _LONGEST = 6
 KINDS = ("visual", "scanning", "sink", "local", "text", "mixed")
 """Kinds of heads in the order in which they are looked for; a head is the first that fits."""
 VISUAL, HIT, SINK, LOCAL, TEXT = 0.5, 0.5, 0.3, 0.8, 0.5
-"""Thresholds, shares of a head's attention while decoding, ours but for the sink's (Gu et al., ICLR 2025): visual
-and scanning heads give at least half to the picture; where it is known what words are about, a head is visual only if
-its strongest patch is on that for at least half of the words (visual-head score, after SparseMM), else scanning. Sink
-heads give at least 0.3 to the first token; text heads at least half to text, and are local if four fifths of that is on
-the 16 most recent text tokens."""
+"""Thresholds, shares of a head's attention while decoding, ours but for the sink's (Gu et al., ICLR
+2025): visual and scanning heads give at least half to the picture; where it is known what words are
+about, a head is visual only if its strongest patch is on that for at least half of the words
+(visual-head score, after SparseMM), else scanning. Sink heads give at least 0.3 to the first token;
+text heads at least half to text, and are local if four fifths of that is on the 16 most recent text
+tokens.
+"""
 _RECENT = 16
 
 Matrix = NDArray[np.float64]
@@ -76,7 +80,8 @@ def matrix(recording: Recording, chosen: Measure, step: int | None = None) -> Ma
     """(layers, heads) values.
 
     Args:
-        step: one token's value (0 is the first answer token) where the statistic has steps; None for the mean.
+        step: one token's value (0 is the first answer token) where the statistic has steps; None
+            for the mean.
     """
     array = recording[chosen.name].sel(dict(chosen.labels))
     if "step" in array.dims:
@@ -99,21 +104,31 @@ def kinds(recording: Recording, score: Matrix | None = None) -> NDArray[np.str_]
     """(layers, heads) of `KINDS`, by the thresholds above.
 
     Args:
-        score: (layers, heads) visual-head score, NaN where unknown; None where nothing is known about regions, and then
-            no head is scanning.
+        score: (layers, heads) visual-head score, NaN where unknown; None where nothing is known
+            about regions, and then no head is scanning.
 
     Raises:
         InputError: the recording lacks a statistic the taxonomy needs.
     """
     needed = ("modality_mass", "first_token_mass", "recent_text_mass")
     if missing := [name for name in needed if name not in recording.names]:
-        raise InputError(f"the taxonomy of heads needs {', '.join(missing)}; record with all statistics")
-    image, text = (matrix(recording, measure(recording, f"modality_mass/{m}")) for m in ("image", "text"))
+        raise InputError(
+            f"the taxonomy of heads needs {', '.join(missing)}; record with all statistics"
+        )
+    image, text = (
+        matrix(recording, measure(recording, f"modality_mass/{m}")) for m in ("image", "text")
+    )
     first = matrix(recording, measure(recording, "first_token_mass"))
     recent = matrix(recording, measure(recording, f"recent_text_mass/{_RECENT}"))
     by_text = text >= TEXT
     missed = np.zeros(image.shape, bool) if score is None else ~(score >= HIT)
-    fits = [(image >= VISUAL) & ~missed, image >= VISUAL, first >= SINK, by_text & (recent >= LOCAL), by_text]
+    fits = [
+        (image >= VISUAL) & ~missed,
+        image >= VISUAL,
+        first >= SINK,
+        by_text & (recent >= LOCAL),
+        by_text,
+    ]
     return np.select(fits, list(KINDS[:-1]), KINDS[-1])
 
 
@@ -132,8 +147,14 @@ def _split(name: str, array: xr.DataArray) -> Iterator[Measure]:
         return
     for labels in product(*(array[dim].values.tolist() for dim in own)):
         tail = [str(label) for label in labels]
-        words = f"{title}: {', '.join(_word(d, v) for d, v in zip(own, labels, strict=True))}" if own else title
-        yield Measure("/".join([name, *tail]), words, unit, name, tuple(zip(own, labels, strict=True)))
+        words = (
+            f"{title}: {', '.join(_word(d, v) for d, v in zip(own, labels, strict=True))}"
+            if own
+            else title
+        )
+        yield Measure(
+            "/".join([name, *tail]), words, unit, name, tuple(zip(own, labels, strict=True))
+        )
 
 
 def _word(dim: str, label: Any) -> str:

@@ -1,10 +1,12 @@
-"""Pictures from anywhere (path, bytes, array, PIL) as RGB images, or an error that says what is wrong with them.
+"""Pictures from anywhere (path, bytes, array, PIL) as RGB images, or an error that says what is
+wrong with them.
 
-Files are judged by their content, not their name, and decoded by a short list of raster formats only, so that a picture
-from a stranger can neither start an interpreter (as EPS does) nor fill the memory: the size in the header is checked
-before any pixel is decoded. What surprises: phone photographs are turned upright by their EXIF tag, transparent areas
-become white (dropping the alpha channel would leave whatever colour lies beneath), and 16-bit greyscale is scaled,
-where Pillow's own conversion would clip it to white.
+Files are judged by their content, not their name, and decoded by a short list of raster formats
+only, so that a picture from a stranger can neither start an interpreter (as EPS does) nor fill the
+memory: the size in the header is checked before any pixel is decoded. What surprises: phone
+photographs are turned upright by their EXIF tag, transparent areas become white (dropping the alpha
+channel would leave whatever colour lies beneath), and 16-bit greyscale is scaled, where Pillow's
+own conversion would clip it to white.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Formats that are decoded, by content. Of animated files the first frame is taken."""
 
 MAX_PIXELS = 64_000_000
-"""Largest picture accepted, in pixels: 192 MB once decoded to RGB, well beyond any model's input."""
+"""Largest picture accepted, in pixels: 192 MB once decoded to RGB, well beyond any model's input.
+"""
 
 ImageSource: TypeAlias = "Image.Image | str | os.PathLike[str] | bytes | np.ndarray"
 
@@ -32,11 +35,12 @@ def open_image(source: ImageSource) -> Image.Image:
     """`source` as an RGB image.
 
     Args:
-        source: a PIL image, a path, the bytes of an image file, or a uint8 array of shape (height, width),
-            (height, width, 3) or (height, width, 4).
+        source: a PIL image, a path, the bytes of an image file, or a uint8 array of shape (height,
+            width), (height, width, 3) or (height, width, 4).
 
     Raises:
-        InputError: missing file, folder, not an image, truncated, no pixels, more than `MAX_PIXELS`, other arrays.
+        InputError: missing file, folder, not an image, truncated, no pixels, more than
+            `MAX_PIXELS`, other arrays.
     """
     if isinstance(source, Image.Image):
         return _rgb(source, "the image")
@@ -47,14 +51,21 @@ def open_image(source: ImageSource) -> Image.Image:
     if isinstance(source, (str, os.PathLike)):
         path = Path(source).expanduser()
         if str(source).startswith(("http://", "https://")):
-            raise InputError(f"{source} is an address, not a file: download the picture and pass its path")
+            raise InputError(
+                f"{source} is an address, not a file: download the picture and pass its path"
+            )
         if path.is_dir():
-            raise InputError(f"{path} is a folder, not an image: pass the path of one picture in it")
+            raise InputError(
+                f"{path} is a folder, not an image: pass the path of one picture in it"
+            )
         if not path.is_file():
-            raise InputError(f"no such file: {path} (looked from {Path.cwd()}); check the path of the picture")
+            raise InputError(
+                f"no such file: {path} (looked from {Path.cwd()}); check the path of the picture"
+            )
         return _decode(path, str(path))
     raise InputError(
-        f"cannot read a picture from {type(source).__name__}: pass a PIL image, a path, bytes or a uint8 array"
+        f"cannot read a picture from {type(source).__name__}: pass a PIL image, a path, bytes or a"
+        " uint8 array"
     )
 
 
@@ -65,21 +76,34 @@ def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise InputError(_too_large(name, "more than 178 million")) from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{name} is not an image this program reads; possible: {', '.join(FORMATS)}") from error
-    except (OSError, SyntaxError, EOFError) as error:  # Pillow reports damaged files by any of the three
-        raise InputError(f"{name} is a damaged or truncated image ({error}): export or download it again") from error
+        raise InputError(
+            f"{name} is not an image this program reads; possible: {', '.join(FORMATS)}"
+        ) from error
+    except (
+        OSError,
+        SyntaxError,
+        EOFError,
+    ) as error:  # Pillow reports damaged files by any of the three
+        raise InputError(
+            f"{name} is a damaged or truncated image ({error}): export or download it again"
+        ) from error
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
     width, height = image.size
     if not width or not height:
-        raise InputError(f"{name} has no pixels ({width} x {height}): pass a picture with at least one")
+        raise InputError(
+            f"{name} has no pixels ({width} x {height}): pass a picture with at least one"
+        )
     if width * height > MAX_PIXELS:
         raise InputError(_too_large(name, f"{width} x {height} ="))
     if image.mode in ("I;16", "I;16B", "I;16L"):
         image = Image.fromarray((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise InputError(f"{name} has 32-bit pixels of unknown range (mode {image.mode}): convert it to 8 bits first")
+        raise InputError(
+            f"{name} has 32-bit pixels of unknown range (mode {image.mode}): convert it to 8 bits"
+            " first"
+        )
     image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -87,7 +111,10 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _too_large(name: str, size: str) -> str:
-    return f"{name} has {size} pixels; at most {MAX_PIXELS // 1_000_000} million are accepted: scale it down first"
+    return (
+        f"{name} has {size} pixels; at most {MAX_PIXELS // 1_000_000} million are accepted: scale"
+        " it down first"
+    )
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -98,5 +125,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
             "pass uint8 values 0-255 of shape (height, width, 3)"
         )
     if not array.size:
-        raise InputError(f"an array of shape {array.shape} has no pixels: pass a picture with at least one")
+        raise InputError(
+            f"an array of shape {array.shape} has no pixels: pass a picture with at least one"
+        )
     return Image.fromarray(array)

@@ -1,8 +1,9 @@
-"""What a model is, before anything is recorded: size, layers, heads, image tokens, and whether it can be recorded.
+"""What a model is, before anything is recorded: size, layers, heads, image tokens, and whether it
+can be recorded.
 
-Answers from the config and the processor alone. The model is built on torch's meta device, where weights have shapes
-but no memory, and the seam is attached to it for a moment: exactly the checks that recording makes, at no cost even for
-models that would not fit here.
+Answers from the config and the processor alone. The model is built on torch's meta device, where
+weights have shapes but no memory, and the attention hooks are attached to it for a
+moment: exactly the checks that recording makes, at no cost even for models that would not fit here.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from avl.families import UnsupportedModelError, describe
-from avl.hooks import Tap, attached
+from avl.hooks import Observer, attached
 from avl_analysis.models.checkpoint import Checkpoint, locate, read_config, read_processor
 from avl_analysis.models.prompts import Conversation, render
 
 SAMPLE_SIZE = (640, 480)
-"""Width and height in pixels of the picture whose tokens are counted; families that keep the aspect depend on it."""
+"""Width and height in pixels of the picture whose tokens are counted; families that keep the aspect
+depend on it.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class ModelFacts:
         name: as asked for.
         model_type: transformers' name of the family.
         parameters: number of weights, tied ones once.
-        layers, query_heads, key_heads: of the decoder; None where the model is refused.
+        layers, query_heads, kv_heads: of the decoder; None where the model is refused.
         image_tokens: tokens of one picture of `SAMPLE_SIZE`; None where the model is refused.
         refusal: why it cannot be recorded; None if it can.
     """
@@ -40,7 +43,7 @@ class ModelFacts:
     parameters: int
     layers: int | None
     query_heads: int | None
-    key_heads: int | None
+    kv_heads: int | None
     image_tokens: int | None
     refusal: str | None
 
@@ -49,7 +52,8 @@ def inspect_model(name: str, *, allow_download: bool = False) -> ModelFacts:
     """Facts about a model, without its weights.
 
     Raises:
-        InputError: as `load_model` for unknown and text-only models and folders without a processor.
+        InputError: as `load_model` for unknown and text-only models and folders without a
+            processor.
     """
     checkpoint = locate(name, allow_download=allow_download)
     config = read_config(checkpoint)
@@ -58,12 +62,19 @@ def inspect_model(name: str, *, allow_download: bool = False) -> ModelFacts:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
         family = describe(model)
-        with attached(model, Tap(), "observer"):
+        with attached(model, Observer()):
             tokens = _image_tokens(checkpoint, family.image_token_ids)
     except UnsupportedModelError as error:
         return ModelFacts(name, config.model_type, parameters, None, None, None, None, str(error))
     return ModelFacts(
-        name, config.model_type, parameters, family.layers, family.query_heads, family.key_heads, tokens, None
+        name,
+        config.model_type,
+        parameters,
+        family.layers,
+        family.query_heads,
+        family.kv_heads,
+        tokens,
+        None,
     )
 
 

@@ -1,12 +1,12 @@
 """Load a vision-language model and put pictures and words into the form it was trained on.
 
-`load_model` reads the embedded model, a local folder or a hub id, and returns a `VLM`: model, processor, where they
-come from, and `prepare`, which turns pictures and prompts into model inputs. It knows nothing about attention or
-policies: `vlm.model` is a stock transformers model, and everything else in the project takes such a model wherever it
-was loaded.
+`load_model` reads the embedded model, a local folder or a hub id, and returns a `VLM`: model,
+processor, where they come from, and `prepare`, which turns pictures and prompts into model inputs.
+It knows nothing about attention or policies: `vlm.model` is a stock transformers model, and
+everything else in the project takes such a model wherever it was loaded.
 
-What surprises: on a CPU the default type is float32 whatever the checkpoint holds, because half precision is slower
-there and rounds attention visibly.
+What surprises: on a CPU the default type is float32 whatever the checkpoint holds, because half
+precision is slower there and rounds attention visibly.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class VLM:
         model: the transformers model, in eval mode.
         processor: its processor; the tokenizer pads on the left.
         path: folder or hub id it was read from.
-        revision: hub commit, or "sha256:..." of a local folder's weights; None where neither is known.
+        revision: hub commit, or "sha256:..." of a local folder's weights; None where neither is
+            known.
         description: one line for people: class, parameters, type, device.
     """
 
@@ -67,24 +68,29 @@ class VLM:
     ) -> BatchFeature:
         """Model inputs for one prompt, or for a batch of prompts padded on the left.
 
-        The chat template is applied where the processor has one; otherwise the plain form `<image>\\nprompt` is used.
-        Pictures come first in the conversation, unless the prompts themselves say where each belongs by containing the
-        processor's image placeholder (`<image>` for LLaVA) exactly as often as there are pictures.
+        The chat template is applied where the processor has one; otherwise the plain form
+        `<image>\\nprompt` is used. Pictures come first in the conversation, unless the prompts
+        themselves say where each belongs by containing the processor's image placeholder (`<image>`
+        for LLaVA) exactly as often as there are pictures.
 
         Args:
-            images: for one prompt a picture or a list of pictures; for a list of prompts a list of the same length,
-                each entry a picture or a list of pictures. An empty list asks without a picture, on purpose.
+            images: for one prompt a picture or a list of pictures; for a list of prompts a list of
+                the same length, each entry a picture or a list of pictures. An empty list asks
+                without a picture, on purpose.
             prompt: the question, or a list of questions.
             system: system prompt, the same for every row.
-            history: earlier (question, answer) pairs; single prompts only. Pictures belong to the first question.
+            history: earlier (question, answer) pairs; single prompts only. Pictures belong to the
+                first question.
 
         Returns:
-            `input_ids` and `attention_mask` (rows, length), the picture tensors of the family, on the model's device
-            and in its floating type: pass it on as `model(**inputs)` or `model.generate(**inputs)`.
+            `input_ids` and `attention_mask` (rows, length), the picture tensors of the family, on
+                the model's device and in its floating type: pass it on as `model(**inputs)` or
+                `model.generate(**inputs)`.
 
         Raises:
-            InputError: no picture, unreadable pictures, empty prompts, lists of different length, placeholders that do
-                not match the pictures, a template that drops what it was given, prompts longer than the model can take.
+            InputError: no picture, unreadable pictures, empty prompts, lists of different length,
+                placeholders that do not match the pictures, a template that drops what it was
+                given, prompts longer than the model can take.
         """
         rows = [[open_image(source) for source in row] for row in picture_rows(images, prompt)]
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -94,13 +100,18 @@ class VLM:
             render(self.processor, Conversation(text, len(row), system, tuple(history or ())))
             for text, row in zip(prompts, rows, strict=True)
         ]
-        # Most processors accept one list per row; a row without pictures is only understood in the flat form.
+        # Most processors accept one list per row; a row without pictures is only understood in the
+        # flat form.
         nested: Any = rows if all(rows) else [image for row in rows for image in row] or None
         try:
             inputs = self.processor(images=nested, text=texts, padding=True, return_tensors="pt")
-        except (ValueError, IndexError) as error:  # raised when text and pictures do not fit together
+        except (
+            ValueError,
+            IndexError,
+        ) as error:  # raised when text and pictures do not fit together
             raise InputError(
-                f"the {type(self.processor).__name__} refused {sum(map(len, rows))} picture(s) with this text: {error}"
+                f"the {type(self.processor).__name__} refused {sum(map(len, rows))} picture(s) with"
+                f" this text: {error}"
             ) from error
         self._check_length(inputs["input_ids"].shape[1])
         self._check_pictures(inputs["input_ids"], [len(row) for row in rows])
@@ -116,22 +127,29 @@ class VLM:
         max_new_tokens: int = 64,
         **generate: Any,
     ) -> str | list[str]:
-        """The model's answer as text, greedy unless `generate` says otherwise; a list for a list of prompts.
+        """The model's answer as text, greedy unless `generate` says otherwise; a list for a list of
+        prompts.
 
         Arguments as in `prepare`; `generate` goes to `model.generate`.
         """
         inputs = self.prepare(images, prompt, system=system, history=history)
-        out = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **{"do_sample": False, **generate})
+        out = self.model.generate(
+            **inputs, max_new_tokens=max_new_tokens, **{"do_sample": False, **generate}
+        )
         new = out[:, inputs["input_ids"].shape[1] :]
-        texts = [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        texts = [
+            text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)
+        ]
         return texts[0] if isinstance(prompt, str) else texts
 
     def _check_length(self, length: int) -> None:
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = getattr(
+            self.model.config.get_text_config(decoder=True), "max_position_embeddings", None
+        )
         if limit and length > limit:
             raise InputError(
-                f"the prompt has {length} tokens, pictures included; {self.name} takes at most {limit}: "
-                "shorten it or pass fewer pictures"
+                f"the prompt has {length} tokens, pictures included; {self.name} takes at most"
+                f" {limit}: shorten it or pass fewer pictures"
             )
 
     def _check_pictures(self, ids: torch.Tensor, pictures: list[int]) -> None:
@@ -141,15 +159,18 @@ class VLM:
         for row, count in enumerate(pictures):
             if len(wanted) and found[row] != (count > 0):
                 raise InputError(
-                    f"row {row} has {count} picture(s) but {'some' if found[row] else 'no'} image tokens: the chat "
-                    f"template of {self.name} puts them elsewhere; repair it, or write the placeholder into the prompt"
+                    f"row {row} has {count} picture(s) but {'some' if found[row] else 'no'} image"
+                    f" tokens: the chat template of {self.name} puts them elsewhere; repair it, or"
+                    " write the placeholder into the prompt"
                 )
 
 
 def _image_ids(model: PreTrainedModel) -> list[int]:
     try:
         return list(describe(model).image_token_ids)
-    except UnsupportedModelError:  # it still loads and answers; recording it will say why it cannot be recorded
+    except (
+        UnsupportedModelError
+    ):  # it still loads and answers; recording it will say why it cannot be recorded
         return []
 
 
@@ -164,16 +185,20 @@ def load_model(
     """Load a vision-language model for inference.
 
     Args:
-        name_or_path: "scenes" (the embedded model), a folder written by `save_pretrained`, or a hub id.
-        dtype: "float32", "bfloat16", "float16", "auto" (the checkpoint's own) or a torch type; None means float32 on
-            a CPU and "auto" elsewhere.
+        name_or_path: "scenes" (the embedded model), a folder written by `save_pretrained`, or a hub
+            id.
+        dtype: "float32", "bfloat16", "float16", "auto" (the checkpoint's own) or a torch type; None
+            means float32 on a CPU and "auto" elsewhere.
         device: torch device; None takes CUDA where there is one, else the CPU.
-        attn_implementation: transformers' attention backend: "sdpa", "eager", "flash_attention_2", ...
-        allow_download: whether a hub id may be fetched; otherwise it must be in the local cache already.
+        attn_implementation: transformers' attention backend: "sdpa", "eager", "flash_attention_2",
+            ...
+        allow_download: whether a hub id may be fetched; otherwise it must be in the local cache
+            already.
 
     Raises:
-        InputError: unknown model, text-only model, folder without processor, weights that are damaged, incomplete or
-            not safetensors, models that need code from their repository, backends that are not available.
+        InputError: unknown model, text-only model, folder without processor, weights that are
+            damaged, incomplete or not safetensors, models that need code from their repository,
+            backends that are not available.
     """
     checkpoint = locate(str(name_or_path), allow_download=allow_download)
     device = _device(device)
@@ -182,7 +207,14 @@ def load_model(
     processor = read_processor(checkpoint)
     model = read_weights(checkpoint, dtype=chosen, attn_implementation=attn_implementation)
     model = model.to(device).eval()
-    return VLM(checkpoint.name, model, processor, checkpoint.path, checkpoint.revision(model), describe_model(model))
+    return VLM(
+        checkpoint.name,
+        model,
+        processor,
+        checkpoint.path,
+        checkpoint.revision(model),
+        describe_model(model),
+    )
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -190,7 +222,9 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"no device {name!r} here ({first_line(error)}): use 'cpu' or leave it out") from error
+        raise InputError(
+            f"no device {name!r} here ({first_line(error)}): use 'cpu' or leave it out"
+        ) from error
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:

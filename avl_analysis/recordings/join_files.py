@@ -1,12 +1,13 @@
 """Joining the recordings of many shards into one file without holding them all.
 
-`merge` in recording.py does the same in memory. Here the stored values are copied as they are, one variable of one
-shard at a time: a first look at all shards finds out which variables there are and how large they get, then the file is
-laid out and filled. What a shard lacks (nothing about pictures where none of its samples had one) or has shorter is
-filled with the variable's own fill value, as stacking single samples does.
+`merge` in recording.py does the same in memory. Here the stored values are copied as they are, one
+variable of one shard at a time: a first look at all shards finds out which variables there are and
+how large they get, then the file is laid out and filled. What a shard lacks (nothing about pictures
+where none of its samples had one) or has shorter is filled with the variable's own fill value, as
+stacking single samples does.
 
-What surprises: the file is laid out through h5netcdf, which knows what makes an HDF5 file a netCDF file, and filled
-through h5py, which is many times faster for many small variables.
+What surprises: the file is laid out through h5netcdf, which knows what makes an HDF5 file a netCDF
+file, and filled through h5py, which is many times faster for many small variables.
 """
 
 from __future__ import annotations
@@ -25,15 +26,24 @@ from avl_analysis.recordings.schema import GROUPS, RAGGED, RecordingError
 _SAMPLE = "sample"
 _SAME = ("model", "model_type", "model_revision", "statistics")
 _INTERNAL = frozenset(
-    ["CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Dimid", "_Netcdf4Coordinates", "_NCProperties"]
+    [
+        "CLASS",
+        "NAME",
+        "DIMENSION_LIST",
+        "REFERENCE_LIST",
+        "_Netcdf4Dimid",
+        "_Netcdf4Coordinates",
+        "_NCProperties",
+    ]
 )
 _NO_VARIABLE = "This is a netCDF dimension but not a netCDF variable"
 
 
 @dataclass(eq=False)
 class _Variable:
-    """How a variable is stored: names of its dimensions, type, attributes, chunks of a shape, compression; and its
-    values where they are the same in every shard."""
+    """How a variable is stored: names of its dimensions, type, attributes, chunks of a shape,
+    compression; and its values where they are the same in every shard.
+    """
 
     dims: tuple[str, ...]
     dtype: np.dtype
@@ -69,7 +79,8 @@ def join(files: Sequence[Path], target: Path, attrs: Mapping[str, Any]) -> None:
         attrs: attributes of the result, over those of the first file.
 
     Raises:
-        RecordingError: files that are not recordings, or not of one model and one choice of statistics and layers.
+        RecordingError: files that are not recordings, or not of one model and one choice of
+            statistics and layers.
     """
     plan = _Plan()
     for file in files:
@@ -89,10 +100,12 @@ def _opened(file: Path) -> h5py.File:
     try:
         return h5py.File(file, "r")
     except OSError as error:
-        raise RecordingError(f"{file} cannot be read ({error}): delete it and its note, and record again") from error
+        raise RecordingError(
+            f"{file} cannot be read ({error}): delete it and its note, and record again"
+        ) from error
 
 
-# -- looking -----------------------------------------------------------------------------------------------------
+# -- looking ---------------------------------------------------------------------------------------
 
 
 def _look(plan: _Plan, source: h5py.File, name: str) -> None:
@@ -102,8 +115,8 @@ def _look(plan: _Plan, source: h5py.File, name: str) -> None:
     for key in _SAME:
         if found.get(key) != plan.attrs.get(key):
             raise RecordingError(
-                f"cannot join: {name} was recorded with another {key} ({found.get(key)}, not {plan.attrs.get(key)}); "
-                "delete the parts and record again"
+                f"cannot join: {name} was recorded with another {key} ({found.get(key)}, not"
+                f" {plan.attrs.get(key)}); delete the parts and record again"
             )
     count = 0
     for group in [group for group in GROUPS if group in source]:
@@ -117,7 +130,9 @@ def _look(plan: _Plan, source: h5py.File, name: str) -> None:
 
 def _variables(group: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
     for name, stored in group.items():
-        if isinstance(stored, h5py.Dataset) and not _text(stored.attrs.get("NAME", "")).startswith(_NO_VARIABLE):
+        if isinstance(stored, h5py.Dataset) and not _text(stored.attrs.get("NAME", "")).startswith(
+            _NO_VARIABLE
+        ):
             yield name, stored
 
 
@@ -133,14 +148,21 @@ def _note(plan: _Plan, group: str, name: str, stored: h5py.Dataset, file: str) -
     elif 0 in stored.shape:
         return
     elif known.dtype != stored.dtype or len(known.shape) != stored.ndim:
-        raise RecordingError(f"cannot join: {name} of {file} is stored otherwise than before; record again")
+        raise RecordingError(
+            f"cannot join: {name} of {file} is stored otherwise than before; record again"
+        )
     for dim, size in zip(known.dims, stored.shape, strict=True):
         if dim in RAGGED:
             sizes[dim] = max(size, sizes.get(dim, 0))
         elif dim != _SAMPLE and sizes.setdefault(dim, size) != size:
-            raise RecordingError(f"cannot join: {dim} has {size} entries in {file}, {sizes[dim]} before; record again")
+            raise RecordingError(
+                f"cannot join: {dim} has {size} entries in {file}, {sizes[dim]} before; record"
+                " again"
+            )
     if known.values is not None and not np.array_equal(known.values, stored[...]):
-        raise RecordingError(f"cannot join: {file} labels {name} differently; record all with the same options")
+        raise RecordingError(
+            f"cannot join: {file} labels {name} differently; record all with the same options"
+        )
 
 
 def _describe(name: str, stored: h5py.Dataset) -> _Variable:
@@ -161,7 +183,7 @@ def _describe(name: str, stored: h5py.Dataset) -> _Variable:
     return _Variable(dims, stored.dtype, attrs, stored.chunks, stored.shape, compression, values)
 
 
-# -- writing -----------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def _lay_out(plan: _Plan, group: str, target: Any) -> None:
@@ -175,7 +197,9 @@ def _lay_out(plan: _Plan, group: str, target: Any) -> None:
         if options and variable.chunks is not None:
             options["chunks"] = tuple(
                 sizes[dim] if chunk == length and dim != _SAMPLE else min(chunk, sizes[dim])
-                for dim, chunk, length in zip(variable.dims, variable.chunks, variable.shape, strict=True)
+                for dim, chunk, length in zip(
+                    variable.dims, variable.chunks, variable.shape, strict=True
+                )
             )
         attrs = dict(variable.attrs)
         if "_FillValue" in attrs:
@@ -199,10 +223,18 @@ def _fill(plan: _Plan, source: h5py.File, target: h5py.File, start: int) -> None
             if _SAMPLE not in variable.dims:
                 continue
             into = target[group][name]
-            shape = tuple(count if dim == _SAMPLE else into.shape[axis] for axis, dim in enumerate(variable.dims))
-            values = np.full(shape, variable.fill, dtype=object if variable.dtype.kind == "O" else variable.dtype)
+            shape = tuple(
+                count if dim == _SAMPLE else into.shape[axis]
+                for axis, dim in enumerate(variable.dims)
+            )
+            values = np.full(
+                shape, variable.fill, dtype=object if variable.dtype.kind == "O" else variable.dtype
+            )
             if name in here:
                 values[tuple(slice(0, size) for size in here[name].shape)] = here[name][...]
-            into[tuple(slice(start, start + count) if dim == _SAMPLE else slice(None) for dim in variable.dims)] = (
-                values
-            )
+            into[
+                tuple(
+                    slice(start, start + count) if dim == _SAMPLE else slice(None)
+                    for dim in variable.dims
+                )
+            ] = values

@@ -1,11 +1,13 @@
-"""A recording: labelled arrays of many samples, with where they come from; saved, loaded, merged, estimated.
+"""A recording: labelled arrays of many samples, with where they come from; saved, loaded, merged,
+estimated.
 
-    recording["modality_mass"]           per sample, layer, head and step (step 0: the last prompt row)
-    recording["modality_mass_prefill"]   mean over prompt rows, by query modality
-    recording.dataset                    all of them; `recording.tree` with tokens, sums, maps and raw attention too
+    recording["modality_mass"]           per sample, layer, head and step (step 0: the last prompt
+    row) recording["modality_mass_prefill"]   mean over prompt rows, by query modality
+    recording.dataset                    all of them; `recording.tree` with tokens, sums, maps and
+    raw attention too
 
-Sums are kept with their counts and divided only when asked, so that merging recordings is concatenation over samples
-and exact in any order and any split.
+Sums are kept with their counts and divided only when asked, so that merging recordings is
+concatenation over samples and exact in any order and any split.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class Recording:
         self.attrs = dict(attrs)
 
     @classmethod
-    def live(cls, source: Source, labels: Mapping[str, Sequence[Any]], attrs: Mapping[str, Any]) -> Recording:
+    def live(
+        cls, source: Source, labels: Mapping[str, Sequence[Any]], attrs: Mapping[str, Any]
+    ) -> Recording:
         """A recording in the making; `labels` are those of layers and heads."""
         recording = cls({}, attrs)
         recording._source, recording._labels, recording._data = source, labels, None
@@ -63,7 +67,9 @@ class Recording:
 
     @property
     def data(self) -> dict[str, xr.Dataset]:
-        """Group -> dataset, as in `schema.GROUPS`. While the model still runs, of the samples as they stand."""
+        """Group -> dataset, as in `schema.GROUPS`. While the model still runs, of the samples as
+        they stand.
+        """
         source = self._source
         if source is None:
             return self._data or {}
@@ -94,7 +100,9 @@ class Recording:
         data = self.data
         summed = [str(n) for n in data["sums"].data_vars if not str(n).endswith("_count")]
         return sorted(
-            {str(n) for n in data["statistics"].data_vars} | set(summed) | {str(n) for n in data["maps"].data_vars}
+            {str(n) for n in data["statistics"].data_vars}
+            | set(summed)
+            | {str(n) for n in data["maps"].data_vars}
         )
 
     def __getitem__(self, name: str) -> xr.DataArray:
@@ -109,7 +117,11 @@ class Recording:
                 return data[group][name]
         if name in data["sums"]:
             total, count = data["sums"][name], data["sums"].get(f"{name}_count")
-            return total if count is None else (total / count.where(count > 0)).rename(name).assign_attrs(total.attrs)
+            return (
+                total
+                if count is None
+                else (total / count.where(count > 0)).rename(name).assign_attrs(total.attrs)
+            )
         raise KeyError(f"this recording holds no {name!r}; it holds {', '.join(self.names)}")
 
     def total(self, name: str) -> xr.DataArray:
@@ -127,8 +139,12 @@ class Recording:
     @property
     def dataset(self) -> xr.Dataset:
         """All statistics, per sample."""
-        arrays = [self[name].to_dataset(name=name) for name in self.names if name not in self.data["maps"]]
-        return xr.merge(arrays, join="exact", compat="equals", combine_attrs="override").assign_attrs(self.attrs)
+        arrays = [
+            self[name].to_dataset(name=name) for name in self.names if name not in self.data["maps"]
+        ]
+        return xr.merge(
+            arrays, join="exact", compat="equals", combine_attrs="override"
+        ).assign_attrs(self.attrs)
 
     @property
     def tokens(self) -> xr.Dataset:
@@ -138,19 +154,24 @@ class Recording:
     @property
     def tree(self) -> xr.DataTree:
         """The whole recording."""
-        return xr.DataTree.from_dict({"/": xr.Dataset(attrs=self.attrs), **{f"/{k}": v for k, v in self.data.items()}})
+        return xr.DataTree.from_dict(
+            {"/": xr.Dataset(attrs=self.attrs), **{f"/{k}": v for k, v in self.data.items()}}
+        )
 
     def estimate(self, name: str, keep: Iterable[str] = (), **labels: Any) -> xr.Dataset:
         """Mean over samples with its 95 % bootstrap interval.
 
-        Each sample counts once: it is averaged over all other dimensions first, leaving out what is undefined.
+        Each sample counts once: it is averaged over all other dimensions first, leaving out what is
+        undefined.
 
         Args:
             keep: dimensions of the result, e.g. ("layer", "key_modality"); none gives one number.
-            labels: select these coordinates before averaging, e.g. step=slice(1, None) for decode steps.
+            labels: select these coordinates before averaging, e.g. step=slice(1, None) for decode
+                steps.
 
         Returns:
-            Variables mean, low, high, n (samples that have a value). One sample has a mean, but no interval (NaN).
+            Variables mean, low, high, n (samples that have a value). One sample has a mean, but no
+                interval (NaN).
 
         Raises:
             KeyError: unknown name. RecordingError: a dimension it does not have.
@@ -159,14 +180,19 @@ class Recording:
         kept = tuple(keep)
         if unknown := set(kept) - set(map(str, array.dims)):
             raise RecordingError(
-                f"{name} has no {', '.join(sorted(unknown))}; it has {', '.join(map(str, array.dims))}"
+                f"{name} has no {', '.join(sorted(unknown))}; it has"
+                f" {', '.join(map(str, array.dims))}"
             )
         other = [dim for dim in array.dims if dim != "sample" and dim not in kept]
         samples = array.mean(other, skipna=True).transpose("sample", *kept)
         like = samples.isel(sample=0, drop=True)
         found = [mean_interval(column) for column in samples.values.reshape(len(samples), -1).T]
-        parts = {part: [getattr(one, part) for one in found] for part in ("mean", "low", "high", "n")}
-        return xr.Dataset({part: like.copy(data=np.reshape(values, like.shape)) for part, values in parts.items()})
+        parts = {
+            part: [getattr(one, part) for one in found] for part in ("mean", "low", "high", "n")
+        }
+        return xr.Dataset(
+            {part: like.copy(data=np.reshape(values, like.shape)) for part, values in parts.items()}
+        )
 
     # -- facts about samples -----
 
@@ -184,7 +210,8 @@ class Recording:
             json.dumps(facts)
         except TypeError as error:
             raise RecordingError(
-                f"facts about sample {name!r} must be plain numbers, strings, lists and dicts: {error}"
+                f"facts about sample {name!r} must be plain numbers, strings, lists and dicts:"
+                f" {error}"
             ) from error
         self._facts.setdefault(name, {}).update(facts)
 
@@ -199,19 +226,23 @@ class Recording:
         if isinstance(sample, int) and -len(names) <= sample < len(names):
             return names[sample]
         held = f"{names[0]} to {names[-1]}" if names else "none yet"
-        raise RecordingError(f"there is no sample {sample!r}; this recording holds {len(names)} samples ({held})")
+        raise RecordingError(
+            f"there is no sample {sample!r}; this recording holds {len(names)} samples ({held})"
+        )
 
     # -- files -----
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write one netCDF file. The estimates of `dataset` are written too, for readers that know only netCDF.
+        """Write one netCDF file. The estimates of `dataset` are written too, for readers that know
+        only netCDF.
 
         Raises:
             RecordingError: nothing was recorded, or the file cannot be written.
         """
         if not len(self):
             raise RecordingError(
-                "nothing was recorded, so there is nothing to save; call the model inside the with block"
+                "nothing was recorded, so there is nothing to save; call the model inside the with"
+                " block"
             )
         groups = dict(self.data)
         groups["statistics"] = self.dataset.drop_attrs(deep=False)
@@ -219,9 +250,12 @@ class Recording:
         facts = [json.dumps(self._facts.get(str(name), {})) for name in names]
         groups["tokens"] = groups["tokens"].assign(facts=("sample", np.array(facts, dtype=object)))
         root = xr.Dataset(attrs={**self.attrs, "format": FORMAT, "version": VERSION})
-        tree = xr.DataTree.from_dict({"/": root, **{f"/{name}": dataset for name, dataset in groups.items()}})
+        tree = xr.DataTree.from_dict(
+            {"/": root, **{f"/{name}": dataset for name, dataset in groups.items()}}
+        )
         encoding = {
-            f"/{name}": {str(v): _encoding(dataset[v]) for v in dataset.data_vars} for name, dataset in groups.items()
+            f"/{name}": {str(v): _encoding(dataset[v]) for v in dataset.data_vars}
+            for name, dataset in groups.items()
         }
         target = Path(path)
         try:
@@ -235,28 +269,36 @@ def load_recording(path: str | PathLike[str]) -> Recording:
     """Read what `Recording.save` wrote.
 
     Raises:
-        RecordingError: there is no such file, it is not a recording, or it is one of another version of the format.
+        RecordingError: there is no such file, it is not a recording, or it is one of another
+            version of the format.
     """
     source = Path(path)
     if not source.is_file():
         raise RecordingError(
-            f"there is no recording file {source}; make one with recording.save(...) or `avl record --out`"
+            f"there is no recording file {source}; make one with recording.save(...) or `avl record"
+            " --out`"
         )
     try:
         with xr.open_datatree(source, engine="h5netcdf") as opened:
             tree = opened.load()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise RecordingError(f"{source} is not a readable netCDF file, so not a recording: {error}") from error
+        raise RecordingError(
+            f"{source} is not a readable netCDF file, so not a recording: {error}"
+        ) from error
     if tree.attrs.get("format") != FORMAT:
         raise RecordingError(
-            f"{source} is a netCDF file but not a recording of this toolkit (no format = {FORMAT!r} in it)"
+            f"{source} is a netCDF file but not a recording of this toolkit (no format = {FORMAT!r}"
+            " in it)"
         )
     if int(tree.attrs.get("version", -1)) != VERSION:
         raise RecordingError(
-            f"{source} has recording format {tree.attrs.get('version')}, this program reads {VERSION}; record again, "
-            "or read the file with the version that wrote it"
+            f"{source} has recording format {tree.attrs.get('version')}, this program reads"
+            f" {VERSION}; record again, or read the file with the version that wrote it"
         )
-    data = {name: tree[name].to_dataset(inherit=False) if name in tree.children else xr.Dataset() for name in GROUPS}
+    data = {
+        name: tree[name].to_dataset(inherit=False) if name in tree.children else xr.Dataset()
+        for name in GROUPS
+    }
     derived = [name for name in data["sums"].data_vars if name in data["statistics"]]
     values = data["statistics"].drop_vars(derived)
     data["statistics"] = values.drop_vars(
@@ -264,7 +306,9 @@ def load_recording(path: str | PathLike[str]) -> Recording:
     )
     facts = data["tokens"].get("facts")
     data["tokens"] = data["tokens"].drop_vars("facts", errors="ignore")
-    recording = Recording(data, {k: v for k, v in tree.attrs.items() if k not in ("format", "version")})
+    recording = Recording(
+        data, {k: v for k, v in tree.attrs.items() if k not in ("format", "version")}
+    )
     for name in recording.samples if facts is not None else []:
         recording._facts[name] = json.loads(str(facts.sel(sample=name).item()))
     return recording
@@ -274,7 +318,8 @@ def merge(recordings: Sequence[Recording]) -> Recording:
     """One recording with the samples of all, sorted by name; exact, whatever the order and split.
 
     Raises:
-        RecordingError: nothing to merge, a sample name in two of them, different models, layers or statistics.
+        RecordingError: nothing to merge, a sample name in two of them, different models, layers or
+            statistics.
     """
     filled = [recording for recording in recordings if len(recording)]
     if not filled:
@@ -282,15 +327,24 @@ def merge(recordings: Sequence[Recording]) -> Recording:
     names = [name for recording in filled for name in recording.samples]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RecordingError(
-            f"cannot merge: samples {', '.join(twice[:5])} are in more than one recording; number them apart with "
-            "record(..., first_sample=...)"
+            f"cannot merge: samples {', '.join(twice[:5])} are in more than one recording; number"
+            " them apart with record(..., first_sample=...)"
         )
     for key in ("model", "model_type", "statistics"):
         if len(values := {str(recording.attrs.get(key)) for recording in filled}) > 1:
-            raise RecordingError(f"cannot merge: the recordings differ in {key}: {' | '.join(sorted(values))}")
-    first = min(filled, key=lambda recording: min(recording.samples))  # its date and seed, whatever the order
-    data = {group: concatenate([recording.data[group] for recording in filled], group) for group in GROUPS}
-    merged = Recording({g: d.sortby("sample") if "sample" in d.dims else d for g, d in data.items()}, first.attrs)
+            raise RecordingError(
+                f"cannot merge: the recordings differ in {key}: {' | '.join(sorted(values))}"
+            )
+    first = min(
+        filled, key=lambda recording: min(recording.samples)
+    )  # its date and seed, whatever the order
+    data = {
+        group: concatenate([recording.data[group] for recording in filled], group)
+        for group in GROUPS
+    }
+    merged = Recording(
+        {g: d.sortby("sample") if "sample" in d.dims else d for g, d in data.items()}, first.attrs
+    )
     for recording in filled:
         merged._facts.update(recording._facts)
     return merged
@@ -301,15 +355,23 @@ LEAST_CHUNK = 1 << 16
 
 
 def _encoding(variable: xr.DataArray) -> dict[str, Any]:
-    """Compressed; arrays per head and key are cut so that one head can be read alone, if that is worth a chunk."""
+    """Compressed; arrays per head and key are cut so that one head can be read alone, if that is
+    worth a chunk.
+    """
     if variable.dtype == object or variable.ndim < 2 or variable.size == 0:
         return {}
     encoding: dict[str, Any] = {"zlib": True, "complevel": 4, "shuffle": True}
     if "head" in variable.dims and {"position", "token"} & set(variable.dims):
         sizes = dict(variable.sizes)
-        chunk = {dim: 1 if dim in ("sample", "layer", "head", "rows") else size for dim, size in sizes.items()}
+        chunk = {
+            dim: 1 if dim in ("sample", "layer", "head", "rows") else size
+            for dim, size in sizes.items()
+        }
         for dim in ("rows", "layer", "sample", "head"):
-            if dim in chunk and np.prod(list(chunk.values())) * variable.dtype.itemsize < LEAST_CHUNK:
+            if (
+                dim in chunk
+                and np.prod(list(chunk.values())) * variable.dtype.itemsize < LEAST_CHUNK
+            ):
                 chunk[dim] = sizes[dim]
         encoding["chunksizes"] = tuple(chunk[dim] for dim in variable.dims)
     if variable.dtype.kind == "f":

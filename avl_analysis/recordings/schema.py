@@ -1,16 +1,17 @@
-"""Names, dimensions and labels of everything a recording holds; the one vocabulary of statistics, files and figures.
+"""Names, dimensions and labels of everything a recording holds; the one vocabulary of statistics,
+files and figures.
 
-Arrays are described by `Field`s: the dimensions in words, unit, range and meaning. Dimensions in `RAGGED` differ in
-length between samples; stacking pads them with the field's fill value (NaN where there is a number to be missing).
+Arrays are described by `Field`s: the dimensions in words, unit, range and meaning. Dimensions in
+`RAGGED` differ in length between samples; stacking pads them with the field's fill value (NaN where
+there is a number to be missing).
 
-The words used everywhere:
-    sample          one row of one prefill, by its name
-    layer, head     decoder layer and query head, counted from 0
-    step            rows that produce a token: 0 is the last prompt row, t >= 1 the t-th decode step
-    query_modality  what the query token is, for prompt rows; `key_modality` what the key is: system, image, text
-    position        place among a sample's tokens, padding left out, generated tokens included
-    token           i-th image token of the sample's prompt, in raster order, all pictures in a row
-    rows            which query rows a sum runs over: "prompt", "prompt text", "decode"
+The words used everywhere: sample          one row of one prefill, by its name layer, head
+    decoder layer and query head, counted from 0 step            rows that produce a token: 0 is the
+    last prompt row, t >= 1 the t-th decode step query_modality  what the query token is, for prompt
+    rows; `key_modality` what the key is: system, image, text position        place among a sample's
+    tokens, padding left out, generated tokens included token           i-th image token of the
+    sample's prompt, in raster order, all pictures in a row rows            which query rows a sum
+    runs over: "prompt", "prompt text", "decode"
 """
 
 from __future__ import annotations
@@ -32,10 +33,16 @@ VERSION = 1
 RAGGED = frozenset({"step", "position", "token", "picture", "query", "key"})
 ROWS = ("prompt", "prompt text", "decode")
 GROUPS = ("tokens", "sums", "statistics", "maps", "attention")
-"""Groups of a recording: what the tokens are; additive sums with their counts (`<name>_count`); values per sample that
-are exact as they stand; image-token scores to draw over pictures; raw attention slices."""
+"""Groups of a recording: what the tokens are; additive sums with their counts (`<name>_count`);
+values per sample that are exact as they stand; image-token scores to draw over pictures; raw
+attention slices.
+"""
 
-FIXED: Mapping[str, Sequence[Any]] = {"query_modality": MODALITIES, "key_modality": MODALITIES, "rows": ROWS}
+FIXED: Mapping[str, Sequence[Any]] = {
+    "query_modality": MODALITIES,
+    "key_modality": MODALITIES,
+    "rows": ROWS,
+}
 """Labels of dimensions that are the same in every recording."""
 
 
@@ -60,26 +67,40 @@ class Field:
     attrs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def layer_labels(layers: Sequence[int], heads: int, key_heads: int) -> dict[str, Sequence[Any]]:
+def layer_labels(layers: Sequence[int], heads: int, kv_heads: int) -> dict[str, Sequence[Any]]:
     """Labels of the dimensions that follow from the model."""
-    return {"layer": layers, "other_layer": layers, "head": range(heads), "key_head": range(key_heads)}
+    return {
+        "layer": layers,
+        "other_layer": layers,
+        "head": range(heads),
+        "key_head": range(kv_heads),
+    }
 
 
 Part = dict[str, dict[str, tuple[Field, np.ndarray]]]
 """One sample: group -> name -> (field, array without the sample dimension)."""
 
 
-def stack(parts: Sequence[Part], names: Sequence[str], coords: Mapping[str, Sequence[Any]]) -> dict[str, xr.Dataset]:
-    """Datasets of several samples, padded where they differ in length; `coords` labels the dimensions all share.
+def stack(
+    parts: Sequence[Part], names: Sequence[str], coords: Mapping[str, Sequence[Any]]
+) -> dict[str, xr.Dataset]:
+    """Datasets of several samples, padded where they differ in length; `coords` labels the
+    dimensions all share.
 
     Raises:
-        ValueError: two statistics give one dimension different labels (xarray would silently join them).
+        ValueError: two statistics give one dimension different labels (xarray would silently join
+            them).
     """
-    return {group: _stack_group([part.get(group, {}) for part in parts], names, coords) for group in GROUPS}
+    return {
+        group: _stack_group([part.get(group, {}) for part in parts], names, coords)
+        for group in GROUPS
+    }
 
 
 def _stack_group(
-    parts: Sequence[dict[str, tuple[Field, np.ndarray]]], names: Sequence[str], coords: Mapping[str, Sequence[Any]]
+    parts: Sequence[dict[str, tuple[Field, np.ndarray]]],
+    names: Sequence[str],
+    coords: Mapping[str, Sequence[Any]],
 ) -> xr.Dataset:
     fields = {name: described for part in parts for name, (described, _) in part.items()}
     sizes: dict[str, int] = {}
@@ -91,19 +112,29 @@ def _stack_group(
     for name, described in fields.items():
         arrays = [part[name][1] if name in part else None for part in parts]
         stacked = _stack_arrays(arrays, tuple(sizes[dim] for dim in described.dims), described.fill)
-        variables[name] = (("sample", *described.dims), stacked, {**described.attrs, "fill": described.fill})
+        variables[name] = (
+            ("sample", *described.dims),
+            stacked,
+            {**described.attrs, "fill": described.fill},
+        )
     dims = {dim for dims, _, _ in variables.values() for dim in dims}
     known: dict[str, Any] = {"sample": np.array(list(names), dtype=object), **FIXED, **coords}
     known |= {dim: range(sizes[dim]) for dim in RAGGED & dims}
     for described in fields.values():
         for dim, labels in described.coords.items():
             if dim in known and dim not in coords and list(known[dim]) != list(labels):
-                raise ValueError(f"two statistics label {dim} differently: {list(known[dim])} and {list(labels)}")
+                raise ValueError(
+                    f"two statistics label {dim} differently: {list(known[dim])} and {list(labels)}"
+                )
             known[dim] = labels
-    return xr.Dataset(variables, coords={dim: np.asarray(labels) for dim, labels in known.items() if dim in dims})
+    return xr.Dataset(
+        variables, coords={dim: np.asarray(labels) for dim, labels in known.items() if dim in dims}
+    )
 
 
-def _stack_arrays(arrays: Sequence[np.ndarray | None], shape: tuple[int, ...], fill: Any) -> np.ndarray:
+def _stack_arrays(
+    arrays: Sequence[np.ndarray | None], shape: tuple[int, ...], fill: Any
+) -> np.ndarray:
     present = [array for array in arrays if array is not None]
     if len(arrays) == 1 and present[0].shape == shape:
         return present[0][None]
@@ -116,7 +147,8 @@ def _stack_arrays(arrays: Sequence[np.ndarray | None], shape: tuple[int, ...], f
 
 
 def concatenate(datasets: Sequence[xr.Dataset], what: str) -> xr.Dataset:
-    """Samples of several datasets behind one another; exact, everything but ragged dimensions must agree.
+    """Samples of several datasets behind one another; exact, everything but ragged dimensions must
+    agree.
 
     Raises:
         RecordingError: if they hold different variables, layers, heads or labels.
@@ -126,14 +158,14 @@ def concatenate(datasets: Sequence[xr.Dataset], what: str) -> xr.Dataset:
         if set(other.data_vars) != set(first.data_vars):
             differing = sorted(set(map(str, other.data_vars)) ^ set(map(str, first.data_vars)))
             raise RecordingError(
-                f"cannot merge: {', '.join(differing)} ({what}) are in some of the recordings only; record them with "
-                "the same statistics and options"
+                f"cannot merge: {', '.join(differing)} ({what}) are in some of the recordings only;"
+                " record them with the same statistics and options"
             )
         for dim in set(map(str, first.dims)) - RAGGED - {"sample"}:
             if not np.array_equal(np.asarray(first[dim]), np.asarray(other[dim])):
                 raise RecordingError(
-                    f"cannot merge: the recordings differ in {dim} ({_some(first[dim])} and {_some(other[dim])}); "
-                    "record them with the same model, layers and options"
+                    f"cannot merge: the recordings differ in {dim} ({_some(first[dim])} and"
+                    f" {_some(other[dim])}); record them with the same model, layers and options"
                 )
     sizes = {dim: max(d.sizes[dim] for d in datasets) for dim in RAGGED & set(first.dims)}
     grown = [pad(dataset, sizes) for dataset in datasets]
@@ -143,7 +175,9 @@ def concatenate(datasets: Sequence[xr.Dataset], what: str) -> xr.Dataset:
 def pad(dataset: xr.Dataset, sizes: Mapping[str, int]) -> xr.Dataset:
     """Pad the ragged dimensions of every variable to `sizes` with the variable's own fill value."""
     wanted = {dim: np.arange(n) for dim, n in sizes.items()}
-    fills = {name: variable.attrs.get("fill", np.nan) for name, variable in dataset.data_vars.items()}
+    fills = {
+        name: variable.attrs.get("fill", np.nan) for name, variable in dataset.data_vars.items()
+    }
     return dataset.reindex(wanted, fill_value=fills) if wanted else dataset
 
 

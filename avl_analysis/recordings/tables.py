@@ -1,8 +1,8 @@
 """Recordings as tables of text, one row per layer: what `avl stats` prints.
 
-Each number is first averaged within a sample (over heads and, where there are any, decode steps), then over samples;
-with several samples the 95 % percentile bootstrap interval over samples stands behind it. A table is only a first
-look: it leaves heads and steps to the figures.
+Each number is first averaged within a sample (over heads and, where there are any, decode steps),
+then over samples; with several samples the 95 % percentile bootstrap interval over samples stands
+behind it. A table is only a first look: it leaves heads and steps to the figures.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class LayerTable:
 
 
 def layer_tables(recording: Recording, names: Sequence[str] | None = None) -> list[LayerTable]:
-    """Tables of the named statistics; None takes every one that has layers and few values per layer.
+    """Tables of the named statistics; None takes every one that has layers and few values per
+    layer.
 
     Raises:
         InputError: a name the recording does not hold, or that has no layers.
@@ -47,17 +48,23 @@ def layer_tables(recording: Recording, names: Sequence[str] | None = None) -> li
     tables = []
     for name in recording.names if names is None else names:
         if name not in recording.names:
-            raise InputError(f"this recording holds no {name!r}; it holds {', '.join(recording.names)}")
+            raise InputError(
+                f"this recording holds no {name!r}; it holds {', '.join(recording.names)}"
+            )
         array = recording[name]
         if "layer" in array.dims and (names is not None or _values_per_layer(array) <= MAX_VALUES):
             tables += _tables(name, array)
         elif names is not None:
-            raise InputError(f"{name!r} has no layers (its dimensions: {', '.join(map(str, array.dims))})")
+            raise InputError(
+                f"{name!r} has no layers (its dimensions: {', '.join(map(str, array.dims))})"
+            )
     return tables
 
 
 def _own(array: xr.DataArray) -> list[str]:
-    """Dimensions that are neither averaged over nor rows: the last becomes columns, the others tables of their own."""
+    """Dimensions that are neither averaged over nor rows: the last becomes columns, the others
+    tables of their own.
+    """
     return [str(dim) for dim in array.dims if dim not in ("sample", "layer", "head", "step")]
 
 
@@ -79,12 +86,18 @@ def _split(title: str, values: xr.DataArray) -> list[LayerTable]:
     own = _own(values)
     if len(own) > 1:
         labels = values[own[0]].values
-        return [table for at in labels for table in _split(f"{title}, {own[0]} {at}", values.sel({own[0]: at}))]
+        return [
+            table
+            for at in labels
+            for table in _split(f"{title}, {own[0]} {at}", values.sel({own[0]: at}))
+        ]
     flat = values.transpose("layer", "sample", *own).values
     flat = flat.reshape(*flat.shape[:2], -1)
     columns = tuple(str(label) for label in values[own[0]].values) if own else ("value",)
     cells = tuple(tuple(_cell(column) for column in layer.T) for layer in flat)
-    return [LayerTable(title, columns, tuple(int(layer) for layer in values["layer"].values), cells)]
+    return [
+        LayerTable(title, columns, tuple(int(layer) for layer in values["layer"].values), cells)
+    ]
 
 
 def _cell(samples: np.ndarray) -> str:
@@ -92,5 +105,7 @@ def _cell(samples: np.ndarray) -> str:
     found = mean_interval(samples)
     if not found.n:
         return "-"
-    spread = f" [{found.low:.3g}, {found.high:.3g}]" if found.n > 1 and found.low < found.high else ""
+    spread = (
+        f" [{found.low:.3g}, {found.high:.3g}]" if found.n > 1 and found.low < found.high else ""
+    )
     return f"{found.mean:.3g}{spread}"

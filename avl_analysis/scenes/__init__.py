@@ -1,11 +1,13 @@
-"""The embedded model: a small LLaVA trained from scratch on drawn scenes, and the scenes themselves.
+"""The embedded model: a small LLaVA trained from scratch on drawn scenes, and the scenes
+themselves.
 
-A trained vision-language model that ships with the package, so that attention can be looked at without a download, and
-pictures whose truth is known to the pixel, so that what attention looks at can be checked. ``generate`` and ``samples``
-give pictures with question, answer, boxes and covered image tokens; ``MODEL_DIR`` is a folder like any downloaded
-model's, loaded by plain ``from_pretrained``. ``python -m avl_analysis.scenes.training.train`` makes the weights,
-``python -m avl_analysis.scenes.evaluate`` measures them; README.md beside this file says how they were made and what
-they reach. ``exact_match`` and ``evaluate`` live in ``avl_analysis.scenes.evaluate``.
+A trained vision-language model that ships with the package, so that attention can be looked at
+without a download, and pictures whose truth is known to the pixel, so that what attention looks at
+can be checked. ``generate`` and ``samples`` give pictures with question, answer, boxes and covered
+image tokens; ``MODEL_DIR`` is a folder like any downloaded model's, loaded by plain
+``from_pretrained``. ``python -m avl_analysis.scenes.training.train`` makes the weights, ``python -m
+avl_analysis.scenes.evaluate`` measures them; README.md beside this file says how they were made and
+what they reach. ``exact_match`` and ``evaluate`` live in ``avl_analysis.scenes.evaluate``.
 
 Importing this package loads neither torch nor transformers.
 """

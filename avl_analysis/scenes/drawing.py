@@ -1,9 +1,11 @@
-"""Pixels of the drawn scenes: palette, eight shapes as implicit functions, a 5x7 font and a textured background.
+"""Pixels of the drawn scenes: palette, eight shapes as implicit functions, a 5x7 font and a
+textured background.
 
-Everything here takes plain numbers and returns NumPy arrays in [0, 1]; which object goes where is decided in
-``world.py``. A shape is a signed distance in pixels (negative inside), so one formula serves both sizes and gives edges
-that are soft over about one pixel. What surprises: a picture is deliberately never flat. The background carries a
-gradient, slow clouds, faint stripes and pixel noise, so that a patch without an object still has content to ignore.
+Everything here takes plain numbers and returns NumPy arrays in [0, 1]; which object goes where is
+decided in ``world.py``. A shape is a signed distance in pixels (negative inside), so one formula
+serves both sizes and gives edges that are soft over about one pixel. What surprises: a picture is
+deliberately never flat. The background carries a gradient, slow clouds, faint stripes and pixel
+noise, so that a patch without an object still has content to ignore.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ def _cross(x: Field, y: Field, r: float) -> Field:
 
 def _star(x: Field, y: Field, r: float) -> Field:
     wedge = np.pi / 5
-    angle = np.abs(np.mod(np.arctan2(x, -y), 2 * wedge) - wedge)  # 0 on an inner corner, pi/5 on a tip
+    angle = np.abs(
+        np.mod(np.arctan2(x, -y), 2 * wedge) - wedge
+    )  # 0 on an inner corner, pi/5 on a tip
     rho = np.hypot(x, y)
     px, py = rho * np.cos(angle), rho * np.sin(angle)
     inner, tip = 0.45 * r, (1.12 * r * np.cos(wedge), 1.12 * r * np.sin(wedge))
@@ -93,13 +97,40 @@ SHAPES = tuple(SHAPE_FIELDS)
 
 # One base-32 digit per row, five pixels each, most significant bit on the left.
 _GLYPHS = {
-    "A": "ehhvhhh", "B": "uhhuhhu", "C": "ehggghe", "D": "uhhhhhu", "E": "vgguggv", "F": "vgguggg",
-    "G": "ehgnhhe", "H": "hhhvhhh", "J": "72222ic", "K": "hikokih", "L": "ggggggv", "M": "hrllhhh",
-    "N": "hppljjh", "P": "uhhuggg", "R": "uhhukih", "S": "ehge1he", "T": "v444444", "U": "hhhhhhe",
-    "V": "hhhhaa4", "W": "hhhllrh", "X": "hha4ahh", "Y": "hha4444", "Z": "v1248gv", "0": "ehjlphe",
-    "1": "4c4444e", "2": "eh168gv", "3": "v1261he", "4": "26aiv22", "5": "vgu11he", "6": "68guhhe",
-    "7": "v124888", "8": "ehhehhe", "9": "ehhf12c",
-}  # fmt: skip
+    "A": "ehhvhhh",
+    "B": "uhhuhhu",
+    "C": "ehggghe",
+    "D": "uhhhhhu",
+    "E": "vgguggv",
+    "F": "vgguggg",
+    "G": "ehgnhhe",
+    "H": "hhhvhhh",
+    "J": "72222ic",
+    "K": "hikokih",
+    "L": "ggggggv",
+    "M": "hrllhhh",
+    "N": "hppljjh",
+    "P": "uhhuggg",
+    "R": "uhhukih",
+    "S": "ehge1he",
+    "T": "v444444",
+    "U": "hhhhhhe",
+    "V": "hhhhaa4",
+    "W": "hhhllrh",
+    "X": "hha4ahh",
+    "Y": "hha4444",
+    "Z": "v1248gv",
+    "0": "ehjlphe",
+    "1": "4c4444e",
+    "2": "eh168gv",
+    "3": "v1261he",
+    "4": "26aiv22",
+    "5": "vgu11he",
+    "6": "68guhhe",
+    "7": "v124888",
+    "8": "ehhehhe",
+    "9": "ehhf12c",
+}
 CHARACTERS = "".join(_GLYPHS)
 """The 33 characters a string in a picture is made of (I, O and Q look too much like 1 and 0)."""
 GLYPH_WIDTH, GLYPH_HEIGHT, PITCH = 10, 14, 12
@@ -108,7 +139,9 @@ GLYPH_WIDTH, GLYPH_HEIGHT, PITCH = 10, 14, 12
 def glyph(character: str) -> NDArray[np.bool_]:
     """Bitmap of one character at twice the 5x7 font: bool array (14, 10)."""
     rows = _GLYPHS[character]
-    small = np.array([[int(row, 32) >> (4 - column) & 1 for column in range(5)] for row in rows], dtype=bool)
+    small = np.array(
+        [[int(row, 32) >> (4 - column) & 1 for column in range(5)] for row in rows], dtype=bool
+    )
     return small.repeat(2, axis=0).repeat(2, axis=1)
 
 
@@ -123,7 +156,9 @@ def coverage(shape: str, x: float, y: float, radius: float) -> Field:
 
     ``x``, ``y`` are the centre in pixels from the cell's top left corner, ``radius`` is in pixels.
     """
-    distance = SHAPE_FIELDS[shape](_LOCAL[None, :] - np.float32(x), _LOCAL[:, None] - np.float32(y), radius)
+    distance = SHAPE_FIELDS[shape](
+        _LOCAL[None, :] - np.float32(x), _LOCAL[:, None] - np.float32(y), radius
+    )
     return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
 
 
@@ -141,11 +176,20 @@ def _stretch(coarse: Field) -> Field:
 def background(rng: np.random.Generator) -> Field:
     """A dim, nearly grey, textured ground: float32 (96, 96, 3) roughly within 0.1-0.6."""
     angle, wave, phase = rng.uniform(0, 2 * np.pi, 3)
-    slope, stripes, tint = rng.uniform(0.02, 0.12), rng.uniform(0.0, 0.04), rng.uniform(-0.04, 0.04, 3)
+    slope, stripes, tint = (
+        rng.uniform(0.02, 0.12),
+        rng.uniform(0.0, 0.04),
+        rng.uniform(-0.04, 0.04, 3),
+    )
     along = (np.cos(angle) * (_AXIS[None, :] - 48) + np.sin(angle) * (_AXIS[:, None] - 48)) / 48
     across = np.cos(wave) * _AXIS[None, :] + np.sin(wave) * _AXIS[:, None]
     clouds = _stretch(rng.normal(0, 0.05, (7, 7)).astype(np.float32))
-    grey = rng.uniform(0.25, 0.45) + slope * along + stripes * np.sin(across * rng.uniform(0.3, 0.9) + phase) + clouds
+    grey = (
+        rng.uniform(0.25, 0.45)
+        + slope * along
+        + stripes * np.sin(across * rng.uniform(0.3, 0.9) + phase)
+        + clouds
+    )
     noise = rng.standard_normal((SIDE, SIDE, 3), dtype=np.float32) * np.float32(0.022)
     return (grey[..., None] + tint).astype(np.float32) + noise
 

@@ -1,9 +1,11 @@
-"""Measure the embedded model on held-out scenes: ``python -m avl_analysis.scenes.evaluate --samples 500 --out FILE``.
+"""Measure the embedded model on held-out scenes: ``python -m avl_analysis.scenes.evaluate --samples
+500 --out FILE``.
 
-Every prompt goes through the processor and the stock ``generate`` (greedy), as a user's would. Each task is asked about
-its own picture and once more about *another* sample's picture, everything else unchanged: what is still right then
-was not seen. Next to that stands the chance level, the share one would get right without any picture by always giving
-the commonest answer to that kind of question.
+Every prompt goes through the processor and the stock ``generate`` (greedy), as a user's would. Each
+task is asked about its own picture and once more about *another* sample's picture, everything else
+unchanged: what is still right then was not seen. Next to that stands the chance level, the share
+one would get right without any picture by always giving the commonest answer to that kind of
+question.
 
 Scored strictly: a caption counts only if every word of it is right.
 """
@@ -33,7 +35,9 @@ Z95 = 1.959963984540054
 
 
 def exact_match(prediction: str, answer: str) -> bool:
-    """Whether two texts agree word for word; spaces and a final full stop do not count, capitals do."""
+    """Whether two texts agree word for word; spaces and a final full stop do not count, capitals
+    do.
+    """
 
     def plain(text: str) -> list[str]:
         return text.strip().removesuffix(".").split()
@@ -42,7 +46,9 @@ def exact_match(prediction: str, answer: str) -> bool:
 
 
 def wilson(right: int, asked: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a proportion (E. B. Wilson, 1927). Raises ValueError without a single trial."""
+    """95 % Wilson score interval of a proportion (E. B. Wilson, 1927). Raises ValueError without a
+    single trial.
+    """
     if not 0 <= right <= asked or asked == 0:
         raise ValueError(f"{right} of {asked}: need 0 <= right <= asked and at least one trial")
     p, z2 = right / asked, Z95**2
@@ -52,7 +58,9 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
 
 
 def chance(asked: Sequence[Sample]) -> float:
-    """Share right without a picture by giving each kind of question its commonest answer among these samples."""
+    """Share right without a picture by giving each kind of question its commonest answer among
+    these samples.
+    """
     by_kind: dict[str, Counter[str]] = {}
     for sample in asked:
         by_kind.setdefault(sample.question.kind, Counter())[sample.answer] += 1
@@ -67,13 +75,16 @@ def answers(
     pictures: Sequence[Sample] | None = None,
     batch: int = 50,
 ) -> list[str]:
-    """The model's greedy answers to the samples' prompts, about the samples' pictures or those of ``pictures``.
+    """The model's greedy answers to the samples' prompts, about the samples' pictures or those of
+    ``pictures``.
 
     Raises ValueError where ``pictures`` is given and not as long as ``asked``.
     """
     shown = asked if pictures is None else pictures
     if len(shown) != len(asked):
-        raise ValueError(f"{len(asked)} prompts and {len(shown)} pictures: give one picture per prompt")
+        raise ValueError(
+            f"{len(asked)} prompts and {len(shown)} pictures: give one picture per prompt"
+        )
     found: list[str] = []
     for at in range(0, len(asked), batch):
         prompts = [
@@ -82,16 +93,24 @@ def answers(
         ]
         images = [sample.picture for sample in shown[at : at + batch]]
         inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
-        longest = max(len(processor.tokenizer(s.answer).input_ids) for s in asked[at : at + batch]) + 8
+        longest = (
+            max(len(processor.tokenizer(s.answer).input_ids) for s in asked[at : at + batch]) + 8
+        )
         ids = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
-        found += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        found += processor.batch_decode(
+            ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
     return [text.strip() for text in found]
 
 
 def _score(given: Sequence[str], asked: Sequence[Sample]) -> dict[str, Any]:
     right = sum(exact_match(text, sample.answer) for text, sample in zip(given, asked, strict=True))
     low, high = wilson(right, len(asked))
-    return {"exact_match": right / len(asked), "interval95": [round(low, 4), round(high, 4)], "right": right}
+    return {
+        "exact_match": right / len(asked),
+        "interval95": [round(low, 4), round(high, 4)],
+        "right": right,
+    }
 
 
 def evaluate_task(
@@ -101,7 +120,8 @@ def evaluate_task(
     n: int = 500,
     seed: int = EVALUATION_SEED,
 ) -> dict[str, Any]:
-    """Exact match on ``n`` held-out samples of one task with 95 % intervals: own picture, another sample's, chance.
+    """Exact match on ``n`` held-out samples of one task with 95 % intervals: own picture, another
+    sample's, chance.
 
     Raises ValueError for fewer than two samples, between which no pictures can be swapped.
     """
@@ -153,24 +173,36 @@ def _line(task: str, found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Exact match of the scenes model on held-out scenes, per task.")
-    parser.add_argument("--model", type=Path, default=MODEL_DIR, help="model folder (default: the shipped one)")
+    parser = argparse.ArgumentParser(
+        description="Exact match of the scenes model on held-out scenes, per task."
+    )
+    parser.add_argument(
+        "--model", type=Path, default=MODEL_DIR, help="model folder (default: the shipped one)"
+    )
     parser.add_argument("--samples", type=int, default=500, help="samples per task, at least 2")
     parser.add_argument("--seed", type=int, default=EVALUATION_SEED)
     parser.add_argument("--processes", type=int, default=2, help="tasks measured at a time")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     chosen = parser.parse_args()
     if chosen.samples < 2 or not (chosen.model / "config.json").exists():
-        parser.error(f"--samples {chosen.samples} --model {chosen.model}: need 2 samples or more and a model folder")
+        parser.error(
+            f"--samples {chosen.samples} --model {chosen.model}: need 2 samples or more and a model"
+            " folder"
+        )
     began, found, parameters = time.monotonic(), {}, 0
-    jobs = [(chosen.model, task, chosen.samples, chosen.seed) for task in reversed(TASKS)]  # the long one first
+    jobs = [
+        (chosen.model, task, chosen.samples, chosen.seed) for task in reversed(TASKS)
+    ]  # the long one first
     with torch.multiprocessing.get_context("spawn").Pool(chosen.processes) as pool:
         for task, result, count in pool.imap_unordered(_one, jobs):
             found[task], parameters = result, count
             print(_line(task, result), flush=True)
     report = {
-        "what": "exact match of greedy answers on held-out scenes, 95 % Wilson intervals; `other_picture` shows the "
-        "next sample's picture instead; `chance` always gives the commonest answer to that kind of question",
+        "what": (
+            "exact match of greedy answers on held-out scenes, 95 % Wilson intervals;"
+            " `other_picture` shows the next sample's picture instead; `chance` always gives the"
+            " commonest answer to that kind of question"
+        ),
         "dtype": "float32",
         "parameters": parameters,
         "seconds": round(time.monotonic() - began),

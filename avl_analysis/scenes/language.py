@@ -1,11 +1,13 @@
 """The embedded model's words: its tokenizer, chat template and picture processor.
 
-About two hundred pieces: every word of the questions and answers as a whole, every printable ASCII character on its own
-as the fallback, so that any typed text survives encoding and decoding and random strings in pictures become single
-characters. Plurals are spelled (``circle`` + ``s``), which lets singular and plural share a vector.
+About two hundred pieces: every word of the questions and answers as a whole, every printable ASCII
+character on its own as the fallback, so that any typed text survives encoding and decoding and
+random strings in pictures become single characters. Plurals are spelled (``circle`` + ``s``), which
+lets singular and plural share a vector.
 
-The processor is transformers' own ``LlavaProcessor`` around the PIL image processor, forced so that results do not
-depend on whether torchvision is installed; its pixel values are exactly the training tensors.
+The processor is transformers' own ``LlavaProcessor`` around the PIL image processor, forced so that
+results do not depend on whether torchvision is installed; its pixel values are exactly the training
+tensors.
 """
 
 from __future__ import annotations
@@ -29,14 +31,19 @@ SYSTEM = "Answer from the picture."
 IMAGE_TOKENS = GRID * GRID
 
 CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{% set system, turns = messages[0]['content'], messages[1:] %}"
-    "{% else %}{% set system, turns = '" + SYSTEM + "', messages %}{% endif %}"
-    "{% if system is string %}{{ system }}{% else %}{% for part in system %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{% for message in turns %}"
-    "{{ '" + USER + "' if message['role'] == 'user' else '" + ASSISTANT + "' }}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system, turns ="
+    " messages[0]['content'], messages[1:] %}{% else %}{% set system, turns = '"
+    + SYSTEM
+    + "', messages %}{% endif %}{% if system is string %}{{ system }}{% else %}{% for part in"
+    " system %}{{ part['text'] }}{% endfor %}{% endif %}{% for message in turns %}{{ '"
+    + USER
+    + "' if message['role'] == 'user' else '"
+    + ASSISTANT
+    + "' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ '" + IMAGE + "' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+    "{% for part in message['content'] %}{{ '"
+    + IMAGE
+    + "' if part['type'] == 'image' else part['text'] }}{% endfor %}"
     "{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
@@ -54,14 +61,20 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.Unigram(pieces, unk_id=SPECIAL.index(UNK), byte_fallback=False))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    backend.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=BOS,
         eos_token=EOS,
         unk_token=UNK,
         pad_token=PAD,
-        extra_special_tokens={"image_token": IMAGE, "user_token": USER, "assistant_token": ASSISTANT},
+        extra_special_tokens={
+            "image_token": IMAGE,
+            "user_token": USER,
+            "assistant_token": ASSISTANT,
+        },
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
@@ -91,13 +104,16 @@ def build_processor() -> LlavaProcessor:
 
 
 def load_processor(folder: Path | str) -> LlavaProcessor:
-    """The processor saved in ``folder``, with the PIL image processor whatever else is installed."""
+    """The processor saved in ``folder``, with the PIL image processor whatever
+    else is installed."""
     return LlavaProcessor.from_pretrained(folder, backend="pil")
 
 
 def pixel_values(images: NDArray[np.uint8]) -> torch.Tensor:
     """Training tensors of uint8 pictures (n, 96, 96, 3): float32 (n, 3, 96, 96) in [-1, 1]."""
-    scaled = (images.transpose(0, 3, 1, 2) * (1 / 255)).astype(np.float32)  # in double first, as the processor does
+    scaled = (images.transpose(0, 3, 1, 2) * (1 / 255)).astype(
+        np.float32
+    )  # in double first, as the processor does
     return torch.from_numpy((scaled - np.float32(0.5)) / np.float32(0.5))
 
 

@@ -1,11 +1,13 @@
 """Twelve kinds of question about a drawn scene, each with one right answer.
 
-Every maker takes a random generator and a scene and returns a ``Question`` or None where the scene does not allow one
-(no string to read, nothing next to anything). A question names an object only by words that fit that object alone, so
-its answer is unique by construction. Wording varies: several phrasings each, with and without capital or full stop.
+Every maker takes a random generator and a scene and returns a ``Question`` or None where the scene
+does not allow one (no string to read, nothing next to anything). A question names an object only by
+words that fit that object alone, so its answer is unique by construction. Wording varies: several
+phrasings each, with and without capital or full stop.
 
-What surprises: "object" means a shape, never the string. "Directly left of" means the neighbouring cell of the 3x3
-board. Asked what is at a place where nothing is, the right answer is "nothing"; cells a string touches are never asked.
+What surprises: "object" means a shape, never the string. "Directly left of" means the neighbouring
+cell of the 3x3 board. Asked what is at a place where nothing is, the right answer is "nothing";
+cells a string touches are never asked.
 """
 
 from __future__ import annotations
@@ -44,9 +46,24 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "What is the number of {0}?",
         "How many {0} are in the picture?",
     ),
-    "exist": ("Is there {0}?", "Do you see {0}?", "Can you see {0}?", "Is there {0} in the picture?"),
-    "where": ("Where is the {0}?", "Where do you see the {0}?", "Find the {0}.", "At which place is the {0}?"),
-    "what": ("What is at {0}?", "What do you see at {0}?", "Which object is at {0}?", "Name the object at {0}."),
+    "exist": (
+        "Is there {0}?",
+        "Do you see {0}?",
+        "Can you see {0}?",
+        "Is there {0} in the picture?",
+    ),
+    "where": (
+        "Where is the {0}?",
+        "Where do you see the {0}?",
+        "Find the {0}.",
+        "At which place is the {0}?",
+    ),
+    "what": (
+        "What is at {0}?",
+        "What do you see at {0}?",
+        "Which object is at {0}?",
+        "Name the object at {0}.",
+    ),
     "relation": (
         "What is directly {0} the {1}?",
         "Which object is directly {0} the {1}?",
@@ -71,7 +88,12 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "Tell me the {0} character of the text.",
         "Read the {0} character.",
     ),
-    "ocr": ("What does the text say?", "Read the text.", "What is written in the picture?", "Tell me the text."),
+    "ocr": (
+        "What does the text say?",
+        "Read the text.",
+        "What is written in the picture?",
+        "Tell me the text.",
+    ),
     "caption": (
         "Describe the picture.",
         "What do you see in the picture?",
@@ -86,8 +108,9 @@ TASKS = tuple(PHRASINGS)
 class Question:
     """One question and its answer.
 
-    ``kind`` splits a task where the answer's prior differs (which things are counted, say). ``boxes`` and ``patches``
-    are what one has to look at: pixel boxes, and the image tokens (0-143) under them, in reading order.
+    ``kind`` splits a task where the answer's prior differs (which things are counted, say).
+    ``boxes`` and ``patches`` are what one has to look at: pixel boxes, and the image tokens (0-143)
+    under them, in reading order.
     """
 
     task: str
@@ -116,7 +139,12 @@ def caption(scene: Scene) -> str:
     """Everything in the scene in reading order, by cell."""
     parts = [(thing.cell, f"{name(thing)} at {thing.place}") for thing in scene.things]
     if scene.text:
-        parts.append((scene.text.cell, f"{a(scene.text.colour)} text {scene.text.string} at {scene.text.place}"))
+        parts.append(
+            (
+                scene.text.cell,
+                f"{a(scene.text.colour)} text {scene.text.string} at {scene.text.place}",
+            )
+        )
     return ", ".join(part for _, part in sorted(parts))
 
 
@@ -125,7 +153,9 @@ def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
 
 
 def _say(rng: np.random.Generator, task: str, *fillers: str) -> str:
-    """A phrasing of the task, now and then without its capital or final mark, or in American spelling."""
+    """A phrasing of the task, now and then without its capital or final mark, or in American
+    spelling.
+    """
     text: str = _pick(rng, PHRASINGS[task]).format(*fillers)
     capital, mark, spelling = rng.random(3)
     text = text[0].lower() + text[1:] if capital < 0.3 else text
@@ -138,11 +168,25 @@ def _about(task: str, kind: str, prompt: str, answer: str, *parts: Thing | Text)
     return Question(task, kind, prompt, answer, tuple(part.box for part in parts), tuple(patches))
 
 
-def _refer(rng: np.random.Generator, scene: Scene, thing: Thing, hide: str, places: bool = True) -> str | None:
-    """Words that fit this object alone and do not give away its ``hide`` attribute; None where there are none."""
+def _refer(
+    rng: np.random.Generator, scene: Scene, thing: Thing, hide: str, places: bool = True
+) -> str | None:
+    """Words that fit this object alone and do not give away its ``hide`` attribute; None where
+    there are none.
+    """
     fitting = []
-    for known in (("shape",), ("colour",), ("colour", "shape"), ("size", "shape"), ("size", "colour")):
-        same = [other for other in scene.things if all(getattr(other, k) == getattr(thing, k) for k in known)]
+    for known in (
+        ("shape",),
+        ("colour",),
+        ("colour", "shape"),
+        ("size", "shape"),
+        ("size", "colour"),
+    ):
+        same = [
+            other
+            for other in scene.things
+            if all(getattr(other, k) == getattr(thing, k) for k in known)
+        ]
         if hide not in known and len(same) == 1:
             words = [getattr(thing, k) for k in ("size", "colour") if k in known]
             fitting.append(" ".join([*words, thing.shape if "shape" in known else "object"]))
@@ -165,7 +209,11 @@ def _attribute(task: str) -> Callable[[np.random.Generator, Scene], Question | N
 def _where(rng: np.random.Generator, scene: Scene) -> Question | None:
     thing = _pick(rng, scene.things)
     reference = _refer(rng, scene, thing, "place", places=False)
-    return _about("where", "where", _say(rng, "where", reference), thing.place, thing) if reference else None
+    return (
+        _about("where", "where", _say(rng, "where", reference), thing.place, thing)
+        if reference
+        else None
+    )
 
 
 def _count(rng: np.random.Generator, scene: Scene) -> Question:
@@ -173,18 +221,26 @@ def _count(rng: np.random.Generator, scene: Scene) -> Question:
     noun, counted = "object", list(scene.things)
     if kind != "all":
         values = (
-            [getattr(thing, kind) for thing in scene.things] if present else (COLOURS if kind == "colour" else SHAPES)
+            [getattr(thing, kind) for thing in scene.things]
+            if present
+            else (COLOURS if kind == "colour" else SHAPES)
         )
         value = _pick(rng, values)
         noun = f"{value} object" if kind == "colour" else value
         counted = [thing for thing in scene.things if getattr(thing, kind) == value]
-    return _about("count", f"count {kind}", _say(rng, "count", plural(noun)), NUMBERS[len(counted)], *counted)
+    return _about(
+        "count", f"count {kind}", _say(rng, "count", plural(noun)), NUMBERS[len(counted)], *counted
+    )
 
 
 def _absent(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    """A (colour, shape) pair not in the scene; three times of four both colour and shape are, apart."""
+    """A (colour, shape) pair not in the scene; three times of four both colour and shape are,
+    apart.
+    """
     there = {(thing.colour, thing.shape) for thing in scene.things}
-    apart = [(c, s) for c in {c for c, _ in there} for s in {s for _, s in there} if (c, s) not in there]
+    apart = [
+        (c, s) for c in {c for c, _ in there} for s in {s for _, s in there} if (c, s) not in there
+    ]
     if apart and rng.random() < 0.75:
         return _pick(rng, sorted(apart))
     while True:
@@ -198,13 +254,23 @@ def _exist(rng: np.random.Generator, scene: Scene) -> Question | None:
     if kind == "pair":
         thing = _pick(rng, scene.things)
         colour, shape = (thing.colour, thing.shape) if yes else _absent(rng, scene)
-        found, noun = [t for t in scene.things if (t.colour, t.shape) == (colour, shape)], f"{colour} {shape}"
+        found, noun = (
+            [t for t in scene.things if (t.colour, t.shape) == (colour, shape)],
+            f"{colour} {shape}",
+        )
     else:
         there = sorted({getattr(thing, kind) for thing in scene.things})
-        value = _pick(rng, there if yes else [v for v in (COLOURS if kind == "colour" else SHAPES) if v not in there])
+        value = _pick(
+            rng,
+            there
+            if yes
+            else [v for v in (COLOURS if kind == "colour" else SHAPES) if v not in there],
+        )
         found = [thing for thing in scene.things if getattr(thing, kind) == value]
         noun = f"{value} object" if kind == "colour" else value
-    return _about("exist", f"exist {kind}", _say(rng, "exist", a(noun)), "yes" if yes else "no", *found)
+    return _about(
+        "exist", f"exist {kind}", _say(rng, "exist", a(noun)), "yes" if yes else "no", *found
+    )
 
 
 def _what(rng: np.random.Generator, scene: Scene) -> Question | None:
@@ -229,12 +295,23 @@ def _relation(rng: np.random.Generator, scene: Scene) -> Question | None:
     reference = _refer(rng, scene, thing, "place", places=False)
     if reference is None:
         return None
-    return _about("relation", "relation", _say(rng, "relation", word, reference), name(neighbour), neighbour, thing)
+    return _about(
+        "relation",
+        "relation",
+        _say(rng, "relation", word, reference),
+        name(neighbour),
+        neighbour,
+        thing,
+    )
 
 
 def _text_colour(rng: np.random.Generator, scene: Scene) -> Question | None:
     text = scene.text
-    return _about("text_colour", "text_colour", _say(rng, "text_colour"), text.colour, text) if text else None
+    return (
+        _about("text_colour", "text_colour", _say(rng, "text_colour"), text.colour, text)
+        if text
+        else None
+    )
 
 
 def _character(rng: np.random.Generator, scene: Scene) -> Question | None:
@@ -242,16 +319,28 @@ def _character(rng: np.random.Generator, scene: Scene) -> Question | None:
         return None
     word, index = _pick(rng, (("first", 0), ("last", -1)))
     one = scene.text.characters[index]
-    return Question("character", word, _say(rng, "character", word), one.character, (one.box,), one.patches)
+    return Question(
+        "character", word, _say(rng, "character", word), one.character, (one.box,), one.patches
+    )
 
 
 def _ocr(rng: np.random.Generator, scene: Scene) -> Question | None:
-    return _about("ocr", "ocr", _say(rng, "ocr"), scene.text.string, scene.text) if scene.text else None
+    return (
+        _about("ocr", "ocr", _say(rng, "ocr"), scene.text.string, scene.text)
+        if scene.text
+        else None
+    )
 
 
 def _caption(rng: np.random.Generator, scene: Scene) -> Question:
     parts: list[Thing | Text] = [*scene.things, *([scene.text] if scene.text else [])]
-    return _about("caption", "caption", _say(rng, "caption"), caption(scene), *sorted(parts, key=lambda p: p.cell))
+    return _about(
+        "caption",
+        "caption",
+        _say(rng, "caption"),
+        caption(scene),
+        *sorted(parts, key=lambda p: p.cell),
+    )
 
 
 _MAKERS: dict[str, Callable[[np.random.Generator, Scene], Question | None]] = {
@@ -271,7 +360,9 @@ _MAKERS: dict[str, Callable[[np.random.Generator, Scene], Question | None]] = {
 
 
 def ask(rng: np.random.Generator, scene: Scene, task: str) -> Question | None:
-    """A question of the given task about the scene, or None where the draw or the scene allows none."""
+    """A question of the given task about the scene, or None where the draw or the scene allows
+    none.
+    """
     return _MAKERS[task](rng, scene)
 
 
@@ -287,6 +378,11 @@ def vocabulary() -> tuple[str, ...]:
     ]
     words = dict.fromkeys([*answers, "object", "color", *" ".join(DIRECTIONS).split()])
     for phrasing in (p for phrasings in PHRASINGS.values() for p in phrasings):
-        for word in phrasing.replace("{0}", "").replace("{1}", "").translate(str.maketrans("?.", "  ")).split():
+        for word in (
+            phrasing.replace("{0}", "")
+            .replace("{1}", "")
+            .translate(str.maketrans("?.", "  "))
+            .split()
+        ):
             words[word] = words[word[0].lower() + word[1:]] = None
     return tuple(words)

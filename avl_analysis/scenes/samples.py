@@ -1,8 +1,8 @@
 """Samples: a drawn scene, one question about it, and the truth, all from a seed.
 
-``generate(seed, index)`` is the only source of pictures in this package: the same two numbers give the same sample on
-every machine. Training draws from its own seeds (``TRAINING_SEED`` and up); whatever is asked with the small seeds
-people type was therefore never trained on.
+``generate(seed, index)`` is the only source of pictures in this package: the same two numbers give
+the same sample on every machine. Training draws from its own seeds (``TRAINING_SEED`` and up);
+whatever is asked with the small seeds people type was therefore never trained on.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Sample:
 
 
 def generate(seed: int, index: int = 0, task: str | None = None) -> Sample:
-    """The sample with this seed and index; ``task`` (one of ``TASKS``) is drawn too when it is None.
+    """The sample with this seed and index; ``task`` (one of ``TASKS``) is drawn too when it is
+    None.
 
     Raises ValueError for an unknown task or a negative number.
     """
@@ -82,5 +83,7 @@ def generate(seed: int, index: int = 0, task: str | None = None) -> Sample:
 
 
 def samples(n: int, task: str | None = None, seed: int = 0) -> list[Sample]:
-    """``n`` samples with indices 0 to n-1 of one seed, all of one task or (None) of tasks drawn at random."""
+    """``n`` samples with indices 0 to n-1 of one seed, all of one task or (None) of tasks drawn at
+    random.
+    """
     return [generate(seed, index, task) for index in range(n)]

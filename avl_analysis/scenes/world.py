@@ -1,11 +1,13 @@
 """What stands where in a drawn scene, and the exact truth about it.
 
-``draw(rng)`` places two to six coloured shapes into distinct cells of a 3x3 board and, in four scenes of five, one
-string of random characters, paints them over a textured ground and returns picture and truth together: for every object
-and every character the pixel box and the image tokens it covers. Nothing here knows about questions or models.
+``draw(rng)`` places two to six coloured shapes into distinct cells of a 3x3 board and, in four
+scenes of five, one string of random characters, paints them over a textured ground and returns
+picture and truth together: for every object and every character the pixel box and the image tokens
+it covers. Nothing here knows about questions or models.
 
-What surprises: a string begins in one cell and usually runs on into the next; its place is the cell of its left edge,
-and no object stands in any cell it touches. At least a third of the image tokens is background, always.
+What surprises: a string begins in one cell and usually runs on into the next; its place is the cell
+of its left edge, and no object stands in any cell it touches. At least a third of the image tokens
+is background, always.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ Box = tuple[int, int, int, int]
 """Half-open pixel box (left, top, right, bottom)."""
 
 ROWS = ("top", "middle", "bottom")
-COLUMNS = ("left", "centre", "right")
-PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
+KEY_FEATURES = ("left", "centre", "right")
+PLACES = tuple(f"{row} {column}" for row in ROWS for column in KEY_FEATURES)
 SIZES = ("big", "small")
 RADII = {"big": (9.4, 10.4), "small": (5.6, 6.4)}
 JITTER = 3.0
@@ -33,7 +35,9 @@ BACKGROUND_SHARE = 1 / 3
 
 @dataclass(frozen=True)
 class Thing:
-    """One coloured shape: its attributes, cell 0-8 in reading order, pixel box and covered image tokens (0-143)."""
+    """One coloured shape: its attributes, cell 0-8 in reading order, pixel box and covered image
+    tokens (0-143).
+    """
 
     colour: str
     shape: str
@@ -89,7 +93,9 @@ class Scene:
 
     def empty_cells(self) -> tuple[int, ...]:
         """Cells with no object and no part of the string."""
-        taken = {thing.cell for thing in self.things} | set(text_cells(self.text) if self.text else ())
+        taken = {thing.cell for thing in self.things} | set(
+            text_cells(self.text) if self.text else ()
+        )
         return tuple(cell for cell in range(9) if cell not in taken)
 
 
@@ -97,17 +103,24 @@ def patches_of(box: Box) -> tuple[int, ...]:
     """Image tokens, in reading order, that a pixel box touches."""
     left, top, right, bottom = box
     columns = range(left // PATCH, (right - 1) // PATCH + 1)
-    return tuple(row * GRID + column for row in range(top // PATCH, (bottom - 1) // PATCH + 1) for column in columns)
+    return tuple(
+        row * GRID + column
+        for row in range(top // PATCH, (bottom - 1) // PATCH + 1)
+        for column in columns
+    )
 
 
 def text_cells(text: Text) -> tuple[int, ...]:
     """Cells a string touches."""
     row = text.cell // 3
-    return tuple(row * 3 + column for column in range(text.box[0] // CELL, (text.box[2] - 1) // CELL + 1))
+    return tuple(
+        row * 3 + column for column in range(text.box[0] // CELL, (text.box[2] - 1) // CELL + 1)
+    )
 
 
 def _covered(mask: NDArray[np.bool_], left: int, top: int) -> tuple[Box, tuple[int, ...]]:
-    """Box and image tokens of the true pixels of a cell-sized mask whose corner is at (left, top)."""
+    """Box and image tokens of the true pixels of a cell-sized mask whose corner is
+    at (left, top)."""
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = (left + int(xs[0]), top + int(ys[0]), left + int(xs[-1]) + 1, top + int(ys[-1]) + 1)
     blocks = mask.reshape(CELL // PATCH, PATCH, CELL // PATCH, PATCH).any((1, 3))
@@ -121,16 +134,27 @@ def _place_text(rng: np.random.Generator) -> Text:
     starts = [x for x in range(SIDE - width - 1) if 4 <= x % CELL <= 20]
     left, row = int(rng.choice(starts)), int(rng.integers(3))
     top = row * CELL + int(rng.integers(4, 15))
-    boxes = [(left + drawing.PITCH * i, top, left + drawing.PITCH * i + drawing.GLYPH_WIDTH, top + drawing.GLYPH_HEIGHT)
-             for i in range(len(string))]  # fmt: skip
-    characters = tuple(Character(c, box, patches_of(box)) for c, box in zip(string, boxes, strict=True))
+    boxes = [
+        (
+            left + drawing.PITCH * i,
+            top,
+            left + drawing.PITCH * i + drawing.GLYPH_WIDTH,
+            top + drawing.GLYPH_HEIGHT,
+        )
+        for i in range(len(string))
+    ]
+    characters = tuple(
+        Character(c, box, patches_of(box)) for c, box in zip(string, boxes, strict=True)
+    )
     box = (left, top, left + width, top + drawing.GLYPH_HEIGHT)
     cell, colour = row * 3 + left // CELL, COLOURS[rng.integers(len(COLOURS))]
     return Text(string, colour, cell, box, patches_of(box), characters)
 
 
 def _looks(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-    """``count`` distinct (colour, shape) pairs, about half sharing a colour or a shape with an earlier one."""
+    """``count`` distinct (colour, shape) pairs, about half sharing a colour or a shape with an
+    earlier one.
+    """
     pairs: list[tuple[str, str]] = []
     while len(pairs) < count:
         colour, shape = COLOURS[rng.integers(len(COLOURS))], SHAPES[rng.integers(len(SHAPES))]
@@ -142,7 +166,9 @@ def _looks(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
     return pairs
 
 
-def _paint_thing(rng: np.random.Generator, canvas: NDArray[np.float32], look: tuple[str, str], cell: int) -> Thing:
+def _paint_thing(
+    rng: np.random.Generator, canvas: NDArray[np.float32], look: tuple[str, str], cell: int
+) -> Thing:
     colour, shape = look
     size = SIZES[rng.integers(2)]
     dx, dy = rng.uniform(-JITTER, JITTER, 2)
@@ -155,7 +181,9 @@ def _paint_thing(rng: np.random.Generator, canvas: NDArray[np.float32], look: tu
 
 
 def draw(rng: np.random.Generator, most: int = 6) -> Scene:
-    """One scene with 2 to ``most`` objects (2 <= most <= 6), drawn from ``rng`` and from nothing else."""
+    """One scene with 2 to ``most`` objects (2 <= most <= 6), drawn from ``rng`` and from nothing
+    else.
+    """
     if not 2 <= most <= 6:
         raise ValueError(f"most={most} objects: choose 2 to 6")
     while True:
@@ -165,7 +193,10 @@ def draw(rng: np.random.Generator, most: int = 6) -> Scene:
         count = min(int(rng.integers(2, most + 1)), len(free))
         cells = sorted(int(cell) for cell in rng.choice(free, size=count, replace=False))
         canvas = drawing.background(rng)
-        things = tuple(_paint_thing(rng, canvas, look, c) for look, c in zip(_looks(rng, count), cells, strict=True))
+        things = tuple(
+            _paint_thing(rng, canvas, look, c)
+            for look, c in zip(_looks(rng, count), cells, strict=True)
+        )
         if text:
             ink = drawing.tinted(rng, text.colour)
             for character in text.characters:

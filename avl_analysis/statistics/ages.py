@@ -1,8 +1,9 @@
 """Attention of text queries on text keys by age, the number of tokens between them.
 
-Ages are counted one by one up to 127 and in eight bins per doubling after that, so that profiles of prompts of any
-length have the same bins and merge. Age sums are sums along diagonals: where rows and keys are in order, a block of
-weights is read with a stride of one row plus one element and its diagonals become columns.
+Ages are counted one by one up to 127 and in eight bins per doubling after that, so that profiles of
+prompts of any length have the same bins and merge. Age sums are sums along diagonals: where rows
+and keys are in order, a block of weights is read with a stride of one row plus one element and its
+diagonals become columns.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ LARGEST = 1 << 20
 
 def _edges() -> np.ndarray:
     steps = np.arange(PER_DOUBLING * int(np.log2(LARGEST / EXACT)) + 1)
-    return np.concatenate([np.arange(EXACT), np.round(EXACT * 2.0 ** (steps / PER_DOUBLING)).astype(np.int64)])
+    return np.concatenate(
+        [np.arange(EXACT), np.round(EXACT * 2.0 ** (steps / PER_DOUBLING)).astype(np.int64)]
+    )
 
 
 AGE_STARTS: np.ndarray = _edges()
@@ -34,20 +37,28 @@ def by_age(block: Tensor, query_rank: Tensor, key_rank: Tensor) -> Tensor:
     """Sums of a block over equal ages.
 
     Args:
-        block: (heads, rows, keys) float32, zero wherever it should not count; ages below 0 must be zero.
+        block: (heads, rows, keys) float32, zero wherever it should not count; ages below 0 must be
+            zero.
         query_rank: (rows,); key_rank: (key sets, keys).
 
     Returns:
         (heads, bins) float64 on the CPU.
     """
-    several = block.shape[1] > 1 and key_rank.shape[0] == 1  # a single row has nothing but single diagonals
+    several = (
+        block.shape[1] > 1 and key_rank.shape[0] == 1
+    )  # a single row has nothing but single diagonals
     if not (several and _consecutive(query_rank) and _consecutive(key_rank[0])):
         return _by_age_anyhow(block, query_rank, key_rank)
     heads, rows, keys = block.shape
-    margin, width = rows - 1, keys + rows - 1  # zeros before every row catch what the diagonals of others run over into
+    margin, width = (
+        rows - 1,
+        keys + rows - 1,
+    )  # zeros before every row catch what the diagonals of others run over into
     padded = block.new_zeros(heads, rows * width + margin)
     padded[:, : rows * width].view(heads, rows, width)[:, :, margin:] = block
-    oldest = int(query_rank[0] - key_rank[0, 0]) + margin  # age in the first column; falls by one per column
+    oldest = (
+        int(query_rank[0] - key_rank[0, 0]) + margin
+    )  # age in the first column; falls by one per column
     columns = min(width, oldest + 1)
     if columns <= 0:
         return torch.zeros(heads, len(AGE_STARTS), dtype=torch.float64)

@@ -1,6 +1,8 @@
-"""Gini coefficient, entropy and effective count: how unequally a row's attention is spread over the keys of a modality.
+"""Gini coefficient, entropy and effective count: how unequally a row's attention is spread over the
+keys of a modality.
 
-p are the weights on the keys of one modality divided by their sum, n the number of these keys the row may attend to.
+p are the weights on the keys of one modality divided by their sum, n the number of these keys the
+row may attend to.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from avl.tokens import MODALITIES
 from avl_analysis.statistics.base import WeightStatistic
-from avl_analysis.statistics.inputs import Rows
+from avl_analysis.statistics.inputs import QueryRows
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class _Concentration(WeightStatistic):
 
 @dataclass(frozen=True)
 class Gini(_Concentration):
-    """`1 + 1/n - (2/n) sum_i (n + 1 - i) p_(i)`, p ascending; 0 = all equal, 1 - 1/n = all on one key.
+    """`1 + 1/n - (2/n) sum_i (n + 1 - i) p_(i)`, p ascending; 0 = all equal, 1 - 1/n = all on one
+    key.
 
     Keys the row may not attend to come first, with p = 0, so n + 1 - i is counted from the end.
     """
@@ -36,15 +39,19 @@ class Gini(_Concentration):
     title = "Gini coefficient of the attention"
     source = "Wang et al., PrefixKV (2412.03409)"
 
-    def value(self, rows: Rows) -> Tensor:
+    def value(self, rows: QueryRows) -> Tensor:
         from_end = torch.stack([self._from_end(shares) for shares in rows.shares], -1)
         gini = 1 + (1 - 2 * from_end) / rows.counts
         return gini.where(rows.counts > 0, torch.nan)
 
     @staticmethod
     def _from_end(shares: Tensor) -> Tensor:
-        """(heads, rows): mean place of the attention among the keys, the last and largest being the first."""
-        return shares @ torch.arange(shares.shape[-1], 0, -1, device=shares.device, dtype=shares.dtype)
+        """(heads, rows): mean place of the attention among the keys, the last and largest being the
+        first.
+        """
+        return shares @ torch.arange(
+            shares.shape[-1], 0, -1, device=shares.device, dtype=shares.dtype
+        )
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Entropy(_Concentration):
     unit = "nat"
     source = "Wan et al., MEDA (2502.17599); Qin et al., CAKE (ICLR 2025)"
 
-    def value(self, rows: Rows) -> Tensor:
+    def value(self, rows: QueryRows) -> Tensor:
         return rows.entropy
 
 
@@ -69,5 +76,5 @@ class EffectiveCount(_Concentration):
     unit = "tokens"
     source = "Wan et al., MEDA (2502.17599); Qin et al., CAKE (ICLR 2025)"
 
-    def value(self, rows: Rows) -> Tensor:
+    def value(self, rows: QueryRows) -> Tensor:
         return rows.entropy.exp()

@@ -14,11 +14,11 @@ from avl_analysis.statistics.top_sets import overlap, top
 
 @dataclass(frozen=True)
 class CoreHitRate(TrajectoryStatistic):
-    """For every decode step: what a core chosen `core_age` token-producing rows earlier still catches.
+    """What a core chosen `core_age` token-producing rows earlier still holds, by decode step.
 
-    recall: `|core & true core| / |core|`, random baseline C. mass: share of the step's image attention on the old core,
-    random baseline C; at age 0 it is the best any core of this size can do. Core sizes are fractions of the image
-    tokens.
+    recall: `|core & true core| / |core|`, random baseline C. mass: share of the step's image
+    attention on the old core, random baseline C; at age 0 it is the best any core of this size can
+    do. Core sizes are fractions of the image tokens.
     """
 
     name = "core_hit_rate"
@@ -50,8 +50,13 @@ class CoreHitRate(TrajectoryStatistic):
                 start = max(age, 1)  # evaluated at decode steps only
                 chosen, now = sets[start - age : len(sets) - age], slice(start, None)
                 recall = overlap(chosen, sets[now])
-                with np.errstate(invalid="ignore", divide="ignore"):  # a step without image attention has no share
+                with np.errstate(
+                    invalid="ignore", divide="ignore"
+                ):  # a step without image attention has no share
                     mass = (chosen * scores[now]).sum(-1) / total[now]
                 for h, hit in enumerate((recall, mass)):
-                    sums[:, age, f, h], counts[:, age, f, h] = np.nansum(hit, 0), (~np.isnan(hit)).sum(0)
+                    sums[:, age, f, h], counts[:, age, f, h] = (
+                        np.nansum(hit, 0),
+                        (~np.isnan(hit)).sum(0),
+                    )
         return sums, counts

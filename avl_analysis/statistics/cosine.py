@@ -1,4 +1,6 @@
-"""Consecutive cosine: how little the picture's attention changes from one step to the next. Speaks about K."""
+"""Consecutive cosine: how little the picture's attention changes from one step to the next. Speaks
+about K.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,8 @@ class ConsecutiveCosine(TrajectoryStatistic):
         scores = trajectory.scores.astype(np.float64)  # (steps, layers, image tokens)
         length = np.linalg.norm(scores, axis=-1)
         cosine = np.full(scores.shape[:2], np.nan)
-        with np.errstate(invalid="ignore", divide="ignore"):  # a step without any image attention has no direction
+        with np.errstate(
+            invalid="ignore", divide="ignore"
+        ):  # a step without any image attention has no direction
             cosine[1:] = (scores[1:] * scores[:-1]).sum(-1) / (length[1:] * length[:-1])
         return cosine.T, None

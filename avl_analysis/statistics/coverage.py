@@ -1,4 +1,5 @@
-"""Coverage: which share of the keys holds a given share of the attention. Speaks about S, C and T."""
+"""Coverage: which share of the keys holds a given share of the attention. Speaks about S,
+C and T."""
 
 from __future__ import annotations
 
@@ -11,17 +12,20 @@ from torch import Tensor
 
 from avl.tokens import MODALITIES
 from avl_analysis.statistics.base import WeightStatistic
-from avl_analysis.statistics.inputs import Rows
+from avl_analysis.statistics.inputs import QueryRows
 
 SLACK = 1e-6
-"""Rounding allowed when a cumulative share is compared with tau, so that half of ten equal weights reaches 0.5."""
+"""Rounding allowed when a cumulative share is compared with tau, so that half of ten equal weights
+reaches 0.5.
+"""
 
 
 @dataclass(frozen=True)
 class Coverage(WeightStatistic):
-    """`k(tau) / n` with `k(tau) = min{k : p(1) + ... + p(k) >= tau}`, p the weights on the keys of one modality
-    divided by their sum, in descending order, n the number of these keys that the row may attend to; in (0, 1],
-    smaller = sparser."""
+    """`k(tau) / n` with `k(tau) = min{k : p(1) + ... + p(k) >= tau}`, p the weights on the keys of
+    one modality divided by their sum, in descending order, n the number of these keys that the row
+    may attend to; in (0, 1], smaller = sparser.
+    """
 
     name = "coverage"
     title = "share of keys that holds tau of the attention"
@@ -33,13 +37,21 @@ class Coverage(WeightStatistic):
     def extra(self) -> Mapping[str, Sequence[Any]]:
         return {"key_modality": MODALITIES, "tau": self.taus}
 
-    def value(self, rows: Rows) -> Tensor:
-        rest = (1 + SLACK - rows.sums.new_tensor(self.taus)).expand(*rows.sums.shape[:2], -1).contiguous()
+    def value(self, rows: QueryRows) -> Tensor:
+        rest = (
+            (1 + SLACK - rows.sums.new_tensor(self.taus))
+            .expand(*rows.sums.shape[:2], -1)
+            .contiguous()
+        )
         needed = torch.stack([self._needed(shares, rest) for shares in rows.shares], -2)
-        return (needed / rows.counts[..., None]).masked_fill((rows.mass() == 0)[..., None], torch.nan)
+        return (needed / rows.counts[..., None]).masked_fill(
+            (rows.mass() == 0)[..., None], torch.nan
+        )
 
     @staticmethod
     def _needed(shares: Tensor, rest: Tensor) -> Tensor:
-        """(heads, rows, taus): number of keys but for the most that together hold no more than `rest`."""
+        """(heads, rows, taus): number of keys but for the most that together hold no more than
+        `rest`.
+        """
         spared = torch.searchsorted(shares.cumsum(-1), rest, right=True)
         return (shares.shape[-1] - spared).clamp_min(1)

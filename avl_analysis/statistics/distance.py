@@ -1,4 +1,6 @@
-"""Attention distance: how far back a row looks, in tokens over text, in patches within a picture. Speaks about T."""
+"""Attention distance: how far back a row looks, in tokens over text, in patches within a picture.
+Speaks about T.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,14 @@ import torch
 from torch import Tensor
 
 from avl_analysis.statistics.base import SumStatistic, WeightStatistic
-from avl_analysis.statistics.inputs import Rows, last_rank
+from avl_analysis.statistics.inputs import QueryRows, last_rank
 
 
 @dataclass(frozen=True)
 class TextDistance(SumStatistic):
-    """`sum_k p_k (q - k)` over text keys, p their weights divided by their sum; NaN without text mass."""
+    """`sum_k p_k (q - k)` over text keys, p their weights divided by their sum; NaN without text
+    mass.
+    """
 
     name = "text_distance"
     title = "mean distance of attended text"
@@ -23,16 +27,19 @@ class TextDistance(SumStatistic):
     justifies = "T"
     columns: ClassVar[tuple[str, ...]] = ("text", "text_back")
 
-    def value(self, rows: Rows) -> Tensor:
+    def value(self, rows: QueryRows) -> Tensor:
         mass = rows.sum("text")
-        ahead = rows.per_head(last_rank(rows.keys)) - rows.queries.rank  # of the query, to the newest key
+        ahead = (
+            rows.per_head(last_rank(rows.keys)) - rows.queries.rank
+        )  # of the query, to the newest key
         return rows.sum("text_back") / torch.where(mass > 0, mass, torch.nan) - ahead
 
 
 @dataclass(frozen=True)
 class PatchDistance(WeightStatistic):
-    """`sum_k p_k |place(q) - place(k)|`, euclidean, over the keys of the query's own picture, p their weights divided
-    by their sum; defined for image queries whose place in the grid is known."""
+    """`sum_k p_k |place(q) - place(k)|`, euclidean, over the keys of the query's own picture, p
+    their weights divided by their sum; defined for image queries whose place in the grid is known.
+    """
 
     name = "patch_distance"
     title = "mean distance of attended patches"
@@ -40,11 +47,15 @@ class PatchDistance(WeightStatistic):
     source = "Dosovitskiy et al., ViT (ICLR 2021), mean attention distance"
     justifies = "T"
 
-    def value(self, rows: Rows) -> Tensor:
+    def value(self, rows: QueryRows) -> Tensor:
         query, key = rows.queries, rows.keys
         if not bool((query.row >= 0).any()):  # as in every decode step
             return rows.sums.new_full(rows.sums.shape[:2], torch.nan)
-        same = (query.image[:, None] == key.image[:, None]) & (key.row[:, None] >= 0) & (query.row >= 0)[:, None]
+        same = (
+            (query.image[:, None] == key.image[:, None])
+            & (key.row[:, None] >= 0)
+            & (query.row >= 0)[:, None]
+        )
         down, right = (
             (query.row[:, None] - key.row[:, None]).float(),
             (query.column[:, None] - key.column[:, None]).float(),

@@ -1,12 +1,14 @@
-"""What a statistic sees of one sample: query rows, what their queries and keys are, and sums of their weights.
+"""What a statistic sees of one sample: query rows, what their queries and keys are, and sums of
+their weights.
 
-Positions are *ranks* here: the place of a token among the valid tokens of its sample, so a sample in a padded batch
-gives the numbers it would give alone. Key j is not assumed to be token j: under a policy the keys of a layer are
-whatever the cache holds, in whatever order, possibly different ones per key/value head ("key sets": one for all
-heads, or one per key/value head).
+Positions are *ranks* here: the place of a token among the valid tokens of its sample, so a sample
+in a padded batch gives the numbers it would give alone. Key j is not assumed to be token j: under a
+policy the keys of a layer are whatever the cache holds, in whatever order, possibly different ones
+per key/value head ("key sets": one for all heads, or one per key/value head).
 
-Most statistics are sums of weights over groups of keys. These come for every row out of one matrix product with
-`COLUMNS`; the weights themselves are only there for the few rows that `WeightStatistic`s read.
+Most statistics are sums of weights over groups of keys. These come for every row out of one matrix
+product with `KEY_FEATURES`; the weights themselves are only there for the few rows that
+`WeightStatistic`s read.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from avl.tokens import Modality, TokenLayout
 
 
 @dataclass(eq=False)
-class Tokens:
-    """What a set of tokens is; five tensors of one shape, e.g. (rows,) for queries, (key sets, keys) for keys.
+class TokenInfo:
+    """What a set of tokens is; five tensors of one shape, e.g. (rows,) for queries, (key sets,
+    keys) for keys.
 
     Attributes:
         rank: int64 place among the sample's valid tokens; -1 for padding and empty cache slots.
@@ -47,69 +50,90 @@ class Tokens:
 
     @cached_property
     def kinds(self) -> tuple[Tensor | slice, ...]:
-        """Of keys that are the same for all heads: which are system, image and text, as slices where these have no
-        gaps."""
-        return tuple(as_slice((self.modality[0] == code).nonzero().flatten()) for code in range(len(KINDS)))
+        """Of keys that are the same for all heads: which are system, image and text, as slices
+        where these have no gaps.
+        """
+        return tuple(
+            as_slice((self.modality[0] == code).nonzero().flatten()) for code in range(len(KINDS))
+        )
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
-        return Tokens(*(change(t) for t in (self.rank, self.modality, self.image, self.row, self.column)))
+    def map(self, change: Callable[[Tensor], Tensor]) -> TokenInfo:
+        return TokenInfo(
+            *(change(t) for t in (self.rank, self.modality, self.image, self.row, self.column))
+        )
 
-    def at(self, index: Tensor) -> Tokens:
-        """The tokens of one sample, (length,), at sequence indices `index` of any shape; negative ones give padding."""
+    def at(self, index: Tensor) -> TokenInfo:
+        """The tokens of one sample, (length,), at sequence indices `index` of any shape; negative
+        ones give padding.
+        """
         place, nowhere = index.clamp_min(0), index < 0
         return self.map(lambda source: source[place].masked_fill(nowhere, -1))
 
 
-def sample_tokens(layout: TokenLayout, sample: int) -> Tokens:
+def sample_tokens(layout: TokenLayout, sample: int) -> TokenInfo:
     """All tokens of one row of a batch, (length,)."""
     valid = layout.valid[sample]
     rank = torch.where(valid, valid.cumsum(0) - 1, -1)
-    return Tokens(rank, layout.modality[sample], layout.image[sample], layout.row[sample], layout.column[sample])
+    return TokenInfo(
+        rank,
+        layout.modality[sample],
+        layout.image[sample],
+        layout.row[sample],
+        layout.column[sample],
+    )
 
 
-def last_rank(keys: Tokens) -> Tensor:
-    """(key sets, 1): rank of the newest key; distances are counted from there, so that recent ones stay exact."""
+def last_rank(keys: TokenInfo) -> Tensor:
+    """(key sets, 1): rank of the newest key; distances are counted from there, so that recent ones
+    stay exact.
+    """
     return keys.rank.amax(-1, keepdim=True)
 
 
-def _kind(modality: Modality) -> Callable[[Tokens], Tensor]:
+def _kind(modality: Modality) -> Callable[[TokenInfo], Tensor]:
     return lambda keys: (keys.modality == modality).float()
 
 
-COLUMNS: Mapping[str, Callable[[Tokens], Tensor]] = {
+KEY_FEATURES: Mapping[str, Callable[[TokenInfo], Tensor]] = {
     "system": _kind(Modality.SYSTEM),
     "image": _kind(Modality.IMAGE),
     "text": _kind(Modality.TEXT),
     "first": lambda keys: (keys.rank == 0).float(),
-    "text_back": lambda keys: (keys.modality == Modality.TEXT) * (last_rank(keys) - keys.rank).float(),
+    "text_back": lambda keys: (
+        (keys.modality == Modality.TEXT) * (last_rank(keys) - keys.rank).float()
+    ),
 }
-"""Numbers that every key carries, (key sets, keys); `Rows.sum(name)` is their sum weighted by attention."""
+"""Numbers that every key carries, (key sets, keys); `QueryRows.sum(name)` is their sum weighted by
+attention.
+"""
 
 KINDS = ("system", "image", "text")
 
 
-def key_columns(keys: Tokens, names: tuple[str, ...]) -> Tensor:
+def key_columns(keys: TokenInfo, names: tuple[str, ...]) -> Tensor:
     """(key sets, columns, keys) float32."""
-    return torch.stack([COLUMNS[name](keys) for name in names], 1)
+    return torch.stack([KEY_FEATURES[name](keys) for name in names], 1)
 
 
 @dataclass(eq=False)
-class Rows:
-    """Query rows of one sample. `heads` are query heads of one layer, or of several layers one after another.
+class QueryRows:
+    """Query rows of one sample. `heads` are query heads of one layer, or of several layers one
+    after another.
 
     Attributes:
-        queries: what the queries are, (rows,).
-        keys: what the keys are, (key sets, keys).
-        counts: (1 or heads, rows, 3) float32, number of system, image and text keys the row may attend to.
-        sums: (heads, rows, columns) weighted sums of the key columns named in `columns`.
-        value_mass: (heads, rows, 3) sums over system, image and text keys of weight x norm of the key's value vector,
-            or None where no statistic asked for it.
-        above: threshold -> (heads, rows), number of weights of at least threshold x the row's largest.
-        given: (heads, rows, keys) float32 softmax weights, 0 where a key is not attended; None if only sums are there.
+
+        queries: what the queries are, (rows,). keys: what the keys are, (key sets, keys).
+        counts: (1 or heads, rows, 3) float32, number of system, image and text keys the row may
+        attend to. sums: (heads, rows, columns) weighted sums of the key columns named in `columns`.
+        value_mass: (heads, rows, 3) sums over system, image and text keys of weight x norm of the
+        key's value vector,
+            or None where no statistic asked for it. above: threshold -> (heads, rows), number of
+        weights of at least threshold x the row's largest. given: (heads, rows, keys) float32
+        softmax weights, 0 where a key is not attended; None if only sums are there.
     """
 
-    queries: Tokens
-    keys: Tokens
+    queries: TokenInfo
+    keys: TokenInfo
     counts: Tensor
     sums: Tensor
     columns: tuple[str, ...]
@@ -117,9 +141,9 @@ class Rows:
     value_mass: Tensor | None = None
     given: Tensor | None = None
 
-    def take(self, rows: Tensor, weights: Tensor) -> Rows:
+    def take(self, rows: Tensor, weights: Tensor) -> QueryRows:
         """Only the rows of these indices, with their weights, (heads, rows, keys)."""
-        return Rows(
+        return QueryRows(
             self.queries.map(lambda t: t[rows]),
             self.keys,
             self.counts[:, rows],
@@ -143,7 +167,8 @@ class Rows:
         """(heads, rows, keys)."""
         if self.given is None:
             raise TypeError(
-                "only sums of these rows are there; derive the statistic from WeightStatistic to read weights"
+                "only sums of these rows are there; derive the statistic from WeightStatistic to"
+                " read weights"
             )
         return self.given
 
@@ -155,10 +180,13 @@ class Rows:
         """(heads, rows): sum over keys of weight x values, (key sets, rows, keys)."""
         if len(values) > 1:
             return (self.weights * self.per_head(values)).sum(-1)
-        return (self.weights.transpose(0, 1) @ values[0, :, :, None])[..., 0].T  # one product per row, of all heads
+        return (self.weights.transpose(0, 1) @ values[0, :, :, None])[
+            ..., 0
+        ].T  # one product per row, of all heads
 
     def on(self, modality: Modality) -> tuple[Tensor, Tensor]:
-        """The weights on keys of one modality, (heads, rows, n), and the ranks of these n keys, (key sets, n).
+        """The weights on keys of one modality, (heads, rows, n), and the ranks of these n keys,
+        (key sets, n).
 
         Other keys are left out, or their weights are zero.
         """
@@ -170,27 +198,36 @@ class Rows:
 
     @cached_property
     def shares(self) -> tuple[Tensor, ...]:
-        """Of each modality (heads, rows, n): `on(modality)` divided by its sum, in ascending order; NaN where the sum
-        is 0."""
+        """Of each modality (heads, rows, n): `on(modality)` divided by its sum, in ascending order;
+        NaN where the sum is 0.
+        """
         ascending = [_ascending(self.on(Modality(code))[0]) for code in range(len(KINDS))]
-        return tuple(weights.div_(weights.sum(-1, keepdim=True)) for weights in ascending)  # 0 / 0 is NaN
+        return tuple(
+            weights.div_(weights.sum(-1, keepdim=True)) for weights in ascending
+        )  # 0 / 0 is NaN
 
     @cached_property
     def entropy(self) -> Tensor:
-        """(heads, rows, 3): `-sum p ln p` of the shares of each modality, in nats; NaN where they are undefined."""
+        """(heads, rows, 3): `-sum p ln p` of the shares of each modality, in nats; NaN where they
+        are undefined.
+        """
         return torch.stack([self._entropy(shares) for shares in self.shares], -1)
 
     @staticmethod
     def _entropy(shares: Tensor) -> Tensor:
         if not shares.shape[-1]:
             return shares.new_full(shares.shape[:-1], torch.nan)
-        logs = shares.clamp_min(torch.finfo(shares.dtype).tiny).log_()  # 0 ln 0 = 0; torch.xlogy takes twice the time
+        logs = shares.clamp_min(
+            torch.finfo(shares.dtype).tiny
+        ).log_()  # 0 ln 0 = 0; torch.xlogy takes twice the time
         return -torch.linalg.vecdot(shares, logs)
 
 
 def for_heads(values: Tensor, heads: int) -> Tensor:
     """(key sets, ...) repeated to (heads, ...); a single set stands for all heads and stays one."""
-    return values if len(values) in (1, heads) else values.repeat_interleave(heads // len(values), 0)
+    return (
+        values if len(values) in (1, heads) else values.repeat_interleave(heads // len(values), 0)
+    )
 
 
 Places = TypeVar("Places", Tensor, np.ndarray)
@@ -204,7 +241,9 @@ def as_slice(at: Places) -> Places | slice:
 
 
 def _ascending(values: Tensor) -> Tensor:
-    """A copy sorted along the last axis; numpy sorts with vector instructions, torch does not on a CPU."""
+    """A copy sorted along the last axis; numpy sorts with vector instructions, torch does not on a
+    CPU.
+    """
     if values.device.type != "cpu":
         return values.sort(-1).values
     return torch.from_numpy(np.sort(values.numpy(), axis=-1))

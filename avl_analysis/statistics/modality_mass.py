@@ -1,4 +1,6 @@
-"""Modality mass: how much of a query's attention goes to system, image and text. Justifies treating them apart."""
+"""Modality mass: how much of a query's attention goes to system, image and text. Justifies treating
+them apart.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from avl.tokens import MODALITIES
 from avl_analysis.statistics.base import SumStatistic
-from avl_analysis.statistics.inputs import Rows
+from avl_analysis.statistics.inputs import QueryRows
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class ModalityMass(SumStatistic):
     def extra(self) -> Mapping[str, Sequence[Any]]:
         return {"key_modality": MODALITIES}
 
-    def value(self, rows: Rows) -> Tensor:
+    def value(self, rows: QueryRows) -> Tensor:
         return rows.mass()
 
 
@@ -41,13 +43,15 @@ class FirstTokenMass(SumStatistic):
     justifies = "keeping system tokens"
     columns: ClassVar[tuple[str, ...]] = ("first",)
 
-    def value(self, rows: Rows) -> Tensor:
+    def value(self, rows: QueryRows) -> Tensor:
         return rows.sum("first")
 
 
 @dataclass(frozen=True)
 class Efficiency(SumStatistic):
-    """Mass per token: `sum_{k in M} A[q,k] / |M|`, with |M| the keys of M that row q can see; NaN if there is none."""
+    """Mass per token: `sum_{k in M} A[q,k] / |M|`, with |M| the keys of M that row q can see; NaN
+    if there is none.
+    """
 
     name = "efficiency"
     title = "attention mass per visible token"
@@ -58,6 +62,6 @@ class Efficiency(SumStatistic):
     def extra(self) -> Mapping[str, Sequence[Any]]:
         return {"key_modality": MODALITIES}
 
-    def value(self, rows: Rows) -> Tensor:
+    def value(self, rows: QueryRows) -> Tensor:
         count = rows.counts
         return torch.where(count > 0, rows.mass() / count, torch.nan)

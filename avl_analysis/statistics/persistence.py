@@ -1,4 +1,6 @@
-"""Image persistence: whether the picture keeps its attention while the text grows. Tested here, not assumed."""
+"""Image persistence: whether the picture keeps its attention while the text grows. Tested here, not
+assumed.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,12 @@ from avl_analysis.statistics.base import Result, Trajectory, TrajectoryStatistic
 
 @dataclass(frozen=True)
 class ImagePersistence(TrajectoryStatistic):
-    """Least-squares slope of the image mass (head mean), and of the mean weight of an image token, against the decode
-    step.
+    """Least-squares slope of the image mass (head mean), and of the mean weight of an image token,
+    against the decode step.
 
-    Per decode step; 0 = the picture keeps its attention, negative = it fades. relative: slope of the mass divided by
-    its mean, so -0.01 is one per cent less with every token. NaN with fewer than three decode steps.
+    Per decode step; 0 = the picture keeps its attention, negative = it fades. relative: slope of
+    the mass divided by its mean, so -0.01 is one per cent less with every token. NaN with fewer
+    than three decode steps.
     """
 
     name = "image_persistence"

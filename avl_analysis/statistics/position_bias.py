@@ -1,4 +1,6 @@
-"""Position bias: whether image tokens late in the raster get more attention than early ones. Speaks about debiasing."""
+"""Position bias: whether image tokens late in the raster get more attention than early ones. Speaks
+about debiasing.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,12 @@ from avl_analysis.statistics.base import KeyScores, KeyStatistic, Result
 
 @dataclass(frozen=True)
 class PositionBias(KeyStatistic):
-    """Fit `mu exp(sigma i / N)` to the mean weight of the i-th of N image tokens in raster order, i = 0 ... N - 1.
+    """Fit `mu exp(sigma i / N)` to the mean weight of the i-th of N image tokens in raster order, i
+    = 0 ... N - 1.
 
-    Weights are means over heads and over the text rows of the prompt. The fit is least squares on the
-    logarithm, so that one much attended patch does not bend the curve. r2 is the share of the variance of the log
-    weight that is explained; sigma > 0: later tokens get more.
+    Weights are means over heads and over the text rows of the prompt. The fit is least squares on
+    the logarithm, so that one much attended patch does not bend the curve. r2 is the share of the
+    variance of the log weight that is explained; sigma > 0: later tokens get more.
     """
 
     name = "position_bias"
@@ -40,7 +43,8 @@ class PositionBias(KeyStatistic):
 
 
 def raster_fit(total: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """mu, sigma and R^2 through total / seen; NaN with fewer than 3 tokens that received anything."""
+    """mu, sigma and R^2 through total / seen; NaN with fewer than 3 tokens
+    that received anything."""
     use = (seen > 0) & (total > 0)
     if use.sum() < 3:
         return np.full(3, np.nan)

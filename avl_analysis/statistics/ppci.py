@@ -1,7 +1,8 @@
-"""PPCI: how much the sets of the most attended image tokens overlap, across steps and layers. Speaks about K.
+"""PPCI: how much the sets of the most attended image tokens overlap, across steps and layers.
 
-`PPCI = |T1 & T2| / |T|`, T the best `int(p N)` of N image tokens by head-mean score. Two random sets overlap by p on
-average (the baseline); Jaccard = PPCI / (2 - PPCI). Undefined where a token was not attended at all (under a policy).
+`PPCI = |T1 & T2| / |T|`, T the best `int(p N)` of N image tokens by head-mean score. Two random
+sets overlap by p on average (the baseline); Jaccard = PPCI / (2 - PPCI). Undefined where a token
+was not attended at all (under a policy). Justifies K, the steps between refreshes of the core.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ from avl_analysis.statistics.top_sets import overlap, top
 
 @dataclass(frozen=True)
 class PrefillRecall(TrajectoryStatistic):
-    """Share of a decode step's best `core` image tokens that are among the best `secondary` of the last prompt row,
-    over all
-    decode steps: `|core & secondary| / |core|`; random baseline: secondary."""
+    """Share of a decode step's best `core` image tokens among the last prompt row's `secondary`.
+
+    Over all decode steps: `|core & secondary| / |core|`; random baseline: secondary.
+    """
 
     name = "prefill_recall"
     title = "share of the decode-time core that prefill keeps"
@@ -47,8 +48,10 @@ class PrefillRecall(TrajectoryStatistic):
 
 @dataclass(frozen=True)
 class PrefillMass(TrajectoryStatistic):
-    """Share of all image attention of the decode steps together that falls on the best `secondary` image tokens of
-    the last prompt row, in [0, 1]; random baseline: secondary. NaN without decode steps."""
+    """Share of all image attention of the decode steps together that falls on the best `secondary`
+    image tokens of the last prompt row, in [0, 1]; random baseline: secondary. NaN without decode
+    steps.
+    """
 
     name = "prefill_mass"
     title = "share of the decode-time image attention that prefill keeps"

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from avl.tokens import Modality
 from avl_analysis.statistics.base import WeightStatistic
-from avl_analysis.statistics.inputs import Rows
+from avl_analysis.statistics.inputs import QueryRows
 
 
 @dataclass(frozen=True)
 class RecentTextMass(WeightStatistic):
-    """`sum_{k in T, q - k < w} A[q,k] / sum_{k in T} A[q,k]`, the row's own token included; in [0, 1]."""
+    """`sum_{k in T, q - k < w} A[q,k] / sum_{k in T} A[q,k]`, the row's own token included; in [0,
+    1].
+    """
 
     name = "recent_text_mass"
     title = "share of text attention on the most recent tokens"
@@ -28,9 +30,11 @@ class RecentTextMass(WeightStatistic):
     def extra(self) -> Mapping[str, Sequence[Any]]:
         return {"window": self.windows}
 
-    def value(self, rows: Rows) -> Tensor:
+    def value(self, rows: QueryRows) -> Tensor:
         weights, rank = rows.on(Modality.TEXT)
-        age = rows.per_head(rows.queries.rank[:, None] - rank[:, None])  # (1 or heads, rows, text keys)
+        age = rows.per_head(
+            rows.queries.rank[:, None] - rank[:, None]
+        )  # (1 or heads, rows, text keys)
         recent = torch.stack([(weights * (age < w)).sum(-1) for w in self.windows], -1)
         mass = rows.sum("text")[..., None]
         return recent / torch.where(mass > 0, mass, torch.nan)

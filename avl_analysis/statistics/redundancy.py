@@ -11,13 +11,15 @@ from torch import Tensor
 
 from avl.tokens import MODALITIES
 from avl_analysis.statistics.base import CacheStatistic
-from avl_analysis.statistics.inputs import Tokens
+from avl_analysis.statistics.inputs import TokenInfo
 
 
 @dataclass(frozen=True)
 class KeyRedundancy(CacheStatistic):
-    """`(n |mean khat|^2 - 1) / (n - 1)`, khat the unit keys (after rotary embedding) of one modality: their mean cosine
-    over all pairs; 1 = all alike, 0 = orthogonal on average; NaN with fewer than two keys."""
+    """`(n |mean khat|^2 - 1) / (n - 1)`, khat the unit keys (after rotary embedding) of one
+    modality: their mean cosine over all pairs; 1 = all alike, 0 = orthogonal on average; NaN with
+    fewer than two keys.
+    """
 
     name = "key_redundancy"
     title = "mean cosine between keys"
@@ -27,8 +29,10 @@ class KeyRedundancy(CacheStatistic):
     def extra(self) -> Mapping[str, Sequence[Any]]:
         return {"key_modality": MODALITIES}
 
-    def value(self, key: Tensor, value: Tensor, tokens: Tokens) -> Tensor:
-        kinds = torch.stack([tokens.modality == code for code in range(3)], 1).float()  # (key sets, 3, keys)
+    def value(self, key: Tensor, value: Tensor, tokens: TokenInfo) -> Tensor:
+        kinds = torch.stack(
+            [tokens.modality == code for code in range(3)], 1
+        ).float()  # (key sets, 3, keys)
         n = kinds.sum(-1)
         lengths = torch.linalg.vector_norm(key, dim=-1).clamp_min(1e-12)
         mean = kinds / lengths[:, None] @ key / n[..., None]

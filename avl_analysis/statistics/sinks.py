@@ -1,4 +1,6 @@
-"""Sink rate: heads that park their attention on one token. Justifies keeping system tokens; debiasing."""
+"""Sink rate: heads that park their attention on one token. Justifies keeping system tokens;
+debiasing.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from avl_analysis.statistics.base import KeyScores, KeyStatistic, Result
 
 @dataclass(frozen=True)
 class SinkRate(KeyStatistic):
-    """1 for a head with `sum_q A[q,k] / (n - k) > threshold` over the n prompt rows, else 0; its mean is the share of
-    heads.
+    """1 for a head with `sum_q A[q,k] / (n - k) > threshold` over the n prompt rows, else 0; its
+    mean is the share of heads.
 
     For k the first token, and for whichever image token received most (NaN without one).
     """
@@ -32,7 +34,9 @@ class SinkRate(KeyStatistic):
 
     def value(self, scores: KeyScores) -> Result:
         with np.errstate(invalid="ignore", divide="ignore"):
-            mean = scores.received[:, :, 0] / scores.queries[:, :, 0]  # (layers, heads, positions); 0 / 0 = not seen
+            mean = (
+                scores.received[:, :, 0] / scores.queries[:, :, 0]
+            )  # (layers, heads, positions); 0 / 0 = not seen
         image = np.flatnonzero(scores.modality == Modality.IMAGE)
         both = [mean[..., 0], _largest(mean[..., image])]
         return np.stack([np.where(np.isnan(m), np.nan, m > self.threshold) for m in both], -1), None

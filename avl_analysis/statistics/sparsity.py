@@ -1,4 +1,6 @@
-"""Threshold sparsity: how many weights are negligible beside the row's largest. Speaks about S and C."""
+"""Threshold sparsity: how many weights are negligible beside the row's largest. Speaks about S and
+C.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from avl_analysis.statistics.base import SumStatistic
-from avl_analysis.statistics.inputs import Rows
+from avl_analysis.statistics.inputs import QueryRows
 
 
 @dataclass(frozen=True)
 class ThresholdSparsity(SumStatistic):
-    """Share of the keys a row may attend to with `A[q,k] < threshold * max_k' A[q,k']`; in [0, 1]."""
+    """Share of the keys a row may attend to with `A[q,k] < threshold * max_k' A[q,k']`;
+    in [0, 1]."""
 
     name = "threshold_sparsity"
     title = "share of negligible weights"
@@ -25,5 +28,5 @@ class ThresholdSparsity(SumStatistic):
     def thresholds(self) -> tuple[float, ...]:
         return (self.threshold,)
 
-    def value(self, rows: Rows) -> Tensor:
+    def value(self, rows: QueryRows) -> Tensor:
         return 1 - rows.above[self.threshold] / rows.counts.sum(-1)

@@ -1,4 +1,6 @@
-"""Spatial entropy: whether a head looks at one place of the picture or at many. Speaks about which heads are visual."""
+"""Spatial entropy: whether a head looks at one place of the picture or at many. Speaks about which
+heads are visual.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +17,27 @@ _NEIGHBOURS = np.ones((3, 3), int)
 
 @dataclass(frozen=True)
 class SpatialEntropy(TrajectoryStatistic):
-    """Entropy, in nats, of how the attention above the picture's mean spreads over connected patches (8 neighbours),
-    from the last prompt row; 0 = one place. Mean over the sample's pictures with a known grid, NaN without one."""
+    """Entropy, in nats, of how the attention above the picture's mean spreads over connected
+    patches (8 neighbours), from the last prompt row; 0 = one place. Mean over the sample's pictures
+    with a known grid, NaN without one.
+    """
 
     name = "spatial_entropy"
     title = "entropy over attended places"
     unit = "nat"
-    source = "Kang et al., Your large vision-language model only needs a few attention heads (2503.06287)"
+    source = (
+        "Kang et al., Your large vision-language model only needs a few attention heads"
+        " (2503.06287)"
+    )
     justifies = "head taxonomy"
     dims: ClassVar[tuple[str, ...]] = ("layer", "head")
 
     def value(self, trajectory: Trajectory) -> Result:
         last = trajectory.last  # (layers, heads, image tokens)
         grids = [
-            grid for picture in np.unique(trajectory.image) if (grid := self._grid(trajectory, picture)) is not None
+            grid
+            for picture in np.unique(trajectory.image)
+            if (grid := self._grid(trajectory, picture)) is not None
         ]
         values = np.full((len(grids), *last.shape[:2]), np.nan)
         for g, (places, shape) in enumerate(grids):
@@ -38,7 +47,9 @@ class SpatialEntropy(TrajectoryStatistic):
                 values[g][head] = entropy_of_places(picture)
         return (values.mean(0) if grids else np.full(last.shape[:2], np.nan)), None
 
-    def _grid(self, trajectory: Trajectory, picture: int) -> tuple[np.ndarray, tuple[int, int]] | None:
+    def _grid(
+        self, trajectory: Trajectory, picture: int
+    ) -> tuple[np.ndarray, tuple[int, int]] | None:
         """Row, column and index of the tokens of one picture, and the size of its grid."""
         at = np.flatnonzero((trajectory.image == picture) & (trajectory.row >= 0))
         if not len(at):

@@ -1,4 +1,6 @@
-"""Text age profile: how the attention on a text token falls as it gets older, and how fast. Speaks about T."""
+"""Text age profile: how the attention on a text token falls as it gets older, and how fast. Speaks
+about T.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ PHASES = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class TextAgeProfile(KeyStatistic):
-    """Mean weight `A[q,k]` of a text key for a text query as a function of its age `q - k` (bins: `AGE_STARTS`)."""
+    """Mean weight `A[q,k]` of a text key for a text query as a function of its age `q - k` (bins:
+    `AGE_STARTS`).
+    """
 
     name = "text_age_profile"
     title = "mean weight of a text token of this age"
@@ -35,11 +39,13 @@ class TextAgeProfile(KeyStatistic):
 
 @dataclass(frozen=True)
 class TextAgeFit(KeyStatistic):
-    """Decay of the profile, mean over heads: `a exp(-b age)` and `a (1 + age)^-b`, fitted to its logarithm by least
-    squares, every bin weighted with the number of weights in it; age 0, a token's attention to itself, is left out.
+    """Decay of the profile, mean over heads: `a exp(-b age)` and `a (1 + age)^-b`, fitted to its
+    logarithm by least squares, every bin weighted with the number of weights in it; age 0, a
+    token's attention to itself, is left out.
 
-    half_life: age at which the fitted weight is half that of age 0, in tokens, infinite without decay. r2: share of the
-    variance of the log weight that the fit explains. NaN with fewer than `least` bins.
+    half_life: age at which the fitted weight is half that of age 0, in tokens, infinite without
+    decay. r2: share of the variance of the log weight that the fit explains. NaN with fewer than
+    `least` bins.
     """
 
     name = "text_age_fit"
@@ -52,7 +58,11 @@ class TextAgeFit(KeyStatistic):
     least: int = 4
 
     def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"age_phase": PHASES, "decay": ("exponential", "power"), "decay_parameter": ("half_life", "rate", "r2")}
+        return {
+            "age_phase": PHASES,
+            "decay": ("exponential", "power"),
+            "decay_parameter": ("half_life", "rate", "r2"),
+        }
 
     def value(self, scores: KeyScores) -> Result:
         assert scores.by_age is not None
@@ -64,20 +74,31 @@ class TextAgeFit(KeyStatistic):
         return fits, None
 
 
-def decay_fits(ages: np.ndarray, total: np.ndarray, pairs: np.ndarray, least: int = 4) -> np.ndarray:
-    """Half-life, rate and R^2, (2, 3), of an exponential and a power law through total / pairs at `ages`."""
+def decay_fits(
+    ages: np.ndarray, total: np.ndarray, pairs: np.ndarray, least: int = 4
+) -> np.ndarray:
+    """Half-life, rate and R^2, (2, 3), of an exponential and a power law through total / pairs at
+    `ages`.
+    """
     use = (ages > 0) & (pairs > 0) & (total > 0)
     if use.sum() < least:
         return np.full((2, 3), np.nan)
     weight, log = pairs[use], np.log(total[use] / pairs[use])
     fits = []
-    for x, half_life in ((ages[use], lambda b: np.log(2) / b), (np.log1p(ages[use]), lambda b: 2 ** (1 / b) - 1)):
+    for x, half_life in (
+        (ages[use], lambda b: np.log(2) / b),
+        (np.log1p(ages[use]), lambda b: 2 ** (1 / b) - 1),
+    ):
         x_mean, y_mean = np.average(x, weights=weight), np.average(log, weights=weight)
         slope = (weight * (x - x_mean) * (log - y_mean)).sum() / (weight * (x - x_mean) ** 2).sum()
         rest = (weight * (log - y_mean - slope * (x - x_mean)) ** 2).sum()
         spread = (weight * (log - y_mean) ** 2).sum()
         with np.errstate(over="ignore"):
             fits.append(
-                [half_life(-slope) if slope < 0 else np.inf, -slope, 1 - rest / spread if spread > 0 else np.nan]
+                [
+                    half_life(-slope) if slope < 0 else np.inf,
+                    -slope,
+                    1 - rest / spread if spread > 0 else np.nan,
+                ]
             )
     return np.array(fits)

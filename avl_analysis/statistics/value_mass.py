@@ -1,4 +1,6 @@
-"""Value-weighted mass: attention times the length of what is read. A warning that attention is not contribution."""
+"""Value-weighted mass: attention times the length of what is read. A warning that attention is not
+contribution.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,14 @@ from torch import Tensor
 
 from avl.tokens import MODALITIES
 from avl_analysis.statistics.base import SumStatistic
-from avl_analysis.statistics.inputs import Rows
+from avl_analysis.statistics.inputs import QueryRows
 
 
 @dataclass(frozen=True)
 class ValueWeightedMass(SumStatistic):
-    """`sum_{k in M} A[q,k] |v_k| / sum_k A[q,k] |v_k|` for M in system, image, text; in [0, 1], adds up to 1."""
+    """`sum_{k in M} A[q,k] |v_k| / sum_k A[q,k] |v_k|` for M in system, image, text; in [0, 1],
+    adds up to 1.
+    """
 
     name = "value_weighted_mass"
     title = "value-weighted attention mass"
@@ -27,7 +31,7 @@ class ValueWeightedMass(SumStatistic):
     def extra(self) -> Mapping[str, Sequence[Any]]:
         return {"key_modality": MODALITIES}
 
-    def value(self, rows: Rows) -> Tensor:
+    def value(self, rows: QueryRows) -> Tensor:
         mass = rows.value_mass
         if mass is None:
             raise TypeError("value norms were not taken for these rows")

@@ -1,14 +1,16 @@
 """Builds a report: one page, one document, a folder of figures, and the numbers behind them.
 
-    out/index.html          everything in one file that works without a network
-    out/report.pdf          the same for print
-    out/figures/<name>.*    each figure as SVG, PDF and PNG, its numbers as CSV, its caption as text, its animation
-    out/numbers.json        every number of every figure with the findings
-    out/provenance.json     the commands that make it again, and everything the recording says about where it comes from
-    out/run.nc              the recording, from which every figure can be drawn again; likewise compare.nc,
-                            ablation.json, ablation-2.json and frontier.jsonl where these were measured
+    out/index.html          everything in one file that works without a network out/report.pdf
+    the same for print out/figures/<name>.*    each figure as SVG, PDF and PNG, its numbers as CSV,
+    its caption as text, its animation out/numbers.json        every number of every figure with the
+    findings out/provenance.json     the commands that make it again, and everything the recording
+    says about where it comes from out/run.nc              the recording, from which every figure
+    can be drawn again; likewise compare.nc,
+                            ablation.json, ablation-2.json and frontier.jsonl where these were
+                            measured
 
-It decides which figures are asked and writes files; what a figure shows is said in the fig_*.py modules.
+It decides which figures are asked and writes files; what a figure shows is said in the fig_*.py
+modules.
 """
 
 from __future__ import annotations
@@ -83,7 +85,9 @@ FIGURES: tuple[ModuleType, ...] = (
 
 @dataclass(frozen=True)
 class Report:
-    """What was built: the page, the folder, the figures' sections, and why others are missing (name -> reason)."""
+    """What was built: the page, the folder, the figures' sections, and why others are missing (name
+    -> reason).
+    """
 
     page: Path
     folder: Path
@@ -108,8 +112,8 @@ def build(
     """Write the report of a recording into the folder `out`, which is made if needed.
 
     Args:
-        comparison, ablations, frontier: what else was measured of the same model; a figure without its numbers is left
-            out.
+        comparison, ablations, frontier: what else was measured of the same model; a figure without
+            its numbers is left out.
         title: heading of the page; by default it names the model.
         commands: command lines that reproduce the report, as printed on the page.
         figures: which figure modules to ask.
@@ -121,7 +125,12 @@ def build(
         NotMeasured: the recording is empty or answers none of the figures.
     """
     run = Run(recording, comparison, ablations, frontier)
-    parts = [*(module.__name__.rpartition(".")[2] for module in figures), "recording", "document", "page"]
+    parts = [
+        *(module.__name__.rpartition(".")[2] for module in figures),
+        "recording",
+        "document",
+        "page",
+    ]
 
     def say(part: str) -> None:
         if progress is not None:
@@ -141,7 +150,9 @@ def build(
             continue
         write_section(sections[name], folder / "figures", formats)
     if not sections:
-        raise NotMeasured(f"the recording answers no figure of the report: {'; '.join(missing.values())}")
+        raise NotMeasured(
+            f"the recording answers no figure of the report: {'; '.join(missing.values())}"
+        )
     say("recording")
     recording.save(folder / "run.nc")
     if comparison is not None:
@@ -149,7 +160,9 @@ def build(
     for number, ablation in enumerate(ablations, 1):
         ablation.save(folder / ("ablation.json" if number == 1 else f"ablation-{number}.json"))
     if frontier is not None:
-        frontier_file.write(folder / "frontier.jsonl", [dict(line) for line in frontier.lines], frontier.about)
+        frontier_file.write(
+            folder / "frontier.jsonl", [dict(line) for line in frontier.lines], frontier.about
+        )
     numbers = {name: _numbers(section) for name, section in sections.items()}
     (folder / "numbers.json").write_text(json.dumps(_plain(numbers), indent=1), encoding="utf-8")
     about = {"title": title, "commands": list(commands), "recording": dict(provenance(run))}
@@ -159,7 +172,10 @@ def build(
         write_document(run, sections, folder / "report.pdf", title=title, commands=commands)
     say("page")
     page = folder / "index.html"
-    page.write_text(render(run, sections, missing, title=title, commands=commands, formats=formats), encoding="utf-8")
+    page.write_text(
+        render(run, sections, missing, title=title, commands=commands, formats=formats),
+        encoding="utf-8",
+    )
     return Report(page, folder, tuple(sections.values()), missing)
 
 

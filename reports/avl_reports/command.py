@@ -1,7 +1,8 @@
-"""`avl report`: record the model on drawn scenes, or take a recording made before, and build the report.
+"""`avl report`: record the model on drawn scenes, or take a recording made before, and build the
+report.
 
-Registered with the command line through the entry point group "avl.commands", since `avl_analysis` may not import the
-packages above it.
+Registered with the command line through the entry point group "avl.commands", since `avl_analysis`
+may not import the packages above it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ SAMPLES = 204
 COMPARED = 4
 """Scenes per task on which policies are compared unless told otherwise."""
 BUDGETS = (0.6, 0.3)
-"""Shares of the full cache's bytes at which policies are compared, beside A-VL with the paper's settings."""
+"""Shares of the full cache's bytes at which policies are compared, beside A-VL with the paper's
+settings.
+"""
 ABLATED = 17
 """Scenes per task that are asked with heads silenced unless told otherwise."""
 DRAWS = 6
@@ -37,29 +40,44 @@ MAX_NEW_TOKENS = 96
 
 EXAMPLES = """
 Examples: [bold]avl report[/], [bold]avl report --model ./my-llava --samples 48[/],
-[bold]avl report run.nc --comparison compare.nc --ablation ablation.json --out paper[/] (no model needed)
+[bold]avl report run.nc --comparison compare.nc --ablation ablation.json --out paper[/]
+(no model needed)
 """
 
 
 def report(
     recording: Annotated[
         Path | None,
-        typer.Argument(help="A recording made before; without one, the model is recorded on drawn scenes now."),
+        typer.Argument(
+            help="A recording made before; without one, the model is recorded on drawn scenes now."
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to write into; made if needed.")] = Path("report"),
+    out: Annotated[Path, typer.Option(help="Folder to write into; made if needed.")] = Path(
+        "report"
+    ),
     model: Model = "scenes",
     samples: Annotated[
         int, typer.Option(min=2, help="Drawn scenes to record, all kinds of questions in turn.")
     ] = SAMPLES,
-    seed: Annotated[int, typer.Option(min=0, help="Which scenes; below 1,000,000 all are held out.")] = 7,
-    compare: Annotated[int, typer.Option(min=0, help="Scenes per task to compare policies on; 0: none.")] = COMPARED,
-    comparison: Annotated[Path | None, typer.Option(help="A file of avl compare to show instead.")] = None,
-    ablate: Annotated[int, typer.Option(min=0, help="Scenes per task to ask with heads silenced; 0: none.")] = ABLATED,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Which scenes; below 1,000,000 all are held out.")
+    ] = 7,
+    compare: Annotated[
+        int, typer.Option(min=0, help="Scenes per task to compare policies on; 0: none.")
+    ] = COMPARED,
+    comparison: Annotated[
+        Path | None, typer.Option(help="A file of avl compare to show instead.")
+    ] = None,
+    ablate: Annotated[
+        int, typer.Option(min=0, help="Scenes per task to ask with heads silenced; 0: none.")
+    ] = ABLATED,
     ablation: Annotated[
-        list[Path] | None, typer.Option(help="A file of avl ablate to show instead; repeat for several.")
+        list[Path] | None,
+        typer.Option(help="A file of avl ablate to show instead; repeat for several."),
     ] = None,
     frontier: Annotated[
-        Path | None, typer.Option(help="A file of python -m avl_analysis.evaluation.frontier to show too.")
+        Path | None,
+        typer.Option(help="A file of python -m avl_analysis.evaluation.frontier to show too."),
     ] = None,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "",
     dtype: Dtype = None,
@@ -67,7 +85,9 @@ def report(
     attention: Attention = "sdpa",
     download: Download = False,
 ) -> None:
-    """Figures and findings about a model's attention: one page, one PDF, and a folder of figures and numbers."""
+    """Figures and findings about a model's attention: one page, one PDF, and a folder of figures
+    and numbers.
+    """
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a folder to write the report into")
 
@@ -80,7 +100,10 @@ def report(
     compared = None if comparison is None else load_comparison(comparison)
     silenced = [load_ablation(path) for path in ablation or ()]
     held = None if frontier is None else load_frontier(frontier)
-    given = [*_option("--comparison", comparison), *(part for path in ablation or () for part in ("--ablation", path))]
+    given = [
+        *_option("--comparison", comparison),
+        *(part for path in ablation or () for part in ("--ablation", path)),
+    ]
     given += _option("--frontier", frontier)
     if recording is not None:
         recorded = load_recording(recording)
@@ -96,10 +119,18 @@ def report(
             silenced = silence_heads(vlm, recorded, ablate, commands[0])
     again = _option("--comparison", out / "compare.nc" if compared is not None else None)
     for number, _ in enumerate(silenced, 1):
-        again += ["--ablation", out / ("ablation.json" if number == 1 else f"ablation-{number}.json")]
+        again += [
+            "--ablation",
+            out / ("ablation.json" if number == 1 else f"ablation-{number}.json"),
+        ]
     again += _option("--frontier", out / "frontier.jsonl" if held is not None else None)
-    commands.append(_line("avl report", out / "run.nc", *again) + "    # the same figures from the same recording")
-    commands.append(_line("python -m avl_reports.fig_modality", out / "run.nc") + "    # one figure alone")
+    commands.append(
+        _line("avl report", out / "run.nc", *again)
+        + "    # the same figures from the same recording"
+    )
+    commands.append(
+        _line("python -m avl_reports.fig_modality", out / "run.nc") + "    # one figure alone"
+    )
     with progress("figures", unit="parts") as advance:
         built = build(
             recorded,
@@ -136,35 +167,52 @@ def record_scenes(vlm: VLM, count: int, seed: int) -> Recording:
 
 
 def draw_samples(count: int, seed: int) -> list[Sample]:
-    """`count` held-out scenes with the tasks in turn, sorted by task: answers of one batch are then about as long."""
+    """`count` held-out scenes with the tasks in turn, sorted by task: answers of one batch are then
+    about as long.
+    """
     from avl_analysis.corpus.questions import scene_sample
     from avl_analysis.scenes import TASKS, generate
 
     drawn = [generate(seed, index, TASKS[index % len(TASKS)]) for index in range(count)]
     return [
-        scene_sample(sample) for sample in sorted(drawn, key=lambda sample: (TASKS.index(sample.task), sample.index))
+        scene_sample(sample)
+        for sample in sorted(drawn, key=lambda sample: (TASKS.index(sample.task), sample.index))
     ]
 
 
 def compare_policies(vlm: VLM, per_task: int) -> Comparison:
-    """Every policy at every budget, and A-VL with the paper's settings, against the full cache; with a bar."""
+    """Every policy at every budget, and A-VL with the paper's settings, against the full cache;
+    with a bar.
+    """
     import avl
     from avl_analysis.corpus.questions import scene_samples
     from avl_analysis.evaluation.compare import compare
     from avl_analysis.evaluation.policy_files import POLICIES, with_budget
 
-    policies: dict[str, avl.Policy] = {"full": avl.FullPolicy(), "A-VL (paper)": avl.AdaptivePolicy()}
+    policies: dict[str, avl.Policy] = {
+        "full": avl.FullPolicy(),
+        "A-VL (paper)": avl.AdaptivePolicy(),
+    }
     for name, kind in POLICIES.items():
         if kind is not avl.FullPolicy:
             policies |= {f"{name}:{budget:g}": with_budget(kind, budget) for budget in BUDGETS}
     with progress("comparing policies", unit="answers") as advance:
         return compare(
-            vlm, scene_samples(per_task), policies, max_new_tokens=MAX_NEW_TOKENS, batch_size=8, progress=advance
+            vlm,
+            scene_samples(per_task),
+            policies,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=8,
+            progress=advance,
         )
 
 
-def silence_heads(vlm: VLM, recorded: Recording, per_task: int, command: str = "") -> list[Ablation]:
-    """Visual heads silenced against as many others of all layers and of the same layers, where both can be found."""
+def silence_heads(
+    vlm: VLM, recorded: Recording, per_task: int, command: str = ""
+) -> list[Ablation]:
+    """Visual heads silenced against as many others of all layers and of the same layers, where both
+    can be found.
+    """
     from avl_analysis.corpus.questions import scene_samples
     from avl_analysis.heads.ablation import ablate, find_heads, plan
 
@@ -172,7 +220,9 @@ def silence_heads(vlm: VLM, recorded: Recording, per_task: int, command: str = "
     for same_layers in (False, True):
         try:
             plan(*find_heads(recorded), "visual", DRAWS, same_layers=same_layers)
-        except InputError as error:  # a model whose heads are all of one kind; the report says what it lacks
+        except (
+            InputError
+        ) as error:  # a model whose heads are all of one kind; the report says what it lacks
             typer.echo(f"no heads are silenced: {error}", err=True)
             continue
         with progress("silencing", unit="answers") as advance:

@@ -1,4 +1,6 @@
-"""The report for print: findings, every figure on a page of its own with its caption, provenance; one PDF."""
+"""The report for print: findings, every figure on a page of its own with its caption, provenance;
+one PDF.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,12 @@ from avl_reports.run import Run, Section
 
 
 def write_document(
-    run: Run, sections: Mapping[str, Section], path: Path, *, title: str = "", commands: Sequence[str] = ()
+    run: Run,
+    sections: Mapping[str, Section],
+    path: Path,
+    *,
+    title: str = "",
+    commands: Sequence[str] = (),
 ) -> Path:
     """Write the PDF; sections in the order of the mapping."""
     pages = text_pages([*_cover(run, sections, title)])
@@ -26,11 +33,21 @@ def write_document(
 
 
 def _cover(run: Run, sections: Mapping[str, Section], title: str) -> list[Paragraph]:
-    words = [Paragraph(heading(run, title), size=18, bold=True, after=0.15), Paragraph(LEAD, size=9.5, after=0.15)]
-    words.append(Paragraph("   ".join(f"{name}: {value}" for name, value in facts(run)), muted=True, after=0.3))
+    words = [
+        Paragraph(heading(run, title), size=18, bold=True, after=0.15),
+        Paragraph(LEAD, size=9.5, after=0.15),
+    ]
+    words.append(
+        Paragraph(
+            "   ".join(f"{name}: {value}" for name, value in facts(run)), muted=True, after=0.3
+        )
+    )
     findings = [finding for section in sections.values() for finding in section.findings]
     if findings:
-        words += [Paragraph("What was found", size=13, bold=True), Paragraph(VERDICTS, muted=True, after=0.15)]
+        words += [
+            Paragraph("What was found", size=13, bold=True),
+            Paragraph(VERDICTS, muted=True, after=0.15),
+        ]
         words += [paragraph for finding in findings for paragraph in _judged(finding)]
     return words
 
@@ -47,13 +64,18 @@ def _table(section: Section) -> list[Paragraph]:
     if not section.table:
         return []
     header, *rows = section.table
-    lines = [f"{row[0]}:  " + ";  ".join(f"{h} {v}" for h, v in zip(header[1:], row[1:], strict=True)) for row in rows]
+    lines = [
+        f"{row[0]}:  " + ";  ".join(f"{h} {v}" for h, v in zip(header[1:], row[1:], strict=True))
+        for row in rows
+    ]
     return [Paragraph(line, size=7, after=0.04) for line in lines]
 
 
 def _end(run: Run, commands: Sequence[str]) -> list[Paragraph]:
     words = [Paragraph("Provenance", size=13, bold=True)]
-    words += [Paragraph(f"{name}: {value}", size=7.5, after=0.03) for name, value in provenance(run)]
+    words += [
+        Paragraph(f"{name}: {value}", size=7.5, after=0.03) for name, value in provenance(run)
+    ]
     if commands:
         words.append(Paragraph("How to reproduce", size=13, bold=True))
         words += [Paragraph(command, size=8) for command in commands]

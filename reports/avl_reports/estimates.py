@@ -1,12 +1,13 @@
 """From numbers per sample to a mean with an interval: the last step before a figure.
 
-Every array in a recording leads with `sample`. An estimate first averages within each sample over whatever a figure
-does not show (heads, decode steps, ...), leaving NaN out, and then over samples, so that a sample with a long answer
-weighs as much as one with a short answer. The interval is the percentile bootstrap over samples (Efron 1979): samples
-are what another run would draw anew; heads and steps are not.
+Every array in a recording leads with `sample`. An estimate first averages within each sample over
+whatever a figure does not show (heads, decode steps, ...), leaving NaN out, and then over samples,
+so that a sample with a long answer weighs as much as one with a short answer. The interval is the
+percentile bootstrap over samples (Efron 1979): samples are what another run would draw anew; heads
+and steps are not.
 
-What surprises: where too few samples reach a place (the thirtieth word of an answer), its mean is left out rather than
-drawn, because a curve that silently changes its population looks like a trend.
+What surprises: where too few samples reach a place (the thirtieth word of an answer), its mean is
+left out rather than drawn, because a curve that silently changes its population looks like a trend.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """Mean over samples and the ends of its interval, three arrays with the same dimensions; `n` samples behind
-    each."""
+    """Mean over samples and the ends of its interval, three arrays with the same dimensions; `n`
+    samples behind each.
+    """
 
     value: xr.DataArray
     low: xr.DataArray
@@ -43,15 +45,22 @@ class Estimate:
     def interval(self) -> Interval:
         """As one number; raises ValueError if there are several."""
         if self.value.size != 1:
-            raise ValueError(f"an estimate over {dict(self.value.sizes)} is not one number; select first")
+            raise ValueError(
+                f"an estimate over {dict(self.value.sizes)} is not one number; select first"
+            )
         return Interval(float(self.value), float(self.low), float(self.high))
 
 
 def per_sample(array: xr.DataArray, keep: Iterable[str] = ()) -> xr.DataArray:
-    """Means within each sample over every dimension but `keep`, leaving NaN out; dims (sample, *keep)."""
+    """Means within each sample over every dimension but `keep`, leaving NaN out; dims (sample,
+    *keep).
+    """
     kept = tuple(keep)
     if unknown := set(kept) - set(array.dims):
-        raise ValueError(f"cannot keep {', '.join(sorted(unknown))} of an array over {', '.join(map(str, array.dims))}")
+        raise ValueError(
+            f"cannot keep {', '.join(sorted(unknown))} of an array over"
+            f" {', '.join(map(str, array.dims))}"
+        )
     other = [dim for dim in array.dims if dim != "sample" and dim not in kept]
     return array.mean(other, skipna=True).transpose("sample", *kept)
 
@@ -70,7 +79,12 @@ def estimate(array: xr.DataArray, keep: Iterable[str] = (), *, least: int = 1) -
     value, low, high = _bootstrap(values, count)
     value[count < least] = low[count < least] = high[count < least] = np.nan
     like = samples.isel(sample=0, drop=True)
-    return Estimate(*(like.copy(data=a.reshape(like.shape)) for a in (value, low, high, count.astype(np.float64))))
+    return Estimate(
+        *(
+            like.copy(data=a.reshape(like.shape))
+            for a in (value, low, high, count.astype(np.float64))
+        )
+    )
 
 
 def _bootstrap(values: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -82,12 +96,16 @@ def _bootstrap(values: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.nd
     filled, present = np.nan_to_num(values), np.isfinite(values).astype(np.float64)
     mean = np.divide(filled.sum(0), count, out=np.full(columns, np.nan), where=count > 0)
     low, high = np.full(columns, np.nan), np.full(columns, np.nan)
-    weights = np.random.default_rng(_SEED).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)
+    weights = (
+        np.random.default_rng(_SEED).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)
+    )
     tail = (1 - CONFIDENCE) / 2
     for start in range(0, columns, max(1, _BLOCK // RESAMPLES)):
         at = slice(start, start + max(1, _BLOCK // RESAMPLES))
         total = weights @ present[:, at]
-        means = np.divide(weights @ filled[:, at], total, out=np.full(total.shape, np.nan), where=total > 0)
+        means = np.divide(
+            weights @ filled[:, at], total, out=np.full(total.shape, np.nan), where=total > 0
+        )
         enough = count[at] > 1
         if enough.any():
             ends = np.nanquantile(means[:, enough], [tail, 1 - tail], axis=0)

@@ -5,20 +5,21 @@ from __future__ import annotations
 from avl_reports.run import Run
 
 LEAD = (
-    "Where a vision-language model looks while it reads a prompt and while it answers, measured layer by layer and "
-    "head by head, and what that says about the choices made in A-VL (adaptive attention for large vision-language "
-    "models, AAAI 2025)."
+    "Where a vision-language model looks while it reads a prompt and while it answers, measured"
+    " layer by layer and head by head, and what that says about the choices made in A-VL (adaptive"
+    " attention for large vision-language models, AAAI 2025)."
 )
 VERDICTS = (
-    "Each row holds one design choice of A-VL against one measured number. The verdict follows from the number's "
-    "interval by the rule beside it; it speaks of this model on these samples."
+    "Each row holds one design choice of A-VL against one measured number. The verdict follows from"
+    " the number's interval by the rule beside it; it speaks of this model on these samples."
 )
 READING = (
-    "Attention weights are softmax weights of the model's own queries and keys. They say where a head reads, not what "
-    "the answer is made of: a key with a large weight may carry a small value. System is everything before the first "
-    "picture, image the positions that carry picture features, text everything after, generated tokens included. Step "
-    "0 is the last prompt row, step t the t-th decode step. Means are over samples; intervals are bootstrapped over "
-    "samples, so they say how much another draw of samples would change the number."
+    "Attention weights are softmax weights of the model's own queries and keys. They say where a"
+    " head reads, not what the answer is made of: a key with a large weight may carry a small"
+    " value. System is everything before the first picture, image the positions that carry picture"
+    " features, text everything after, generated tokens included. Step 0 is the last prompt row,"
+    " step t the t-th decode step. Means are over samples; intervals are bootstrapped over samples,"
+    " so they say how much another draw of samples would change the number."
 )
 
 

@@ -26,15 +26,18 @@ def section(run: Run) -> Section:
         run.caption(
             "Right answers while the attention outputs of some heads are zero. "
             + " ".join(_row(done, number) for number, done in enumerate(run.ablations))
-            + f" Kinds were read from {first.found_on}. Left: Wilson intervals. Right: loss paired by question; for "
-            "random sets the mean over draws, questions and draws resampled.",
+            + f" Kinds were read from {first.found_on}. Left: Wilson intervals. Right: loss paired"
+            " by question; for random sets the mean over draws, questions and draws resampled.",
             len(first.samples),
         ),
     )
     text = (
-        f"A silenced head reads as before but passes nothing on. {first.found} of {first.heads} heads are {first.kind}."
+        f"A silenced head reads as before but passes nothing on. {first.found} of {first.heads}"
+        f" heads are {first.kind}."
     )
-    return Section(QUESTION, figure, tuple(map(finding, run.ablations)), text, None, table(run.ablations))
+    return Section(
+        QUESTION, figure, tuple(map(finding, run.ablations)), text, None, table(run.ablations)
+    )
 
 
 def finding(done: Ablation) -> Finding:
@@ -43,8 +46,8 @@ def finding(done: Ablation) -> Finding:
     loss, other = _interval(done.loss), _interval(done.random_loss)
     return Finding(
         f"Heads found to be {done.kind} matter more than {done.others}",
-        f"Silencing {count} {done.kind} heads changes accuracy by {loss.words('%')}, silencing {done.others} by "
-        f"{other.words('%')}; the latter less the former: {contrast.words('%')}.",
+        f"Silencing {count} {done.kind} heads changes accuracy by {loss.words('%')}, silencing"
+        f" {done.others} by {other.words('%')}; the latter less the former: {contrast.words('%')}.",
         "above 0",
         judge(contrast, "at least", 0.0),
     )
@@ -55,7 +58,9 @@ def table(ablations: tuple[Ablation, ...]) -> tuple[tuple[str, ...], ...]:
     rows = [("silenced", "heads (layer.head)", "right answers")]
     for done in ablations:
         for group in done.groups:
-            rows.append((_name(done, group), _heads(group) or "none", _interval(group.accuracy).words("%")))
+            rows.append(
+                (_name(done, group), _heads(group) or "none", _interval(group.accuracy).words("%"))
+            )
     return tuple(rows)
 
 
@@ -64,15 +69,26 @@ def _row(done: Ablation, number: int) -> str:
     count, draws = len(done.of_kind.heads), len(done.random)
     rest = "heads of the same layers" if done.same_layers else "heads drawn from all others"
     sets = f"{draws} sets" if draws > 1 else "one set"
-    return f"{'Below' if number else 'Above'}: {count} {done.kind} heads, or {count} {rest} ({sets})."
+    return (
+        f"{'Below' if number else 'Above'}: {count} {done.kind} heads, or {count} {rest} ({sets})."
+    )
 
 
 def _overall(done: Ablation) -> Bars:
     found = [group.accuracy for group in done.groups]
-    values, low, high = (np.array([getattr(one, end) for one in found]) for end in ("mean", "low", "high"))
+    values, low, high = (
+        np.array([getattr(one, end) for one in found]) for end in ("mean", "low", "high")
+    )
     names = tuple(_name(done, group) for group in done.groups)
     bar = Bar("right answers", values, low, high, slot=1)
-    return Bars(Axis("silenced", "heads"), share("right answers"), names, (bar,), horizontal=True, title=_title(done))
+    return Bars(
+        Axis("silenced", "heads"),
+        share("right answers"),
+        names,
+        (bar,),
+        horizontal=True,
+        title=_title(done),
+    )
 
 
 def _by_task(done: Ablation) -> Bars:
@@ -83,13 +99,20 @@ def _by_task(done: Ablation) -> Bars:
         (f"{done.kind} heads", 1, [part.loss for part in parts]),
         (done.others, 2, [part.random_loss for part in parts]),
     ):
-        values, low, high = (-np.array([getattr(one, end) for one in losses]) for end in ("mean", "high", "low"))
+        values, low, high = (
+            -np.array([getattr(one, end) for one in losses]) for end in ("mean", "high", "low")
+        )
         bars.append(Bar(name, values, low, high, slot=slot))
     axis = Axis("right answers lost", "share of questions")
     return Bars(
-        Axis("task", "name"), axis, tuple(task or "all" for task in tasks), tuple(bars), (Rule(0.0, "", "x"),),
-        horizontal=True, title="loss by task",
-    )  # fmt: skip
+        Axis("task", "name"),
+        axis,
+        tuple(task or "all" for task in tasks),
+        tuple(bars),
+        (Rule(0.0, "", "x"),),
+        horizontal=True,
+        title="loss by task",
+    )
 
 
 def _title(done: Ablation) -> str:

@@ -18,7 +18,8 @@ _AGE = Axis("age of the core", "decode steps")
 
 
 def section(run: Run) -> Section:
-    """What a core chosen some steps ago still catches: attention mass, and tokens of the true core."""
+    """What a core chosen some steps ago still catches: attention mass, and tokens of
+    the true core."""
     hits = run["core_hit_rate"]
     if not bool(np.isfinite(hits).any()):
         raise NotMeasured("nothing was decoded, so no core could age")
@@ -27,28 +28,44 @@ def section(run: Run) -> Section:
         "core_age",
         "What an aging core still catches",
         (
-            Lines(_AGE, share("image attention caught"), _by_age(run, hits.sel(hit="mass")), rules, title="attention"),
-            Lines(_AGE, share("true core caught"), _by_age(run, hits.sel(hit="recall")), rules, title="tokens"),
+            Lines(
+                _AGE,
+                share("image attention caught"),
+                _by_age(run, hits.sel(hit="mass")),
+                rules,
+                title="attention",
+            ),
+            Lines(
+                _AGE,
+                share("true core caught"),
+                _by_age(run, hits.sel(hit="recall")),
+                rules,
+                title="tokens",
+            ),
         ),
         run.caption(
-            "Share of a decode step's image attention (left) and of its own best tokens (right) that a core chosen "
-            "some steps earlier catches, by size of the core; at age 0 it is the best a core of that size can do. "
-            f"Mean over layers; ages that fewer than {least(run)} samples reach are left out. A random core catches "
-            "its own size."
+            "Share of a decode step's image attention (left) and of its own best tokens (right)"
+            " that a core chosen some steps earlier catches, by size of the core; at age 0 it is"
+            " the best a core of that size can do. Mean over layers; ages that fewer than"
+            f" {least(run)} samples reach are left out. A random core catches its own size."
         ),
     )
-    return Section(QUESTION, figure, (finding(hits),), "Scores are means over heads, as A-VL takes them.")
+    return Section(
+        QUESTION, figure, (finding(hits),), "Scores are means over heads, as A-VL takes them."
+    )
 
 
 def finding(hits: xr.DataArray) -> Finding:
-    """Whether a core of the paper's size, K steps old, still catches nearly what a fresh one catches."""
+    """Whether a core of the paper's size, K steps old, still catches nearly what a fresh one
+    catches.
+    """
     mass = per_sample(hits.sel(core=CORE, hit="mass"), ("core_age",))
     kept = estimate(mass.isel(core_age=REFRESH) / mass.isel(core_age=0)).interval
     now = estimate(mass.isel(core_age=REFRESH)).interval
     return Finding(
         f"A core of {100 * CORE:.0f} % is refreshed every K = {REFRESH} steps",
-        f"A core {REFRESH} steps old catches {now.words('%')} of the image attention, {kept.words('%')} of what a "
-        "fresh one catches.",
+        f"A core {REFRESH} steps old catches {now.words('%')} of the image attention,"
+        f" {kept.words('%')} of what a fresh one catches.",
         f"at least {100 * TARGET:.0f} % of a fresh one's",
         judge(kept, "at least", TARGET),
     )
@@ -60,7 +77,10 @@ def _by_age(run: Run, hits: xr.DataArray) -> tuple[Line, ...]:
         ages = reached(estimate(hits.sel(core=core), ("core_age",), least=least(run)), "core_age")
         lines.append(curve(f"core {100 * core:.0f} %", ages, "core_age", slot + 1))
     sizes = hits["core"].values
-    return (*lines, *(constant("random core", one.x, float(c)) for one, c in zip(lines, sizes, strict=True)))
+    return (
+        *lines,
+        *(constant("random core", one.x, float(c)) for one, c in zip(lines, sizes, strict=True)),
+    )
 
 
 if __name__ == "__main__":

@@ -18,9 +18,14 @@ _TAU = Axis("share of the attention to be held", "share", (0.5, 1.0))
 
 
 def section(run: Run) -> Section:
-    """Coverage curves of image and text keys at decode steps and at the last prompt row, and by layer."""
+    """Coverage curves of image and text keys at decode steps and at the last prompt row, and by
+    layer.
+    """
     decode, last = run.decode("coverage"), run["coverage"].sel(step=0)
-    attended = (Rule(CORE, f"C = {100 * CORE:.0f} %", "y"), Rule(TEXT, f"T = {100 * TEXT:.0f} %", "y"))
+    attended = (
+        Rule(CORE, f"C = {100 * CORE:.0f} %", "y"),
+        Rule(TEXT, f"T = {100 * TEXT:.0f} %", "y"),
+    )
     held = (Rule(SECONDARY, f"S = {100 * SECONDARY:.0f} %", "y"),)
     lines = _curves(decode), _curves(last), _by_layer(decode), _by_layer(last)
     low = min(float(np.nanmin(line.y)) for group in lines for line in group)
@@ -35,28 +40,46 @@ def section(run: Run) -> Section:
             Lines(LAYER, keys, lines[3], held, title=f"for {100 * TARGET:.0f} %, last prompt row"),
         ),
         run.caption(
-            "Smallest share of the image (text) keys that together hold a given share of a row's attention on image "
-            "(text) keys; every head chooses its own keys, means over heads. Dashed: the shares A-VL keeps."
+            "Smallest share of the image (text) keys that together hold a given share of a row's"
+            " attention on image (text) keys; every head chooses its own keys, means over heads."
+            " Dashed: the shares A-VL keeps."
         ),
     )
-    return Section(QUESTION, figure, findings(decode, last), "Lower is sparser; the dotted line is uniform attention.")
+    return Section(
+        QUESTION,
+        figure,
+        findings(decode, last),
+        "Lower is sparser; the dotted line is uniform attention.",
+    )
 
 
 def findings(decode: xr.DataArray, last: xr.DataArray) -> tuple[Finding, ...]:
     """Whether C, S and T leave room for the target share of attention, head by head."""
     checks = (
-        ("A core of C = 30 % is enough to attend to", "a decode step's image attention", decode, "image", CORE),
-        ("S = 50 % of the image tokens are worth holding", "the last prompt row's image attention", last, "image",
-         SECONDARY),
+        (
+            "A core of C = 30 % is enough to attend to",
+            "a decode step's image attention",
+            decode,
+            "image",
+            CORE,
+        ),
+        (
+            "S = 50 % of the image tokens are worth holding",
+            "the last prompt row's image attention",
+            last,
+            "image",
+            SECONDARY,
+        ),
         ("T = 70 % of the text is enough", "a decode step's text attention", decode, "text", TEXT),
-    )  # fmt: skip
+    )
     found = []
     for choice, what, array, modality, limit in checks:
         needed = estimate(array.sel(key_modality=modality).sel(tau=TARGET)).interval
         found.append(
             Finding(
                 choice,
-                f"A head needs {needed.words('%')} of the {modality} keys for {100 * TARGET:.0f} % of {what}.",
+                f"A head needs {needed.words('%')} of the {modality} keys for {100 * TARGET:.0f} %"
+                f" of {what}.",
                 f"at most {100 * limit:.0f} %",
                 judge(needed, "at most", limit),
             )
@@ -66,13 +89,18 @@ def findings(decode: xr.DataArray, last: xr.DataArray) -> tuple[Finding, ...]:
 
 def _curves(array: xr.DataArray) -> tuple[Line, ...]:
     needed = estimate(array, ("key_modality", "tau"))
-    lines = [curve(name, needed.at(key_modality=name), "tau", SLOTS[name]) for name in ("image", "text")]
+    lines = [
+        curve(name, needed.at(key_modality=name), "tau", SLOTS[name]) for name in ("image", "text")
+    ]
     return (*lines, constant("uniform", *[np.linspace(0.5, 1.0, 11)] * 2))
 
 
 def _by_layer(array: xr.DataArray) -> tuple[Line, ...]:
     needed = estimate(array.sel(tau=TARGET), ("key_modality", "layer"))
-    return tuple(curve(name, needed.at(key_modality=name), "layer", SLOTS[name]) for name in ("image", "text"))
+    return tuple(
+        curve(name, needed.at(key_modality=name), "layer", SLOTS[name])
+        for name in ("image", "text")
+    )
 
 
 if __name__ == "__main__":

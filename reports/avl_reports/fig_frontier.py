@@ -15,29 +15,43 @@ from avl_reports.shapes import share
 
 QUESTION = "How much accuracy does each policy keep for the bytes it holds?"
 _OURS, _FULL, _RANDOM = "A-VL", "full", "random"
-_OWN = (("A-VL (paper)", "A-VL keeps the answers right with the paper's settings"),
-        ("A-VL cold", "A-VL keeps the answers right with minor image keys kept in few bits"))  # fmt: skip
+_OWN = (
+    ("A-VL (paper)", "A-VL keeps the answers right with the paper's settings"),
+    ("A-VL cold", "A-VL keeps the answers right with minor image keys kept in few bits"),
+)
 """What is asked with settings of its own, and the choice it stands for."""
-_NAMES = {"full": "full cache", "streaming": "StreamingLLM", "h2o": "H2O", "snapkv": "SnapKV", "fastv": "FastV",
-          "vl-cache": "VL-Cache"}  # fmt: skip
+_NAMES = {
+    "full": "full cache",
+    "streaming": "StreamingLLM",
+    "h2o": "H2O",
+    "snapkv": "SnapKV",
+    "fastv": "FastV",
+    "vl-cache": "VL-Cache",
+}
 _SHOWN = 3
 """Tasks that get a panel of their own: those on which policies differ most."""
 
 
 def section(run: Run) -> Section:
-    """Accuracy against bytes for every policy and budget: all tasks together, those that differ most, and a table."""
+    """Accuracy against bytes for every policy and budget: all tasks together, those that differ
+    most, and a table.
+    """
     frontier = run.frontier
     tasks = _telling(frontier)
-    panels: list[Panel] = [_scatter(frontier, None, "all tasks"), *(_scatter(frontier, [t], t) for t in tasks)]
+    panels: list[Panel] = [
+        _scatter(frontier, None, "all tasks"),
+        *(_scatter(frontier, [t], t) for t in tasks),
+    ]
     panels.append(_heat(frontier))
     figure = Figure(
         "frontier",
         "Accuracy against bytes",
         tuple(panels),
         run.caption(
-            "Right free-running answers (Wilson intervals) against the bytes of keys and values really in use when "
-            "answers ended, relative to the stock cache; every point is the same held-out questions under one "
-            f"policy and budget. Shown apart: the tasks on which policies differ most. {_of(frontier)}",
+            "Right free-running answers (Wilson intervals) against the bytes of keys and values"
+            " really in use when answers ended, relative to the stock cache; every point is the"
+            " same held-out questions under one policy and budget. Shown apart: the tasks on which"
+            f" policies differ most. {_of(frontier)}",
             frontier.questions,
         ),
     )
@@ -45,7 +59,9 @@ def section(run: Run) -> Section:
 
 
 def findings(frontier: Frontier) -> tuple[Finding, ...]:
-    """Whether A-VL keeps accuracy with the paper's settings, and beats random selection at each budget they share."""
+    """Whether A-VL keeps accuracy with the paper's settings, and beats random selection at each
+    budget they share.
+    """
     points = frontier.points
     found = []
     full = (_FULL, None)
@@ -55,22 +71,32 @@ def findings(frontier: Frontier) -> tuple[Finding, ...]:
             continue
         change = _interval(frontier.difference(own, full))
         found.append(
-            Finding(choice,
-                    f"At {100 * frontier.bytes(own):.0f} % of the bytes accuracy changes by {change.words('%')} "
-                    "(paired).",
-                    f"at least {100 * LOSS:.0f} points", judge(change, "at least", LOSS))
-        )  # fmt: skip
-    for budget in sorted({b for name, b in points if name == _OURS and b is not None and b < 1}, reverse=True):
+            Finding(
+                choice,
+                f"At {100 * frontier.bytes(own):.0f} % of the bytes accuracy changes by"
+                f" {change.words('%')} (paired).",
+                f"at least {100 * LOSS:.0f} points",
+                judge(change, "at least", LOSS),
+            )
+        )
+    for budget in sorted(
+        {b for name, b in points if name == _OURS and b is not None and b < 1}, reverse=True
+    ):
         ours, rival = (_OURS, budget), (_RANDOM, budget)
         if rival not in points:
             continue
         gain = _interval(frontier.difference(ours, rival))
         found.append(
-            Finding(f"Choosing by attention beats choosing at random, at {100 * budget:.0f} % of the bytes",
-                    f"Accuracy of A-VL (using {100 * frontier.bytes(ours):.0f} %) less that of random selection "
-                    f"(using {100 * frontier.bytes(rival):.0f} %): {gain.words('%')} (paired).",
-                    "above 0", judge(gain, "at least", 0.0))
-        )  # fmt: skip
+            Finding(
+                f"Choosing by attention beats choosing at random, at {100 * budget:.0f} % of the"
+                " bytes",
+                f"Accuracy of A-VL (using {100 * frontier.bytes(ours):.0f} %) less that of random"
+                f" selection (using {100 * frontier.bytes(rival):.0f} %): {gain.words('%')}"
+                " (paired).",
+                "above 0",
+                judge(gain, "at least", 0.0),
+            )
+        )
     return tuple(found)
 
 
@@ -79,10 +105,18 @@ def table(frontier: Frontier) -> tuple[tuple[str, ...], ...]:
     rows = [("policy", "budget", "bytes in use / full", "right answers", "less full cache")]
     for point in frontier.points:
         name, budget = point
-        change = "" if name == _FULL else _interval(frontier.difference(point, (_FULL, None))).words("%")
+        change = (
+            "" if name == _FULL else _interval(frontier.difference(point, (_FULL, None))).words("%")
+        )
         accuracy = _interval(frontier.accuracy(point)).words("%")
         rows.append(
-            (name, "own" if budget is None else f"{budget:g}", f"{frontier.bytes(point):.2f}", accuracy, change)
+            (
+                name,
+                "own" if budget is None else f"{budget:g}",
+                f"{frontier.bytes(point):.2f}",
+                accuracy,
+                change,
+            )
         )
     return tuple(rows)
 
@@ -92,14 +126,20 @@ def _scatter(frontier: Frontier, tasks: list[str] | None, title: str) -> Scatter
     full = frontier.accuracy((_FULL, None), tasks).mean
     series = []
     for name in dict.fromkeys(name for name, _ in frontier.points if name != _FULL):
-        points = sorted((p for p in frontier.points if p[0] == name), key=lambda p: frontier.bytes(p, tasks))
+        points = sorted(
+            (p for p in frontier.points if p[0] == name), key=lambda p: frontier.bytes(p, tasks)
+        )
         found = [frontier.accuracy(point, tasks) for point in points]
-        y, low, high = (np.array([getattr(one, end) for one in found]) for end in ("mean", "low", "high"))
+        y, low, high = (
+            np.array([getattr(one, end) for one in found]) for end in ("mean", "low", "high")
+        )
         x = np.array([frontier.bytes(point, tasks) for point in points])
         family = _NAMES.get(name, name)
         slot = FAMILIES.index(family) if family in FAMILIES else 0
         series.append(Points(family, x, y, low, high, slot=slot, joined=len(points) > 1))
-    return Scatter(size, share("right answers"), tuple(series), (Rule(full, "full cache", "y"),), title=title)
+    return Scatter(
+        size, share("right answers"), tuple(series), (Rule(full, "full cache", "y"),), title=title
+    )
 
 
 def _heat(frontier: Frontier) -> Heat:
@@ -107,15 +147,28 @@ def _heat(frontier: Frontier) -> Heat:
     budgets = sorted({budget for _, budget in frontier.points if budget is not None})
     middle = min(budgets, key=lambda budget: abs(budget - 0.5)) if budgets else None
     points = [point for point in frontier.points if point[1] in (None, middle)]
-    values = np.array([[frontier.accuracy(point, [task]).mean for task in frontier.tasks] for point in points])
+    values = np.array(
+        [[frontier.accuracy(point, [task]).mean for task in frontier.tasks] for point in points]
+    )
     x = Axis("task", "name", ticks=tuple(enumerate(frontier.tasks)))
     y = Axis("policy", "name", ticks=tuple(enumerate(_label(point, frontier) for point in points)))
-    return Heat(x, y, share("right answers"), values, annotate=True, title=f"by task, at {middle:g} of the bytes")
+    return Heat(
+        x,
+        y,
+        share("right answers"),
+        values,
+        annotate=True,
+        title=f"by task, at {middle:g} of the bytes",
+    )
 
 
 def _telling(frontier: Frontier) -> list[str]:
-    """The tasks on which accuracies spread most over policies and budgets, in the order of the file."""
-    spread = {t: np.std([frontier.accuracy(p, [t]).mean for p in frontier.points]) for t in frontier.tasks}
+    """The tasks on which accuracies spread most over policies and budgets, in the order of the
+    file.
+    """
+    spread = {
+        t: np.std([frontier.accuracy(p, [t]).mean for p in frontier.points]) for t in frontier.tasks
+    }
     chosen = sorted(spread, key=lambda task: -spread[task])[:_SHOWN] if len(spread) > 1 else []
     return [task for task in frontier.tasks if task in chosen]
 

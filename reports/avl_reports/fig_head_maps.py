@@ -16,12 +16,16 @@ HEADS = 3
 
 
 def section(run: Run) -> Section:
-    """Maps of the heads that hit the region most often (else of those with most image attention), on examples."""
+    """Maps of the heads that hit the region most often (else of those with most image attention),
+    on examples.
+    """
     last = run["image_score_last"]
     places = grids(run)
     shown = choose(run, places)
     if not shown:
-        raise NotMeasured("no sample of the recording keeps its picture together with maps of its heads")
+        raise NotMeasured(
+            "no sample of the recording keeps its picture together with maps of its heads"
+        )
     heads, why = _heads(run)
     value = Axis("attention on the patch", "share of the head's image attention", (0.0, 0.3))
     panels: list[Panel] = []
@@ -32,16 +36,27 @@ def section(run: Run) -> Section:
         panels.append(Overlay(example.picture, value, boxes=example.boxes, title=question))
         boxes = example.regions[0].boxes if example.regions else ()
         for layer, head in heads:
-            weights = last.sel(sample=example.name, layer=layer, head=head).values[: grid[0] * grid[1]]
+            weights = last.sel(sample=example.name, layer=layer, head=head).values[
+                : grid[0] * grid[1]
+            ]
             patches = (weights / np.nansum(weights)).reshape(grid)
-            panels.append(Overlay(example.picture, value, patches, boxes=boxes, title=f"layer {layer}, head {head}"))
+            panels.append(
+                Overlay(
+                    example.picture,
+                    value,
+                    patches,
+                    boxes=boxes,
+                    title=f"layer {layer}, head {head}",
+                )
+            )
     figure = Figure(
         "head_maps",
         "Single heads on the picture",
         tuple(panels),
         run.caption(
-            "Share of a head's image attention that each patch draws from the last prompt row, which produces the "
-            f"first word of the answer. {why} Outlined: what the question (left) or the first word (maps) is about.",
+            "Share of a head's image attention that each patch draws from the last prompt row,"
+            f" which produces the first word of the answer. {why} Outlined: what the question"
+            " (left) or the first word (maps) is about.",
             len(shown),
         ),
         columns=1 + len(heads),
@@ -65,7 +80,10 @@ def _heads(run: Run) -> tuple[list[tuple[int, int]], str]:
         )
     ranked = np.argsort(-np.nan_to_num(score.values, nan=-1.0), axis=None, kind="stable")[:HEADS]
     places = [np.unravel_index(int(index), score.shape) for index in ranked]
-    return [(int(score["layer"].values[row]), int(score["head"].values[column])) for row, column in places], why
+    return [
+        (int(score["layer"].values[row]), int(score["head"].values[column]))
+        for row, column in places
+    ], why
 
 
 if __name__ == "__main__":

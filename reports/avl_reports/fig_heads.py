@@ -18,14 +18,19 @@ QUESTION = "Which heads read the picture, and which of them look at the right pl
 
 
 def section(run: Run) -> Section:
-    """The kind of every head, its attention on the picture, how often it hits the region asked about, its spread."""
+    """The kind of every head, its attention on the picture, how often it hits the region asked
+    about, its spread.
+    """
     for name in ("modality_mass", "first_token_mass", "recent_text_mass"):
         run.decode(name)
     hits = hit_rate(run)
     found = kinds(run.recording, None if hits is None else hits.mean("sample").values)
     places = np.vectorize(KINDS.index)(found).astype(float)
     value = Axis(
-        "kind of head", "class", (-0.5, len(KINDS) - 0.5), ticks=tuple((float(i), k) for i, k in enumerate(KINDS))
+        "kind of head",
+        "class",
+        (-0.5, len(KINDS) - 0.5),
+        ticks=tuple((float(i), k) for i, k in enumerate(KINDS)),
     )
     image = estimate(run.decode("modality_mass").sel(key_modality="image"), ("layer", "head"))
     panels = [
@@ -34,28 +39,37 @@ def section(run: Run) -> Section:
     ]
     if hits is not None:
         panels.append(
-            layer_head_map(estimate(hits, ("layer", "head")), share("samples"), "strongest patch is on the region")
+            layer_head_map(
+                estimate(hits, ("layer", "head")),
+                share("samples"),
+                "strongest patch is on the region",
+            )
         )
     entropy = estimate(run["spatial_entropy"], ("layer", "head"))
     if bool(np.isfinite(entropy.value).any()):
         top = float(np.nanmax(entropy.value.values))
         panels.append(
-            layer_head_map(entropy, Axis("spatial entropy", "nats", (0.0, max(top, 0.1))), "spread over places")
+            layer_head_map(
+                entropy, Axis("spatial entropy", "nats", (0.0, max(top, 0.1))), "spread over places"
+            )
         )
     figure = Figure(
         "heads",
         "Heads by what they do",
         tuple(panels),
         run.caption(
-            f"Kinds by decode-time attention, the first that fits: visual: at least {VISUAL:g} on the picture and, "
-            f"where regions are known, the strongest patch on the region in at least {HIT:g} of the samples; scanning: "
-            f"at least {VISUAL:g} on the picture; sink: at least {SINK:g} on the first token; local: at least {TEXT:g} "
-            f"on text and {LOCAL:g} of that on its 16 newest tokens; text: at least {TEXT:g} on text; else mixed. "
-            "Strongest patch (on what the first word is about) and spread (entropy over connected places, 0 = one "
-            "place) are of the last prompt row."
+            f"Kinds by decode-time attention, the first that fits: visual: at least {VISUAL:g} on"
+            " the picture and, where regions are known, the strongest patch on the region in at"
+            f" least {HIT:g} of the samples; scanning: at least {VISUAL:g} on the picture; sink: at"
+            f" least {SINK:g} on the first token; local: at least {TEXT:g} on text and {LOCAL:g} of"
+            f" that on its 16 newest tokens; text: at least {TEXT:g} on text; else mixed. Strongest"
+            " patch (on what the first word is about) and spread (entropy over connected places, 0"
+            " = one place) are of the last prompt row."
         ),
     )
-    counts = ", ".join(f"{int((found == kind).sum())} {kind}" for kind in KINDS if (found == kind).any())
+    counts = ", ".join(
+        f"{int((found == kind).sum())} {kind}" for kind in KINDS if (found == kind).any()
+    )
     return Section(QUESTION, figure, (), f"Of {found.size} heads: {counts}.")
 
 

@@ -23,23 +23,31 @@ def section(run: Run) -> Section:
         raise NotMeasured("the second layer and one behind it must be recorded to compare them")
     lines: list[Line] = []
     for slot, p in enumerate(later["p"].values):
-        lines.append(curve(f"best {100 * p:.0f} %", estimate(later.sel(p=p), ("layer",)), "layer", slot + 1))
-    chance = [constant("random sets", line.x, float(p)) for line, p in zip(lines, later["p"].values, strict=True)]
+        lines.append(
+            curve(f"best {100 * p:.0f} %", estimate(later.sel(p=p), ("layer",)), "layer", slot + 1)
+        )
+    chance = [
+        constant("random sets", line.x, float(p))
+        for line, p in zip(lines, later["p"].values, strict=True)
+    ]
     figure = Figure(
         "layer_agreement",
         "Agreement with the prefill filter's layer",
         (Lines(LAYER, share("overlap with the second layer"), (*lines, *chance)),),
         run.caption(
-            "Share of the best image tokens of the last prompt row (by mean score over heads) that the second layer, "
-            "where the prefill filter acts, has in common with each later layer. Random sets overlap by their size."
+            "Share of the best image tokens of the last prompt row (by mean score over heads) that"
+            " the second layer, where the prefill filter acts, has in common with each later layer."
+            " Random sets overlap by their size."
         ),
         columns=1,
     )
     shared = estimate(later.sel(p=PREFILL)).interval
     limit = midway(PREFILL)
     finding = Finding(
-        f"The prefill filter keeps P = {100 * PREFILL:.0f} % by the second layer's ranking (off by default)",
-        f"The best {100 * PREFILL:.0f} % of the second layer and of a later one overlap by {shared.words('%')}.",
+        f"The prefill filter keeps P = {100 * PREFILL:.0f} % by the second layer's ranking (off by"
+        " default)",
+        f"The best {100 * PREFILL:.0f} % of the second layer and of a later one overlap by"
+        f" {shared.words('%')}.",
         f"at least {100 * limit:.0f} %, half-way from chance to identity",
         judge(shared, "at least", limit),
     )

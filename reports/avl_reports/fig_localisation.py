@@ -26,33 +26,53 @@ def section(run: Run) -> Section:
     measured = int(np.isfinite(lift).any("layer").sum())
     axis = Axis("attention on the region / chance", "times")
     layers = by_layer.value["layer"].values
-    curve = Line("mean over heads", layers, by_layer.value.values, by_layer.low.values, by_layer.high.values, slot=1)
+    curve = Line(
+        "mean over heads",
+        layers,
+        by_layer.value.values,
+        by_layer.low.values,
+        by_layer.high.values,
+        slot=1,
+    )
     figure = Figure(
         "localisation",
         "Attention on the region a word is about",
         (
-            Lines(Axis("layer", "index"), axis, (curve,), (Rule(1.0, "uniform map", "y"),), title="by layer"),
+            Lines(
+                Axis("layer", "index"),
+                axis,
+                (curve,),
+                (Rule(1.0, "uniform map", "y"),),
+                title="by layer",
+            ),
             _by_task(run, lift.sel(layer=best), axis, f"by task, layer {best}"),
         ),
         run.caption(
-            "Share of image attention on the region over the region's share of the picture; 1 is what a uniform map "
-            "gives. Mean over the words of rightly answered samples whose region is known.",
+            "Share of image attention on the region over the region's share of the picture; 1 is"
+            " what a uniform map gives. Mean over the words of rightly answered samples whose"
+            " region is known.",
             measured,
         ),
     )
     mean = estimate(lift).interval
     finding = Finding(
         "Image tokens are chosen by their attention score",
-        f"The score A-VL ranks by puts {mean.words('times')} the attention of chance on what the word is about "
-        "(all layers).",
+        f"The score A-VL ranks by puts {mean.words('times')} the attention of chance on what the"
+        " word is about (all layers).",
         f"at least {LIFT:g} times",
         judge(mean, "at least", LIFT),
     )
-    return Section(QUESTION, figure, (finding,), "The truth is known to the pixel because the pictures are drawn.")
+    return Section(
+        QUESTION,
+        figure,
+        (finding,),
+        "The truth is known to the pixel because the pictures are drawn.",
+    )
 
 
 def lifts(run: Run) -> xr.DataArray | None:
-    """Share of image attention on the region over the region's share of the picture, (sample, layer); 1 is chance.
+    """Share of image attention on the region over the region's share of the picture, (sample,
+    layer); 1 is chance.
 
     Mean over the produced words whose region is known; None if the recording knows no regions.
     """
@@ -62,14 +82,25 @@ def lifts(run: Run) -> xr.DataArray | None:
     for index, example in enumerate(run.examples):
         assert example.name == str(names[index])
         tokens = int(counts[index])
-        steps = [t for t, region in enumerate(example.regions) if region.tokens and t < scores.sizes["step"]]
+        steps = [
+            t
+            for t, region in enumerate(example.regions)
+            if region.tokens and t < scores.sizes["step"]
+        ]
         if not steps or not tokens:
             rows.append(np.full(scores.sizes["layer"], np.nan))
             continue
-        maps = scores.isel(sample=index, step=steps, token=slice(0, tokens)).transpose("step", "layer", "token").values
+        maps = (
+            scores.isel(sample=index, step=steps, token=slice(0, tokens))
+            .transpose("step", "layer", "token")
+            .values
+        )
         share = np.nan_to_num(maps) / np.nansum(maps, axis=-1, keepdims=True)
         places = [list(example.regions[step].tokens) for step in steps]
-        on = [one[:, place].sum(-1) * tokens / len(place) for one, place in zip(share, places, strict=True)]
+        on = [
+            one[:, place].sum(-1) * tokens / len(place)
+            for one, place in zip(share, places, strict=True)
+        ]
         rows.append(np.mean(on, axis=0))
     values = np.array(rows)
     if not np.isfinite(values).any():
@@ -81,11 +112,23 @@ def lifts(run: Run) -> xr.DataArray | None:
 def _by_task(run: Run, lift: xr.DataArray, axis: Axis, title: str) -> Bars:
     tasks = np.array([example.task or "unnamed" for example in run.examples])
     known = [task for task in dict.fromkeys(tasks) if np.isfinite(lift.values[tasks == task]).any()]
-    parts = [estimate(lift.isel(sample=np.flatnonzero(tasks == task))).interval for task in sorted(known)]
-    values, low, high = (np.array([getattr(part, end) for part in parts]) for end in ("value", "low", "high"))
+    parts = [
+        estimate(lift.isel(sample=np.flatnonzero(tasks == task))).interval for task in sorted(known)
+    ]
+    values, low, high = (
+        np.array([getattr(part, end) for part in parts]) for end in ("value", "low", "high")
+    )
     bar = Bar("lift", values, low, high, slot=1)
     rules = (Rule(1.0, "uniform map"),)
-    return Bars(Axis("task", "name"), axis, tuple(sorted(known)), (bar,), rules, horizontal=True, title=title)
+    return Bars(
+        Axis("task", "name"),
+        axis,
+        tuple(sorted(known)),
+        (bar,),
+        rules,
+        horizontal=True,
+        title=title,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""How much attention goes to the picture, to the text and to the system tokens, in which layer and at which step?"""
+"""How much attention goes to the picture, to the text and to the system tokens, in which layer and
+at which step?
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ from avl_reports.shapes import (
 
 QUESTION = "How is attention divided between picture, text and system tokens?"
 RATIO = 2.0
-"""Text tokens must draw at least this many times the attention of an image token for the two to need rules of their
-own."""
+"""Text tokens must draw at least this many times the attention of an image token for the two to
+need rules of their own.
+"""
 PRESENT = 0.10
 """Share of attention below which the picture could as well be gone while decoding."""
 
@@ -41,29 +44,40 @@ def section(run: Run) -> Section:
             Lines(LAYER, share("attention mass"), by_layer, title="by layer, decode steps"),
             _by_step(run),
             Lines(
-                LAYER, log_share("attention per token", per_token), per_token, title="per visible token, decode steps"
+                LAYER,
+                log_share("attention per token", per_token),
+                per_token,
+                title="per visible token, decode steps",
             ),
             _by_layer_and_step(run),
         ),
         run.caption(
-            "Attention mass on system, image and text keys: mean over heads (and over decode steps, where not shown). "
-            f"Step 0 is the last prompt row; steps that fewer than {least(run)} samples reach are left out."
+            "Attention mass on system, image and text keys: mean over heads (and over decode"
+            " steps, where not shown). Step 0 is the last prompt row; steps that fewer than"
+            f" {least(run)} samples reach are left out."
         ),
     )
-    return Section(QUESTION, figure, findings(mass, efficiency), "The three shares of a row add up to 1.")
+    return Section(
+        QUESTION, figure, findings(mass, efficiency), "The three shares of a row add up to 1."
+    )
 
 
 def findings(mass: xr.DataArray, efficiency: xr.DataArray) -> tuple[Finding, ...]:
-    """Whether modalities differ enough to be treated apart, and whether the picture still matters while decoding."""
+    """Whether modalities differ enough to be treated apart, and whether the picture still matters
+    while decoding.
+    """
     tokens = per_sample(efficiency, ("key_modality",))
     ratio = tokens.sel(key_modality="text") / tokens.sel(key_modality="image")
     typical = estimate(np.log(ratio)).interval
-    ratio_interval = Interval(*(float(np.exp(v)) for v in (typical.value, typical.low, typical.high)))
+    ratio_interval = Interval(
+        *(float(np.exp(v)) for v in (typical.value, typical.low, typical.high))
+    )
     image = estimate(mass.sel(key_modality="image")).interval
     return (
         Finding(
             "Image and text tokens are treated by different rules",
-            f"While decoding, one text token draws {ratio_interval.words('times')} the attention of one image token.",
+            f"While decoding, one text token draws {ratio_interval.words('times')} the attention of"
+            " one image token.",
             f"at least {RATIO:g} times",
             judge(ratio_interval, "at least", RATIO),
         ),
@@ -77,15 +91,21 @@ def findings(mass: xr.DataArray, efficiency: xr.DataArray) -> tuple[Finding, ...
 
 
 def _by_step(run: Run) -> Lines:
-    shares = reached(estimate(run["modality_mass"], ("step", "key_modality"), least=least(run)), "step")
-    return Lines(STEP, share("attention mass"), modality_curves(shares, "step"), title="by step, all layers")
+    shares = reached(
+        estimate(run["modality_mass"], ("step", "key_modality"), least=least(run)), "step"
+    )
+    return Lines(
+        STEP, share("attention mass"), modality_curves(shares, "step"), title="by step, all layers"
+    )
 
 
 def _by_layer_and_step(run: Run) -> Heat:
     mass = run["modality_mass"].sel(key_modality="image")
     image = reached(estimate(mass, ("layer", "step"), least=least(run)), "step")
     value = share("image mass")
-    return matrix(image, "layer", "step", STEP, LAYER, value, "mass on the picture, by layer and step")
+    return matrix(
+        image, "layer", "step", STEP, LAYER, value, "mass on the picture, by layer and step"
+    )
 
 
 if __name__ == "__main__":

@@ -18,9 +18,17 @@ from avl_reports.shapes import share
 QUESTION = "What do policies lose, and what do they save?"
 SAVED = 0.75
 """Share of the full cache's bytes below which a policy saves something worth the trouble."""
-_NAMES = {"FullPolicy": "full cache", "AdaptivePolicy": "A-VL", "RandomPolicy": "random", "StridePolicy": "stride",
-          "StreamingPolicy": "StreamingLLM", "H2OPolicy": "H2O", "SnapKVPolicy": "SnapKV", "FastVPolicy": "FastV",
-          "VLCachePolicy": "VL-Cache"}  # fmt: skip
+_NAMES = {
+    "FullPolicy": "full cache",
+    "AdaptivePolicy": "A-VL",
+    "RandomPolicy": "random",
+    "StridePolicy": "stride",
+    "StreamingPolicy": "StreamingLLM",
+    "H2OPolicy": "H2O",
+    "SnapKVPolicy": "SnapKV",
+    "FastVPolicy": "FastV",
+    "VLCachePolicy": "VL-Cache",
+}
 _COLUMNS = (
     ("kv_filled_share", "bytes in use / full", 100.0, " %"),
     ("keys_attended", "keys read per step", 1.0, ""),
@@ -36,25 +44,39 @@ _COLUMNS = (
 
 
 def section(run: Run) -> Section:
-    """Accuracy and KL divergence against bytes for every policy, accuracy by task, and the cost table."""
+    """Accuracy and KL divergence against bytes for every policy, accuracy by task, and the cost
+    table.
+    """
     compared = run.comparison
     if "kv_filled_share" not in compared.metrics:
         raise NotMeasured("the comparison holds no cost; compare with --metric cost too")
     size = Axis("keys and values in use", "share of the full cache's bytes", (0.0, 1.08))
     panels: list[Panel] = []
-    for metric, axis in (("correct", share("accuracy")), ("kl", Axis("KL from the full cache", "nats"))):
+    for metric, axis in (
+        ("correct", share("accuracy")),
+        ("kl", Axis("KL from the full cache", "nats")),
+    ):
         if metric in compared.metrics:
             full = (Rule(compared.mean(metric, compared.reference).mean, "full cache", "y"),)
-            panels.append(Scatter(size, axis, _frontiers(compared, metric), full, title=f"{axis.label} against bytes"))
+            panels.append(
+                Scatter(
+                    size,
+                    axis,
+                    _frontiers(compared, metric),
+                    full,
+                    title=f"{axis.label} against bytes",
+                )
+            )
     panels += _by_task(compared)
     figure = Figure(
         "policies",
         "Policies: quality against bytes",
         tuple(panels),
         run.caption(
-            "Accuracy: free-running answers against the truth (Wilson intervals). KL: next-token distribution along "
-            "the full cache's own answer. Bytes of keys and values in use at the end of an answer, relative to the "
-            f"stock cache. Batches of {_batch(compared)}, times of this machine.",
+            "Accuracy: free-running answers against the truth (Wilson intervals). KL: next-token"
+            " distribution along the full cache's own answer. Bytes of keys and values in use at"
+            f" the end of an answer, relative to the stock cache. Batches of {_batch(compared)},"
+            " times of this machine.",
             compared.dataset.sizes["sample"],
         ),
     )
@@ -68,23 +90,35 @@ def findings(compared: Comparison) -> tuple[Finding, ...]:
         return ()
     saved = _interval(compared.mean("kv_filled_share", ours))
     found = [
-        Finding("A-VL saves memory", f"“{ours}” uses {saved.words('%')} of the full cache's bytes.",
-                f"at most {100 * SAVED:.0f} %", judge(saved, "at most", SAVED))
-    ]  # fmt: skip
+        Finding(
+            "A-VL saves memory",
+            f"“{ours}” uses {saved.words('%')} of the full cache's bytes.",
+            f"at most {100 * SAVED:.0f} %",
+            judge(saved, "at most", SAVED),
+        )
+    ]
     if "correct" not in compared.metrics:
         return tuple(found)
     change = _interval(compared.difference("correct", ours))
     found.append(
-        Finding("A-VL keeps the answers right", f"Under “{ours}” accuracy changes by {change.words('%')} (paired).",
-                f"at least {100 * LOSS:.0f} points", judge(change, "at least", LOSS))
-    )  # fmt: skip
+        Finding(
+            "A-VL keeps the answers right",
+            f"Under “{ours}” accuracy changes by {change.words('%')} (paired).",
+            f"at least {100 * LOSS:.0f} points",
+            judge(change, "at least", LOSS),
+        )
+    )
     if (rival := _rival(compared, ours)) is not None:
         gain = _interval(compared.difference("correct", ours, rival))
         found.append(
-            Finding("Choosing by attention beats choosing at random",
-                    f"Accuracy under “{ours}” less that under “{rival}”, at like bytes: {gain.words('%')} (paired).",
-                    "above 0", judge(gain, "at least", 0.0))
-        )  # fmt: skip
+            Finding(
+                "Choosing by attention beats choosing at random",
+                f"Accuracy under “{ours}” less that under “{rival}”, at like bytes:"
+                f" {gain.words('%')} (paired).",
+                "above 0",
+                judge(gain, "at least", 0.0),
+            )
+        )
     return tuple(found)
 
 
@@ -93,7 +127,9 @@ def table(compared: Comparison) -> tuple[tuple[str, ...], ...]:
     columns = [column for column in _COLUMNS if column[0] in compared.metrics]
     rows = [("policy", *(heading for _, heading, _, _ in columns))]
     for name in compared.policies:
-        cells = [_cell(compared.mean(metric, name), scale, unit) for metric, _, scale, unit in columns]
+        cells = [
+            _cell(compared.mean(metric, name), scale, unit) for metric, _, scale, unit in columns
+        ]
         rows.append((name, *cells))
     return tuple(rows)
 
@@ -117,7 +153,9 @@ def _frontiers(compared: Comparison, metric: str) -> tuple[Points, ...]:
         held = np.array([compared.mean("kv_filled_share", name).mean for name in names])
         order = np.argsort(held)
         found = [compared.mean(metric, names[i]) for i in order]
-        y, low, high = (np.array([getattr(e, end) for e in found]) for end in ("mean", "low", "high"))
+        y, low, high = (
+            np.array([getattr(e, end) for e in found]) for end in ("mean", "low", "high")
+        )
         known = bool(np.isfinite(low).all() and np.isfinite(high).all())
         slot = FAMILIES.index(kind) if kind in FAMILIES else number
         series.append(
@@ -139,7 +177,10 @@ def _by_task(compared: Comparison) -> list[Heat]:
     if "correct" not in compared.metrics or len(tasks) < 2:
         return []
     values = np.array(
-        [[compared.select_task(task).mean("correct", name).mean for task in tasks] for name in compared.policies]
+        [
+            [compared.select_task(task).mean("correct", name).mean for task in tasks]
+            for name in compared.policies
+        ]
     )
     x = Axis("task", "name", ticks=tuple(enumerate(tasks)))
     y = Axis("policy", "name", ticks=tuple(enumerate(compared.policies)))
@@ -150,12 +191,24 @@ def _rival(compared: Comparison, ours: str) -> str | None:
     """The random policy whose bytes are nearest to ours; None if it uses clearly more or fewer."""
     size = compared.mean("kv_filled_share", ours).mean
     rivals = [name for name in compared.policies if family(compared, name) == "random"]
-    best = min(rivals, key=lambda name: abs(compared.mean("kv_filled_share", name).mean - size), default=None)
-    return best if best is not None and abs(compared.mean("kv_filled_share", best).mean - size) < 0.1 else None
+    best = min(
+        rivals,
+        key=lambda name: abs(compared.mean("kv_filled_share", name).mean - size),
+        default=None,
+    )
+    return (
+        best
+        if best is not None and abs(compared.mean("kv_filled_share", best).mean - size) < 0.1
+        else None
+    )
 
 
 def _batch(compared: Comparison) -> str:
-    return f"{int(np.nanmax(compared['batch'].values))}" if "batch" in compared.metrics else "unknown size"
+    return (
+        f"{int(np.nanmax(compared['batch'].values))}"
+        if "batch" in compared.metrics
+        else "unknown size"
+    )
 
 
 def _interval(estimate: Estimate) -> Interval:
@@ -165,7 +218,8 @@ def _interval(estimate: Estimate) -> Interval:
 def _cell(estimate: Estimate, scale: float, unit: str) -> str:
     """Mean in three digits, with its interval where that is wider than a twentieth of it."""
     mean, low, high = (
-        0.0 if abs(scale * v) < 1e-6 else scale * v for v in (estimate.mean, estimate.low, estimate.high)
+        0.0 if abs(scale * v) < 1e-6 else scale * v
+        for v in (estimate.mean, estimate.low, estimate.high)
     )
     if not np.isfinite(mean):
         return "-"

@@ -15,11 +15,14 @@ from avl_reports.shapes import LAYER, curve, log_share
 
 QUESTION = "Does an image token's place in the picture decide how much attention it gets?"
 FACTOR = 2.0
-"""Between the first and the last image token the trend may change attention by at most this factor."""
+"""Between the first and the last image token the trend may change attention by at most this factor.
+"""
 
 
 def section(run: Run) -> Section:
-    """Mean attention by place in the raster with the exponential fit, the fitted trend by layer, and the mean map."""
+    """Mean attention by place in the raster with the exponential fit, the fitted trend by layer,
+    and the mean map.
+    """
     sigma = run["position_bias"].sel(bias_parameter="sigma")
     received = _received(run)
     lines = _raster(received)
@@ -27,18 +30,27 @@ def section(run: Run) -> Section:
         "position_bias",
         "Attention by place in the picture",
         (
-            Lines(Axis("place in the raster", "share", (0.0, 1.0)), log_share("attention per text row", lines), lines,
-                  title="mean over layers and heads"),
-            Lines(LAYER, Axis("trend sigma", "ln(last / first)"),
-                  (curve("exponential fit", estimate(sigma, ("layer",)), "layer", 1),),
-                  (Rule(0.0, "no trend", "y"),), title="trend by layer"),
+            Lines(
+                Axis("place in the raster", "share", (0.0, 1.0)),
+                log_share("attention per text row", lines),
+                lines,
+                title="mean over layers and heads",
+            ),
+            Lines(
+                LAYER,
+                Axis("trend sigma", "ln(last / first)"),
+                (curve("exponential fit", estimate(sigma, ("layer",)), "layer", 1),),
+                (Rule(0.0, "no trend", "y"),),
+                title="trend by layer",
+            ),
             *_map(run, received),
         ),
         run.caption(
-            "Mean weight of an image token for the text rows of the prompt, by its place in reading order. The fit is "
-            "mu exp(sigma i / N) over the i-th of N tokens, least squares on the logarithm."
+            "Mean weight of an image token for the text rows of the prompt, by its place in reading"
+            " order. The fit is mu exp(sigma i / N) over the i-th of N tokens, least squares on the"
+            " logarithm."
         ),
-    )  # fmt: skip
+    )
     trend = estimate(sigma).interval
     finding = Finding(
         "Scores rank image tokens without correcting for their place",
@@ -63,7 +75,9 @@ def _received(run: Run) -> xr.DataArray:
     same = np.flatnonzero(counts == counts[0])
     tokens = int(counts[0])
     values = [scores.isel(sample=s).values[positions.isel(sample=s).values[:tokens]] for s in same]
-    return xr.DataArray(np.stack(values), dims=("sample", "token"), coords={"token": np.arange(tokens)})
+    return xr.DataArray(
+        np.stack(values), dims=("sample", "token"), coords={"token": np.arange(tokens)}
+    )
 
 
 def _raster(received: xr.DataArray) -> tuple[Line, Line]:
@@ -71,7 +85,9 @@ def _raster(received: xr.DataArray) -> tuple[Line, Line]:
     x = (found.value["token"].values + 0.5) / found.value.sizes["token"]
     measured = Line("measured", x, found.value.values, found.low.values, found.high.values, slot=1)
     use = measured.y > 0
-    slope, offset = np.polyfit(x[use], np.log(measured.y[use]), 1) if use.sum() > 2 else (np.nan, np.nan)
+    slope, offset = (
+        np.polyfit(x[use], np.log(measured.y[use]), 1) if use.sum() > 2 else (np.nan, np.nan)
+    )
     return measured, Line("exponential fit", x, np.exp(offset + slope * x), slot=5, role="fit")
 
 

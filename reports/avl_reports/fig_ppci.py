@@ -28,19 +28,36 @@ def section(run: Run) -> Section:
         "ppci",
         "Overlap of the most attended image tokens",
         (
-            Lines(Axis("lag", "decode steps"), _OVERLAP, _by_lag(run, continuity), (Rule(REFRESH, "K"),),
-                  title="two decode steps apart"),
+            Lines(
+                Axis("lag", "decode steps"),
+                _OVERLAP,
+                _by_lag(run, continuity),
+                (Rule(REFRESH, "K"),),
+                title="two decode steps apart",
+            ),
             Lines(STEP, _OVERLAP, _prefill(run), title="prefill's last row and a decode step"),
-            matrix(layers, "layer", "other_layer", LAYER, LAYER, _OVERLAP, f"two layers, best {100 * CORE:.0f} %"),
-            Lines(LAYER, Axis("cosine", "0 to 1", (0.0, 1.0)), (curve("consecutive steps", cosine, "layer", 1),),
-                  title="image scores of two consecutive steps"),
+            matrix(
+                layers,
+                "layer",
+                "other_layer",
+                LAYER,
+                LAYER,
+                _OVERLAP,
+                f"two layers, best {100 * CORE:.0f} %",
+            ),
+            Lines(
+                LAYER,
+                Axis("cosine", "0 to 1", (0.0, 1.0)),
+                (curve("consecutive steps", cosine, "layer", 1),),
+                title="image scores of two consecutive steps",
+            ),
         ),
         run.caption(
-            "Share of the best image tokens (by mean score over heads) that two moments or two layers have in common; "
-            "random sets overlap by their size p. Means over layers where not shown. Lags and steps that fewer than "
-            f"{least(run)} samples reach are left out."
+            "Share of the best image tokens (by mean score over heads) that two moments or two"
+            " layers have in common; random sets overlap by their size p. Means over layers where"
+            f" not shown. Lags and steps that fewer than {least(run)} samples reach are left out."
         ),
-    )  # fmt: skip
+    )
     return Section(QUESTION, figure, findings(continuity, run["ppci_heterogeneity"]), "")
 
 
@@ -54,7 +71,8 @@ def findings(continuity: xr.DataArray, heterogeneity: xr.DataArray) -> tuple[Fin
     return (
         Finding(
             "A core is kept for K = 3 steps",
-            f"The best {100 * CORE:.0f} % of two decode steps that are {REFRESH} apart overlap by {at_lag.words('%')}.",
+            f"The best {100 * CORE:.0f} % of two decode steps that are {REFRESH} apart overlap by"
+            f" {at_lag.words('%')}.",
             f"at least {100 * limit:.0f} %, half-way from chance to identity",
             judge(at_lag, "at least", limit),
         ),
@@ -72,7 +90,9 @@ def _by_lag(run: Run, continuity: xr.DataArray) -> tuple[Line, ...]:
     baselines: list[Line] = []
     for slot, p in enumerate(continuity["p"].values):
         lags = reached(estimate(continuity.sel(p=p), ("lag",), least=least(run)), "lag")
-        lines.append(curve(f"best {100 * p:.0f} %", lags, "lag", slot + 1, first=_first(continuity)))
+        lines.append(
+            curve(f"best {100 * p:.0f} %", lags, "lag", slot + 1, first=_first(continuity))
+        )
         baselines.append(constant("random sets", np.asarray(lines[-1].x), float(p)))
     return (*lines, *baselines)
 
@@ -90,7 +110,10 @@ def _prefill(run: Run) -> tuple[Line, ...]:
         lines.append(curve(f"best {100 * p:.0f} %", steps, "step", slot + 1))
     return (
         *lines,
-        *(constant("random sets", line.x, float(p)) for line, p in zip(lines, overlap["p"].values, strict=True)),
+        *(
+            constant("random sets", line.x, float(p))
+            for line, p in zip(lines, overlap["p"].values, strict=True)
+        ),
     )
 
 

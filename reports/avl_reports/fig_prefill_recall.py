@@ -37,21 +37,38 @@ def section(run: Run) -> Section:
         "prefill_recall",
         "What the tokens kept after prefill still catch",
         (
-            Lines(_KEPT, share("decode-time attention caught"), (*attention, _chance(attention)), rules,
-                  title="attention over the whole answer"),
-            Lines(_KEPT, share("decode-time core caught"), (*tokens, _chance(tokens)), rules, title="tokens"),
-            Lines(LAYER, share("decode-time attention caught"), (curve("S = 50 %", at, "layer", 1),),
-                  (Rule(TARGET, "95 %", "y"),), title=f"by layer, S = {100 * SECONDARY:.0f} %"),
+            Lines(
+                _KEPT,
+                share("decode-time attention caught"),
+                (*attention, _chance(attention)),
+                rules,
+                title="attention over the whole answer",
+            ),
+            Lines(
+                _KEPT,
+                share("decode-time core caught"),
+                (*tokens, _chance(tokens)),
+                rules,
+                title="tokens",
+            ),
+            Lines(
+                LAYER,
+                share("decode-time attention caught"),
+                (curve("S = 50 %", at, "layer", 1),),
+                (Rule(TARGET, "95 %", "y"),),
+                title=f"by layer, S = {100 * SECONDARY:.0f} %",
+            ),
         ),
         run.caption(
-            "Share of all image attention of the decode steps, and of each step's best image tokens, that falls on "
-            "the S best image tokens of the last prompt row; scores are means over heads, curves means over layers. "
-            "Keeping tokens at random catches S."
+            "Share of all image attention of the decode steps, and of each step's best image"
+            " tokens, that falls on the S best image tokens of the last prompt row; scores are"
+            " means over heads, curves means over layers. Keeping tokens at random catches S."
         ),
-    )  # fmt: skip
+    )
     caught = estimate(mass.sel(secondary=SECONDARY)).interval
     finding = Finding(
-        f"S = {100 * SECONDARY:.0f} % of the image tokens, chosen by the last prompt row, are enough for the answer",
+        f"S = {100 * SECONDARY:.0f} % of the image tokens, chosen by the last prompt row, are"
+        " enough for the answer",
         f"They hold {caught.words('%')} of the image attention while decoding.",
         f"at least {100 * TARGET:.0f} %",
         judge(caught, "at least", TARGET),

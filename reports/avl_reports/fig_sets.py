@@ -19,7 +19,9 @@ _VALUE = Axis("set of the image token", "class")
 
 
 def section(run: Run) -> Section:
-    """The three sets of one layer over the decode steps of the longest answer, as pictures and as an animation."""
+    """The three sets of one layer over the decode steps of the longest answer, as pictures and as
+    an animation.
+    """
     chosen, grid = _longest(run)
     assert chosen.picture is not None
     scores = run["image_score"].sel(sample=chosen.name)
@@ -28,20 +30,27 @@ def section(run: Run) -> Section:
     one = scores.sel(layer=layer).isel(token=slice(0, tokens)).transpose("step", "token").values
     sets = choose_sets(one[np.isfinite(one).all(1)], SECONDARY, CORE, REFRESH)
     frames = tuple(
-        Overlay(chosen.picture, _VALUE, classes.reshape(grid).astype(float), CLASSES, _outlines(chosen, step),
-                title=_title(chosen, step))
+        Overlay(
+            chosen.picture,
+            _VALUE,
+            classes.reshape(grid).astype(float),
+            CLASSES,
+            _outlines(chosen, step),
+            title=_title(chosen, step),
+        )
         for step, classes in enumerate(sets)
-    )  # fmt: skip
+    )
     picks = np.unique(np.linspace(0, len(frames) - 1, min(SHOWN, len(frames))).round().astype(int))
     figure = Figure(
         "sets",
         "Core, secondary and minor image tokens over decode steps",
         tuple(frames[i] for i in picks),
         run.caption(
-            f"A-VL's rules (S = {SECONDARY:g}, C = {CORE:g}, K = {REFRESH}) applied to the scores of the full model, "
-            f"layer {layer}, mean over heads: minor tokens are dropped after prefill, secondary ones are held and read "
-            "at refresh steps, core ones are read at every step. Outlined: what the word being written is about. "
-            f"Question: “{chosen.prompt}” Answer: “{chosen.answer}”",
+            f"A-VL's rules (S = {SECONDARY:g}, C = {CORE:g}, K = {REFRESH}) applied to the scores"
+            f" of the full model, layer {layer}, mean over heads: minor tokens are dropped after"
+            " prefill, secondary ones are held and read at refresh steps, core ones are read at"
+            " every step. Outlined: what the word being written is about. Question:"
+            f" “{chosen.prompt}” Answer: “{chosen.answer}”",
             1,
         ),
         columns=4,
@@ -50,19 +59,24 @@ def section(run: Run) -> Section:
         QUESTION,
         figure,
         (),
-        "Dark: dropped for good. Blue: held, read at refresh steps only. Amber: read at every step.",
+        "Dark: dropped for good. Blue: held, read at refresh steps only. Amber: read at every"
+        " step.",
         Animation(frames, tuple(range(len(frames))), title="sets over decode steps"),
     )
 
 
-def choose_sets(scores: NDArray[np.floating], secondary: float, core: float, refresh: int) -> NDArray[np.int64]:
-    """Classes (0 minor, 1 secondary, 2 core) of every image token at every step, (steps, tokens), by A-VL's rules.
+def choose_sets(
+    scores: NDArray[np.floating], secondary: float, core: float, refresh: int
+) -> NDArray[np.int64]:
+    """Classes (0 minor, 1 secondary, 2 core) of every image token at every step, (steps, tokens),
+    by A-VL's rules.
 
     Args:
         scores: (steps, tokens), step 0 the last prompt row.
 
-    The best `int(secondary * N)` of step 0 are held; the best `int(core * N)` of those are core. At steps t divisible
-    by `refresh` (> 0) the held tokens are ranked again by that step's scores; the new core counts from step t + 1.
+    The best `int(secondary * N)` of step 0 are held; the best `int(core * N)` of those are core. At
+    steps t divisible by `refresh` (> 0) the held tokens are ranked again by that step's scores; the
+    new core counts from step t + 1.
     """
     n = scores.shape[1]
     held = _best(scores[0], np.arange(n), size_of(secondary, n))
@@ -85,9 +99,15 @@ def _best(scores: NDArray[np.floating], among: NDArray[np.int64], count: int) ->
 def _longest(run: Run) -> tuple[Example, tuple[int, int]]:
     """The longest right answer with a drawable picture, else the longest answer."""
     places = grids(run)
-    able = [example for example in run.examples if example.picture is not None and example.name in places]
+    able = [
+        example
+        for example in run.examples
+        if example.picture is not None and example.name in places
+    ]
     if not able or max(len(example.words) for example in able) < 2:
-        raise NotMeasured("no sample has a picture with a known grid and an answer of at least two words")
+        raise NotMeasured(
+            "no sample has a picture with a known grid and an answer of at least two words"
+        )
     best = max(able, key=lambda example: (example.correct, len(example.words)))
     return best, places[best.name]
 

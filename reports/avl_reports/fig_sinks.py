@@ -13,7 +13,9 @@ from avl_reports.shapes import LAYER, curve, layer_head_map, share
 
 QUESTION = "Which heads park their attention on one token?"
 RATIO = 2.0
-"""A system token must draw at least this many times the attention of an image token to be worth keeping always."""
+"""A system token must draw at least this many times the attention of an image token to be worth
+keeping always.
+"""
 
 
 def section(run: Run) -> Section:
@@ -34,8 +36,8 @@ def section(run: Run) -> Section:
             Lines(LAYER, share("heads with a sink"), curves, title="prompt rows"),
         ),
         run.caption(
-            "Left: attention on the very first token. Right: share of heads that give one token more than 0.3 of "
-            "their attention, averaged over the prompt rows that can see it."
+            "Left: attention on the very first token. Right: share of heads that give one token"
+            " more than 0.3 of their attention, averaged over the prompt rows that can see it."
         ),
     )
     efficiency = per_sample(run.decode("efficiency"), ("key_modality",))
@@ -44,7 +46,8 @@ def section(run: Run) -> Section:
     times = Interval(*(float(np.exp(end)) for end in (typical.value, typical.low, typical.high)))
     finding = Finding(
         "System tokens are always kept",
-        f"While decoding, one system token draws {times.words('times')} the attention of one image token.",
+        f"While decoding, one system token draws {times.words('times')} the attention of one image"
+        " token.",
         f"at least {RATIO:g} times",
         judge(times, "at least", RATIO),
     )

@@ -12,11 +12,15 @@ from avl_reports.shapes import LAYER, layer_head_map, modality_curves, share
 
 QUESTION = "How sparse is attention, in which layers and heads?"
 SPARSE = 1 - SECONDARY
-"""Share of weights that must be negligible for dropping as large a share of image tokens to look harmless."""
+"""Share of weights that must be negligible for dropping as large a share of image tokens to look
+harmless.
+"""
 
 
 def section(run: Run) -> Section:
-    """Maps over layers and heads at decode steps and the last prompt row, and how many keys attention amounts to."""
+    """Maps over layers and heads at decode steps and the last prompt row, and how many keys
+    attention amounts to.
+    """
     decode = run.decode("threshold_sparsity")
     last = run["threshold_sparsity"].sel(step=0)
     negligible = share("negligible weights")
@@ -29,24 +33,39 @@ def section(run: Run) -> Section:
         (
             layer_head_map(estimate(decode, ("layer", "head")), negligible, "decode steps"),
             layer_head_map(estimate(last, ("layer", "head")), negligible, "last prompt row"),
-            Lines(LAYER, Axis("effective number of keys", "tokens", log=True),
-                  modality_curves(effective, "layer", seen), title="keys that attention amounts to, decode steps"),
-            Lines(LAYER, Axis("Gini coefficient", "0 equal, 1 on one key", (0.0, 1.0)),
-                  modality_curves(gini, "layer", seen), title="inequality of the weights, decode steps"),
+            Lines(
+                LAYER,
+                Axis("effective number of keys", "tokens", log=True),
+                modality_curves(effective, "layer", seen),
+                title="keys that attention amounts to, decode steps",
+            ),
+            Lines(
+                LAYER,
+                Axis("Gini coefficient", "0 equal, 1 on one key", (0.0, 1.0)),
+                modality_curves(gini, "layer", seen),
+                title="inequality of the weights, decode steps",
+            ),
         ),
         run.caption(
-            "Share of the visible keys whose weight is below 1 % of the row's largest (top), and how unevenly the "
-            "weights on image and on text keys are spread (bottom; means over heads)."
+            "Share of the visible keys whose weight is below 1 % of the row's largest (top), and"
+            " how unevenly the weights on image and on text keys are spread (bottom; means over"
+            " heads)."
         ),
-    )  # fmt: skip
+    )
     mean = estimate(decode).interval
     finding = Finding(
         "Half of the image tokens can be dropped (S = 50 %)",
-        f"At decode steps {mean.words('%')} of the weights are negligible (below 1 % of the row's largest).",
+        f"At decode steps {mean.words('%')} of the weights are negligible (below 1 % of the row's"
+        " largest).",
         f"at least {100 * SPARSE:.0f} %",
         judge(mean, "at least", SPARSE),
     )
-    return Section(QUESTION, figure, (finding,), "The effective number of keys is the exponential of the entropy.")
+    return Section(
+        QUESTION,
+        figure,
+        (finding,),
+        "The effective number of keys is the exponential of the entropy.",
+    )
 
 
 if __name__ == "__main__":

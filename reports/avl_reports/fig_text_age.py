@@ -18,7 +18,9 @@ _AGE = Axis("age of the text token", "tokens", log=True)
 
 
 def section(run: Run) -> Section:
-    """The age profile with its fits, at decode steps and in the prompt, and the fitted decay by layer."""
+    """The age profile with its fits, at decode steps and in the prompt, and the fitted decay by
+    layer.
+    """
     decode, prompt = _profile(run, "decode"), _profile(run, "prefill")
     figure = Figure(
         "text_age",
@@ -26,21 +28,33 @@ def section(run: Run) -> Section:
         (
             Lines(_AGE, log_share("mean weight", decode), decode, title="decode steps"),
             Lines(_AGE, log_share("mean weight", prompt), prompt, title="text rows of the prompt"),
-            Lines(LAYER, Axis("decay rate", "power of age"), (_rate(run, "power"),), title="power law, decode steps"),
             Lines(
-                LAYER, Axis("decay rate", "per token"), (_rate(run, "exponential"),), title="exponential, decode steps"
+                LAYER,
+                Axis("decay rate", "power of age"),
+                (_rate(run, "power"),),
+                title="power law, decode steps",
+            ),
+            Lines(
+                LAYER,
+                Axis("decay rate", "per token"),
+                (_rate(run, "exponential"),),
+                title="exponential, decode steps",
             ),
         ),
         run.caption(
-            "Mean weight of a text key for a text query by the number of tokens between them, over layers, heads and "
-            f"rows; ages that fewer than {least(run)} samples reach are left out. Fits are least squares on the "
-            "logarithm, weighted by the number of weights, from age 1 on."
+            "Mean weight of a text key for a text query by the number of tokens between them, over"
+            f" layers, heads and rows; ages that fewer than {least(run)} samples reach are left"
+            " out. Fits are least squares on the logarithm, weighted by the number of weights,"
+            " from age 1 on."
         ),
     )
-    rate = estimate(run["text_age_fit"].sel(age_phase="decode", decay="power", decay_parameter="rate")).interval
+    rate = estimate(
+        run["text_age_fit"].sel(age_phase="decode", decay="power", decay_parameter="rate")
+    ).interval
     finding = Finding(
         "Recent text is kept by age (30 % of the text budget)",
-        f"While decoding, the weight of a text token falls with the power {rate.words()} of its age.",
+        f"While decoding, the weight of a text token falls with the power {rate.words()} of its"
+        " age.",
         "power above 0",
         judge(rate, "at least", 0.0),
     )
@@ -59,18 +73,26 @@ def _profile(run: Run, phase: str) -> tuple[Line, ...]:
 
 
 def _fits(run: Run, phase: str, ages: np.ndarray, weights: np.ndarray) -> list[Line]:
-    """Fits through all weights of the recording; the height is set so that the mean logarithm agrees with the curve."""
+    """Fits through all weights of the recording; the height is set so that the mean logarithm
+    agrees with the curve.
+    """
     sums = run.recording.data["sums"]
-    parts = [sums[name].sel(age_phase=phase).sum(("sample", "layer", "head")).values
-             for name in ("text_age_profile", "text_age_profile_count")]  # fmt: skip
+    parts = [
+        sums[name].sel(age_phase=phase).sum(("sample", "layer", "head")).values
+        for name in ("text_age_profile", "text_age_profile_count")
+    ]
     lines = []
     names = (("exponential", ages.astype(float), 1), ("power law", np.log1p(ages), 5))
-    for (name, x, slot), (half_life, rate, r2) in zip(names, decay_fits(AGE_STARTS, *parts), strict=True):
+    for (name, x, slot), (half_life, rate, r2) in zip(
+        names, decay_fits(AGE_STARTS, *parts), strict=True
+    ):
         if np.isfinite(rate):
             level = np.exp(np.mean(np.log(weights) + rate * x))
             life = f"half-life {half_life:.3g} tokens, " if np.isfinite(half_life) else ""
             label = f"{name}: {life}R² {r2:.2f}"
-            lines.append(Line(label, ages.astype(float), level * np.exp(-rate * x), slot=slot, role="fit"))
+            lines.append(
+                Line(label, ages.astype(float), level * np.exp(-rate * x), slot=slot, role="fit")
+            )
     return lines
 
 

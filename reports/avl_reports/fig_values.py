@@ -12,7 +12,9 @@ QUESTION = "Is what is attended to also what is read?"
 
 
 def section(run: Run) -> Section:
-    """Attention mass with and without the length of the values, and how alike the keys are, by layer."""
+    """Attention mass with and without the length of the values, and how alike the keys are, by
+    layer.
+    """
     weighted, plain = run.decode("value_weighted_mass"), run.decode("modality_mass")
     both: list[Line] = []
     for name in ("image", "text"):
@@ -27,16 +29,24 @@ def section(run: Run) -> Section:
         "Attention against value-weighted attention, and redundancy of keys",
         (
             Lines(LAYER, share("mass"), tuple(both), title="mass, decode steps"),
-            Lines(LAYER, Axis("mean cosine between keys", "1 = all alike"), modality_curves(alike, "layer"),
-                  title="redundancy of the prompt's keys"),
+            Lines(
+                LAYER,
+                Axis("mean cosine between keys", "1 = all alike"),
+                modality_curves(alike, "layer"),
+                title="redundancy of the prompt's keys",
+            ),
         ),
         run.caption(
-            "Left: attention mass on image and text keys, plain and weighted with the length of each key's value "
-            "vector. Right: mean cosine over all pairs of keys of one modality; merging pays where it is near 1."
+            "Left: attention mass on image and text keys, plain and weighted with the length of"
+            " each key's value vector. Right: mean cosine over all pairs of keys of one modality;"
+            " merging pays where it is near 1."
         ),
-    )  # fmt: skip
+    )
     return Section(
-        QUESTION, figure, (), "A reminder that attention is not contribution; it judges none of A-VL's choices."
+        QUESTION,
+        figure,
+        (),
+        "A reminder that attention is not contribution; it judges none of A-VL's choices.",
     )
 
 

@@ -1,10 +1,11 @@
 """What a figure says about A-VL, decided by rule: supported, not supported, or undecided.
 
-Each figure of a report stands for one choice made in A-VL's design. A `Finding` names the choice, the number that
-speaks about it, and the threshold it was held against; the verdict follows from the number's interval alone. It is
-*supported* if the whole interval lies on the right side of the threshold, *not supported* if the whole interval lies
-on the other side, and *undecided* otherwise, or when nothing could be measured. The thresholds are ours, stated
-beside every verdict, and a reader who wants another one finds the interval there too.
+Each figure of a report stands for one choice made in A-VL's design. A `Finding` names the choice,
+the number that speaks about it, and the threshold it was held against; the verdict follows from the
+number's interval alone. It is *supported* if the whole interval lies on the right side of the
+threshold, *not supported* if the whole interval lies on the other side, and *undecided* otherwise,
+or when nothing could be measured. The thresholds are ours, stated beside every verdict, and a
+reader who wants another one finds the interval there too.
 
 A verdict holds for the model and the samples recorded, not for vision-language models at large.
 """
@@ -32,14 +33,17 @@ class Interval:
     high: float
 
     def words(self, unit: str = "", digits: int = 2) -> str:
-        """ "0.61 [0.58, 0.64]", "0.61 (no interval)"; with unit "%" as percentages, in whole ones from ten per cent
-        on."""
+        """ "0.61 [0.58, 0.64]", "0.61 (no interval)"; with unit "%" as percentages, in whole ones
+        from ten per cent on.
+        """
         if not math.isfinite(self.value):
             return "(not measured)"
         scale, sign = (100.0, " %") if unit == "%" else (1.0, f" {unit}" if unit else "")
         if unit == "%":
             digits = 0 if abs(self.value) >= 0.1 else 1
-        value, low, high = (f"{scale * number:.{digits}f}" for number in (self.value, self.low, self.high))
+        value, low, high = (
+            f"{scale * number:.{digits}f}" for number in (self.value, self.low, self.high)
+        )
         return f"{value}{sign} [{low}, {high}]" if self.known else f"{value}{sign} (no interval)"
 
     @property

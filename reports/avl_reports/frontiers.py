@@ -1,7 +1,8 @@
-"""A frontier file as numbers: accuracy and bytes of every policy at every budget, pooled over tasks.
+"""A frontier file as numbers: accuracy and bytes of every policy at every budget, pooled over
+tasks.
 
-The file (`python -m avl_analysis.evaluation.frontier`) holds one line per task and point with a letter per question, so that
-accuracies can be pooled and policies compared question by question.
+The file (`python -m avl_analysis.evaluation.frontier`) holds one line per task and point with a
+letter per question, so that accuracies can be pooled and policies compared question by question.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ Point = tuple[str, float | None]
 
 @dataclass(frozen=True)
 class Frontier:
-    """What a frontier file says. `about`: where it comes from; `lines`: one per task, policy and budget."""
+    """What a frontier file says. `about`: where it comes from; `lines`: one per task, policy and
+    budget.
+    """
 
     about: Mapping[str, Any]
     lines: Sequence[Mapping[str, Any]]
@@ -57,9 +60,14 @@ class Frontier:
         return Estimate(mean, *wilson(int(known.sum()), known.size), known.size)
 
     def bytes(self, point: Point, tasks: Sequence[str] | None = None) -> float:
-        """Bytes in use when answers ended, as a share of the full cache's, mean over tasks. Keys kept in few bits count
-        with the bytes they take."""
-        return float(np.mean([line["filled"] for line in self._cells(point, tasks) if line["filled"] is not None]))
+        """Bytes in use when answers ended, as a share of the full cache's, mean over tasks. Keys
+        kept in few bits count with the bytes they take.
+        """
+        return float(
+            np.mean(
+                [line["filled"] for line in self._cells(point, tasks) if line["filled"] is not None]
+            )
+        )
 
     def difference(self, point: Point, to: Point) -> Estimate:
         """Accuracy of one point less that of another, paired by question."""
@@ -67,7 +75,9 @@ class Frontier:
 
     def _cells(self, point: Point, tasks: Sequence[str] | None) -> list[Mapping[str, Any]]:
         wanted = self.tasks if tasks is None else tasks
-        cells = {line["task"]: line for line in self.lines if (line["policy"], line["budget"]) == point}
+        cells = {
+            line["task"]: line for line in self.lines if (line["policy"], line["budget"]) == point
+        }
         return [cells[task] for task in wanted if task in cells]
 
 

@@ -1,8 +1,8 @@
 """The page: sections and numbers as one HTML file that works without a network.
 
-The template escapes everything; plots travel as JSON in which no "<" is left. Only what this package brings itself
-(style, script) enters unescaped. A content security policy in the page forbids it to load anything from
-anywhere, so it either works offline or not at all.
+The template escapes everything; plots travel as JSON in which no "<" is left. Only what this
+package brings itself (style, script) enters unescaped. A content security policy in the page
+forbids it to load anything from anywhere, so it either works offline or not at all.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def render(
 ) -> str:
     """The page as text."""
     environment = Environment(
-        loader=PackageLoader("avl_reports", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("avl_reports", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     environment.filters["close"] = lambda text: str(text).replace(" %", "\u00a0%")
     templates = resources.files("avl_reports") / "templates"
@@ -54,7 +57,10 @@ def render(
         n=run.n,
         provenance=provenance(run),
         commands=list(commands),
-        footer=f"Made by avl from {run.n} recorded samples. Figures, numbers and the recording lie beside this page.",
+        footer=(
+            f"Made by avl from {run.n} recorded samples. Figures, numbers and the recording lie"
+            " beside this page."
+        ),
         css=(templates / "page.css").read_text("utf-8"),
         script=(templates / "page.js").read_text("utf-8"),
         plotly=_packed(draw_plotly.library()),
@@ -79,18 +85,24 @@ def _view(name: str, section: Section, formats: tuple[str, ...]) -> dict[str, An
         "findings": section.findings,
         "kind": _kind(figure),
         "moving": [_plot(panel, f"moving-{figure.name}") for panel in moving],
-        "plots": [_plot(panel, f"{figure.name}-{number}") for number, panel in enumerate(figure.panels)],
+        "plots": [
+            _plot(panel, f"{figure.name}-{number}") for number, panel in enumerate(figure.panels)
+        ],
         "legend": _legend(figure),
         "classes": _classes(figure),
         "table": section.table,
-        "csv": "data:text/csv;base64," + base64.b64encode(csv_text(figure).encode()).decode("ascii"),
+        "csv": (
+            "data:text/csv;base64," + base64.b64encode(csv_text(figure).encode()).decode("ascii")
+        ),
         "files": [f"figures/{figure.name}.{suffix}" for suffix in suffixes],
         "script": f"avl_reports.{name}",
     }
 
 
 def _plot(panel: Panel, name: str) -> dict[str, str]:
-    """One plot: its place on the page and its data. Pictures keep their proportions, charts their height."""
+    """One plot: its place on the page and its data. Pictures keep their proportions, charts their
+    height.
+    """
     plot = draw_plotly.draw(panel, titled=False)
     if isinstance(panel, Overlay) and panel.classes:
         plot.update_layout(showlegend=False)  # the figure's own legend stands below all pictures
@@ -117,25 +129,39 @@ def _kind(figure: Figure) -> str:
 
 def _legend(figure: Figure) -> str:
     """The scale that the pictures of a figure share, in words."""
-    scales = {(p.value.text, p.value.limits) for p in figure.panels if isinstance(p, Overlay) and not p.classes}
+    scales = {
+        (p.value.text, p.value.limits)
+        for p in figure.panels
+        if isinstance(p, Overlay) and not p.classes
+    }
     if len(scales) != 1:
         return ""
     text, limits = scales.pop()
-    return "" if limits is None else f"Opacity of the amber patches: {text}, {limits[0]:g} to {limits[1]:g} or more."
+    return (
+        ""
+        if limits is None
+        else f"Opacity of the amber patches: {text}, {limits[0]:g} to {limits[1]:g} or more."
+    )
 
 
 def _classes(figure: Figure) -> list[tuple[str, str]]:
     """Name and colour of the classes that the pictures of a figure show."""
     names = next((p.classes for p in figure.panels if isinstance(p, Overlay) and p.classes), ())
     fills = zip(palette.CLASS_COLOURS, palette.CLASS_OPACITY, names, strict=False)
-    return [(name, palette.translucent(colour, max(0.8, opacity))) for colour, opacity, name in fills]
+    return [
+        (name, palette.translucent(colour, max(0.8, opacity))) for colour, opacity, name in fills
+    ]
 
 
 def _samples(run: Run) -> list[dict[str, str]]:
     shown = []
     for example in run.examples[:SAMPLES_SHOWN]:
-        fields = {key: getattr(example, key) for key in ("name", "task", "prompt", "answer", "truth")}
-        shown.append({**fields, "picture": "" if example.picture is None else data_uri(example.picture, 96)})
+        fields = {
+            key: getattr(example, key) for key in ("name", "task", "prompt", "answer", "truth")
+        }
+        shown.append(
+            {**fields, "picture": "" if example.picture is None else data_uri(example.picture, 96)}
+        )
     return shown if any(sample["prompt"] for sample in shown) else []
 
 

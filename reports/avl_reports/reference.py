@@ -2,9 +2,10 @@
 
     avl report --out out/report && python -m avl_reports.reference out/report
 
-builds reports/reference from the recording and the other measurements in out/report: the page, the document, every
-figure's numbers and caption, the animation, and the small measurements (silenced heads, accuracy against bytes).
-Recording, comparison and drawn figures stay behind; other files beside the reference stay as they are.
+builds reports/reference from the recording and the other measurements in out/report: the page, the
+document, every figure's numbers and caption, the animation, and the small measurements (silenced
+heads, accuracy against bytes). Recording, comparison and drawn figures stay behind; other files
+beside the reference stay as they are.
 """
 
 from __future__ import annotations
@@ -64,10 +65,14 @@ def condense(source: Path, target: Path = FOLDER, frontier: Path | None = None) 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m avl_reports.reference", description="Renew the reference report.")
+    parser = argparse.ArgumentParser(
+        prog="python -m avl_reports.reference", description="Renew the reference report."
+    )
     parser.add_argument("source", type=Path, help="folder that avl report wrote")
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--frontier", type=Path, help="file of python -m avl_analysis.evaluation.frontier")
+    parser.add_argument(
+        "--frontier", type=Path, help="file of python -m avl_analysis.evaluation.frontier"
+    )
     given = parser.parse_args(arguments)
     try:
         built = condense(given.source, given.out, given.frontier)

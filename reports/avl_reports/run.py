@@ -1,9 +1,10 @@
-"""A recording as the figures see it: which model, how many samples, what was asked, what the picture looked like.
+"""A recording as the figures see it: which model, how many samples, what was asked, what the
+picture looked like.
 
-Everything a figure needs is in the one recording file; pictures either lie in it as thumbnails or, for drawn scenes,
-are drawn again from their seed. `Section` is what a figure module hands back: the question, the described figure, and
-what it finds. A figure that the recording cannot answer raises `NotMeasured` with the reason, which the report prints
-in its place.
+Everything a figure needs is in the one recording file; pictures either lie in it as thumbnails or,
+for drawn scenes, are drawn again from their seed. `Section` is what a figure module hands back: the
+question, the described figure, and what it finds. A figure that the recording cannot answer raises
+`NotMeasured` with the reason, which the report prints in its place.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Section:
         figure: the figure.
         findings: what it says about A-VL's choices.
         text: how to read it, one or two sentences.
-        moving: an animation that goes with the figure, shown on the page and written to files of its own.
+        moving: an animation that goes with the figure, shown on the page and written to files of
+            its own.
         table: rows of text below the figure, the first one the header.
     """
 
@@ -64,7 +66,8 @@ class Example:
 
     Attributes:
         name: its name in the recording.
-        prompt, answer, truth, task: question, the model's answer, the expected answer, the kind of question.
+        prompt, answer, truth, task: question, the model's answer, the expected answer, the kind of
+            question.
         words: text of the token each step produced.
         boxes: where in the picture the question is about, in pixels of `picture`.
         regions: what the word produced at each step is about; empty where unknown.
@@ -92,7 +95,8 @@ class Run:
 
     Args:
         recording: of at least one sample.
-        comparison: policies against the full cache; ablations: heads silenced; frontier: accuracy against bytes.
+        comparison: policies against the full cache; ablations: heads silenced; frontier: accuracy
+            against bytes.
     """
 
     def __init__(
@@ -112,7 +116,8 @@ class Run:
         """Raises NotMeasured if there is none."""
         if self._comparison is None:
             raise NotMeasured(
-                "no policies were compared; pass a comparison as `avl compare --out compare.nc` writes it"
+                "no policies were compared; pass a comparison as `avl compare --out compare.nc`"
+                " writes it"
             )
         return self._comparison
 
@@ -120,7 +125,10 @@ class Run:
     def ablations(self) -> tuple[Ablation, ...]:
         """Raises NotMeasured if there is none."""
         if not self._ablations:
-            raise NotMeasured("no heads were silenced; pass an ablation as `avl ablate --out ablation.json` writes it")
+            raise NotMeasured(
+                "no heads were silenced; pass an ablation as `avl ablate --out ablation.json`"
+                " writes it"
+            )
         return self._ablations
 
     @property
@@ -128,7 +136,8 @@ class Run:
         """Raises NotMeasured if there is none."""
         if self._frontier is None:
             raise NotMeasured(
-                "accuracy against bytes was not measured; pass a file as `python -m avl_analysis.evaluation.frontier` writes it"
+                "accuracy against bytes was not measured; pass a file as `python -m"
+                " avl_analysis.evaluation.frontier` writes it"
             )
         return self._frontier
 
@@ -145,14 +154,21 @@ class Run:
 
     @property
     def model(self) -> str:
-        return str(self.recording.attrs.get("model_name") or self.recording.attrs.get("model") or "unknown model")
+        return str(
+            self.recording.attrs.get("model_name")
+            or self.recording.attrs.get("model")
+            or "unknown model"
+        )
 
     def decode(self, name: str) -> xr.DataArray:
-        """A statistic at the decode steps alone (step 1 and later). Raises NotMeasured if nothing was decoded."""
+        """A statistic at the decode steps alone (step 1 and later). Raises NotMeasured if nothing
+        was decoded.
+        """
         steps = self[name].sel(step=slice(1, None))
         if not steps.sizes["step"] or not bool(np.isfinite(steps).any()):
             raise NotMeasured(
-                f"{name} was not measured at any decode step; generate at least two tokens while recording"
+                f"{name} was not measured at any decode step; generate at least two tokens while"
+                " recording"
             )
         return steps
 
@@ -186,25 +202,37 @@ def load_run(
 
 
 def example(name: str, facts: Mapping[str, Any]) -> Example:
-    """A sample from the facts annotated on it; unknown facts are ignored, missing ones stay empty."""
+    """A sample from the facts annotated on it; unknown facts are ignored, missing
+    ones stay empty."""
     words = tuple(str(word) for word in facts.get("words", ()))
-    prompt, answer, truth, task = (str(facts.get(key) or "") for key in ("prompt", "answer", "truth", "task"))
+    prompt, answer, truth, task = (
+        str(facts.get(key) or "") for key in ("prompt", "answer", "truth", "task")
+    )
     regions = tuple(regions_of(facts))
-    found = Example(name, prompt, answer, truth, task, words, boxes_of(facts.get("boxes", ())), regions)
+    found = Example(
+        name, prompt, answer, truth, task, words, boxes_of(facts.get("boxes", ())), regions
+    )
     if not (scene := facts.get("scene")):
-        return _reduced(replace(found, picture=_thumbnail(facts.get("picture"))), facts.get("picture_size"))
+        return _reduced(
+            replace(found, picture=_thumbnail(facts.get("picture"))), facts.get("picture_size")
+        )
     drawn = scenes.generate(int(scene["seed"]), int(scene["index"]), scene["task"])
     return replace(found, picture=drawn.image)
 
 
 def _reduced(found: Example, size: Any) -> Example:
-    """The example with its boxes where they are on the thumbnail; `size` is that of the picture they were given for."""
+    """The example with its boxes where they are on the thumbnail; `size` is that of the picture
+    they were given for.
+    """
     if found.picture is None or not size:
         return found
     wide, high = found.picture.shape[1] / size[0], found.picture.shape[0] / size[1]
 
     def on_thumbnail(boxes: tuple[Box, ...]) -> tuple[Box, ...]:
-        return tuple(Box(b.left * wide, b.top * high, b.right * wide, b.bottom * high, b.label) for b in boxes)
+        return tuple(
+            Box(b.left * wide, b.top * high, b.right * wide, b.bottom * high, b.label)
+            for b in boxes
+        )
 
     regions = tuple(replace(region, boxes=on_thumbnail(region.boxes)) for region in found.regions)
     return replace(found, boxes=on_thumbnail(found.boxes), regions=regions)

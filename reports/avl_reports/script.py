@@ -1,4 +1,6 @@
-"""What every figure script does when it is run alone: `python -m avl_reports.fig_modality run.nc [--out folder]`."""
+"""What every figure script does when it is run alone: `python -m avl_reports.fig_modality run.nc
+[--out folder]`.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,15 @@ MOVING = ("gif", "webp")
 
 
 def write_section(section: Section, folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """Write a section's figure into `folder`: drawn, as numbers (CSV), its caption, its table and its animation."""
+    """Write a section's figure into `folder`: drawn, as numbers (CSV), its caption, its table and
+    its animation.
+    """
     figure = section.figure
     paths = save(figure, folder, formats)
     if section.moving is not None and formats:
-        paths += [save_animation(section.moving, folder / f"{figure.name}.{kind}") for kind in MOVING]
+        paths += [
+            save_animation(section.moving, folder / f"{figure.name}.{kind}") for kind in MOVING
+        ]
     numbers, caption = folder / f"{figure.name}.csv", folder / f"{figure.name}.txt"
     numbers.write_text(csv_text(figure), encoding="utf-8")
     caption.write_text(f"{figure.title}. {figure.caption.text}\n", encoding="utf-8")
@@ -49,8 +55,12 @@ def run_script(section: Callable[[Run], Section], arguments: Sequence[str] | Non
     parser = argparse.ArgumentParser(description=sys.modules[section.__module__].__doc__)
     parser.add_argument("recording", help="file written by avl record or avl report (run.nc)")
     parser.add_argument("--comparison", help="file written by avl compare --out compare.nc")
-    parser.add_argument("--ablation", action="append", default=[], help="file written by avl ablate; repeatable")
-    parser.add_argument("--frontier", help="file written by python -m avl_analysis.evaluation.frontier")
+    parser.add_argument(
+        "--ablation", action="append", default=[], help="file written by avl ablate; repeatable"
+    )
+    parser.add_argument(
+        "--frontier", help="file written by python -m avl_analysis.evaluation.frontier"
+    )
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder to write into")
     given = parser.parse_args(arguments)
     try:

@@ -23,7 +23,9 @@ def share(label: str) -> Axis:
 
 
 def log_share(label: str, lines: Iterable[Line]) -> Axis:
-    """A logarithmic axis over the values of some lines; intervals that reach towards zero do not stretch it."""
+    """A logarithmic axis over the values of some lines; intervals that reach towards zero do not
+    stretch it.
+    """
     values = np.concatenate([line.y[np.isfinite(line.y) & (line.y > 0)] for line in lines])
     if not values.size:
         return share(label)
@@ -31,17 +33,22 @@ def log_share(label: str, lines: Iterable[Line]) -> Axis:
 
 
 def least(run: Run) -> int:
-    """Samples that must reach a step, lag or age for it to be drawn: a tenth of them, between 2 and 10."""
+    """Samples that must reach a step, lag or age for it to be drawn: a tenth of them, between 2 and
+    10.
+    """
     return max(2, min(10, run.n // 10)) if run.n > 1 else 1
 
 
 def curve(name: str, one: Estimate, along: str, slot: int = 0, first: float = 0.0) -> Line:
-    """An estimate over one dimension as a line with its interval; `first` is added to the places."""
+    """An estimate over one dimension as a line with its interval; `first` is added
+    to the places."""
     x = np.asarray(one.value[along].values, dtype=float) + first
     return Line(name, x, one.value.values, one.low.values, one.high.values, slot=slot)
 
 
-def modality_curves(estimate: Estimate, along: str, names: Iterable[str] = SLOTS) -> tuple[Line, ...]:
+def modality_curves(
+    estimate: Estimate, along: str, names: Iterable[str] = SLOTS
+) -> tuple[Line, ...]:
     """One line per key modality, in the modality's colour."""
     return tuple(curve(name, estimate.at(key_modality=name), along, SLOTS[name]) for name in names)
 
@@ -52,7 +59,10 @@ def reached(estimate: Estimate, along: str) -> Estimate:
     known = np.flatnonzero(np.isfinite(estimate.value).any(other))
     stop = int(known[-1]) + 1 if known.size else 1
     return Estimate(
-        *(a.isel({along: slice(0, stop)}) for a in (estimate.value, estimate.low, estimate.high, estimate.n))
+        *(
+            a.isel({along: slice(0, stop)})
+            for a in (estimate.value, estimate.low, estimate.high, estimate.n)
+        )
     )
 
 
@@ -61,7 +71,9 @@ def layer_head_map(estimate: Estimate, value: Axis, title: str) -> Heat:
     return matrix(estimate, "layer", "head", HEAD, LAYER, value, title)
 
 
-def matrix(one: Estimate, rows: str, columns: str, x: Axis, y: Axis, value: Axis, title: str) -> Heat:
+def matrix(
+    one: Estimate, rows: str, columns: str, x: Axis, y: Axis, value: Axis, title: str
+) -> Heat:
     """An estimate over two dimensions as a map; values are written in where there is room."""
     values, low, high = (a.transpose(rows, columns).values for a in (one.value, one.low, one.high))
     return Heat(x, y, value, values, low, high, annotate=values.shape[1] <= 12, title=title)

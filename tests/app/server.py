@@ -29,7 +29,12 @@ READY = """() => {
 def chromium() -> str | None:
     """Path of an installed Chromium, None if there is none."""
     return next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+        (
+            path
+            for name in ("chromium", "chromium-browser", "google-chrome")
+            if (path := shutil.which(name))
+        ),
+        None,
     )
 
 
@@ -39,9 +44,18 @@ def server(log: Path, *arguments: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-c", "from avl_app.cli import main; main()", "--no-browser", f"--port={port}", *arguments]
+    command = [
+        sys.executable,
+        "-c",
+        "from avl_app.cli import main; main()",
+        "--no-browser",
+        f"--port={port}",
+        *arguments,
+    ]
     with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env={**os.environ})
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env={**os.environ}
+        )
         try:
             wait_for(f"http://localhost:{port}/_stcore/health", process)
             yield f"http://localhost:{port}"

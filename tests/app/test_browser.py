@@ -1,4 +1,6 @@
-"""The dashboard in a real browser, from the first screen to a downloaded report, without a single console error."""
+"""The dashboard in a real browser, from the first screen to a downloaded report, without a single
+console error.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,25 @@ from avl_analysis import load_model
 from avl_app.examples import questions
 from tests.app.server import chromium, server, settled
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need the extra [test]")
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="the browser tests need the extra [test]"
+)
 pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
 
 LONG = 600_000
 """Milliseconds anything may take; the machine may be busy with other tests."""
 
-NASTY = "<img src=x onerror=alert(1)> [a](javascript:alert(1)) **b** $c$ :red[d] <script>alert(1)</script>"
+NASTY = (
+    "<img src=x onerror=alert(1)> [a](javascript:alert(1)) **b** $c$ :red[d]"
+    " <script>alert(1)</script>"
+)
 NASTY_LINK = urllib.parse.urlencode(
-    {"task": "own question", "prompt": NASTY, "longest": "4", "more": "<img src=x onerror=alert(1)>"}
+    {
+        "task": "own question",
+        "prompt": NASTY,
+        "longest": "4",
+        "more": "<img src=x onerror=alert(1)>",
+    }
 )
 FOREIGN = "img[src=x], a[href^='javascript'], h1 b, h3 strong"
 """What NASTY would become if it were taken for markup."""
@@ -54,12 +66,16 @@ class Visitor:
     """A browser window of its own, with everything the page complained about."""
 
     def __init__(self, browser: Any, address: str) -> None:
-        self.context = browser.new_context(viewport={"width": 1400, "height": 1000}, accept_downloads=True)
+        self.context = browser.new_context(
+            viewport={"width": 1400, "height": 1000}, accept_downloads=True
+        )
         self.context.set_default_timeout(LONG)
         self.page, self.address, self.complaints = self.context.new_page(), address, []
         self.dialogs = 0
         self.page.on("dialog", self._dialog)
-        self.page.on("console", lambda m: self.complaints.append(m.text) if m.type == "error" else None)
+        self.page.on(
+            "console", lambda m: self.complaints.append(m.text) if m.type == "error" else None
+        )
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("requestfailed", self._failed)
 
@@ -68,7 +84,9 @@ class Visitor:
         dialog.dismiss()
 
     def _failed(self, request: Any) -> None:
-        if request.failure != "net::ERR_ABORTED":  # what is under way when the test opens another link is dropped
+        if (
+            request.failure != "net::ERR_ABORTED"
+        ):  # what is under way when the test opens another link is dropped
             self.complaints.append(f"failed: {request.url} ({request.failure})")
 
     def go(self, link: str, text: str) -> Visitor:
@@ -90,7 +108,9 @@ class Visitor:
         """The answer below a policy's name in A-VL live."""
         columns = self.page.locator('[data-testid="stColumn"]')
         texts = [columns.nth(i).inner_text() for i in range(columns.count())]
-        return next(text.partition("\n")[2].strip() for text in texts if text.partition("\n")[0] == policy)
+        return next(
+            text.partition("\n")[2].strip() for text in texts if text.partition("\n")[0] == policy
+        )
 
 
 @pytest.fixture
@@ -103,7 +123,9 @@ def visitor(browser: Any, address: str) -> Iterator[Visitor]:
 
 
 def until(act: Callable[[], None], there: Callable[[], bool], page: Any) -> None:
-    """Act again every few seconds until it has had its effect: what is just being redrawn swallows clicks."""
+    """Act again every few seconds until it has had its effect: what is just being redrawn swallows
+    clicks.
+    """
     for _ in range(60):
         with contextlib.suppress(sync_api.TimeoutError):
             act()
@@ -122,7 +144,11 @@ def click(place: Any, there: Callable[[], bool]) -> None:
 def switch(page: Any, key: str, on: bool) -> None:
     """Put a toggle on or off."""
     box, label = page.locator(f".st-key-{key} input"), page.locator(f".st-key-{key} label").first
-    until(lambda: None if box.is_checked() == on else label.click(timeout=5000), lambda: box.is_checked() == on, page)
+    until(
+        lambda: None if box.is_checked() == on else label.click(timeout=5000),
+        lambda: box.is_checked() == on,
+        page,
+    )
 
 
 def test_a_token_of_the_first_screen_is_clicked(visitor: Visitor) -> None:
@@ -171,7 +197,9 @@ def test_a_vl_is_toggled_and_its_patches_are_played(visitor: Visitor) -> None:
     settled(page, LONG)
     switch(page, "playing", True)
     for step in (1, 2):
-        page.wait_for_function(f"() => document.body.innerText.includes('After decode step {step}')")
+        page.wait_for_function(
+            f"() => document.body.innerText.includes('After decode step {step}')"
+        )
     switch(page, "playing", False)
 
 
@@ -184,7 +212,11 @@ def test_a_report_is_built_previewed_and_downloaded(visitor: Visitor, tmp_path: 
     click(page.get_by_role("button", name="Build the report"), lambda: built.count() > 0)
     page.wait_for_selector("text=Page (HTML)", timeout=2 * LONG)
     settled(page, LONG)
-    for button, start in {"Page (HTML)": b"<!doctype html>", "PDF": b"%pdf", "Everything (ZIP)": b"pk"}.items():
+    for button, start in {
+        "Page (HTML)": b"<!doctype html>",
+        "PDF": b"%pdf",
+        "Everything (ZIP)": b"pk",
+    }.items():
         with page.expect_download() as download:
             page.get_by_role("button", name=button).click()
         download.value.save_as(tmp_path / "report")
@@ -196,7 +228,11 @@ def test_a_report_is_built_previewed_and_downloaded(visitor: Visitor, tmp_path: 
 
 def test_a_question_is_shown_as_it_was_written_everywhere(visitor: Visitor) -> None:
     page = visitor.page
-    ends = {"ask": "The words it looked at", "heads": "Compare with", "live": "What happens to every patch"}
+    ends = {
+        "ask": "The words it looked at",
+        "heads": "Compare with",
+        "live": "What happens to every patch",
+    }
     for view, text in ends.items():
         visitor.go(f"view={view}&{NASTY_LINK}", text)
         assert view != "ask" or NASTY in page.inner_text("body")
@@ -226,7 +262,11 @@ def test_two_visitors_at_once_get_the_answers_they_get_alone(browser: Any, addre
     for visitor in visitors.values():
         settled(visitor.page, LONG)
     pills = visitors["full cache"].page.locator(".st-key-token [role=radio]").all_inner_texts()
-    together = " ".join(pills), visitors["A-VL"].answer("full cache"), visitors["A-VL"].answer("A-VL")
+    together = (
+        " ".join(pills),
+        visitors["A-VL"].answer("full cache"),
+        visitors["A-VL"].answer("A-VL"),
+    )
     for visitor in visitors.values():
         assert visitor.complaints == []
         visitor.context.close()

@@ -12,7 +12,9 @@ from avl_analysis.cli.main import main
 from avl_app import cli
 from avl_app.settings import VARIABLE, Settings, settings
 
-CONFIG = tomllib.loads((Path(cli.__file__).parent / ".streamlit" / "config.toml").read_text(encoding="utf-8"))
+CONFIG = tomllib.loads(
+    (Path(cli.__file__).parent / ".streamlit" / "config.toml").read_text(encoding="utf-8")
+)
 
 
 def test_the_server_listens_on_this_machine_only_and_shows_no_tracebacks() -> None:
@@ -28,10 +30,19 @@ def test_no_file_larger_than_a_recording_may_be_is_taken() -> None:
 
 def test_the_command_hands_its_options_to_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
-    monkeypatch.setattr("streamlit.web.cli.main", lambda arguments, **options: started.append(arguments))
+    monkeypatch.setattr(
+        "streamlit.web.cli.main", lambda arguments, **options: started.append(arguments)
+    )
     monkeypatch.setattr(cli, "_import_ahead", lambda: None)
     monkeypatch.setenv(VARIABLE, "")
-    cli.app(model=["scenes", "./other"], port=9000, hub=False, webcam=False, folders=False, browser=False)
+    cli.app(
+        model=["scenes", "./other"],
+        port=9000,
+        hub=False,
+        webcam=False,
+        folders=False,
+        browser=False,
+    )
     assert settings() == Settings(("scenes", "./other"), folders=False)
     script, *flags = started[0][1:]
     assert Path(script).name == "main.py"
@@ -47,7 +58,9 @@ def test_the_command_is_there_and_explains_itself(capsys: pytest.CaptureFixture[
     assert "only this machine" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_port_that_is_none_is_one_line_and_exit_code_two(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_none_is_one_line_and_exit_code_two(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit) as left:
         main(["app", "--port", "99999"])
     assert left.value.code == 2

@@ -11,7 +11,7 @@ from PIL import Image
 import avl
 from avl_analysis.errors import InputError
 from avl_analysis.models.loading import VLM
-from avl_app.data import Question, Shelf, Workbench, picture
+from avl_app.data import LruCache, ModelServer, Question, picture
 from avl_app.settings import Settings, settings
 from tests import tiny
 
@@ -24,12 +24,14 @@ def tiny_vlm(seed: int = 0) -> VLM:
 
 
 @pytest.fixture(scope="module")
-def bench() -> Workbench:
-    return Workbench(loader=lambda name: tiny_vlm())
+def bench() -> ModelServer:
+    return ModelServer(loader=lambda name: tiny_vlm())
 
 
 def question(prompt: str = "what is the colour?", seed: int = 0, tokens: int = 12) -> Question:
-    return Question("tiny", picture(np.asarray(tiny.picture(seed=seed)), "a picture"), prompt, tokens)
+    return Question(
+        "tiny", picture(np.asarray(tiny.picture(seed=seed)), "a picture"), prompt, tokens
+    )
 
 
 def test_settings_survive_the_environment_and_nonsense_is_refused() -> None:
@@ -40,11 +42,11 @@ def test_settings_survive_the_environment_and_nonsense_is_refused() -> None:
         settings({"AVL_APP": '{"nonsense": 1}'})
 
 
-# -- results ----------------------------------------------------------------------------------------------------------
+# -- results ---------------------------------------------------------------------------------------
 
 
 def test_the_shelf_gives_away_what_was_not_used_longest() -> None:
-    shelf = Shelf(2)
+    shelf = LruCache(2)
     shelf.put("a", 1)
     shelf.put("b", 2)
     assert shelf.get("a") == 1
@@ -52,7 +54,7 @@ def test_the_shelf_gives_away_what_was_not_used_longest() -> None:
     assert (shelf.get("a"), shelf.get("b"), shelf.get("c")) == (1, None, 3)
 
 
-def test_results_are_kept_by_picture_prompt_length_and_policy(bench: Workbench) -> None:
+def test_results_are_kept_by_picture_prompt_length_and_policy(bench: ModelServer) -> None:
     one = bench.answer(question())
     assert bench.answer(question()) is one
     assert bench.known("answer", question()) is one
@@ -63,14 +65,18 @@ def test_results_are_kept_by_picture_prompt_length_and_policy(bench: Workbench) 
 
 
 def test_two_visitors_on_one_model_get_exactly_what_they_get_alone() -> None:
-    """One with A-VL, one without, one watching, all at once and again and again on the same loaded model."""
+    """One with A-VL, one without, one watching, all at once and again and again on the same loaded
+    model.
+    """
     questions = [question(seed=seed) for seed in range(3)]
-    alone = Workbench(loader=lambda name: tiny_vlm())
+    alone = ModelServer(loader=lambda name: tiny_vlm())
     jobs = [(q, policy) for q in questions for policy in (None, POLICY, avl.H2OPolicy(budget=0.5))]
     expected = {job: alone.answer(*job).ids for job in jobs}
     assert len(set(expected.values())) > len(questions)  # the policies do change answers
-    together = Workbench(loader=lambda name: tiny_vlm())
-    found: dict[tuple[Question, avl.Policy | None], set[tuple[int, ...]]] = {job: set() for job in jobs}
+    together = ModelServer(loader=lambda name: tiny_vlm())
+    found: dict[tuple[Question, avl.Policy | None], set[tuple[int, ...]]] = {
+        job: set() for job in jobs
+    }
     start = threading.Barrier(3)
 
     def visit(policy: avl.Policy | None, watch: bool) -> None:
@@ -88,7 +94,9 @@ def test_two_visitors_on_one_model_get_exactly_what_they_get_alone() -> None:
     assert {job: {ids} for job, ids in expected.items()} == found
 
 
-def test_a_visitor_who_leaves_in_the_middle_leaves_the_model_free_and_unchanged(bench: Workbench) -> None:
+def test_a_visitor_who_leaves_in_the_middle_leaves_the_model_free_and_unchanged(
+    bench: ModelServer,
+) -> None:
     class Gone(BaseException):
         pass
 
@@ -102,7 +110,7 @@ def test_a_visitor_who_leaves_in_the_middle_leaves_the_model_free_and_unchanged(
     assert bench.observation(question("what is the image?")).answer.ids == before
 
 
-def test_a_waiting_visitor_is_told_and_may_leave(bench: Workbench) -> None:
+def test_a_waiting_visitor_is_told_and_may_leave(bench: ModelServer) -> None:
     class Gone(Exception):
         pass
 
@@ -113,7 +121,7 @@ def test_a_waiting_visitor_is_told_and_may_leave(bench: Workbench) -> None:
         bench.answer(question("describe the image"), waiting=leave)
 
 
-def test_a_comparison_lets_others_in_between_two_batches(bench: Workbench) -> None:
+def test_a_comparison_lets_others_in_between_two_batches(bench: ModelServer) -> None:
     shared, order = bench.model("tiny"), []
     samples = [question(seed=seed).sample for seed in range(2)]
     named = [type(s)(f"s{i}", s.images, s.prompt) for i, s in enumerate(samples)]
@@ -121,7 +129,9 @@ def test_a_comparison_lets_others_in_between_two_batches(bench: Workbench) -> No
     def progress(done: int, total: int) -> None:
         order.append(done)
         if done == 2:
-            other = threading.Thread(target=lambda: (bench.answer(question("red"), POLICY), order.append("other")))
+            other = threading.Thread(
+                target=lambda: (bench.answer(question("red"), POLICY), order.append("other"))
+            )
             other.start()
             waiting.append(other)
 

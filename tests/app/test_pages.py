@@ -1,4 +1,6 @@
-"""Ask, Heads and Patterns with the embedded model: what they show, what they say when something is wrong, links."""
+"""Ask, Heads and Patterns with the embedded model: what they show, what they say when something is
+wrong, links.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,14 @@ def test_another_question_starts_with_the_token_that_says_most() -> None:
 
 def test_an_address_nobody_could_mean_is_ignored() -> None:
     test = page(
-        **ONE_WORD, token="999", layer="77", head="<script>", opacity="-3", scene="x", view="nowhere", rivals="a,b"
+        **ONE_WORD,
+        token="999",
+        layer="77",
+        head="<script>",
+        opacity="-3",
+        scene="x",
+        view="nowhere",
+        rivals="a,b",
     )
     assert errors(test) == []
     assert test.session_state["view"] == "ask"
@@ -86,14 +95,18 @@ def test_a_model_that_is_not_there_is_one_sentence_and_the_other_model_still_wor
     assert "of its attention to the picture" in texts(test)
 
 
-def test_a_server_that_allows_no_folders_ignores_those_in_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_allows_no_folders_ignores_those_in_addresses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv(VARIABLE, Settings(folders=False).as_json())
     test = page(**ONE_WORD, model="/etc")
     assert errors(test) == []
     assert test.session_state["model"] == "scenes"
 
 
-def test_a_hub_id_is_loaded_only_by_a_server_started_with_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_loaded_only_by_a_server_started_with_the_switch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[tuple[str, bool]] = []
 
     def load(name: str, *, allow_download: bool) -> Any:
@@ -111,7 +124,9 @@ def test_a_hub_id_is_loaded_only_by_a_server_started_with_the_switch(monkeypatch
     assert len(asked) == 1
 
 
-def test_a_folder_that_is_named_is_loaded_and_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_that_is_named_is_loaded_and_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     model = tiny.llava(2)
     model.save_pretrained(tmp_path)
     tiny.processor(model).save_pretrained(tmp_path)
@@ -136,7 +151,9 @@ def test_pictures_are_taken_by_content_and_refused_in_one_sentence() -> None:
     test.file_uploader(key="file").set_value(("red.png", file.getvalue(), "image/png")).run()
     assert errors(test) == []
     assert len(test.pills(key="token").options) <= 2
-    test.file_uploader(key="file").set_value(("evil.png", b"<script>alert(1)</script>", "image/png")).run()
+    test.file_uploader(key="file").set_value(
+        ("evil.png", b"<script>alert(1)</script>", "image/png")
+    ).run()
     assert len(errors(test)) == 1
     assert "not an image" in errors(test)[0]
     assert "<script>" not in errors(test)[0]
@@ -156,7 +173,9 @@ def test_a_defect_is_one_sentence_and_goes_to_the_log(
     assert "secret path" in caplog.text
 
 
-def test_a_model_that_cannot_be_followed_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_followed_is_refused_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse(context: Any) -> None:
         raise avl.UnsupportedModelError("keys of several layers are shared <b>")
 
@@ -164,7 +183,7 @@ def test_a_model_that_cannot_be_followed_is_refused_with_its_reason(monkeypatch:
     assert errors(page(**ONE_WORD)) == [r"keys of several layers are shared \<b\>"]
 
 
-# -- heads ------------------------------------------------------------------------------------------
+# -- heads -----------------------------------------------------------------------------------------
 
 
 def test_heads_are_mapped_ranked_filtered_and_compared() -> None:
@@ -193,7 +212,9 @@ def test_heads_are_of_the_kinds_the_report_names() -> None:
     assert "scanning" in set(shown["kind"])
     report = page(view="patterns", task="caption", pattern="heads")
     counts = ", ".join(
-        f"{int((shown['kind'] == kind).sum())} {kind}" for kind in KINDS if (shown["kind"] == kind).any()
+        f"{int((shown['kind'] == kind).sum())} {kind}"
+        for kind in KINDS
+        if (shown["kind"] == kind).any()
     )
     assert f"Of 30 heads: {counts}" in texts(report).replace("\\", "")
 
@@ -222,7 +243,7 @@ def test_choices_of_every_view_come_back_from_the_address() -> None:
     assert again.multiselect(key="tasks").value == ["ocr", "count"]
 
 
-# -- patterns ------------------------------------------------------------------------------------------
+# -- patterns --------------------------------------------------------------------------------------
 
 
 def test_patterns_show_the_reports_figures_with_what_they_say_about_a_vl() -> None:
@@ -255,7 +276,9 @@ def test_a_recording_that_was_saved_is_read_back(tmp_path: Path) -> None:
         vlm.answer(questions(5)["colour"].image, questions(5)["colour"].prompt, max_new_tokens=4)
     data = recording.save(tmp_path / "run.nc").read_bytes()
     test = page(view="patterns", **ONE_WORD, recording_of="file")
-    test.file_uploader(key="recording_file").set_value(("run.nc", data, "application/x-netcdf")).run()
+    test.file_uploader(key="recording_file").set_value(
+        ("run.nc", data, "application/x-netcdf")
+    ).run()
     assert errors(test) == []
     assert "How is attention divided" in texts(test)
 
@@ -264,6 +287,8 @@ def test_a_file_that_is_no_recording_is_refused_in_one_sentence() -> None:
     test = page(view="patterns", **ONE_WORD)
     test.segmented_control(key="recording_of").set_value("a recording file").run()
     assert "Send a recording" in test.info[0].value
-    test.file_uploader(key="recording_file").set_value(("run.nc", b"nothing", "application/x-netcdf")).run()
+    test.file_uploader(key="recording_file").set_value(
+        ("run.nc", b"nothing", "application/x-netcdf")
+    ).run()
     assert len(errors(test)) == 1
     assert "not a readable netCDF file" in errors(test)[0].replace("\\", "")

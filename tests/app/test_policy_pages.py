@@ -23,7 +23,7 @@ from avl_app.examples import questions
 from avl_app.views import live
 from tests.app.pages import ONE_WORD, address, errors, letters, page, texts
 
-# -- a-vl live ------------------------------------------------------------------------------------------
+# -- a-vl live -------------------------------------------------------------------------------------
 
 
 def test_a_vl_is_switched_on_and_off_beside_the_full_cache() -> None:
@@ -55,7 +55,9 @@ def test_keeping_everything_changes_nothing_and_presets_move_the_sliders() -> No
 def test_per_token_fidelity_says_what_a_policy_would_write_instead() -> None:
     test = page(view="live", task="caption", secondary="0.2", core="0.05", preset="custom")
     assert errors(test) == []
-    strips = [html.proto.body for html in test.get("html") if "KL(full || policy)" in html.proto.body]
+    strips = [
+        html.proto.body for html in test.get("html") if "KL(full || policy)" in html.proto.body
+    ]
     assert len(strips) == 1
     table = test.dataframe[0].value
     differing = round((1 - table["same prediction"].iloc[1]) * (table["tokens"].iloc[0] + 1))
@@ -92,7 +94,9 @@ def test_a_preset_is_what_it_says_and_its_controls_show_it() -> None:
     test.selectbox(key="cold").set_value("2").run()
     assert test.session_state["preset"] == "custom"
     shown = [c.value.replace("\\", "") for c in test.caption if "AdaptivePolicy" in c.value]
-    assert shown == [repr(avl.AdaptivePolicy(secondary=0.0, core=None, refresh_every=0, text=None, cold=2))]
+    assert shown == [
+        repr(avl.AdaptivePolicy(secondary=0.0, core=None, refresh_every=0, text=None, cold=2))
+    ]
 
 
 def test_every_setting_of_a_vl_has_a_control() -> None:
@@ -100,14 +104,28 @@ def test_every_setting_of_a_vl_has_a_control() -> None:
     assert settings == {*adaptive.PLAIN.values(), *adaptive.SWITCHED.values(), "prefill", "cold"}
     assert set(adaptive.SCORES) == set(scores.KINDS)
     test = page(view="live", **ONE_WORD)
-    known = {widget.key for kind in (test.slider, test.toggle, test.selectbox, test.number_input) for widget in kind}
-    assert {*adaptive.PLAIN, *adaptive.SWITCHED, *(f"use_{key}" for key in adaptive.SWITCHED), "prefill"} <= known
+    known = {
+        widget.key
+        for kind in (test.slider, test.toggle, test.selectbox, test.number_input)
+        for widget in kind
+    }
+    assert {
+        *adaptive.PLAIN,
+        *adaptive.SWITCHED,
+        *(f"use_{key}" for key in adaptive.SWITCHED),
+        "prefill",
+    } <= known
 
 
 def test_more_policies_are_written_as_on_the_command_line() -> None:
     test = page(view="live", **ONE_WORD, more="h2o:0.4; snapkv:0.5,window=8")
     assert errors(test) == []
-    assert list(test.dataframe[0].value["policy"]) == ["full cache", "A-VL", "h2o:0.4", "snapkv:0.5,window=8"]
+    assert list(test.dataframe[0].value["policy"]) == [
+        "full cache",
+        "A-VL",
+        "h2o:0.4",
+        "snapkv:0.5,window=8",
+    ]
     test.text_input(key="more").set_value("h3o").run()
     assert "unknown policy" in errors(test)[0]
     test.text_input(key="more").set_value("/etc/secret.json").run()
@@ -132,21 +150,32 @@ def test_patches_are_scrubbed_over_steps_and_layers() -> None:
 def test_policy_files_are_read_and_foreign_ones_refused() -> None:
     test = page(view="live", **ONE_WORD)
     test.selectbox(key="preset").set_value("file").run()
-    good = {"format": "avl-policy", "version": 1, "policy": "AdaptivePolicy", "fields": {"core": 0.1}}
-    test.file_uploader(key="policy").set_value(("p.json", json.dumps(good).encode(), "application/json")).run()
+    good = {
+        "format": "avl-policy",
+        "version": 1,
+        "policy": "AdaptivePolicy",
+        "fields": {"core": 0.1},
+    }
+    test.file_uploader(key="policy").set_value(
+        ("p.json", json.dumps(good).encode(), "application/json")
+    ).run()
     assert errors(test) == []
     assert "core=0.1" in test.code[0].value
     assert not test.json
     known = {**good, "evidence": {"target": 0.95}}
-    test.file_uploader(key="policy").set_value(("p.json", json.dumps(known).encode(), "application/json")).run()
+    test.file_uploader(key="policy").set_value(
+        ("p.json", json.dumps(known).encode(), "application/json")
+    ).run()
     assert json.loads(test.json[0].value) == {"target": 0.95}
     evil = {**good, "policy": "os.system"}
-    test.file_uploader(key="policy").set_value(("p.json", json.dumps(evil).encode(), "application/json")).run()
+    test.file_uploader(key="policy").set_value(
+        ("p.json", json.dumps(evil).encode(), "application/json")
+    ).run()
     assert len(errors(test)) == 1
     assert "os.system" in errors(test)[0].replace("\\", "")
 
 
-# -- benchmark ------------------------------------------------------------------------------------------
+# -- benchmark -------------------------------------------------------------------------------------
 
 
 def test_policies_are_compared_on_scenes_and_the_comparison_can_be_kept() -> None:
@@ -157,8 +186,16 @@ def test_policies_are_compared_on_scenes_and_the_comparison_can_be_kept() -> Non
     next(b for b in test.button if b.label == "Compare").click().run()
     assert errors(test) == []
     assert "4 policies on 2 questions" in texts(test)
-    assert set(test.dataframe[0].value["policy"]) == {"full", "A-VL (paper)", "random 50%", "H2O 50%"}
-    assert [button.label for button in test.download_button] == ["Numbers as CSV", "Comparison file"]
+    assert set(test.dataframe[0].value["policy"]) == {
+        "full",
+        "A-VL (paper)",
+        "random 50%",
+        "H2O 50%",
+    }
+    assert [button.label for button in test.download_button] == [
+        "Numbers as CSV",
+        "Comparison file",
+    ]
 
 
 def test_without_tasks_there_is_nothing_to_press_and_foreign_files_are_refused() -> None:
@@ -166,7 +203,9 @@ def test_without_tasks_there_is_nothing_to_press_and_foreign_files_are_refused()
     test.multiselect(key="tasks").set_value([]).run()
     assert next(b for b in test.button if b.label == "Compare").disabled
     test.segmented_control(key="bench_source").set_value("a comparison made before").run()
-    test.file_uploader(key="comparison_file").set_value(("c.nc", b"nothing", "application/x-netcdf")).run()
+    test.file_uploader(key="comparison_file").set_value(
+        ("c.nc", b"nothing", "application/x-netcdf")
+    ).run()
     assert len(errors(test)) == 1
     test.segmented_control(key="bench_source").set_value("my own questions").run()
     test.file_uploader(key="samples").set_value(
@@ -180,7 +219,9 @@ def test_own_questions_and_a_saved_comparison_are_shown(tmp_path: Path) -> None:
     asked = questions(7)["colour"]
     picture = io.BytesIO()
     Image.fromarray(asked.image).save(picture, "PNG")
-    line = json.dumps({"image": "far/away/mine.png", "prompt": asked.prompt, "answer": asked.answer}).encode()
+    line = json.dumps(
+        {"image": "far/away/mine.png", "prompt": asked.prompt, "answer": asked.answer}
+    ).encode()
     test = page(view="benchmark", **ONE_WORD, bench_source="jsonl", bench_policies="random")
     test.file_uploader(key="samples").set_value(
         [("q.jsonl", line, "text/plain"), ("mine.png", picture.getvalue(), "image/png")]
@@ -191,16 +232,20 @@ def test_own_questions_and_a_saved_comparison_are_shown(tmp_path: Path) -> None:
     made = test.session_state["comparison"]
     data = made.save(tmp_path / "compare.nc").read_bytes()
     test = page(view="benchmark", **ONE_WORD, bench_source="saved")
-    test.file_uploader(key="comparison_file").set_value(("compare.nc", data, "application/x-netcdf")).run()
+    test.file_uploader(key="comparison_file").set_value(
+        ("compare.nc", data, "application/x-netcdf")
+    ).run()
     assert errors(test) == []
     assert "2 policies on 1 questions" in texts(test)
 
 
-# -- two at once --------------------------------------------------------------------------------------
+# -- two at once -----------------------------------------------------------------------------------
 
 
 def test_two_sessions_one_with_a_vl_get_what_they_get_alone() -> None:
-    """Two scripts in two threads, on the one model they share, three times over with other questions."""
+    """Two scripts in two threads, on the one model they share, three times over with other
+    questions.
+    """
     vlm = load_model("scenes")
     harsh = avl.AdaptivePolicy(secondary=0.3, core=0.2)
     plain_answers, adapted_answers = [], []
@@ -227,7 +272,10 @@ def test_two_sessions_one_with_a_vl_get_what_they_get_alone() -> None:
             raise
 
     settings = {"secondary": "0.3", "core": "0.2", "preset": "custom"}
-    threads = [threading.Thread(target=visit, args=visited) for visited in (("ask", {}), ("live", settings))]
+    threads = [
+        threading.Thread(target=visit, args=visited)
+        for visited in (("ask", {}), ("live", settings))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -236,7 +284,7 @@ def test_two_sessions_one_with_a_vl_get_what_they_get_alone() -> None:
     assert shown["live"] == list(zip(plain_answers, adapted_answers, strict=True))
 
 
-# -- report ------------------------------------------------------------------------------------------
+# -- report ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -31,11 +31,16 @@ def bomb(side: int) -> bytes:
     """A valid PNG header that announces side x side pixels, and next to no data."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
     )
 
 
@@ -80,12 +85,14 @@ def test_a_file_that_is_no_recording_is_refused_without_naming_the_servers_folde
 
 def test_pictures_that_are_too_large_together_are_refused_before_any_is_decoded() -> None:
     line = b'{"image": "p0.png", "prompt": "what is it?"}\n'
-    pictures = {f"p{i}.png": bomb(99) for i in range(9)}  # each within the limit, and damaged: decoding would say so
+    pictures = {
+        f"p{i}.png": bomb(99) for i in range(9)
+    }  # each within the limit, and damaged: decoding would say so
     with pytest.raises(InputError, match="million pixels together"):
         sent_samples({"q.jsonl": line, **pictures}, **LIMITS)
 
 
-# -- recordings, comparisons, policies --------------------------------------------------------------------------------
+# -- recordings, comparisons, policies -------------------------------------------------------------
 
 
 def hdf5(path: Path, **arrays: np.ndarray) -> bytes:

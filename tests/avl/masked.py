@@ -1,7 +1,8 @@
-"""A-VL as slowly and obviously as possible: the stock cache keeps everything, and what is dropped is masked.
+"""A-VL as slowly and obviously as possible: the stock cache keeps everything, and what is dropped
+is masked.
 
-An independent statement of the rules for tests: loops over rows, layers and heads, Python sets of positions, weights of
-all rows from `attention_weights`. No prefill filter.
+An independent statement of the rules for tests: loops over rows, layers and heads, Python sets of
+positions, weights of all rows from `attention_weights`. No prefill filter.
 """
 
 from collections.abc import Iterator
@@ -12,23 +13,39 @@ import torch
 from torch import Tensor
 
 from avl.attention import Attend, AttentionCall, Forward, attention_weights
-from avl.hooks import Tap, attached
+from avl.hooks import Intervention, attached
 from avl.tokens import Modality
 
 
-class MaskedAVL(Tap):
-    def __init__(self, secondary: float, core: float, every: int, text: float, own: bool = False) -> None:
-        self.secondary, self.core, self.every, self.text, self.own = secondary, core, every, text, own
-        self.images: dict[tuple[int, int, int], set[int]] = {}  # (layer, row, head) -> held image positions
+class MaskedAVL(Intervention):
+    def __init__(
+        self, secondary: float, core: float, every: int, text: float, own: bool = False
+    ) -> None:
+        self.secondary, self.core, self.every, self.text, self.own = (
+            secondary,
+            core,
+            every,
+            text,
+            own,
+        )
+        self.images: dict[
+            tuple[int, int, int], set[int]
+        ] = {}  # (layer, row, head) -> held image positions
         self.cores: dict[tuple[int, int, int], set[int]] = {}
-        self.texts: dict[tuple[int, int, int], dict[int, float]] = {}  # (layer, row, head) -> position -> score
+        self.texts: dict[
+            tuple[int, int, int], dict[int, float]
+        ] = {}  # (layer, row, head) -> position -> score
 
     def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
         forward = call.forward
         if forward.kind == "decode":
             seen = self._mask(call)
             eager = call.mask is not None and call.mask.is_floating_point()
-            call.mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min) if eager else seen
+            call.mask = (
+                torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+                if eager
+                else seen
+            )
         output = inner(call)
         weights = attention_weights(call)
         for row in range(weights.shape[0]):
@@ -59,10 +76,14 @@ class MaskedAVL(Tap):
         for head in range(call.key.shape[1]):
             image = self.images[call.layer, row, head]
             if self.every and call.forward.step % self.every == 0:
-                seen = weights[head * call.groups : (head + 1) * call.groups] if self.own else weights
+                seen = (
+                    weights[head * call.groups : (head + 1) * call.groups] if self.own else weights
+                )
                 score = {p: float(seen[:, 0, p].mean()) for p in image}
                 count = len(self.cores[call.layer, row, head])
-                self.cores[call.layer, row, head] = set(sorted(image, key=lambda p: -score[p])[:count])
+                self.cores[call.layer, row, head] = set(
+                    sorted(image, key=lambda p: -score[p])[:count]
+                )
         texts = len(self._where(call.forward, row, Modality.TEXT))
         for head in range(call.key.shape[1]):
             held = self.texts[call.layer, row, head]
@@ -82,7 +103,9 @@ class MaskedAVL(Tap):
 
     def _mask(self, call: AttentionCall) -> Tensor:
         forward = call.forward
-        mask = torch.zeros(call.query.shape[0], call.query.shape[1], 1, call.key.shape[2], dtype=torch.bool)
+        mask = torch.zeros(
+            call.query.shape[0], call.query.shape[1], 1, call.key.shape[2], dtype=torch.bool
+        )
         refresh = self.every == 0 or forward.step % self.every == 0
         for row in range(mask.shape[0]):
             for head in range(mask.shape[1]):
@@ -97,5 +120,5 @@ class MaskedAVL(Tap):
 @contextmanager
 def masked_avl(model: Any, **rules: Any) -> Iterator[MaskedAVL]:
     tap = MaskedAVL(**rules)
-    with attached(model, tap, "actor"):
+    with attached(model, tap):
         yield tap

@@ -62,9 +62,12 @@ def test_dropping_keys_gives_what_masking_them_gives(model: str, batch: str, rul
     ids=["paper", "small text", "prefill filter", "budget"],
 )
 @pytest.mark.parametrize(
-    ("model", "batch"), [("MHA", MIXED), ("GQA", "unequal prompts"), ("GQA, eager, 3 layers", MIXED)]
+    ("model", "batch"),
+    [("MHA", MIXED), ("GQA", "unequal prompts"), ("GQA, eager, 3 layers", MIXED)],
 )
-def test_every_row_of_a_padded_batch_equals_that_row_alone(model: str, batch: str, policy: avl.Policy) -> None:
+def test_every_row_of_a_padded_batch_equals_that_row_alone(
+    model: str, batch: str, policy: avl.Policy
+) -> None:
     vlm = tiny.llava(**MODELS[model])
     check_rows_alone(vlm, *rows_alone(vlm, **BATCHES[batch]), policy, steps=30, tolerance=1e-4)
 
@@ -101,7 +104,9 @@ def test_for_budget_holds_at_most_the_budget_at_every_step(budget: float) -> Non
         ({"budget": 2}, "got 2"),
     ],
 )
-def test_values_out_of_range_are_refused_with_a_message_that_teaches(wrong: dict[str, Any], says: str) -> None:
+def test_values_out_of_range_are_refused_with_a_message_that_teaches(
+    wrong: dict[str, Any], says: str
+) -> None:
     with pytest.raises(ValueError, match=says):
         avl.AdaptivePolicy(**wrong)
 

@@ -28,11 +28,15 @@ def held_positions(session: avl.AdaptiveSession, layer: int, row: int = 0) -> li
 
 @pytest.mark.parametrize("baseline", BASELINES)
 @pytest.mark.parametrize("budget", [0.5, 0.1])
-def test_bytes_held_are_the_budget_after_the_prompt_and_after_every_step(baseline: Any, budget: float) -> None:
+def test_bytes_held_are_the_budget_after_the_prompt_and_after_every_step(
+    baseline: Any, budget: float
+) -> None:
     model = tiny.llava(kv_heads=2, layers=4, grid=8)
     with avl.adaptive(model, baseline(budget=budget)) as session:
         generate(model, tiny.inputs(model, [13]), 20)
-    key = 4 * 2 * 16 * 2 * 4  # bytes of one position in all layers: layers, heads, head dim, keys and values, float32
+    key = (
+        4 * 2 * 16 * 2 * 4
+    )  # bytes of one position in all layers: layers, heads, head dim, keys and values, float32
     for step in session.usage().steps:
         assert abs(step.filled - budget * step.full) <= key
         assert step.full == step.seen * key
@@ -128,5 +132,8 @@ def test_values_out_of_range_are_refused(wrong: Any, says: str) -> None:
 
 def test_a_filter_behind_the_last_layer_is_refused_when_switched_on() -> None:
     model = tiny.llava(layers=2)
-    with pytest.raises(ValueError, match="has 2 layers; pass 1 to 1"), avl.adaptive(model, avl.FastVPolicy()):
+    with (
+        pytest.raises(ValueError, match="has 2 layers; pass 1 to 1"),
+        avl.adaptive(model, avl.FastVPolicy()),
+    ):
         pass

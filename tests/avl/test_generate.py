@@ -23,7 +23,8 @@ DROPPING = [
 
 
 def test_beam_search_that_drops_keys_equals_beam_search_that_masks_them() -> None:
-    # every hypothesis is scored again alone, its tokens forced: reordered caches must give the same scores
+    # every hypothesis is scored again alone, its tokens forced: reordered caches must give the same
+    # scores
     model = tiny.llava(kv_heads=2, grid=5)
     together, alone = rows_alone(model, [30, 22])
     policy = avl.AdaptivePolicy(0.5, 0.3, 2, 0.4)
@@ -94,7 +95,9 @@ def test_the_rows_can_be_rearranged_between_steps() -> None:
             cache, mask = DynamicCache(config=model.config.text_config), inputs["attention_mask"]
             step, logits = dict(inputs), []
             for number in range(14):
-                output = model(**{**step, "attention_mask": mask}, past_key_values=cache).logits[:, -1]
+                output = model(**{**step, "attention_mask": mask}, past_key_values=cache).logits[
+                    :, -1
+                ]
                 token = output.argmax(-1, keepdim=True)
                 if rearranged and number == 6:
                     cache.batch_select_indices(order)
@@ -107,15 +110,25 @@ def test_the_rows_can_be_rearranged_between_steps() -> None:
 
 
 def two_turns(
-    model: Any, policy: avl.Policy | None, first: Inputs, later: list[list[int]], pixels: torch.Tensor | None
+    model: Any,
+    policy: avl.Policy | None,
+    first: Inputs,
+    later: list[list[int]],
+    pixels: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Logits of a second turn's answer, continuing the cache of the first; shorter turns are padded on the left."""
+    """Logits of a second turn's answer, continuing the cache of the first; shorter turns are padded
+    on the left.
+    """
     longest = max(map(len, later))
     turn = torch.tensor([[tiny.PAD] * (longest - len(ids)) + ids for ids in later])
     given = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in later])
     with avl.adaptive(model, policy) if policy is not None else nullcontext():
-        out = model.generate(**first, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
-        mask = torch.cat([first["attention_mask"], torch.ones(len(later), 6, dtype=torch.long), given], 1)
+        out = model.generate(
+            **first, max_new_tokens=6, do_sample=False, return_dict_in_generate=True
+        )
+        mask = torch.cat(
+            [first["attention_mask"], torch.ones(len(later), 6, dtype=torch.long), given], 1
+        )
         second = {"input_ids": torch.cat([out.sequences, turn], 1), "attention_mask": mask}
         if pixels is not None:
             second["pixel_values"] = pixels
@@ -123,20 +136,26 @@ def two_turns(
     return logits
 
 
-@pytest.mark.parametrize(("attn", "picture"), [("sdpa", False), ("eager", True)], ids=["text", "another picture"])
+@pytest.mark.parametrize(
+    ("attn", "picture"), [("sdpa", False), ("eager", True)], ids=["text", "another picture"]
+)
 def test_a_returned_cache_is_continued_with_another_turn(attn: str, picture: bool) -> None:
     model = tiny.llava(kv_heads=2, attn=attn)
     together, alone = rows_alone(model, [30, 9])
     image = [tiny.IMAGE] * 16 if picture else []
     later = [[20, 30, *image, 40, 50, 60, 21, 22, 23], [33, *image, 44, 55, 66]]
-    pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(3)) if picture else None
+    pixels = (
+        torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(3)) if picture else None
+    )
     plain = two_turns(model, None, together, later, pixels)
     for policy in (avl.FullPolicy(), avl.AdaptivePolicy(secondary=1, core=1, text=1)):
         assert difference(plain, two_turns(model, policy, together, later, pixels)) < 1e-4
     for policy in (avl.RandomPolicy(budget=0.5), avl.StreamingPolicy(budget=0.5), *DROPPING):
         logits = two_turns(model, policy, together, later, pixels)
         for row, one in enumerate(alone):
-            its = two_turns(model, policy, one, later[row : row + 1], pixels[row : row + 1] if picture else None)
+            its = two_turns(
+                model, policy, one, later[row : row + 1], pixels[row : row + 1] if picture else None
+            )
             assert difference(its[:, 0], logits[:, row]) < 1e-4, policy
 
 
@@ -145,7 +164,9 @@ def test_a_later_turn_counts_images_and_text_of_all_turns() -> None:
     first = tiny.inputs(model, [9])
     later = torch.tensor([[20, *[tiny.IMAGE] * 16, *range(20, 40)]])
     with avl.adaptive(model, avl.AdaptivePolicy(text=0.5)) as session:
-        out = model.generate(**first, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+        out = model.generate(
+            **first, max_new_tokens=6, do_sample=False, return_dict_in_generate=True
+        )
         ids = torch.cat([out.sequences, later], 1)
         second = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         second["pixel_values"] = torch.randn(1, 3, 24, 24)
@@ -168,7 +189,7 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], says: str) -> None
     model = tiny.llava()
     inputs = tiny.inputs(model, [9])
     inputs["input_ids"][0, -8:] = torch.tensor([9, 10, 11, 12, 9, 10, 11, 12])
-    with pytest.raises(avl.SeamError, match=says), avl.adaptive(model, avl.AdaptivePolicy()):
+    with pytest.raises(avl.HookError, match=says), avl.adaptive(model, avl.AdaptivePolicy()):
         generate(model, inputs, **options)
 
 
@@ -176,7 +197,10 @@ def test_right_padding_is_refused() -> None:
     model = tiny.llava()
     inputs = tiny.inputs(model, [9, 9])
     inputs["attention_mask"][1, -3:] = 0
-    with pytest.raises(avl.SeamError, match="padding_side='left'"), avl.adaptive(model, avl.AdaptivePolicy()):
+    with (
+        pytest.raises(avl.HookError, match="padding_side='left'"),
+        avl.adaptive(model, avl.AdaptivePolicy()),
+    ):
         generate(model, inputs)
 
 
@@ -184,7 +208,10 @@ def test_a_cache_filled_before_the_policy_is_refused() -> None:
     model = tiny.llava()
     inputs = tiny.inputs(model, [9])
     out = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-    with pytest.raises(avl.SeamError, match="empty cache"), avl.adaptive(model, avl.AdaptivePolicy()):
+    with (
+        pytest.raises(avl.HookError, match="empty cache"),
+        avl.adaptive(model, avl.AdaptivePolicy()),
+    ):
         generate(model, {"input_ids": out.sequences}, past_key_values=out.past_key_values)
 
 
@@ -192,8 +219,10 @@ def test_a_cache_of_a_policy_that_is_gone_is_refused() -> None:
     model = tiny.llava()
     inputs = tiny.inputs(model, [9])
     with avl.adaptive(model, avl.AdaptivePolicy()):
-        out = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-    with pytest.raises(avl.SeamError, match="no longer on the model"):
+        out = model.generate(
+            **inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True
+        )
+    with pytest.raises(avl.HookError, match="no longer on the model"):
         generate(model, {"input_ids": out.sequences}, past_key_values=out.past_key_values)
 
 
@@ -202,7 +231,10 @@ def test_a_second_policy_on_a_model_is_refused_and_the_first_survives() -> None:
     inputs = tiny.inputs(model, [30])
     with avl.adaptive(model, avl.AdaptivePolicy()):
         tokens, _ = generate(model, inputs)
-        with pytest.raises(avl.SeamError, match="already on this"), avl.adaptive(model, avl.FullPolicy()):
+        with (
+            pytest.raises(avl.HookError, match="already on this"),
+            avl.adaptive(model, avl.FullPolicy()),
+        ):
             pass
         assert torch.equal(tokens, generate(model, inputs)[0])
 

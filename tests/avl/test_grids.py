@@ -19,7 +19,11 @@ IMAGE = 9
 
 
 def config(**fields):
-    vision = {name.removeprefix("vision_"): fields.pop(name) for name in list(fields) if name.startswith("vision_")}
+    vision = {
+        name.removeprefix("vision_"): fields.pop(name)
+        for name in list(fields)
+        if name.startswith("vision_")
+    }
     return SimpleNamespace(vision_config=SimpleNamespace(**vision), **fields)
 
 
@@ -30,30 +34,56 @@ def describe_one(name, config, ids, sizes=None, processor=None, **inputs):
         if here == IMAGE:
             start = runs.pop()[0] if runs and sum(runs[-1]) == at else at
             runs.append((start, at + 1 - start))
-    (row,), note = describe_rows(name, config, [ids], [runs], inputs, None if sizes is None else [sizes], processor)
+    (row,), note = describe_rows(
+        name, config, [ids], [runs], inputs, None if sizes is None else [sizes], processor
+    )
     return row, note
 
 
-# -- views ------------------------------------------------------------------------------------------------------------
+# -- views -----------------------------------------------------------------------------------------
 
 
 def test_a_view_numbers_its_tokens_in_raster_order_with_breaks_between_rows():
     view = View(2, 3, before=1, breaks=1, after=2)
     assert view.count == 1 + 2 * 4 + 2
     none = (-1, -1)
-    assert view.places() == [none, (0, 0), (0, 1), (0, 2), none, (1, 0), (1, 1), (1, 2), none, none, none]
+    assert view.places() == [
+        none,
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        none,
+        (1, 0),
+        (1, 1),
+        (1, 2),
+        none,
+        none,
+        none,
+    ]
 
 
 def test_a_view_shares_its_box_out_among_its_cells():
     boxes = View(2, 2, (0.0, 0.5, 1.0, 1.0)).boxes()
-    assert boxes == [(0.0, 0.5, 0.5, 0.75), (0.5, 0.5, 1.0, 0.75), (0.0, 0.75, 0.5, 1.0), (0.5, 0.75, 1.0, 1.0)]
+    assert boxes == [
+        (0.0, 0.5, 0.5, 0.75),
+        (0.5, 0.5, 1.0, 0.75),
+        (0.0, 0.75, 0.5, 1.0),
+        (0.5, 0.75, 1.0, 1.0),
+    ]
 
 
 def test_boxes_come_in_pixels_end_at_the_border_and_are_nan_without_a_place():
-    layout = token_layout(torch.tensor([[1, IMAGE, IMAGE, IMAGE, 2]]), [IMAGE], tokens_per_image=[[3]])
+    layout = token_layout(
+        torch.tensor([[1, IMAGE, IMAGE, IMAGE, 2]]), [IMAGE], tokens_per_image=[[3]]
+    )
     picture = (View(1, 2, (-0.5, 0.0, 1.0, 1.0), breaks=1),)
     found = map_pictures(layout, [[picture]], [[(200, 100)]], "")
-    assert found.boxes[0, 1].tolist() == [0.0, 0.0, 50.0, 100.0]  # reaches 100 pixels over the left border
+    assert found.boxes[0, 1].tolist() == [
+        0.0,
+        0.0,
+        50.0,
+        100.0,
+    ]  # reaches 100 pixels over the left border
     assert found.boxes[0, 2].tolist() == [50.0, 0.0, 200.0, 100.0]
     assert found.boxes[0, [0, 3, 4]].isnan().all()
     assert found.tile[0].tolist() == [-1, 0, 0, 0, -1]
@@ -65,7 +95,7 @@ def test_other_pictures_than_the_prompt_shows_are_refused():
         map_pictures(layout, [[(View(1, 1),)]], [[(10, 10), (10, 10)]], "")
 
 
-# -- families ---------------------------------------------------------------------------------------------------------
+# -- families --------------------------------------------------------------------------------------
 
 
 def test_llava_sees_the_centre_square_of_a_picture():
@@ -79,23 +109,35 @@ def test_llava_sees_the_centre_square_of_a_picture():
 
 def test_llava_with_a_processor_that_pads_sees_the_whole_picture_in_a_square():
     cfg = config(vision_image_size=28, vision_patch_size=14)
-    (picture,), _ = describe_one("llava", cfg, [IMAGE] * 4, [(100, 200)], SimpleNamespace(do_pad=True))
+    (picture,), _ = describe_one(
+        "llava", cfg, [IMAGE] * 4, [(100, 200)], SimpleNamespace(do_pad=True)
+    )
     assert picture == (View(2, 2, (-0.5, 0.0, 1.5, 1.0)),)
 
 
 def test_llava_next_lays_a_base_grid_and_unpadded_tiles_with_newlines():
-    cfg = config(vision_image_size=28, vision_patch_size=14, image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]])
-    # 80 x 40 pixels fit the canvas 28 x 56 exactly: two tiles side by side, nothing padded, nothing cut
+    cfg = config(
+        vision_image_size=28,
+        vision_patch_size=14,
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
+    )
+    # 80 x 40 pixels fit the canvas 28 x 56 exactly: two tiles side by side, nothing padded, nothing
+    # cut
     tokens = 4 + 2 * (4 + 1)
-    (picture,), _ = describe_one("llava_next", cfg, [IMAGE] * tokens, image_sizes=torch.tensor([[40, 80]]))
+    (picture,), _ = describe_one(
+        "llava_next", cfg, [IMAGE] * tokens, image_sizes=torch.tensor([[40, 80]])
+    )
     assert picture == (View(2, 2, origin=None), View(2, 4, (0.0, 0.0, 1.0, 1.0), tile=1, breaks=1))
 
 
 def test_llava_next_cuts_padding_by_whole_rows():
     cfg = config(vision_image_size=56, vision_patch_size=14, image_grid_pinpoints=[[112, 112]])
-    # 100 x 25 pixels become 112 x 28 in a canvas of 112 x 112, 42 rows of padding above: 3 of 8 rows of cells are cut
+    # 100 x 25 pixels become 112 x 28 in a canvas of 112 x 112, 42 rows of padding above: 3 of 8
+    # rows of cells are cut
     tokens = 16 + 2 * (8 + 1)
-    (picture,), _ = describe_one("llava_next", cfg, [IMAGE] * tokens, image_sizes=torch.tensor([[25, 100]]))
+    (picture,), _ = describe_one(
+        "llava_next", cfg, [IMAGE] * tokens, image_sizes=torch.tensor([[25, 100]])
+    )
     assert picture[1] == View(2, 8, (0.0, 0.0, 1.0, 1.0), tile=1, breaks=1)
 
 
@@ -103,22 +145,31 @@ def test_llava_onevision_gives_pictures_of_one_prompt_no_tiles():
     cfg = config(vision_image_size=28, vision_patch_size=14, image_grid_pinpoints=[[56, 56]])
     ids = [*[IMAGE] * 5, 1, *[IMAGE] * 5]
     sizes, together = torch.tensor([[30, 60], [20, 20]]), torch.tensor([2])
-    pictures, _ = describe_one("llava_onevision", cfg, ids, image_sizes=sizes, batch_num_images=together)
-    assert pictures == [(View(2, 2, (0.0, -0.5, 1.0, 1.5), after=1),), (View(2, 2, (0.0, 0.0, 1.0, 1.0), after=1),)]
+    pictures, _ = describe_one(
+        "llava_onevision", cfg, ids, image_sizes=sizes, batch_num_images=together
+    )
+    assert pictures == [
+        (View(2, 2, (0.0, -0.5, 1.0, 1.5), after=1),),
+        (View(2, 2, (0.0, 0.0, 1.0, 1.0), after=1),),
+    ]
 
 
 def test_grids_are_taken_in_order_by_the_rows_of_a_batch():
     cfg = config(vision_spatial_merge_size=2)
     grids = torch.tensor([[1, 4, 6], [1, 2, 2], [1, 2, 8]])
     rows = [[*[IMAGE] * 6, 1, IMAGE], [*[IMAGE] * 4, 2, 2, 2, 2]]
-    found, _ = describe_rows("qwen2_vl", cfg, rows, [[(0, 6), (7, 1)], [(0, 4)]], {"image_grid_thw": grids})
+    found, _ = describe_rows(
+        "qwen2_vl", cfg, rows, [[(0, 6), (7, 1)], [(0, 4)]], {"image_grid_thw": grids}
+    )
     assert found == [[(View(2, 3),), (View(1, 1),)], [(View(1, 4),)]]
 
 
 def test_frames_of_a_video_are_tiles_without_a_common_grid():
     cfg = config(vision_spatial_merge_size=2, video_token_id=IMAGE)
     video, image = torch.tensor([[2, 2, 4]]), torch.tensor([[1, 2, 2]])
-    (picture,), _ = describe_one("qwen2_vl", cfg, [IMAGE] * 4, video_grid_thw=video, image_grid_thw=image)
+    (picture,), _ = describe_one(
+        "qwen2_vl", cfg, [IMAGE] * 4, video_grid_thw=video, image_grid_thw=image
+    )
     assert picture == (View(1, 2, origin=None, tile=1), View(1, 2, origin=None, tile=2))
 
 
@@ -137,7 +188,9 @@ def test_internvl_tiles_follow_from_the_size_of_the_picture():
     assert (left.box, left.origin, left.tile) == ((0.0, 0.0, 0.5, 1.0), (0, 0), 1)
     assert (right.box, right.origin, right.tile) == ((0.5, 0.0, 1.0, 1.0), (0, 2), 2)
     assert (whole.box, whole.origin, whole.tile) == ((0.0, 0.0, 1.0, 1.0), None, 0)
-    assert describe_one("internvl", cfg, ids)[0] == [nowhere(12)]  # two tiles, but in which direction?
+    assert describe_one("internvl", cfg, ids)[0] == [
+        nowhere(12)
+    ]  # two tiles, but in which direction?
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(2, 3), (1, 4), (3, 1)])
@@ -146,7 +199,9 @@ def test_idefics3_tiles_are_found_by_the_tokens_between_them(rows, columns):
     view, fake, newline, whole = [IMAGE] * 4, 20, 21, 22
     ids = []
     for row in range(rows):
-        ids += [i for column in range(columns) for i in (fake, 30 + 6 * row + column, *view)] + [newline]
+        ids += [i for column in range(columns) for i in (fake, 30 + 6 * row + column, *view)] + [
+            newline
+        ]
     ids += [fake, whole, *view, fake, 5, 6, fake, whole, *view, fake]  # and a second, small picture
     (first, second), _ = describe_one("idefics3", cfg, ids)
     assert len(first) == rows * columns + 1
@@ -189,11 +244,13 @@ def test_query_tokens_have_no_place():
 
 def test_inputs_that_do_not_add_up_leave_places_unknown():
     cfg = config(vision_spatial_merge_size=2)
-    pictures, note = describe_one("qwen2_vl", cfg, [IMAGE] * 5, image_grid_thw=torch.tensor([[1, 4, 4]]))
+    pictures, note = describe_one(
+        "qwen2_vl", cfg, [IMAGE] * 5, image_grid_thw=torch.tensor([[1, 4, 4]])
+    )
     assert (pictures, note) == ([nowhere(5)], UNKNOWN)
 
 
-# -- through a model --------------------------------------------------------------------------------------------------
+# -- through a model -------------------------------------------------------------------------------
 
 
 def test_a_picture_map_of_a_padded_batch_puts_every_picture_where_its_tokens_are():
@@ -203,8 +260,11 @@ def test_a_picture_map_of_a_padded_batch_puts_every_picture_where_its_tokens_are
     layout = family.layout(inputs["input_ids"], inputs["attention_mask"], inputs)
     found = family.picture_map(layout, inputs, [[(10, 10), (40, 20)], [(8, 8)]])
     assert found.boxes[0, layout.image[0] == 1].tolist() == [
-        [10.0, 0.0, 20.0, 10.0], [20.0, 0.0, 30.0, 10.0], [10.0, 10.0, 20.0, 20.0], [20.0, 10.0, 30.0, 20.0],
-    ]  # fmt: skip
+        [10.0, 0.0, 20.0, 10.0],
+        [20.0, 0.0, 30.0, 10.0],
+        [10.0, 10.0, 20.0, 20.0],
+        [20.0, 10.0, 30.0, 20.0],
+    ]
     assert found.boxes[1, layout.image[1] == 0].amax() == 8.0
     assert found.boxes[layout.image < 0].isnan().all()
 
@@ -220,7 +280,9 @@ def test_a_picture_map_needs_the_ids():
 
 def test_places_of_a_layout_are_those_of_the_finest_grid():
     cfg = config(vision_image_size=28, vision_patch_size=14, image_grid_pinpoints=[[28, 56]])
-    (picture,), _ = describe_one("llava_next", cfg, [IMAGE] * 14, image_sizes=torch.tensor([[40, 80]]))
+    (picture,), _ = describe_one(
+        "llava_next", cfg, [IMAGE] * 14, image_sizes=torch.tensor([[40, 80]])
+    )
     places = [place for view in picture for place in view.places()]
     assert len(places) == count(picture) == 14
     assert places[:4] == [(-1, -1)] * 4

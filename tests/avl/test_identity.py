@@ -60,7 +60,9 @@ def test_a_plain_forward_call_without_a_cache_object_equals_no_policy() -> None:
     assert session.usage().filled_share < 1
 
 
-def test_the_prefill_filter_computes_the_last_row_and_marks_rows_that_left_as_not_a_number() -> None:
+def test_the_prefill_filter_computes_the_last_row_and_marks_rows_that_left_as_not_a_number() -> (
+    None
+):
     model = tiny.llava(layers=3)
     inputs = tiny.inputs(model, [9])
     policy = avl.AdaptivePolicy(secondary=None, core=None, text=None, prefill=0.5, prefill_layer=2)
@@ -89,7 +91,9 @@ def interrupt_after(calls: int) -> Callable[..., torch.Tensor]:
 
 
 def snapshot(model: torch.nn.Module) -> list[Any]:
-    """Everything a session touches: hooks of every module, and the attention implementation of every config."""
+    """Everything a session touches: hooks of every module, and the attention implementation of
+    every config.
+    """
     hooks = [
         (name, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_with_kwargs))
         for name, m in model.named_modules()
@@ -102,7 +106,9 @@ def snapshot(model: torch.nn.Module) -> list[Any]:
     return [hooks, names]
 
 
-@pytest.mark.parametrize("policy", [avl.AdaptivePolicy(prefill=0.6, prefill_layer=1), avl.VLCachePolicy(budget=0.5)])
+@pytest.mark.parametrize(
+    "policy", [avl.AdaptivePolicy(prefill=0.6, prefill_layer=1), avl.VLCachePolicy(budget=0.5)]
+)
 def test_an_exception_mid_generation_leaves_the_model_bit_identical(policy: avl.Policy) -> None:
     model = tiny.llava()
     inputs = tiny.inputs(model, [30, 4])
@@ -155,7 +161,11 @@ def test_two_threads_with_two_models_do_not_disturb_each_other() -> None:
             with avl.adaptive(model, policy):
                 barrier.wait()
                 out = model.generate(
-                    **inputs, max_new_tokens=20, do_sample=False, return_dict_in_generate=True, output_logits=True
+                    **inputs,
+                    max_new_tokens=20,
+                    do_sample=False,
+                    return_dict_in_generate=True,
+                    output_logits=True,
                 )
             results[index] = torch.stack(out.logits)
 

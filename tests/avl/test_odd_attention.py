@@ -1,4 +1,6 @@
-"""Attention that is more than causal softmax over all keys: windows, caps, sinks, biases, hybrids, names read."""
+"""Attention that is more than causal softmax over all keys: windows, caps, sinks, biases, hybrids,
+names read.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from transformers import (
 import avl
 from avl.attention import AttentionCall, attention_logits, attention_weights
 from avl.families import describe
-from avl.hooks import Tap, _Name, attached
+from avl.hooks import Observer, _Name, attached
 from avl.tokens import Modality
 from avl_analysis.conformance.build import Case
 from avl_analysis.conformance.entries import ENTRIES, entry
@@ -27,11 +29,21 @@ from avl_analysis.conformance.recording import check_recording
 from tests import tiny
 
 SMALL = {
-    "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-    "num_hidden_layers": 2, "vocab_size": tiny.VOCABULARY, "sliding_window": 6, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "max_position_embeddings": 512, "initializer_range": 0.3,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_hidden_layers": 2,
+    "vocab_size": tiny.VOCABULARY,
+    "sliding_window": 6,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
     "layer_types": ["sliding_attention", "full_attention"],
-}  # fmt: skip
+}
 TEXTS = {
     "softcap": Gemma2Config(**SMALL, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
     "sinks": GptOssConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2),
@@ -39,14 +51,24 @@ TEXTS = {
 
 
 def llava_over(text):
-    """A tiny LLaVA with eager attention over another language model, alternating window and full layers."""
+    """A tiny LLaVA with eager attention over another language model, alternating window and full
+    layers.
+    """
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1, image_size=24, patch_size=6
+        hidden_size=32,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        image_size=24,
+        patch_size=6,
     )
     config = LlavaConfig(
-        vision_config=vision, text_config=copy.deepcopy(text), image_token_index=tiny.IMAGE, image_seq_length=16,
+        vision_config=vision,
+        text_config=copy.deepcopy(text),
+        image_token_index=tiny.IMAGE,
+        image_seq_length=16,
         vision_feature_layer=-1,
-    )  # fmt: skip
+    )
     config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -59,7 +81,7 @@ def llava_over(text):
     return model
 
 
-class Calls(Tap):
+class Calls(Observer):
     """Weights, positions and options of every call, by pass and layer."""
 
     def __init__(self):
@@ -69,16 +91,24 @@ class Calls(Tap):
         self.passes.append({})
 
     def observe(self, call, output):
-        self.passes[-1][call.layer] = (attention_weights(call), call.key_positions, dict(call.options))
+        self.passes[-1][call.layer] = (
+            attention_weights(call),
+            call.key_positions,
+            dict(call.options),
+        )
 
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_recorded_weights_are_eagers_with_caps_sinks_and_windows(kind):
     model = llava_over(TEXTS[kind])
     batch, calls = tiny.inputs(model, batch=[9, 5]), Calls()
-    with torch.no_grad(), attached(model, calls, "observer"):
+    with torch.no_grad(), attached(model, calls):
         output = model.generate(
-            **batch, max_new_tokens=5, do_sample=False, output_attentions=True, return_dict_in_generate=True
+            **batch,
+            max_new_tokens=5,
+            do_sample=False,
+            output_attentions=True,
+            return_dict_in_generate=True,
         )
     valid = batch["attention_mask"].bool()[:, None, :, None]
     option = {"softcap": "softcap", "sinks": "s_aux"}[kind]
@@ -89,14 +119,21 @@ def test_recorded_weights_are_eagers_with_caps_sinks_and_windows(kind):
             rows = valid if step == 0 else torch.ones_like(weights, dtype=torch.bool)[..., :1]
             assert ((recorded - weights).abs() * rows).amax() < 1e-5
     if kind == "sinks":
-        assert output.attentions[0][1][0].sum(-1).amin() < 0.5  # the rest of the softmax went to the sinks
+        assert (
+            output.attentions[0][1][0].sum(-1).amin() < 0.5
+        )  # the rest of the softmax went to the sinks
 
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_a_policy_that_keeps_everything_changes_nothing_beside_windows(kind):
     model = llava_over(TEXTS[kind])
     batch = tiny.inputs(model, batch=[9, 5])
-    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
     plain = model.generate(**batch, **options)
     for policy in (avl.FullPolicy(), avl.AdaptivePolicy(secondary=1.0, core=1.0, text=1.0)):
         with avl.adaptive(model, policy) as session:
@@ -110,21 +147,23 @@ def test_a_policy_that_keeps_everything_changes_nothing_beside_windows(kind):
 def test_keys_of_a_sliding_window_are_the_newest_positions():
     model = llava_over(TEXTS["softcap"])
     batch, calls = tiny.inputs(model, batch=[9]), Calls()
-    with torch.no_grad(), attached(model, calls, "observer"):
+    with torch.no_grad(), attached(model, calls):
         model.generate(**batch, max_new_tokens=4, do_sample=False)
     length = batch["input_ids"].shape[1]
     for step, seen in enumerate(calls.passes[1:]):
         weights, positions, _ = seen[0]
-        assert positions.tolist() == list(range(length + step + 1 - weights.shape[3], length + step + 1))
+        assert positions.tolist() == list(
+            range(length + step + 1 - weights.shape[3], length + step + 1)
+        )
         assert weights.shape[3] <= 6
         assert seen[1][1] is None  # the full layer holds key j at position j
 
 
 def test_gemma3_shows_image_tokens_to_each_other_both_ways():
     case, calls = Case("gemma3"), Calls()
-    with torch.no_grad(), attached(case.model, calls, "observer") as seam:
+    with torch.no_grad(), attached(case.model, calls) as hooks:
         case.model(**case.inputs)
-        layout = seam.family.layout(case.inputs["input_ids"], None, case.inputs)
+        layout = hooks.family.layout(case.inputs["input_ids"], None, case.inputs)
     at = layout.mask(Modality.IMAGE)[0].nonzero().flatten()
     weights = calls.passes[0][1][0][0]
     assert (weights[:, at[0], at[-1]] > 0).all()
@@ -134,7 +173,7 @@ def test_gemma3_shows_image_tokens_to_each_other_both_ways():
 
 def test_paligemma_shows_the_whole_prompt_to_every_token():
     case, calls = Case("paligemma"), Calls()
-    with torch.no_grad(), attached(case.model, calls, "observer"):
+    with torch.no_grad(), attached(case.model, calls):
         case.model(**case.inputs)
     assert (calls.passes[0][1][0][0, :, 0] > 0).all()
 
@@ -144,7 +183,9 @@ def test_policies_act_on_the_attention_layers_of_a_hybrid_model_only():
     kinds = case.model.config.text_config.layer_types
     with torch.no_grad(), avl.adaptive(case.model, avl.AdaptivePolicy()) as session:
         case.model.generate(**case.inputs, max_new_tokens=3, do_sample=False)
-    assert session.usage().layers == tuple(i for i, kind in enumerate(kinds) if kind == "full_attention")
+    assert session.usage().layers == tuple(
+        i for i, kind in enumerate(kinds) if kind == "full_attention"
+    )
     assert "linear_attention" in kinds
 
 
@@ -170,14 +211,21 @@ def test_attention_that_policies_cannot_act_on_is_refused_with_its_reason(model_
 def _variant(monkeypatch, model_type, **override):
     """A tiny model of a type with other settings than its default configuration has."""
     known = entry(model_type)
-    changed = {**known.override, **{f"text_config.{name}": value for name, value in override.items()}}
+    changed = {
+        **known.override,
+        **{f"text_config.{name}": value for name, value in override.items()},
+    }
     monkeypatch.setitem(ENTRIES, model_type, replace(known, override=changed))
     return Case(model_type)
 
 
-def test_layers_that_share_keys_are_recorded_and_refused_to_policies_where_a_config_asks_for_them(monkeypatch):
+def test_layers_that_share_keys_are_recorded_and_refused_to_policies_where_a_config_asks_for_them(
+    monkeypatch,
+):
     kinds = ["sliding_attention", "full_attention"] * 2
-    case = _variant(monkeypatch, "gemma4", num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=2)
+    case = _variant(
+        monkeypatch, "gemma4", num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=2
+    )
     assert check_recording(case).layers == 4
     with (
         torch.no_grad(),
@@ -190,14 +238,18 @@ def test_layers_that_share_keys_are_recorded_and_refused_to_policies_where_a_con
 def test_layers_of_unequal_heads_are_refused_where_a_config_asks_for_them(monkeypatch):
     case = _variant(monkeypatch, "step3p7", num_sliding_attention_heads=2)
     assert [layer.self_attn.num_heads for layer in case.model.get_decoder().layers] == [4, 2]
-    with pytest.raises(avl.UnsupportedModelError, match=r"different numbers of query heads \(2, 4\)"):
+    with pytest.raises(
+        avl.UnsupportedModelError, match=r"different numbers of query heads \(2, 4\)"
+    ):
         describe(case.model)
 
 
 def _call(**options):
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 3, 4, generator=draw) for heads in (2, 1, 1))
-    return AttentionCall(None, 0, torch.nn.Identity(), query, key, value, None, 0.5, {"is_causal": True, **options})
+    return AttentionCall(
+        None, 0, torch.nn.Identity(), query, key, value, None, 0.5, {"is_causal": True, **options}
+    )
 
 
 def test_a_learned_position_bias_is_part_of_the_logits():
@@ -205,7 +257,9 @@ def test_a_learned_position_bias_is_part_of_the_logits():
     plain, biased = attention_logits(_call()), attention_logits(_call(position_bias=bias))
     seen = torch.ones(3, 3).tril().bool().expand_as(plain)
     torch.testing.assert_close(biased[seen], (plain + bias)[seen])
-    torch.testing.assert_close(attention_logits(_call(position_bias=bias), slice(1, 2)), biased[:, :, 1:2])
+    torch.testing.assert_close(
+        attention_logits(_call(position_bias=bias), slice(1, 2)), biased[:, :, 1:2]
+    )
 
 
 def test_sinks_may_depend_on_the_query():
@@ -213,7 +267,9 @@ def test_sinks_may_depend_on_the_query():
     logits = attention_logits(_call())
     expected = torch.softmax(torch.cat([logits, sinks], -1), -1)[..., :-1]
     torch.testing.assert_close(attention_weights(_call(sinks=sinks)), expected)
-    torch.testing.assert_close(attention_weights(_call(sinks=sinks), slice(2, 3)), expected[:, :, 2:])
+    torch.testing.assert_close(
+        attention_weights(_call(sinks=sinks), slice(2, 3)), expected[:, :, 2:]
+    )
 
 
 def test_the_name_of_a_watched_backend_equals_the_backend_and_is_found_under_its_own():

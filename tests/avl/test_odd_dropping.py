@@ -1,7 +1,9 @@
-"""Dropping keys where attention is more than causal softmax: what a policy computes is what masking would give.
+"""Dropping keys where attention is more than causal softmax: what a policy computes is what masking
+would give.
 
-The slow statement of A-VL keeps the stock cache and masks what is dropped, in the layers that policies act on and only
-there. It knows nothing of windows, caps, sinks, rotary sections, linear layers or experts: the model itself does those.
+The slow statement of A-VL keeps the stock cache and masks what is dropped, in the layers that
+policies act on and only there. It knows nothing of windows, caps, sinks, rotary sections, linear
+layers or experts: the model itself does those.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ RULES: dict[str, Any] = {"secondary": 0.5, "core": 0.2, "every": 3, "text": 0.3}
 POLICY = avl.AdaptivePolicy(RULES["secondary"], RULES["core"], RULES["every"], RULES["text"])
 STEPS = 14
 
-LLAVA = {"soft-capping beside a window": "softcap", "sinks that are parameters beside a window": "sinks"}
+LLAVA = {
+    "soft-capping beside a window": "softcap",
+    "sinks that are parameters beside a window": "sinks",
+}
 KINDS = {
     "three-part rotary positions": "qwen2_vl",
     "interleaved rotary positions": "qwen3_vl",
@@ -57,7 +62,7 @@ def _compare(model: Any, inputs: dict[str, Any]) -> tuple[int, ...]:
     with torch.no_grad(), avl.adaptive(model, POLICY) as session:
         dropped, dropped_logits = generate(model, inputs, STEPS)
     layers = session.usage().layers
-    with torch.no_grad(), attached(model, MaskedIn(layers, **RULES), "actor"):
+    with torch.no_grad(), attached(model, MaskedIn(layers, **RULES)):
         tokens, logits = generate(model, inputs, STEPS)
     _, plain = generate(model, inputs, STEPS)
     scale = float(logits[torch.isfinite(logits)].abs().max())
@@ -73,7 +78,9 @@ def test_dropping_equals_masking_with(kind):
     assert _compare(model, tiny.inputs(model, batch=[40, 25])) == (1,)
 
 
-@pytest.mark.parametrize("kind", [k for k, model_type in KINDS.items() if model_type in model_types()])
+@pytest.mark.parametrize(
+    "kind", [k for k, model_type in KINDS.items() if model_type in model_types()]
+)
 def test_dropping_equals_masking_in_a_family_with(kind):
     case = Case(KINDS[kind])
     given = pixels(case.model_type, case.config, [picture()])

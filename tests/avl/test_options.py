@@ -1,4 +1,5 @@
-"""A-VL beyond the paper: drift, shares per layer, other rankings, cores per head, sparse refreshes."""
+"""A-VL beyond the paper: drift, shares per layer, other rankings, cores per
+head, sparse refreshes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from torch import Tensor
 
 import avl
 from avl.attention import Attend, AttentionCall, attention_weights
-from avl.hooks import Tap, attached
+from avl.hooks import Intervention, Observer, attached
 from avl.policies.scores import KINDS
 from avl.tokens import Modality
 from tests import tiny
@@ -29,7 +30,7 @@ def same(model: Any, inputs: Any, first: avl.Policy, second: avl.Policy, steps: 
     return torch.equal(found[0][0], found[1][0]) and difference(found[0][1], found[1][1]) < 1e-4
 
 
-# -- drift ------------------------------------------------------------------------------------------------------------
+# -- drift -----------------------------------------------------------------------------------------
 
 
 def test_drift_of_one_refreshes_at_every_step_and_of_nearly_nothing_never() -> None:
@@ -59,7 +60,7 @@ def test_a_row_that_has_not_drifted_is_not_refreshed_by_its_neighbours() -> None
     assert any(len(set(one)) == 2 for one in refreshes)  # some steps read the core, some everything
 
 
-# -- shares per layer -------------------------------------------------------------------------------------------------
+# -- shares per layer ------------------------------------------------------------------------------
 
 
 def test_equal_shares_per_layer_are_one_share() -> None:
@@ -79,21 +80,28 @@ def test_every_layer_holds_its_own_share() -> None:
 
 def test_shares_for_too_few_layers_are_refused() -> None:
     model = tiny.llava(layers=3)
-    with pytest.raises(ValueError, match="shares for 2 layers were given"), avl.adaptive(model, Policy((0.5, 0.5))):
+    with (
+        pytest.raises(ValueError, match="shares for 2 layers were given"),
+        avl.adaptive(model, Policy((0.5, 0.5))),
+    ):
         generate(model, tiny.inputs(model, [9]), 2)
 
 
-# -- cores per head ---------------------------------------------------------------------------------------------------
+# -- cores per head --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [{"batch": [30, 60, 9]}, UNEVEN], ids=["unequal prompts", "unequal images"])
+@pytest.mark.parametrize(
+    "batch", [{"batch": [30, 60, 9]}, UNEVEN], ids=["unequal prompts", "unequal images"]
+)
 @pytest.mark.parametrize("text", [0.3, 1.0])
 def test_a_core_per_head_equals_masking_head_by_head(batch: dict[str, Any], text: float) -> None:
     model = tiny.llava(grid=5, kv_heads=2)
     inputs = tiny.inputs(model, **batch)
     with masked_avl(model, secondary=0.5, core=0.2, every=3, text=text, own=True):
         tokens, logits = generate(model, inputs, 16)
-    with avl.adaptive(model, Policy(0.5, 0.2, 3, text if text < 1 else None, own_cores=True)) as session:
+    with avl.adaptive(
+        model, Policy(0.5, 0.2, 3, text if text < 1 else None, own_cores=True)
+    ) as session:
         dropped, dropped_logits = generate(model, inputs, 16)
     assert torch.equal(tokens, dropped)
     assert difference(logits, dropped_logits) < 1e-4
@@ -106,11 +114,13 @@ def test_with_one_key_head_a_core_per_head_is_the_paper_s() -> None:
     assert same(model, tiny.inputs(model, [30, 9]), Policy(own_cores=True), Policy())
 
 
-# -- sparse refreshes -------------------------------------------------------------------------------------------------
+# -- sparse refreshes ------------------------------------------------------------------------------
 
 
-class FewOfAll(Tap):
-    """Every step attends to the best `share` of all image keys by its own row, chosen layer by layer, by masking."""
+class FewOfAll(Intervention):
+    """Every step attends to the best `share` of all image keys by its own row, chosen layer by
+    layer, by masking.
+    """
 
     def __init__(self, share: float) -> None:
         self.share = share
@@ -130,7 +140,7 @@ class FewOfAll(Tap):
 
 @contextmanager
 def few_of_all(model: Any, share: float) -> Iterator[None]:
-    with attached(model, FewOfAll(share), "actor"):
+    with attached(model, FewOfAll(share)):
         yield
 
 
@@ -146,8 +156,15 @@ def test_a_sparse_refresh_attends_to_the_best_of_its_own_row(cold: int | None) -
     assert torch.equal(tokens, chosen)
     assert difference(logits, chosen_logits) < 1e-4
     last = session.usage().steps[-1]
-    text = (25, 50, 40 + 11, 8 + 22)  # of the prompts; then 3 system tokens, 15 steps, and a fifth of 25 to a picture
-    assert last.attended[0] == tuple(3 + few + t + 15 for few, t in zip((5, 0, 10, 15), text, strict=True))
+    text = (
+        25,
+        50,
+        40 + 11,
+        8 + 22,
+    )  # of the prompts; then 3 system tokens, 15 steps, and a fifth of 25 to a picture
+    assert last.attended[0] == tuple(
+        3 + few + t + 15 for few, t in zip((5, 0, 10, 15), text, strict=True)
+    )
     assert len(session.selection.images(avl.State.CORE, 1)[0]) == 5
 
 
@@ -157,10 +174,10 @@ def test_a_sparse_refresh_of_everything_is_a_plain_one() -> None:
     assert same(model, inputs, Policy(1.0, 1.0, 1, None, sparse_refresh=True), avl.FullPolicy())
 
 
-# -- rankings ---------------------------------------------------------------------------------------------------------
+# -- rankings --------------------------------------------------------------------------------------
 
 
-class Seen(Tap):
+class Seen(Observer):
     """Full weights, keys and values of the prompt, by layer."""
 
     def __init__(self) -> None:
@@ -168,7 +185,11 @@ class Seen(Tap):
 
     def observe(self, call: AttentionCall, output: Tensor) -> None:
         if call.forward.kind == "prefill":
-            self.calls[call.layer] = (attention_weights(call)[0], call.key[0].clone(), call.value[0].clone())
+            self.calls[call.layer] = (
+                attention_weights(call)[0],
+                call.key[0].clone(),
+                call.value[0].clone(),
+            )
 
 
 def slow_scores(
@@ -191,7 +212,9 @@ def slow_scores(
         rows = range(image.stop, weights.shape[1])
         return [sum(float(weights[h, r, p]) for h in heads for r in rows) for p in image]
     if kind == "value":
-        return [sum(last[h, p] * float(values[h // groups, p].norm()) for h in heads) for p in image]
+        return [
+            sum(last[h, p] * float(values[h // groups, p].norm()) for h in heads) for p in image
+        ]
     if kind == "sink":
         return [sum(last[h, p] / sum(last[h, o] for o in image) for h in heads) for p in image]
     if kind == "position":
@@ -206,7 +229,9 @@ def slow_scores(
         direction = unit.mean(0) / unit.mean(0).norm()
         unlike -= unit @ direction / len(shared)
     order, other = sorted(mean.values()), sorted(unlike.tolist())
-    return [order.index(mean[p]) + other.index(float(u)) for p, u in zip(image, unlike, strict=True)]
+    return [
+        order.index(mean[p]) + other.index(float(u)) for p, u in zip(image, unlike, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -216,7 +241,7 @@ def test_the_prompt_keeps_what_slow_scores_rank_best(kind: str, own: bool) -> No
     inputs = tiny.inputs(model, [12])
     image, seen = range(3, 28), Seen()
     with (
-        attached(model, seen, "observer"),
+        attached(model, seen),
         avl.adaptive(model, Policy(0.4, None, 0, None, score=kind, own_cores=own)) as s,
     ):
         generate(model, inputs, 1)
@@ -236,11 +261,13 @@ def test_rankings_differ() -> None:
     for kind in KINDS:
         with avl.adaptive(model, Policy(0.5, None, 0, None, score=kind)) as session:
             generate(model, inputs, 1)
-        held.add(tuple(tuple(session.selection.images(avl.State.CORE, layer)[0]) for layer in range(4)))
+        held.add(
+            tuple(tuple(session.selection.images(avl.State.CORE, layer)[0]) for layer in range(4))
+        )
     assert len(held) == len(KINDS)
 
 
-# -- at the door ------------------------------------------------------------------------------------------------------
+# -- at the door -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -260,7 +287,9 @@ def test_rankings_differ() -> None:
         ({"cold": 4, "secondary": 0, "core": 0.1}, "larger than secondary=0"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_with_a_message_that_teaches(wrong: dict[str, Any], says: str) -> None:
+def test_settings_that_cannot_be_are_refused_with_a_message_that_teaches(
+    wrong: dict[str, Any], says: str
+) -> None:
     with pytest.raises(ValueError, match=says):
         Policy(**wrong)
 

@@ -1,4 +1,5 @@
-"""The cold tier: what is stored and read back, what a policy with it attends to, and what it costs."""
+"""The cold tier: what is stored and read back, what a policy with it attends to, and
+what it costs."""
 
 from typing import Any
 
@@ -18,15 +19,27 @@ Policy = avl.AdaptivePolicy
 UNEVEN: dict[str, Any] = {"batch": [25, 50, 40, 8], "images": [1, 0, 2, 3], "between": 11}
 
 
-def tier(bits: int | str, tokens: int = 300, width: int = 24, **changes: Any) -> tuple[ColdTier, Tensor, Tensor]:
-    """A tier of two rows and heads with all of some keys, and these keys; channels differ in size and offset."""
+def tier(
+    bits: int | str, tokens: int = 300, width: int = 24, **changes: Any
+) -> tuple[ColdTier, Tensor, Tensor]:
+    """A tier of two rows and heads with all of some keys, and these keys; channels differ in size
+    and offset.
+    """
     generator = torch.Generator().manual_seed(0)
     scale = torch.logspace(-2, 2, width)
     keys = torch.randn(2, 2, tokens, width, generator=generator) * scale + 3 * scale.flip(0)
-    values = torch.randn(2, 2, tokens, 64, generator=generator) * torch.logspace(-2, 1, tokens)[:, None]
+    values = (
+        torch.randn(2, 2, tokens, 64, generator=generator) * torch.logspace(-2, 1, tokens)[:, None]
+    )
     positions = torch.arange(5, 5 + tokens).expand(2, 1, -1)
     chosen = torch.arange(tokens).expand(2, 1, -1)
-    return ColdTier.hold(bits, keys, values, positions, changes.get("chosen", chosen), [chosen[..., :0]]), keys, values
+    return (
+        ColdTier.hold(
+            bits, keys, values, positions, changes.get("chosen", chosen), [chosen[..., :0]]
+        ),
+        keys,
+        values,
+    )
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -40,14 +53,18 @@ def test_each_number_is_stored_to_half_a_step_of_its_own_group(bits: int) -> Non
         assert bool((error <= 0.51 * step + 2e-3 * part.abs().amax(2, keepdim=True)).all())
     for part, read in zip(values.split(32, -1), read_values.split(32, -1), strict=True):
         step = (part.amax(-1, keepdim=True) - part.amin(-1, keepdim=True)) / (2**bits - 1)
-        assert bool(((part - read).abs() <= 0.51 * step + 2e-3 * part.abs().amax(-1, keepdim=True)).all())
+        assert bool(
+            ((part - read).abs() <= 0.51 * step + 2e-3 * part.abs().amax(-1, keepdim=True)).all()
+        )
     assert not torch.equal(keys, read_keys)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("width", [8, 7, 1])
 def test_codes_survive_packing(bits: int, width: int) -> None:
-    codes = torch.randint(0, 2**bits, (3, 5, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    codes = torch.randint(
+        0, 2**bits, (3, 5, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     packed = quantized_tier._pack(codes, bits)
     assert packed.shape[-1] == -(-width * bits // 8)
     assert torch.equal(quantized_tier._unpack(packed, bits, width), codes)
@@ -72,12 +89,16 @@ def test_a_key_that_leaves_and_comes_back_is_stored_as_it_was(bits: int | str) -
 
 
 def test_constant_channels_and_empty_slots_are_read_as_finite_numbers() -> None:
-    chosen = torch.stack([torch.arange(40), torch.cat([torch.full((35,), -1), torch.arange(5)])])[:, None]
+    chosen = torch.stack([torch.arange(40), torch.cat([torch.full((35,), -1), torch.arange(5)])])[
+        :, None
+    ]
     keys, values = torch.full((2, 2, 40, 8), 7.0), torch.zeros(2, 2, 40, 8)
     held = ColdTier.hold(4, keys, values, torch.arange(40).expand(2, 1, -1), chosen, [])
     read_keys, read_values = held.read()
     assert held.held() == [40, 5]
-    assert bool((read_keys[0] == 7).all() & (read_keys[1, :, 35:] == 7).all() & (read_values == 0).all())
+    assert bool(
+        (read_keys[0] == 7).all() & (read_keys[1, :, 35:] == 7).all() & (read_values == 0).all()
+    )
 
 
 KEEPING = {
@@ -109,8 +130,12 @@ def test_a_tier_that_loses_nothing_and_is_always_read_equals_no_policy(
 
 
 @pytest.mark.parametrize("secondary", [0.3, 0.5])
-@pytest.mark.parametrize("batch", [{"batch": [30, 60, 9]}, UNEVEN], ids=["unequal prompts", "unequal images"])
-def test_a_tier_that_loses_nothing_takes_part_in_every_refresh(secondary: float, batch: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "batch", [{"batch": [30, 60, 9]}, UNEVEN], ids=["unequal prompts", "unequal images"]
+)
+def test_a_tier_that_loses_nothing_takes_part_in_every_refresh(
+    secondary: float, batch: dict[str, Any]
+) -> None:
     model = tiny.llava(grid=5, kv_heads=2)
     inputs = tiny.inputs(model, **batch)
     with masked_avl(model, secondary=1.0, core=0.3, every=3, text=0.4):
@@ -129,10 +154,18 @@ def test_fewer_bits_change_more_and_eight_change_little() -> None:
         with torch.no_grad(), avl.adaptive(model, Policy.with_cold_tier(cold=bits)):
             out = model(**inputs)
             step = torch.cat([inputs["attention_mask"], torch.ones(1, 1, dtype=torch.long)], 1)
-            after = model(input_ids=torch.tensor([[77]]), attention_mask=step, past_key_values=out.past_key_values)
+            after = model(
+                input_ids=torch.tensor([[77]]),
+                attention_mask=step,
+                past_key_values=out.past_key_values,
+            )
         with torch.no_grad():
             plain = model(**inputs)
-            exact = model(input_ids=torch.tensor([[77]]), attention_mask=step, past_key_values=plain.past_key_values)
+            exact = model(
+                input_ids=torch.tensor([[77]]),
+                attention_mask=step,
+                past_key_values=plain.past_key_values,
+            )
         assert torch.equal(out.logits, plain.logits)  # a prompt is read before anything is stored
         changes.append(difference(after.logits, exact.logits))
     assert 0 < changes[0] < 0.3 * changes[1] < 0.3 * changes[2]
@@ -163,7 +196,10 @@ def test_a_cache_with_a_cold_tier_is_continued_with_another_turn(name: str) -> N
     later = [[20, 30, *[tiny.IMAGE] * 16, 40, 50], [33, *[tiny.IMAGE] * 16, 44]]
     pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(3))
     plain = two_turns(model, None, together, later, pixels)
-    assert difference(plain, two_turns(model, Policy.with_cold_tier(cold=16), together, later, pixels)) < 1e-4
+    assert (
+        difference(plain, two_turns(model, Policy.with_cold_tier(cold=16), together, later, pixels))
+        < 1e-4
+    )
     logits = two_turns(model, COLD[name], together, later, pixels)
     for row, one in enumerate(alone):
         its = two_turns(model, COLD[name], one, later[row : row + 1], pixels[row : row + 1])
@@ -175,23 +211,32 @@ def test_bytes_are_those_of_the_real_tensors(name: str) -> None:
     model = tiny.llava(kv_heads=2, grid=8)
     with avl.adaptive(model, COLD[name]) as session:
         out = model.generate(
-            **tiny.inputs(model, [30, 9]), max_new_tokens=8, do_sample=False, return_dict_in_generate=True
+            **tiny.inputs(model, [30, 9]),
+            max_new_tokens=8,
+            do_sample=False,
+            return_dict_in_generate=True,
         )
         usage = session.usage()
     layers = out.past_key_values.layers
     stored = [t for layer in layers if layer.cold is not None for t in layer.cold.tensors()]
     assert stored
-    assert usage.allocated == sum(t.nbytes for layer in layers for t in (layer.keys, layer.values)) + sum(
-        t.nbytes for t in stored
+    assert usage.allocated == sum(
+        t.nbytes for layer in layers for t in (layer.keys, layer.values)
+    ) + sum(t.nbytes for t in stored)
+    near = sum(
+        t[:, :, layer.front : layer.filled].nbytes
+        for layer in layers
+        for t in (layer.keys, layer.values)
     )
-    near = sum(t[:, :, layer.front : layer.filled].nbytes for layer in layers for t in (layer.keys, layer.values))
     assert usage.filled == near + sum(t.nbytes for t in stored)
     assert usage.host == 0
     assert sum(usage.steps[-1].by_row) <= usage.filled  # empty slots are no row's
     with avl.adaptive(model, COLD[name]) as session:
         generate(model, tiny.inputs(model, [30]), 8)
     (row,), key = session.usage().steps[-1].by_row, 2 * 2 * 16 * 4
-    assert session.usage().filled - 2 * key <= row <= session.usage().filled  # a dropped key's slot is used again
+    assert (
+        session.usage().filled - 2 * key <= row <= session.usage().filled
+    )  # a dropped key's slot is used again
 
 
 @pytest.mark.parametrize(("bits", "most"), [(8, 0.44), (4, 0.3), (2, 0.23)])

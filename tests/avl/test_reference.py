@@ -1,4 +1,6 @@
-"""A-VL against traces of its authors' program: tokens, logits and cache lengths of a small LLaVA, policy by policy."""
+"""A-VL against traces of its authors' program: tokens, logits and cache lengths of a small LLaVA,
+policy by policy.
+"""
 
 import json
 from dataclasses import replace
@@ -22,7 +24,9 @@ CASES = list(TRACE["cases"])
 
 @pytest.fixture(scope="module")
 def model() -> LlavaForConditionalGeneration:
-    return LlavaForConditionalGeneration.from_pretrained(FOLDER / "model", dtype=torch.float32).eval()
+    return LlavaForConditionalGeneration.from_pretrained(
+        FOLDER / "model", dtype=torch.float32
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,11 @@ def run(
     model: Any, tensors: dict[str, torch.Tensor], policy: avl.Policy, steps: int
 ) -> tuple[list[int], torch.Tensor, Any]:
     """Greedy tokens, logits (steps, vocabulary) and cache lengths of every pass."""
-    ids = TRACE["system_ids"] + [TRACE["image_token_id"]] * TRACE["n_image_tokens"] + TRACE["question_ids"]
+    ids = (
+        TRACE["system_ids"]
+        + [TRACE["image_token_id"]] * TRACE["n_image_tokens"]
+        + TRACE["question_ids"]
+    )
     with avl.adaptive(model, policy) as session:
         out = model.generate(
             input_ids=torch.tensor([ids]),
@@ -74,7 +82,9 @@ def agrees(model: Any, tensors: dict[str, torch.Tensor], case: str, policy: avl.
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_tokens_logits_and_cache_lengths_equal_the_authors_program(model: Any, tensors: Any, case: str) -> None:
+def test_tokens_logits_and_cache_lengths_equal_the_authors_program(
+    model: Any, tensors: Any, case: str
+) -> None:
     expected = TRACE["cases"][case]
     tokens, logits, lengths = run(model, tensors, policy_of(case), len(expected["tokens"]))
     assert tokens == expected["tokens"]
@@ -112,9 +122,24 @@ MUTATIONS: dict[str, tuple[str, Any, str, Any]] = {
     "heavy share 0.5 instead of 0.7": ("text", rules, "HEAVY_SHARE", 0.5),
     "no floor under the text budget": ("vision_text", rules, "TEXT_FLOOR", 1),
     "refresh one step late": ("vision", avl.AdaptivePolicy, "whole", _whole_one_step_late),
-    "largest head instead of the mean": ("vision_no_refresh", avl.AdaptivePolicy, "rank", _best_head),
-    "the first head alone ranks the prefill filter": ("prefill", avl.AdaptivePolicy, "rank", _first_head),
-    "decode steps do not add to text scores": ("text", avl.AdaptivePolicy, "accumulates", property(_no_accumulation)),
+    "largest head instead of the mean": (
+        "vision_no_refresh",
+        avl.AdaptivePolicy,
+        "rank",
+        _best_head,
+    ),
+    "the first head alone ranks the prefill filter": (
+        "prefill",
+        avl.AdaptivePolicy,
+        "rank",
+        _first_head,
+    ),
+    "decode steps do not add to text scores": (
+        "text",
+        avl.AdaptivePolicy,
+        "accumulates",
+        property(_no_accumulation),
+    ),
     "a refresh keeps the worst": ("prefill_vision", segments, "recore", _worst_core),
 }
 
@@ -132,7 +157,7 @@ def test_positions_counted_from_the_keys_held_are_noticed(
     model: Any, tensors: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(AdaptiveLayer, "get_seq_length", _held_length)
-    with pytest.raises(avl.SeamError, match="holds 74 tokens, of which 106"):
+    with pytest.raises(avl.HookError, match="holds 74 tokens, of which 106"):
         agrees(model, tensors, "vision", policy_of("vision"))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 import avl
 from avl.attention import AttentionCall, attention_weights
 from avl.cache import AdaptiveLayer
-from avl.hooks import Tap, attached
+from avl.hooks import Observer, attached
 from tests import tiny
 from tests.avl.generating import generate
 
@@ -18,14 +18,21 @@ def test_bytes_of_a_session_are_the_bytes_of_its_tensors() -> None:
     model = tiny.llava(kv_heads=2, grid=8)
     with avl.adaptive(model, avl.AdaptivePolicy()) as session:
         out = model.generate(
-            **tiny.inputs(model, [30, 9]), max_new_tokens=8, do_sample=False, return_dict_in_generate=True
+            **tiny.inputs(model, [30, 9]),
+            max_new_tokens=8,
+            do_sample=False,
+            return_dict_in_generate=True,
         )
         usage = session.usage()
     layers = out.past_key_values.layers
     assert all(isinstance(layer, AdaptiveLayer) for layer in layers)
     assert usage.allocated == sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
-    assert usage.bookkeeping == sum(t.nbytes for layer in layers for t in (layer.positions, layer.scores))
-    assert usage.filled == sum(t[:, :, : layer.filled].nbytes for layer in layers for t in (layer.keys, layer.values))
+    assert usage.bookkeeping == sum(
+        t.nbytes for layer in layers for t in (layer.positions, layer.scores)
+    )
+    assert usage.filled == sum(
+        t[:, :, : layer.filled].nbytes for layer in layers for t in (layer.keys, layer.values)
+    )
     assert usage.full == 2 * 2 * usage.steps[-1].seen * 2 * 16 * 2 * 4
     assert usage.peak >= max(step.allocated for step in usage.steps)
 
@@ -46,21 +53,25 @@ def test_nothing_is_copied_at_an_ordinary_step() -> None:
     model = tiny.llava(grid=8)
     seen: list[tuple[bool, int]] = []
 
-    class Watch(Tap):
+    class Watch(Observer):
         def observe(self, call: AttentionCall, output: Tensor) -> None:
             layer = call.forward.cache.layers[call.layer]
             if call.forward.kind == "decode":
-                inside = layer.keys.data_ptr() <= call.key.data_ptr() < layer.keys.data_ptr() + layer.keys.nbytes
+                inside = (
+                    layer.keys.data_ptr()
+                    <= call.key.data_ptr()
+                    < layer.keys.data_ptr() + layer.keys.nbytes
+                )
                 seen.append((inside, call.key.shape[2]))
                 assert call.mask is None
 
-    with attached(model, Watch(), "observer"), avl.adaptive(model, avl.AdaptivePolicy(text=None)):
+    with attached(model, Watch()), avl.adaptive(model, avl.AdaptivePolicy(text=None)):
         generate(model, tiny.inputs(model, [30]), 4)
     keys = [3 + 19 + 31, 3 + 19 + 32, 3 + 32 + 33]  # the third step is a refresh
     assert seen == [(True, count) for count in keys for _ in range(2)]
 
 
-class Sums(Tap):
+class Sums(Observer):
     """Checks of what an observer sees under a policy."""
 
     def __init__(self) -> None:
@@ -75,7 +86,9 @@ class Sums(Tap):
         if call.key_positions is not None:
             positions = call.key_positions
             positions = positions[:, None] if positions.dim() == 2 else positions
-            empty = (positions < 0).expand(-1, call.key.shape[1], -1).repeat_interleave(call.groups, 1)
+            empty = (
+                (positions < 0).expand(-1, call.key.shape[1], -1).repeat_interleave(call.groups, 1)
+            )
             assert float(weights.masked_select(empty[:, :, None].expand_as(weights)).sum()) == 0.0
             for row in positions.flatten(0, 1):
                 held = row[row >= 0]
@@ -94,13 +107,15 @@ class Sums(Tap):
         avl.VLCachePolicy(budget=0.4),
     ],
 )
-def test_a_recorder_sees_exactly_what_was_attended(policy: avl.Policy, recorder_first: bool) -> None:
+def test_a_recorder_sees_exactly_what_was_attended(
+    policy: avl.Policy, recorder_first: bool
+) -> None:
     model = tiny.llava(kv_heads=2)
     inputs = tiny.inputs(model, [30, 9], images=[1, 2], between=3)
     with avl.adaptive(model, policy):
         tokens, logits = generate(model, inputs, 14)
     sums = Sums()
-    contexts: list[Any] = [attached(model, sums, "observer"), avl.adaptive(model, policy)]
+    contexts: list[Any] = [attached(model, sums), avl.adaptive(model, policy)]
     first, second = contexts if recorder_first else reversed(contexts)
     with first, second:
         again, again_logits = generate(model, inputs, 14)
@@ -114,7 +129,7 @@ def test_selection_tells_core_secondary_and_minor_of_every_step() -> None:
     inputs = tiny.inputs(model, [30, 9], images=[1, 2])
     attended: dict[tuple[int, int], list[list[int]]] = {}
 
-    class Watch(Tap):
+    class Watch(Observer):
         def observe(self, call: AttentionCall, output: Tensor) -> None:
             if call.forward.kind == "decode":
                 assert call.key_positions is not None
@@ -124,7 +139,10 @@ def test_selection_tells_core_secondary_and_minor_of_every_step() -> None:
                     sorted(p for p in row if image[b, p]) for b, row in enumerate(rows)
                 ]
 
-    with attached(model, Watch(), "observer"), avl.adaptive(model, avl.AdaptivePolicy(text=0.4)) as session:
+    with (
+        attached(model, Watch()),
+        avl.adaptive(model, avl.AdaptivePolicy(text=0.4)) as session,
+    ):
         generate(model, inputs, 10)
     selection = session.selection
     assert selection.steps == 9
@@ -151,7 +169,10 @@ def test_selection_follows_text_that_is_dropped() -> None:
     model = tiny.llava(kv_heads=2)
     with avl.adaptive(model, avl.AdaptivePolicy(text=0.4)) as session:
         out = model.generate(
-            **tiny.inputs(model, [30]), max_new_tokens=14, do_sample=False, return_dict_in_generate=True
+            **tiny.inputs(model, [30]),
+            max_new_tokens=14,
+            do_sample=False,
+            return_dict_in_generate=True,
         )
     for index, layer in enumerate(out.past_key_values.layers):
         state = session.selection.state(index)[0]
@@ -201,7 +222,7 @@ def test_a_session_can_be_attached_and_detached_by_hand() -> None:
     inputs = tiny.inputs(model, [30])
     tokens, logits = generate(model, inputs)
     session = avl.AdaptiveSession(model, avl.AdaptivePolicy(text=0.4)).attach()
-    with pytest.raises(avl.SeamError, match="on its model already"):
+    with pytest.raises(avl.HookError, match="on its model already"):
         session.attach()
     adapted, _ = generate(model, inputs)
     session.detach()

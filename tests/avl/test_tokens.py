@@ -12,7 +12,10 @@ IMG = 5
 
 def layout(rows, mask=None, **options):
     return token_layout(
-        torch.tensor(rows), [IMG], attention_mask=None if mask is None else torch.tensor(mask), **options
+        torch.tensor(rows),
+        [IMG],
+        attention_mask=None if mask is None else torch.tensor(mask),
+        **options,
     )
 
 
@@ -56,7 +59,9 @@ def test_pictures_are_counted_by_runs_or_by_a_known_number_of_tokens():
 def test_picture_lengths_that_do_not_add_up_are_refused():
     with pytest.raises(ValueError, match="run of 3 image tokens, which is not a multiple of 2"):
         layout([[7, IMG, IMG, IMG]], tokens_per_image=2)
-    with pytest.raises(ValueError, match="row 0 has 3 image tokens, but its pictures were said to have"):
+    with pytest.raises(
+        ValueError, match="row 0 has 3 image tokens, but its pictures were said to have"
+    ):
         layout([[7, IMG, IMG, IMG]], tokens_per_image=[[2, 2]])
 
 
@@ -68,7 +73,10 @@ def test_ids_and_mask_of_different_shapes_are_refused():
 
 
 def test_places_come_in_the_order_of_the_tokens_and_are_unknown_elsewhere():
-    laid_out = layout([[7, *[IMG] * 4, 8]], places=lambda row, image, count: [(i // 2, i % 2) for i in range(count)])
+    laid_out = layout(
+        [[7, *[IMG] * 4, 8]],
+        places=lambda row, image, count: [(i // 2, i % 2) for i in range(count)],
+    )
     assert laid_out.row[0].tolist() == [-1, 0, 0, 1, 1, -1]
     assert laid_out.column[0].tolist() == [-1, 0, 1, 0, 1, -1]
 

@@ -17,9 +17,14 @@ STEPS = 5
 
 
 def run(
-    model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor], steps: int = STEPS, **options: Any
+    model: LlavaForConditionalGeneration,
+    batch: dict[str, torch.Tensor],
+    steps: int = STEPS,
+    **options: Any,
 ) -> tuple[Recording, list[Seen]]:
-    """Record a greedy generation of an eager model; the recording, and every sample as the model itself returned it."""
+    """Record a greedy generation of an eager model; the recording, and every sample as the model
+    itself returned it.
+    """
     with record(model, **options) as recording:
         output = model.generate(
             **batch,
@@ -62,7 +67,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def model(kv_heads: int = 4, grid: int = 4, attn: str = "eager", **options: Any) -> LlavaForConditionalGeneration:
+def model(
+    kv_heads: int = 4, grid: int = 4, attn: str = "eager", **options: Any
+) -> LlavaForConditionalGeneration:
     return tiny.llava(kv_heads, layers=3, grid=grid, attn=attn, **options)
 
 

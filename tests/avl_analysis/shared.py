@@ -16,8 +16,15 @@ def vlm(kv_heads: int = 2, *, stops: bool = False, **sizes: int) -> VLM:
 
 
 def questions(count: int = 4) -> list[Sample]:
-    """Prompts of different lengths about different pictures, every second one with a (wrong) answer."""
-    words = ["what is the colour", "where is the red picture", "describe the image", "what is blue and where is it?"]
+    """Prompts of different lengths about different pictures, every second one with a (wrong)
+    answer.
+    """
+    words = [
+        "what is the colour",
+        "where is the red picture",
+        "describe the image",
+        "what is blue and where is it?",
+    ]
     return [
         Sample(
             id=f"q{i}",

@@ -37,13 +37,21 @@ def seen(model: VLM, sample: Sample) -> live.Observation:
     return live.observe(model, sample, max_new_tokens=TOKENS)
 
 
-def test_an_answer_is_what_generate_gives_and_every_token_has_its_time(model: VLM, sample: Sample) -> None:
+def test_an_answer_is_what_generate_gives_and_every_token_has_its_time(
+    model: VLM, sample: Sample
+) -> None:
     heard: list[tuple[str, int]] = []
-    said = live.answer(model, sample, max_new_tokens=TOKENS, on_token=lambda *event: heard.append(event))
+    said = live.answer(
+        model, sample, max_new_tokens=TOKENS, on_token=lambda *event: heard.append(event)
+    )
     inputs = model.prepare(list(sample.images), sample.prompt)
     out = model.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
     assert said.ids == tuple(out[0, inputs["input_ids"].shape[1] :].tolist())
-    assert said.text == model.processor.decode(list(said.ids), skip_special_tokens=True).strip() == heard[-1][0]
+    assert (
+        said.text
+        == model.processor.decode(list(said.ids), skip_special_tokens=True).strip()
+        == heard[-1][0]
+    )
     assert [count for _, count in heard] == list(range(1, TOKENS + 1))
     assert all(np.diff(said.seconds) > 0)
     assert said.ttft == said.seconds[0]
@@ -51,7 +59,9 @@ def test_an_answer_is_what_generate_gives_and_every_token_has_its_time(model: VL
     assert said.states is None
 
 
-def test_watching_does_not_change_the_answer(model: VLM, sample: Sample, seen: live.Observation) -> None:
+def test_watching_does_not_change_the_answer(
+    model: VLM, sample: Sample, seen: live.Observation
+) -> None:
     assert seen.answer.ids == live.answer(model, sample, max_new_tokens=TOKENS).ids
 
 
@@ -69,7 +79,9 @@ def test_watched_weights_are_the_rows_of_eager_attention(kv_heads: int, sample: 
     for step, layers in enumerate(out.attentions):
         rows = torch.stack([layer[0, :, -1] for layer in layers]).numpy()
         kept = watched.weights[step]
-        np.testing.assert_allclose(kept[..., : rows.shape[-1]], rows, atol=1e-3)  # kept in half precision
+        np.testing.assert_allclose(
+            kept[..., : rows.shape[-1]], rows, atol=1e-3
+        )  # kept in half precision
         assert np.isnan(kept[..., rows.shape[-1] :]).all()
 
 
@@ -92,7 +104,9 @@ def test_patches_stand_where_the_layout_says(seen: live.Observation) -> None:
 def test_the_focus_counts_patches_and_the_lift_of_a_region(seen: live.Observation) -> None:
     row = np.zeros((1, 1, 1, seen.modality.size), np.float16)
     row[0, 0, 0, np.flatnonzero(seen.image == 0)[:3]] = [0.5, 0.25, 0.25]
-    one = live.Observation(seen.answer, seen.tokens, seen.modality, seen.image, seen.row, seen.column, (0,), row)
+    one = live.Observation(
+        seen.answer, seen.tokens, seen.modality, seen.image, seen.row, seen.column, (0,), row
+    )
     focus = one.focus(0, 0, 0, region=[0, 5])
     assert (focus.mass, focus.patches, focus.of) == (1.0, 3, 16)
     assert focus.region == 0.5
@@ -101,9 +115,12 @@ def test_the_focus_counts_patches_and_the_lift_of_a_region(seen: live.Observatio
 
 
 @pytest.mark.parametrize(
-    ("place", "message"), [((99, 0, 0), "token 99"), ((0, 9, 0), "layer 9"), ((0, 0, 77), "head 77")]
+    ("place", "message"),
+    [((99, 0, 0), "token 99"), ((0, 9, 0), "layer 9"), ((0, 0, 77), "head 77")],
 )
-def test_places_that_are_not_there_are_named(seen: live.Observation, place: tuple[int, int, int], message: str) -> None:
+def test_places_that_are_not_there_are_named(
+    seen: live.Observation, place: tuple[int, int, int], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         seen.look(*place)
 
@@ -126,7 +143,9 @@ def test_under_a_policy_keys_that_were_not_read_have_no_weight(model: VLM, sampl
             assert (core.sum(), held.sum()) == (4, 8)
 
 
-def test_full_cache_policy_and_full_cache_do_not_disagree_and_a_harsh_policy_does(model: VLM, sample: Sample) -> None:
+def test_full_cache_policy_and_full_cache_do_not_disagree_and_a_harsh_policy_does(
+    model: VLM, sample: Sample
+) -> None:
     full = live.answer(model, sample, max_new_tokens=TOKENS)
     same = live.disagreement(model, sample, avl.FullPolicy(), full.ids)
     assert same.kl.shape == (TOKENS,)
@@ -152,20 +171,26 @@ def test_the_model_is_free_again_after_a_reader_stops(model: VLM, sample: Sample
     assert live.observe(model, sample, max_new_tokens=TOKENS).answer.ids == before
 
 
-def test_head_maps_cover_every_head_and_rank_them(model: VLM, sample: Sample, seen: live.Observation) -> None:
+def test_head_maps_cover_every_head_and_rank_them(
+    model: VLM, sample: Sample, seen: live.Observation
+) -> None:
     recording = live.recorded(model, sample, max_new_tokens=TOKENS)
     assert recording.facts()["answer"] == seen.answer.text
     image = taxonomy.measure(recording, "modality_mass/image")
     for step in range(TOKENS):
         values = taxonomy.matrix(recording, image, step)
-        watched = [[seen.mass(step, layer, head)["image"] for head in range(4)] for layer in range(2)]
+        watched = [
+            [seen.mass(step, layer, head)["image"] for head in range(4)] for layer in range(2)
+        ]
         np.testing.assert_allclose(values, watched, atol=2e-3)
     means = taxonomy.matrix(recording, image)
     per_step = np.stack([taxonomy.matrix(recording, image, step) for step in range(1, TOKENS)])
     np.testing.assert_allclose(means, per_step.mean(0), rtol=1e-5)
     ranked = taxonomy.rank(means, (0, 1))
     assert [value for *_, value in ranked] == sorted(means.ravel().tolist(), reverse=True)
-    assert {(layer, head) for layer, head, _ in ranked} == {(a, b) for a in range(2) for b in range(4)}
+    assert {(layer, head) for layer, head, _ in ranked} == {
+        (a, b) for a in range(2) for b in range(4)
+    }
     kinds = taxonomy.kinds(recording)
     assert kinds.shape == (2, 4)
     assert ((kinds == "visual") == (means >= taxonomy.VISUAL)).all()

@@ -16,7 +16,11 @@ def test_every_public_name_is_found(name: str) -> None:
 
 
 def test_no_module_hides_a_public_name() -> None:
-    modules = {path.stem for path in Path(avl_analysis.__file__).parent.iterdir() if not path.name.startswith("_")}
+    modules = {
+        path.stem
+        for path in Path(avl_analysis.__file__).parent.iterdir()
+        if not path.name.startswith("_")
+    }
     assert not modules & set(avl_analysis.__all__)
     assert import_module("avl_analysis.evaluation.compare").compare is avl_analysis.compare
 

@@ -1,8 +1,9 @@
-"""How soon the first screen is there, and how long a change of view takes: `python -m tests.benchmarks.dashboard`.
+"""How soon the first screen is there, and how long a change of view takes: `python -m
+tests.benchmarks.dashboard`.
 
-Starts the dashboard as `avl app` does, opens it in a headless Chromium, and measures in the browser: from starting the
-process to the first screen with its answer (targets: at most 10 s on two cores), then changes of view after everything
-has been answered once (at most 1 s, median).
+Starts the dashboard as `avl app` does, opens it in a headless Chromium, and measures in the
+browser: from starting the process to the first screen with its answer (targets: at most 10 s on two
+cores), then changes of view after everything has been answered once (at most 1 s, median).
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ DRAWN = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds over all views")
     rounds = parser.parse_args().rounds
     browser_path = chromium()
@@ -59,9 +62,14 @@ def main() -> None:
                     if number:  # the first round answers and records
                         times[view].append(time.perf_counter() - start)
             for view, seconds in times.items():
-                print(f"change to {view:<12} median {statistics.median(seconds):6.2f} s   worst {max(seconds):6.2f} s")
+                print(
+                    f"change to {view:<12} median {statistics.median(seconds):6.2f} s   worst"
+                    f" {max(seconds):6.2f} s"
+                )
             everything = [second for seconds in times.values() for second in seconds]
-            print(f"all changes of view  median {statistics.median(everything):6.2f} s   (target 1 s)")
+            print(
+                f"all changes of view  median {statistics.median(everything):6.2f} s   (target 1 s)"
+            )
         browser.close()
 
 

@@ -1,18 +1,22 @@
-"""Attention and cache time of a decode step: stock cache, FullPolicy, A-VL masked, sliced, and as it is here.
+"""Attention and cache time of a decode step: stock cache, FullPolicy, A-VL masked, sliced, and as
+it is here.
 
-    python tests/benchmarks/decoding.py                  # everything: about half an hour on two cores
-    python tests/benchmarks/decoding.py --quick          # one small setting, to see that it runs
-    python tests/benchmarks/decoding.py --out decoding.json
+    python tests/benchmarks/decoding.py                  # everything: about half an hour on two
+    cores python tests/benchmarks/decoding.py --quick          # one small setting, to see that it
+    runs python tests/benchmarks/decoding.py --out decoding.json
 
-A LLaVA of 7B width (32 heads of 128) or of a grouped-query width (8 key/value heads), few layers, random weights. For
-"attention + cache" the projections and the MLP are stand-ins that return ready random tensors, the same for every
-variant, so that what is timed is: the cache's update, the attention function with everything the policy does in it,
-and the policy's work before and after the pass. "whole step" puts the real layers back. All variants take every step
-in turn, so that they share whatever else the machine does; times are medians over steps of a kind, averaged over a
-refresh cycle, per layer. Random queries make the core change far more between refreshes than a trained model does,
-which is against A-VL. Before times are shown, the three ways of doing A-VL are checked to give the same outputs.
+A LLaVA of 7B width (32 heads of 128) or of a grouped-query width (8 key/value heads), few layers,
+random weights. For "attention + cache" the projections and the MLP are stand-ins that return ready
+random tensors, the same for every variant, so that what is timed is: the cache's update, the
+attention function with everything the policy does in it, and the policy's work before and after the
+pass. "whole step" puts the real layers back. All variants take every step in turn, so that they
+share whatever else the machine does; times are medians over steps of a kind, averaged over a
+refresh cycle, per layer. Random queries make the core change far more between refreshes than a
+trained model does, which is against A-VL. Before times are shown, the three ways of doing A-VL are
+checked to give the same outputs.
 
-The limit is the time in which the attended keys and values could be copied at the bandwidth measured here.
+The limit is the time in which the attended keys and values could be copied at the bandwidth
+measured here.
 """
 
 from __future__ import annotations
@@ -54,9 +58,11 @@ VARIANTS = ("stock", "full", "masked", "sliced", "avl")
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table: 7B width with `key_heads` key/value heads, `images` pictures in the prompt."""
+    """One row of the table: 7B width with `kv_heads` key/value heads, `images` pictures in the
+    prompt.
+    """
 
-    key_heads: int
+    kv_heads: int
     images: int
     batch: int
     dtype: str
@@ -73,7 +79,9 @@ class Setting:
 
 @dataclass
 class Result:
-    """Per layer: milliseconds of attention + cache and of the whole step, bytes filled and allocated; keys attended."""
+    """Per layer: milliseconds of attention + cache and of the whole step, bytes filled and
+    allocated; keys attended.
+    """
 
     setting: Setting
     attention_ms: dict[str, float] = field(default_factory=dict)
@@ -92,18 +100,26 @@ def build(setting: Setting) -> LlavaForConditionalGeneration:
         hidden_size=hidden,
         intermediate_size=hidden * 11008 // 4096,
         num_attention_heads=setting.heads,
-        num_key_value_heads=setting.key_heads,
+        num_key_value_heads=setting.kv_heads,
         head_dim=setting.width,
         num_hidden_layers=setting.layers,
         vocab_size=64,
         max_position_embeddings=8192,
     )
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_attention_heads=1, num_hidden_layers=1, image_size=4 * setting.grid
+        hidden_size=32,
+        intermediate_size=32,
+        num_attention_heads=1,
+        num_hidden_layers=1,
+        image_size=4 * setting.grid,
     )
     vision.patch_size = 4
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-1, image_seq_length=4
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        image_seq_length=4,
     )
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
@@ -113,7 +129,9 @@ def build(setting: Setting) -> LlavaForConditionalGeneration:
 
 
 class StandIn(nn.Module):
-    """Returns ready tensors instead of computing them: random ones of the right width, or its input."""
+    """Returns ready tensors instead of computing them: random ones of the right width, or its
+    input.
+    """
 
     def __init__(self, seed: int, width: int | None) -> None:
         super().__init__()
@@ -145,7 +163,11 @@ class Runner:
         self._stands: list[tuple[nn.Module, str, nn.Module]] = []
         config = self.model.config.text_config
         for index, layer in enumerate(self.model.model.language_model.layers):
-            heads, keys, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+            heads, keys, width = (
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                config.head_dim,
+            )
             for place, part, size in (
                 (layer.self_attn, "q_proj", heads * width),
                 (layer.self_attn, "k_proj", keys * width),
@@ -165,7 +187,7 @@ class Runner:
             self.session = self.stack.enter_context(avl.adaptive(self.model, POLICY))
         elif self.name != "stock":
             self.session = {"masked": MaskedStep, "sliced": SlicedStep}[self.name](POLICY)
-            self.stack.enter_context(attached(self.model, self.session, "actor"))
+            self.stack.enter_context(attached(self.model, self.session))
         self.use(self._stands)
 
     def use(self, modules: list[tuple[nn.Module, str, nn.Module]]) -> None:
@@ -174,7 +196,9 @@ class Runner:
 
     def prompt(self, ids: Tensor, pixels: Tensor) -> None:
         with torch.no_grad():
-            self.model(input_ids=ids, pixel_values=pixels, past_key_values=self.cache, logits_to_keep=1)
+            self.model(
+                input_ids=ids, pixel_values=pixels, past_key_values=self.cache, logits_to_keep=1
+            )
 
     def step(self, token: Tensor) -> float:
         """Run a decode step; returns the seconds it took as a whole."""
@@ -215,7 +239,10 @@ class Runner:
         ALL_ATTENTION_FUNCTIONS.register(registered, self.timed(original))
         self.cache.update = self.timed(self.cache.update)  # type: ignore[method-assign]
         if self.session is not None:
-            self.session.begin, self.session.end = self.timed(self.session.begin), self.timed(self.session.end)
+            self.session.begin, self.session.end = (
+                self.timed(self.session.begin),
+                self.timed(self.session.end),
+            )
         try:
             self.seconds = 0.0
             yield
@@ -237,7 +264,9 @@ def measure(setting: Setting, cycles: int, whole_cycles: int) -> Result:
     model = build(setting)
     runners = [Runner(name, model, setting) for name in VARIANTS]
     result = Result(setting)
-    ids = torch.tensor([[9] * SYSTEM + [IMAGE] * (setting.tokens - SYSTEM - QUESTION) + [11] * QUESTION])
+    ids = torch.tensor(
+        [[9] * SYSTEM + [IMAGE] * (setting.tokens - SYSTEM - QUESTION) + [11] * QUESTION]
+    )
     ids = ids.expand(setting.batch, -1).to(setting.device)
     generator = torch.Generator().manual_seed(1)
     side = 4 * setting.grid
@@ -249,7 +278,9 @@ def measure(setting: Setting, cycles: int, whole_cycles: int) -> Result:
         for runner in runners:
             runner.start()
             runner.prompt(ids, pixels)
-        times: dict[str, dict[bool, list[float]]] = {name: {True: [], False: []} for name in VARIANTS}
+        times: dict[str, dict[bool, list[float]]] = {
+            name: {True: [], False: []} for name in VARIANTS
+        }
         for step in range(1, every * (cycles + 1) + 1):
             for runner in runners[step % len(runners) :] + runners[: step % len(runners)]:
                 with runner.clock():
@@ -290,7 +321,10 @@ def check(runners: list[Runner]) -> None:
     tolerance = 1e-3 if runners[0].setting.dtype == "float32" else 5e-2
     for one, other in (("stock", "full"), ("avl", "masked"), ("avl", "sliced")):
         if (difference := float((outputs[one] - outputs[other]).abs().max())) > tolerance:
-            raise AssertionError(f"{one} and {other} differ by {difference:.2e}; nothing measured here would mean much")
+            raise AssertionError(
+                f"{one} and {other} differ by {difference:.2e}; nothing measured here would mean"
+                " much"
+            )
 
 
 def bytes_of(runner: Runner) -> tuple[int, int]:
@@ -323,7 +357,13 @@ def limits(result: Result) -> None:
     speed = bandwidth(getattr(torch, setting.dtype), setting.device)
     image = setting.images * setting.grid**2
     text = SYSTEM + QUESTION
-    size = 2 * setting.batch * setting.key_heads * setting.width * getattr(torch, setting.dtype).itemsize
+    size = (
+        2
+        * setting.batch
+        * setting.kv_heads
+        * setting.width
+        * getattr(torch, setting.dtype).itemsize
+    )
     core = ((every - 1) * int(POLICY.core * image) + int(POLICY.secondary * image)) / every  # type: ignore[operator]
     for name in VARIANTS:
         keys = image + text if name in ("stock", "full") else core + text
@@ -334,9 +374,9 @@ def settings(arguments: argparse.Namespace) -> list[Setting]:
     if arguments.quick:
         return [Setting(8, 1, 1, "float32", arguments.device, heads=8, width=64, layers=1)]
     return [
-        Setting(key_heads, images, batch, dtype, arguments.device)
+        Setting(kv_heads, images, batch, dtype, arguments.device)
         for dtype in arguments.dtype
-        for key_heads in arguments.key_heads
+        for kv_heads in arguments.kv_heads
         for images in arguments.images
         for batch in arguments.batch
     ]
@@ -344,14 +384,17 @@ def settings(arguments: argparse.Namespace) -> list[Setting]:
 
 def show(result: Result) -> None:
     s = result.setting
-    heads = f"{s.heads} query and {s.key_heads} key/value heads of {s.width}"
+    heads = f"{s.heads} query and {s.kv_heads} key/value heads of {s.width}"
     print(f"\n{s.tokens} tokens, batch {s.batch}, {heads}, {s.dtype}")
-    print(f"  {'':8}{'attention+cache ms':>19}{'x stock':>9}{'ordinary':>10}{'refresh':>9}{'limit':>8}"
-          f"{'whole ms':>10}{'x stock':>9}{'filled':>9}{'allocated':>11}")  # fmt: skip
+    print(
+        f"  {'':8}{'attention+cache ms':>19}{'x stock':>9}{'ordinary':>10}{'refresh':>9}"
+        f"{'limit':>8}{'whole ms':>10}{'x stock':>9}{'filled':>9}{'allocated':>11}"
+    )
     for name in VARIANTS:
         stock = result.attention_ms["stock"], result.whole_ms["stock"], result.filled["stock"]
         print(
-            f"  {name:8}{result.attention_ms[name]:19.3f}{result.attention_ms[name] / stock[0]:9.2f}"
+            f"  {name:8}{result.attention_ms[name]:19.3f}"
+            f"{result.attention_ms[name] / stock[0]:9.2f}"
             f"{result.ordinary_ms[name]:10.3f}{result.refresh_ms[name]:9.3f}{result.limit_ms[name]:8.3f}"
             f"{result.whole_ms[name]:10.2f}{result.whole_ms[name] / stock[1]:9.2f}"
             f"{result.filled[name] / stock[2]:9.2f}{result.allocated[name] / stock[2]:11.2f}"
@@ -359,15 +402,23 @@ def show(result: Result) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one small setting")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
-    parser.add_argument("--cycles", type=int, help="refresh cycles to time (default 10; 3 with --quick)")
+    parser.add_argument(
+        "--cycles", type=int, help="refresh cycles to time (default 10; 3 with --quick)"
+    )
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--key-heads", nargs="+", type=int, default=[32, 8])
     parser.add_argument(
-        "--images", nargs="+", type=int, default=[1, 5], help="pictures of 576 tokens: 640, 2944 tokens"
+        "--images",
+        nargs="+",
+        type=int,
+        default=[1, 5],
+        help="pictures of 576 tokens: 640, 2944 tokens",
     )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--out", type=Path, help="write all numbers as JSON")
@@ -384,7 +435,9 @@ def main() -> None:
         sys.stdout.flush()
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"environment": facts, "results": [asdict(r) for r in results]}, indent=1))
+        arguments.out.write_text(
+            json.dumps({"environment": facts, "results": [asdict(r) for r in results]}, indent=1)
+        )
 
 
 if __name__ == "__main__":

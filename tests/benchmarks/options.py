@@ -1,12 +1,14 @@
-"""What each option of A-VL beyond the paper is worth on the embedded model: accuracy, bytes, keys read.
+"""What each option of A-VL beyond the paper is worth on the embedded model: accuracy, bytes, keys
+read.
 
     python -m tests.benchmarks.options --out options.jsonl --samples 200
     python -m tests.benchmarks.options --show options.jsonl
 
-Caption, ocr and count are the tasks with answers of many, some and few tokens. Every option answers the same held-out
-questions; intervals are Wilson's of the accuracy, and bootstrapped ones of the paired difference to the full cache. The
-file has the form of avl_analysis.evaluation.frontier's. `--dtype bfloat16` runs model and cache in 16 bits, `--only cold` the full
-cache and options with that word in their names.
+Caption, ocr and count are the tasks with answers of many, some and few tokens. Every option answers
+the same held-out questions; intervals are Wilson's of the accuracy, and bootstrapped ones of the
+paired difference to the full cache. The file has the form of avl_analysis.evaluation.frontier's.
+`--dtype bfloat16` runs model and cache in 16 bits, `--only cold` the full cache and options with
+that word in their names.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ SCORES = ("question", "max", "sink", "position", "value", "diverse")
 
 
 def options() -> dict[str, avl.Policy]:
-    """Policies by name. Text is never dropped but in the first two, so that each option is seen alone."""
+    """Policies by name. Text is never dropped but in the first two, so that each option is seen
+    alone.
+    """
     vision = AdaptivePolicy(text=None)
     cold = AdaptivePolicy.with_cold_tier
     found: dict[str, avl.Policy] = {
@@ -62,26 +66,39 @@ def options() -> dict[str, avl.Policy]:
         "cold 2, always read": cold(cold=2),
     }
     for share in (0.1, 0.05, 0.02):
-        found[f"cold 4, best {share:g} of each step"] = cold(core=share, refresh_every=1, sparse_refresh=True)
+        found[f"cold 4, best {share:g} of each step"] = cold(
+            core=share, refresh_every=1, sparse_refresh=True
+        )
     found["cold 4, text rule 0.7"] = cold(text=0.7)
     return found
 
 
-def measure(tasks: Sequence[str], samples: int, batch: int, dtype: str, only: str) -> list[dict[str, Any]]:
-    """The summary of the full cache, and of every option whose name contains `only`, on every task."""
+def measure(
+    tasks: Sequence[str], samples: int, batch: int, dtype: str, only: str
+) -> list[dict[str, Any]]:
+    """The summary of the full cache, and of every option whose name contains `only`,
+    on every task."""
     vlm = load_model("scenes", dtype=dtype)
-    points = [Entry(name, None, policy) for name, policy in options().items() if name == "full" or only in name]
+    points = [
+        Entry(name, None, policy)
+        for name, policy in options().items()
+        if name == "full" or only in name
+    ]
     lines = []
     for task in tasks:
         questions = scene_samples(samples, [task], COMPARE_SEED)
         for group in groups(vlm, questions, batch):
             lines += [{"task": task, **line} for line in run_unit(vlm, questions, group, points)]
-            print(f"{task}: {len(lines) // len(points)} answers by {len(points)} policies", file=sys.stderr)
+            print(
+                f"{task}: {len(lines) // len(points)} answers by {len(points)} policies",
+                file=sys.stderr,
+            )
     return summarise(lines, points, samples)
 
 
 def show(lines: Sequence[dict[str, Any]]) -> None:
-    """A table in Markdown: accuracy with interval, share of bytes, and share of keys read, by task."""
+    """A table in Markdown: accuracy with interval, share of bytes, and share of keys
+    read, by task."""
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     by_cell = {(line["policy"], line["task"]): line for line in lines}
     print("| option | " + " | ".join(f"{task}: accuracy | bytes | read" for task in tasks) + " |")
@@ -112,8 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     lines = measure(chosen.tasks, chosen.samples, chosen.batch, chosen.dtype, chosen.only)
     command = (
-        f"python -m tests.benchmarks.options --out {chosen.out.name} --samples {chosen.samples} --dtype {chosen.dtype} "
-        f"--tasks {' '.join(chosen.tasks)}{f' --only {chosen.only!r}' if chosen.only else ''}"
+        f"python -m tests.benchmarks.options --out {chosen.out.name} --samples {chosen.samples}"
+        f" --dtype {chosen.dtype} --tasks"
+        f" {' '.join(chosen.tasks)}{f' --only {chosen.only!r}' if chosen.only else ''}"
     )
     write(chosen.out, lines, {"command": command, "torch": torch.__version__})
     show(lines)

@@ -1,26 +1,30 @@
-"""What recording costs, at the width of LLaVA-1.5-7B: 32 heads of 128 in decoder layers with random weights.
+"""What recording costs, at the width of LLaVA-1.5-7B: 32 heads of 128 in decoder layers with random
+weights.
 
-    python tests/benchmarks/recording.py                 every setting, half an hour and more on 2 cores
-    python tests/benchmarks/recording.py --quick         one layer, the short prompt, float32
+    python tests/benchmarks/recording.py                 every setting, half an hour and more on 2
+    cores python tests/benchmarks/recording.py --quick         one layer, the short prompt, float32
     python tests/benchmarks/recording.py --out cost.json
 
-Prefills are measured in rounds: plain SDPA, the same with all statistics recorded, and eager attention with
-`output_attentions=True`, one after another. Ratios are taken within a round and their median is reported, so that a
-machine that is busy with other things slows all three alike.
+Prefills are measured in rounds: plain SDPA, the same with all statistics recorded, and eager
+attention with `output_attentions=True`, one after another. Ratios are taken within a round and
+their median is reported, so that a machine that is busy with other things slows all three alike.
 
-Decode steps are timed in turn, a plain one, then a recorded one of a twin of the model (other modules, the same weights
-in memory); the median of their ratios counts, pair by pair. They run in a process of their own whose C library keeps
-freed memory: otherwise it depends on what ran before whether the cache, copied at every step, comes from fresh pages,
-which can double the time of a plain step. The prompts before them leave out the MLPs, whose time does not matter there.
+Decode steps are timed in turn, a plain one, then a recorded one of a twin of the model (other
+modules, the same weights in memory); the median of their ratios counts, pair by pair. They run in a
+process of their own whose C library keeps freed memory: otherwise it depends on what ran before
+whether the cache, copied at every step, comes from fresh pages, which can double the time of a
+plain step. The prompts before them leave out the MLPs, whose time does not matter there.
 
-Memory is measured in a process of its own, too, with large allocations returned to the system at once, so that the
-resident size follows what is really held, and after a first pass, in which libraries take memory of their own. The
-attention there has the same heads, but the layers around it are narrow, which saves minutes: what stands beside the
-attention depends on the heads alone. "own" is the most the recorder held at any moment, what it keeps included; "maps"
-is the size of ONE layer's maps in float32, n x n x heads x 4 bytes.
+Memory is measured in a process of its own, too, with large allocations returned to the system at
+once, so that the resident size follows what is really held, and after a first pass, in which
+libraries take memory of their own. The attention there has the same heads, but the layers around it
+are narrow, which saves minutes: what stands beside the attention depends on the heads alone. "own"
+is the most the recorder held at any moment, what it keeps included; "maps" is the size of ONE
+layer's maps in float32, n x n x heads x 4 bytes.
 
-A CPU without bfloat16 instructions multiplies bfloat16 matrices several times slower than float32 ones; there, one
-round that counts (`--dtypes bfloat16 --rounds 1 --warmup 0`) takes about 20 minutes.
+A CPU without bfloat16 instructions multiplies bfloat16 matrices several times slower than float32
+ones; there, one round that counts (`--dtypes bfloat16 --rounds 1 --warmup 0`) takes about 20
+minutes.
 """
 
 from __future__ import annotations
@@ -155,10 +159,14 @@ class Bench:
         self.model, self.inputs = model, inputs
 
     @torch.no_grad()
-    def prefill(self, model: LlavaForConditionalGeneration, **options: Any) -> tuple[float, DynamicCache]:
+    def prefill(
+        self, model: LlavaForConditionalGeneration, **options: Any
+    ) -> tuple[float, DynamicCache]:
         cache = DynamicCache(config=model.config.get_text_config())
         start = time.perf_counter()
-        kept = model(**self.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **options)
+        kept = model(
+            **self.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **options
+        )
         elapsed = time.perf_counter() - start
         del kept
         return elapsed, cache
@@ -180,7 +188,9 @@ class Bench:
         other: tuple[LlavaForConditionalGeneration, DynamicCache],
         steps: int,
     ) -> list[tuple[float, float]]:
-        """Seconds of every decode step of two runs, in turn; the first, which touches new memory, left out."""
+        """Seconds of every decode step of two runs, in turn; the first, which touches new memory,
+        left out.
+        """
         seconds, mask = [], self.inputs["attention_mask"]
         for token in range(steps + 1):
             mask, ids = torch.cat([mask, mask.new_ones(1, 1)], 1), torch.tensor([[20 + token]])
@@ -213,14 +223,18 @@ def prefills(bench: Bench, rounds: int, warmup: int = 1) -> dict[str, float]:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library take blocks up to 32 MiB (the most it allows) from its heap, and never shrink that."""
+    """Have the C library take blocks up to 32 MiB (the most it allows) from its heap, and never
+    shrink that.
+    """
     library = ctypes.CDLL(None)
     library.mallopt(M_MMAP_THRESHOLD, 32 << 20)
     library.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def twin(model: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
-    """The same weights in memory under modules of their own, so that one can be recorded and the other not."""
+    """The same weights in memory under modules of their own, so that one can be recorded and the
+    other not.
+    """
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
@@ -237,7 +251,9 @@ def without_mlps(*models: LlavaForConditionalGeneration) -> Iterator[None]:
             layer.mlp = mlp
 
 
-def decode_steps(dtype: str, layers: int, length: int, steps: int, rounds: int, threads: int) -> dict[str, float]:
+def decode_steps(
+    dtype: str, layers: int, length: int, steps: int, rounds: int, threads: int
+) -> dict[str, float]:
     """Medians over the steps of all rounds; to be called in a process of its own."""
     keep_freed_memory()
     torch.set_num_threads(threads)
@@ -272,7 +288,9 @@ def _reset_peak() -> None:
 
 
 def return_large_blocks() -> None:
-    """Have the C library give freed blocks above 64 KiB back at once instead of keeping them for reuse."""
+    """Have the C library give freed blocks above 64 KiB back at once instead of keeping them for
+    reuse.
+    """
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
@@ -303,7 +321,9 @@ def watched_recorder() -> Iterator[dict[str, int]]:
 
 
 def memory(dtype: str, layers: int, length: int) -> dict[str, int]:
-    """Sizes in bytes; to be called in a process of its own, whose heap holds no blocks freed before."""
+    """Sizes in bytes; to be called in a process of its own, whose heap holds no blocks freed
+    before.
+    """
     return_large_blocks()
     bench = Bench(build(layers, DTYPES[dtype], NARROW, NARROW), prompt(length, DTYPES[dtype]))
     bench.model.set_attn_implementation("sdpa")
@@ -321,7 +341,11 @@ def memory(dtype: str, layers: int, length: int) -> dict[str, int]:
         peaks.append(_status("VmHWM") - before)
     if sizes["peak"] < length * HEADS * 4:  # less than one row of weights cannot be
         raise RuntimeError(f"the recorder's memory was not seen: {sizes['peak']} bytes")
-    return {"own_peak": sizes["peak"], "kept": sizes["kept"], "eager_peak_extra": peaks[1] - peaks[0]}
+    return {
+        "own_peak": sizes["peak"],
+        "kept": sizes["kept"],
+        "eager_peak_extra": peaks[1] - peaks[0],
+    }
 
 
 def apart(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -336,33 +360,44 @@ def apart(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str,
 def show(cost: Cost) -> str:
     mib = 1 << 20
     return (
-        f"{cost.dtype}, {cost.prompt} tokens, {cost.layers} layers, {cost.rounds} rounds\n"
-        f"  prefill   plain {cost.plain_prefill:6.2f} s   recorded {cost.recorded_prefill:6.2f} s   eager with "
-        f"output_attentions {cost.eager_prefill:6.2f} s\n"
-        f"            recorded / plain {cost.recorded_over_plain:.3f}   "
-        f"recorded / eager {cost.recorded_over_eager:.3f}\n"
-        f"  decode    plain {cost.plain_step * 1e3:6.1f} ms   recorded {cost.recorded_step * 1e3:6.1f} ms   "
-        f"ratio {cost.step_ratio:.3f}\n"
-        f"  memory    one layer's maps {cost.maps / mib:.0f} MiB   recorder at most {cost.own_peak / mib:.1f} MiB, "
-        f"{cost.own_over_maps:.1%} of them (kept {cost.kept / mib:.1f} MiB)   "
-        f"eager {cost.eager_peak_extra / mib:.0f} MiB"
+        f"{cost.dtype}, {cost.prompt} tokens, {cost.layers} layers, {cost.rounds} rounds\n  prefill"
+        f"   plain {cost.plain_prefill:6.2f} s   recorded {cost.recorded_prefill:6.2f} s   eager"
+        f" with output_attentions {cost.eager_prefill:6.2f} s\n            recorded / plain"
+        f" {cost.recorded_over_plain:.3f}   recorded / eager {cost.recorded_over_eager:.3f}\n "
+        f" decode    plain {cost.plain_step * 1e3:6.1f} ms   recorded"
+        f" {cost.recorded_step * 1e3:6.1f} ms   ratio {cost.step_ratio:.3f}\n  memory    one"
+        f" layer's maps {cost.maps / mib:.0f} MiB   recorder at most {cost.own_peak / mib:.1f} MiB,"
+        f" {cost.own_over_maps:.1%} of them (kept {cost.kept / mib:.1f} MiB)   eager"
+        f" {cost.eager_peak_extra / mib:.0f} MiB"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cost of recording at 7B width.")
-    parser.add_argument("--quick", action="store_true", help="one layer, 640 tokens, float32, two rounds")
-    parser.add_argument("--prompts", type=int, nargs="+", choices=list(PROMPTS), default=list(PROMPTS))
+    parser.add_argument(
+        "--quick", action="store_true", help="one layer, 640 tokens, float32, two rounds"
+    )
+    parser.add_argument(
+        "--prompts", type=int, nargs="+", choices=list(PROMPTS), default=list(PROMPTS)
+    )
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--layers", type=int, default=3, help="decoder layers (default 3)")
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds (default 3)")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before that, thrown away (default 1)")
+    parser.add_argument(
+        "--warmup", type=int, default=1, help="rounds before that, thrown away (default 1)"
+    )
     parser.add_argument("--steps", type=int, default=24, help="decode steps per round (default 24)")
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     options = parser.parse_args()
     if options.quick:
-        options.prompts, options.dtypes, options.layers, options.rounds, options.steps = [640], ["float32"], 1, 2, 6
+        options.prompts, options.dtypes, options.layers, options.rounds, options.steps = (
+            [640],
+            ["float32"],
+            1,
+            2,
+            6,
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
     print(json.dumps(environment()), flush=True)
@@ -371,8 +406,12 @@ def main() -> None:
         model = build(options.layers, DTYPES[dtype])
         for length in options.prompts:
             setting, maps = (dtype, options.layers, length), length * length * HEADS * 4
-            times = prefills(Bench(model, prompt(length, DTYPES[dtype])), options.rounds, options.warmup)
-            times |= apart(decode_steps, *setting, options.steps, options.rounds, torch.get_num_threads())
+            times = prefills(
+                Bench(model, prompt(length, DTYPES[dtype])), options.rounds, options.warmup
+            )
+            times |= apart(
+                decode_steps, *setting, options.steps, options.rounds, torch.get_num_threads()
+            )
             sizes = apart(memory, *setting)
             cost = Cost(
                 prompt=length,
@@ -390,7 +429,9 @@ def main() -> None:
         gc.collect()
     if options.out:
         options.out.write_text(
-            json.dumps({"environment": environment(), "costs": [asdict(c) for c in costs]}, indent=2)
+            json.dumps(
+                {"environment": environment(), "costs": [asdict(c) for c in costs]}, indent=2
+            )
         )
 
 

@@ -1,8 +1,9 @@
 """The other ways to do A-VL's decode step, as they are commonly written, to measure against.
 
-Both keep what A-VL keeps in a stock-like cache that concatenates every step, as the authors' program does. `MaskedStep`
-then attends to everything held with non-core keys masked (theirs), `SlicedStep` copies the attended keys out first.
-Text is evicted per head by gathering the text tail. Rows of a batch must have equal lengths.
+Both keep what A-VL keeps in a stock-like cache that concatenates every step, as the authors'
+program does. `MaskedStep` then attends to everything held with non-core keys masked (theirs),
+`SlicedStep` copies the attended keys out first. Text is evicted per head by gathering the text
+tail. Rows of a batch must have equal lengths.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from avl import AdaptivePolicy
 from avl.attention import Attend, AttentionCall, Forward, attend_one_row
-from avl.hooks import Tap
+from avl.hooks import Intervention
 from avl.policies.base import Counts, Prompt
 from avl.tokens import Modality
 
@@ -27,7 +28,9 @@ class HeldLayer(DynamicLayer):
         super().__init__()
         self.dropped = 0
         self.scores: Tensor | None = None  # (batch, heads, text keys)
-        self.core: Tensor | None = None  # (batch, keys in the core) indices into the held image keys
+        self.core: Tensor | None = (
+            None  # (batch, keys in the core) indices into the held image keys
+        )
         self.image: slice = slice(0, 0)
 
     def get_seq_length(self) -> int:
@@ -37,7 +40,7 @@ class HeldLayer(DynamicLayer):
         return query_length, self.get_seq_length()
 
 
-class StockLikeStep(Tap):
+class StockLikeStep(Intervention):
     """A-VL's selection over stock-like layers; subclasses say how the core is attended."""
 
     def __init__(self, policy: AdaptivePolicy) -> None:
@@ -80,9 +83,13 @@ class StockLikeStep(Tap):
         image = torch.cat([choice.core, choice.far], 2)
         layer.core = torch.arange(choice.core.shape[2]).expand(batch, -1)
         layer.image = slice(system.shape[2], system.shape[2] + image.shape[2])
-        index = torch.cat([part.expand(-1, call.key.shape[1], -1) for part in (system, image, text)], 2)
+        index = torch.cat(
+            [part.expand(-1, call.key.shape[1], -1) for part in (system, image, text)], 2
+        )
         layer.keys = layer.keys.gather(2, index[..., None].expand(-1, -1, -1, layer.keys.shape[3]))
-        layer.values = layer.values.gather(2, index[..., None].expand(-1, -1, -1, layer.values.shape[3]))
+        layer.values = layer.values.gather(
+            2, index[..., None].expand(-1, -1, -1, layer.values.shape[3])
+        )
         layer.dropped = length - index.shape[2]
         if choice.scores is not None:
             layer.scores = choice.scores.gather(2, text.expand(-1, call.key.shape[1], -1))
@@ -134,7 +141,13 @@ class SlicedStep(StockLikeStep):
         index = torch.cat([system, layer.core + layer.image.start, text], 1)
         for name in ("key", "value"):
             tensor = getattr(call, name)
-            setattr(call, name, torch.stack([rows.index_select(1, at) for rows, at in zip(tensor, index, strict=True)]))
+            setattr(
+                call,
+                name,
+                torch.stack(
+                    [rows.index_select(1, at) for rows, at in zip(tensor, index, strict=True)]
+                ),
+            )
         return attend_one_row(call)
 
 

@@ -1,4 +1,6 @@
-"""Recordings made of numbers instead of a model: known answers for the figures, in the layout `record` writes."""
+"""Recordings made of numbers instead of a model: known answers for the figures, in the layout
+`record` writes.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +23,24 @@ PROMPT = SYSTEM + IMAGE + QUESTION
 MODALITIES = list(tokens.MODALITIES)
 
 
-def recording(samples: int = 6, steps: int = 9, *, hostile: bool = False, seed: int = 0) -> Recording:
-    """A recording of drawn scenes whose attention is made up: it lies on what the question is about in layer 1.
+def recording(
+    samples: int = 6, steps: int = 9, *, hostile: bool = False, seed: int = 0
+) -> Recording:
+    """A recording of drawn scenes whose attention is made up: it lies on what the question is about
+    in layer 1.
 
-    Sample i makes `steps - i` decode steps. Image mass is 0.6, text 0.3, system 0.1, with a little noise. `hostile`
-    puts markup into every text a recording can bring.
+    Sample i makes `steps - i` decode steps. Image mass is 0.6, text 0.3, system 0.1, with a little
+    noise. `hostile` puts markup into every text a recording can bring.
     """
     rng = np.random.default_rng(seed)
     names = [f"{i:06d}" for i in range(samples)]
     drawn = [scenes.generate(3, i, ("ocr", "colour")[i % 2]) for i in range(samples)]
     made = [_answer(sample, steps - i) for i, sample in enumerate(drawn)]
-    coords = {"sample": np.array(names, dtype=object), "layer": np.arange(LAYERS), "head": np.arange(HEADS)}
+    coords = {
+        "sample": np.array(names, dtype=object),
+        "layer": np.arange(LAYERS),
+        "head": np.arange(HEADS),
+    }
     lengths = np.array([steps - i for i in range(samples)])
     reached = np.arange(steps + 1)[None] <= lengths[:, None]
     mass = np.array([0.1, 0.6, 0.3]) + rng.normal(0, 0.01, (samples, LAYERS, HEADS, steps + 1, 3))
@@ -39,7 +48,9 @@ def recording(samples: int = 6, steps: int = 9, *, hostile: bool = False, seed: 
     dims = ("sample", "layer", "head", "step", "key_modality")
     labels = {**coords, "step": np.arange(steps + 1), "key_modality": MODALITIES}
     counts = np.array([SYSTEM, IMAGE, QUESTION])
-    statistics = xr.Dataset({"modality_mass": (dims, mass), "efficiency": (dims, mass / counts)}, coords=labels)
+    statistics = xr.Dataset(
+        {"modality_mass": (dims, mass), "efficiency": (dims, mass / counts)}, coords=labels
+    )
     data = {
         "tokens": _tokens(names, lengths, steps),
         "sums": xr.Dataset(),
@@ -47,8 +58,14 @@ def recording(samples: int = 6, steps: int = 9, *, hostile: bool = False, seed: 
         "maps": _maps(names, drawn, reached, rng),
         "attention": xr.Dataset(),
     }
-    attrs = {"model": "made-up", "model_class": "LlavaForConditionalGeneration", "date": "2025-01-01T00:00:00+00:00"}
-    result = Recording(data, {**attrs, **({"model": "<script>alert(1)</script>"} if hostile else {})})
+    attrs = {
+        "model": "made-up",
+        "model_class": "LlavaForConditionalGeneration",
+        "date": "2025-01-01T00:00:00+00:00",
+    }
+    result = Recording(
+        data, {**attrs, **({"model": "<script>alert(1)</script>"} if hostile else {})}
+    )
     for name, sample, words in zip(names, drawn, made, strict=True):
         evil = "</script><img src=x onerror=alert(1)>$x$%{y}" if hostile else ""
         result.annotate(
@@ -78,21 +95,43 @@ def _tokens(names: list[str], lengths: np.ndarray, steps: int) -> xr.Dataset:
     modality[image] = 1
     row, column, picture = place.copy(), place.copy(), place.copy()
     row[image], column[image], picture[image] = np.arange(IMAGE) // GRID, np.arange(IMAGE) % GRID, 0
-    fields = {"token_id": np.arange(total), "modality": modality, "image": picture, "row": row, "column": column}
-    phase = np.where(np.arange(steps + 1)[None] <= lengths[:, None], np.arange(steps + 1)[None] > 0, -1)
+    fields = {
+        "token_id": np.arange(total),
+        "modality": modality,
+        "image": picture,
+        "row": row,
+        "column": column,
+    }
+    phase = np.where(
+        np.arange(steps + 1)[None] <= lengths[:, None], np.arange(steps + 1)[None] > 0, -1
+    )
     return xr.Dataset(
-        {key: (("sample", "position"), np.tile(values, (len(names), 1))) for key, values in fields.items()}
+        {
+            key: (("sample", "position"), np.tile(values, (len(names), 1)))
+            for key, values in fields.items()
+        }
         | {
             "phase": (("sample", "step"), phase.astype(np.int8)),
             "prompt_length": (("sample",), np.full(len(names), PROMPT)),
-            "modality_count": (("sample", "key_modality"), np.tile([SYSTEM, IMAGE, QUESTION], (len(names), 1))),
+            "modality_count": (
+                ("sample", "key_modality"),
+                np.tile([SYSTEM, IMAGE, QUESTION], (len(names), 1)),
+            ),
         },
-        coords={"sample": np.array(names, dtype=object), "key_modality": MODALITIES, "step": np.arange(steps + 1)},
+        coords={
+            "sample": np.array(names, dtype=object),
+            "key_modality": MODALITIES,
+            "step": np.arange(steps + 1),
+        },
     )
 
 
-def _maps(names: list[str], drawn: list[scenes.Sample], reached: np.ndarray, rng: np.random.Generator) -> xr.Dataset:
-    """Layer 1 puts nine tenths of its image attention on the question's patches, the others are uniform."""
+def _maps(
+    names: list[str], drawn: list[scenes.Sample], reached: np.ndarray, rng: np.random.Generator
+) -> xr.Dataset:
+    """Layer 1 puts nine tenths of its image attention on the question's patches, the others are
+    uniform.
+    """
     scores = np.full((len(names), reached.shape[1], LAYERS, IMAGE), 1 / IMAGE)
     for i, sample in enumerate(drawn):
         scores[i, :, 1] = 0.1 / IMAGE
@@ -110,7 +149,9 @@ def _maps(names: list[str], drawn: list[scenes.Sample], reached: np.ndarray, rng
 
 
 def comparison(samples: int = 12) -> Comparison:
-    """A comparison with known means: A-VL at 60 % of the bytes answers all rightly, random at 62 % every second."""
+    """A comparison with known means: A-VL at 60 % of the bytes answers all rightly, random at 62 %
+    every second.
+    """
     policies = {
         "full": avl.FullPolicy(),
         "a-vl": avl.AdaptivePolicy(),
@@ -123,7 +164,9 @@ def comparison(samples: int = 12) -> Comparison:
         "random:0.6": (0.62, 0.5, 0.4),
         "random:0.3": (0.3, 0.25, 2.0),
     }
-    asked = [Sample(f"{i}", (), f"<q{i}>", ("a",), ("colour", "count")[i % 2]) for i in range(samples)]
+    asked = [
+        Sample(f"{i}", (), f"<q{i}>", ("a",), ("colour", "count")[i % 2]) for i in range(samples)
+    ]
     results = {}
     for name, (size, right, kl) in known.items():
         for i in range(samples):
@@ -143,20 +186,37 @@ _EVIL = "</script><img src=x onerror=alert(1)>"
 
 
 def ablation(*, same_layers: bool = False, hostile: bool = False) -> Ablation:
-    """Nine of ten questions are right; with two visual heads silenced one is left, with two others five or seven."""
+    """Nine of ten questions are right; with two visual heads silenced one is left, with two others
+    five or seven.
+    """
     groups = (
         Silenced("nothing", (), "1111111110"),
         Silenced("visual", ((1, 0), (2, 3)), "1000000000"),
         Silenced("random 1", ((0, 0), (0, 1)), "1111100000"),
         Silenced("random 2", ((0, 2), (1, 3)), "1111111000"),
     )
-    ids, tasks = tuple(f"q{i}" for i in range(10)), ("colour" + _EVIL * hostile,) * 5 + ("count",) * 5
-    return Ablation("visual", 3, 12, "made-up", ids, tasks, groups, "5 other questions", same_layers, "avl ablate")
+    ids, tasks = (
+        tuple(f"q{i}" for i in range(10)),
+        ("colour" + _EVIL * hostile,) * 5 + ("count",) * 5,
+    )
+    return Ablation(
+        "visual",
+        3,
+        12,
+        "made-up",
+        ids,
+        tasks,
+        groups,
+        "5 other questions",
+        same_layers,
+        "avl ablate",
+    )
 
 
 def frontier(*, hostile: bool = False) -> Frontier:
-    """Eight questions of two tasks: all right with the full cache and with A-VL's own settings; at half the bytes A-VL
-    keeps six and random selection two, at a quarter both keep four."""
+    """Eight questions of two tasks: all right with the full cache and with A-VL's own settings; at
+    half the bytes A-VL keeps six and random selection two, at a quarter both keep four.
+    """
     right = {
         ("full", None): ("1111", "1111", 1.0),
         ("A-VL (paper)", None): ("1111", "1111", 0.55),

@@ -1,4 +1,6 @@
-"""The page in a real browser, without a network: no errors, every plot drawn, both themes, any width."""
+"""The page in a real browser, without a network: no errors, every plot drawn, both themes, any
+width.
+"""
 
 import pytest
 
@@ -6,7 +8,9 @@ from avl_reports.build import build
 from tests.app.server import chromium
 from tests.reports import made
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need the extra [test]")
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="the browser tests need the extra [test]"
+)
 
 pytestmark = [
     pytest.mark.browser,
@@ -20,13 +24,21 @@ WAIT = 300_000  # milliseconds; a busy machine draws slowly
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    return build(made.recording(hostile=True), folder, comparison=made.comparison(), formats=(), document=False).page
+    return build(
+        made.recording(hostile=True),
+        folder,
+        comparison=made.comparison(),
+        formats=(),
+        document=False,
+    ).page
 
 
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"])
+        opened = play.chromium.launch(
+            executable_path=chromium(), args=["--no-sandbox", "--disable-gpu"]
+        )
         yield opened
         opened.close()
 
@@ -34,7 +46,9 @@ def browser():
 @pytest.fixture(scope="module")
 def opened(browser, page_file):
     """The page on a wide light screen, and what it said while it was opened."""
-    context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme="light", offline=True)
+    context = browser.new_context(
+        viewport={"width": 1200, "height": 900}, color_scheme="light", offline=True
+    )
     page = context.new_page()
     said = []
     page.on("console", lambda message: said.append((message.type, message.text)))
@@ -49,7 +63,9 @@ def opened(browser, page_file):
 
 def test_the_page_opens_without_errors_and_asks_for_nothing(opened, page_file):
     _, said = opened
-    own = [text for kind, text in said if kind == "request" and not text.startswith(("data:", "blob:"))]
+    own = [
+        text for kind, text in said if kind == "request" and not text.startswith(("data:", "blob:"))
+    ]
     assert own == [page_file.as_uri()]
     assert [entry for entry in said if entry[0] != "request"] == []
 
@@ -57,7 +73,8 @@ def test_the_page_opens_without_errors_and_asks_for_nothing(opened, page_file):
 def test_every_plot_is_drawn(opened):
     page, _ = opened
     empty = page.evaluate(
-        "[...document.querySelectorAll('.plot')].filter(p => !p.querySelector('svg.main-svg')).length"
+        "[...document.querySelectorAll('.plot')].filter(p =>"
+        " !p.querySelector('svg.main-svg')).length"
     )
     count = page.evaluate("document.querySelectorAll('.plot').length")
     assert count > 15
@@ -66,7 +83,10 @@ def test_every_plot_is_drawn(opened):
 
 def test_the_theme_can_be_changed_and_reaches_the_plots(opened):
     page, said = opened
-    colour = "getComputedStyle(document.body).backgroundColor + document.querySelector('.plot .xtick text').style.fill"
+    colour = (
+        "getComputedStyle(document.body).backgroundColor + document.querySelector('.plot .xtick"
+        " text').style.fill"
+    )
     before = page.evaluate(colour)
     page.evaluate("delete document.documentElement.dataset.ready")
     page.click("#theme")
@@ -81,7 +101,10 @@ def test_an_animation_plays(opened):
     page, _ = opened
     label = ".panels.animated .slider-current-value, .panels.animated .slider-label"
     before = page.locator(label).first.text_content()
-    page.evaluate("Plotly.animate(document.querySelector('.panels.animated .plot'), ['2'], {mode: 'immediate'})")
+    page.evaluate(
+        "Plotly.animate(document.querySelector('.panels.animated .plot'), ['2'], {mode:"
+        " 'immediate'})"
+    )
     changed = "([query, old]) => document.querySelector(query).textContent !== old"
     page.wait_for_function(changed, arg=[label, before], timeout=60_000)
 

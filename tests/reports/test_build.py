@@ -1,5 +1,6 @@
-"""A report of made-up numbers: what lies in the folder, what the page says, and that nothing from outside becomes
-markup."""
+"""A report of made-up numbers: what lies in the folder, what the page says, and that nothing from
+outside becomes markup.
+"""
 
 import csv
 import inspect
@@ -24,8 +25,14 @@ from tests.reports import made
 
 COMMANDS = ["avl report --samples 6"]
 MADE = {
-    "fig_modality", "fig_overlay", "fig_localisation", "fig_sets", "fig_policies", "fig_ablation", "fig_frontier"
-}  # fmt: skip
+    "fig_modality",
+    "fig_overlay",
+    "fig_localisation",
+    "fig_sets",
+    "fig_policies",
+    "fig_ablation",
+    "fig_frontier",
+}
 """Figures that the made-up numbers answer."""
 
 
@@ -56,7 +63,9 @@ def page(report):
 def test_every_figure_lies_in_the_folder_with_its_numbers_and_caption(report):
     for section in report.sections:
         for suffix in ("svg", "csv", "txt"):
-            assert (report.folder / "figures" / f"{section.figure.name}.{suffix}").stat().st_size > 50
+            assert (
+                report.folder / "figures" / f"{section.figure.name}.{suffix}"
+            ).stat().st_size > 50
 
 
 def test_the_animation_lies_beside_the_pictures(report):
@@ -73,13 +82,17 @@ def test_the_document_has_a_page_for_every_figure(report):
 def test_every_caption_says_n_model_and_interval(report):
     for section in report.sections:
         caption = (report.folder / "figures" / f"{section.figure.name}.txt").read_text("utf-8")
-        assert re.search(r"n = \d+ samples?; model: made-up; 95 % bootstrap intervals over samples\.", caption)
+        assert re.search(
+            r"n = \d+ samples?; model: made-up; 95 % bootstrap intervals over samples\.", caption
+        )
 
 
 def test_the_csv_holds_the_numbers_of_the_figure(report, recording):
     with (report.folder / "figures" / "modality.csv").open() as file:
         rows = [
-            row for row in csv.DictReader(file) if row["panel"] == "by layer, decode steps" and row["series"] == "image"
+            row
+            for row in csv.DictReader(file)
+            if row["panel"] == "by layer, decode steps" and row["series"] == "image"
         ]
     decode = recording["modality_mass"].sel(key_modality="image", step=slice(1, None))
     expected = decode.mean(["head", "step"]).mean("sample")
@@ -100,7 +113,9 @@ def test_the_report_keeps_the_recording_and_rebuilds_from_it(report, tmp_path):
         load_recording(report.folder / "run.nc"),
         tmp_path,
         comparison=load_comparison(report.folder / "compare.nc"),
-        ablations=[load_ablation(report.folder / name) for name in ("ablation.json", "ablation-2.json")],
+        ablations=[
+            load_ablation(report.folder / name) for name in ("ablation.json", "ablation-2.json")
+        ],
         frontier=load_frontier(report.folder / "frontier.jsonl"),
         formats=(),
         document=False,
@@ -120,7 +135,9 @@ def test_the_page_is_whole_and_loads_nothing(page):
 
 
 def test_plots_of_the_page_are_valid_json(page):
-    plots = re.findall(r'<script type="application/json" id="plot-([\w-]+)">(.*?)</script>', page, flags=re.S)
+    plots = re.findall(
+        r'<script type="application/json" id="plot-([\w-]+)">(.*?)</script>', page, flags=re.S
+    )
     assert len(plots) >= 8
     for _, text in plots:
         assert json.loads(text)["data"] is not None
@@ -141,7 +158,11 @@ def test_text_from_models_and_prompts_cannot_become_markup(page, tmp_path):
     clean.feed(page)
     evil = made.recording(hostile=True)
     silenced = [made.ablation(hostile=True), made.ablation(same_layers=True)]
-    measured = {"comparison": made.comparison(), "ablations": silenced, "frontier": made.frontier(hostile=True)}
+    measured = {
+        "comparison": made.comparison(),
+        "ablations": silenced,
+        "frontier": made.frontier(hostile=True),
+    }
     built = build(evil, tmp_path, **measured, formats=(), document=False)
     text = built.page.read_text("utf-8")
     hostile.feed(text)
@@ -161,7 +182,9 @@ def test_figures_the_recording_cannot_answer_are_named_with_the_reason(tmp_path)
 
 def test_a_recording_that_answers_nothing_is_refused(tmp_path):
     recording = made.recording()
-    recording.data["statistics"] = recording.data["statistics"].drop_vars(["modality_mass", "efficiency"])
+    recording.data["statistics"] = recording.data["statistics"].drop_vars(
+        ["modality_mass", "efficiency"]
+    )
     with pytest.raises(NotMeasured, match="answers no figure"):
         build(recording, tmp_path, figures=[fig_modality])
 
@@ -177,7 +200,9 @@ def test_the_modality_findings_follow_from_the_numbers(recording):
 def test_steps_few_samples_reach_are_not_drawn(recording):
     figure = fig_modality.section(Run(recording)).figure
     assert np.isfinite(figure.panels[1].lines[0].y).all()
-    assert figure.panels[1].lines[0].x[-1] == 8  # two of six samples make eight steps, one makes nine
+    assert (
+        figure.panels[1].lines[0].x[-1] == 8
+    )  # two of six samples make eight steps, one makes nine
 
 
 def test_lift_is_one_where_attention_is_uniform_and_exact_where_it_is_not(recording):
@@ -186,7 +211,9 @@ def test_lift_is_one_where_attention_is_uniform_and_exact_where_it_is_not(record
     run = Run(recording)
     colour = next(e for e in run.examples if e.task == "colour")
     share = len(colour.regions[0].tokens) / made.IMAGE
-    assert float(lift.sel(sample=colour.name, layer=1)) == pytest.approx((0.9 + 0.1 * share) / share)
+    assert float(lift.sel(sample=colour.name, layer=1)) == pytest.approx(
+        (0.9 + 0.1 * share) / share
+    )
 
 
 def test_overlays_show_the_layer_with_the_largest_lift_and_outline_the_truth(recording):

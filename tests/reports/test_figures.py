@@ -1,4 +1,6 @@
-"""Every figure on a recording of a real (tiny) model, and the findings of some on numbers that decide them."""
+"""Every figure on a recording of a real (tiny) model, and the findings of some on numbers that
+decide them.
+"""
 
 import numpy as np
 import pytest
@@ -38,7 +40,11 @@ def recording():
     picture = np.asarray(tiny.picture())
     for name in recorded.samples:
         recorded.annotate(
-            name, prompt="what <b>is</b> it", answer="a b c", words=["a", "b", "c"], picture=address(picture)
+            name,
+            prompt="what <b>is</b> it",
+            answer="a b c",
+            words=["a", "b", "c"],
+            picture=address(picture),
         )
     return recorded
 
@@ -57,16 +63,24 @@ def test_every_figure_can_be_made_of_any_recording(recording, module):
     assert section.question.endswith("?")
     assert section.figure.caption.n >= 1
     for panel in section.figure.panels:
-        values = {Lines: lambda p: p.lines[0].y, Heat: lambda p: p.values, Overlay: lambda p: np.ones(1)}
+        values = {
+            Lines: lambda p: p.lines[0].y,
+            Heat: lambda p: p.values,
+            Overlay: lambda p: np.ones(1),
+        }
         assert np.isfinite(values[type(panel)](panel)).any()
     for finding in section.findings:
         assert finding.measured.endswith(".")
         assert finding.verdict in Verdict
 
 
-@pytest.mark.parametrize("module", sorted(NEEDS_MORE, key=str), ids=lambda m: m.__name__.split("_", 1)[1])
+@pytest.mark.parametrize(
+    "module", sorted(NEEDS_MORE, key=str), ids=lambda m: m.__name__.split("_", 1)[1]
+)
 def test_a_figure_says_what_it_lacks(recording, module):
-    with pytest.raises(NotMeasured, match=r"does not say|were compared|were silenced|bytes was not measured"):
+    with pytest.raises(
+        NotMeasured, match=r"does not say|were compared|were silenced|bytes was not measured"
+    ):
         module.section(Run(recording))
 
 
@@ -173,7 +187,10 @@ def test_silencing_heads_is_judged_by_the_difference_to_as_many_others(recording
     assert overall.categories == ("nothing", "visual heads", "random 1", "random 2")
     assert overall.bars[0].values.tolist() == [0.9, 0.1, 0.5, 0.7]
     assert by_task.categories == ("colour", "count")
-    assert [bar.values.tolist() for bar in by_task.bars] == [pytest.approx([0.8, 0.8]), pytest.approx([0.0, 0.6])]
+    assert [bar.values.tolist() for bar in by_task.bars] == [
+        pytest.approx([0.8, 0.8]),
+        pytest.approx([0.0, 0.6]),
+    ]
     assert section.table[2] == ("visual heads", "1.0, 2.3", section.table[2][2])
 
 

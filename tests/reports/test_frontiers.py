@@ -26,7 +26,9 @@ def test_accuracy_is_pooled_over_questions_and_paired_between_points():
     assert frontier.accuracy(("A-VL", 0.5), ["count"]).mean == 0.5
     change = frontier.difference(("A-VL", 0.25), ("random", 0.25))
     assert (change.mean, change.n) == (0.0, 8)
-    assert change.low < -0.5 < 0.5 < change.high  # every question differs, so pairing says how little is known
+    assert (
+        change.low < -0.5 < 0.5 < change.high
+    )  # every question differs, so pairing says how little is known
     assert frontier.bytes(("random", 0.25)) == pytest.approx(0.26)
 
 

@@ -24,7 +24,9 @@ def test_a_report_is_condensed_without_its_recording_and_drawn_figures(tmp_path)
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "policy.json").write_text("{}")
     condense(tmp_path / "report", tmp_path / "kept")
-    names = {path.relative_to(tmp_path / "kept").as_posix() for path in (tmp_path / "kept").rglob("*")}
+    names = {
+        path.relative_to(tmp_path / "kept").as_posix() for path in (tmp_path / "kept").rglob("*")
+    }
     assert {
         "index.html",
         "report.pdf",
@@ -34,7 +36,10 @@ def test_a_report_is_condensed_without_its_recording_and_drawn_figures(tmp_path)
         "figures/sets.webp",
     } <= names
     assert not {name for name in names if name.endswith((".nc", ".png", ".svg"))}
-    silenced = [load_ablation(tmp_path / "kept" / name).same_layers for name in ("ablation.json", "ablation-2.json")]
+    silenced = [
+        load_ablation(tmp_path / "kept" / name).same_layers
+        for name in ("ablation.json", "ablation-2.json")
+    ]
     assert silenced == [False, True]
     about = json.loads((tmp_path / "kept" / "provenance.json").read_text("utf-8"))
     assert about["commands"] == ["avl report --samples 6"]

@@ -27,7 +27,11 @@ def show(context: Context) -> None:
     _pictures(context, seen, step, layer, head, region)
     st.markdown("**The words it looked at**")
     prompt = len(seen.tokens) - len(seen.answer.words)
-    strip(looks.token_strip(seen.tokens, seen.look(step, layer, head), seen.modality, prompt, prompt + step))
+    strip(
+        looks.token_strip(
+            seen.tokens, seen.look(step, layer, head), seen.modality, prompt, prompt + step
+        )
+    )
 
 
 def observe(context: Context) -> Observation:
@@ -43,16 +47,23 @@ def pick_token(seen: Observation, sample: Sample | None = None) -> int:
     """The answer as tokens one can choose from; returns the chosen one."""
     words = seen.answer.words[: seen.steps]
     if not words:
-        st.info("The model ended its answer at once, without a word; ask something else.", icon=":material/info:")
+        st.info(
+            "The model ended its answer at once, without a word; ask something else.",
+            icon=":material/info:",
+        )
         st.stop()
     if state.get("token") not in range(len(words)):
         state.put("token", seen.most_telling[0])
     truth = ""
     if sample is not None:
         right = seen.answer.text == sample.answer
-        truth = " · :green[right]" if right else f" · :orange[the truth is “{plain(sample.answer)}”]"
+        truth = (
+            " · :green[right]" if right else f" · :orange[the truth is “{plain(sample.answer)}”]"
+        )
     ended = "" if seen.answer.finished else " · stopped at the longest length"
-    st.markdown(f"**Answer**, token by token; choose one to see where the model looked for it{truth}{ended}")
+    st.markdown(
+        f"**Answer**, token by token; choose one to see where the model looked for it{truth}{ended}"
+    )
     st.pills(
         "Answer tokens",
         range(len(words)),
@@ -70,8 +81,15 @@ def _layer_and_head(seen: Observation, step: int) -> tuple[int | None, int | Non
     state.within("layer", layers, str(seen.most_telling[1]))
     state.within("head", heads, state.ALL)
     first, second, third = st.columns([3, 3, 2])
-    first.select_slider("Layer", layers, key="layer", format_func=lambda v: "mean over layers" if v == state.ALL else v)
-    second.select_slider("Head", heads, key="head", format_func=lambda v: "mean over heads" if v == state.ALL else v)
+    first.select_slider(
+        "Layer",
+        layers,
+        key="layer",
+        format_func=lambda v: "mean over layers" if v == state.ALL else v,
+    )
+    second.select_slider(
+        "Head", heads, key="head", format_func=lambda v: "mean over heads" if v == state.ALL else v
+    )
     third.slider("Opacity of the patches", 0.0, 1.0, step=0.05, key="opacity")
     return state.chosen("layer"), state.chosen("head")
 
@@ -83,7 +101,9 @@ def _region(seen: Observation, sample: Sample | None, step: int) -> Region:
     return word_regions(sample, seen.answer.words)[step]
 
 
-def _sentence(seen: Observation, step: int, layer: int | None, head: int | None, region: Region) -> str:
+def _sentence(
+    seen: Observation, step: int, layer: int | None, head: int | None, region: Region
+) -> str:
     """What one sees, in one sentence."""
     focus: Focus = seen.focus(step, layer, head, region.tokens)
     word = f"“{visible(seen.answer.words[step])}”"
@@ -92,12 +112,15 @@ def _sentence(seen: Observation, step: int, layer: int | None, head: int | None,
     if focus.of == 0:
         return f"To write {word}, {who} had no picture to look at."
     said = (
-        f"To write {word}, {who} gives {focus.mass:.0%} of its attention to the picture, most of it "
-        f"to {focus.patches} of {focus.of} patches"
+        f"To write {word}, {who} gives {focus.mass:.0%} of its attention to the picture, most of it"
+        f" to {focus.patches} of {focus.of} patches"
     )
     if not np.isfinite(focus.lift):
         return f"{said}."
-    return f"{said}; {focus.region:.0%} of that falls on what the word is about, {focus.lift:.1f} times chance."
+    return (
+        f"{said}; {focus.region:.0%} of that falls on what the word is about, {focus.lift:.1f}"
+        " times chance."
+    )
 
 
 def _pictures(
@@ -120,11 +143,16 @@ def _pictures(
         pictures = [i for i, grid in enumerate(seen.grids) if grid != (0, 0)]
         if pictures:
             top = float(np.nanmax(look[seen.image == pictures[0]], initial=0.0))
-            overlay = looks.token_overlay(pixels, seen.on_picture(look, pictures[0]), boxes=region.boxes)
+            overlay = looks.token_overlay(
+                pixels, seen.on_picture(look, pictures[0]), boxes=region.boxes
+            )
             plot(overlay, "overlay", opacity=float(state.get("opacity")), height=320)
             st.caption(f"Full amber: {top:.1%} of all attention, on the patch that gets most.")
         else:
-            st.info("This model does not say which patch of the picture a token stands for.", icon=":material/info:")
+            st.info(
+                "This model does not say which patch of the picture a token stands for.",
+                icon=":material/info:",
+            )
     with lines:
         st.markdown("**Picture or text, layer by layer**")
         plot(by_layer(seen, step, head), "by_layer", titled=False, height=320)
@@ -133,4 +161,6 @@ def _pictures(
 def by_layer(seen: Observation, step: int, head: int | None) -> Lines:
     """How every layer divides this token's attention."""
     masses = [seen.mass(step, layer, head) for layer in seen.layers]
-    return looks.mass_by_layer(seen.layers, {name: [mass[name] for mass in masses] for name in masses[0]})
+    return looks.mass_by_layer(
+        seen.layers, {name: [mass[name] for mass in masses] for name in masses[0]}
+    )

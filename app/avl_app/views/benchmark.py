@@ -31,12 +31,13 @@ What a comparison shows, for every policy beside the full cache:
 | | |
 |---|---|
 | **answers that are right** | share of questions with a known answer; what a user notices |
-| **KL(full \\|\\| policy)** | how far the next-token distribution moves along the full cache's own answer |
+| **KL(full \\|\\| policy)** | how far next-token probabilities move along the full cache's answer |
 | **same next token** | share of tokens where both prefer the same one |
 | **ROUGE-L** | overlap of the policy's own answer with the full cache's |
-| **bytes** | keys and values in use when the answer ends, counted in the buffers, as a share of the full cache's |
+| **bytes** | keys and values in use when the answer ends, as a share of the full cache's |
 
-Every number has a 95 % interval over questions. A policy is worth having where it is as good with fewer bytes.
+Every number has a 95 % interval over questions.
+A policy is worth having where it is as good with fewer bytes.
 """
 _SHOWN = {
     "correct": ("answers that are right", "right answers", "share of samples", (0.0, 1.05)),
@@ -45,7 +46,11 @@ _SHOWN = {
     "rouge_l": ("ROUGE-L against the full cache's answer", "ROUGE-L", "share", (0.0, 1.05)),
 }
 """Metric -> heading, axis, unit, limits."""
-_COSTS = {"kv_filled_share": ("bytes, share", 2), "keys_attended": ("keys/step", 0), "tpot": ("TPOT, s", 3)}
+_COSTS = {
+    "kv_filled_share": ("bytes, share", 2),
+    "keys_attended": ("keys/step", 0),
+    "tpot": ("TPOT, s", 3),
+}
 """Metric -> column, digits."""
 _DIGITS = 2
 
@@ -53,7 +58,11 @@ _DIGITS = 2
 def show(context: Context) -> None:
     """Draw the view."""
     source = st.segmented_control(
-        "Questions", list(_SOURCES), key="bench_source", format_func=_SOURCES.__getitem__, required=True
+        "Questions",
+        list(_SOURCES),
+        key="bench_source",
+        format_func=_SOURCES.__getitem__,
+        required=True,
     )
     if source == _SAVED:
         _load(context)
@@ -61,12 +70,16 @@ def show(context: Context) -> None:
         ask = _scenes() if source == _SCENES else _own(context)
         chosen = _policies()
         hint = "Any other click stops it."
-        if st.button("Compare", type="primary", disabled=ask is None or not chosen, help=hint) and ask is not None:
+        if (
+            st.button("Compare", type="primary", disabled=ask is None or not chosen, help=hint)
+            and ask is not None
+        ):
             st.session_state["comparison"] = _run(context, ask, chosen)
     comparison: Comparison | None = st.session_state.get("comparison")
     if comparison is None:
         st.info(
-            "Nothing is compared yet: choose policies and questions and press Compare, or load a comparison.",
+            "Nothing is compared yet: choose policies and questions and press Compare, or load a"
+            " comparison.",
             icon=":material/info:",
         )
         st.markdown(_WHAT)
@@ -78,7 +91,9 @@ def _scenes() -> Asking | None:
     """Held-out drawn scenes of some tasks, drawn when they are needed."""
     left, right = st.columns([3, 1])
     state.put("tasks", [task for task in state.get("tasks") if task in TASKS])
-    tasks = left.multiselect("Tasks", TASKS, key="tasks", format_func=lambda t: examples.TASK_NAMES.get(t, t))
+    tasks = left.multiselect(
+        "Tasks", TASKS, key="tasks", format_func=lambda t: examples.TASK_NAMES.get(t, t)
+    )
     count = right.number_input("Samples of each task", 1, 200, key="count")
     return partial(scene_samples, int(count), tasks) if tasks else None
 
@@ -86,7 +101,8 @@ def _scenes() -> Asking | None:
 def _own(context: Context) -> Asking | None:
     """Questions from a JSONL file with its pictures."""
     sent = st.file_uploader(
-        'One JSONL file and the pictures it names; a line: {"image": "cat.jpg", "prompt": "...", "answer": "..."}',
+        'One JSONL file and the pictures it names; a line: {"image": "cat.jpg", "prompt": "...",'
+        ' "answer": "..."}',
         ["jsonl", "png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"],
         accept_multiple_files=True,
         key="samples",
@@ -94,7 +110,10 @@ def _own(context: Context) -> Asking | None:
     )
     if not sent:
         return None
-    limits = {"most_bytes": context.settings.upload_bytes, "most_pixels": context.settings.picture_pixels}
+    limits = {
+        "most_bytes": context.settings.upload_bytes,
+        "most_pixels": context.settings.picture_pixels,
+    }
     try:
         samples = sent_samples({file.name: file.getvalue() for file in sent}, **limits)
     except InputError as error:
@@ -110,14 +129,18 @@ def _policies() -> dict[str, avl.Policy]:
     names = {_PAPER: "A-VL (paper)", _LIVE: "A-VL as in A-VL live", **others}
     state.put("bench_policies", [name for name in state.get("bench_policies") if name in names])
     left, right = st.columns([3, 1])
-    wanted = left.multiselect("Policies", list(names), key="bench_policies", format_func=names.__getitem__)
-    budget = float(right.slider("Budget, share of all keys", 0.02, 1.0, step=0.01, key="bench_budget"))
+    wanted = left.multiselect(
+        "Policies", list(names), key="bench_policies", format_func=names.__getitem__
+    )
+    budget = float(
+        right.slider("Budget, share of all keys", 0.02, 1.0, step=0.01, key="bench_budget")
+    )
     fixed = {_PAPER: avl.AdaptivePolicy, _LIVE: adaptive.present}
     try:
         return {
-            names[name] if name in fixed else f"{names[name]} {budget:.0%}": fixed[name]()
-            if name in fixed
-            else policies.at_budget(name, budget)
+            names[name] if name in fixed else f"{names[name]} {budget:.0%}": (
+                fixed[name]() if name in fixed else policies.at_budget(name, budget)
+            )
             for name in wanted
         }
     except ValueError as error:
@@ -148,11 +171,15 @@ def _run(context: Context, ask: Asking, chosen: Mapping[str, avl.Policy]) -> Com
 
 def _load(context: Context) -> None:
     """A comparison file becomes the one shown."""
-    sent = st.file_uploader("Comparison made by avl compare (.nc)", ["nc"], key="comparison_file", max_upload_size=50)
+    sent = st.file_uploader(
+        "Comparison made by avl compare (.nc)", ["nc"], key="comparison_file", max_upload_size=50
+    )
     if sent is None or st.session_state.get("loaded_comparison") == sent.file_id:
         return
     try:
-        st.session_state["comparison"] = from_bytes(load_comparison, sent.getvalue(), "comparison.nc")
+        st.session_state["comparison"] = from_bytes(
+            load_comparison, sent.getvalue(), "comparison.nc"
+        )
         st.session_state["loaded_comparison"] = sent.file_id
     except InputError as error:
         problem(error)
@@ -163,7 +190,8 @@ def _result(comparison: Comparison) -> None:
     n = comparison.dataset.sizes["sample"]
     about = comparison.dataset.attrs
     st.markdown(
-        f"#### {len(comparison.policies)} policies on {n} questions, model {plain(str(about.get('model', '')))}"
+        f"#### {len(comparison.policies)} policies on {n} questions, model"
+        f" {plain(str(about.get('model', '')))}"
     )
     shown = [metric for metric in _SHOWN if metric in comparison.metrics]
     for column, metric in zip(st.columns(2), shown[:2], strict=False):
@@ -172,7 +200,10 @@ def _result(comparison: Comparison) -> None:
     for column, metric in zip(st.columns(2), shown[2:4], strict=False):
         with column:
             _tradeoff(comparison, metric)
-    st.caption(f"Bars: 95 % intervals over samples, n = {n}. Bytes: keys and values in use at the end of each answer.")
+    st.caption(
+        f"Bars: 95 % intervals over samples, n = {n}. Bytes: keys and values in use at the end of"
+        " each answer."
+    )
     _table(comparison, [metric for metric in (*shown, *_COSTS) if metric in comparison.metrics])
     if len(failures := comparison.failures):
         with st.expander(f"{len(failures)} samples could not be measured"):
@@ -181,20 +212,33 @@ def _result(comparison: Comparison) -> None:
         data = comparison.save(Path(folder) / "compare.nc").read_bytes()
     left, right, _ = st.columns([1, 1, 3])
     left.download_button(
-        "Numbers as CSV", comparison.table().to_csv(index=False), "compare.csv", "text/csv", on_click="ignore"
+        "Numbers as CSV",
+        comparison.table().to_csv(index=False),
+        "compare.csv",
+        "text/csv",
+        on_click="ignore",
     )
-    right.download_button("Comparison file", data, "compare.nc", "application/x-netcdf", on_click="ignore")
+    right.download_button(
+        "Comparison file", data, "compare.nc", "application/x-netcdf", on_click="ignore"
+    )
 
 
 def _table(comparison: Comparison, metrics: list[str]) -> None:
     """One row per policy: means with their intervals."""
-    names = {metric: _SHOWN[metric][1] if metric in _SHOWN else _COSTS[metric][0] for metric in metrics}
+    names = {
+        metric: _SHOWN[metric][1] if metric in _SHOWN else _COSTS[metric][0] for metric in metrics
+    }
     digits = {metric: _COSTS[metric][1] if metric in _COSTS else _DIGITS for metric in metrics}
-    rows: dict[str, list[str]] = {"policy": comparison.policies, **{name: [] for name in names.values()}}
+    rows: dict[str, list[str]] = {
+        "policy": comparison.policies,
+        **{name: [] for name in names.values()},
+    }
     for policy in comparison.policies:
         for metric, name in names.items():
             mean = comparison.mean(metric, policy)
-            value, low, high = (f"{number:.{digits[metric]}f}" for number in (mean.mean, mean.low, mean.high))
+            value, low, high = (
+                f"{number:.{digits[metric]}f}" for number in (mean.mean, mean.low, mean.high)
+            )
             rows[name].append(f"{value} [{low}, {high}]")
     st.dataframe(rows, hide_index=True, alt="means with intervals of every policy")
 

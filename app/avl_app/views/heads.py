@@ -19,7 +19,10 @@ from avl_app.views.ask import observe, pick_token
 _FIRST = "modality_mass/image"
 _ALONE = "no other head"
 KIND_TEXTS = {
-    "visual": f"at least {taxonomy.VISUAL:.0%} on the picture; where it is known, most on what the first word is about",
+    "visual": (
+        f"at least {taxonomy.VISUAL:.0%} on the picture; where it is known, most on what the first"
+        " word is about"
+    ),
     "scanning": f"at least {taxonomy.VISUAL:.0%} on the picture; most on something else",
     "sink": f"at least {taxonomy.SINK:.0%} on the first token",
     "local": f"text heads with {taxonomy.LOCAL:.0%} of it on the 16 newest words",
@@ -71,10 +74,16 @@ def _measure(recording: Recording) -> tuple[Measure, bool]:
 
 
 def _known(recording: Recording) -> tuple[dict[str, Measure], np.ndarray]:
-    """The measures this recording has values of, and the kinds of its heads; found once per visitor."""
+    """The measures this recording has values of, and the kinds of its heads; found once per
+    visitor.
+    """
     held = st.session_state.get("heads_of")
     if held is None or held[0] is not recording:
-        known = [m for m in taxonomy.measures(recording) if np.isfinite(taxonomy.matrix(recording, m)).any()]
+        known = [
+            m
+            for m in taxonomy.measures(recording)
+            if np.isfinite(taxonomy.matrix(recording, m)).any()
+        ]
         kinds = taxonomy.kinds(recording, visual_head_score(recording))
         held = st.session_state["heads_of"] = (recording, ({m.key: m for m in known}, kinds))
     found: tuple[dict[str, Measure], np.ndarray] = held[1]
@@ -83,7 +92,9 @@ def _known(recording: Recording) -> tuple[dict[str, Measure], np.ndarray]:
 
 def _present(seen: Observation, values: taxonomy.Matrix) -> tuple[int, int]:
     """The chosen head; the one with the largest value until one is chosen."""
-    known = state.get("layer") in map(str, seen.layers) and state.get("head") in map(str, range(seen.heads))
+    known = state.get("layer") in map(str, seen.layers) and state.get("head") in map(
+        str, range(seen.heads)
+    )
     if not known:
         layer, head, _ = taxonomy.rank(values, seen.layers)[0]
         state.put("layer", str(layer))
@@ -146,7 +157,12 @@ def _compare(
     chosen: Measure,
 ) -> None:
     """The chosen head, and another one beside it if one is chosen."""
-    others = [f"{layer}.{head}" for layer in seen.layers for head in range(seen.heads) if (layer, head) != first]
+    others = [
+        f"{layer}.{head}"
+        for layer in seen.layers
+        for head in range(seen.heads)
+        if (layer, head) != first
+    ]
     state.within("other", ["", *others], "")
     second = st.selectbox(
         "Compare with",
@@ -158,7 +174,9 @@ def _compare(
     if second:
         layer, _, number = str(second).partition(".")
         shown.append((int(layer), int(number)))
-    for column, (row, head) in zip(st.columns(2) if len(shown) == 2 else [st.container()], shown, strict=True):
+    for column, (row, head) in zip(
+        st.columns(2) if len(shown) == 2 else [st.container()], shown, strict=True
+    ):
         with column:
             at = seen.layers.index(row)
             st.markdown(
@@ -169,7 +187,14 @@ def _compare(
 
 
 def _head(
-    context: Context, seen: Observation, recording: Recording, step: int, layer: int, head: int, *, narrow: bool
+    context: Context,
+    seen: Observation,
+    recording: Recording,
+    step: int,
+    layer: int,
+    head: int,
+    *,
+    narrow: bool,
 ) -> None:
     """One head: where it looked for the token, over the answer, and how far back in the text."""
     name = f"{layer}_{head}"

@@ -1,4 +1,6 @@
-"""A-VL live: policies switched on and off on the loaded model, side by side, and what they do to every patch."""
+"""A-VL live: policies switched on and off on the loaded model, side by side, and what they do to
+every patch.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def _answers(context: Context, chosen: dict[str, avl.Policy]) -> dict[str, Answe
 
 
 def marked(words: tuple[str, ...], reference: tuple[str, ...]) -> str:
-    """An answer with the tokens that differ from the full cache's set off, by colour and by underlining."""
+    """An answer with the tokens that differ from the full cache's set off, by colour and by
+    underlining.
+    """
     if not words:
         return "*nothing*"
     same = set()
@@ -99,23 +103,30 @@ def _table(answers: dict[str, Answer], off: dict[str, Disagreement]) -> None:
         {key: [row[key] for row in rows] for key in rows[0]},
         hide_index=True,
         column_config={
-            "KV bytes held": st.column_config.NumberColumn("KV bytes", format="localized", width=88),
+            "KV bytes held": st.column_config.NumberColumn(
+                "KV bytes", format="localized", width=88
+            ),
             "of full cache": st.column_config.ProgressColumn(
                 "of full", format="percent", min_value=0, max_value=1, color="blue", width=110
             ),
-            "keys read per step": st.column_config.NumberColumn("keys/step", format="%.1f", width=82),
+            "keys read per step": st.column_config.NumberColumn(
+                "keys/step", format="%.1f", width=82
+            ),
             "TTFT, ms": st.column_config.NumberColumn(format="%.0f", width=76),
             "TPOT, ms": st.column_config.NumberColumn(format="%.1f", width=76),
             "tokens": st.column_config.NumberColumn(width=64),
             "first difference at": st.column_config.TextColumn("differs at", width=78),
-            "same prediction": st.column_config.NumberColumn("agreement", format="percent", width=88),
+            "same prediction": st.column_config.NumberColumn(
+                "agreement", format="percent", width=88
+            ),
             "KL, nats": st.column_config.NumberColumn(format="%.3f", width=76),
         },
         alt="cost and fidelity of every policy",
     )
     st.caption(
-        "Times are single runs on this machine, one policy after the other; on a small model a policy's own work "
-        "outweighs what it saves. Agreement and KL(full || policy): fed the full cache's answer, mean over tokens."
+        "Times are single runs on this machine, one policy after the other; on a small model a"
+        " policy's own work outweighs what it saves. Agreement and KL(full || policy): fed the full"
+        " cache's answer, mean over tokens."
     )
     for name, said in answers.items():
         if said.usage is not None and said.usage.host:
@@ -146,13 +157,18 @@ def _curves(answers: dict[str, Answer], off: dict[str, Disagreement]) -> None:
 
 
 def _fidelity(full: Answer, off: dict[str, Disagreement]) -> None:
-    """The full cache's answer once per policy, shaded by divergence; where predictions differ, what it would write."""
+    """The full cache's answer once per policy, shaded by divergence; where predictions differ, what
+    it would write.
+    """
     st.markdown(
-        "**The full cache's answer, token by token**; shade: how far the policy's prediction is from it "
-        f"(full from {looks.UNLIKE:g} nat), frame: it would write another token, which follows the arrow"
+        "**The full cache's answer, token by token**; shade: how far the policy's prediction is"
+        f" from it (full from {looks.UNLIKE:g} nat), frame: it would write another token, which"
+        " follows the arrow"
     )
     for slot, (name, differs) in enumerate(off.items(), start=2):
-        other = {int(at): visible_text(differs.preferred[at]) for at in np.flatnonzero(~differs.agree)}
+        other = {
+            int(at): visible_text(differs.preferred[at]) for at in np.flatnonzero(~differs.agree)
+        }
         strip(looks.fidelity_strip(name, full.words, differs.kl, other, slot))
 
 
@@ -165,7 +181,10 @@ def _keys_read(said: Answer) -> np.ndarray:
 def _patches(context: Context, seen: Observation, answers: dict[str, Answer]) -> None:
     """Core, secondary and minor patches on the picture, scrubbed or played over decode steps."""
     if not seen.grids or seen.grids[0] == (0, 0):
-        st.info("This model does not say which patch of the picture a token stands for.", icon=":material/info:")
+        st.info(
+            "This model does not say which patch of the picture a token stands for.",
+            icon=":material/info:",
+        )
         return
     st.markdown("**What happens to every patch**: choose a layer, move the step, or let it play")
     first, second, third = st.columns([2, 2, 1], vertical_alignment="bottom")
@@ -193,7 +212,9 @@ def _player(context: Context, seen: Observation, said: Answer, layer: int, playi
         step = (step + 1) % (last + 1)
         st.session_state["moved"] = time.monotonic()
     if last == 0:
-        st.caption("The answer has a single token, so there is nothing but the choice after the prompt.")
+        st.caption(
+            "The answer has a single token, so there is nothing but the choice after the prompt."
+        )
         step = 0
     else:
         state.put("step", step)
@@ -204,7 +225,11 @@ def _player(context: Context, seen: Observation, said: Answer, layer: int, playi
     counts = {int(code): int((image == code).sum()) for code in avl.State if code >= 0}
     left, right = st.columns([1, 1])
     with left:
-        plot(looks.states_overlay(context.question.picture.pixels, seen.on_picture(codes)), "states", height=420)
+        plot(
+            looks.states_overlay(context.question.picture.pixels, seen.on_picture(codes)),
+            "states",
+            height=420,
+        )
     with right:
         word = visible(said.words[step]) if step < len(said.words) else "the end"
         when = "After the prompt" if step == 0 else f"After decode step {step}"
@@ -215,10 +240,19 @@ def _player(context: Context, seen: Observation, said: Answer, layer: int, playi
             f"{counts[0]} are **minor**: dropped for good."
         )
         read, held = _read_and_held(said, step, layer)
-        st.markdown(f"This pass read {read:.0f} keys in this layer, words included; {held:.0f} are held after it.")
-        text = states[step][np.flatnonzero(seen.modality == Modality.TEXT)[0] :] if seen.modality.size else states[step]
+        st.markdown(
+            f"This pass read {read:.0f} keys in this layer, words included; {held:.0f} are held"
+            " after it."
+        )
+        text = (
+            states[step][np.flatnonzero(seen.modality == Modality.TEXT)[0] :]
+            if seen.modality.size
+            else states[step]
+        )
         known = text[text >= 0]
-        st.markdown(f"Of the text so far, {int((known > 0).sum())} of {known.size} tokens are held.")
+        st.markdown(
+            f"Of the text so far, {int((known > 0).sum())} of {known.size} tokens are held."
+        )
         st.markdown(f"The model now writes “{word}”.")
 
 

@@ -1,4 +1,6 @@
-"""Patterns: the report's figures for this answer or for a recording, with what each says about A-VL."""
+"""Patterns: the report's figures for this answer or for a recording, with what each says about
+A-VL.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +36,21 @@ def show(context: Context) -> None:
         return
     if len(recording) == 1:
         st.caption(
-            "One answer has no interval over samples, so verdicts stay undecided; many samples decide them: record "
-            "drawn scenes here, or use a file that `avl record --scenes 100` made."
+            "One answer has no interval over samples, so verdicts stay undecided; many samples"
+            " decide them: record drawn scenes here, or use a file that `avl record --scenes 100`"
+            " made."
         )
     questions = figures()
     state.within("pattern", list(questions), next(iter(questions)))
     names = {name: name.replace("_", " ") for name in questions}
-    name = st.pills("Figure", list(names), key="pattern", format_func=names.__getitem__, required=True, wrap=True)
+    name = st.pills(
+        "Figure",
+        list(names),
+        key="pattern",
+        format_func=names.__getitem__,
+        required=True,
+        wrap=True,
+    )
     try:
         _section(_made(recording, str(name), st.session_state.get("comparison")))
     except NotMeasured as error:
@@ -60,9 +70,15 @@ def _made(recording: Recording, name: str, comparison: Comparison | None) -> Sec
 
 
 def choose_recording(context: Context) -> Recording | None:
-    """The recording of the present answer, of scenes recorded now, or from a file; None while there is none."""
+    """The recording of the present answer, of scenes recorded now, or from a file; None while there
+    is none.
+    """
     source = st.segmented_control(
-        "Statistics of", list(_SOURCES), key="recording_of", format_func=_SOURCES.__getitem__, required=True
+        "Statistics of",
+        list(_SOURCES),
+        key="recording_of",
+        format_func=_SOURCES.__getitem__,
+        required=True,
     )
     if source == _HERE:
         return recorded(context)
@@ -73,20 +89,27 @@ def _scenes(context: Context) -> Recording | None:
     """Drawn scenes recorded when asked to; kept until others are."""
     left, right = st.columns([3, 1], vertical_alignment="bottom")
     count = int(left.slider("Scenes of each kind of question", 1, 20, key="per_task"))
-    if right.button("Record", icon=":material/radio_button_checked:", help="Any other click stops it."):
+    if right.button(
+        "Record", icon=":material/radio_button_checked:", help="Any other click stops it."
+    ):
         bar = st.progress(0.0, text="Drawing scenes …")
         samples = scene_samples(count)
         made = context.bench.corpus(
             context.question.model,
             samples,
             tokens=_LONGEST,
-            progress=lambda done, total: bar.progress(done / total, text=f"{done} of {total} scenes recorded"),
+            progress=lambda done, total: bar.progress(
+                done / total, text=f"{done} of {total} scenes recorded"
+            ),
         )
         bar.empty()
         st.session_state["scenes_recording"] = (context.question.model, made)
     model, known = st.session_state.get("scenes_recording", ("", None))
     if known is None or model != context.question.model:
-        st.info("Nothing is recorded yet: choose how many scenes and press Record.", icon=":material/info:")
+        st.info(
+            "Nothing is recorded yet: choose how many scenes and press Record.",
+            icon=":material/info:",
+        )
         return None
     st.caption(f"{len(known)} scenes are recorded.")
     recording: Recording = known
@@ -106,7 +129,10 @@ def _from_file(context: Context) -> Recording | None:
         return None
     if sent.size > context.settings.recording_bytes:
         limit = context.settings.recording_bytes >> 20
-        problem(f"the file has {sent.size >> 20} MB; at most {limit} MB are accepted: record fewer samples")
+        problem(
+            f"the file has {sent.size >> 20} MB; at most {limit} MB are accepted: record fewer"
+            " samples"
+        )
         return None
     try:
         return _read(sent.file_id, sent.getvalue())
@@ -119,7 +145,10 @@ def _read(key: str, data: bytes) -> Recording:
     """A sent recording, read once per visitor."""
     held = st.session_state.get("sent_recording")
     if held is None or held[0] != key:
-        held = st.session_state["sent_recording"] = (key, from_bytes(load_recording, data, "recording.nc"))
+        held = st.session_state["sent_recording"] = (
+            key,
+            from_bytes(load_recording, data, "recording.nc"),
+        )
     recording: Recording = held[1]
     return recording
 
@@ -136,12 +165,16 @@ def _section(shown: Section) -> None:
             if panel.title and not isinstance(panel, Animation):
                 st.markdown(f"**{plain(panel.title)}**")
             height = 240 if isinstance(panel, Overlay) else None
-            plot(panel, f"{figure.name}{number}", titled=isinstance(panel, Animation), height=height)
+            plot(
+                panel, f"{figure.name}{number}", titled=isinstance(panel, Animation), height=height
+            )
     if shown.moving is not None:
         plot(shown.moving, f"{figure.name}_moving")
     if shown.table:
         header, *rows = shown.table
-        st.dataframe({name: [row[at] for row in rows] for at, name in enumerate(header)}, hide_index=True)
+        st.dataframe(
+            {name: [row[at] for row in rows] for at, name in enumerate(header)}, hide_index=True
+        )
     if shown.text:
         st.markdown(plain(shown.text))
     st.caption(plain(figure.caption.text))

@@ -1,4 +1,6 @@
-"""Report: built from this answer, from a recording, or from scenes recorded now; previewed and downloaded."""
+"""Report: built from this answer, from a recording, or from scenes recorded now; previewed and
+downloaded.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +19,23 @@ _ICON = ":material/description:"
 def show(context: Context) -> None:
     """Draw the view."""
     st.markdown(
-        "A report is one page that works offline, every figure as SVG, PDF and PNG, the numbers behind them as CSV and "
-        "JSON, and the recording itself."
+        "A report is one page that works offline, every figure as SVG, PDF and PNG, the numbers"
+        " behind them as CSV and JSON, and the recording itself."
     )
     recording = choose_recording(context)
-    title = st.text_input("Title", placeholder="by default it names the model", key="title", max_chars=120)
+    title = st.text_input(
+        "Title", placeholder="by default it names the model", key="title", max_chars=120
+    )
     pressed = st.button("Build the report", type="primary", icon=_ICON, disabled=recording is None)
     if pressed and recording is not None:
         st.session_state["report"] = _build(recording, str(title))
     built: Built | None = st.session_state.get("report")
     if built is None:
         questions = figures().values()
-        st.markdown(f"**It answers {len(questions)} questions**, as far as the recording holds what they need:")
+        st.markdown(
+            f"**It answers {len(questions)} questions**, as far as the recording holds what they"
+            " need:"
+        )
         st.markdown("\n".join(f"1. {plain(question)}" for question in questions))
     else:
         _offer(built)
@@ -43,7 +50,9 @@ def _build(recording: Recording, title: str) -> Built | None:
             built = build_report(
                 recording,
                 title,
-                lambda done, total, part: bar.progress(min(done / max(total, 1), 1.0), text=f"drawing {part}"),
+                lambda done, total, part: bar.progress(
+                    min(done / max(total, 1), 1.0), text=f"drawing {part}"
+                ),
                 comparison,
             )
         except InputError as error:
@@ -65,7 +74,9 @@ def _offer(built: Built) -> None:
         offers.insert(1, ("PDF", built.pdf, "report.pdf", "application/pdf"))
     for column, (label, data, name, kind) in zip(st.columns(3), offers, strict=False):
         size = f"{label}, {max(len(data) / 2**20, 0.1):.1f} MB"
-        column.download_button(size, data, name, kind, on_click="ignore", icon=":material/download:", width="stretch")
+        column.download_button(
+            size, data, name, kind, on_click="ignore", icon=":material/download:", width="stretch"
+        )
     if built.missing:
         with st.expander(f"Could not be drawn from this recording: {len(built.missing)}"):
             for name, reason in built.missing.items():

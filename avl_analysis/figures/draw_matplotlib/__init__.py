@@ -1,12 +1,13 @@
-"""Draws figure specs on paper: PNG, SVG and PDF files through matplotlib, and animated pictures as GIF or WebP.
+"""Draws figure specs on paper: PNG, SVG and PDF files through matplotlib, and animated pictures as
+GIF or WebP.
 
-The only module that imports matplotlib. It decides nothing about content; a spec that passes its own checks can be
-drawn. No pyplot and no global state but an rc context around each drawing, so figures can be made in any thread and
-without a display. Files are reproducible: no dates, fixed SVG ids, text of SVG and PDF stays text or outlines that
-need no fonts of ours.
+The only module that imports matplotlib. It decides nothing about content; a spec that passes its
+own checks can be drawn. No pyplot and no global state but an rc context around each drawing, so
+figures can be made in any thread and without a display. Files are reproducible: no dates, fixed SVG
+ids, text of SVG and PDF stays text or outlines that need no fonts of ours.
 
-What surprises: dollar signs in labels (prompts come from anywhere) must stay dollar signs, so mathematical typesetting
-is off, and log axes get plain numbers.
+What surprises: dollar signs in labels (prompts come from anywhere) must stay dollar signs, so
+mathematical typesetting is off, and log axes get plain numbers.
 """
 
 from __future__ import annotations
@@ -30,7 +31,16 @@ from avl_analysis.figures.draw_matplotlib.pages import (
 )
 from avl_analysis.figures.spec import Animation, Figure
 
-__all__ = ["FORMATS", "Paragraph", "draw", "figure_pages", "save", "save_animation", "save_document", "text_pages"]
+__all__ = [
+    "FORMATS",
+    "Paragraph",
+    "draw",
+    "figure_pages",
+    "save",
+    "save_animation",
+    "save_document",
+    "text_pages",
+]
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -47,13 +57,19 @@ def draw(figure: Figure, *, titled: bool = True) -> Canvas:
     return canvas
 
 
-def save(figure: Figure, folder: Path, formats: Iterable[str] = FORMATS, *, dpi: int = 200) -> list[Path]:
-    """Write `folder/name.<format>` for each format and return the paths; the folder is made if needed."""
+def save(
+    figure: Figure, folder: Path, formats: Iterable[str] = FORMATS, *, dpi: int = 200
+) -> list[Path]:
+    """Write `folder/name.<format>` for each format and return the paths; the folder is made if
+    needed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     canvas = draw(figure)
     with matplotlib.rc_context(RC):
         canvas.draw_without_rendering()
-    canvas.set_layout_engine("none")  # arranged once; arranging again for each file takes most of the time
+    canvas.set_layout_engine(
+        "none"
+    )  # arranged once; arranging again for each file takes most of the time
     dates = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     paths = []
     for suffix in formats:
@@ -72,6 +88,10 @@ def save_animation(animation: Animation, path: Path, *, dpi: int = 110) -> Path:
         raise ValueError(f"animations are written as .gif or .webp; got {path.name!r}")
     images = [raster(frame, dpi) for frame in animation.frames]
     duration = round(1000 * animation.seconds)
-    options: dict[str, Any] = {"quality": 82, "method": 4} if path.suffix == ".webp" else {"optimize": True}
-    images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0, **options)
+    options: dict[str, Any] = (
+        {"quality": 82, "method": 4} if path.suffix == ".webp" else {"optimize": True}
+    )
+    images[0].save(
+        path, save_all=True, append_images=images[1:], duration=duration, loop=0, **options
+    )
     return path

@@ -32,8 +32,8 @@ def size_of(figure: Figure) -> tuple[float, float]:
 def fill(canvas: FigureBase, figure: Figure) -> None:
     """Draw the panels of a figure onto an empty canvas or part of one.
 
-    Pictures stand in one grid; rows of charts are laid out one by one, so that a colour bar in one row does not narrow
-    the panels of another.
+    Pictures stand in one grid; rows of charts are laid out one by one, so that a colour bar in one
+    row does not narrow the panels of another.
     """
     columns = min(figure.columns, len(figure.panels))
     rows = _rows(figure)
@@ -57,7 +57,9 @@ def fill(canvas: FigureBase, figure: Figure) -> None:
         _fill(part, list(axes), row, shared, legend=number == len(rows) - 1)
 
 
-def _fill(canvas: FigureBase, axes: list[Axes], panels: Sequence[Panel], shared: bool, legend: bool = True) -> None:
+def _fill(
+    canvas: FigureBase, axes: list[Axes], panels: Sequence[Panel], shared: bool, legend: bool = True
+) -> None:
     """Draw panels onto axes; below them one legend, if they share it and it is wanted here."""
     together = shared or shared_legend(panels)
     for place, panel in zip(axes, panels, strict=False):
@@ -72,12 +74,16 @@ def _fill(canvas: FigureBase, axes: list[Axes], panels: Sequence[Panel], shared:
 
 def _rows(figure: Figure) -> list[tuple[Panel, ...]]:
     panels = figure.panels
-    return [panels[start : start + figure.columns] for start in range(0, len(panels), figure.columns)]
+    return [
+        panels[start : start + figure.columns] for start in range(0, len(panels), figure.columns)
+    ]
 
 
 def _heights(figure: Figure) -> list[float]:
     """Inches of each row."""
-    return [_panel_size(figure.panels if _pictures(figure.panels) else row)[1] for row in _rows(figure)]
+    return [
+        _panel_size(figure.panels if _pictures(figure.panels) else row)[1] for row in _rows(figure)
+    ]
 
 
 def _pictures(panels: Sequence[Panel]) -> bool:
@@ -91,19 +97,29 @@ def _wide(row: Sequence[Panel]) -> bool:
 
 def _panel_size(panels: Sequence[Panel]) -> tuple[float, float]:
     """Inches of each panel: pictures are square-ish, heat maps grow with their rows."""
-    pictures = [p.frames[0] if isinstance(p, Animation) else p for p in panels if isinstance(p, Overlay | Animation)]
+    pictures = [
+        p.frames[0] if isinstance(p, Animation) else p
+        for p in panels
+        if isinstance(p, Overlay | Animation)
+    ]
     if _pictures(panels):
         width = 2.1 if len(panels) > 1 else 3.2
-        return width, 0.94 * width * max(p.picture.shape[0] / p.picture.shape[1] for p in pictures) + 0.42
+        return width, 0.94 * width * max(
+            p.picture.shape[0] / p.picture.shape[1] for p in pictures
+        ) + 0.42
     rows = max((p.values.shape[0] for p in panels if isinstance(p, Heat)), default=0)
-    bars = max((len(p.categories) for p in panels if isinstance(p, Bars) and p.horizontal), default=0)
+    bars = max(
+        (len(p.categories) for p in panels if isinstance(p, Bars) and p.horizontal), default=0
+    )
     legend = 0.16 * max(len(handles_of(panel)) // 4 for panel in panels)
     return PANEL_WIDTH, min(6.0, max(PANEL_HEIGHT + legend, 0.9 + 0.17 * rows, 0.9 + 0.26 * bars))
 
 
 def _draw_panel(canvas: FigureBase, place: Axes, panel: Panel, *, legend: bool) -> None:
     if panel.title:
-        crowned = any(rule.axis == "x" for rule in getattr(panel, "rules", ()))  # rule labels stand above the frame
+        crowned = any(
+            rule.axis == "x" for rule in getattr(panel, "rules", ())
+        )  # rule labels stand above the frame
         width = 28 if isinstance(panel, Overlay | Animation) else 46
         place.set_title(textwrap.fill(panel.title, width), pad=15 if crowned else None)
     if isinstance(panel, Lines):
@@ -120,6 +136,14 @@ def _draw_panel(canvas: FigureBase, place: Axes, panel: Panel, *, legend: bool) 
         draw_overlay(canvas, place, panel.frames[0], legend=legend)
     handles = handles_of(panel)
     if legend and len(handles) > 1 and not isinstance(panel, Overlay | Animation):
-        below = place.transAxes + ScaledTranslation(0, -32 / 72, canvas.dpi_scale_trans)  # clear of the axis label
-        place.legend(handles=handles, ncols=legend_columns(handles), loc="upper center", bbox_to_anchor=(0.5, 0),
-                     bbox_transform=below, borderaxespad=0.0)  # fmt: skip
+        below = place.transAxes + ScaledTranslation(
+            0, -32 / 72, canvas.dpi_scale_trans
+        )  # clear of the axis label
+        place.legend(
+            handles=handles,
+            ncols=legend_columns(handles),
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0),
+            bbox_transform=below,
+            borderaxespad=0.0,
+        )

@@ -1,4 +1,6 @@
-"""Charts on paper: curves with bands, heat maps, bars and points with intervals, their axes and reference lines."""
+"""Charts on paper: curves with bands, heat maps, bars and points with intervals, their axes and
+reference lines.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def draw_lines(place: Axes, panel: Lines) -> None:
         every = max(1, line.x.size // 9)
         place.plot(line.x, line.y, markevery=every, **look)
         if line.low is not None and line.high is not None:
-            place.fill_between(line.x, line.low, line.high, color=look["color"], alpha=0.2, linewidth=0)
+            place.fill_between(
+                line.x, line.low, line.high, color=look["color"], alpha=0.2, linewidth=0
+            )
     _axes(place, panel.x, panel.y)
     _rules(place, panel.rules)
 
@@ -35,9 +39,17 @@ def draw_heat(canvas: FigureBase, place: Axes, panel: Heat) -> None:
     limits = panel.value.limits or (float(np.nanmin(panel.values)), float(np.nanmax(panel.values)))
     norm = Normalize(*limits)
     named = panel.value.ticks
-    colours = colormaps["cividis"].resampled(len(named)) if named is not None else colormaps["cividis"]
+    colours = (
+        colormaps["cividis"].resampled(len(named)) if named is not None else colormaps["cividis"]
+    )
     place.set_facecolor(LIGHT.grid)
-    place.imshow(panel.values, cmap=colours, norm=norm, aspect="auto", origin="lower" if panel.upward else "upper")
+    place.imshow(
+        panel.values,
+        cmap=colours,
+        norm=norm,
+        aspect="auto",
+        origin="lower" if panel.upward else "upper",
+    )
     place.grid(False)
     bar = canvas.colorbar(ScalarMappable(norm, colours), ax=place, pad=0.02)
     bar.set_label(_two_lines(panel.value))
@@ -77,7 +89,11 @@ def draw_bars(place: Axes, panel: Bars) -> None:
         offset = at + (number - (len(panel.bars) - 1) / 2) * width
         colour = palette.style(bar.slot).light
         hatch = HATCHES[number % 4] if len(panel.bars) > 1 else ""
-        error = None if bar.low is None or bar.high is None else np.abs([bar.values - bar.low, bar.high - bar.values])
+        error = (
+            None
+            if bar.low is None or bar.high is None
+            else np.abs([bar.values - bar.low, bar.high - bar.values])
+        )
         look: dict[str, Any] = {
             "color": colour,
             "edgecolor": LIGHT.paper,
@@ -85,7 +101,11 @@ def draw_bars(place: Axes, panel: Bars) -> None:
             "linewidth": 0.4,
             "label": bar.name,
         }
-        marks: dict[str, Any] = {"ecolor": LIGHT.ink, "capsize": 2.0, "error_kw": {"linewidth": 0.9}}
+        marks: dict[str, Any] = {
+            "ecolor": LIGHT.ink,
+            "capsize": 2.0,
+            "error_kw": {"linewidth": 0.9},
+        }
         if panel.horizontal:
             place.barh(offset, bar.values, width * 0.95, xerr=error, **look, **marks)
         else:
@@ -107,10 +127,20 @@ def draw_scatter(place: Axes, panel: Scatter) -> None:
         style = palette.style(points.slot)
         if points.low is not None and points.high is not None:
             error = np.abs([points.y - points.low, points.high - points.y])
-            place.errorbar(points.x, points.y, error, fmt="none", ecolor=style.light, elinewidth=0.8, capsize=1.8,
-                           alpha=0.55)  # fmt: skip
+            place.errorbar(
+                points.x,
+                points.y,
+                error,
+                fmt="none",
+                ecolor=style.light,
+                elinewidth=0.8,
+                capsize=1.8,
+                alpha=0.55,
+            )
         dash = style.dash if points.joined else "none"
-        place.plot(points.x, points.y, linestyle=dash, marker=style.marker, color=style.light, markersize=5)
+        place.plot(
+            points.x, points.y, linestyle=dash, marker=style.marker, color=style.light, markersize=5
+        )
         for x, y, label in zip(points.x, points.y, points.labels, strict=False):
             place.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=6.5)
     _axes(place, panel.x, panel.y)
@@ -126,7 +156,9 @@ def _axes(place: Axes, x: Axis, y: Axis) -> None:
         if spec.log:
             scale("log")
             axis.set_major_locator(
-                LogLocator(subs=(1, 2, 5)) if spec.limits is None else FixedLocator(log_ticks(*spec.limits))
+                LogLocator(subs=(1, 2, 5))
+                if spec.limits is None
+                else FixedLocator(log_ticks(*spec.limits))
             )
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
@@ -155,11 +187,28 @@ def _rules(place: Axes, rules: Sequence[Rule]) -> None:
         line = place.axvline if rule.axis == "x" else place.axhline
         line(rule.at, color=LIGHT.muted, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
         if rule.axis == "x":
-            at, frame, shift, align = (rule.at, 1.0), place.get_xaxis_transform(), (0, 2), ("center", "bottom")
+            at, frame, shift, align = (
+                (rule.at, 1.0),
+                place.get_xaxis_transform(),
+                (0, 2),
+                ("center", "bottom"),
+            )
         else:
-            at, frame, shift, align = (1.0, rule.at), place.get_yaxis_transform(), (-2, 1), ("right", "bottom")
+            at, frame, shift, align = (
+                (1.0, rule.at),
+                place.get_yaxis_transform(),
+                (-2, 1),
+                ("right", "bottom"),
+            )
         place.annotate(
-            rule.label, at, xycoords=frame, xytext=shift, textcoords="offset points", ha=align[0], va=align[1],
-            fontsize=6.5, color=LIGHT.muted,
+            rule.label,
+            at,
+            xycoords=frame,
+            xytext=shift,
+            textcoords="offset points",
+            ha=align[0],
+            va=align[1],
+            fontsize=6.5,
+            color=LIGHT.muted,
             bbox={"facecolor": LIGHT.paper, "edgecolor": "none", "alpha": 0.75, "pad": 0.4},
-        )  # fmt: skip
+        )

@@ -59,9 +59,19 @@ HATCHES = ("", "///", "...", "xxx")
 def line_look(line: Line) -> dict[str, Any]:
     style = palette.style(line.slot)
     if line.role == "baseline":
-        return {"color": LIGHT.muted, "linestyle": (0, (1, 2)), "linewidth": 1.1, "label": line.name}
+        return {
+            "color": LIGHT.muted,
+            "linestyle": (0, (1, 2)),
+            "linewidth": 1.1,
+            "label": line.name,
+        }
     if line.role == "fit":
-        return {"color": style.light, "linestyle": (0, (2, 1)), "linewidth": 0.9, "label": line.name}
+        return {
+            "color": style.light,
+            "linestyle": (0, (2, 1)),
+            "linewidth": 0.9,
+            "label": line.name,
+        }
     return {
         "color": style.light,
         "linestyle": style.dash,
@@ -75,26 +85,43 @@ def line_look(line: Line) -> dict[str, Any]:
 def handles_of(panel: Panel) -> list[Any]:
     """Legend entries of a panel, in drawing order."""
     if isinstance(panel, Lines):
-        return [Line2D([], [], **line_look(line)) for line in panel.lines if not repeated(panel, line)]
+        return [
+            Line2D([], [], **line_look(line)) for line in panel.lines if not repeated(panel, line)
+        ]
     if isinstance(panel, Scatter):
         return [_point_handle(points) for points in panel.points]
     if isinstance(panel, Bars) and len(panel.bars) > 1:
         return [
-            Patch(facecolor=palette.style(bar.slot).light, edgecolor=LIGHT.paper, hatch=HATCHES[i % 4], label=bar.name)
+            Patch(
+                facecolor=palette.style(bar.slot).light,
+                edgecolor=LIGHT.paper,
+                hatch=HATCHES[i % 4],
+                label=bar.name,
+            )
             for i, bar in enumerate(panel.bars)
         ]
     if isinstance(panel, Animation):
         return handles_of(panel.frames[0])
     if isinstance(panel, Overlay) and panel.classes:
         fills = zip(palette.CLASS_COLOURS, palette.CLASS_OPACITY, panel.classes, strict=False)
-        return [Patch(facecolor=to_rgba(colour, alpha), label=name) for colour, alpha, name in fills]
+        return [
+            Patch(facecolor=to_rgba(colour, alpha), label=name) for colour, alpha, name in fills
+        ]
     return []
 
 
 def _point_handle(points: Points) -> Line2D:
     style = palette.style(points.slot)
     dash = style.dash if points.joined else "none"
-    return Line2D([], [], color=style.light, marker=style.marker, linestyle=dash, markersize=5, label=points.name)
+    return Line2D(
+        [],
+        [],
+        color=style.light,
+        marker=style.marker,
+        linestyle=dash,
+        markersize=5,
+        label=points.name,
+    )
 
 
 def legend_columns(handles: Sequence[Any]) -> int:

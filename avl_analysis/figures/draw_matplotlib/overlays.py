@@ -1,4 +1,6 @@
-"""Pictures on paper: patches of attention or of classes over them, outlines, and frames of animations."""
+"""Pictures on paper: patches of attention or of classes over them, outlines, and frames of
+animations.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +41,25 @@ def draw_overlay(canvas: FigureBase, place: Axes, panel: Overlay, *, legend: boo
     place.set(xlim=(0, width), ylim=(height, 0))
     if legend and panel.classes:
         handles = handles_of(panel)
-        place.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, handlelength=1.2)
+        place.legend(
+            handles=handles,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.0),
+            ncols=3,
+            handlelength=1.2,
+        )
 
 
 def _patch_colours(panel: Overlay) -> np.ndarray:
     """RGBA of every patch: the class's fill, or the attention hue with the value as its opacity."""
     assert panel.patches is not None
     if panel.classes:
-        fills = np.array([to_rgba(c, a) for c, a in zip(palette.CLASS_COLOURS, palette.CLASS_OPACITY, strict=True)])
+        fills = np.array(
+            [
+                to_rgba(c, a)
+                for c, a in zip(palette.CLASS_COLOURS, palette.CLASS_OPACITY, strict=True)
+            ]
+        )
         colours = fills[np.nan_to_num(panel.patches).astype(int)]
         colours[np.isnan(panel.patches)] = 0
         return colours
@@ -70,20 +83,28 @@ def _box(place: Axes, box: Box) -> None:
     outline.set_path_effects(effects)
     place.add_patch(outline)
     if box.label:
-        text = place.text(box.left + 1, box.top - 1, box.label, fontsize=6, color=palette.BOX, va="bottom")
+        text = place.text(
+            box.left + 1, box.top - 1, box.label, fontsize=6, color=palette.BOX, va="bottom"
+        )
         text.set_path_effects([Stroke(linewidth=1.6, foreground=palette.BOX_EDGE), Normal()])
 
 
 def attention_bar(canvas: FigureBase, axes: list[Axes], panels: Sequence[Panel]) -> None:
     """One colour bar for all pictures of the figure that share one scale."""
-    found = [(a, p) for a, p in zip(axes, panels, strict=False) if isinstance(p, Overlay) and p.patches is not None]
+    found = [
+        (a, p)
+        for a, p in zip(axes, panels, strict=False)
+        if isinstance(p, Overlay) and p.patches is not None
+    ]
     scales = {(p.value.text, p.value.limits) for _, p in found if not p.classes}
     if len(scales) != 1:
         return
     text, limits = scales.pop()
     if limits is None:
         return
-    bar = canvas.colorbar(ScalarMappable(Normalize(*limits), _ATTENTION), ax=axes, shrink=0.55, pad=0.01, aspect=28)
+    bar = canvas.colorbar(
+        ScalarMappable(Normalize(*limits), _ATTENTION), ax=axes, shrink=0.55, pad=0.01, aspect=28
+    )
     bar.set_label(text)
     bar.outline.set_visible(False)
 

@@ -1,6 +1,7 @@
 """Printed pages: flowing text, and figures with their words, bound into one PDF.
 
-Widths of letters are estimated, not measured, which is enough for ragged text and needs no drawing pass.
+Widths of letters are estimated, not measured, which is enough for ragged text and needs no drawing
+pass.
 """
 
 from __future__ import annotations
@@ -40,8 +41,14 @@ class Paragraph:
     after: float = 0.08
 
     def lines(self) -> list[str]:
-        letters = int((WIDTH - 2 * MARGIN - self.indent) * 72 / (self.size * _LETTER * (1.1 if self.bold else 1.0)))
-        return [line for part in self.text.split("\n") for line in textwrap.wrap(part, letters) or [""]]
+        letters = int(
+            (WIDTH - 2 * MARGIN - self.indent)
+            * 72
+            / (self.size * _LETTER * (1.1 if self.bold else 1.0))
+        )
+        return [
+            line for part in self.text.split("\n") for line in textwrap.wrap(part, letters) or [""]
+        ]
 
     def height(self) -> float:
         return len(self.lines()) * self.size * _LINE / 72 + self.after
@@ -50,7 +57,8 @@ class Paragraph:
 def text_pages(paragraphs: Sequence[Paragraph]) -> list[Canvas]:
     """Paragraphs one after the other, on as many pages as they need.
 
-    A paragraph is not split, and one with hardly any space behind it (a heading) stays with the next.
+    A paragraph is not split, and one with hardly any space behind it (a heading) stays with the
+    next.
     """
     pages: list[Canvas] = []
     left = 0.0
@@ -63,7 +71,9 @@ def text_pages(paragraphs: Sequence[Paragraph]) -> list[Canvas]:
     return pages
 
 
-def figure_pages(figure: Figure, above: Sequence[Paragraph] = (), below: Sequence[Paragraph] = ()) -> list[Canvas]:
+def figure_pages(
+    figure: Figure, above: Sequence[Paragraph] = (), below: Sequence[Paragraph] = ()
+) -> list[Canvas]:
     """A figure as wide as the page, with words above and its caption and further words below.
 
     Words that would leave the figure less than `_LEAST` of its height move to pages of their own.
@@ -84,8 +94,12 @@ def figure_pages(figure: Figure, above: Sequence[Paragraph] = (), below: Sequenc
     bottom = max(top - wanted, MARGIN + _tall(under) + 0.1)
     inner = min(WIDTH - 2 * MARGIN, 1.25 * width)
     with matplotlib.rc_context(RC):
-        grid = page.add_gridspec(3, 3, height_ratios=[HEIGHT - top, top - bottom, bottom],
-                                 width_ratios=[MARGIN, inner, WIDTH - MARGIN - inner])  # fmt: skip
+        grid = page.add_gridspec(
+            3,
+            3,
+            height_ratios=[HEIGHT - top, top - bottom, bottom],
+            width_ratios=[MARGIN, inner, WIDTH - MARGIN - inner],
+        )
         fill(page.add_subfigure(grid[1, 1]), figure)
     _write(page, under, bottom - 0.1)
     return [*before, page, *behind]
@@ -97,7 +111,10 @@ def _tall(paragraphs: Sequence[Paragraph]) -> float:
 
 def save_document(pages: Sequence[Canvas], path: Path, *, title: str) -> Path:
     """Bind pages into one PDF."""
-    with matplotlib.rc_context(RC), PdfPages(path, metadata={"Title": title, "CreationDate": None}) as document:
+    with (
+        matplotlib.rc_context(RC),
+        PdfPages(path, metadata={"Title": title, "CreationDate": None}) as document,
+    ):
         for number, page in enumerate(pages, 1):
             page.text(0.5, 0.35 / HEIGHT, f"{number}", ha="center", fontsize=7.5, color=LIGHT.muted)
             document.savefig(page)
@@ -119,7 +136,14 @@ def _write(page: Canvas, paragraphs: Sequence[Paragraph], y: float) -> float:
         with matplotlib.rc_context(RC):
             for number, line in enumerate(paragraph.lines()):
                 at = y - number * paragraph.size * _LINE / 72
-                page.text((MARGIN + paragraph.indent) / WIDTH, at / HEIGHT, line, va="top", fontsize=paragraph.size,
-                          color=colour, fontweight=weight)  # fmt: skip
+                page.text(
+                    (MARGIN + paragraph.indent) / WIDTH,
+                    at / HEIGHT,
+                    line,
+                    va="top",
+                    fontsize=paragraph.size,
+                    color=colour,
+                    fontweight=weight,
+                )
         y -= paragraph.height()
     return y

@@ -1,11 +1,12 @@
-"""Draws figure specs on the screen: one interactive plotly figure per panel, for the report page and the dashboard.
+"""Draws figure specs on the screen: one interactive plotly figure per panel, for the report page
+and the dashboard.
 
-The only module that imports plotly. One plot per panel, not subplots, so that a page can lay the panels out by its
-width. Whatever text a spec carries is escaped, because plotly renders a little HTML in labels and a prompt may contain
-anything, `<image>` for a start.
+The only module that imports plotly. One plot per panel, not subplots, so that a page can lay the
+panels out by its width. Whatever text a spec carries is escaped, because plotly renders a little
+HTML in labels and a prompt may contain anything, `<image>` for a start.
 
-Plots have a transparent background, and all their colours come from palette.py, so a page can exchange the light
-colours for the dark ones (`palette.dark_pairs`) without drawing again.
+Plots have a transparent background, and all their colours come from palette.py, so a page can
+exchange the light colours for the dark ones (`palette.dark_pairs`) without drawing again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from avl_analysis.figures.spec import Bars, Heat, Lines, Overlay, Panel, Scatter
 
 
 def draw(panel: Panel, *, dark: bool = False, titled: bool = True) -> go.Figure:
-    """One panel as a plotly figure in the light or the dark theme; `titled=False` leaves the title to the page."""
+    """One panel as a plotly figure in the light or the dark theme; `titled=False` leaves the title
+    to the page.
+    """
     theme = DARK if dark else LIGHT
     if isinstance(panel, Lines):
         plot = draw_lines(panel, theme, dark)
@@ -46,7 +49,10 @@ def as_json(plot: go.Figure) -> str:
     """The plot as JSON that is safe inside a script element."""
     data = json.loads(plot.to_json())
     return (
-        json.dumps(data, separators=(",", ":")).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+        json.dumps(data, separators=(",", ":"))
+        .replace("<", "\\u003c")
+        .replace(">", "\\u003e")
+        .replace("&", "\\u0026")
     )
 
 

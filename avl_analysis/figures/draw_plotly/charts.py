@@ -40,7 +40,14 @@ def draw_lines(panel: Lines, theme: Theme, dark: bool) -> go.Figure:
     for number, line in enumerate(panel.lines):
         look = line_look(line, theme, dark)
         if line.low is not None and line.high is not None:
-            _band(plot, line.x, line.low, line.high, palette.translucent(look["color"], 0.2), group=str(number))
+            _band(
+                plot,
+                line.x,
+                line.low,
+                line.high,
+                palette.translucent(look["color"], 0.2),
+                group=str(number),
+            )
         plot.add_trace(
             go.Scatter(
                 x=line.x,
@@ -48,14 +55,21 @@ def draw_lines(panel: Lines, theme: Theme, dark: bool) -> go.Figure:
                 name=literal(line.name),
                 mode="lines+markers" if line.role == "measured" else "lines",
                 line=look,
-                marker={"symbol": palette.style(line.slot).plotly_marker, "size": 6, "maxdisplayed": 14},
+                marker={
+                    "symbol": palette.style(line.slot).plotly_marker,
+                    "size": 6,
+                    "maxdisplayed": 14,
+                },
                 legendgroup=str(number),
                 showlegend=not repeated(panel, line),
                 customdata=interval_of(line.low, line.high),
                 hovertemplate=hover_text(panel.x, panel.y, interval=line.low is not None),
             )
         )
-    x, y = _bounded(panel.x, [line.x for line in panel.lines]), _bounded(panel.y, [line.y for line in panel.lines])
+    x, y = (
+        _bounded(panel.x, [line.x for line in panel.lines]),
+        _bounded(panel.y, [line.y for line in panel.lines]),
+    )
     frame(plot, x, y, theme, panel.rules)
     if panel.x.counted:
         plot.update_xaxes(**whole_ticks([line.x for line in panel.lines]))
@@ -64,7 +78,9 @@ def draw_lines(panel: Lines, theme: Theme, dark: bool) -> go.Figure:
 
 
 def _bounded(axis: Axis, values: Sequence[Array]) -> Axis:
-    """A logarithmic axis with limits a little beyond its values: plotly's own ticks crowd between powers of ten."""
+    """A logarithmic axis with limits a little beyond its values: plotly's own ticks crowd between
+    powers of ten.
+    """
     known = np.concatenate([v[np.isfinite(v) & (v > 0)] for v in values])
     if not axis.log or axis.limits is not None or not known.size:
         return axis
@@ -83,7 +99,9 @@ def line_look(line: Line, theme: Theme, dark: bool) -> dict[str, Any]:
 def _band(plot: go.Figure, x: Array, low: Array, high: Array, fill: str, group: str) -> None:
     """The interval as a filled outline, one for each unbroken stretch of measured points."""
     finite = np.isfinite(low) & np.isfinite(high)
-    for stretch in np.split(np.arange(finite.size), np.flatnonzero(np.diff(finite.astype(int))) + 1):
+    for stretch in np.split(
+        np.arange(finite.size), np.flatnonzero(np.diff(finite.astype(int))) + 1
+    ):
         if stretch.size and finite[stretch[0]]:
             outline_x = np.concatenate([x[stretch], x[stretch][::-1]])
             outline_y = np.concatenate([high[stretch], low[stretch][::-1]])
@@ -103,7 +121,10 @@ def _band(plot: go.Figure, x: Array, low: Array, high: Array, fill: str, group: 
 
 
 def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
-    low, high = panel.value.limits or (float(np.nanmin(panel.values)), float(np.nanmax(panel.values)))
+    low, high = panel.value.limits or (
+        float(np.nanmin(panel.values)),
+        float(np.nanmax(panel.values)),
+    )
     rows, columns = panel.values.shape
     trace = go.Heatmap(
         z=panel.values,
@@ -114,7 +135,13 @@ def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
         customdata=interval_of(panel.low, panel.high),
         hovertemplate=hover_text(panel.x, panel.y, panel.value, interval=panel.low is not None),
         text=_names(panel),
-        texttemplate=None if not panel.annotate else "%{text}" if panel.value.ticks is not None else "%{z:.2f}",
+        texttemplate=(
+            None
+            if not panel.annotate
+            else "%{text}"
+            if panel.value.ticks is not None
+            else "%{z:.2f}"
+        ),
         textfont={"size": 10},
         xgap=1 if columns <= 40 else 0,
         ygap=1,
@@ -123,7 +150,9 @@ def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
     frame(plot, panel.x, panel.y, theme, ())
     edge = {"showgrid": False, "minallowed": None}  # cell 0 begins at -0.5
     plot.update_xaxes(**edge, **_index_ticks(panel.x, columns))
-    plot.update_yaxes(**edge, autorange=None if panel.upward else "reversed", **_index_ticks(panel.y, rows))
+    plot.update_yaxes(
+        **edge, autorange=None if panel.upward else "reversed", **_index_ticks(panel.y, rows)
+    )
     plot.update_layout(height=max(HEIGHT, 110 + 18 * rows))
     return plot
 
@@ -143,9 +172,16 @@ def _flat(count: int) -> list[list[Any]]:
 
 
 def _colour_bar(value: Axis) -> dict[str, Any]:
-    bar: dict[str, Any] = {"title": {"text": literal(value.text), "side": "right"}, "outlinewidth": 0, "thickness": 14}
+    bar: dict[str, Any] = {
+        "title": {"text": literal(value.text), "side": "right"},
+        "outlinewidth": 0,
+        "thickness": 14,
+    }
     if value.ticks is not None:
-        bar |= {"tickvals": [at for at, _ in value.ticks], "ticktext": [literal(name) for _, name in value.ticks]}
+        bar |= {
+            "tickvals": [at for at, _ in value.ticks],
+            "ticktext": [literal(name) for _, name in value.ticks],
+        }
     return bar
 
 
@@ -173,11 +209,17 @@ def draw_bars(panel: Bars, theme: Theme, dark: bool) -> go.Figure:
         shape = ("", "/", ".", "x")[number % 4] if len(panel.bars) > 1 else ""
         colour = palette.style(bar.slot).colour(dark)
         along, across = ("x", "y") if panel.horizontal else ("y", "x")
-        hover = f"%{{{across}}}<br>{literal(panel.value.label)}: %{{{along}:.4g}}{range_text(bar.low is not None)}"
+        hover = (
+            f"%{{{across}}}<br>{literal(panel.value.label)}:"
+            f" %{{{along}:.4g}}{range_text(bar.low is not None)}"
+        )
         trace = go.Bar(
             name=literal(bar.name),
             orientation="h" if panel.horizontal else "v",
-            marker={"color": colour, "pattern": {"shape": shape, "bgcolor": colour, "fgcolor": theme.paper}},
+            marker={
+                "color": colour,
+                "pattern": {"shape": shape, "bgcolor": colour, "fgcolor": theme.paper},
+            },
             customdata=interval_of(bar.low, bar.high),
             hovertemplate=hover + "<extra>%{fullData.name}</extra>",
         )
@@ -208,7 +250,14 @@ def _point_trace(points: Points, panel: Scatter, dark: bool) -> go.Scatter:
     if points.low is not None and points.high is not None:
         spread = {"array": points.high - points.y, "arrayminus": points.y - points.low}
         faint = palette.translucent(style.colour(dark), 0.55)
-        error = {"type": "data", "symmetric": False, "thickness": 1.2, "width": 3, "color": faint, **spread}
+        error = {
+            "type": "data",
+            "symmetric": False,
+            "thickness": 1.2,
+            "width": 3,
+            "color": faint,
+            **spread,
+        }
     mode = "markers" + ("+lines" if points.joined else "") + ("+text" if points.labels else "")
     return go.Scatter(
         x=points.x,

@@ -1,4 +1,5 @@
-"""What every plot on the screen shares: frame, axes, reference lines, hover texts, escaped words."""
+"""What every plot on the screen shares: frame, axes, reference lines, hover
+texts, escaped words."""
 
 from __future__ import annotations
 
@@ -27,14 +28,26 @@ def frame(plot: go.Figure, x: Axis, y: Axis, theme: Theme, rules: tuple[Rule, ..
 
 
 def _rule(plot: go.Figure, rule: Rule, axis: Axis, theme: Theme) -> None:
-    """A line across the panel with its name at the end; on a log axis notes, unlike lines, are placed by logarithm."""
+    """A line across the panel with its name at the end; on a log axis notes, unlike lines, are
+    placed by logarithm.
+    """
     other = "y" if rule.axis == "x" else "x"
     line = {"color": theme.muted, "width": 1.2, "dash": "5px,3px"}
     plot.add_shape(
-        {"type": "line", "line": line, f"{rule.axis}0": rule.at, f"{rule.axis}1": rule.at, f"{rule.axis}ref": rule.axis}
+        {
+            "type": "line",
+            "line": line,
+            f"{rule.axis}0": rule.at,
+            f"{rule.axis}1": rule.at,
+            f"{rule.axis}ref": rule.axis,
+        }
         | {f"{other}0": 0, f"{other}1": 1, f"{other}ref": f"{other} domain"}
     )
-    note: dict[str, Any] = {"text": literal(rule.label), "showarrow": False, "font": {"size": 10, "color": theme.muted}}
+    note: dict[str, Any] = {
+        "text": literal(rule.label),
+        "showarrow": False,
+        "font": {"size": 10, "color": theme.muted},
+    }
     at = float(np.log10(rule.at)) if axis.log else rule.at
     note |= {
         rule.axis: at,
@@ -65,7 +78,11 @@ def _axis(axis: Axis, theme: Theme) -> dict[str, Any]:
         settings["range"] = list(np.log10(axis.limits)) if axis.log else list(axis.limits)
         if axis.log:
             ticks = log_ticks(*axis.limits)
-            settings |= {"tickmode": "array", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+            settings |= {
+                "tickmode": "array",
+                "tickvals": ticks,
+                "ticktext": [f"{tick:g}" for tick in ticks],
+            }
     if axis.ticks is not None:
         settings |= {"tickmode": "array", "tickvals": [at for at, _ in axis.ticks]}
         settings["ticktext"] = [literal(name) for _, name in axis.ticks]
@@ -87,12 +104,20 @@ def dress(plot: go.Figure, theme: Theme) -> None:
         font={"family": _FONT, "size": 12, "color": theme.ink},
         margin={"l": 56, "r": 16, "t": 22, "b": 48},
         legend={"orientation": "h", "y": -0.24, "yanchor": "top", "x": 0, "font": {"size": 11}},
-        hoverlabel={"bgcolor": theme.paper, "bordercolor": theme.muted, "font": {"color": theme.ink}},
+        hoverlabel={
+            "bgcolor": theme.paper,
+            "bordercolor": theme.muted,
+            "font": {"color": theme.ink},
+        },
     )
 
 
 def interval_of(low: Array | None, high: Array | None) -> Array | None:
-    return None if low is None or high is None else np.array(np.stack([low, high], axis=-1), dtype=np.float64)
+    return (
+        None
+        if low is None or high is None
+        else np.array(np.stack([low, high], axis=-1), dtype=np.float64)
+    )
 
 
 def range_text(interval: bool) -> str:
@@ -103,8 +128,14 @@ def hover_text(x: Axis, y: Axis, z: Axis | None = None, *, interval: bool) -> st
     """Hover text with every quantity named and the interval behind the value."""
     places = f"{literal(x.label)}: %{{x}}<br>"
     if z is None:
-        return places + f"{literal(y.label)}: %{{y:.4g}}{range_text(interval)}<extra>%{{fullData.name}}</extra>"
-    return places + f"{literal(y.label)}: %{{y}}<br>{literal(z.label)}: %{{z:.4g}}{range_text(interval)}<extra></extra>"
+        return (
+            places + f"{literal(y.label)}:"
+            f" %{{y:.4g}}{range_text(interval)}<extra>%{{fullData.name}}</extra>"
+        )
+    return (
+        places + f"{literal(y.label)}: %{{y}}<br>{literal(z.label)}:"
+        f" %{{z:.4g}}{range_text(interval)}<extra></extra>"
+    )
 
 
 def literal(text: str) -> str:

@@ -1,4 +1,6 @@
-"""Pictures on the screen: patches of attention or of classes over them, outlines, and animations with a slider."""
+"""Pictures on the screen: patches of attention or of classes over them, outlines, and animations
+with a slider.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,15 @@ def draw_overlay(panel: Overlay, theme: Theme) -> go.Figure:
         _class_legend(plot, panel, theme)
     shown = panel.picture if panel.patches is None or panel.classes else dimmed(panel.picture)
     plot.add_layout_image(
-        source=data_uri(shown), xref="x", yref="y", x=0, y=0, sizex=width, sizey=height, sizing="stretch", layer="below"
+        source=data_uri(shown),
+        xref="x",
+        yref="y",
+        x=0,
+        y=0,
+        sizex=width,
+        sizey=height,
+        sizing="stretch",
+        layer="below",
     )
     for box in panel.boxes:
         _box(plot, box)
@@ -48,7 +58,9 @@ def _patches(panel: Overlay) -> go.Heatmap:
     place = "row %{customdata[0]}, column %{customdata[1]}<br>"
     if panel.classes:
         names = np.array([*map(literal, panel.classes), "none"], dtype=object)
-        picked = np.where(np.isnan(panel.patches), len(panel.classes), np.nan_to_num(panel.patches)).astype(int)
+        picked = np.where(
+            np.isnan(panel.patches), len(panel.classes), np.nan_to_num(panel.patches)
+        ).astype(int)
         return go.Heatmap(
             **common,
             zmin=-0.5,
@@ -58,10 +70,17 @@ def _patches(panel: Overlay) -> go.Heatmap:
             hovertemplate=place + "%{text}<extra></extra>",
         )
     low, high = panel.value.limits or (0.0, float(np.nanmax(panel.patches)))
-    fade = [[0, palette.translucent(palette.ATTENTION, 0)], [1, palette.translucent(palette.ATTENTION, 0.92)]]
+    fade = [
+        [0, palette.translucent(palette.ATTENTION, 0)],
+        [1, palette.translucent(palette.ATTENTION, 0.92)],
+    ]
     label = literal(panel.value.label)
     return go.Heatmap(
-        **common, zmin=low, zmax=high, colorscale=fade, hovertemplate=place + label + ": %{z:.4f}<extra></extra>"
+        **common,
+        zmin=low,
+        zmax=high,
+        colorscale=fade,
+        hovertemplate=place + label + ": %{z:.4f}<extra></extra>",
     )
 
 
@@ -76,9 +95,18 @@ def _class_scale(count: int) -> list[list[Any]]:
 
 def _class_legend(plot: go.Figure, panel: Overlay, theme: Theme) -> None:
     for number, name in enumerate(panel.classes):
-        fill = palette.translucent(palette.CLASS_COLOURS[number], max(0.8, palette.CLASS_OPACITY[number]))
-        marker = {"symbol": "square", "size": 12, "color": fill, "line": {"color": theme.muted, "width": 1}}
-        plot.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=literal(name), marker=marker))
+        fill = palette.translucent(
+            palette.CLASS_COLOURS[number], max(0.8, palette.CLASS_OPACITY[number])
+        )
+        marker = {
+            "symbol": "square",
+            "size": 12,
+            "color": fill,
+            "line": {"color": theme.muted, "width": 1},
+        }
+        plot.add_trace(
+            go.Scatter(x=[None], y=[None], mode="markers", name=literal(name), marker=marker)
+        )
 
 
 def _box(plot: go.Figure, box: Box) -> None:
@@ -87,34 +115,83 @@ def _box(plot: go.Figure, box: Box) -> None:
     plot.add_shape(**corners, line={"color": palette.BOX, "width": 2})
     if box.label:
         plot.add_annotation(
-            x=box.left, y=box.top, text=literal(box.label), showarrow=False, xanchor="left", yanchor="bottom",
-            font={"color": palette.BOX, "size": 11}, bgcolor="rgba(1,1,1,0.6)", borderpad=1,
-        )  # fmt: skip
+            x=box.left,
+            y=box.top,
+            text=literal(box.label),
+            showarrow=False,
+            xanchor="left",
+            yanchor="bottom",
+            font={"color": palette.BOX, "size": 11},
+            bgcolor="rgba(1,1,1,0.6)",
+            borderpad=1,
+        )
 
 
 def draw_animation(panel: Animation, theme: Theme) -> go.Figure:
     plot = draw_overlay(panel.frames[0], theme)
     plot.frames = [
-        go.Frame(data=[_patches(frame)], traces=[0], name=str(step), layout={"title": {"text": literal(frame.title)}})
+        go.Frame(
+            data=[_patches(frame)],
+            traces=[0],
+            name=str(step),
+            layout={"title": {"text": literal(frame.title)}},
+        )
         for step, frame in zip(panel.steps, panel.frames, strict=True)
     ]
     wait = round(1000 * panel.seconds)
-    instant = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
-    play = {"fromcurrent": True, "frame": {"duration": wait, "redraw": True}, "transition": {"duration": 0}}
+    instant = {
+        "mode": "immediate",
+        "frame": {"duration": 0, "redraw": True},
+        "transition": {"duration": 0},
+    }
+    play = {
+        "fromcurrent": True,
+        "frame": {"duration": wait, "redraw": True},
+        "transition": {"duration": 0},
+    }
     buttons = [
         {"label": "play", "method": "animate", "args": [None, play]},
         {"label": "pause", "method": "animate", "args": [[None], instant]},
     ]
-    steps = [{"label": str(step), "method": "animate", "args": [[str(step)], instant]} for step in panel.steps]
+    steps = [
+        {"label": str(step), "method": "animate", "args": [[str(step)], instant]}
+        for step in panel.steps
+    ]
     colour = {"color": theme.ink}
     plot.update_layout(
         height=430,
         margin={"l": 4, "r": 4, "t": 44, "b": 90},
-        title={"text": literal(panel.frames[0].title), "font": {"size": 13}, "x": 0.01, "xanchor": "left"},
-        updatemenus=[{"type": "buttons", "direction": "left", "buttons": buttons, "x": 0, "y": -0.04, "xanchor": "left",
-                      "yanchor": "top", "font": colour, "bgcolor": CLEAR, "bordercolor": theme.muted}],
-        sliders=[{"steps": steps, "x": 0.32, "len": 0.68, "y": -0.02, "pad": {"t": 0}, "font": colour,
-                  "currentvalue": {"prefix": "decode step "}}],
+        title={
+            "text": literal(panel.frames[0].title),
+            "font": {"size": 13},
+            "x": 0.01,
+            "xanchor": "left",
+        },
+        updatemenus=[
+            {
+                "type": "buttons",
+                "direction": "left",
+                "buttons": buttons,
+                "x": 0,
+                "y": -0.04,
+                "xanchor": "left",
+                "yanchor": "top",
+                "font": colour,
+                "bgcolor": CLEAR,
+                "bordercolor": theme.muted,
+            }
+        ],
+        sliders=[
+            {
+                "steps": steps,
+                "x": 0.32,
+                "len": 0.68,
+                "y": -0.02,
+                "pad": {"t": 0},
+                "font": colour,
+                "currentvalue": {"prefix": "decode step "},
+            }
+        ],
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1, "xanchor": "right"},
-    )  # fmt: skip
+    )
     return plot

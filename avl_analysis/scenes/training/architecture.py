@@ -1,7 +1,8 @@
 """The embedded model's shape: a LLaVA of about 4 million parameters, built from configs.
 
-A CLIP vision tower, a two-layer projector and a Llama decoder with grouped queries, all 192 wide. Small, but each part
-is the stock transformers class, so whatever works on it works on its seven-billion-parameter relatives.
+A CLIP vision tower, a two-layer projector and a Llama decoder with grouped queries, all 192 wide.
+Small, but each part is the stock transformers class, so whatever works on it works on its
+seven-billion-parameter relatives.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from avl_analysis.scenes.language import (
 
 
 def config(width: int = 192, vision_layers: int = 4, text_layers: int = 5) -> LlavaConfig:
-    """The model's configuration; heads are 32 wide, two of them hold keys and values in the decoder."""
+    """The model's configuration; heads are 32 wide, two of them hold keys and values in the
+    decoder.
+    """
     tokenizer = build_tokenizer()
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (PAD, BOS, EOS, IMAGE)}
     vision = CLIPVisionConfig(
@@ -79,11 +82,15 @@ def build_model(seed: int = 0, **sizes: int) -> LlavaForConditionalGeneration:
 
 
 def export(model: LlavaForConditionalGeneration, folder: Path | str) -> None:
-    """Write weights (float16), tokenizer and processor to ``folder`` in the layout of any hub model."""
+    """Write weights (float16), tokenizer and processor to ``folder`` in the layout of any hub
+    model.
+    """
     half = LlavaForConditionalGeneration(model.config)
     half.load_state_dict(model.state_dict())
     half = half.to(torch.float16)
     end, pad = model.config.text_config.eos_token_id, model.config.text_config.pad_token_id
-    half.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad, max_new_tokens=96, do_sample=False)
+    half.generation_config = GenerationConfig(
+        eos_token_id=end, pad_token_id=pad, max_new_tokens=96, do_sample=False
+    )
     half.save_pretrained(folder)
     build_processor().save_pretrained(folder)

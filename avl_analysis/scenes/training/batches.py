@@ -1,12 +1,13 @@
 """Training batches: one picture, many conversations about it, packed into rows.
 
-A picture is encoded once; some twenty short conversations ("branches") and the caption follow it as alternatives. They
-are laid into ``ROWS_PER_PICTURE`` rows of ``ROW`` tokens, several to a row. Each branch sees the prefix (system text,
-picture) and its own past, nothing else, and counts its positions from the end of the prefix, so each is exactly the
-sequence a user's prompt makes. About one branch in six is a conversation of two to four turns.
+A picture is encoded once; some twenty short conversations ("branches") and the caption follow it as
+alternatives. They are laid into ``ROWS_PER_PICTURE`` rows of ``ROW`` tokens, several to a row. Each
+branch sees the prefix (system text, picture) and its own past, nothing else, and counts its
+positions from the end of the prefix, so each is exactly the sequence a user's prompt makes. About
+one branch in six is a conversation of two to four turns.
 
-Labels for the picture itself are made here too: for every image token the colour, the look (shape and size, or text)
-and the character on it, from the scene's truth.
+Labels for the picture itself are made here too: for every image token the colour, the look (shape
+and size, or text) and the character on it, from the scene's truth.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from avl_analysis.scenes.language import (
     build_tokenizer,
     pixel_values,
 )
-from avl_analysis.scenes.world import COLUMNS, ROWS, SIZES, Scene
+from avl_analysis.scenes.world import KEY_FEATURES, ROWS, SIZES, Scene
 
 ROW = 72
 ROWS_PER_PICTURE = 5
@@ -40,11 +41,27 @@ CAPTION_WEIGHT = 0.5
 LOOKS = tuple(f"{size} {shape}" for size in SIZES for shape in SHAPES)
 
 FIRST_MIX = {
-    "colour": 1.4, "shape": 1.4, "count": 1.0, "exist": 1.2, "where": 1.6, "what": 1.2, "relation": 0.9, "size": 0.9,
-    "text_colour": 0.3, "character": 0.7, "ocr": 0.7,
-}  # fmt: skip
+    "colour": 1.4,
+    "shape": 1.4,
+    "count": 1.0,
+    "exist": 1.2,
+    "where": 1.6,
+    "what": 1.2,
+    "relation": 0.9,
+    "size": 0.9,
+    "text_colour": 0.3,
+    "character": 0.7,
+    "ocr": 0.7,
+}
 """How often each task is asked at first (the caption is always asked once)."""
-LAST_MIX = FIRST_MIX | {"colour": 1.0, "shape": 1.0, "count": 2.0, "exist": 1.4, "relation": 1.8, "size": 0.7}
+LAST_MIX = FIRST_MIX | {
+    "colour": 1.0,
+    "shape": 1.0,
+    "count": 2.0,
+    "exist": 1.4,
+    "relation": 1.8,
+    "size": 0.7,
+}
 """... and once objects are found reliably: relations and counts come last."""
 FINAL_MIX = LAST_MIX | {"count": 6.0, "exist": 4.0, "character": 1.0, "ocr": 1.0}
 """... and at the very end, when little but counting and existence is still wrong."""
@@ -52,7 +69,9 @@ BY_SHAPE = ("colour", "colour", "where", "where", "size", "exist", "count")
 """Tasks of the questions that find an object by its shape."""
 
 _TOKENIZER = build_tokenizer()
-_USER, _ASSISTANT, _EOS = (_TOKENIZER.convert_tokens_to_ids(token) for token in (USER, ASSISTANT, EOS))
+_USER, _ASSISTANT, _EOS = (
+    _TOKENIZER.convert_tokens_to_ids(token) for token in (USER, ASSISTANT, EOS)
+)
 
 
 @lru_cache(maxsize=100_000)
@@ -78,7 +97,7 @@ WORD_GROUPS: dict[str, tuple[int, ...]] = {
     "shape": tuple(_word(word)[0] for word in SHAPES),
     "size": tuple(_word(word)[0] for word in SIZES),
     "row": tuple(_word(word)[0] for word in ROWS),
-    "column": tuple(_word(word)[0] for word in COLUMNS),
+    "column": tuple(_word(word)[0] for word in KEY_FEATURES),
     "character": tuple(_word(character)[-1] for character in CHARACTERS),
 }
 """Ids of the words that can be true of an image token, by group."""
@@ -86,7 +105,9 @@ WORD_GROUPS: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Branch:
-    """One conversation about the picture: ids, the positions whose next token is scored, the task of each turn."""
+    """One conversation about the picture: ids, the positions whose next token is scored, the task
+    of each turn.
+    """
 
     ids: tuple[int, ...]
     scored: tuple[int, ...]
@@ -106,7 +127,9 @@ class Batch:
     weights: torch.Tensor  # (N,) float32
     owner: torch.Tensor  # (N,) int64, index into `tasks`
     tasks: tuple[str, ...]  # the task of each branch; "" where it has several turns
-    patches: dict[str, torch.Tensor]  # word group -> (B, 144) int64, index within the group, -1 where nothing is
+    patches: dict[
+        str, torch.Tensor
+    ]  # word group -> (B, 144) int64, index within the group, -1 where nothing is
 
 
 def branch(turns: list[questions.Question]) -> Branch:
@@ -122,7 +145,9 @@ def branch(turns: list[questions.Question]) -> Branch:
 
 
 def _by_shape(rng: np.random.Generator, scene: Scene) -> Branch | None:
-    """A single question that finds its object by shape and never by colour or place, or None after a few tries."""
+    """A single question that finds its object by shape and never by colour or place, or None after
+    a few tries.
+    """
     for _ in range(8):
         question = questions.ask(rng, scene, BY_SHAPE[int(rng.integers(len(BY_SHAPE)))])
         words = question.prompt.strip("?.").split() if question else []
@@ -131,7 +156,9 @@ def _by_shape(rng: np.random.Generator, scene: Scene) -> Branch | None:
     return None
 
 
-def _turns(rng: np.random.Generator, scene: Scene, tasks: tuple[str, ...], odds: NDArray[np.float64]) -> Branch | None:
+def _turns(
+    rng: np.random.Generator, scene: Scene, tasks: tuple[str, ...], odds: NDArray[np.float64]
+) -> Branch | None:
     count = int(rng.integers(2, 5)) if rng.random() < MULTI_TURN else 1
     asked: dict[str, questions.Question] = {}
     for task in rng.choice(len(tasks), size=count, p=odds):
@@ -141,7 +168,9 @@ def _turns(rng: np.random.Generator, scene: Scene, tasks: tuple[str, ...], odds:
     return branch(list(asked.values())) if asked else None
 
 
-def lay(rng: np.random.Generator, scene: Scene, mix: dict[str, float], by_shape: float = 0.0) -> list[list[Branch]]:
+def lay(
+    rng: np.random.Generator, scene: Scene, mix: dict[str, float], by_shape: float = 0.0
+) -> list[list[Branch]]:
     """Rows of branches for one scene: the caption first, then questions for as long as they fit.
 
     ``by_shape`` is the share of questions that must find their object by its shape alone.
@@ -176,9 +205,13 @@ def lay(rng: np.random.Generator, scene: Scene, mix: dict[str, float], by_shape:
 def patch_labels(scene: Scene) -> dict[str, NDArray[np.int64]]:
     """What is on each image token, by word group: index within the group, -1 where nothing is.
 
-    A token that two things touch (two characters, mostly) gets the one that covers more of it; objects never meet.
+    A token that two things touch (two characters, mostly) gets the one that covers more of it;
+    objects never meet.
     """
-    labels = {group: np.full(GRID * GRID, -1, dtype=np.int64) for group in ("colour", "shape", "size", "character")}
+    labels = {
+        group: np.full(GRID * GRID, -1, dtype=np.int64)
+        for group in ("colour", "shape", "size", "character")
+    }
     for thing in scene.things:
         at = list(thing.patches)
         labels["colour"][at] = COLOURS.index(thing.colour)
@@ -214,7 +247,11 @@ def pack(scenes: list[Scene], laid: list[list[list[Branch]]]) -> Batch:
             at = 0
             for n, one in enumerate(row):
                 end = at + len(one.ids)
-                ids[b, r, at:end], offsets[b, r, at:end], number[b, r, at:end] = one.ids, range(len(one.ids)), n
+                ids[b, r, at:end], offsets[b, r, at:end], number[b, r, at:end] = (
+                    one.ids,
+                    range(len(one.ids)),
+                    n,
+                )
                 flat = (b * ROWS_PER_PICTURE + r) * ROW + at
                 scored += [flat + position for position in one.scored]
                 targets += [one.ids[position + 1] for position in one.scored]
@@ -233,11 +270,22 @@ def pack(scenes: list[Scene], laid: list[list[list[Branch]]]) -> Batch:
         torch.tensor(weights),
         torch.tensor(owner),
         tuple(tasks),
-        {group: torch.from_numpy(np.stack([label[group] for label in labels])) for group in WORD_GROUPS},
+        {
+            group: torch.from_numpy(np.stack([label[group] for label in labels]))
+            for group in WORD_GROUPS
+        },
     )
 
 
-def make(rng: np.random.Generator, pictures: int, mix: dict[str, float], most: int = 6, by_shape: float = 0.0) -> Batch:
-    """A batch of fresh scenes with up to ``most`` objects each, questions drawn by ``mix`` (task -> odds)."""
+def make(
+    rng: np.random.Generator,
+    pictures: int,
+    mix: dict[str, float],
+    most: int = 6,
+    by_shape: float = 0.0,
+) -> Batch:
+    """A batch of fresh scenes with up to ``most`` objects each, questions drawn by ``mix`` (task ->
+    odds).
+    """
     scenes = [world.draw(rng, most) for _ in range(pictures)]
     return pack(scenes, [lay(rng, scene, mix, by_shape) for scene in scenes])

@@ -1,9 +1,10 @@
 """Muon: momentum whose matrix updates are orthogonalised, shared out between processes.
 
-For hidden weight matrices only (K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024):
-the momentum matrix is pushed towards the nearest orthogonal one by five steps of a quintic Newton-Schulz iteration, so
-every direction of a matrix learns at one speed. Matrices of one shape go through it as one batch, and each process does
-only its share of the batches; the flat buffer that comes back is summed over processes by the caller.
+For hidden weight matrices only (K. Jordan et al., "Muon: An optimizer for hidden layers in neural
+networks", 2024): the momentum matrix is pushed towards the nearest orthogonal one by five steps of
+a quintic Newton-Schulz iteration, so every direction of a matrix learns at one speed. Matrices of
+one shape go through it as one batch, and each process does only its share of the batches; the flat
+buffer that comes back is summed over processes by the caller.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Roughly the orthogonal factor of each matrix: (n, rows, columns), bfloat16, singular values near 1."""
+    """Roughly the orthogonal factor of each matrix: (n, rows, columns), bfloat16, singular values
+    near 1.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(torch.bfloat16)
     tall = x.shape[1] > x.shape[2]
@@ -29,9 +32,13 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """Momentum state and updates for named matrices; ``rank`` of ``world`` processes computes its share."""
+    """Momentum state and updates for named matrices; ``rank`` of ``world`` processes computes its
+    share.
+    """
 
-    def __init__(self, matrices: dict[str, Tensor], momentum: float = 0.95, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, matrices: dict[str, Tensor], momentum: float = 0.95, rank: int = 0, world: int = 1
+    ) -> None:
         self.matrices, self.momentum, self.world = matrices, momentum, world
         self.velocity = {name: torch.zeros_like(p) for name, p in matrices.items()}
         shapes: dict[tuple[int, ...], list[str]] = {}
@@ -45,7 +52,8 @@ class Muon:
         self.size = at
 
     def directions(self, gradients: dict[str, Tensor]) -> Tensor:
-        """This process's share of the update as a flat float32 buffer of ``size``, zero elsewhere."""
+        """This process's share of the update as a flat float32 buffer of
+        ``size``, zero elsewhere."""
         flat = torch.zeros(self.size)
         ahead = {}
         for name, gradient in gradients.items():
@@ -60,7 +68,9 @@ class Muon:
 
     @torch.no_grad()
     def apply(self, flat: Tensor, rate: float, decay: float = 0.0) -> None:
-        """Subtract ``rate`` times the summed update from every matrix, after shrinking it by ``rate * decay``."""
+        """Subtract ``rate`` times the summed update from every matrix, after shrinking it by ``rate
+        * decay``.
+        """
         for name, p in self.matrices.items():
             p.mul_(1 - rate * decay)
             p.sub_(flat[self.offsets[name] : self.offsets[name] + p.numel()].view_as(p), alpha=rate)

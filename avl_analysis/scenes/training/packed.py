@@ -1,12 +1,13 @@
 """The model's forward pass over packed batches, as a function of its own parameters.
 
-The same computation as the transformers module (``tests/scenes`` holds them together), arranged for training on few
-CPU cores: bfloat16 copies of the parameters, plain matrix products and a bfloat16 softmax, the picture's prefix
-computed once for all branches. Rows of branches meet the prefix keys in one product without a mask and each other only
-inside their row, so no mask as long as the whole sequence ever exists. The last decoder layer is computed only where
-an answer token is scored.
+The same computation as the transformers module (``tests/scenes`` holds them together), arranged for
+training on few CPU cores: bfloat16 copies of the parameters, plain matrix products and a bfloat16
+softmax, the picture's prefix computed once for all branches. Rows of branches meet the prefix keys
+in one product without a mask and each other only inside their row, so no mask as long as the whole
+sequence ever exists. The last decoder layer is computed only where an answer token is scored.
 
-What surprises: softmax weights are computed and dropped on the spot; no loss here or anywhere else looks at them.
+What surprises: softmax weights are computed and dropped on the spot; no loss here or anywhere else
+looks at them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ Weights = Mapping[str, Tensor]
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight over the last axis; torch's own backward is many times slower in bfloat16."""
+    """x / rms(x) * weight over the last axis; torch's own backward is many times slower in
+    bfloat16.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,7 +49,11 @@ class _RMSNorm(torch.autograd.Function):
         scaled = grad * weight
         shared = (scaled * unit).mean(-1, keepdim=True, dtype=torch.float32).to(grad.dtype)
         product = (grad * unit).reshape(-1, grad.shape[-1])
-        return (scaled - unit * shared) * inverse, product.sum(0, dtype=torch.float32).to(weight.dtype), None
+        return (
+            (scaled - unit * shared) * inverse,
+            product.sum(0, dtype=torch.float32).to(weight.dtype),
+            None,
+        )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -54,7 +61,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotary positions on (..., heads, 32) in the two-halves convention; the backward turns the other way."""
+    """Rotary positions on (..., heads, 32) in the two-halves convention; the backward turns the
+    other way.
+    """
 
     @staticmethod
     def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -82,14 +91,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def vision(weights: Weights, config: LlavaConfig, pixels: Tensor) -> Tensor:
     """Patch features of pictures (B, 3, 96, 96): (B, 144, width), what the projector is given."""
     w, tower, heads = weights, config.vision_config, config.vision_config.num_attention_heads
-    width, count, dtype = tower.hidden_size, len(pixels), w[VISION + "embeddings.class_embedding"].dtype
+    width, count, dtype = (
+        tower.hidden_size,
+        len(pixels),
+        w[VISION + "embeddings.class_embedding"].dtype,
+    )
     tiles = pixels.to(dtype).view(count, 3, GRID, PATCH, GRID, PATCH).permute(0, 2, 4, 1, 3, 5)
-    x = tiles.reshape(count, IMAGE_TOKENS, -1) @ w[VISION + "embeddings.patch_embedding.weight"].view(width, -1).T
+    x = (
+        tiles.reshape(count, IMAGE_TOKENS, -1)
+        @ w[VISION + "embeddings.patch_embedding.weight"].view(width, -1).T
+    )
     first = w[VISION + "embeddings.class_embedding"].expand(count, 1, width)
     x = torch.cat([first, x], 1) + w[VISION + "embeddings.position_embedding.weight"]
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, (width,), w[name + ".weight"], w[name + ".bias"], tower.layer_norm_eps)
+        return F.layer_norm(
+            x, (width,), w[name + ".weight"], w[name + ".bias"], tower.layer_norm_eps
+        )
 
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, w[name + ".weight"], w[name + ".bias"])
@@ -98,7 +116,10 @@ def vision(weights: Weights, config: LlavaConfig, pixels: Tensor) -> Tensor:
     for layer in range(tower.num_hidden_layers):
         at = f"{VISION}encoder.layers.{layer}."
         h = norm(x, at + "layer_norm1")
-        q, k, v = (linear(h, f"{at}self_attn.{p}_proj").view(count, -1, heads, HEAD).transpose(1, 2) for p in "qkv")
+        q, k, v = (
+            linear(h, f"{at}self_attn.{p}_proj").view(count, -1, heads, HEAD).transpose(1, 2)
+            for p in "qkv"
+        )
         mixed = ((q * HEAD**-0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
         x = x + linear(mixed.transpose(1, 2).reshape(x.shape), at + "self_attn.out_proj")
         h = F.gelu(linear(norm(x, at + "layer_norm2"), at + "mlp.fc1"))
@@ -121,38 +142,54 @@ def _angles(config: LlavaConfig, positions: Tensor, dtype: torch.dtype) -> tuple
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def _rows_attention(q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, mask: Tensor) -> Tensor:
+def _rows_attention(
+    q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, mask: Tensor
+) -> Tensor:
     """Rows attend to the prefix and to themselves.
 
-    q (B, R, L, heads, 32), k and v (B, R, L, groups, 32), kp and vp (B, groups, P, 32), mask (B, 1, R, 1, L, L)
-    additive; returns (B, R, L, heads * 32).
+    q (B, R, L, heads, 32), k and v (B, R, L, groups, 32), kp and vp (B, groups, P, 32), mask (B, 1,
+    R, 1, L, L) additive; returns (B, R, L, heads * 32).
     """
     b, r, length, heads, _ = q.shape
     groups, prefix = kp.shape[1], kp.shape[2]
     per = heads // groups
-    q = q.view(b, r, length, groups, per, HEAD).permute(0, 3, 1, 4, 2, 5).contiguous()  # B, groups, R, per, L, 32
+    q = (
+        q.view(b, r, length, groups, per, HEAD).permute(0, 3, 1, 4, 2, 5).contiguous()
+    )  # B, groups, R, per, L, 32
     k, v = (t.permute(0, 3, 1, 2, 4).reshape(b * groups * r, length, HEAD) for t in (k, v))
-    outer = (q.view(b, groups, -1, HEAD) @ kp.transpose(-1, -2)).view(b, groups, r, per, length, prefix)
+    outer = (q.view(b, groups, -1, HEAD) @ kp.transpose(-1, -2)).view(
+        b, groups, r, per, length, prefix
+    )
     inner = torch.bmm(q.view(b * groups * r, per * length, HEAD), k.transpose(1, 2))
     inner = inner.view(b, groups, r, per, length, length) + mask
     weight = torch.cat([outer, inner], -1).softmax(-1)
     out = (weight[..., :prefix].reshape(b, groups, -1, prefix) @ vp).view(q.shape)
     inside = torch.bmm(weight[..., prefix:].reshape(b * groups * r, per * length, length), v)
-    return (out + inside.view(q.shape)).permute(0, 2, 4, 1, 3, 5).reshape(b, r, length, heads * HEAD)
+    return (
+        (out + inside.view(q.shape)).permute(0, 2, 4, 1, 3, 5).reshape(b, r, length, heads * HEAD)
+    )
 
 
 def _prefix_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The prefix attends causally to itself: q (B, P, heads, 32), k and v (B, groups, P, 32) -> (B, P, heads * 32)."""
+    """The prefix attends causally to itself: q (B, P, heads, 32), k and v (B, groups, P, 32) -> (B,
+    P, heads * 32).
+    """
     b, prefix, heads, _ = q.shape
     groups = k.shape[1]
-    q = q.view(b, prefix, groups, heads // groups, HEAD).permute(0, 2, 3, 1, 4).reshape(b, groups, -1, HEAD)
+    q = (
+        q.view(b, prefix, groups, heads // groups, HEAD)
+        .permute(0, 2, 3, 1, 4)
+        .reshape(b, groups, -1, HEAD)
+    )
     scores = (q @ k.transpose(-1, -2)).view(b, groups, -1, prefix, prefix) + mask
     out = (scores.softmax(-1).view(b, groups, -1, prefix) @ v).view(b, groups, -1, prefix, HEAD)
     return out.permute(0, 3, 1, 2, 4).reshape(b, prefix, heads * HEAD)
 
 
 def _masks(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Additive masks: causal over the prefix (P, P); within rows, causal and inside one branch (B, 1, R, 1, L, L)."""
+    """Additive masks: causal over the prefix (P, P); within rows, causal and inside one branch (B,
+    1, R, 1, L, L).
+    """
     length = batch.ids.shape[-1]
     same = batch.branch[..., :, None] == batch.branch[..., None, :]
     allowed = same & torch.ones(length, length, dtype=torch.bool).tril()
@@ -161,14 +198,18 @@ def _masks(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def decode(weights: Weights, config: LlavaConfig, image: Tensor, batch: Batch) -> Tensor:
-    """Logits (N, vocabulary) at the batch's scored positions, given projected image tokens (B, 144, width)."""
+    """Logits (N, vocabulary) at the batch's scored positions, given projected image tokens (B, 144,
+    width).
+    """
     w, text, dtype = weights, config.text_config, image.dtype
     b, r, length = batch.ids.shape
     table = w[DECODER + "embed_tokens.weight"]
     before = F.embedding(torch.tensor(prefix_ids()[: PREFIX - IMAGE_TOKENS]), table)
     rows = F.embedding(batch.ids, table).view(b, r * length, -1)
     x = torch.cat([before.expand(b, -1, -1), image, rows], 1)  # (B, P + R * L, width)
-    positions = torch.cat([torch.arange(PREFIX).expand(b, -1), PREFIX + batch.offsets.view(b, -1)], 1)
+    positions = torch.cat(
+        [torch.arange(PREFIX).expand(b, -1), PREFIX + batch.offsets.view(b, -1)], 1
+    )
     cos, sin = _angles(config, positions, dtype)
     causal, inside = _masks(batch, dtype)
     heads, groups = text.num_attention_heads, text.num_key_value_heads
@@ -178,10 +219,15 @@ def decode(weights: Weights, config: LlavaConfig, image: Tensor, batch: Batch) -
         h = rms_norm(x, w[at + "input_layernorm.weight"], text.rms_norm_eps)
         q = F.linear(h[:, start:], w[at + "self_attn.q_proj.weight"]).view(b, -1, heads, HEAD)
         q = rotate(q, cos[:, start:] * HEAD**-0.5, sin[:, start:] * HEAD**-0.5)
-        k = rotate(F.linear(h, w[at + "self_attn.k_proj.weight"]).view(b, -1, groups, HEAD), cos, sin)
+        k = rotate(
+            F.linear(h, w[at + "self_attn.k_proj.weight"]).view(b, -1, groups, HEAD), cos, sin
+        )
         v = F.linear(h, w[at + "self_attn.v_proj.weight"]).view(b, -1, groups, HEAD)
         kp, vp = (t[:, :PREFIX].transpose(1, 2).contiguous() for t in (k, v))
-        qr, kr, vr = (t[:, PREFIX - begin :].view(b, r, length, -1, HEAD) for t, begin in ((q, start), (k, 0), (v, 0)))
+        qr, kr, vr = (
+            t[:, PREFIX - begin :].view(b, r, length, -1, HEAD)
+            for t, begin in ((q, start), (k, 0), (v, 0))
+        )
         mixed = _rows_attention(qr, kr, vr, kp, vp, inside).view(b, r * length, -1)
         if last:  # nothing reads the other positions' outputs
             mixed = mixed.reshape(b * r * length, -1)[batch.scored]
@@ -190,6 +236,8 @@ def decode(weights: Weights, config: LlavaConfig, image: Tensor, batch: Batch) -
             mixed = torch.cat([_prefix_attention(q[:, :PREFIX], kp, vp, causal), mixed], 1)
         x = x + F.linear(mixed, w[at + "self_attn.o_proj.weight"])
         h = rms_norm(x, w[at + "post_attention_layernorm.weight"], text.rms_norm_eps)
-        h = F.silu(F.linear(h, w[at + "mlp.gate_proj.weight"])) * F.linear(h, w[at + "mlp.up_proj.weight"])
+        h = F.silu(F.linear(h, w[at + "mlp.gate_proj.weight"])) * F.linear(
+            h, w[at + "mlp.up_proj.weight"]
+        )
         x = x + F.linear(h, w[at + "mlp.down_proj.weight"])
     return F.linear(rms_norm(x, w[DECODER + "norm.weight"], text.rms_norm_eps), table)

@@ -1,26 +1,30 @@
-"""Train the embedded model: ``python -m avl_analysis.scenes.training.train --minutes 95 --out runs/scenes``.
+"""Train the embedded model: ``python -m avl_analysis.scenes.training.train --minutes 95 --out
+runs/scenes``.
 
-Made for a machine with a couple of CPU cores and nothing else: one process of one thread per core, gradients summed
-over gloo, everything scheduled by the wall clock, so that a run ends when it was told to. Pictures come from
-``TRAINING_SEED`` and up, fresh every step; nothing is seen twice.
+Made for a machine with a couple of CPU cores and nothing else: one process of one thread per core,
+gradients summed over gloo, everything scheduled by the wall clock, so that a run ends when it was
+told to. Pictures come from ``TRAINING_SEED`` and up, fresh every step; nothing is seen twice.
 
 What the loss is made of:
 
 * answers: cross entropy on answer tokens and their end marks, nothing else of the text;
-* patches: a linear classifier on the vision features names each image token's colour, look and character (thrown away
-  after training). On its own for the first minutes, at full weight afterwards: dropped, it lets everything keyed by
-  shape stay at chance for a long while;
-* words: each projected image token should agree with the decoder's own vectors of the words that are true of it (its
-  colour, shape, size, place, character) better than with the other words of the group. This ties the pictures to the
-  vocabulary from the start and hastens the day on which "the circle" finds the circle.
+* patches: a linear classifier on the vision features names each image token's colour, look and
+  character (thrown away after training). On its own for the first minutes, at full weight
+  afterwards: dropped, it lets everything keyed by shape stay at chance for a long while;
+* words: each projected image token should agree with the decoder's own vectors of the words that
+  are true of it (its colour, shape, size, place, character) better than with the other words of the
+  group. This ties the pictures to the vocabulary from the start and hastens the day on which "the
+  circle" finds the circle.
 
-What is asked changes on the way: until held-out questions show that objects are found, scenes are easy and many
-questions find their object by shape (the kind that is learned last); relations and counts weigh more in the second
-half, counting and existence at the very end. ``soften`` shrinks the decoder's query and key matrices once, on resuming:
-the remedy where heads have become so sharp that nothing new is learned, which ``weight_decay`` is there to prevent.
+What is asked changes on the way: until held-out questions show that objects are found, scenes are
+easy and many questions find their object by shape (the kind that is learned last); relations and
+counts weigh more in the second half, counting and existence at the very end. ``soften`` shrinks the
+decoder's query and key matrices once, on resuming: the remedy where heads have become so sharp that
+nothing new is learned, which ``weight_decay`` is there to prevent.
 
-There is **no loss on attention weights**: where heads look is what they came to by themselves. What one should know
-when reading attention from this model is that image tokens were asked to resemble words.
+There is **no loss on attention weights**: where heads look is what they came to by themselves. What
+one should know when reading attention from this model is that image tokens were asked to resemble
+words.
 """
 
 from __future__ import annotations
@@ -88,16 +92,22 @@ def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def patch_loss(head: nn.Linear, features: Tensor, batch: Batch, background: float) -> Tensor:
-    """Cross entropy of naming what is on each image token; the last class of each group is "nothing of the kind"."""
+    """Cross entropy of naming what is on each image token; the last class of each group is "nothing
+    of the kind".
+    """
     logits = head(features.float()).split([size + 1 for size in PATCH_CLASSES.values()], -1)
     labels = batch.patches
-    look = torch.where(labels["shape"] >= 0, labels["size"] * (PATCH_CLASSES["look"] // 2) + labels["shape"], -1)
+    look = torch.where(
+        labels["shape"] >= 0, labels["size"] * (PATCH_CLASSES["look"] // 2) + labels["shape"], -1
+    )
     total = features.new_zeros((), dtype=torch.float32)
     for scores, (group, size) in zip(logits, PATCH_CLASSES.items(), strict=True):
         label = (look if group == "look" else labels[group]).flatten()
         weight = torch.ones(size + 1)
         weight[-1] = background
-        total = total + F.cross_entropy(scores.flatten(0, 1), torch.where(label < 0, size, label), weight)
+        total = total + F.cross_entropy(
+            scores.flatten(0, 1), torch.where(label < 0, size, label), weight
+        )
     return total
 
 
@@ -108,7 +118,9 @@ def word_loss(table: Tensor, image: Tensor, batch: Batch) -> Tensor:
     total = image.new_zeros(())
     for group, ids in WORD_GROUPS.items():
         scores = unit @ table[list(ids)].T
-        total = total + F.cross_entropy(scores.flatten(0, 1), batch.patches[group].flatten(), ignore_index=-1)
+        total = total + F.cross_entropy(
+            scores.flatten(0, 1), batch.patches[group].flatten(), ignore_index=-1
+        )
     return total / len(WORD_GROUPS)
 
 
@@ -118,13 +130,21 @@ class Trainer:
     def __init__(self, settings: Settings, rank: int, out: Path) -> None:
         self.settings, self.rank, self.out = settings, rank, out
         self.model = build_model(settings.seed)
-        self.head = nn.Linear(self.model.config.vision_config.hidden_size, sum(PATCH_CLASSES.values()) + 3)
+        self.head = nn.Linear(
+            self.model.config.vision_config.hidden_size, sum(PATCH_CLASSES.values()) + 3
+        )
         named = {n: p for n, p in self.model.named_parameters() if "post_layernorm" not in n}
         matrices = {n: p for n, p in named.items() if p.dim() == 2 and "embed" not in n}
         self.named, self.matrices = named, matrices
-        self.others = [p for n, p in named.items() if n not in matrices] + list(self.head.parameters())
-        self.muon = Muon({n: p.data for n, p in matrices.items()}, rank=rank, world=settings.processes)
-        self.adam = torch.optim.AdamW(self.others, lr=settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        self.others = [p for n, p in named.items() if n not in matrices] + list(
+            self.head.parameters()
+        )
+        self.muon = Muon(
+            {n: p.data for n, p in matrices.items()}, rank=rank, world=settings.processes
+        )
+        self.adam = torch.optim.AdamW(
+            self.others, lr=settings.adam_rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
         self.step, self.elapsed = 0, 0.0
         self.looked: dict[str, float] = {}
 
@@ -135,7 +155,9 @@ class Trainer:
     def rate(self) -> float:
         """The schedule's factor on both learning rates: warm-up, constant, then linear to zero."""
         s = self.settings
-        return min(1.0, (self.step + 1) / s.warm_up_steps) * min(1.0, max(0.0, (1 - self.share()) / (1 - s.decay_from)))
+        return min(1.0, (self.step + 1) / s.warm_up_steps) * min(
+            1.0, max(0.0, (1 - self.share()) / (1 - s.decay_from))
+        )
 
     def batch(self) -> Batch:
         s, share = self.settings, self.share()
@@ -155,28 +177,40 @@ class Trainer:
         found = {"patches": patch_loss(self.head, features, batch, self.settings.background_weight)}
         if not patches_only:
             image = packed.project(weights, features)
-            found["words"] = word_loss(self.named[packed.DECODER + "embed_tokens.weight"], image, batch)
-            found["answers"] = answer_loss(packed.decode(weights, self.model.config, image, batch), batch)
+            found["words"] = word_loss(
+                self.named[packed.DECODER + "embed_tokens.weight"], image, batch
+            )
+            found["answers"] = answer_loss(
+                packed.decode(weights, self.model.config, image, batch), batch
+            )
         return found
 
     def update(self, seconds: float) -> dict[str, float]:
         """One step; ``seconds`` is the time the run has taken, agreed between the processes."""
         s, batch = self.settings, self.batch()
         found = self.losses(batch, self.elapsed < 60 * s.patches_only_minutes)
-        loss = found.get("answers", 0.0) + s.patch_weight * found["patches"] + s.word_weight * found.get("words", 0.0)
+        loss = (
+            found.get("answers", 0.0)
+            + s.patch_weight * found["patches"]
+            + s.word_weight * found.get("words", 0.0)
+        )
         for p in [*self.named.values(), *self.head.parameters()]:
             p.grad = None
         loss.backward()
         parameters = [*self.matrices.values(), *self.others]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        told = torch.tensor([seconds if self.rank == 0 else 0.0, *(float(f.detach()) for f in found.values())])
+        told = torch.tensor(
+            [seconds if self.rank == 0 else 0.0, *(float(f.detach()) for f in found.values())]
+        )
         flat = torch.cat([g.flatten() for g in gradients] + [told])
         if s.processes > 1:
             dist.all_reduce(flat)
             flat[: -len(told)] /= s.processes
         now, *values = flat[-len(told) :].tolist()
         if not torch.isfinite(flat).all():
-            raise FloatingPointError(f"step {self.step}: a gradient is not finite; resume with a lower rate")
+            raise FloatingPointError(
+                f"step {self.step}: a gradient is not finite; resume with a lower rate"
+            )
         self._apply(flat)
         self.elapsed, self.step = now, self.step + 1
         return {name: value / s.processes for name, value in zip(found, values, strict=True)}
@@ -198,14 +232,18 @@ class Trainer:
 
     @torch.no_grad()
     def watch(self, pictures: int = 64) -> dict[str, float]:
-        """Held-out exact match by task (each answer token the most likely one), and the losses, over all processes."""
+        """Held-out exact match by task (each answer token the most likely one), and the losses,
+        over all processes.
+        """
         right, asked = torch.zeros(len(TASKS)), torch.zeros(len(TASKS))
         weights = {n: p.to(torch.bfloat16) for n, p in self.named.items()}
         for part in range(pictures // 16):
             rng = np.random.default_rng([WATCH_SEED, self.rank, part])
             batch = batches.make(rng, 16, {task: 1.0 for task in TASKS if task != "caption"})
             image = packed.project(weights, packed.vision(weights, self.model.config, batch.pixels))
-            hit = packed.decode(weights, self.model.config, image, batch).argmax(-1) == batch.targets
+            hit = (
+                packed.decode(weights, self.model.config, image, batch).argmax(-1) == batch.targets
+            )
             wrong = torch.zeros(len(batch.tasks)).index_add_(0, batch.owner, (~hit).float())
             for i, task in enumerate(batch.tasks):
                 if task:
@@ -214,12 +252,21 @@ class Trainer:
         both = torch.stack([right, asked])
         if self.settings.processes > 1:
             dist.all_reduce(both)
-        return {task: round(float(r / max(float(n), 1.0)), 4) for task, r, n in zip(TASKS, *both, strict=True)}
+        return {
+            task: round(float(r / max(float(n), 1.0)), 4)
+            for task, r, n in zip(TASKS, *both, strict=True)
+        }
 
     def save(self) -> None:
         """A checkpoint a run can resume from, replaced at once or not at all."""
-        state = {"model": self.model.state_dict(), "head": self.head.state_dict(), "velocity": self.muon.velocity,
-                 "adam": self.adam.state_dict(), "step": self.step, "elapsed": self.elapsed}  # fmt: skip
+        state = {
+            "model": self.model.state_dict(),
+            "head": self.head.state_dict(),
+            "velocity": self.muon.velocity,
+            "adam": self.adam.state_dict(),
+            "step": self.step,
+            "elapsed": self.elapsed,
+        }
         torch.save(state, self.out / "checkpoint.tmp")
         os.replace(self.out / "checkpoint.tmp", self.out / "checkpoint.pt")
         export(self.model, self.out / "model")
@@ -229,7 +276,11 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict(state["head"])
         self.adam.load_state_dict(state["adam"])
-        self.muon.velocity, self.step, self.elapsed = state["velocity"], state["step"], state["elapsed"]
+        self.muon.velocity, self.step, self.elapsed = (
+            state["velocity"],
+            state["step"],
+            state["elapsed"],
+        )
         with torch.no_grad():
             for name, p in self.matrices.items():
                 if name.startswith(packed.DECODER) and ("q_proj" in name or "k_proj" in name):
@@ -239,7 +290,9 @@ class Trainer:
 def _run(rank: int, settings: Settings, out: Path, resume: bool, rendezvous: str) -> None:
     torch.set_num_threads(1)
     if settings.processes > 1:
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=settings.processes)
+        dist.init_process_group(
+            "gloo", init_method=rendezvous, rank=rank, world_size=settings.processes
+        )
     trainer = Trainer(settings, rank, out)
     if resume:
         trainer.resume()
@@ -257,7 +310,9 @@ def _run(rank: int, settings: Settings, out: Path, resume: bool, rendezvous: str
                 "minutes": round(trainer.elapsed / 60, 2),
                 "rate": round(trainer.rate(), 3),
             }
-            line |= {name: round(value, 4) for name, value in found.items()} | ({"held_out": looked} if looked else {})
+            line |= {name: round(value, 4) for name, value in found.items()} | (
+                {"held_out": looked} if looked else {}
+            )
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
             line_at = trainer.elapsed + 20
@@ -269,15 +324,25 @@ def _run(rank: int, settings: Settings, out: Path, resume: bool, rendezvous: str
 
 
 def train(settings: Settings, out: Path, resume: bool = False) -> LlavaForConditionalGeneration:
-    """Run to the end of the budget; ``out`` gets ``log.jsonl``, ``checkpoint.pt`` and ``model/``."""
+    """Run to the end of the budget; ``out`` gets ``log.jsonl``,
+    ``checkpoint.pt`` and ``model/``."""
     out.mkdir(parents=True, exist_ok=True)
     if resume and not (out / "checkpoint.pt").exists():
-        raise FileNotFoundError(f"{out / 'checkpoint.pt'}: nothing to resume from; run without --resume")
+        raise FileNotFoundError(
+            f"{out / 'checkpoint.pt'}: nothing to resume from; run without --resume"
+        )
     if not resume and (out / "checkpoint.pt").exists():
-        raise FileExistsError(f"{out} holds a run already; continue it with --resume or choose another folder")
-    # One thread each, and an allocator that keeps freed memory (about 15 % faster); inherited by the processes below.
+        raise FileExistsError(
+            f"{out} holds a run already; continue it with --resume or choose another folder"
+        )
+    # One thread each, and an allocator that keeps freed memory (about 15 % faster); inherited by
+    # the processes below.
     keep = str(2**33)
-    for name, value in {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": keep, "MALLOC_TRIM_THRESHOLD_": keep}.items():
+    for name, value in {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": keep,
+        "MALLOC_TRIM_THRESHOLD_": keep,
+    }.items():
         os.environ.setdefault(name, value)
     with open(out / "log.jsonl", "a") as log:
         log.write(json.dumps({"resumed" if resume else "started": asdict(settings)}) + "\n")
@@ -293,17 +358,31 @@ def train(settings: Settings, out: Path, resume: bool = False) -> LlavaForCondit
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the embedded scenes model on CPU cores.")
-    parser.add_argument("--minutes", type=float, required=True, help="wall-clock budget; the schedule ends with it")
-    parser.add_argument("--out", type=Path, required=True, help="folder for log, checkpoint and weights")
+    parser.add_argument(
+        "--minutes", type=float, required=True, help="wall-clock budget; the schedule ends with it"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for log, checkpoint and weights"
+    )
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
     known: dict[str, Any] = {field.name: type(field.default) for field in fields(Settings)[2:]}
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=f"one of {', '.join(known)}")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"one of {', '.join(known)}",
+    )
     chosen = parser.parse_args()
     changed = dict(pair.split("=", 1) for pair in chosen.set if "=" in pair)
     if len(changed) != len(chosen.set) or not set(changed) <= set(known):
-        parser.error(f"--set {' '.join(chosen.set)}: give NAME=VALUE with a NAME of {', '.join(known)}")
-    settings = Settings(chosen.minutes, chosen.processes, **{n: known[n](value) for n, value in changed.items()})
+        parser.error(
+            f"--set {' '.join(chosen.set)}: give NAME=VALUE with a NAME of {', '.join(known)}"
+        )
+    settings = Settings(
+        chosen.minutes, chosen.processes, **{n: known[n](value) for n, value in changed.items()}
+    )
     train(settings, chosen.out, chosen.resume)
 
 

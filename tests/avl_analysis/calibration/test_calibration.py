@@ -1,4 +1,6 @@
-"""Calibration: worked curves give the numbers one reads off by eye, and the whole way runs on a tiny model."""
+"""Calibration: worked curves give the numbers one reads off by eye, and the whole way runs on a
+tiny model.
+"""
 
 import json
 
@@ -38,12 +40,18 @@ def _curves(secondary=None, core=None, text=None, agreement=None) -> Curves:
     layered = None
     if agreement is not None:
         layered = xr.DataArray(
-            spread(agreement), dims=("sample", "layer", "p"), coords={**labels, "layer": [2, 3], "p": shares}
+            spread(agreement),
+            dims=("sample", "layer", "p"),
+            coords={**labels, "layer": [2, 3], "p": shares},
         )
     return Curves(
-        xr.DataArray(spread(secondary), dims=("sample", "secondary"), coords={**labels, "secondary": shares}),
         xr.DataArray(
-            spread(core), dims=("sample", "core_age", "core"), coords={**labels, "core_age": ages, "core": shares}
+            spread(secondary), dims=("sample", "secondary"), coords={**labels, "secondary": shares}
+        ),
+        xr.DataArray(
+            spread(core),
+            dims=("sample", "core_age", "core"),
+            coords={**labels, "core_age": ages, "core": shares},
         ),
         xr.DataArray(spread(text), dims=("sample", "share"), coords={**labels, "share": shares}),
         layered,
@@ -58,11 +66,15 @@ def _reached(at: float, before: float = 0.5, after: float = 0.98) -> np.ndarray:
 def test_secondary_is_the_smallest_share_whose_lower_bound_reaches_the_target() -> None:
     policy, choices = choose(_curves(secondary=_reached(0.4)), 0.95)
     assert policy.secondary == 0.4
-    assert choices[0].reason.startswith("secondary = 0.4 is the smallest share that keeps 95% of the image attention")
+    assert choices[0].reason.startswith(
+        "secondary = 0.4 is the smallest share that keeps 95% of the image attention"
+    )
     assert "at 0.35 it is 0.500" in choices[0].reason
     low = choices[0].curve.low[SHARES.index(0.4)]
     assert 0.95 <= low < 0.98
-    stricter, _ = choose(_curves(secondary=_reached(0.4)), 0.975)  # the mean reaches it, the lower bound does not
+    stricter, _ = choose(
+        _curves(secondary=_reached(0.4)), 0.975
+    )  # the mean reaches it, the lower bound does not
     assert stricter.secondary == 1.0
 
 
@@ -109,14 +121,17 @@ def _layered(secondary: list[np.ndarray], core: list[np.ndarray], weight: list[f
 
     layers = LayerCurves(
         xr.DataArray(
-            spread(secondary), dims=("sample", "layer", "secondary"), coords={**labels, "secondary": list(SHARES)}
+            spread(secondary),
+            dims=("sample", "layer", "secondary"),
+            coords={**labels, "secondary": list(SHARES)},
         ),
         xr.DataArray(
-            spread(core), dims=("sample", "layer", "core_age", "core"),
+            spread(core),
+            dims=("sample", "layer", "core_age", "core"),
             coords={**labels, "core_age": range(MAX_REFRESH), "core": list(SHARES)},
         ),
         xr.DataArray(np.tile(weight, (3, 1)), dims=("sample", "layer"), coords=labels),
-    )  # fmt: skip
+    )
     together = _curves()
     together.layers = layers
     return together
@@ -130,32 +145,43 @@ def _lasting(share: float, steps: int) -> np.ndarray:
 
 
 def test_every_layer_gets_the_share_and_core_it_needs() -> None:
-    curves = _layered([_reached(0.3), _reached(0.8)], [_lasting(0.1, 9), _lasting(0.4, 4)], [1.0, 3.0])
+    curves = _layered(
+        [_reached(0.3), _reached(0.8)], [_lasting(0.1, 9), _lasting(0.4, 4)], [1.0, 3.0]
+    )
     policy, choices = choose(curves, 0.95, per_layer=True)
     assert policy.secondary == (0.3, 0.8)
-    # K = 5: (0.55 + 4 * 0.25) / 5 = 0.31; K = 10 with the second layer whole: (0.55 + 9 * 0.45) / 10 = 0.46
+    # K = 5: (0.55 + 4 * 0.25) / 5 = 0.31; K = 10 with the second layer whole: (0.55 + 9 * 0.45) /
+    # 10 = 0.46
     assert (policy.core, policy.refresh_every) == ((0.1, 0.4), 5)
     assert [(c.setting, c.place) for c in choices[:4]] == [
-        ("secondary", "layer 0"), ("secondary", "layer 1"), ("core", "layer 0"), ("core", "layer 1")
-    ]  # fmt: skip
+        ("secondary", "layer 0"),
+        ("secondary", "layer 1"),
+        ("core", "layer 0"),
+        ("core", "layer 1"),
+    ]
     assert "reads 0.31 of the image tokens" in choices[4].reason
     found = kept(curves, policy)
     assert found["secondary"]["mean"] == pytest.approx(0.98, abs=0.011)
     lopsided = avl.AdaptivePolicy(secondary=(0.3, 0.5), core=(0.1, 0.1), refresh_every=5, text=None)
-    assert kept(curves, lopsided)["secondary"]["mean"] == pytest.approx((0.98 + 3 * 0.5) / 4, abs=0.01)
+    assert kept(curves, lopsided)["secondary"]["mean"] == pytest.approx(
+        (0.98 + 3 * 0.5) / 4, abs=0.01
+    )
     assert kept(curves, lopsided)["core"]["mean"] == pytest.approx((0.98 + 3 * 0.5) / 4, abs=0.01)
 
 
 def test_a_layer_whose_cores_age_too_fast_attends_to_all_it_holds() -> None:
-    curves = _layered([_reached(0.5), _reached(0.5)], [_lasting(0.1, 31), _lasting(0.5, 0)], [1.0, 1.0])
+    curves = _layered(
+        [_reached(0.5), _reached(0.5)], [_lasting(0.1, 31), _lasting(0.5, 0)], [1.0, 1.0]
+    )
     policy, choices = choose(curves, 0.95, per_layer=True)
     assert policy.core == (0.1, 0.5)
     assert policy.refresh_every == MAX_REFRESH
     assert "attends to all it holds" in choices[3].reason
     neither = _layered([_reached(0.5)] * 2, [_lasting(0.5, 0)] * 2, [1.0, 1.0])
-    assert (choose(neither, 0.95, per_layer=True)[0].core, choose(neither, 0.95, per_layer=True)[0].refresh_every) == (
-        None, 0
-    )  # fmt: skip
+    assert (
+        choose(neither, 0.95, per_layer=True)[0].core,
+        choose(neither, 0.95, per_layer=True)[0].refresh_every,
+    ) == (None, 0)
     with pytest.raises(InputError, match="of all layers together"):
         choose(_curves(), 0.95, per_layer=True)
 
@@ -164,7 +190,10 @@ def test_a_model_is_calibrated_layer_by_layer(vlm: VLM) -> None:
     policy, evidence = calibrate(vlm, shared.questions(9), 0.8, max_new_tokens=5, per_layer=True)
     assert isinstance(policy.secondary, tuple)
     assert len(policy.secondary) == 2
-    assert [c.setting for c in evidence.choices] == ["secondary"] * 2 + ["core"] * 2 + ["refresh_every", "text"]
+    assert [c.setting for c in evidence.choices] == ["secondary"] * 2 + ["core"] * 2 + [
+        "refresh_every",
+        "text",
+    ]
     assert evidence.kept["secondary"]["n"] == 3
     assert evidence.measured["kv_filled_share"]["mean"] <= 1
 
@@ -183,7 +212,9 @@ def test_the_prefill_filter_needs_every_later_layer_to_agree() -> None:
     agree = np.stack([_reached(0.5), _reached(0.7)])
     policy, _ = choose(_curves(secondary=_reached(0.4), agreement=agree), 0.95, prefill_layer=2)
     assert policy.prefill == 0.7
-    policy, choices = choose(_curves(secondary=_reached(0.4), agreement=np.full((2, 20), 0.6)), 0.95, prefill_layer=2)
+    policy, choices = choose(
+        _curves(secondary=_reached(0.4), agreement=np.full((2, 20), 0.6)), 0.95, prefill_layer=2
+    )
     assert policy.prefill is None
     assert "the filter stays off" in choices[4].reason
     above = choose(_curves(secondary=_reached(0.9), agreement=agree), 0.95, prefill_layer=2)[0]
@@ -197,7 +228,9 @@ def test_what_a_policy_keeps_is_read_at_its_own_numbers() -> None:
     assert found["secondary"]["mean"] == pytest.approx(0.4)
     assert found["core"]["mean"] == pytest.approx(core[3, 0], abs=0.01)
     assert found["text"]["mean"] == pytest.approx(0.8)
-    assert "core" not in kept(curves, avl.AdaptivePolicy(secondary=0.4, core=None, refresh_every=0, text=None))
+    assert "core" not in kept(
+        curves, avl.AdaptivePolicy(secondary=0.4, core=None, refresh_every=0, text=None)
+    )
 
 
 def test_layers_count_with_their_image_attention(vlm: VLM) -> None:
@@ -205,12 +238,16 @@ def test_layers_count_with_their_image_attention(vlm: VLM) -> None:
     curves = measure(vlm, samples, max_new_tokens=5)
     from avl_analysis.statistics.prefill_recall import PrefillMass
 
-    recording = record_samples(vlm, samples, max_new_tokens=5, statistics=["modality_mass", PrefillMass(SHARES)])
+    recording = record_samples(
+        vlm, samples, max_new_tokens=5, statistics=["modality_mass", PrefillMass(SHARES)]
+    )
     scores = recording["image_score"].isel(step=slice(1, None))
     first = recording["image_score"].isel(step=0)
     for i in range(3):
         at, now = first.isel(sample=i), scores.isel(sample=i).sum("step")
-        best = {layer: np.argsort(-at.sel(layer=layer).values)[:8] for layer in (0, 1)}  # half of 16
+        best = {
+            layer: np.argsort(-at.sel(layer=layer).values)[:8] for layer in (0, 1)
+        }  # half of 16
         caught = sum(float(now.sel(layer=layer)[best[layer]].sum()) for layer in (0, 1))
         np.testing.assert_allclose(
             curves.secondary.isel(sample=i).sel(secondary=0.5), caught / float(now.sum()), rtol=1e-4
@@ -221,10 +258,19 @@ def test_a_model_is_calibrated_verified_and_explained(vlm: VLM) -> None:
     told: list[str] = []
     samples = shared.questions(9)
     policy, evidence = calibrate(
-        vlm, samples, 0.8, max_new_tokens=5, progress=lambda what, done, total: told.append(f"{what} {done}/{total}")
+        vlm,
+        samples,
+        0.8,
+        max_new_tokens=5,
+        progress=lambda what, done, total: told.append(f"{what} {done}/{total}"),
     )
     assert isinstance(policy, avl.AdaptivePolicy)
-    assert [choice.setting for choice in evidence.choices] == ["secondary", "core", "refresh_every", "text"]
+    assert [choice.setting for choice in evidence.choices] == [
+        "secondary",
+        "core",
+        "refresh_every",
+        "text",
+    ]
     assert all(choice.reason for choice in evidence.choices)
     assert evidence.held_out == ("q2", "q5", "q8")
     assert not set(evidence.samples) & set(evidence.held_out)
@@ -270,4 +316,6 @@ def test_many_intervals_at_once_are_those_taken_one_by_one() -> None:
         for j in range(2):
             one = mean_interval(values[:, i, j])
             assert n[i, j] == one.n
-            np.testing.assert_allclose([mean[i, j], low[i, j], high[i, j]], [one.mean, one.low, one.high], atol=0.05)
+            np.testing.assert_allclose(
+                [mean[i, j], low[i, j], high[i, j]], [one.mean, one.low, one.high], atol=0.05
+            )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from avl.attention import AttentionCall
-from avl.hooks import SeamError, Tap, attached
+from avl.hooks import HookError, Observer, attached
 from avl_analysis.calibration.text_eviction import TextTrace, caught
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.evaluation.generation import generate
@@ -12,11 +12,17 @@ from tests import tiny
 from tests.avl_analysis import shared
 
 SHARES = (0.1, 0.5, 0.8, 1.0)
-LONG = Sample("long", (tiny.picture(),), "where is the red picture and what is the colour of the blue picture in it")
+LONG = Sample(
+    "long",
+    (tiny.picture(),),
+    "where is the red picture and what is the colour of the blue picture in it",
+)
 
 
 def _slow(prompt: np.ndarray, steps: list[np.ndarray], share: float) -> tuple[float, float]:
-    """One layer: attention on held keys, and all; a list of keys per head, one key dropped at a time."""
+    """One layer: attention on held keys, and all; a list of keys per head, one key dropped at a
+    time.
+    """
     kept = seen = 0.0
     for head in range(len(prompt)):
         held, score = list(range(prompt.shape[1])), dict(enumerate(prompt[head]))
@@ -46,12 +52,16 @@ def test_what_is_caught_equals_the_slow_version(heads: int) -> None:
         trace.steps[layer] = [random.random((heads, 26 + step)) ** 6 for step in range(30)]
     for share, found in zip(SHARES, caught(trace, SHARES), strict=True):
         slow = [_slow(trace.prompt[layer], trace.steps[layer], share) for layer in range(2)]
-        np.testing.assert_allclose(found, sum(k for k, _ in slow) / sum(s for _, s in slow), rtol=1e-9)
+        np.testing.assert_allclose(
+            found, sum(k for k, _ in slow) / sum(s for _, s in slow), rtol=1e-9
+        )
 
 
 def test_keeping_every_key_catches_everything_and_less_catches_less() -> None:
     random = np.random.default_rng(0)
-    trace = TextTrace({0: random.random((2, 40))}, {0: [random.random((2, 41 + step)) for step in range(20)]})
+    trace = TextTrace(
+        {0: random.random((2, 40))}, {0: [random.random((2, 41 + step)) for step in range(20)]}
+    )
     found = caught(trace, (0.5, 0.6, 0.8, 1.0))
     assert found[-1] == pytest.approx(1)
     assert (np.diff(found) > 0).all()
@@ -59,13 +69,15 @@ def test_keeping_every_key_catches_everything_and_less_catches_less() -> None:
 
 def test_short_texts_and_single_tokens_say_nothing() -> None:
     random = np.random.default_rng(0)
-    short = TextTrace({0: random.random((1, 10))}, {0: [random.random((1, 11 + step)) for step in range(5)]})
+    short = TextTrace(
+        {0: random.random((1, 10))}, {0: [random.random((1, 11 + step)) for step in range(5)]}
+    )
     single = TextTrace({0: random.random((1, 60))}, {})
     for trace in (short, single):
         assert np.isnan(caught(trace, SHARES)).all()
 
 
-class _Both(Tap):
+class _Both(Observer):
     """Keeps every call's full weights beside a trace."""
 
     def __init__(self) -> None:
@@ -84,7 +96,7 @@ class _Both(Tap):
 def test_the_trace_holds_the_weights_on_text_keys_summed_over_groups_and_prompt_rows() -> None:
     vlm = shared.vlm(kv_heads=2)  # 4 query heads
     tap = _Both()
-    with attached(vlm.model, tap, "observer"):
+    with attached(vlm.model, tap):
         generate(vlm, [LONG], None, max_new_tokens=4)
     start = 0
     inputs = vlm.prepare(list(LONG.images), LONG.prompt)
@@ -92,12 +104,19 @@ def test_the_trace_holds_the_weights_on_text_keys_summed_over_groups_and_prompt_
     for layer in range(2):
         prompt, *steps = [weights for at, _, weights in tap.calls if at == layer]
         grouped = prompt.reshape(2, 2, *prompt.shape[1:]).sum(1)
-        np.testing.assert_allclose(tap.trace.prompt[layer], grouped[:, start:, start:].sum(1), rtol=1e-5)
+        np.testing.assert_allclose(
+            tap.trace.prompt[layer], grouped[:, start:, start:].sum(1), rtol=1e-5
+        )
         for found, weights in zip(tap.trace.steps[layer], steps, strict=True):
-            np.testing.assert_allclose(found, weights.reshape(2, 2, -1).sum(1)[:, start:], rtol=1e-5)
+            np.testing.assert_allclose(
+                found, weights.reshape(2, 2, -1).sum(1)[:, start:], rtol=1e-5
+            )
 
 
 def test_a_batch_is_refused() -> None:
     vlm = shared.vlm()
-    with attached(vlm.model, TextTrace(), "observer"), pytest.raises(SeamError, match="one sample at a time"):
+    with (
+        attached(vlm.model, TextTrace()),
+        pytest.raises(HookError, match="one sample at a time"),
+    ):
         generate(vlm, shared.questions(2), None, max_new_tokens=2)

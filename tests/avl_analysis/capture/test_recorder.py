@@ -1,4 +1,6 @@
-"""Recording watches and never touches: same logits, same weights as eager attention, every sample apart."""
+"""Recording watches and never touches: same logits, same weights as eager attention, every sample
+apart.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import torch
 
 import avl
 from avl.attention import AttentionCall, attention_weights
-from avl.hooks import SeamError, Tap, attached
+from avl.hooks import HookError, Observer, attached
 from avl_analysis.capture import reduce_prompt, softmax
 from avl_analysis.capture.recorder import record
 from avl_analysis.capture.replay import replay
@@ -73,13 +75,19 @@ def test_chosen_layers_heads_and_queries_are_the_same_numbers_as_in_the_whole(ea
         "prompt": lambda n, steps: range(n),
         (3, 5): lambda n, steps: [3, 5],
     }.items():
-        with record(eager, statistics=[], keep="attention", layers=[2, 1], heads=[3, 0], queries=queries) as part:
+        with record(
+            eager, statistics=[], keep="attention", layers=[2, 1], heads=[3, 0], queries=queries
+        ) as part:
             generate(eager, batch)
         assert part["attention"]["layer"].values.tolist() == [1, 2]
         assert part["attention"]["head"].values.tolist() == [0, 3]
         for b in range(2):
             n = int(whole.tokens["prompt_length"][b])
-            expected = whole["attention"][b].sel(layer=[1, 2], head=[0, 3]).values[:, :, list(wanted(n, 4))]
+            expected = (
+                whole["attention"][b]
+                .sel(layer=[1, 2], head=[0, 3])
+                .values[:, :, list(wanted(n, 4))]
+            )
             found = part["attention"][b].values[:, :, : expected.shape[2]]
             assert np.array_equal(found, expected, equal_nan=True)
 
@@ -92,7 +100,13 @@ def test_recording_under_sdpa_gives_the_same_statistics_as_under_eager_attention
         with record(llava) as recording:
             generate(llava, batch)
         recordings.append(recording)
-    for name in ("modality_mass", "accumulated_score", "threshold_sparsity", "text_age_profile", "entropy_prefill"):
+    for name in (
+        "modality_mass",
+        "accumulated_score",
+        "threshold_sparsity",
+        "text_age_profile",
+        "entropy_prefill",
+    ):
         close(recordings[0][name], recordings[1][name], 1e-3)
 
 
@@ -113,7 +127,9 @@ def test_a_sample_in_a_padded_batch_has_the_numbers_it_has_alone(eager, side):
     for b, images in enumerate((1, 2, 0)):
         alone_batch = {
             "input_ids": batch["input_ids"][b][batch["attention_mask"][b].bool()][None],
-            "attention_mask": torch.ones(1, int(batch["attention_mask"][b].sum()), dtype=torch.long),
+            "attention_mask": torch.ones(
+                1, int(batch["attention_mask"][b].sum()), dtype=torch.long
+            ),
         }
         if images:
             alone_batch["pixel_values"] = next(pictures)
@@ -188,7 +204,9 @@ def test_a_pass_that_raises_leaves_no_half_sample(sdpa, monkeypatch):
         generate(sdpa, batch)
         layer = sdpa.model.language_model.layers[1].mlp
         with monkeypatch.context() as patch:
-            patch.setattr(layer, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("broken layer")))
+            patch.setattr(
+                layer, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("broken layer"))
+            )
             with pytest.raises(RuntimeError, match="broken layer"):
                 generate(sdpa, batch)
         generate(sdpa, batch)
@@ -214,11 +232,16 @@ def test_finished_rows_of_a_batch_are_not_counted_on():
     with record(llava, stop=[stop]) as recording:
         llava.generate(**batch, max_new_tokens=7, do_sample=False, eos_token_id=stop)
     steps = (recording.tokens["phase"] >= 0).sum("step").values
-    assert steps.tolist() == [3, 7]  # the rows that produced its three tokens; later ones are padding
+    assert steps.tolist() == [
+        3,
+        7,
+    ]  # the rows that produced its three tokens; later ones are padding
     assert np.isnan(recording["modality_mass"][0].values[:, :, 3:]).all()
 
 
-@pytest.mark.parametrize("options", [{"do_sample": True}, {"do_sample": True, "num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    "options", [{"do_sample": True}, {"do_sample": True, "num_return_sequences": 2}]
+)
 def test_sampling_is_recorded_like_greedy_search(sdpa, options):
     with record(sdpa) as recording:
         sdpa.generate(**tiny.inputs(sdpa, [5, 3]), max_new_tokens=4, **options)
@@ -227,7 +250,7 @@ def test_sampling_is_recorded_like_greedy_search(sdpa, options):
 
 
 def test_beam_search_is_refused_because_it_exchanges_rows(sdpa):
-    with pytest.raises(SeamError, match="num_beams=1"), record(sdpa):
+    with pytest.raises(HookError, match="num_beams=1"), record(sdpa):
         sdpa.generate(**tiny.inputs(sdpa, [5]), max_new_tokens=4, num_beams=2)
     assert sdpa.config.text_config._attn_implementation == "sdpa"
 
@@ -236,7 +259,9 @@ def test_a_later_turn_on_the_same_cache_belongs_to_the_same_sample(eager):
     batch = tiny.inputs(eager, [6], seed=1)
     ids = batch["input_ids"]
     with record(eager, keep="attention") as turns:
-        output = eager.generate(**batch, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        output = eager.generate(
+            **batch, max_new_tokens=3, do_sample=False, return_dict_in_generate=True
+        )
         more = torch.cat([output.sequences, torch.tensor([[20, 21, 22]])], 1)
         eager.generate(
             input_ids=more,
@@ -250,7 +275,11 @@ def test_a_later_turn_on_the_same_cache_belongs_to_the_same_sample(eager):
     sequence = torch.from_numpy(turns.tokens["token_id"].values)
     assert sequence[0, : more.shape[1]].tolist() == more[0].tolist()
     with record(eager, keep="attention", statistics=[]) as whole:
-        eager(input_ids=sequence, attention_mask=torch.ones_like(sequence), pixel_values=batch["pixel_values"])
+        eager(
+            input_ids=sequence,
+            attention_mask=torch.ones_like(sequence),
+            pixel_values=batch["pixel_values"],
+        )
     close(turns["attention"], whole["attention"], 1e-4)
     assert ids.shape[1] < more.shape[1]
 
@@ -278,7 +307,10 @@ def test_a_recording_can_be_read_while_the_model_runs(sdpa):
     [
         ({"layers": [3]}, r"layers \[3\] are out of range; this model has layers 0 to 2"),
         ({"layers": []}, "layers"),
-        ({"keep": "attention", "heads": [9]}, r"heads \[9\] are out of range; this model has heads 0 to 3"),
+        (
+            {"keep": "attention", "heads": [9]},
+            r"heads \[9\] are out of range; this model has heads 0 to 3",
+        ),
         ({"keep": "everything"}, "keep='everything'"),
         ({"heads": [0]}, "keep='attention' only"),
         ({"keep": "attention", "queries": "first"}, "queries 'first' is not one of all, prompt"),
@@ -304,12 +336,17 @@ def test_raw_slices_beyond_the_limit_are_refused_with_the_size_and_the_way_out(s
 
 def test_a_prompt_without_a_picture_is_refused_only_when_one_is_required(sdpa):
     batch = tiny.inputs(sdpa, [5, 4], images=[1, 0])
-    with pytest.raises(InputError, match="row 1 of the batch has no image tokens"), record(sdpa, require_image=True):
+    with (
+        pytest.raises(InputError, match="row 1 of the batch has no image tokens"),
+        record(sdpa, require_image=True),
+    ):
         sdpa(**batch)
     with record(sdpa) as recording:
         sdpa(**batch)
     assert np.isnan(recording["coverage"].sel(key_modality="image")[1]).all()
-    assert (recording.data["sums"]["coverage_prefill_count"].sel(key_modality="image")[1] == 0).all()
+    assert (
+        recording.data["sums"]["coverage_prefill_count"].sel(key_modality="image")[1] == 0
+    ).all()
 
 
 def test_only_the_layers_asked_for_are_recorded(sdpa):
@@ -330,8 +367,9 @@ def test_statistics_over_rows_look_at_evenly_spaced_rows():
     assert picked == [0, 33, 66, 99]
 
 
-class Watch(Tap):
-    """Weights of every call as one map over the sequence, computed all at once by `avl.attention`."""
+class Watch(Observer):
+    """Weights of every call as one map over the sequence, computed all at
+    once by `avl.attention`."""
 
     def __init__(self) -> None:
         self.rows: dict[tuple[int, int], list[torch.Tensor]] = {}
@@ -353,7 +391,9 @@ class Watch(Tap):
     "policy",
     [
         avl.AdaptivePolicy(secondary=0.5, core=0.3, refresh_every=3, text=None),
-        avl.AdaptivePolicy(secondary=0.6, core=0.3, refresh_every=2, text=0.5, prefill=0.7, prefill_layer=1),
+        avl.AdaptivePolicy(
+            secondary=0.6, core=0.3, refresh_every=2, text=0.5, prefill=0.7, prefill_layer=1
+        ),
         avl.FullPolicy(),
     ],
     ids=["core", "filter and text", "full"],
@@ -363,13 +403,17 @@ def test_an_adapted_model_is_recorded_by_what_its_keys_are_not_by_where_they_lie
     with avl.adaptive(sdpa, policy), record(sdpa, keep="attention", queries="steps") as recording:
         generate(sdpa, batch, steps=6)
     watch = Watch()
-    with avl.adaptive(sdpa, policy), attached(sdpa, watch, "observer"):
+    with avl.adaptive(sdpa, policy), attached(sdpa, watch):
         generate(sdpa, batch, steps=6)
     for b, padding in enumerate((0, 7)):
         for layer in range(3):
             for step in range(7):
                 row = watch.rows[step, layer][0][b, :, -1, padding:]
-                kept = recording["attention"][b].isel(layer=layer, query=step).values[:, : row.shape[-1]]
+                kept = (
+                    recording["attention"][b]
+                    .isel(layer=layer, query=step)
+                    .values[:, : row.shape[-1]]
+                )
                 close(kept, row, 1e-5)
     assert np.allclose(recording["modality_mass"].sum("key_modality"), 1, atol=1e-5)
     if policy != avl.FullPolicy():

@@ -37,7 +37,9 @@ def test_a_type_is_checked_and_printed(capsys: pytest.CaptureFixture[str]) -> No
     assert "1 types: 1 recorded exactly, 1 adapted, 0 refused." in out
 
 
-def test_the_table_of_a_page_is_renewed_and_its_prose_kept(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_of_a_page_is_renewed_and_its_prose_kept(
+    page: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(table, "check", _everything_exact)
     assert _run("models", "--check", "--write", page) == 0
     text = page.read_text(encoding="utf-8")
@@ -68,7 +70,9 @@ def test_what_should_hold_and_does_not_is_said_and_nothing_is_written(
         (("--write", "missing.md"), "is not a file with the line <!-- table -->"),
     ],
 )
-def test_mistakes_are_one_line(arguments: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    arguments: tuple[str, ...], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _run("models", *arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -55,7 +55,9 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_the_installed_script_answers_from_any_directory(tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("avl")
-    done = subprocess.run([script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [script, "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "models" in done.stdout
 
@@ -65,7 +67,9 @@ def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None
     assert "Usage: avl" in capsys.readouterr().out
 
 
-def test_models_prints_what_a_saved_model_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_prints_what_a_saved_model_is(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _run("models", folder) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert " llava 0.1 M 2 4 / 2 KV 16 yes " in out
@@ -92,7 +96,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 @pytest.fixture(scope="module")
 def recorded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("recorded") / "scenes.nc"
-    assert _run("record", "--scenes", 3, "--model", folder, "--out", out, "--max-new-tokens", 3) == 0
+    assert (
+        _run("record", "--scenes", 3, "--model", folder, "--out", out, "--max-new-tokens", 3) == 0
+    )
     return out
 
 
@@ -107,7 +113,17 @@ def test_record_asks_a_saved_model_about_a_picture_and_saves_what_it_attended(
     folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run.nc"
-    arguments = ["record", picture, "what is this?", "--model", folder, "--out", out, "--max-new-tokens", 4]
+    arguments = [
+        "record",
+        picture,
+        "what is this?",
+        "--model",
+        folder,
+        "--out",
+        out,
+        "--max-new-tokens",
+        4,
+    ]
     assert _run(*arguments, "--layers", "1") == 0
     recording = load_recording(out)
     assert len(recording) == 1
@@ -149,7 +165,17 @@ def test_record_replaces_a_file_only_when_told_to(
 ) -> None:
     out = tmp_path / "run.nc"
     out.write_text("precious")
-    arguments = ["record", picture, "what?", "--model", folder, "--out", out, "--max-new-tokens", "1"]
+    arguments = [
+        "record",
+        picture,
+        "what?",
+        "--model",
+        folder,
+        "--out",
+        out,
+        "--max-new-tokens",
+        "1",
+    ]
     assert "exists already" in _refused(capsys, *arguments)
     assert out.read_text() == "precious"
     assert _run(*arguments, "--force") == 0
@@ -179,12 +205,39 @@ def test_stats_prints_every_layer_with_intervals_over_samples(
         (["record", "PICTURE", "  ", "--model", "FOLDER"], "the prompt is empty"),
         (["record", "PICTURE", "what?", "--model", "TEXT"], "text-only model"),
         (["record", "PICTURE", "what?", "--model", "gizmo"], "unknown model 'gizmo'"),
-        (["record", "PICTURE", "what?", "--model", "FOLDER", "--layers", "0,7"], "this model has layers 0 to 1"),
-        (["record", "PICTURE", "what?", "--model", "FOLDER", "--layers", "two"], "write it like 0,4-7"),
-        (["record", "PICTURE", "what?", "--model", "FOLDER", "--statistics", "luck"], "no statistic 'luck'"),
-        (["record", "PICTURE", "what?", "--model", "FOLDER", "--dtype", "float7"], "unknown dtype 'float7'"),
-        (["record", "PICTURE", "what?", "--model", "FOLDER", "--keep-attention", "--heads", "9"], "heads 0 to 3"),
-        (["record", "PICTURE", "what?", "--model", "FOLDER", "--keep-attention", "--queries", "odd"], "odd"),
+        (
+            ["record", "PICTURE", "what?", "--model", "FOLDER", "--layers", "0,7"],
+            "this model has layers 0 to 1",
+        ),
+        (
+            ["record", "PICTURE", "what?", "--model", "FOLDER", "--layers", "two"],
+            "write it like 0,4-7",
+        ),
+        (
+            ["record", "PICTURE", "what?", "--model", "FOLDER", "--statistics", "luck"],
+            "no statistic 'luck'",
+        ),
+        (
+            ["record", "PICTURE", "what?", "--model", "FOLDER", "--dtype", "float7"],
+            "unknown dtype 'float7'",
+        ),
+        (
+            ["record", "PICTURE", "what?", "--model", "FOLDER", "--keep-attention", "--heads", "9"],
+            "heads 0 to 3",
+        ),
+        (
+            [
+                "record",
+                "PICTURE",
+                "what?",
+                "--model",
+                "FOLDER",
+                "--keep-attention",
+                "--queries",
+                "odd",
+            ],
+            "odd",
+        ),
         (["record", "PICTURE", "what?", "--heads", "1"], "with --keep-attention only"),
         (["record", "PICTURE", "what?", "--out", "no/folder/run.nc"], "no such folder: no/folder"),
         (["record", "PICTURE", "what?", "--max-new-tokens", "0"], "--max-new-tokens"),
@@ -214,14 +267,18 @@ def test_what_cannot_be_recorded_or_read_is_one_line_and_exit_code_2(
         "RECORDED": "recorded",
         "FOREIGN": "foreign",
     }
-    given = [request.getfixturevalue(fixtures[word]) if word in fixtures else word for word in arguments]
+    given = [
+        request.getfixturevalue(fixtures[word]) if word in fixtures else word for word in arguments
+    ]
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     assert message in _refused(capsys, *given)
     assert not (tmp_path / "run.nc").exists()
 
 
-@pytest.mark.parametrize(("text", "numbers"), [("0", [0]), ("0,4-7", [0, 4, 5, 6, 7]), ("3-3, 1", [3, 1])])
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("0", [0]), ("0,4-7", [0, 4, 5, 6, 7]), ("3-3, 1", [3, 1])]
+)
 def test_lists_of_layers_are_written_with_commas_and_dashes(text: str, numbers: list[int]) -> None:
     assert parse_numbers(text, "--layers") == numbers
 
@@ -232,11 +289,15 @@ def test_other_lists_of_layers_are_refused(text: str) -> None:
         parse_numbers(text, "--layers")
 
 
-def test_models_refuses_a_text_only_model(text_only: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_refuses_a_text_only_model(
+    text_only: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "text-only model" in _refused(capsys, "models", text_only)
 
 
-def test_a_defect_is_not_dressed_up_as_a_mistake(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_is_not_dressed_up_as_a_mistake(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ValueError("a bug")
 
@@ -259,7 +320,10 @@ def test_an_interrupt_is_reported_in_one_line_with_its_own_code(
 @pytest.fixture
 def questions(tmp_path: Path, picture: Path) -> Path:
     path = tmp_path / "questions.jsonl"
-    lines = [{"image": picture.name, "prompt": prompt, "answer": "red"} for prompt in ("what is this?", "the colour?")]
+    lines = [
+        {"image": picture.name, "prompt": prompt, "answer": "red"}
+        for prompt in ("what is this?", "the colour?")
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -269,7 +333,17 @@ def test_compare_measures_policies_on_a_file_of_questions_against_the_full_cache
 ) -> None:
     out = tmp_path / "compare.nc"
     policies = ["-p", "full", "-p", "random:0.5", "-p", "a-vl,core=0.2"]
-    arguments = ["compare", questions, *policies, "--model", folder, "--max-new-tokens", 3, "--out", out]
+    arguments = [
+        "compare",
+        questions,
+        *policies,
+        "--model",
+        folder,
+        "--max-new-tokens",
+        3,
+        "--out",
+        out,
+    ]
     assert _run(*arguments) == 0
     comparison = load_comparison(out)
     assert comparison.policies == ["full", "random:0.5", "a-vl,core=0.2"]
@@ -280,7 +354,9 @@ def test_compare_measures_policies_on_a_file_of_questions_against_the_full_cache
     assert "kl: KL(full || policy)" in printed
 
 
-def test_compare_writes_its_tables_where_asked(folder: Path, questions: Path, tmp_path: Path) -> None:
+def test_compare_writes_its_tables_where_asked(
+    folder: Path, questions: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "compare.csv"
     arguments = ["compare", questions, "-p", "full", "--metric", "accuracy", "--model", folder]
     assert _run(*arguments, "--max-new-tokens", 2, "--out", out) == 0
@@ -312,7 +388,9 @@ def test_what_cannot_be_compared_is_one_line_and_exit_code_2(
     message: str,
 ) -> None:
     fixtures = {"FOLDER": "folder", "TEXT": "text_only", "QUESTIONS": "questions"}
-    given = [request.getfixturevalue(fixtures[word]) if word in fixtures else word for word in arguments]
+    given = [
+        request.getfixturevalue(fixtures[word]) if word in fixtures else word for word in arguments
+    ]
     monkeypatch.chdir(tmp_path)
     assert message in _refused(capsys, "compare", *given)
 
@@ -322,11 +400,36 @@ def test_calibrate_writes_a_policy_that_compare_takes(
 ) -> None:
     out = tmp_path / "tuned.json"
     questions.write_text(questions.read_text() * 2)
-    arguments = ["calibrate", questions, "--model", folder, "--target", 0.5, "--max-new-tokens", 4, "--out", out]
+    arguments = [
+        "calibrate",
+        questions,
+        "--model",
+        folder,
+        "--target",
+        0.5,
+        "--max-new-tokens",
+        4,
+        "--out",
+        out,
+    ]
     assert _run(*arguments) == 0
     assert "secondary = " in capsys.readouterr().out
     assert load_evidence(out)["target"] == 0.5
-    assert _run("compare", questions, "-p", out, "--model", folder, "--metric", "text", "--max-new-tokens", 2) == 0
+    assert (
+        _run(
+            "compare",
+            questions,
+            "-p",
+            out,
+            "--model",
+            folder,
+            "--metric",
+            "text",
+            "--max-new-tokens",
+            2,
+        )
+        == 0
+    )
     assert "tuned" in capsys.readouterr().out
 
 

@@ -40,7 +40,17 @@ def test_a_file_of_questions_is_recorded_and_what_failed_is_said(
     folder: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run.nc"
-    arguments = ["record", "--data", questions, "--out", out, "--model", folder, "--max-new-tokens", 2]
+    arguments = [
+        "record",
+        "--data",
+        questions,
+        "--out",
+        out,
+        "--model",
+        folder,
+        "--max-new-tokens",
+        2,
+    ]
     assert _run(*arguments, "--batch-size", 2, "--layers", 1) == 0
     printed, said = capsys.readouterr()
     assert "2 sample(s)" in printed
@@ -55,10 +65,24 @@ def test_a_file_of_questions_is_recorded_and_what_failed_is_said(
 
 
 def test_an_interrupted_command_says_how_to_go_on_and_does(
-    folder: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    questions: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "run.nc"
-    arguments = ["record", "--data", questions, "--out", out, "--model", folder, "--max-new-tokens", 2]
+    arguments = [
+        "record",
+        "--data",
+        questions,
+        "--out",
+        out,
+        "--model",
+        folder,
+        "--max-new-tokens",
+        2,
+    ]
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

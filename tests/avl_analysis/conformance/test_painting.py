@@ -17,9 +17,20 @@ from avl_analysis.conformance.random_pixels import broken_rows
 from avl_analysis.conformance.shrink import PATCH, SIDE, WIDTH
 
 NAMED = (
-    "llava", "vipllava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3",
-    "smolvlm", "paligemma", "gemma3", "mistral3",
-)  # fmt: skip
+    "llava",
+    "vipllava",
+    "llava_next",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+    "idefics3",
+    "smolvlm",
+    "paligemma",
+    "gemma3",
+    "mistral3",
+)
 FURTHER = ("gemma4", "hunyuan_vl", "janus")
 HAS_ALL_PROCESSORS = Version(transformers.__version__) >= Version("5.23")
 """Some Pillow image processors of older versions ask for torchvision, which is not installed."""
@@ -53,27 +64,37 @@ def test_painted_tokens_are_those_of_the_map_in_further_families(model_type):
 
 
 PIXTRAL = {
-    "model_type": "pixtral", "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "image_size": 48, "patch_size": PATCH,
-}  # fmt: skip
+    "model_type": "pixtral",
+    "hidden_size": WIDTH,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 48,
+    "patch_size": PATCH,
+}
 VARIANTS = {
     "LLaVA with pictures padded to a square": ("llava", {"options": {"do_pad": True}}),
     "LLaVA with pictures squeezed": (
-        "llava", {"options": {"do_center_crop": False, "size": {"height": SIDE, "width": SIDE}}}
+        "llava",
+        {"options": {"do_center_crop": False, "size": {"height": SIDE, "width": SIDE}}},
     ),
     "OneVision with more tiles than it keeps": (
         "llava_onevision",
-        {"override": {"image_grid_pinpoints": [[4 * SIDE, 4 * SIDE]]}, "reach": 6.0},  # bilinear after resizing
+        {
+            "override": {"image_grid_pinpoints": [[4 * SIDE, 4 * SIDE]]},
+            "reach": 6.0,
+        },  # bilinear after resizing
     ),
     "Pixtral inside LLaVA": (
         "llava",
         {
             "override": {"vision_config": PIXTRAL, "vision_feature_select_strategy": "full"},
-            "processor": "pixtral", "shown": broken_rows,
+            "processor": "pixtral",
+            "shown": broken_rows,
         },
     ),
     "PaliGemma with more tokens": ("paligemma", {"override": {"vision_config.image_size": 48}}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -91,7 +112,8 @@ def test_a_map_that_is_wrong_is_found_out(monkeypatch):
     def transposed(prompt):
         for (view,) in grids.fixed(prompt):
             yield tuple(
-                View(view.rows, 1, (c / view.columns, 0.0, (c + 1) / view.columns, 1.0)) for c in range(view.columns)
+                View(view.rows, 1, (c / view.columns, 0.0, (c + 1) / view.columns, 1.0))
+                for c in range(view.columns)
             )
 
     case = Case("paligemma")

@@ -1,4 +1,6 @@
-"""Samples: what a file may say, that every mistake names its line, and that scenes are drawn reproducibly."""
+"""Samples: what a file may say, that every mistake names its line, and that scenes are drawn
+reproducibly.
+"""
 
 import json
 from pathlib import Path
@@ -24,18 +26,30 @@ def folder(tmp_path: Path) -> Path:
 
 def _write(folder: Path, *lines: object) -> Path:
     path = folder / "samples.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    )
     return path
 
 
-def test_pictures_are_named_relative_to_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_are_named_relative_to_the_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir("/")
     path = _write(
-        folder, {"image": ["a.png", "deep/b.png"], "prompt": "same?"}, "", {**GOOD, "images": [], "image": None}
+        folder,
+        {"image": ["a.png", "deep/b.png"], "prompt": "same?"},
+        "",
+        {**GOOD, "images": [], "image": None},
     )
     with pytest.raises(InputError, match="both 'image' and 'images'"):
         read_samples(path)
-    path = _write(folder, {"image": ["a.png", "deep/b.png"], "prompt": "same?"}, "", {"images": [], "prompt": "hello?"})
+    path = _write(
+        folder,
+        {"image": ["a.png", "deep/b.png"], "prompt": "same?"},
+        "",
+        {"images": [], "prompt": "hello?"},
+    )
     one, two = read_samples(path)
     assert one.images == (folder / "a.png", folder / "deep/b.png")
     assert two.images == ()
@@ -57,7 +71,12 @@ def test_everything_a_line_may_say_is_read(folder: Path) -> None:
         GOOD,
     )
     one, two, three = read_samples(path)
-    assert (one.answers, one.id, one.task, one.regions) == (("red", "a red one"), "7", "colour", ((0, 0, 4, 5),))
+    assert (one.answers, one.id, one.task, one.regions) == (
+        ("red", "a red one"),
+        "7",
+        "colour",
+        ((0, 0, 4, 5),),
+    )
     assert one.meta == {"x": 1}
     assert two.answers == ("red",)
     assert three.answers is None
@@ -83,7 +102,9 @@ def test_everything_a_line_may_say_is_read(folder: Path) -> None:
         ({**GOOD, "id": {}}, "'id' must be"),
     ],
 )
-def test_a_malformed_line_is_named_with_its_reason(folder: Path, line: object, message: str) -> None:
+def test_a_malformed_line_is_named_with_its_reason(
+    folder: Path, line: object, message: str
+) -> None:
     with pytest.raises(InputError, match=r"samples\.jsonl, line 2: ") as caught:
         read_samples(_write(folder, GOOD, line))
     assert message in str(caught.value)
@@ -95,7 +116,11 @@ def test_ids_must_differ(folder: Path) -> None:
 
 
 def test_a_file_that_is_none_or_empty_is_refused(folder: Path) -> None:
-    for path, message in ((folder, "is a folder"), (folder / "gone", "no such file"), (folder / "a.png", "UTF-8")):
+    for path, message in (
+        (folder, "is a folder"),
+        (folder / "gone", "no such file"),
+        (folder / "a.png", "UTF-8"),
+    ):
         with pytest.raises(InputError, match=message):
             read_samples(path)
     with pytest.raises(InputError, match="holds no samples"):
@@ -109,7 +134,9 @@ def test_scenes_are_grouped_by_task_and_the_same_every_time() -> None:
     for a, b in zip(one, two, strict=True):
         assert (a.id, a.prompt, a.answers) == (b.id, b.prompt, b.answers)
         np.testing.assert_array_equal(np.asarray(a.images[0]), np.asarray(b.images[0]))
-    assert all(sample.strict and sample.regions for sample in scene_samples(2, ["colour", "caption"]))
+    assert all(
+        sample.strict and sample.regions for sample in scene_samples(2, ["colour", "caption"])
+    )
 
 
 def test_ranges_of_scenes_that_do_not_overlap_share_no_picture() -> None:

@@ -1,4 +1,6 @@
-"""Recording a list of questions: each sample is what it would be alone, and carries what a report needs."""
+"""Recording a list of questions: each sample is what it would be alone, and carries what a report
+needs.
+"""
 
 from pathlib import Path
 
@@ -14,8 +16,15 @@ from avl_analysis.models.loading import VLM, load_model
 from tests import tiny
 
 SAMPLES = [
-    Sample("a", (tiny.picture(seed=0),), "what is this?", answers=("red", "a red one"), task="colour"),
-    Sample("b", (tiny.picture(seed=1), tiny.picture(seed=2)), "which is the red one?", regions=((1, 2, 3, 4),)),
+    Sample(
+        "a", (tiny.picture(seed=0),), "what is this?", answers=("red", "a red one"), task="colour"
+    ),
+    Sample(
+        "b",
+        (tiny.picture(seed=1), tiny.picture(seed=2)),
+        "which is the red one?",
+        regions=((1, 2, 3, 4),),
+    ),
     Sample("c", (tiny.picture(seed=3),), "describe the image", meta={"source": "drawn"}),
 ]
 
@@ -29,14 +38,20 @@ def test_samples_recorded_in_a_padded_batch_equal_samples_recorded_alone(vlm: VL
     alone = record_samples(vlm, SAMPLES, max_new_tokens=3)
     batch = record_samples(vlm, SAMPLES, max_new_tokens=3, batch_size=2)
     assert [batch.facts(i) for i in range(3)] == [alone.facts(i) for i in range(3)]
-    np.testing.assert_allclose(batch["modality_mass"].values, alone["modality_mass"].values, atol=1e-5)
+    np.testing.assert_allclose(
+        batch["modality_mass"].values, alone["modality_mass"].values, atol=1e-5
+    )
 
 
 def test_every_sample_carries_its_question_its_answer_and_what_is_known_of_it(vlm: VLM) -> None:
     facts = [record_samples(vlm, SAMPLES, max_new_tokens=3).facts(i) for i in range(3)]
     assert [known["prompt"] for known in facts] == [sample.prompt for sample in SAMPLES]
     assert all(len(known["words"]) == 3 for known in facts)
-    assert (facts[0]["truth"], facts[0]["answers"], facts[0]["task"]) == ("red", ["red", "a red one"], "colour")
+    assert (facts[0]["truth"], facts[0]["answers"], facts[0]["task"]) == (
+        "red",
+        ["red", "a red one"],
+        "colour",
+    )
     assert facts[1]["boxes"] == [[1, 2, 3, 4]]
     assert facts[2]["source"] == "drawn"
     assert "picture" in facts[0]
@@ -55,7 +70,10 @@ def test_boxes_given_with_a_question_become_the_image_tokens_under_them(vlm: VLM
     inside = [recording.facts(i).get("region_tokens") for i in range(4)]
     assert inside == [[4 * row + column for row in range(4) for column in (2, 3)], [0], None, None]
     regions = recorded_regions(recording)
-    assert regions == {"000000": dict.fromkeys(range(2), tuple(inside[0])), "000001": dict.fromkeys(range(2), (0,))}
+    assert regions == {
+        "000000": dict.fromkeys(range(2), tuple(inside[0])),
+        "000001": dict.fromkeys(range(2), (0,)),
+    }
     hits = first_word_hits(recording, regions)
     scores = recording["image_score_last"]
     for sample, tokens in ((0, inside[0]), (1, [0])):
@@ -66,7 +84,12 @@ def test_boxes_given_with_a_question_become_the_image_tokens_under_them(vlm: VLM
 
 
 def test_a_wrong_answer_is_about_no_region_and_an_unknown_truth_about_the_boxes() -> None:
-    facts = {"words": ["a", "b"], "answer": "A red one.", "region_tokens": [3], "boxes": [[0, 0, 1, 1]]}
+    facts = {
+        "words": ["a", "b"],
+        "answer": "A red one.",
+        "region_tokens": [3],
+        "boxes": [[0, 0, 1, 1]],
+    }
     assert [region.tokens for region in regions_of(facts)] == [(3,), (3,)]
     assert len(regions_of({**facts, "answers": ["blue", "red one"]})) == 2
     assert regions_of({**facts, "answers": ["blue"]}) == []
@@ -81,7 +104,9 @@ def test_the_answer_ends_before_the_token_that_ends_it(vlm: VLM) -> None:
 
 def test_progress_is_told_after_every_token(vlm: VLM) -> None:
     told: list[tuple[int, int]] = []
-    record_samples(vlm, SAMPLES[:2], max_new_tokens=2, on_token=lambda done, token: told.append((done, token)))
+    record_samples(
+        vlm, SAMPLES[:2], max_new_tokens=2, on_token=lambda done, token: told.append((done, token))
+    )
     assert told == [(0, 1), (0, 2), (1, 1), (1, 2)]
 
 

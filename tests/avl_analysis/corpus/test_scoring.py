@@ -16,7 +16,8 @@ def _sample(*answers: str, strict: bool = False) -> Sample:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("A cat.", 1), ("the  CAT", 1), ("cat!", 1), ("two cats", 0), ("", 0), ("catalogue", 0)]
+    ("text", "expected"),
+    [("A cat.", 1), ("the  CAT", 1), ("cat!", 1), ("two cats", 0), ("", 0), ("catalogue", 0)],
 )
 def test_a_lenient_answer_ignores_case_punctuation_and_articles(text: str, expected: int) -> None:
     assert correct(text, _sample("dog", "cat")) == expected
@@ -35,13 +36,22 @@ def test_an_unknown_answer_gives_no_score() -> None:
 
 
 def test_normalising_keeps_words_apart() -> None:
-    assert normalised("It's a well-known Theory, the one.") == ["it", "s", "well", "known", "theory", "one"]
+    assert normalised("It's a well-known Theory, the one.") == [
+        "it",
+        "s",
+        "well",
+        "known",
+        "theory",
+        "one",
+    ]
 
 
 def test_rouge_l_of_worked_pairs() -> None:
     assert rouge_l("", "") == rouge_l("a b", "a b") == 1
     assert rouge_l("", "a b") == 0
-    assert rouge_l("the cat sat", "the dog sat") == pytest.approx(2 / 3)  # "the ... sat", precision = recall = 2/3
+    assert rouge_l("the cat sat", "the dog sat") == pytest.approx(
+        2 / 3
+    )  # "the ... sat", precision = recall = 2/3
     assert rouge_l("sat cat the", "the cat sat") == pytest.approx(1 / 3)
     assert rouge_l("a b c d", "a b") == pytest.approx(2 * (2 / 4) * 1 / (2 / 4 + 1))
 
@@ -58,7 +68,9 @@ def test_common_prefix_counts_tokens_before_the_first_difference() -> None:
 
 def test_an_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
     random = np.random.default_rng(0)
-    covered = [(found := mean_interval(random.normal(3, 2, 40))).low <= 3 <= found.high for _ in range(100)]
+    covered = [
+        (found := mean_interval(random.normal(3, 2, 40))).low <= 3 <= found.high for _ in range(100)
+    ]
     assert 88 <= sum(covered) <= 100
 
 

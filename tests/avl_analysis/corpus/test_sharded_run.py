@@ -1,4 +1,6 @@
-"""Corpus runs: however often one is interrupted, and whoever records which shard, the recording is the same."""
+"""Corpus runs: however often one is interrupted, and whoever records which shard, the recording is
+the same.
+"""
 
 import json
 import os
@@ -22,7 +24,11 @@ from avl_analysis.recordings.join_files import join
 from avl_analysis.recordings.recording import Recording, load_recording, merge
 from tests import tiny
 
-OPTIONS = {"max_new_tokens": 3, "batch_size": 2, "statistics": ["modality_mass", "coverage", "prefill_mass"]}
+OPTIONS = {
+    "max_new_tokens": 3,
+    "batch_size": 2,
+    "statistics": ["modality_mass", "coverage", "prefill_mass"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +37,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _samples(count: int = 7) -> list[Sample]:
-    words = ["what is the colour", "where is it?", "describe the image", "what is blue and where is the red picture"]
-    return [Sample(f"s{i}", (tiny.picture(seed=i),), words[i % 4], answers=("red",)) for i in range(count)]
+    words = [
+        "what is the colour",
+        "where is it?",
+        "describe the image",
+        "what is blue and where is the red picture",
+    ]
+    return [
+        Sample(f"s{i}", (tiny.picture(seed=i),), words[i % 4], answers=("red",))
+        for i in range(count)
+    ]
 
 
 def _same(one: Recording, other: Recording) -> None:
     for group in other.data:
         left = one.data[group].drop_attrs()
         right = other.data[group].drop_attrs()
-        xr.testing.assert_identical(left[sorted(map(str, left.data_vars))], right[sorted(map(str, right.data_vars))])
+        xr.testing.assert_identical(
+            left[sorted(map(str, left.data_vars))], right[sorted(map(str, right.data_vars))]
+        )
     assert one.samples == other.samples
-    assert [one.facts(name) for name in one.samples] == [other.facts(name) for name in other.samples]
+    assert [one.facts(name) for name in one.samples] == [
+        other.facts(name) for name in other.samples
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +73,12 @@ def test_shards_become_the_recording_that_one_pass_over_all_samples_makes(
 ) -> None:
     told: list[tuple[int, int]] = []
     result = record_corpus(
-        folder, _samples(), tmp_path / "run.nc", shard=2, progress=lambda *p: told.append(p), **OPTIONS
+        folder,
+        _samples(),
+        tmp_path / "run.nc",
+        shard=2,
+        progress=lambda *p: told.append(p),
+        **OPTIONS,
     )
     assert (result.recorded, result.failed) == (7, ())
     assert told == [(2, 7), (4, 7), (6, 7), (7, 7)]
@@ -66,7 +89,8 @@ def test_shards_become_the_recording_that_one_pass_over_all_samples_makes(
 def test_a_run_stopped_anywhere_and_started_again_gives_the_same_recording(
     folder: str, whole: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before a recording, its note, the description or the result is put in place, in turn."""
+    """Stopped before a recording, its note, the description or the result is put in
+    place, in turn."""
     original, out = os.replace, tmp_path / "run.nc"
     recorded: list[int] = []
     record_shard = sharded_run.record_shard
@@ -114,22 +138,32 @@ def test_a_failed_sample_is_reported_and_the_rest_kept(folder: str, tmp_path: Pa
     assert json.loads(recording.attrs["failed"])[0]["reason"] == result.failed[0].reason
     alone = record_samples(load_model(folder), samples[3:4], **OPTIONS)
     np.testing.assert_allclose(
-        recording["modality_mass"].sel(sample="000003").values, alone["modality_mass"].isel(sample=0).values, atol=1e-5
+        recording["modality_mass"].sel(sample="000003").values,
+        alone["modality_mass"].isel(sample=0).values,
+        atol=1e-5,
     )
 
 
-def test_a_shard_without_any_good_sample_and_a_corpus_without_any(folder: str, tmp_path: Path) -> None:
+def test_a_shard_without_any_good_sample_and_a_corpus_without_any(
+    folder: str, tmp_path: Path
+) -> None:
     bad = [Sample(f"b{i}", (tmp_path / "gone.png",), "what?") for i in range(2)]
     result = record_corpus(folder, [*bad, *_samples(2)], tmp_path / "run.nc", shard=2, **OPTIONS)
     assert (result.recorded, len(result.failed)) == (2, 2)
     assert isinstance(result.failed[0], Failed)
-    with pytest.raises(InputError, match=r"none of the 2 samples could be recorded; b0 failed with.*no such file"):
+    with pytest.raises(
+        InputError, match=r"none of the 2 samples could be recorded; b0 failed with.*no such file"
+    ):
         record_corpus(folder, bad, tmp_path / "other.nc", **OPTIONS)
 
 
 def test_shards_with_and_without_pictures_join_like_samples_do(folder: str, tmp_path: Path) -> None:
     vlm = load_model(folder)
-    samples = [Sample("t", (), "what is red?"), *_samples(2), Sample("u", (), "where is the blue picture?")]
+    samples = [
+        Sample("t", (), "what is red?"),
+        *_samples(2),
+        Sample("u", (), "where is the blue picture?"),
+    ]
     together = record_samples(vlm, samples, max_new_tokens=3)
     files = [
         record_samples(vlm, [sample], max_new_tokens=3, first_sample=i).save(tmp_path / f"{i}.nc")
@@ -140,10 +174,15 @@ def test_shards_with_and_without_pictures_join_like_samples_do(folder: str, tmp_
     _same(joined, together)
     assert joined.attrs["note"] == "x"
     together.save(tmp_path / "together.nc")
-    assert not together.data["attention"]  # no raw weights were kept, and an empty group need not be in a file
+    assert not together.data[
+        "attention"
+    ]  # no raw weights were kept, and an empty group need not be in a file
     for group in (name for name, data in together.data.items() if data):
         # down to units, fill values and estimates for readers that know only netCDF
-        plain = [xr.open_dataset(tmp_path / f"{name}.nc", group=group).load() for name in ("joined", "together")]
+        plain = [
+            xr.open_dataset(tmp_path / f"{name}.nc", group=group).load()
+            for name in ("joined", "together")
+        ]
         xr.testing.assert_identical(
             plain[0][sorted(map(str, plain[1].data_vars))], plain[1][sorted(plain[1].data_vars)]
         )
@@ -151,7 +190,10 @@ def test_shards_with_and_without_pictures_join_like_samples_do(folder: str, tmp_
 
 def test_joining_equals_merging_in_memory(folder: str, tmp_path: Path) -> None:
     vlm = load_model(folder)
-    parts = [record_samples(vlm, [one], max_new_tokens=2 + i, first_sample=i) for i, one in enumerate(_samples(3))]
+    parts = [
+        record_samples(vlm, [one], max_new_tokens=2 + i, first_sample=i)
+        for i, one in enumerate(_samples(3))
+    ]
     files = [part.save(tmp_path / f"{i}.nc") for i, part in enumerate(parts)]
     join(files, tmp_path / "joined.nc", {})
     _same(load_recording(tmp_path / "joined.nc"), merge(parts))
@@ -159,10 +201,14 @@ def test_joining_equals_merging_in_memory(folder: str, tmp_path: Path) -> None:
 
 def test_shards_of_different_models_do_not_join(folder: str, tmp_path: Path) -> None:
     vlm = load_model(folder)
-    one, other = (record_samples(vlm, _samples(1), max_new_tokens=2, first_sample=i) for i in range(2))
+    one, other = (
+        record_samples(vlm, _samples(1), max_new_tokens=2, first_sample=i) for i in range(2)
+    )
     other.attrs["model_revision"] = "another"
     with pytest.raises(InputError, match="another model_revision"):
-        join([one.save(tmp_path / "0.nc"), other.save(tmp_path / "1.nc")], tmp_path / "joined.nc", {})
+        join(
+            [one.save(tmp_path / "0.nc"), other.save(tmp_path / "1.nc")], tmp_path / "joined.nc", {}
+        )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +230,10 @@ def test_a_folder_of_another_run_is_refused(
     monkeypatch.setattr(sharded_run, "record_shard", stop)
     with pytest.raises(KeyboardInterrupt):
         record_corpus(
-            folder, arguments["samples"], tmp_path / "run.nc", **{k: v for k, v in arguments.items() if k != "samples"}
+            folder,
+            arguments["samples"],
+            tmp_path / "run.nc",
+            **{k: v for k, v in arguments.items() if k != "samples"},
         )
     arguments |= change
     with pytest.raises(InputError, match=message):
@@ -209,14 +258,16 @@ def test_options_that_cannot_be_used_are_refused_before_anything_is_recorded(
     assert not (tmp_path / "run.nc.parts").exists()
 
 
-def test_an_existing_file_no_samples_and_a_second_process_are_refused(folder: str, tmp_path: Path) -> None:
+def test_an_existing_file_no_samples_and_a_second_process_are_refused(
+    folder: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="no samples"):
         record_corpus(folder, [], tmp_path / "run.nc")
     (tmp_path / "old.nc").touch()
     with pytest.raises(InputError, match="exists already"):
         record_corpus(folder, _samples(1), tmp_path / "old.nc")
     parts = tmp_path / "run.nc.parts"
-    with sharded_run._claimed(parts), pytest.raises(InputError, match="another process"):
+    with sharded_run.lock_folder(parts), pytest.raises(InputError, match="another process"):
         record_corpus(folder, _samples(1), tmp_path / "run.nc")
 
 
@@ -245,8 +296,14 @@ record_corpus(sys.argv[1], _samples(), sys.argv[2], shard=2, workers=int(sys.arg
 
 
 def _start(folder: str, out: Path, workers: int = 1) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
-    return subprocess.Popen([sys.executable, "-c", _SCRIPT, folder, str(out), str(workers)], env=environment)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", _SCRIPT, folder, str(out), str(workers)], env=environment
+    )
 
 
 @pytest.mark.slow
@@ -270,7 +327,9 @@ def test_a_process_that_is_killed_and_started_again_gives_the_same_recording(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_workers_give_the_recording_of_a_single_process(folder: str, whole: Recording, tmp_path: Path) -> None:
+def test_two_workers_give_the_recording_of_a_single_process(
+    folder: str, whole: Recording, tmp_path: Path
+) -> None:
     pytest.importorskip("ray")
     assert _start(folder, tmp_path / "run.nc", workers=2).wait() == 0
     _same(load_recording(tmp_path / "run.nc"), whole)

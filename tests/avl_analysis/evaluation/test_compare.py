@@ -1,4 +1,6 @@
-"""Comparing policies: the full cache against itself first, then against slow, obvious versions of every number."""
+"""Comparing policies: the full cache against itself first, then against slow, obvious versions of
+every number.
+"""
 
 from pathlib import Path
 
@@ -29,12 +31,20 @@ def vlm() -> VLM:
 @pytest.fixture(scope="module")
 def result(vlm: VLM):
     return compare(
-        vlm, shared.questions(), {"full": avl.FullPolicy(), "small": SMALL}, max_new_tokens=TOKENS, batch_size=3
+        vlm,
+        shared.questions(),
+        {"full": avl.FullPolicy(), "small": SMALL},
+        max_new_tokens=TOKENS,
+        batch_size=3,
     )
 
 
-def _stepwise(vlm: VLM, sample: Sample, policy: avl.Policy | None, tokens: list[int]) -> torch.Tensor:
-    """Log-probabilities along given tokens, one forward call per token, one sample alone: the slow, obvious version."""
+def _stepwise(
+    vlm: VLM, sample: Sample, policy: avl.Policy | None, tokens: list[int]
+) -> torch.Tensor:
+    """Log-probabilities along given tokens, one forward call per token, one sample alone: the slow,
+    obvious version.
+    """
     inputs = vlm.prepare(list(sample.images), sample.prompt)
     rows, cache = [], DynamicCache(config=vlm.model.config.get_text_config())
 
@@ -42,7 +52,9 @@ def _stepwise(vlm: VLM, sample: Sample, policy: avl.Policy | None, tokens: list[
         out = vlm.model(**inputs, past_key_values=cache, use_cache=True)
         rows.append(out.logits[0, -1].log_softmax(-1))
         for token in tokens[:-1]:
-            out = vlm.model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            out = vlm.model(
+                input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True
+            )
             rows.append(out.logits[0, -1].log_softmax(-1))
 
     with torch.no_grad():
@@ -80,7 +92,9 @@ def test_teacher_forced_numbers_equal_one_forward_call_per_token(vlm: VLM, resul
     for sample in shared.questions():
         tokens = generate(vlm, [sample], None, max_new_tokens=TOKENS).tokens[0]
         full, mine = _stepwise(vlm, sample, None, tokens), _stepwise(vlm, sample, SMALL, tokens)
-        assert (full[:, 6:].argmax(-1) + 6).tolist() == tokens  # the tiny model never says one of its special tokens
+        assert (
+            full[:, 6:].argmax(-1) + 6
+        ).tolist() == tokens  # the tiny model never says one of its special tokens
         kl = (full.exp() * (full - mine)).sum(-1)
         nll = -mine[torch.arange(TOKENS), torch.tensor(tokens)]
         row = result.dataset.sel(policy="small", sample=sample.id)
@@ -89,17 +103,35 @@ def test_teacher_forced_numbers_equal_one_forward_call_per_token(vlm: VLM, resul
         np.testing.assert_allclose(row["nll_by_step"], nll, atol=1e-4)
         np.testing.assert_allclose(row["perplexity"], nll.mean().exp(), rtol=1e-4)
         own = -full[torch.arange(TOKENS), torch.tensor(tokens)].mean()
-        np.testing.assert_allclose(row["perplexity_change"], (nll.mean() - own).exp() - 1, atol=1e-3)
+        np.testing.assert_allclose(
+            row["perplexity_change"], (nll.mean() - own).exp() - 1, atol=1e-3
+        )
         np.testing.assert_array_equal(row["agreement_by_step"], mine.argmax(-1) == full.argmax(-1))
     assert float(result["kl"].sel(policy="small").min()) > 1e-3  # the policy does change something
 
 
 def test_rows_of_a_padded_batch_are_measured_as_alone(vlm: VLM, result) -> None:
     for sample in shared.questions():
-        alone = compare(vlm, [sample], {"full": avl.FullPolicy(), "small": SMALL}, max_new_tokens=TOKENS, batch_size=1)
+        alone = compare(
+            vlm,
+            [sample],
+            {"full": avl.FullPolicy(), "small": SMALL},
+            max_new_tokens=TOKENS,
+            batch_size=1,
+        )
         both = result.dataset.sel(sample=sample.id)
-        for name in ("kl", "perplexity", "exact_prefix", "rouge_l", "keys_attended", "keys_held", "tokens"):
-            np.testing.assert_allclose(alone[name].squeeze("sample"), both[name], rtol=1e-4, atol=1e-5, err_msg=name)
+        for name in (
+            "kl",
+            "perplexity",
+            "exact_prefix",
+            "rouge_l",
+            "keys_attended",
+            "keys_held",
+            "tokens",
+        ):
+            np.testing.assert_allclose(
+                alone[name].squeeze("sample"), both[name], rtol=1e-4, atol=1e-5, err_msg=name
+            )
         assert alone["text"].squeeze("sample").values.tolist() == both["text"].values.tolist()
 
 
@@ -109,7 +141,9 @@ def test_keys_attended_follow_core_and_refresh(result) -> None:
     for step in range(1, TOKENS):
         np.testing.assert_array_equal(keys.sel(policy="full", step=step), prompt + step)
         held = 8 if step % 2 == 0 else 4  # of 16 image keys
-        np.testing.assert_array_equal(keys.sel(policy="small", step=step), prompt - 16 + held + step)
+        np.testing.assert_array_equal(
+            keys.sel(policy="small", step=step), prompt - 16 + held + step
+        )
     assert keys.sel(step=0).isnull().all()
 
 
@@ -133,7 +167,10 @@ def test_operations_are_counted_from_the_keys_read(vlm: VLM, result) -> None:
     keys = result["keys_attended"]
     np.testing.assert_allclose(result["attention_flops"], 4 * width * layers * keys)
     language = vlm.model.model.language_model
-    weights = sum(p.numel() for p in language.layers.parameters() if p.dim() == 2) + vlm.model.lm_head.weight.numel()
+    weights = (
+        sum(p.numel() for p in language.layers.parameters() if p.dim() == 2)
+        + vlm.model.lm_head.weight.numel()
+    )
     np.testing.assert_allclose(result["step_flops"] - result["attention_flops"], 2 * weights)
 
 
@@ -152,7 +189,9 @@ def test_rows_that_stop_early_are_measured_up_to_their_end() -> None:
         row = result.dataset.sel(sample=sample.id, policy="small")
         assert int(row["kl_by_step"].notnull().sum()) == int(lengths.sel(sample=sample.id))
         alone = (
-            compare(vlm, [sample], {"small": SMALL}, max_new_tokens=12).dataset.sel(policy="small").squeeze("sample")
+            compare(vlm, [sample], {"small": SMALL}, max_new_tokens=12)
+            .dataset.sel(policy="small")
+            .squeeze("sample")
         )
         np.testing.assert_allclose(alone["kl"], row["kl"], atol=1e-5)
         assert float(alone["tokens"]) == float(row["tokens"])
@@ -167,21 +206,31 @@ def test_accuracy_exists_only_where_the_answer_is_known(result) -> None:
 
 def test_an_answer_is_right_where_the_model_gives_it(vlm: VLM) -> None:
     sample = shared.questions(1)[0]
-    text = compare(vlm, [sample], {"full": avl.FullPolicy()}, max_new_tokens=3, metrics=["accuracy"])["text"].values[
-        0, 0
-    ]
+    text = compare(
+        vlm, [sample], {"full": avl.FullPolicy()}, max_new_tokens=3, metrics=["accuracy"]
+    )["text"].values[0, 0]
     right = Sample("right", sample.images, sample.prompt, answers=("something", str(text)))
     wrong = Sample("wrong", sample.images, sample.prompt, answers=("something",))
-    result = compare(vlm, [right, wrong], {"full": avl.FullPolicy()}, max_new_tokens=3, metrics=["accuracy"])
+    result = compare(
+        vlm, [right, wrong], {"full": avl.FullPolicy()}, max_new_tokens=3, metrics=["accuracy"]
+    )
     assert result["correct"].sel(policy="full").values.tolist() == [1.0, 0.0]
 
 
-def test_accuracy_and_cost_alone_run_the_model_once_per_policy(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accuracy_and_cost_alone_run_the_model_once_per_policy(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     original = type(vlm.model).generate
-    monkeypatch.setattr(type(vlm.model), "generate", lambda self, **k: calls.append(1) or original(self, **k))
+    monkeypatch.setattr(
+        type(vlm.model), "generate", lambda self, **k: calls.append(1) or original(self, **k)
+    )
     result = compare(
-        vlm, shared.questions(2), {"full": avl.FullPolicy(), "s": SMALL}, metrics=["accuracy"], max_new_tokens=2
+        vlm,
+        shared.questions(2),
+        {"full": avl.FullPolicy(), "s": SMALL},
+        metrics=["accuracy"],
+        max_new_tokens=2,
     )
     assert len(calls) == 2
     assert "kl" not in result.dataset
@@ -207,7 +256,10 @@ def test_a_policy_that_fails_on_one_sample_keeps_the_others(vlm: VLM) -> None:
                 raise RuntimeError("out of memory")
             return super().measure(prompt)
 
-    samples = [*shared.questions(2), Sample("long", shared.questions(1)[0].images, "where is the picture " * 6)]
+    samples = [
+        *shared.questions(2),
+        Sample("long", shared.questions(1)[0].images, "where is the picture " * 6),
+    ]
     result = compare(vlm, samples, {"moody": Moody(text=None)}, max_new_tokens=2, batch_size=3)
     assert result.failures[["policy", "sample"]].values.tolist() == [["moody", "long"]]
     assert "out of memory" in result.failures["reason"][0]
@@ -216,10 +268,14 @@ def test_a_policy_that_fails_on_one_sample_keeps_the_others(vlm: VLM) -> None:
 
 def test_nothing_measured_at_all_is_an_error_with_the_reason(vlm: VLM, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none of the 1 samples.*no such file"):
-        compare(vlm, [Sample("gone", (tmp_path / "gone.png",), "what?")], {"full": avl.FullPolicy()})
+        compare(
+            vlm, [Sample("gone", (tmp_path / "gone.png",), "what?")], {"full": avl.FullPolicy()}
+        )
 
 
-def test_a_model_that_cannot_be_adapted_stops_at_once(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_cannot_be_adapted_stops_at_once(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise avl.UnsupportedModelError("not this one")
 
@@ -236,8 +292,15 @@ def test_dividing_finds_the_items_that_fail_alone() -> None:
 
     found = divide(run, list(range(8)))
     assert [getattr(value, "reason", value) for value in found] == [
-        0, 10, 20, "ValueError: cannot do [3]", 40, "ValueError: cannot do [5]", 60, 70,
-    ]  # fmt: skip
+        0,
+        10,
+        20,
+        "ValueError: cannot do [3]",
+        40,
+        "ValueError: cannot do [5]",
+        60,
+        70,
+    ]
 
 
 def test_divergence_of_worked_distributions() -> None:
@@ -256,7 +319,9 @@ def test_a_saved_comparison_loads_as_it_was(result, tmp_path: Path) -> None:
     assert loaded.reference == "full"
 
 
-def test_table_and_exports_hold_every_metric_with_interval_and_difference(result, tmp_path: Path) -> None:
+def test_table_and_exports_hold_every_metric_with_interval_and_difference(
+    result, tmp_path: Path
+) -> None:
     table = result.table()
     assert set(table["metric"]) == set(result.metrics)
     kl = table[(table.policy == "small") & (table.metric == "kl")].iloc[0]

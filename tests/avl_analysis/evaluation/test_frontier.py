@@ -1,4 +1,6 @@
-"""The frontier of accuracy and bytes: each point is what `compare` would measure, and an interrupted run goes on."""
+"""The frontier of accuracy and bytes: each point is what `compare` would measure, and an
+interrupted run goes on.
+"""
 
 import json
 from pathlib import Path
@@ -41,7 +43,9 @@ def test_samples_are_grouped_by_length_of_the_prompt_and_none_is_lost(vlm: VLM) 
     assert sorted(index for group in groups for index in group) == list(range(20))
     for group in groups:
         assert len(group) <= 3
-        inputs = vlm.prepare([list(samples[i].images) for i in group], [samples[i].prompt for i in group])
+        inputs = vlm.prepare(
+            [list(samples[i].images) for i in group], [samples[i].prompt for i in group]
+        )
         assert bool(inputs["attention_mask"].all())
 
 
@@ -50,9 +54,14 @@ def test_each_line_is_what_compare_measures(vlm: VLM) -> None:
     for group in frontier.groups(vlm, samples, 2):
         lines = frontier.run_unit(vlm, samples, group, POINTS)
         chosen = [samples[index] for index in group]
-        longest = max(len(vlm.processor.tokenizer(s.answers[0], add_special_tokens=False).input_ids) for s in chosen)
+        longest = max(
+            len(vlm.processor.tokenizer(s.answers[0], add_special_tokens=False).input_ids)
+            for s in chosen
+        )
         policies = {point.name: point.policy for point in POINTS}
-        measured = compare(vlm, chosen, policies, max_new_tokens=longest + 2, metrics=["accuracy", "cost"])
+        measured = compare(
+            vlm, chosen, policies, max_new_tokens=longest + 2, metrics=["accuracy", "cost"]
+        )
         for line in lines:
             row = measured.dataset.sel(policy=line["policy"], sample=samples[line["sample"]].id)
             assert line["right"] == float(row["correct"])
@@ -83,7 +92,12 @@ def test_other_pixels_are_not_answered_from_memory(vlm: VLM) -> None:
     one, other = torch.randn(1, 3, 24, 24), torch.randn(1, 3, 24, 24)
     plain = [tower(pixels).last_hidden_state for pixels in (one, other)]
     with frontier.pictures_seen_once(vlm.model):
-        for pixels, expected in ((one, plain[0]), (other, plain[1]), (other, plain[1]), (one, plain[0])):
+        for pixels, expected in (
+            (one, plain[0]),
+            (other, plain[1]),
+            (other, plain[1]),
+            (one, plain[0]),
+        ):
             assert torch.equal(tower(pixels).last_hidden_state, expected)
 
 
@@ -92,7 +106,11 @@ def test_a_summary_counts_right_answers_with_intervals_and_differences() -> None
     budgets = {"full": None, "random": 0.5, "A-VL": 0.5}
     lines = [
         {"task": "colour", "policy": name, "budget": budgets[name], "sample": index}
-        | ({"failed": "no memory"} if right is None else {"right": right, "held": 0.5, "filled": 0.5})
+        | (
+            {"failed": "no memory"}
+            if right is None
+            else {"right": right, "held": 0.5, "filled": 0.5}
+        )
         for name, cell in cells.items()
         for index, right in enumerate(cell)
     ]
@@ -138,7 +156,11 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     monkeypatch.setattr(frontier, "_work", dying)
     with pytest.raises(KeyboardInterrupt):
         frontier.run(small, tmp_path / "part")
-    monkeypatch.setattr(frontier, "_work", lambda settings, unit: done.append(unit.target.name) or work(settings, unit))
+    monkeypatch.setattr(
+        frontier,
+        "_work",
+        lambda settings, unit: done.append(unit.target.name) or work(settings, unit),
+    )
     assert frontier.run(small, tmp_path / "part") == whole
     assert len(done) == len(set(done))
 
@@ -163,7 +185,9 @@ def test_what_was_written_is_read_and_anything_else_refused(tmp_path: Path) -> N
 @pytest.mark.timeout(900)
 def test_worker_processes_find_what_one_process_finds(tmp_path: Path) -> None:
     folder = tiny.save_folder(tmp_path / "model", tiny.llava(kv_heads=2))
-    settings = frontier.Settings(str(folder), ("colour", "size"), samples=4, budgets=(0.5,), batch=2)
+    settings = frontier.Settings(
+        str(folder), ("colour", "size"), samples=4, budgets=(0.5,), batch=2
+    )
     whole = frontier.run(settings, tmp_path / "two", workers=2)
     vlm = frontier.load_model(str(folder))
     points = frontier.entries((0.5,))

@@ -9,9 +9,18 @@ from avl_analysis.evaluation.frontier import entries, read, write
 from avl_analysis.scenes import TASKS
 
 
-def line(policy: str, budget: float | None, task: str, right: str, size: float) -> dict[str, object]:
+def line(
+    policy: str, budget: float | None, task: str, right: str, size: float
+) -> dict[str, object]:
     accuracy = right.count("1") / len(right)
-    return {"policy": policy, "budget": budget, "task": task, "right": right, "accuracy": accuracy, "bytes": size}
+    return {
+        "policy": policy,
+        "budget": budget,
+        "task": task,
+        "right": right,
+        "accuracy": accuracy,
+        "bytes": size,
+    }
 
 
 LINES = [
@@ -64,6 +73,10 @@ def test_the_filed_frontier_is_whole_and_its_preset_keeps_what_is_claimed() -> N
         (task, point.name, point.budget) for task in TASKS for point in points
     }
     assert all(x["samples"] >= 200 and x["failed"] == 0 for x in lines)
-    (preset,) = [row for row in frontier_table.rows(lines) if row.policy == "A-VL cold" and row.budget is None]
+    (preset,) = [
+        row
+        for row in frontier_table.rows(lines)
+        if row.policy == "A-VL cold" and row.budget is None
+    ]
     assert preset.kept >= frontier_table.KEPT
     assert preset.most_bytes <= 0.5

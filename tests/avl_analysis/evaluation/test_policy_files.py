@@ -59,8 +59,14 @@ def test_what_is_no_policy_is_refused_with_the_reason(text: str, message: str) -
 
 def test_a_saved_policy_loads_as_it_was(tmp_path: Path) -> None:
     policies = [kind() for kind in POLICIES.values()]
-    policies += [avl.AdaptivePolicy(secondary=0.4, core=None, text=None), with_budget(avl.FastVPolicy, 0.3)]
-    policies += [avl.AdaptivePolicy.with_cold_tier(0.3), avl.AdaptivePolicy((0.5, 0.4), 0.3, cold="host", drift=0.9)]
+    policies += [
+        avl.AdaptivePolicy(secondary=0.4, core=None, text=None),
+        with_budget(avl.FastVPolicy, 0.3),
+    ]
+    policies += [
+        avl.AdaptivePolicy.with_cold_tier(0.3),
+        avl.AdaptivePolicy((0.5, 0.4), 0.3, cold="host", drift=0.9),
+    ]
     for policy in policies:
         path = save_policy(policy, tmp_path / "p.json", {"curve": [1, 2]})
         assert load_policy(path) == policy
@@ -82,9 +88,18 @@ def test_a_file_names_only_what_differs_from_the_defaults() -> None:
         ({"format": "avl-policy", "version": 2}, "policy format 2"),
         ({"format": "avl-policy", "version": 1}, "names policy None; possible are FullPolicy"),
         ({"format": "avl-policy", "version": 1, "policy": "os.system"}, "names policy 'os.system'"),
-        ({"format": "avl-policy", "version": 1, "policy": "H2OPolicy", "fields": {"x": 1}}, "has no setting 'x'"),
-        ({"format": "avl-policy", "version": 1, "policy": "H2OPolicy", "fields": {"budget": 3}}, "budget"),
-        ({"format": "avl-policy", "version": 1, "policy": "H2OPolicy", "fields": []}, "does not describe a policy"),
+        (
+            {"format": "avl-policy", "version": 1, "policy": "H2OPolicy", "fields": {"x": 1}},
+            "has no setting 'x'",
+        ),
+        (
+            {"format": "avl-policy", "version": 1, "policy": "H2OPolicy", "fields": {"budget": 3}},
+            "budget",
+        ),
+        (
+            {"format": "avl-policy", "version": 1, "policy": "H2OPolicy", "fields": []},
+            "does not describe a policy",
+        ),
     ],
 )
 def test_a_file_that_is_no_policy_is_refused(tmp_path: Path, content: object, message: str) -> None:

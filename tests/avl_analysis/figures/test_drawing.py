@@ -1,4 +1,5 @@
-"""Both drawings show the numbers, words and outlines of the spec, and text from outside stays text."""
+"""Both drawings show the numbers, words and outlines of the spec, and text from
+outside stays text."""
 
 import json
 
@@ -18,7 +19,9 @@ def place(figure, panel: int = 0):
 def test_matplotlib_draws_every_line_and_band_of_the_spec():
     panel = specs.lines()
     drawn = place(specs.figure("f", panel))
-    curves = {line.get_label(): line for line in drawn.get_lines() if not line.get_label().startswith("_")}
+    curves = {
+        line.get_label(): line for line in drawn.get_lines() if not line.get_label().startswith("_")
+    }
     assert set(curves) == {line.name for line in panel.lines}
     assert np.array_equal(curves["image"].get_ydata(), panel.lines[1].y)
     assert len(drawn.collections) == 3
@@ -30,7 +33,9 @@ def test_plotly_draws_every_line_and_band_of_the_spec():
     panel = specs.lines()
     plot = draw_plotly.draw(panel)
     curves = [trace for trace in plot.data if trace.fill is None]
-    assert [np.array_equal(trace.y, line.y) for trace, line in zip(curves, panel.lines, strict=True)] == [True] * 5
+    assert [
+        np.array_equal(trace.y, line.y) for trace, line in zip(curves, panel.lines, strict=True)
+    ] == [True] * 5
     assert sum(trace.fill == "toself" for trace in plot.data) == 3
     assert plot.layout.xaxis.title.text == "decode step (tokens)"
     assert tuple(plot.layout.yaxis.range) == (0, 1)
@@ -59,7 +64,9 @@ def test_plotly_places_limits_and_rules_of_a_log_axis_by_logarithm():
 def test_both_heat_maps_hold_the_matrix_with_the_first_row_on_top():
     panel = specs.heat()
     drawn = place(specs.figure("f", panel, columns=1))
-    assert np.array_equal(drawn.get_images()[0].get_array().filled(np.nan), panel.values, equal_nan=True)
+    assert np.array_equal(
+        drawn.get_images()[0].get_array().filled(np.nan), panel.values, equal_nan=True
+    )
     low, high = drawn.get_ylim()
     assert low > high
     plot = draw_plotly.draw(panel)
@@ -131,7 +138,9 @@ def test_every_kind_is_saved_in_every_format_and_shown_in_both_themes(tmp_path, 
 def test_saving_twice_gives_the_same_bytes(tmp_path):
     figure = specs.figure("f", specs.bars())
     first = [path.read_bytes() for path in draw_matplotlib.save(figure, tmp_path / "a", dpi=40)]
-    assert first == [path.read_bytes() for path in draw_matplotlib.save(figure, tmp_path / "b", dpi=40)]
+    assert first == [
+        path.read_bytes() for path in draw_matplotlib.save(figure, tmp_path / "b", dpi=40)
+    ]
 
 
 def test_text_from_outside_is_neither_html_nor_mathematics():
@@ -146,7 +155,9 @@ def test_text_from_outside_is_neither_html_nor_mathematics():
 
 def test_hover_templates_cannot_be_injected():
     panel = specs.bars()
-    hostile = type(panel)(panel.category, specs.Axis("a %{x} b", "share"), panel.categories, panel.bars)
+    hostile = type(panel)(
+        panel.category, specs.Axis("a %{x} b", "share"), panel.categories, panel.bars
+    )
     assert "%{x} b" not in draw_plotly.draw(hostile).data[0].hovertemplate
 
 
@@ -154,8 +165,10 @@ def test_light_figures_consist_of_exchangeable_colours():
     pairs = dict(palette.dark_pairs())
     light = draw_plotly.draw(specs.lines()).to_json()
     for colour, dark in pairs.items():
-        light = light.replace(colour, dark).replace("rgba({},{},{},".format(*palette.rgb(colour)),
-                                                    "rgba({},{},{},".format(*palette.rgb(dark)))  # fmt: skip
+        light = light.replace(colour, dark).replace(
+            "rgba({},{},{},".format(*palette.rgb(colour)),
+            "rgba({},{},{},".format(*palette.rgb(dark)),
+        )
     assert json.loads(light) == json.loads(draw_plotly.draw(specs.lines(), dark=True).to_json())
 
 
@@ -167,22 +180,33 @@ def test_series_common_to_all_panels_get_one_legend():
 
 def test_a_printed_page_carries_words_figure_and_the_whole_caption():
     figure = specs.figure("f", specs.lines(), specs.bars())
-    (page,) = draw_matplotlib.figure_pages(figure, [draw_matplotlib.Paragraph("A question?", bold=True)])
+    (page,) = draw_matplotlib.figure_pages(
+        figure, [draw_matplotlib.Paragraph("A question?", bold=True)]
+    )
     assert len(page.subfigs[0].axes) == 2
     words = " ".join(text.get_text() for text in page.texts)
     assert words == f"A question? {figure.title}. {specs.CAPTION.text}"
 
 
-@pytest.mark.parametrize(("above", "below", "place"), [(10, 90, 0), (90, 10, 3), (90, 90, 3), (5, 5, 0)])
-def test_words_that_leave_no_room_for_the_figure_get_pages_of_their_own(above, below, place, tmp_path):
+@pytest.mark.parametrize(
+    ("above", "below", "place"), [(10, 90, 0), (90, 10, 3), (90, 90, 3), (5, 5, 0)]
+)
+def test_words_that_leave_no_room_for_the_figure_get_pages_of_their_own(
+    above, below, place, tmp_path
+):
     figure = specs.figure("f", specs.lines(), specs.bars())
-    words = [[draw_matplotlib.Paragraph(f"{side}{i}") for i in range(n)] for side, n in (("a", above), ("b", below))]
+    words = [
+        [draw_matplotlib.Paragraph(f"{side}{i}") for i in range(n)]
+        for side, n in (("a", above), ("b", below))
+    ]
     pages = draw_matplotlib.figure_pages(figure, *words)
     with_figure = [number for number, page in enumerate(pages) if page.subfigs]
     assert with_figure == [place]
     written = " ".join(text.get_text() for page in pages for text in page.texts).split()
     assert {f"a{i}" for i in range(above)} | {f"b{i}" for i in range(below)} <= set(written)
-    draw_matplotlib.save_document(pages, tmp_path / "a.pdf", title="A report")  # and it can be drawn
+    draw_matplotlib.save_document(
+        pages, tmp_path / "a.pdf", title="A report"
+    )  # and it can be drawn
 
 
 def test_flowing_text_takes_as_many_pages_as_it_needs_and_loses_nothing():
@@ -195,7 +219,10 @@ def test_flowing_text_takes_as_many_pages_as_it_needs_and_loses_nothing():
 
 
 def test_a_heading_stays_on_the_page_of_what_it_heads():
-    pair = [draw_matplotlib.Paragraph("heading", after=0.02), draw_matplotlib.Paragraph("body " * 40)]
+    pair = [
+        draw_matplotlib.Paragraph("heading", after=0.02),
+        draw_matplotlib.Paragraph("body " * 40),
+    ]
     pages = draw_matplotlib.text_pages(pair * 40)
     assert len(pages) > 1
     for page in pages:
@@ -205,7 +232,9 @@ def test_a_heading_stays_on_the_page_of_what_it_heads():
 
 def test_pages_are_bound_into_one_document(tmp_path):
     pages = draw_matplotlib.text_pages([draw_matplotlib.Paragraph("one")])
-    pages += draw_matplotlib.figure_pages(specs.figure("f", specs.overlay(), specs.overlay("b"), columns=2))
+    pages += draw_matplotlib.figure_pages(
+        specs.figure("f", specs.overlay(), specs.overlay("b"), columns=2)
+    )
     path = draw_matplotlib.save_document(pages, tmp_path / "a.pdf", title="A report")
     assert path.read_bytes().count(b"/Type /Page ") == 2
 
@@ -214,12 +243,17 @@ def test_bars_side_by_side_are_filled_on_screen():
     plot = draw_plotly.draw(specs.bars())
     assert len(plot.data) > 1
     for bar in plot.data:
-        assert bar.marker.pattern.bgcolor == bar.marker.color  # a pattern without it would be white on nothing
+        assert (
+            bar.marker.pattern.bgcolor == bar.marker.color
+        )  # a pattern without it would be white on nothing
 
 
 def test_a_logarithmic_axis_without_limits_gets_plain_ticks_on_screen():
-    curve = Lines(Axis("age", "tokens", log=True), Axis("weight", "share", log=True),
-                  (Line("one", np.array([1.0, 2, 40]), np.array([0.5, 0.02, np.nan])),))  # fmt: skip
+    curve = Lines(
+        Axis("age", "tokens", log=True),
+        Axis("weight", "share", log=True),
+        (Line("one", np.array([1.0, 2, 40]), np.array([0.5, 0.02, np.nan])),),
+    )
     plot = draw_plotly.draw(curve)
     assert list(plot.layout.xaxis.ticktext) == ["1", "2", "5", "10", "20", "50"]
     assert list(plot.layout.yaxis.ticktext) == ["0.02", "0.05", "0.1", "0.2", "0.5"]

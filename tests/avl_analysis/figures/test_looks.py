@@ -1,4 +1,6 @@
-"""Figures of single tokens: the right numbers in the right place, and nothing foreign that could act."""
+"""Figures of single tokens: the right numbers in the right place, and nothing foreign that could
+act.
+"""
 
 from __future__ import annotations
 
@@ -47,18 +49,24 @@ def test_a_strip_says_what_was_not_read() -> None:
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_fidelity_frames_the_tokens_for_which_a_policy_prefers_another(dark: bool) -> None:
-    shown = looks.fidelity_strip("A-VL", (" red", " <b>"), np.array([0.2, 5.0, 0.0]), {1: "</b>", 2: "(end)"})
+    shown = looks.fidelity_strip(
+        "A-VL", (" red", " <b>"), np.array([0.2, 5.0, 0.0]), {1: "</b>", 2: "(end)"}
+    )
     assert shown.tokens == (" red", " <b>")  # the end of the answer is no word
     assert dict(shown.notes) == {1: "</b>"}
     drawn = draw_html.draw(shown, dark=dark)
     assert drawn.count("dashed") == 1
     assert "→&lt;/b&gt;" in drawn
     assert "<b>" not in drawn
-    assert (f"color:{palette.LIGHT.ink};text-decoration" in drawn) == dark  # dark words on a light shade
+    assert (
+        f"color:{palette.LIGHT.ink};text-decoration" in drawn
+    ) == dark  # dark words on a light shade
 
 
 def test_short_axes_of_counted_things_have_ticks_at_whole_numbers_only() -> None:
-    layers = looks.mass_by_layer((0, 1, 2), {name: [0.1, 0.2, 0.3] for name in ("system", "image", "text")})
+    layers = looks.mass_by_layer(
+        (0, 1, 2), {name: [0.1, 0.2, 0.3] for name in ("system", "image", "text")}
+    )
     assert draw_plotly.draw(layers).layout.xaxis.dtick == 1
     steps = looks.evolution("long", {"a": np.zeros(40)}, Axis("mass", "share"))
     assert draw_plotly.draw(steps).layout.xaxis.dtick is None
@@ -83,7 +91,9 @@ def test_every_cell_of_a_head_map_can_be_clicked_and_says_which_it_is() -> None:
     plot = with_cells(draw_plotly.draw(heat), heat, marked=(1, 2))
     points = plot.data[-1]
     assert points.type == "scatter"
-    np.testing.assert_array_equal(np.asarray(points.customdata)[:, :2], [[r, c] for r in (0, 1) for c in (0, 1, 2)])
+    np.testing.assert_array_equal(
+        np.asarray(points.customdata)[:, :2], [[r, c] for r in (0, 1) for c in (0, 1, 2)]
+    )
     np.testing.assert_array_equal(np.asarray(points.customdata)[:, 2], np.arange(6.0))
     assert "<b>" not in points.hovertemplate
     assert plot.layout.shapes[-1].x0 == 1.5

@@ -21,7 +21,10 @@ def linear(colour: str) -> np.ndarray:
 
 
 def lab(rgb: np.ndarray) -> np.ndarray:
-    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ rgb
+    xyz = (
+        np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+        @ rgb
+    )
     f = np.cbrt(np.clip(xyz / [0.9505, 1, 1.089], 1e-4, None))
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
@@ -47,7 +50,9 @@ def test_no_two_series_share_dash_and_marker():
 @pytest.mark.parametrize("matrix", BLIND.values(), ids=BLIND.keys())
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_first_three_series_stay_apart_for_colour_blind_readers(matrix, dark):
-    seen = [lab(np.clip(np.array(matrix) @ linear(style.colour(dark)), 0, 1)) for style in STYLES[:3]]
+    seen = [
+        lab(np.clip(np.array(matrix) @ linear(style.colour(dark)), 0, 1)) for style in STYLES[:3]
+    ]
     assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 20
 
 

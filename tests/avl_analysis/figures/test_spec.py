@@ -111,7 +111,11 @@ def test_every_number_of_a_figure_is_exported_with_its_interval():
     assert [row["value"] for row in image] == line.y.tolist()
     assert [row["low"] for row in image] == line.low.tolist()
     assert sum(row["panel"] == "Heads" for row in table) == 6
-    assert {row["label"] for row in table if row["panel"] == "Accuracy by task"} == {"colour", "count", "<ocr> & $x$"}
+    assert {row["label"] for row in table if row["panel"] == "Accuracy by task"} == {
+        "colour",
+        "count",
+        "<ocr> & $x$",
+    }
 
 
 def test_an_animation_exports_every_frame():

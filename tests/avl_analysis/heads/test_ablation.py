@@ -44,7 +44,9 @@ def head_outputs(model, batch):
     """What goes into every output projection: (layers, batch, positions, heads, head dim)."""
     seen, handles = [], []
     for module in attention_modules(model):
-        handles.append(module.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone())))
+        handles.append(
+            module.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+        )
     try:
         logits(model, batch)
     finally:
@@ -74,7 +76,9 @@ def test_only_the_named_heads_are_silent_and_earlier_layers_do_not_notice(model,
     assert torch.equal(inside[0], before[0])
     others = [head for head in range(HEADS) if head != 2]
     assert torch.equal(inside[1][:, :, others], before[1][:, :, others])
-    assert not torch.equal(inside[2][:, :, 1], before[2][:, :, 1])  # layer 2 reads what layer 1 wrote
+    assert not torch.equal(
+        inside[2][:, :, 1], before[2][:, :, 1]
+    )  # layer 2 reads what layer 1 wrote
 
 
 def test_the_model_is_restored_also_after_an_exception(model, batch):
@@ -87,17 +91,26 @@ def test_the_model_is_restored_also_after_an_exception(model, batch):
 def test_decoding_step_by_step_equals_one_pass_over_all_tokens(model, batch):
     with torch.no_grad(), silenced(model, [(0, 1), (2, 3)]):
         stepwise = model.generate(
-            **batch, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+            **batch,
+            max_new_tokens=4,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         length = batch["input_ids"].shape[1]
         mask = torch.cat([batch["attention_mask"], torch.ones(2, 4, dtype=torch.long)], 1)
         whole = logits(model, {**batch, "input_ids": stepwise.sequences, "attention_mask": mask})
-    torch.testing.assert_close(torch.stack(stepwise.logits, 1), whole[:, length - 1 : -1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.stack(stepwise.logits, 1), whole[:, length - 1 : -1], atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("head", [(LAYERS, 0), (0, HEADS), (-1, 0)])
 def test_a_head_that_is_not_there_is_refused(model, head):
-    with pytest.raises(InputError, match=r"layers 0 to 2 with heads 0 to 3"), silenced(model, [head]):
+    with (
+        pytest.raises(InputError, match=r"layers 0 to 2 with heads 0 to 3"),
+        silenced(model, [head]),
+    ):
         pass
 
 
@@ -108,12 +121,18 @@ def recording(model, batch):
     return recorded
 
 
-def test_heads_of_a_kind_come_with_the_most_visual_first_and_all_others_after(recording, monkeypatch):
+def test_heads_of_a_kind_come_with_the_most_visual_first_and_all_others_after(
+    recording, monkeypatch
+):
     named = np.full((LAYERS, HEADS), "text", dtype=object)
     named[0, 1] = named[2, 0] = named[2, 3] = "visual"
     monkeypatch.setattr("avl_analysis.heads.ablation.kinds", lambda *_: named)
     found, others = find_heads(recording)
-    image = recording["modality_mass"].sel(key_modality="image", step=slice(1, None)).mean(("sample", "step"))
+    image = (
+        recording["modality_mass"]
+        .sel(key_modality="image", step=slice(1, None))
+        .mean(("sample", "step"))
+    )
     assert set(found) == {(0, 1), (2, 0), (2, 3)}
     shares = [float(image.sel(layer=layer, head=head)) for layer, head in found]
     assert shares == sorted(shares, reverse=True)
@@ -135,7 +154,11 @@ def test_random_sets_are_as_large_as_the_kind_differ_and_hold_none_of_it():
 def test_of_a_large_kind_as_many_are_silenced_as_others_can_be_drawn():
     _, of_kind, *random = plan(EVERY[:9], EVERY[9:], "visual", 8)
     assert of_kind.heads == tuple(EVERY[:2])
-    assert {one.heads for one in random} == {(EVERY[9], EVERY[10]), (EVERY[9], EVERY[11]), (EVERY[10], EVERY[11])}
+    assert {one.heads for one in random} == {
+        (EVERY[9], EVERY[10]),
+        (EVERY[9], EVERY[11]),
+        (EVERY[10], EVERY[11]),
+    }
     with pytest.raises(InputError, match="0 visual heads, 12 others"):
         plan([], EVERY, "visual", 3)
 
@@ -155,7 +178,18 @@ def made(kind: str, *random: str) -> Ablation:
     groups = [Silenced("nothing", (), "11111111"), Silenced("visual", ((0, 1),), kind)]
     groups += [Silenced(f"random {i}", ((1, i),), right) for i, right in enumerate(random, 1)]
     tasks = ("colour",) * 4 + ("shape",) * 4
-    return Ablation("visual", 1, 12, "tiny", tuple("abcdefgh"), tasks, tuple(groups), "nothing", False, "avl ablate")
+    return Ablation(
+        "visual",
+        1,
+        12,
+        "tiny",
+        tuple("abcdefgh"),
+        tasks,
+        tuple(groups),
+        "nothing",
+        False,
+        "avl ablate",
+    )
 
 
 def test_the_contrast_is_the_mean_over_draws_and_questions_with_an_interval():
@@ -200,17 +234,30 @@ def test_an_ablation_is_read_as_it_was_written(tmp_path):
 def test_a_model_is_asked_with_each_set_silenced(tmp_path, monkeypatch):
     vlm = load_model(tiny.save_folder(tmp_path / "model", tiny.llava(layers=LAYERS)))
     samples = [
-        Sample(f"s{i}", (tiny.picture(seed=i),), "what is red?" if i % 2 else "where is the blue one?", ("red",))
+        Sample(
+            f"s{i}",
+            (tiny.picture(seed=i),),
+            "what is red?" if i % 2 else "where is the blue one?",
+            ("red",),
+        )
         for i in range(6)
     ]
     named = np.full((LAYERS, HEADS), "text", dtype=object)
     named[1, 1] = named[2, 3] = "visual"
     monkeypatch.setattr("avl_analysis.heads.ablation.kinds", lambda *_: named)
     result = ablate(vlm, samples, draws=3, max_new_tokens=3, batch_size=2)
-    assert [group.name for group in result.groups] == ["nothing", "visual", "random 1", "random 2", "random 3"]
+    assert [group.name for group in result.groups] == [
+        "nothing",
+        "visual",
+        "random 1",
+        "random 2",
+        "random 3",
+    ]
     assert set(result.of_kind.heads) == {(1, 1), (2, 3)}
     assert result.samples == ("s0", "s1", "s3", "s4")
-    assert all(set(group.right) == {"0"} and len(group.right) == 4 for group in result.groups)  # random weights
+    assert all(
+        set(group.right) == {"0"} and len(group.right) == 4 for group in result.groups
+    )  # random weights
     assert (result.found, result.heads) == (2, 12)
     with pytest.raises(InputError, match="right answer"):
         ablate(vlm, [Sample("x", (), "what?")] * 6, draws=1, max_new_tokens=2)

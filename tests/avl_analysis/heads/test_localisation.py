@@ -16,7 +16,9 @@ from tests.avl_analysis.recorded import close, model
 def recording():
     llava = model(kv_heads=2)
     with record(llava, statistics=[], maps="heads") as recording:
-        llava.generate(**tiny.inputs(llava, [5, 3], images=[1, 2]), max_new_tokens=4, do_sample=False)
+        llava.generate(
+            **tiny.inputs(llava, [5, 3], images=[1, 2]), max_new_tokens=4, do_sample=False
+        )
     return recording
 
 

@@ -18,10 +18,17 @@ def _png(width: int, height: int) -> bytes:
     """A PNG whose header claims a size its data do not have."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0"))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_path_string_bytes_array_and_pil_give_the_same_pixels(tmp_path: Path) -> None:
@@ -75,7 +82,9 @@ def test_a_picture_lying_on_its_side_is_turned_upright_by_its_exif_tag(tmp_path:
         (7, "cannot read a picture from int"),
     ],
 )
-def test_what_is_not_a_usable_picture_is_refused_with_its_reason(source: object, message: str) -> None:
+def test_what_is_not_a_usable_picture_is_refused_with_its_reason(
+    source: object, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         open_image(source)  # type: ignore[arg-type]
 

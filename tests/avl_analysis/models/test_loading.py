@@ -1,4 +1,6 @@
-"""Loading models and preparing their inputs, on tiny random models that went through save_pretrained."""
+"""Loading models and preparing their inputs, on tiny random models that went through
+save_pretrained.
+"""
 
 import json
 from collections.abc import Callable
@@ -52,15 +54,23 @@ def test_the_chat_template_is_applied_and_the_picture_comes_first(vlm: VLM) -> N
     assert inputs["pixel_values"].shape == (1, 3, 24, 24)
 
 
-def test_system_prompt_and_history_stand_before_the_question_and_the_picture_with_the_first(vlm: VLM) -> None:
-    inputs = vlm.prepare(tiny.picture(), "and now?", system="be brief", history=[("what is it?", "a cat")])
+def test_system_prompt_and_history_stand_before_the_question_and_the_picture_with_the_first(
+    vlm: VLM,
+) -> None:
+    inputs = vlm.prepare(
+        tiny.picture(), "and now?", system="be brief", history=[("what is it?", "a cat")]
+    )
     text = _text(vlm, inputs)
-    order = [text.index(part) for part in ("be brief", "<image>", "what is it?", "a cat", "and now?")]
+    order = [
+        text.index(part) for part in ("be brief", "<image>", "what is it?", "a cat", "and now?")
+    ]
     assert order == sorted(order)
 
 
 def test_placeholders_in_the_prompt_say_where_each_picture_stands(vlm: VLM) -> None:
-    inputs = vlm.prepare([tiny.picture(), tiny.picture(seed=1)], "<image> is red but <image> is blue")
+    inputs = vlm.prepare(
+        [tiny.picture(), tiny.picture(seed=1)], "<image> is red but <image> is blue"
+    )
     text = _text(vlm, inputs)
     assert text.index("red but") < text.rindex("<image>") < text.index("blue")
     assert inputs["pixel_values"].shape[0] == 2
@@ -72,7 +82,9 @@ def test_without_a_chat_template_the_plain_form_is_used(tmp_path: Path) -> None:
     assert _text(plain, inputs).replace("<image>", "").strip(" ") == "\ndescribe"
 
 
-def test_a_batch_of_unequal_prompts_is_padded_on_the_left_and_each_row_answers_as_alone(vlm: VLM) -> None:
+def test_a_batch_of_unequal_prompts_is_padded_on_the_left_and_each_row_answers_as_alone(
+    vlm: VLM,
+) -> None:
     questions = ["what?", "describe the image", "where is the red one?"]
     pictures = [tiny.picture(seed=0), [tiny.picture(seed=1), tiny.picture(seed=2)], []]
     inputs = vlm.prepare(pictures, questions)
@@ -80,7 +92,10 @@ def test_a_batch_of_unequal_prompts_is_padded_on_the_left_and_each_row_answers_a
     assert bool((mask.diff(dim=1) >= 0).all())
     assert int(mask[:, -1].sum()) == 3
     together = vlm.answer(pictures, questions, max_new_tokens=6)
-    alone = [vlm.answer(row, question, max_new_tokens=6) for row, question in zip(pictures, questions, strict=True)]
+    alone = [
+        vlm.answer(row, question, max_new_tokens=6)
+        for row, question in zip(pictures, questions, strict=True)
+    ]
     assert together == alone
 
 
@@ -116,7 +131,8 @@ def test_input_that_does_not_fit_is_refused_with_its_reason(
 def test_a_template_that_drops_the_system_prompt_is_noticed(vlm: VLM, tmp_path: Path) -> None:
     deaf = load_model(tiny.save_folder(tmp_path))
     deaf.processor.chat_template = deaf.processor.chat_template.replace(
-        "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
+        "{% for message in messages %}",
+        "{% for message in messages if message['role'] != 'system' %}",
     )
     with pytest.raises(InputError, match="drops the system prompt"):
         deaf.prepare(tiny.picture(), "what?", system="be brief")
@@ -126,7 +142,8 @@ def test_a_template_that_drops_the_picture_is_noticed(tmp_path: Path) -> None:
     blind = load_model(tiny.save_folder(tmp_path))
     blind.processor.chat_template = blind.processor.chat_template.replace("<image>", "")
     with pytest.raises(
-        InputError, match=r"LlavaProcessor refused 1 picture|row 0 has 1 picture\(s\) but no image tokens"
+        InputError,
+        match=r"LlavaProcessor refused 1 picture|row 0 has 1 picture\(s\) but no image tokens",
     ):
         blind.prepare(tiny.picture(), "what?")
 
@@ -250,7 +267,9 @@ def test_a_damaged_model_folder_is_refused_with_its_reason(
 
 
 def test_a_text_only_model_is_refused_by_its_type(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"text-only model or not a language model \(type 'llama'\)"):
+    with pytest.raises(
+        InputError, match=r"text-only model or not a language model \(type 'llama'\)"
+    ):
         load_model(tiny.save_text_only(tmp_path))
 
 
@@ -266,7 +285,9 @@ def test_a_text_only_model_is_refused_by_its_type(tmp_path: Path) -> None:
         (__file__, "is a file: pass the folder"),
     ],
 )
-def test_a_model_that_does_not_exist_is_refused_with_what_is_possible(name: str, message: str) -> None:
+def test_a_model_that_does_not_exist_is_refused_with_what_is_possible(
+    name: str, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         load_model(name)
 
@@ -277,7 +298,9 @@ def test_an_attention_backend_that_does_not_exist_is_refused(folder: Path) -> No
 
 
 def test_a_dtype_that_does_not_exist_is_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="unknown dtype 'float7': possible are float32, bfloat16, float16"):
+    with pytest.raises(
+        InputError, match="unknown dtype 'float7': possible are float32, bfloat16, float16"
+    ):
         load_model(folder, dtype="float7")
 
 

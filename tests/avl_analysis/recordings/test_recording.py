@@ -14,7 +14,14 @@ from avl_analysis.recordings.schema import RecordingError
 from tests import tiny
 from tests.avl_analysis.recorded import close, model
 
-FEW = ["modality_mass", "coverage", "entropy", "threshold_sparsity", "accumulated_score", "ppci_continuity"]
+FEW = [
+    "modality_mass",
+    "coverage",
+    "entropy",
+    "threshold_sparsity",
+    "accumulated_score",
+    "ppci_continuity",
+]
 """One of every kind; files with many variables take their time."""
 
 PROMPTS = [([9, 4], [1, 2]), ([6], [0]), ([3], [1])]
@@ -42,7 +49,9 @@ def parts(llava) -> list[Recording]:
 
 @pytest.fixture(scope="module")
 def parts_with_everything(llava) -> list[Recording]:
-    return [recorded(llava, number, first, statistics=None) for number, first in enumerate((0, 2, 3))]
+    return [
+        recorded(llava, number, first, statistics=None) for number, first in enumerate((0, 2, 3))
+    ]
 
 
 def same(one: Recording, other: Recording) -> None:
@@ -57,7 +66,11 @@ def test_a_recording_comes_back_from_a_file_as_it_was(llava, tmp_path):
     path = recording.save(tmp_path / "run.nc")
     loaded = load_recording(path)
     same(recording, loaded)
-    assert loaded.facts(0) == {"prompt": "what is red?", "boxes": [[1, 2, 3, 4]], "words": ["a", "ß"]}
+    assert loaded.facts(0) == {
+        "prompt": "what is red?",
+        "boxes": [[1, 2, 3, 4]],
+        "words": ["a", "ß"],
+    }
     assert loaded.facts(1) == {}
     assert loaded.attrs == recording.attrs
     assert loaded.names == recording.names
@@ -79,7 +92,9 @@ def test_one_head_of_a_large_array_can_be_read_alone(llava, tmp_path):
     recording = recorded(llava, 0, 0, keep="attention", statistics=[])
     kept = recording.data["attention"]
     big = kept.isel(query=np.zeros(300, int)).assign_coords(query=np.arange(300))
-    path = Recording({**recording.data, "attention": big}, recording.attrs).save(tmp_path / "run.nc")
+    path = Recording({**recording.data, "attention": big}, recording.attrs).save(
+        tmp_path / "run.nc"
+    )
     with h5netcdf.File(path, "r") as file:
         chunks = file["attention/attention"].chunks
     assert chunks[1:3] == (3, 1) or chunks[1:3] == (1, 1)
@@ -91,7 +106,10 @@ def test_merging_gives_every_sample_its_own_numbers(parts_with_everything):
     for recording in parts_with_everything:
         for name in recording.names:
             for sample in recording.samples:
-                one, other = recording[name].sel(sample=sample).values, together[name].sel(sample=sample).values
+                one, other = (
+                    recording[name].sel(sample=sample).values,
+                    together[name].sel(sample=sample).values,
+                )
                 inner = tuple(slice(size) for size in one.shape)
                 assert np.array_equal(other[inner], one, equal_nan=True), name
 
@@ -99,7 +117,12 @@ def test_merging_gives_every_sample_its_own_numbers(parts_with_everything):
 def test_merging_in_any_order_and_any_split_gives_the_same_recording(parts, tmp_path):
     a, b, c = parts
     together = merge([a, b, c])
-    for other in (merge([c, a, b]), merge([merge([c, b]), a]), merge([a, merge([b, c])]), merge([together])):
+    for other in (
+        merge([c, a, b]),
+        merge([merge([c, b]), a]),
+        merge([a, merge([b, c])]),
+        merge([together]),
+    ):
         same(together, other)
         assert other.attrs == together.attrs
     saved = [load_recording(r.save(tmp_path / f"{i}.nc")) for i, r in enumerate(parts)]
@@ -124,7 +147,9 @@ def test_facts_travel_with_their_sample_through_a_merge(parts, llava):
 
 
 def test_recordings_that_do_not_belong_together_are_not_merged(llava, parts):
-    with pytest.raises(RecordingError, match=r"samples 000000, 000001 are in more than one.*first_sample"):
+    with pytest.raises(
+        RecordingError, match=r"samples 000000, 000001 are in more than one.*first_sample"
+    ):
         merge([parts[0], recorded(llava, 0, 0)])
     with pytest.raises(RecordingError, match="differ in statistics"):
         merge([parts[0], recorded(llava, 1, 5, statistics=["entropy"])])
@@ -142,12 +167,17 @@ def test_padding_between_samples_of_different_length_is_marked_not_zero(parts):
         values = together["modality_mass"][sample].values
         assert not np.isnan(values[:, :, :count]).any()
         assert np.isnan(values[:, :, count:]).all()
-    assert (together.tokens["token_id"][2, int(together.tokens["prompt_length"][2]) + 3 :] == -1).all()
+    assert (
+        together.tokens["token_id"][2, int(together.tokens["prompt_length"][2]) + 3 :] == -1
+    ).all()
 
 
 def test_the_quotient_of_a_sum_and_its_count_is_the_mean(parts):
     recording = parts[0]
-    total, count = recording.total("modality_mass_prefill"), recording.data["sums"]["modality_mass_prefill_count"]
+    total, count = (
+        recording.total("modality_mass_prefill"),
+        recording.data["sums"]["modality_mass_prefill_count"],
+    )
     close(recording["modality_mass_prefill"] * count, total)
     with pytest.raises(KeyError, match="not kept as a sum"):
         recording.total("modality_mass")
@@ -177,7 +207,9 @@ def test_an_estimate_leaves_out_samples_that_have_no_such_number(parts):
 def test_an_unknown_name_is_answered_with_the_known_ones(parts):
     with pytest.raises(KeyError, match=r"holds no 'mass'; it holds accumulated_score"):
         parts[0]["mass"]
-    with pytest.raises(RecordingError, match=r"no sample 7; this recording holds 2 samples \(000000 to 000001\)"):
+    with pytest.raises(
+        RecordingError, match=r"no sample 7; this recording holds 2 samples \(000000 to 000001\)"
+    ):
         parts[0].annotate(7, answer="red")
     with pytest.raises(RecordingError, match="plain numbers"):
         parts[0].annotate(0, picture=object())

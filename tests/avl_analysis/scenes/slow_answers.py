@@ -1,7 +1,7 @@
 """Answers worked out from a prompt's own words and a scene's list of objects, by brute force.
 
-Knows nothing of how questions are made: it reads the English, keeps every object that fits each word, and insists that
-exactly one is left.
+Knows nothing of how questions are made: it reads the English, keeps every object that fits each
+word, and insists that exactly one is left.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ def _words(text: str, choices: tuple[str, ...]) -> list[str]:
 def _fitting(scene: Scene, text: str) -> list[Thing]:
     """Objects that fit every colour, shape, size and place the text names."""
     left = list(scene.things)
-    for attribute, choices in (("colour", COLOURS), ("shape", SHAPES), ("size", SIZES), ("place", PLACES)):
+    for attribute, choices in (
+        ("colour", COLOURS),
+        ("shape", SHAPES),
+        ("size", SIZES),
+        ("place", PLACES),
+    ):
         for word in _words(text, choices):
             left = [thing for thing in left if getattr(thing, attribute) == word]
     return left
@@ -39,7 +44,9 @@ def _name(thing: Thing) -> str:
 
 
 def _neighbour(scene: Scene, text: str) -> Thing:
-    direction, reference = re.search(r"directly (left of|right of|above|below) the (.*)", text).groups()
+    direction, reference = re.search(
+        r"directly (left of|right of|above|below) the (.*)", text
+    ).groups()
     cell = _one(_fitting(scene, reference)).cell
     target = cell + STEPS[direction]
     if direction in ("left of", "right of"):
@@ -49,7 +56,12 @@ def _neighbour(scene: Scene, text: str) -> Thing:
 
 def answer(scene: Scene, task: str, prompt: str) -> str:
     """The right answer to a prompt of the given task."""
-    text = prompt.lower().replace("color", "colour").replace("is the object big or small", "").strip("?.")
+    text = (
+        prompt.lower()
+        .replace("color", "colour")
+        .replace("is the object big or small", "")
+        .strip("?.")
+    )
     if task in ("size",):
         text = text.replace("big or small", "").replace("how big", "")
     if task in ("colour", "shape", "size"):
@@ -69,7 +81,9 @@ def answer(scene: Scene, task: str, prompt: str) -> str:
         parts = {thing.cell: f"{_name(thing)} at {thing.place}" for thing in scene.things}
         if scene.text:
             article = "an" if scene.text.colour == "orange" else "a"
-            parts[scene.text.cell] = f"{article} {scene.text.colour} text {scene.text.string} at {scene.text.place}"
+            parts[scene.text.cell] = (
+                f"{article} {scene.text.colour} text {scene.text.string} at {scene.text.place}"
+            )
         return ", ".join(parts[cell] for cell in sorted(parts))
     assert scene.text is not None
     if task == "character":

@@ -20,13 +20,17 @@ FILED = Path(scenes.__file__).parent / "evaluation.json"
 
 @pytest.fixture(scope="module")
 def shipped() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    model = LlavaForConditionalGeneration.from_pretrained(scenes.MODEL_DIR, dtype=torch.float32).eval()
+    model = LlavaForConditionalGeneration.from_pretrained(
+        scenes.MODEL_DIR, dtype=torch.float32
+    ).eval()
     return model, load_processor(scenes.MODEL_DIR)
 
 
 def test_the_folder_is_small_and_loads_through_the_auto_classes() -> None:
     assert sum(file.stat().st_size for file in scenes.MODEL_DIR.iterdir()) < 20e6
-    assert isinstance(AutoProcessor.from_pretrained(scenes.MODEL_DIR, backend="pil"), LlavaProcessor)
+    assert isinstance(
+        AutoProcessor.from_pretrained(scenes.MODEL_DIR, backend="pil"), LlavaProcessor
+    )
     assert (scenes.MODEL_DIR / "model.safetensors").exists()
 
 
@@ -34,13 +38,18 @@ def test_the_folder_is_small_and_loads_through_the_auto_classes() -> None:
 def test_the_shipped_model_answers_held_out_questions(shipped, task: str) -> None:  # type: ignore[no-untyped-def]
     asked = scenes.samples(20, task, HELD_OUT)
     given = evaluate.answers(*shipped, asked, batch=20)
-    assert sum(evaluate.exact_match(text, s.answer) for text, s in zip(given, asked, strict=True)) >= 17
+    assert (
+        sum(evaluate.exact_match(text, s.answer) for text, s in zip(given, asked, strict=True))
+        >= 17
+    )
 
 
 def test_with_another_samples_picture_it_cannot_read(shipped) -> None:  # type: ignore[no-untyped-def]
     asked = scenes.samples(8, "ocr", HELD_OUT)
     given = evaluate.answers(*shipped, asked, asked[1:] + asked[:1])
-    assert not any(evaluate.exact_match(text, s.answer) for text, s in zip(given, asked, strict=True))
+    assert not any(
+        evaluate.exact_match(text, s.answer) for text, s in zip(given, asked, strict=True)
+    )
 
 
 def test_it_holds_a_conversation_of_several_turns(shipped) -> None:  # type: ignore[no-untyped-def]
@@ -49,7 +58,10 @@ def test_it_holds_a_conversation_of_several_turns(shipped) -> None:  # type: ign
     for index in range(6):
         sample = scenes.generate(HELD_OUT + 1, index, "text_colour")
         turns = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sample.prompt}]},
+            {
+                "role": "user",
+                "content": [{"type": "image"}, {"type": "text", "text": sample.prompt}],
+            },
             {"role": "assistant", "content": [{"type": "text", "text": sample.answer}]},
             {"role": "user", "content": [{"type": "text", "text": "Read the text."}]},
         ]
@@ -69,7 +81,8 @@ def test_exact_match_forgives_spaces_and_a_full_stop_and_nothing_else() -> None:
 
 
 def test_wilson_intervals_match_worked_values_and_stay_within_zero_and_one() -> None:
-    # 81 of 263: the worked example of R. G. Newcombe, Statistics in Medicine 17 (1998), table I, method 3.
+    # 81 of 263: the worked example of R. G. Newcombe, Statistics in Medicine 17 (1998), table I,
+    # method 3.
     assert evaluate.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert evaluate.wilson(0, 20)[0] == 0.0
     assert evaluate.wilson(500, 500)[1] == pytest.approx(1.0)

@@ -85,12 +85,16 @@ def test_boxes_hold_exactly_the_pixels_that_were_painted(monkeypatch: pytest.Mon
                 if top <= y < bottom and left <= x < right
             }
             assert patches <= set(thing.patches)
-            assert len(set(thing.patches) - patches) <= 2  # a patch touched too faintly to change a byte
+            assert (
+                len(set(thing.patches) - patches) <= 2
+            )  # a patch touched too faintly to change a byte
         if scene.text:
             for character in scene.text.characters:
                 left, top, right, bottom = character.box
                 inside[top:bottom, left:right] = True
-                assert np.array_equal(painted[top:bottom, left:right], drawing.GLYPHS[character.character])
+                assert np.array_equal(
+                    painted[top:bottom, left:right], drawing.GLYPHS[character.character]
+                )
                 assert set(character.patches) <= set(scene.text.patches)
         assert not (painted & ~inside).any()
 
@@ -123,7 +127,9 @@ def test_every_answer_is_the_one_a_slow_reader_of_the_scene_gives(task: str) -> 
         assert sample.answer == answer(sample.scene, task, sample.prompt), sample.prompt
 
 
-@pytest.mark.parametrize("task", ["colour", "shape", "size", "where", "text_colour", "character", "ocr", "caption"])
+@pytest.mark.parametrize(
+    "task", ["colour", "shape", "size", "where", "text_colour", "character", "ocr", "caption"]
+)
 def test_what_a_question_is_about_is_where_its_answer_stands(task: str) -> None:
     for sample in scenes.samples(30, task, seed=22):
         assert sample.boxes
@@ -139,6 +145,9 @@ def test_yes_and_no_are_about_equally_common_and_no_is_usually_hard() -> None:
     hard = 0
     for sample in pairs:
         words = set(sample.prompt.lower().strip("?.").split())
-        colours, shapes = {t.colour for t in sample.scene.things}, {t.shape for t in sample.scene.things}
+        colours, shapes = (
+            {t.colour for t in sample.scene.things},
+            {t.shape for t in sample.scene.things},
+        )
         hard += bool(words & colours) and bool(words & shapes)
     assert hard / len(pairs) > 0.6

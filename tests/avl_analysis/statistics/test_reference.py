@@ -1,4 +1,6 @@
-"""Every statistic equals its slow NumPy version, on the weights that eager attention itself returns."""
+"""Every statistic equals its slow NumPy version, on the weights that eager attention itself
+returns.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,13 @@ from tests.avl_analysis.recorded import CASES, close, model, run
 
 @pytest.fixture(scope="module", params=["multi-head", "grouped-query"])
 def recorded_model(request):
-    # a grid of 6 gives 36 image tokens: more than the 32 rows that statistics of sorted weights look at
-    return model(kv_heads=2, heads=2, grid=6) if request.param == "multi-head" else model(kv_heads=2, heads=4, grid=3)
+    # a grid of 6 gives 36 image tokens: more than the 32 rows that statistics of sorted weights
+    # look at
+    return (
+        model(kv_heads=2, heads=2, grid=6)
+        if request.param == "multi-head"
+        else model(kv_heads=2, heads=4, grid=3)
+    )
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -27,7 +34,9 @@ def case(request, recorded_model):
 
 def test_row_statistics_equal_the_reference(case):
     recording, samples = case
-    formulas = [(f, False) for f in reference.EVERY_ROW.values()] + [(f, True) for f in reference.SAMPLED_ROWS.values()]
+    formulas = [(f, False) for f in reference.EVERY_ROW.values()] + [
+        (f, True) for f in reference.SAMPLED_ROWS.values()
+    ]
     for formula, sampled in formulas:
         name = formula.__name__
         for b, seen in enumerate(samples):
@@ -39,7 +48,9 @@ def test_row_statistics_equal_the_reference(case):
 def test_coverage_equals_the_reference_up_to_rounding_of_a_cumulative_share_at_tau(case):
     recording, samples = case
     for b, seen in enumerate(samples):
-        few, many = (reference.of_rows(seen, partial(reference.coverage, slack=s), True) for s in (2e-6, 0.0))
+        few, many = (
+            reference.of_rows(seen, partial(reference.coverage, slack=s), True) for s in (2e-6, 0.0)
+        )
         for found, low, high in zip(("coverage_prefill", "coverage"), few, many, strict=True):
             values = recording[found][b].values
             assert np.array_equal(np.isnan(values), np.isnan(low))
@@ -66,7 +77,9 @@ def test_text_age_profile_equals_the_reference(case):
         close(recording.data["sums"]["text_age_profile_count"][b], pairs)
         found, slow = recording["text_age_fit"][b].values, reference.text_age_fit(seen, AGE_STARTS)
         close(found[..., 1:], slow[..., 1:], 1e-3)
-        close(np.log(found[..., 0]), np.log(slow[..., 0]), 1e-2)  # 2 ** (1 / rate): huge where there is no decay
+        close(
+            np.log(found[..., 0]), np.log(slow[..., 0]), 1e-2
+        )  # 2 ** (1 / rate): huge where there is no decay
 
 
 def test_statistics_over_steps_equal_the_reference(case):
@@ -90,5 +103,11 @@ def test_key_redundancy_equals_the_mean_cosine_over_all_pairs(case):
 
 def test_every_statistic_has_a_slow_version():
     covered = {"coverage", *reference.EVERY_ROW, *reference.SAMPLED_ROWS, *reference.OVER_STEPS}
-    covered |= {"accumulated_score", "sink_rate", "position_bias", "text_age_profile", "text_age_fit"}
+    covered |= {
+        "accumulated_score",
+        "sink_rate",
+        "position_bias",
+        "text_age_profile",
+        "text_age_fit",
+    }
     assert {statistic.name for statistic in ALL} == covered | {"key_redundancy", "spatial_entropy"}

@@ -41,7 +41,9 @@ def trajectory(scores: np.ndarray) -> Trajectory:
     """From (steps, layers, image tokens)."""
     none = np.full(scores.shape[-1], -1)
     last = np.repeat(scores[0][:, None], 2, axis=1)
-    return Trajectory(scores.astype(np.float32), last, none, none, none, tuple(range(scores.shape[1])))
+    return Trajectory(
+        scores.astype(np.float32), last, none, none, none, tuple(range(scores.shape[1]))
+    )
 
 
 def test_uniform_attention_has_entropy_ln_n_effective_count_n_and_gini_zero():
@@ -80,16 +82,26 @@ def test_mass_is_the_sum_over_a_modality_and_efficiency_its_mean():
 
 
 def test_threshold_sparsity_is_the_share_below_a_hundredth_of_the_largest():
-    assert last_row(ThresholdSparsity(), [[0.9, 0.0089, 0.0091, 0.082]], "siit") == pytest.approx(0.25)
-    assert last_row(ThresholdSparsity(threshold=0.5), [[0.9, 0.0089, 0.0091, 0.082]], "siit") == pytest.approx(0.75)
+    assert last_row(ThresholdSparsity(), [[0.9, 0.0089, 0.0091, 0.082]], "siit") == pytest.approx(
+        0.25
+    )
+    assert last_row(
+        ThresholdSparsity(threshold=0.5), [[0.9, 0.0089, 0.0091, 0.082]], "siit"
+    ) == pytest.approx(0.75)
     assert last_row(ThresholdSparsity(), [uniform(4)], "siit") == 0
 
 
 def test_distance_counts_tokens_over_text_and_patches_over_the_picture():
-    assert last_row(TextDistance(), [[0.5, 0.2, 0.2, 0.1]], "sttt") == pytest.approx((0.2 * 2 + 0.2 * 1) / 0.5)
-    four = [[0.0, 0.5, 0.0, 0.0, 0.5]]  # from the last patch of a 2 x 2 picture to the first and to itself
+    assert last_row(TextDistance(), [[0.5, 0.2, 0.2, 0.1]], "sttt") == pytest.approx(
+        (0.2 * 2 + 0.2 * 1) / 0.5
+    )
+    four = [
+        [0.0, 0.5, 0.0, 0.0, 0.5]
+    ]  # from the last patch of a 2 x 2 picture to the first and to itself
     assert last_row(PatchDistance(), four, "siiii", columns=2) == pytest.approx(math.sqrt(2) / 2)
-    assert np.isnan(last_row(PatchDistance(), [[0.0, 0.5, 0.0, 0.0, 0.25, 0.25]], "siiiit", columns=2))
+    assert np.isnan(
+        last_row(PatchDistance(), [[0.0, 0.5, 0.0, 0.0, 0.25, 0.25]], "siiiit", columns=2)
+    )
 
 
 def test_recent_text_mass_counts_the_rows_own_token_as_recent():
@@ -125,7 +137,10 @@ def test_raster_fit_finds_the_trend_it_was_given():
 
 def test_a_head_with_a_third_of_every_row_on_the_first_token_has_a_sink():
     received, queries = np.zeros((1, 2, 3, 4)), np.ones((1, 2, 3, 4)) * [4, 3, 2, 1]
-    received[0, 0, 0, 0], received[0, 1, 0, 2] = 1.3, 0.7  # 0.325 of four rows; 0.35 of two rows, an image token
+    received[0, 0, 0, 0], received[0, 1, 0, 2] = (
+        1.3,
+        0.7,
+    )  # 0.325 of four rows; 0.35 of two rows, an image token
     scores = KeyScores(received, queries, np.array([0, 1, 1, 2]), 4)
     found, _ = SinkRate().value(scores)
     assert found[0].tolist() == [[1, 0], [0, 1]]
@@ -142,7 +157,11 @@ def test_overlap_of_independent_random_sets_is_p():
     scores = np.random.default_rng(0).random((40, 2, 300))
     for statistic in (PPCIContinuity(), PPCIHeterogeneity()):
         total, count = statistic.value(trajectory(scores))
-        other = np.arange(2) != np.arange(2)[:, None] if statistic.name == "ppci_heterogeneity" else slice(None)
+        other = (
+            np.arange(2) != np.arange(2)[:, None]
+            if statistic.name == "ppci_heterogeneity"
+            else slice(None)
+        )
         mean = total[other].reshape(-1, 3).sum(0) / count[other].reshape(-1, 3).sum(0)
         assert mean == pytest.approx([0.1, 0.3, 0.5], abs=0.02), statistic.name
 

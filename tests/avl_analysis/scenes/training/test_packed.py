@@ -32,7 +32,9 @@ def _packed_logits(model, batch: batches.Batch) -> torch.Tensor:  # type: ignore
     return packed.decode(weights, model.config, image, batch)
 
 
-def test_packed_logits_equal_the_modules_for_every_branch_alone(model, batch: batches.Batch) -> None:  # type: ignore[no-untyped-def]
+def test_packed_logits_equal_the_modules_for_every_branch_alone(
+    model, batch: batches.Batch
+) -> None:  # type: ignore[no-untyped-def]
     found = _packed_logits(model, batch).detach()
     place = {int(flat): i for i, flat in enumerate(batch.scored)}
     compared = 0
@@ -42,10 +44,16 @@ def test_packed_logits_equal_the_modules_for_every_branch_alone(model, batch: ba
                 at = (batch.branch[b, r] == n).nonzero()[:, 0]
                 ids = torch.tensor([[*batches.prefix_ids(), *batch.ids[b, r, at].tolist()]])
                 with torch.no_grad():
-                    alone = model(input_ids=ids, pixel_values=batch.pixels[b : b + 1]).logits[0, batches.PREFIX :]
-                for j, flat in enumerate(((b * batches.ROWS_PER_PICTURE + r) * batches.ROW + at).tolist()):
+                    alone = model(input_ids=ids, pixel_values=batch.pixels[b : b + 1]).logits[
+                        0, batches.PREFIX :
+                    ]
+                for j, flat in enumerate(
+                    ((b * batches.ROWS_PER_PICTURE + r) * batches.ROW + at).tolist()
+                ):
                     if flat in place:
-                        torch.testing.assert_close(found[place[flat]], alone[j], atol=2e-4, rtol=2e-4)
+                        torch.testing.assert_close(
+                            found[place[flat]], alone[j], atol=2e-4, rtol=2e-4
+                        )
                         compared += 1
     assert compared == len(batch.scored)
 
@@ -63,7 +71,9 @@ def test_gradients_of_the_hand_written_backwards_are_right() -> None:
     expected = torch.autograd.grad((plain_norm(x, weight) * seen).sum(), (x, weight))
     found = torch.autograd.grad((packed.rms_norm(x, weight) * seen).sum(), (x, weight))
     for one, two in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)  # the mean square is taken in float32
+        torch.testing.assert_close(
+            one, two, atol=1e-5, rtol=1e-5
+        )  # the mean square is taken in float32
     turned, angle = draw(2, 4, 1, packed.HEAD), draw(2, 4, 1, packed.HEAD // 2).detach()
     assert torch.autograd.gradcheck(lambda t: packed.rotate(t, angle.cos(), angle.sin()), (turned,))
 
@@ -75,7 +85,9 @@ def test_a_branch_is_scored_on_its_answers_and_end_marks_only(batch: batches.Bat
     for number in range(len(batch.tasks)):
         ids = batch.targets[batch.owner == number]
         assert ids[-1] == tokens.eos_token_id
-        assert not torch.isin(ids, torch.tensor(tokens.convert_tokens_to_ids(["<user>", "<assistant>", "<pad>"]))).any()
+        assert not torch.isin(
+            ids, torch.tensor(tokens.convert_tokens_to_ids(["<user>", "<assistant>", "<pad>"]))
+        ).any()
 
 
 def test_every_scene_fits_its_rows_and_a_part_of_the_branches_has_several_turns() -> None:
@@ -92,12 +104,23 @@ def test_patch_labels_name_what_stands_on_each_token() -> None:
         scene = batches.world.draw(rng)
         labels = batches.patch_labels(scene)
         for patch in scene.background:
-            assert labels["colour"][patch] == labels["shape"][patch] == labels["character"][patch] == -1
+            assert (
+                labels["colour"][patch]
+                == labels["shape"][patch]
+                == labels["character"][patch]
+                == -1
+            )
         for thing in scene.things:
-            assert {batches.COLOURS[i] for i in labels["colour"][list(thing.patches)]} == {thing.colour}
-            assert {batches.SHAPES[i] for i in labels["shape"][list(thing.patches)]} == {thing.shape}
+            assert {batches.COLOURS[i] for i in labels["colour"][list(thing.patches)]} == {
+                thing.colour
+            }
+            assert {batches.SHAPES[i] for i in labels["shape"][list(thing.patches)]} == {
+                thing.shape
+            }
         if scene.text:
-            assert (labels["character"][list(scene.text.patches)] >= 0).sum() >= 2 * len(scene.text.string)
+            assert (labels["character"][list(scene.text.patches)] >= 0).sum() >= 2 * len(
+                scene.text.string
+            )
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
@@ -113,14 +136,19 @@ def test_processes_together_make_the_update_one_alone_makes() -> None:
     gradients = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
     alone = Muon({n: torch.zeros(s) for n, s in shapes.items()}).directions(gradients)
     shared = [
-        Muon({n: torch.zeros(s) for n, s in shapes.items()}, rank=r, world=2).directions(gradients) for r in (0, 1)
+        Muon({n: torch.zeros(s) for n, s in shapes.items()}, rank=r, world=2).directions(gradients)
+        for r in (0, 1)
     ]
-    torch.testing.assert_close(shared[0] + shared[1], alone, atol=2e-2, rtol=2e-2)  # bfloat16, batched differently
+    torch.testing.assert_close(
+        shared[0] + shared[1], alone, atol=2e-2, rtol=2e-2
+    )  # bfloat16, batched differently
     assert all((part == 0).any() for part in shared)
 
 
 def test_a_short_run_logs_saves_and_resumes(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    settings = train.Settings(minutes=1.0, processes=1, pictures=2, early_pictures=2, patches_only_minutes=0.0)
+    settings = train.Settings(
+        minutes=1.0, processes=1, pictures=2, early_pictures=2, patches_only_minutes=0.0
+    )
     trainer = train.Trainer(settings, 0, tmp_path)
     before = trainer.model.lm_head.weight.clone()
     losses = [trainer.update(float(second)) for second in range(1, 4)]
