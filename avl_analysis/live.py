@@ -40,8 +40,8 @@ from avl_analysis.corpus.questions import Sample
 from avl_analysis.corpus.record_samples import facts_of
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.compare import kl_divergence
-from avl_analysis.evaluation.generation import end_tokens, generate
-from avl_analysis.models.loading import VLM
+from avl_analysis.evaluation.generation import generate
+from avl_analysis.models.loading import VLM, end_tokens
 from avl_analysis.recordings.recording import Recording
 
 MAX_WEIGHTS = 1 << 29

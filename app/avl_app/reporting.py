@@ -36,7 +36,7 @@ def section(recording: Recording, name: str, comparison: Comparison | None = Non
 
     from avl_reports.run import Run
 
-    made: Section = import_module(f"reports.fig_{name}").section(Run(recording, comparison))
+    made: Section = import_module(f"avl_reports.fig_{name}").section(Run(recording, comparison))
     return made
 
 

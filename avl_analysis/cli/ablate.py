@@ -12,8 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from avl_analysis.cli.compare import read_or_draw
-from avl_analysis.cli.record import (
+from avl_analysis.cli.options import (
     Attention,
     BatchSize,
     Device,
@@ -25,6 +24,7 @@ from avl_analysis.cli.record import (
     check_target,
     load,
     progress,
+    read_or_draw,
 )
 from avl_analysis.errors import InputError
 

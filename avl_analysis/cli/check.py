@@ -21,7 +21,7 @@ def check_types(names: Sequence[str] | None, write: Path | None) -> None:
         InputError: a type that transformers does not register, or a file without a table.
         typer.Exit: with code 1 if something that should hold does not.
     """
-    from avl_analysis.cli.record import progress
+    from avl_analysis.cli.options import progress
     from avl_analysis.conformance.build import model_types
     from avl_analysis.conformance.recording import Mismatch
     from avl_analysis.conformance.table import MARK, Row, check, counts, markdown

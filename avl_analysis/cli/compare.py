@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from avl_analysis.cli.record import (
+from avl_analysis.cli.options import (
     Attention,
     BatchSize,
     Device,
@@ -20,12 +20,12 @@ from avl_analysis.cli.record import (
     check_target,
     load,
     progress,
+    read_or_draw,
 )
 from avl_analysis.errors import InputError
 
 if TYPE_CHECKING:
     from avl import Policy
-    from avl_analysis.corpus.questions import Sample
     from avl_analysis.evaluation.comparison import Comparison
     from avl_analysis.intervals import Estimate
 
@@ -131,23 +131,6 @@ def _policies(names: list[str] | tuple[str, ...]) -> dict[str, Policy]:
     return {
         Path(name).stem if name.endswith(".json") else name: named_policy(name) for name in names
     }
-
-
-def read_or_draw(data: Path | None, scenes: int, task: list[str] | None) -> list[Sample]:
-    """The questions of a file, or `scenes` drawn ones of each task.
-
-    Raises:
-        InputError: a file that cannot be read, an unknown task, a task beside a file.
-    """
-    from avl_analysis.corpus.questions import read_samples, scene_samples
-
-    if data is None:
-        return scene_samples(scenes, task)
-    if task:
-        raise InputError(
-            f"--task chooses among drawn scenes, but the questions come from {data}: leave one out"
-        )
-    return read_samples(data)
 
 
 def _check_out(out: Path, force: bool) -> None:

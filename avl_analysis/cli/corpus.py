@@ -39,7 +39,7 @@ def record_many(
     options: Mapping[str, Any],
 ) -> None:
     """`record_corpus` with a progress bar, and a word about what failed."""
-    from avl_analysis.cli.record import progress
+    from avl_analysis.cli.options import progress
     from avl_analysis.corpus.sharded_run import record_corpus
 
     try:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from avl_analysis.cli import ablate, calibrate, compare, record
-from avl_analysis.cli.record import Download
+from avl_analysis.cli.options import Download
 from avl_analysis.errors import InputError
 
 app = typer.Typer(

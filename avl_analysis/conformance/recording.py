@@ -17,7 +17,7 @@ from torch import Tensor
 from avl.attention import AttentionCall, Forward, attention_weights
 from avl.hooks import Observer, attached
 from avl.tokens import Modality
-from avl_analysis import record
+from avl_analysis.capture.recorder import record
 from avl_analysis.conformance.build import Case
 
 EXACT = 1e-5

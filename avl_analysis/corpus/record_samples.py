@@ -18,12 +18,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from avl.families import describe
 from avl_analysis.capture.recorder import record
 from avl_analysis.corpus.questions import Sample
+from avl_analysis.corpus.regions import tokens_in_boxes
 from avl_analysis.errors import InputError
-from avl_analysis.evaluation.generation import end_tokens
 from avl_analysis.figures.pictures import data_uri
-from avl_analysis.heads.localisation import tokens_in_boxes
 from avl_analysis.models.images import open_image
-from avl_analysis.models.loading import VLM
+from avl_analysis.models.loading import VLM, end_tokens
 from avl_analysis.recordings.recording import Recording
 
 OnToken = Callable[[int, int], None]

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from avl_analysis import scenes
 from avl_analysis.corpus.scoring import normalised
 from avl_analysis.figures import Box
@@ -90,3 +92,22 @@ def _caption_regions(sample: scenes.Sample, words: Sequence[str]) -> list[Region
 
 def _part(part: Any) -> Region:
     return Region(boxes_of([part.box]), tuple(int(patch) for patch in part.patches))
+
+
+def tokens_in_boxes(
+    places: np.ndarray, boxes: Sequence[Sequence[float]], least: float = 0.5
+) -> list[int]:
+    """Image tokens of which at least the share `least` of their own area lies under one of the
+    boxes.
+
+    Args:
+        places: (image tokens, 4) left, top, right, bottom of the part of the picture under every
+            token, NaN where there is none; boxes: the same of the boxes, in the same unit.
+    """
+    chosen = np.zeros(len(places), bool)
+    area = (places[:, 2] - places[:, 0]) * (places[:, 3] - places[:, 1])
+    for left, top, right, bottom in (box[:4] for box in boxes):
+        wide = np.minimum(places[:, 2], right) - np.maximum(places[:, 0], left)
+        high = np.minimum(places[:, 3], bottom) - np.maximum(places[:, 1], top)
+        chosen |= (area > 0) & (wide > 0) & (high > 0) & (wide * high >= least * area)
+    return np.flatnonzero(chosen).tolist()

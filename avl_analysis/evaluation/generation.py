@@ -26,7 +26,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from avl import Policy, Usage, adaptive
 from avl.families import describe
 from avl_analysis.corpus.questions import Sample
-from avl_analysis.models.loading import VLM
+from avl_analysis.models.loading import VLM, end_tokens
 from avl_analysis.models.prompts import Conversation, render
 
 OnLogits = Callable[[int, Tensor], None]
@@ -130,14 +130,6 @@ def decode_texts(vlm: VLM, tokens: Sequence[Sequence[int]]) -> list[str]:
             [list(row) for row in tokens], skip_special_tokens=True
         )
     ]
-
-
-def end_tokens(model: nn.Module) -> tuple[int, ...]:
-    """Ids that end an answer; none if the model never stops by itself."""
-    value = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return (
-        () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
-    )
 
 
 def _until_end(row: list[int], model: nn.Module) -> list[int]:

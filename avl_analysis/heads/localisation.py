@@ -162,22 +162,3 @@ def in_region(weights: np.ndarray, inside: Sequence[int]) -> np.ndarray:
     """
     top = np.where(np.isnan(weights), -np.inf, weights).argmax(-1)
     return np.isin(top, list(inside)).astype(np.float64)
-
-
-def tokens_in_boxes(
-    places: np.ndarray, boxes: Sequence[Sequence[float]], least: float = 0.5
-) -> list[int]:
-    """Image tokens of which at least the share `least` of their own area lies under one of the
-    boxes.
-
-    Args:
-        places: (image tokens, 4) left, top, right, bottom of the part of the picture under every
-            token, NaN where there is none; boxes: the same of the boxes, in the same unit.
-    """
-    chosen = np.zeros(len(places), bool)
-    area = (places[:, 2] - places[:, 0]) * (places[:, 3] - places[:, 1])
-    for left, top, right, bottom in (box[:4] for box in boxes):
-        wide = np.minimum(places[:, 2], right) - np.maximum(places[:, 0], left)
-        high = np.minimum(places[:, 3], bottom) - np.maximum(places[:, 1], top)
-        chosen |= (area > 0) & (wide > 0) & (high > 0) & (wide * high >= least * area)
-    return np.flatnonzero(chosen).tolist()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from avl.families import UnsupportedModelError, describe
@@ -235,3 +236,11 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: possible are {', '.join(DTYPES)} and auto")
     return getattr(torch, dtype)
+
+
+def end_tokens(model: nn.Module) -> tuple[int, ...]:
+    """Ids that end an answer; none if the model never stops by itself."""
+    value = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return (
+        () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
+    )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from avl_analysis.cli.record import Attention, Device, Download, Dtype, Model, load, progress
+from avl_analysis.cli.options import Attention, Device, Download, Dtype, Model, load, progress
 from avl_analysis.errors import InputError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 import xarray as xr
 
 from avl_analysis.cli.main import main
-from avl_analysis.cli.record import parse_numbers
+from avl_analysis.cli.options import parse_numbers
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.comparison import load_comparison
 from avl_analysis.evaluation.policy_files import load_evidence

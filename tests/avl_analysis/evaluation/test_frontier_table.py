@@ -67,7 +67,7 @@ def test_the_verdicts_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_the_filed_frontier_is_whole_and_its_preset_keeps_what_is_claimed() -> None:
     about, lines = read(Path(__file__).parents[3] / "reports" / "reference" / "frontier.jsonl")
-    assert "python -m avl_analysis.evaluation.frontier" in about["command"]
+    assert "frontier --out frontier.jsonl" in about["command"]
     points = entries()
     assert {(x["task"], x["policy"], x["budget"]) for x in lines} == {
         (task, point.name, point.budget) for task in TASKS for point in points

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from avl_analysis.capture.recorder import record
+from avl_analysis.corpus.regions import tokens_in_boxes
 from avl_analysis.errors import InputError
-from avl_analysis.heads.localisation import in_region, localise, region_lift, tokens_in_boxes
+from avl_analysis.heads.localisation import in_region, localise, region_lift
 from tests import tiny
 from tests.avl_analysis.recorded import close, model
 

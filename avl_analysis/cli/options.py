@@ -1,0 +1,143 @@
+"""What several commands share: their options, loading a model, progress, and checks of --out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from avl_analysis.errors import InputError
+
+if TYPE_CHECKING:
+    from avl_analysis.corpus.questions import Sample
+    from avl_analysis.models.loading import VLM
+
+Model = Annotated[
+    str, typer.Option(help="scenes (the embedded model), a model folder, or a hub id.")
+]
+Download = Annotated[
+    bool,
+    typer.Option(
+        "--download", help="Allow fetching a hub id; otherwise only this machine is searched."
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16, float16 or auto. Default: float32 on a CPU, else auto."),
+]
+Device = Annotated[str | None, typer.Option(help="Torch device. Default: cuda where there is one.")]
+Attention = Annotated[
+    str, typer.Option(help="Attention backend of transformers: sdpa, eager, flash_attention_2, ...")
+]
+Tasks = Annotated[list[str] | None, typer.Option(help="Tasks of the scenes; repeat for several.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Questions per pass.")]
+
+
+def load(
+    name: str, *, dtype: str | None, device: str | None, attention: str, download: bool
+) -> VLM:
+    """`load_model` with the options of the command line, saying that it is at work."""
+    console = Console(stderr=True)
+    with console.status(f"loading {name}") if console.is_terminal else _nothing():
+        from avl_analysis.models.loading import load_model
+
+        return load_model(
+            name, dtype=dtype, device=device, attn_implementation=attention, allow_download=download
+        )
+
+
+def parse_numbers(text: str, option: str) -> list[int]:
+    """ "0,4-7" as [0, 4, 5, 6, 7].
+
+    Raises:
+        InputError: anything else.
+    """
+    numbers: list[int] = []
+    for part in text.replace(" ", "").split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise InputError(f"{option} {text!r} is not a list of numbers: write it like 0,4-7")
+        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return numbers
+
+
+@contextmanager
+def progress(what: str, unit: str = "tokens") -> Iterator[Callable[..., None]]:
+    """A progress bar on stderr where that is a terminal.
+
+    Yields:
+        `advance(done, total, what=what)`.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+    )
+    console = Console(stderr=True)
+    with Progress(
+        *columns,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task(what, total=None)
+
+        def advance(done: int, total: int, what: str = what) -> None:
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield advance
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Refuse a file that cannot or should not be written, before anything is computed.
+
+    Raises:
+        InputError: no such folder, a folder in place of a file, an existing file without --force.
+    """
+    if not out.parent.is_dir():
+        raise InputError(f"no such folder: {out.parent}; make it first, or choose another --out")
+    if out.is_dir():
+        raise InputError(
+            f"--out {out} is a folder: name a file in it, for example {out / 'run.nc'}"
+        )
+    if out.exists() and not force:
+        raise InputError(f"{out} exists already: choose another --out, or replace it with --force")
+
+
+def read_or_draw(data: Path | None, scenes: int, task: list[str] | None) -> list[Sample]:
+    """The questions of a file, or `scenes` drawn ones of each task.
+
+    Raises:
+        InputError: a file that cannot be read, an unknown task, a task beside a file.
+    """
+    from avl_analysis.corpus.questions import read_samples, scene_samples
+
+    if data is None:
+        return scene_samples(scenes, task)
+    if task:
+        raise InputError(
+            f"--task chooses among drawn scenes, but the questions come from {data}: leave one out"
+        )
+    return read_samples(data)
