@@ -47,7 +47,7 @@ def app(
     except ImportError as error:
         raise InputError(
             "the dashboard needs streamlit: install the package with its extra, pip install"
-            " 'avl[app]'"
+            " 'avl-analysis[app]'"
         ) from error
     os.environ[VARIABLE] = Settings(
         tuple(model or ("scenes",)), folders=folders, hub=hub, webcam=webcam

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -39,12 +39,12 @@ def provenance(model: nn.Module, family: Family, statistics: Sequence[Statistic]
         "device": str(parameters.device) if parameters is not None else "",
         "statistics": " ".join(repr(statistic) for statistic in statistics),
         "seed": str(torch.initial_seed()),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "libraries": " ".join(
             f"{name}={value}"
             for name, value in {
-                "avl": _version("avl"),
+                "avl-analysis": _version("avl-analysis"),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "numpy": np.__version__,

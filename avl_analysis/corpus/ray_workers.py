@@ -1,7 +1,7 @@
 """Recording the shards of a corpus on several Ray workers, on this machine or a running cluster.
 
 Each worker loads the model once and records one shard after the other; results are files, so
-nothing large travels. Ray is optional: `pip install 'avl[ray]'`.
+nothing large travels. Ray is optional: `pip install 'avl-analysis[ray]'`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def record_shards(
         import ray
     except ImportError as error:
         raise InputError(
-            "several workers need Ray: pip install 'avl[ray]', or use one worker"
+            "several workers need Ray: pip install 'avl-analysis[ray]', or use one worker"
         ) from error
     started = not ray.is_initialized()
     if started:

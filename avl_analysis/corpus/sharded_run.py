@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +262,7 @@ def check_same_run(
                 " one's arguments to finish it, or delete the folder to start anew"
             )
         return str(found["date"])
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    date = datetime.now(UTC).isoformat(timespec="seconds")
     with atomic_write(note) as unfinished:
         unfinished.write_text(
             json.dumps({**described, "date": date}, indent=1) + "\n", encoding="utf-8"
