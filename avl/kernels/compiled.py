@@ -1,0 +1,118 @@
+"""What the compiled kernels are made of: how they are compiled, and instructions that Python has no name for.
+
+Imported only where numba is installed and a kernel is about to run, as importing numba takes a while. Nothing here asks
+for a particular processor: LLVM vectorises the loops with whatever the processor has, and numba's cache on disk keeps
+one version for each kind of processor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import float32, int32, njit
+from numba.extending import intrinsic
+
+SUMMING = {"reassoc", "contract", "nsz", "arcp"}
+"""Sums may be reordered, which is what lets a loop be vectorised. Not a numbers and infinities stay what they are, so
+that a model's broken numbers reach the result."""
+
+compiled = njit(nogil=True, cache=True, fastmath=SUMMING, error_model="numpy")
+"""Compile a function at its first call, release Python's lock while it runs, and keep it on disk."""
+
+# ln(2)^n / n!, the Taylor series of 2^x; on [-0.5, 0.5] what is left out after n = 6 is below 1.3e-7.
+_C1, _C2, _C3 = float(0.6931471805599453), 0.2402265069591007, 0.05550410866482158
+_C4, _C5, _C6 = 0.009618129107628477, 0.0013333558146428443, 0.00015403530393381608
+_LEAST = -126.0
+"""Powers below this are not normal float32 numbers; they count as 0."""
+
+
+def _one_argument(name: str) -> Any:
+    """LLVM's intrinsic function of this name, float32 -> float32."""
+
+    @intrinsic
+    def call(context: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            number = ir.FloatType()
+            function = builder.module.declare_intrinsic(name, [number], ir.FunctionType(number, [number]))
+            return builder.call(function, arguments)
+
+        return float32(float32), generate
+
+    return call
+
+
+nearest = _one_argument("llvm.roundeven")
+"""The nearest whole number."""
+
+
+@intrinsic
+def larger(context: Any, one: Any, other: Any) -> Any:
+    """The larger of two float32 numbers; which, if one is not a number, is left open.
+
+    A comparison written in Python is not vectorised when it reduces a row, as it must treat NaN as Python does.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = ir.FloatType()
+        function = builder.module.declare_intrinsic(
+            "llvm.maxnum", [number], ir.FunctionType(number, [number, number])
+        )
+        return builder.call(function, arguments, fastmath=("nnan", "nsz"))
+
+    return float32(float32, float32), generate
+
+
+@intrinsic
+def smaller(context: Any, one: Any, other: Any) -> Any:
+    """The smaller of two float32 numbers; see `larger`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        number = ir.FloatType()
+        function = builder.module.declare_intrinsic(
+            "llvm.minnum", [number], ir.FunctionType(number, [number, number])
+        )
+        return builder.call(function, arguments, fastmath=("nnan", "nsz"))
+
+    return float32(float32, float32), generate
+
+
+@intrinsic
+def bits_of(context: Any, value: Any) -> Any:
+    """The 32 bits of a float32 number as an integer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return int32(float32), generate
+
+
+@intrinsic
+def from_bits(context: Any, value: Any) -> Any:
+    """The float32 number with these 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return float32(int32), generate
+
+
+@compiled
+def power_of_two(exponent):  # type: ignore[no-untyped-def]
+    """2^exponent for exponents up to 127, to within 2e-7 of it; 0 below 2^-126.
+
+    numba's own `exp` is a call of the C library for each number unless Intel's vector library is installed.
+    """
+    least = float32(_LEAST)
+    clipped = least if exponent < least else exponent  # NaN is not smaller, and stays
+    whole = nearest(clipped)
+    part = clipped - whole
+    power = float32(_C5) + part * float32(_C6)
+    power = float32(_C4) + part * power
+    power = float32(_C3) + part * power
+    power = float32(_C2) + part * power
+    power = float32(_C1) + part * power
+    power = float32(1.0) + part * power
+    # Adding to the exponent's bits, which begin at bit 23, multiplies by a power of two.
+    scaled = from_bits(int32(bits_of(power) + int32(int32(whole) << int32(23))))
+    return float32(0.0) if clipped == least else scaled

@@ -1,0 +1,275 @@
+"""Sums over the attention weights of a prompt's rows, block by block, without a map.
+
+A block holds the scaled or unscaled products of some query heads and rows with all keys that these rows may attend to.
+`RowSums.add` turns it into softmax weights and takes everything that is wanted of them at once: sums weighted by
+columns of numbers, how many weights are large, the weights that keys receive, sums by age, and copies of a few rows.
+The compiled version (prompt_rows_compiled.py) does this in one pass per row; the reference below says what it computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from avl.kernels.backend import COMPILED, backend_for
+
+
+@dataclass(eq=False)
+class RowRequest:
+    """What is wanted of the rows; what they and the keys are.
+
+    Key sets: 1 where all heads see the same keys, else one for each key/value head.
+
+    Attributes:
+        columns: (key sets, n, keys) float32, numbers whose sums, weighted by attention, are wanted.
+        thresholds: fractions of a row's largest weight; how many weights reach each is counted.
+        picked: (rows,) int64, where the weights of a row are to be copied, -1 for rows that are not.
+        raw: (rows,) int64, the same for `raw_heads`, the heads whose weights are copied into a place of its own; None
+            for no such copies.
+        groups: (m, rows) float32, factors with which a row's weights are added to what keys receive; None for nothing.
+        query_ranks: (rows,) int64, rank of the query where its weights are summed by age, else -1; None for no ages.
+        key_ranks: (key sets, keys) int64, rank of the key where its weight is summed by age, else -1. The age is the
+            difference of the ranks; keys behind the query are left out.
+    """
+
+    columns: Tensor
+    thresholds: tuple[float, ...]
+    picked: Tensor
+    raw: Tensor | None = None
+    groups: Tensor | None = None
+    query_ranks: Tensor | None = None
+    key_ranks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.picked_places = self.picked.tolist()
+        self.raw_places = [] if self.raw is None else self.raw.tolist()
+        self.extents = _extents(self.columns)
+        self.runs = None if self.key_ranks is None else _runs(self.key_ranks)
+
+    @property
+    def age_count(self) -> int:
+        """Number of ages from 0 to the largest possible."""
+        return 0 if self.query_ranks is None else max(int(self.query_ranks.max()) + 1, 1)
+
+
+def _extents(columns: Tensor) -> Tensor:
+    """(key sets, n, 2) int64: from where to where a column has numbers other than 0."""
+    used = columns != 0
+    keys = columns.shape[2]
+    first = used.to(torch.uint8).argmax(-1)
+    stop = keys - used.flip(-1).to(torch.uint8).argmax(-1)
+    return torch.stack([first, torch.where(used.any(-1), stop, first)], -1)
+
+
+def _runs(ranks: Tensor) -> Tensor:
+    """(key sets, runs, 3) int64: start, stop and first rank of the longest stretches of keys whose ranks follow one
+    another; filled up with empty stretches."""
+    stretches = []
+    for own in ranks:
+        counts = own >= 0
+        follows = torch.zeros_like(counts)
+        follows[1:] = counts[1:] & counts[:-1] & (own[1:] == own[:-1] + 1)
+        starts = (counts & ~follows).nonzero().flatten()
+        after = torch.zeros_like(counts)
+        after[:-1] = follows[1:]
+        stops = (counts & ~after).nonzero().flatten() + 1
+        stretches.append(torch.stack([starts, stops, own[starts]], 1))
+    most = max(len(each) for each in stretches)
+    return torch.stack([torch.nn.functional.pad(each, (0, 0, 0, most - len(each))) for each in stretches])
+
+
+class RowSums:
+    """What was asked for, of some query heads of one layer; filled block by block.
+
+    Attributes:
+        sums: (heads, n, rows) float32, sums of the columns weighted by attention; NaN where weights are not numbers.
+        above: (thresholds, heads, rows) float32, number of weights of at least the threshold x the row's largest.
+        picked: (heads, picked, keys) float32 weights.
+        raw: (raw heads, raw rows, keys) float32 weights.
+        received: (heads, m, keys) float32, weights of all rows times their factor.
+        ages: (heads, ages) float64, sums by age.
+    """
+
+    def __init__(self, request: RowRequest, heads: int, groups: int, raw_heads: Sequence[int] = ()) -> None:
+        """Make room.
+
+        Args:
+            request: what is wanted; its columns are those of these heads' key sets.
+            heads: number of query heads.
+            groups: query heads per key/value head.
+            raw_heads: which of them are copied whole, where `request.raw` asks for it.
+        """
+        sets, columns, keys = request.columns.shape
+        rows, new = len(request.picked), request.columns.new_zeros
+        self.request = request
+        self.backend = backend_for(request.columns.device)
+        self.sums = new(heads, columns, rows)
+        self.above = new(len(request.thresholds), heads, rows)
+        self.picked = new(heads, 1 + max(request.picked_places), keys)
+        self.received = new(heads, 0 if request.groups is None else len(request.groups), keys)
+        self.ages = new(heads, request.age_count, dtype=torch.float64)
+        kept = raw_heads if request.raw is not None else ()
+        self.raw = new(len(kept), 1 + max(request.raw_places, default=-1), keys)
+        self._raw_heads = [list(kept).index(head) if head in kept else -1 for head in range(heads)]
+        self._sets = [0 if sets == 1 else head // groups for head in range(heads)]
+        if self.backend == COMPILED:
+            self._prepare()
+
+    def add(
+        self,
+        products: Tensor,
+        heads: slice,
+        start: int,
+        first: int,
+        ends: Tensor,
+        scaling: float = 1.0,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """Take what is wanted from a block, which is overwritten.
+
+        Args:
+            products: (heads, rows, keys) float32, contiguous; -inf for keys that a row may not attend to.
+            heads: which of the query heads.
+            start: number of the block's first row; `first` of its first key.
+            ends: (rows,) int64: each row may attend to so many of the block's keys at most, the leading ones.
+            scaling: factor on the products, above 0.
+            sinks: (query heads of the block, 1 or all rows) float32 logits that take part in the softmax and stand for
+                no key; with these, `scaling` must be 1.
+        """
+        if self.backend == COMPILED:
+            self._add_compiled(products, heads, start, first, ends, scaling, sinks)
+        else:
+            self._add_reference(products, heads, start, first, ends, scaling, sinks)
+
+    # -- the reference ----------------------------------------------------------------------------------------------
+
+    def _add_reference(
+        self,
+        products: Tensor,
+        heads: slice,
+        start: int,
+        first: int,
+        ends: Tensor,
+        scaling: float,
+        sinks: Tensor | None,
+    ) -> None:
+        request, (count, size, width) = self.request, products.shape
+        rows, keys = slice(start, start + size), slice(first, first + width)
+        weights = _softmax(products, ends, scaling, None if sinks is None else sinks[:, _rows_of(sinks, rows)])
+        for place, head in enumerate(range(heads.start, heads.stop)):
+            columns = request.columns[self._sets[head]][:, keys]
+            self.sums[head, :, rows] = columns @ weights[place].T
+        largest = weights.amax(-1, keepdim=True)
+        for place, threshold in enumerate(request.thresholds):
+            self.above[place, heads, rows] = (weights >= largest * threshold).sum(-1).float()
+            self.above[place, heads, rows].masked_fill_(largest[..., 0] == 0, 0.0)
+        _copy_rows(weights, request.picked_places[rows], self.picked[heads], keys)
+        if request.raw is not None:
+            for place, head in enumerate(self._raw_heads[heads]):
+                if head >= 0:
+                    _copy_rows(weights[place], request.raw_places[rows], self.raw[head], keys)
+        if request.groups is not None:
+            self.received[heads, :, keys] += request.groups[:, rows] @ weights
+        if request.query_ranks is not None:
+            self._add_ages(weights, heads, rows, keys)
+
+    def _add_ages(self, weights: Tensor, heads: slice, rows: slice, keys: slice) -> None:
+        request = self.request
+        assert request.query_ranks is not None
+        assert request.key_ranks is not None
+        used = (request.query_ranks[rows] >= 0).nonzero().flatten()
+        queries = request.query_ranks[rows][used]
+        for place, head in enumerate(range(heads.start, heads.stop)):
+            ranks = request.key_ranks[self._sets[head], keys]
+            columns = (ranks >= 0).nonzero().flatten()
+            some = weights[place][used[:, None], columns]
+            age = queries[:, None] - ranks[columns]
+            some = some.masked_fill(age < 0, 0.0)
+            self.ages[head].index_add_(0, age.clamp_min(0).flatten(), some.double().flatten())
+
+    # -- the compiled version ---------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Arrays in the form the compiled function takes: contiguous, and empty where nothing is wanted."""
+        request, (_, _, keys) = self.request, self.request.columns.shape
+        nothing = torch.zeros(0, dtype=torch.int64)
+        tensors = (
+            torch.tensor(self._sets),
+            request.columns,
+            request.extents,
+            self.sums,
+            torch.tensor(request.thresholds, dtype=torch.float32),
+            self.above,
+            request.picked,
+            self.picked,
+            nothing if request.raw is None else request.raw,
+            torch.tensor(self._raw_heads),
+            self.raw,
+            torch.zeros(0, 0) if request.groups is None else request.groups,
+            self.received,
+            torch.zeros(self.received.shape[1], keys),
+            nothing if request.query_ranks is None else request.query_ranks,
+            torch.zeros(1, 0, 3, dtype=torch.int64) if request.runs is None else request.runs,
+            self.ages,
+        )
+        self._arrays = [tensor.contiguous().numpy() for tensor in tensors]
+
+    def _add_compiled(
+        self,
+        products: Tensor,
+        heads: slice,
+        start: int,
+        first: int,
+        ends: Tensor,
+        scaling: float,
+        sinks: Tensor | None,
+    ) -> None:
+        from avl.kernels.prompt_rows_compiled import add_rows  # importing numba takes a while
+
+        if products.device.type != "cpu" or not products.is_contiguous() or products.dtype != torch.float32:
+            raise ValueError(
+                f"the compiled kernel takes contiguous float32 products on a processor; got {products.dtype} of strides "
+                f"{products.stride()} on {products.device}"
+            )
+        add_rows(
+            products.numpy(),
+            ends.numpy(),
+            _float32(scaling / math.log(2)),
+            (torch.zeros(0, 0) if sinks is None else sinks.float().contiguous()).numpy(),
+            first,
+            start,
+            heads.start,
+            *self._arrays,
+        )
+
+
+def _float32(number: float) -> object:
+    """A scalar of the type that makes numba compute in float32."""
+    return torch.tensor(number, dtype=torch.float32).numpy()[()]
+
+
+def _rows_of(sinks: Tensor, rows: slice) -> slice:
+    return rows if sinks.shape[1] > 1 else slice(None)
+
+
+def _softmax(products: Tensor, ends: Tensor, scaling: float, sinks: Tensor | None) -> Tensor:
+    """Weights, (heads, rows, keys), in place of the products; rows that see no key have weights of 0."""
+    behind = torch.arange(products.shape[2], device=products.device) >= ends[:, None]
+    logits = products.mul_(scaling).masked_fill_(behind, -torch.inf)
+    blind = (logits == -torch.inf).all(-1, keepdim=True)
+    share = None if sinks is None else torch.sigmoid(logits.logsumexp(-1) - sinks)[..., None]
+    weights = torch.softmax(logits, -1)
+    if share is not None:
+        weights *= share
+    return weights.masked_fill_(blind, 0.0)
+
+
+def _copy_rows(weights: Tensor, places: Sequence[int], target: Tensor, keys: slice) -> None:
+    """Copy rows of weights, (..., rows, keys), to their places in (..., places, keys)."""
+    rows = [row for row, place in enumerate(places) if place >= 0]
+    if rows:
+        target[..., [places[row] for row in rows], keys] = weights[..., rows, :]

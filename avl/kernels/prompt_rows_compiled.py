@@ -1,0 +1,154 @@
+"""One pass over each row of a block of products, on a processor; `prompt_rows.py` says what the arguments are.
+
+A row is read from memory once: its maximum, exponentials and every sum are taken while it lies in the nearest cache.
+Weights are exponentials that are not divided by their sum yet; each result is multiplied by its inverse instead.
+"""
+
+from __future__ import annotations
+
+from numba import float32, float64
+
+from avl.kernels.compiled import compiled, larger, power_of_two
+
+# ruff: noqa: ANN001, ANN201 -- numba infers the types, arrays of one layout each
+
+
+@compiled
+def _largest(row, count):  # type: ignore[no-untyped-def]
+    result = row[0]
+    for key in range(count):
+        result = larger(result, row[key])
+    return result
+
+
+@compiled
+def _exponentials(row, count, top, factor):  # type: ignore[no-untyped-def]
+    """Replace x by 2^((x - top) * factor); returns their sum."""
+    total = float32(0.0)
+    for key in range(count):
+        power = power_of_two((row[key] - top) * factor)
+        row[key] = power
+        total += power
+    return total
+
+
+@compiled
+def _weighted(row, column, start, stop, first):  # type: ignore[no-untyped-def]
+    """Sum of row[k] * column[first + k] for k in start ... stop - 1."""
+    total = float32(0.0)
+    for key in range(start, stop):
+        total += row[key] * column[first + key]
+    return total
+
+
+@compiled
+def _count(row, count, limit):  # type: ignore[no-untyped-def]
+    # In float32, as wide as what is compared: counting in integers halves the speed.
+    total = float32(0.0)
+    for key in range(count):
+        total += float32(1.0) if row[key] >= limit else float32(0.0)
+    return total
+
+
+@compiled
+def _add_scaled(target, row, count, factor):  # type: ignore[no-untyped-def]
+    for key in range(count):
+        target[key] += row[key] * factor
+
+
+@compiled
+def _copy_scaled(target, first, row, count, factor):  # type: ignore[no-untyped-def]
+    for key in range(count):
+        target[first + key] = row[key] * factor
+
+
+@compiled
+def _add_by_age(ages, row, start, stop, oldest, factor):  # type: ignore[no-untyped-def]
+    """Add row[start ... stop - 1] to the sums of the ages oldest, oldest - 1, ..."""
+    for key in range(start, stop):
+        ages[oldest - (key - start)] += float64(row[key] * factor)
+
+
+@compiled
+def add_rows(  # type: ignore[no-untyped-def]
+    products,
+    ends,
+    factor,
+    sinks,
+    first,
+    start,
+    offset,
+    sets,
+    columns,
+    extents,
+    sums,
+    thresholds,
+    above,
+    picked_places,
+    picked,
+    raw_places,
+    raw_heads,
+    raw,
+    groups,
+    received,
+    block,
+    query_ranks,
+    runs,
+    ages,
+):
+    """Take everything that is wanted from a block of rows; arrays that nobody wants have no elements."""
+    rows = products.shape[1]
+    for number in range(products.shape[0]):
+        head = offset + number
+        own = sets[head]
+        block[:] = float32(0.0)
+        furthest = 0
+        for at in range(rows):
+            count, query, row = ends[at], start + at, products[number, at]
+            if count == 0:
+                continue
+            top = _largest(row, count)
+            if top < float32(-3e38):  # minus infinity: the row sees no key, and its weights are 0
+                continue
+            furthest = max(furthest, count)
+            highest = top
+            if sinks.shape[1] > 0:
+                highest = larger(top, sinks[number, min(query, sinks.shape[1] - 1)])
+            total = _exponentials(row, count, highest, factor)
+            if sinks.shape[1] > 0:
+                total += power_of_two((sinks[number, min(query, sinks.shape[1] - 1)] - highest) * factor)
+            inverse = float32(1.0) / total
+
+            for column in range(columns.shape[1]):
+                low = max(extents[own, column, 0] - first, 0)
+                high = min(extents[own, column, 1] - first, count)
+                if low < high:
+                    weighted = _weighted(row, columns[own, column], low, high, first)
+                    sums[head, column, query] = weighted * inverse
+                elif total != total:
+                    sums[head, column, query] = total
+            if thresholds.shape[0] > 0:
+                peak = power_of_two((top - highest) * factor)
+                for place in range(thresholds.shape[0]):
+                    above[place, head, query] = _count(row, count, peak * thresholds[place])
+
+            if picked_places[query] >= 0:
+                _copy_scaled(picked[head, picked_places[query]], first, row, count, inverse)
+            if raw.shape[0] > 0 and raw_heads[head] >= 0 and raw_places[query] >= 0:
+                _copy_scaled(raw[raw_heads[head], raw_places[query]], first, row, count, inverse)
+            for group in range(received.shape[1]):
+                if groups[group, query] != float32(0.0):
+                    _add_scaled(block[group], row, count, inverse * groups[group, query])
+            if ages.shape[1] > 0 and query_ranks[query] >= 0:
+                for run in range(runs.shape[1]):
+                    low = max(runs[own, run, 0] - first, 0)
+                    high = min(runs[own, run, 1] - first, count)
+                    oldest = query_ranks[query] - (runs[own, run, 2] + first + low - runs[own, run, 0])
+                    high = min(high, low + oldest + 1)  # keys behind the query have no age
+                    if low < high:
+                        _add_by_age(ages[head], row, low, high, oldest, inverse)
+        # Sums over the rows of a block are added up apart: adding thousands of rows to one float32 number would
+        # lose digits.
+        for group in range(received.shape[1]):
+            for key in range(furthest):
+                received[head, group, first + key] += block[group, key]
