@@ -91,7 +91,6 @@ class RowSums:
         picked: (heads, picked, keys) float32 weights.
         raw: (raw heads, raw rows, keys) float32 weights.
         received: (heads, m, keys) float32, weights of all rows times their factor.
-        ages: (heads, ages) float64, sums by age.
     """
 
     def __init__(self, request: RowRequest, heads: int, groups: int, raw_heads: Sequence[int] = ()) -> None:
@@ -111,13 +110,18 @@ class RowSums:
         self.above = new(len(request.thresholds), heads, rows)
         self.picked = new(heads, 1 + max(request.picked_places), keys)
         self.received = new(heads, 0 if request.groups is None else len(request.groups), keys)
-        self.ages = new(heads, request.age_count, dtype=torch.float64)
+        self._ages = new(heads, request.age_count, dtype=torch.float64)  # the oldest first
         kept = raw_heads if request.raw is not None else ()
         self.raw = new(len(kept), 1 + max(request.raw_places, default=-1), keys)
         self._raw_heads = [list(kept).index(head) if head in kept else -1 for head in range(heads)]
         self._sets = [0 if sets == 1 else head // groups for head in range(heads)]
         if self.backend == COMPILED:
             self._prepare()
+
+    @property
+    def by_age(self) -> Tensor:
+        """(heads, ages) float64, sums by age, from age 0 on."""
+        return self._ages.flip(1)
 
     def add(
         self,
@@ -189,7 +193,8 @@ class RowSums:
             some = weights[place][used[:, None], columns]
             age = queries[:, None] - ranks[columns]
             some = some.masked_fill(age < 0, 0.0)
-            self.ages[head].index_add_(0, age.clamp_min(0).flatten(), some.double().flatten())
+            places = request.age_count - 1 - age.clamp_min(0)
+            self._ages[head].index_add_(0, places.flatten(), some.double().flatten())
 
     # -- the compiled version ---------------------------------------------------------------------------------------
 
@@ -214,7 +219,7 @@ class RowSums:
             torch.zeros(self.received.shape[1], keys),
             nothing if request.query_ranks is None else request.query_ranks,
             torch.zeros(1, 0, 3, dtype=torch.int64) if request.runs is None else request.runs,
-            self.ages,
+            self._ages,
         )
         self._arrays = [tensor.contiguous().numpy() for tensor in tensors]
 

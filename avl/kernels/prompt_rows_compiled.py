@@ -6,7 +6,7 @@ Weights are exponentials that are not divided by their sum yet; each result is m
 
 from __future__ import annotations
 
-from numba import float32, float64
+from numba import float32
 
 from avl.kernels.compiled import compiled, larger, power_of_two
 
@@ -14,18 +14,38 @@ from avl.kernels.compiled import compiled, larger, power_of_two
 
 
 @compiled
-def _largest(row, count):  # type: ignore[no-untyped-def]
+def _dot(row, column):  # type: ignore[no-untyped-def]
+    total = float32(0.0)
+    for key in range(row.shape[0]):
+        total += row[key] * column[key]
+    return total
+
+
+@compiled
+def _add_scaled(target, row, factor):  # type: ignore[no-untyped-def]
+    for key in range(row.shape[0]):
+        target[key] += row[key] * factor
+
+
+@compiled
+def _copy_scaled(target, row, factor):  # type: ignore[no-untyped-def]
+    for key in range(row.shape[0]):
+        target[key] = row[key] * factor
+
+
+@compiled
+def _largest(row):  # type: ignore[no-untyped-def]
     result = row[0]
-    for key in range(count):
+    for key in range(row.shape[0]):
         result = larger(result, row[key])
     return result
 
 
 @compiled
-def _exponentials(row, count, top, factor):  # type: ignore[no-untyped-def]
+def _exponentials(row, top, factor):  # type: ignore[no-untyped-def]
     """Replace x by 2^((x - top) * factor); returns their sum."""
     total = float32(0.0)
-    for key in range(count):
+    for key in range(row.shape[0]):
         power = power_of_two((row[key] - top) * factor)
         row[key] = power
         total += power
@@ -33,40 +53,12 @@ def _exponentials(row, count, top, factor):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _weighted(row, column, start, stop, first):  # type: ignore[no-untyped-def]
-    """Sum of row[k] * column[first + k] for k in start ... stop - 1."""
-    total = float32(0.0)
-    for key in range(start, stop):
-        total += row[key] * column[first + key]
-    return total
-
-
-@compiled
-def _count(row, count, limit):  # type: ignore[no-untyped-def]
+def _count(row, limit):  # type: ignore[no-untyped-def]
     # In float32, as wide as what is compared: counting in integers halves the speed.
     total = float32(0.0)
-    for key in range(count):
+    for key in range(row.shape[0]):
         total += float32(1.0) if row[key] >= limit else float32(0.0)
     return total
-
-
-@compiled
-def _add_scaled(target, row, count, factor):  # type: ignore[no-untyped-def]
-    for key in range(count):
-        target[key] += row[key] * factor
-
-
-@compiled
-def _copy_scaled(target, first, row, count, factor):  # type: ignore[no-untyped-def]
-    for key in range(count):
-        target[first + key] = row[key] * factor
-
-
-@compiled
-def _add_by_age(ages, row, start, stop, oldest, factor):  # type: ignore[no-untyped-def]
-    """Add row[start ... stop - 1] to the sums of the ages oldest, oldest - 1, ..."""
-    for key in range(start, stop):
-        ages[oldest - (key - start)] += float64(row[key] * factor)
 
 
 @compiled
@@ -104,17 +96,20 @@ def add_rows(  # type: ignore[no-untyped-def]
         block[:] = float32(0.0)
         furthest = 0
         for at in range(rows):
-            count, query, row = ends[at], start + at, products[number, at]
+            count, query = ends[at], start + at
             if count == 0:
                 continue
-            top = _largest(row, count)
+            # Parts of rows are handed on as slices: numba checks an index such as `first + key` for being negative,
+            # and does not vectorise a loop that does.
+            row = products[number, at, :count]
+            top = _largest(row)
             if top < float32(-3e38):  # minus infinity: the row sees no key, and its weights are 0
                 continue
             furthest = max(furthest, count)
             highest = top
             if sinks.shape[1] > 0:
                 highest = larger(top, sinks[number, min(query, sinks.shape[1] - 1)])
-            total = _exponentials(row, count, highest, factor)
+            total = _exponentials(row, highest, factor)
             if sinks.shape[1] > 0:
                 total += power_of_two((sinks[number, min(query, sinks.shape[1] - 1)] - highest) * factor)
             inverse = float32(1.0) / total
@@ -123,22 +118,22 @@ def add_rows(  # type: ignore[no-untyped-def]
                 low = max(extents[own, column, 0] - first, 0)
                 high = min(extents[own, column, 1] - first, count)
                 if low < high:
-                    weighted = _weighted(row, columns[own, column], low, high, first)
+                    weighted = _dot(row[low:high], columns[own, column, first + low : first + high])
                     sums[head, column, query] = weighted * inverse
                 elif total != total:
                     sums[head, column, query] = total
             if thresholds.shape[0] > 0:
                 peak = power_of_two((top - highest) * factor)
                 for place in range(thresholds.shape[0]):
-                    above[place, head, query] = _count(row, count, peak * thresholds[place])
+                    above[place, head, query] = _count(row, peak * thresholds[place])
 
             if picked_places[query] >= 0:
-                _copy_scaled(picked[head, picked_places[query]], first, row, count, inverse)
+                _copy_scaled(picked[head, picked_places[query], first : first + count], row, inverse)
             if raw.shape[0] > 0 and raw_heads[head] >= 0 and raw_places[query] >= 0:
-                _copy_scaled(raw[raw_heads[head], raw_places[query]], first, row, count, inverse)
+                _copy_scaled(raw[raw_heads[head], raw_places[query], first : first + count], row, inverse)
             for group in range(received.shape[1]):
                 if groups[group, query] != float32(0.0):
-                    _add_scaled(block[group], row, count, inverse * groups[group, query])
+                    _add_scaled(block[group, :count], row, inverse * groups[group, query])
             if ages.shape[1] > 0 and query_ranks[query] >= 0:
                 for run in range(runs.shape[1]):
                     low = max(runs[own, run, 0] - first, 0)
@@ -146,9 +141,10 @@ def add_rows(  # type: ignore[no-untyped-def]
                     oldest = query_ranks[query] - (runs[own, run, 2] + first + low - runs[own, run, 0])
                     high = min(high, low + oldest + 1)  # keys behind the query have no age
                     if low < high:
-                        _add_by_age(ages[head], row, low, high, oldest, inverse)
+                        # The oldest age comes first in `ages`, so that later keys lie behind earlier ones.
+                        place = ages.shape[1] - 1 - oldest
+                        _add_scaled(ages[head, place : place + high - low], row[low:high], inverse)
         # Sums over the rows of a block are added up apart: adding thousands of rows to one float32 number would
         # lose digits.
         for group in range(received.shape[1]):
-            for key in range(furthest):
-                received[head, group, first + key] += block[group, key]
+            _add_scaled(received[head, group, first : first + furthest], block[group, :furthest], float32(1.0))

@@ -107,12 +107,12 @@ class Case:
             if request.groups is not None:
                 close(found.received[head], request.groups.double() @ mine, tolerance)
             if request.query_ranks is not None and request.key_ranks is not None:
-                ages = torch.zeros(found.ages.shape[1], dtype=torch.float64)
+                ages = torch.zeros(found.by_age.shape[1], dtype=torch.float64)
                 for row, key in mine.nonzero().tolist():
                     query, rank = int(request.query_ranks[row]), int(request.key_ranks[own, key])
                     if query >= rank >= 0:
                         ages[query - rank] += mine[row, key]
-                close(found.ages[head], ages, tolerance)
+                close(found.by_age[head], ages, tolerance)
         if request.raw is not None:
             for place, head in enumerate(self.raw_heads):
                 for row, at in enumerate(request.raw_places):
