@@ -26,7 +26,9 @@ _POOLS_LOCK = Lock()
 
 
 def backend_for(device: torch.device | str) -> str:
-    """Which version of the kernels runs on a device: "numba" (compiled, processors only) or "torch" (the reference)."""
+    """Which version of the kernels runs on a device: "numba" (compiled, processors only) or "torch"
+    (the reference).
+    """
     return COMPILED if torch.device(device).type == "cpu" and compiled_available() else REFERENCE
 
 
@@ -36,8 +38,8 @@ def compiled_available() -> bool:
     if importlib.util.find_spec("numba") is not None:
         return True
     warnings.warn(
-        "numba is not installed, so recording and quantised keys run on plain torch operations, several times slower "
-        "on a processor; `pip install numba` brings the compiled kernels",
+        "numba is not installed, so recording and quantised keys run on plain torch operations,"
+        " several times slower on a processor; `pip install numba` brings the compiled kernels",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -45,11 +47,12 @@ def compiled_available() -> bool:
 
 
 def on_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """The function's results for all items, computed on as many threads as torch uses, each item on one of them.
+    """The function's results for all items, computed on as many threads as torch uses, each item on
+    one of them.
 
-    Inside a thread torch's own operations are single-threaded, so that the threads do not compete for the processor.
-    This pays where the function spends its time in compiled code that releases Python's lock (torch operations,
-    numba's `nogil` functions, NumPy's sorting).
+    Inside a thread torch's own operations are single-threaded, so that the threads do not compete
+    for the processor. This pays where the function spends its time in compiled code that releases
+    Python's lock (torch operations, numba's `nogil` functions, NumPy's sorting).
     """
     threads = min(torch.get_num_threads(), len(items))
     if threads <= 1:
@@ -68,15 +71,17 @@ def on_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> lis
 def _pool(threads: int) -> ThreadPoolExecutor:
     with _POOLS_LOCK:
         if threads not in _POOLS:
-            _POOLS[threads] = ThreadPoolExecutor(threads, "avl-kernels", initializer=_single_threaded)
+            _POOLS[threads] = ThreadPoolExecutor(
+                threads, "avl-kernels", initializer=_single_threaded
+            )
         return _POOLS[threads]
 
 
 def _single_threaded() -> None:
     """Have torch use one thread for operations called from the current thread.
 
-    The number is kept twice: for each thread (by OpenMP), and for the process, where threads that start later read it.
-    The latter is put back.
+    The number is kept twice: for each thread (by OpenMP), and for the process, where threads that
+        start later read it. The latter is put back.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -96,12 +101,13 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def products_in_float32(*operands: Tensor) -> Iterator[None]:
-    """Have float32 matrix products on a processor be as exact as their operands in the model's precision deserve.
+    """Have float32 matrix products on a processor be as exact as their operands in the model's
+    precision deserve.
 
-    Numbers that came from bfloat16 are exact in it, so oneDNN may multiply them with bfloat16 instructions; it adds up
-    in float32 and returns float32, in half the time and with no larger error. Other operands are multiplied in float32,
-    whatever the caller's own setting is. The setting is one for the process, so it is changed for the length of the
-    block only.
+    Numbers that came from bfloat16 are exact in it, so oneDNN may multiply them with bfloat16
+    instructions; it adds up in float32 and returns float32, in half the time and with no larger
+    error. Other operands are multiplied in float32, whatever the caller's own setting is. The
+    setting is one for the process, so it is changed for the length of the block only.
 
     Args:
         operands: the factors as the model made them, before they were converted to float32.

@@ -1,13 +1,13 @@
 """Keys and values in a few bits: storing them, and attending to them as they are stored.
 
-A number is stored as `round((x - low) / step)` in 8, 4 or 2 bits, with one `low` and one `step`, in half precision, per
-group (KIVI, Liu et al., ICML 2024, arXiv 2402.02750): for keys a group is a channel of some tokens, for values some
-channels of a token. A query is multiplied with codes directly: with `low` and `step` of a group folded into the query
-once, `q . k = q . low + (q * step) . code`; and a value's weight is multiplied with its `step` before its codes. Nothing
-is decoded.
+A number is stored as `round((x - low) / step)` in 8, 4 or 2 bits, with one `low` and one `step`, in
+half precision, per group (KIVI, Liu et al., ICML 2024, arXiv 2402.02750): for keys a group is a
+channel of some tokens, for values some channels of a token. A query is multiplied with codes
+directly: with `low` and `step` of a group folded into the query once, `q . k = q . low + (q * step)
+. code`; and a value's weight is multiplied with its `step` before its codes. Nothing is decoded.
 
-Several codes share a byte, neighbouring channels lying in neighbouring bytes: with `n` bytes a key, channel c is in byte
-c mod n, from bit `bits * (c // n)` on.
+Several codes share a byte, neighbouring channels lying in neighbouring bytes: with `n` bytes a key,
+channel c is in byte c mod n, from bit `bits * (c // n)` on.
 
 Index tensors are (batch, 1 or heads, n), with 1 where all heads are alike; -1 stands for nothing.
 """
@@ -32,7 +32,7 @@ def packed_width(width: int, bits: int) -> int:
     return -(-width * bits // 8)
 
 
-# -- limits -------------------------------------------------------------------------------------------------------------
+# -- limits ----------------------------------------------------------------------------------------
 
 
 def key_limits(keys: Tensor, index: Tensor, group_size: int, bits: int) -> Tensor:
@@ -91,7 +91,7 @@ def _low_and_step(low: Tensor, high: Tensor, bits: int, dim: int) -> Tensor:
     return torch.stack([low, step], dim)
 
 
-# -- codes --------------------------------------------------------------------------------------------------------------
+# -- codes -----------------------------------------------------------------------------------------
 
 
 def store_keys(keys: Tensor, index: Tensor, groups: Tensor, limits: Tensor, bits: int) -> Tensor:
@@ -110,7 +110,12 @@ def store_keys(keys: Tensor, index: Tensor, groups: Tensor, limits: Tensor, bits
     if _compiled_for(keys):
         shape = (*keys.shape[:2], index.shape[2], packed_width(keys.shape[3], bits))
         stored = torch.empty(shape, dtype=torch.uint8)
-        rest = (groups.contiguous().numpy(), limits.float().contiguous().numpy(), bits, stored.numpy())
+        rest = (
+            groups.contiguous().numpy(),
+            limits.float().contiguous().numpy(),
+            bits,
+            stored.numpy(),
+        )
         _each_pair("store_keys", keys, index, rest, keys.shape[3], bits)
         return stored
     low, step = _of_keys(limits, groups, keys.shape[1])
@@ -118,7 +123,9 @@ def store_keys(keys: Tensor, index: Tensor, groups: Tensor, limits: Tensor, bits
 
 
 def store_values(values: Tensor, index: Tensor, limits: Tensor, bits: int) -> Tensor:
-    """Codes of some values, (batch, heads, number of values, bytes) uint8; arguments as in `store_keys`."""
+    """Codes of some values, (batch, heads, number of values, bytes) uint8; arguments as in
+    `store_keys`.
+    """
     if _compiled_for(values):
         shape = (*values.shape[:2], index.shape[2], packed_width(values.shape[3], bits))
         stored = torch.empty(shape, dtype=torch.uint8)
@@ -148,7 +155,9 @@ def _of_keys(limits: Tensor, groups: Tensor, heads: int) -> tuple[Tensor, Tensor
     if limits.shape[2] == 1:
         return limits[..., 0, :].float(), limits[..., 1, :].float()
     at = groups.long().expand(-1, heads, -1)[..., None]
-    low, step = (limits[..., which, :].gather(2, at.expand(-1, -1, -1, limits.shape[-1])) for which in (0, 1))
+    low, step = (
+        limits[..., which, :].gather(2, at.expand(-1, -1, -1, limits.shape[-1])) for which in (0, 1)
+    )
     return low.float(), step.float()
 
 
@@ -184,10 +193,12 @@ def taken_at(source: Tensor, index: Tensor) -> Tensor:
     return source.gather(2, at.expand(-1, -1, -1, source.shape[3]))
 
 
-# -- attending ----------------------------------------------------------------------------------------------------------
+# -- attending -------------------------------------------------------------------------------------
 
 
-def key_products(query: Tensor, stored: Tensor, groups: Tensor, limits: Tensor, bits: int) -> Tensor:
+def key_products(
+    query: Tensor, stored: Tensor, groups: Tensor, limits: Tensor, bits: int
+) -> Tensor:
     """Products of queries with stored keys.
 
     Args:
@@ -211,13 +222,17 @@ def key_products(query: Tensor, stored: Tensor, groups: Tensor, limits: Tensor, 
 
     def some(pairs: Tensor) -> None:
         folded, constants = torch.zeros(limits.shape[2], filled), torch.empty(limits.shape[2])
-        codes_compiled.scores(pairs.numpy(), *arrays, bits, result.numpy(), folded.numpy(), constants.numpy())
+        codes_compiled.scores(
+            pairs.numpy(), *arrays, bits, result.numpy(), folded.numpy(), constants.numpy()
+        )
 
     on_threads(some, _shares(batch, heads, stored[0, 0].numel()))
     return result
 
 
-def weighted_values(weights: Tensor, stored: Tensor, limits: Tensor, bits: int, width: int) -> Tensor:
+def weighted_values(
+    weights: Tensor, stored: Tensor, limits: Tensor, bits: int, width: int
+) -> Tensor:
     """Sums of stored values by attention weights.
 
     Args:
@@ -240,13 +255,15 @@ def weighted_values(weights: Tensor, stored: Tensor, limits: Tensor, bits: int, 
 
     def some(pairs: Tensor) -> None:
         constants = torch.empty(limits.shape[3])
-        codes_compiled.weighted_values(pairs.numpy(), *arrays, bits, result.numpy(), constants.numpy())
+        codes_compiled.weighted_values(
+            pairs.numpy(), *arrays, bits, result.numpy(), constants.numpy()
+        )
 
     on_threads(some, _shares(batch, heads, stored[0, 0].numel()))
     return result
 
 
-# -- the compiled version -----------------------------------------------------------------------------------------------
+# -- the compiled version --------------------------------------------------------------------------
 
 
 def _compiled_for(tensor: Tensor) -> bool:
@@ -254,7 +271,12 @@ def _compiled_for(tensor: Tensor) -> bool:
 
 
 def _each_pair(
-    name: str, source: Tensor, index: Tensor, rest: tuple[object, ...], width: int, bits: int | None = None
+    name: str,
+    source: Tensor,
+    index: Tensor,
+    rest: tuple[object, ...],
+    width: int,
+    bits: int | None = None,
 ) -> None:
     """Call a compiled function that stores, for all rows and heads of `source`."""
     from avl.kernels import codes_compiled
@@ -263,7 +285,9 @@ def _each_pair(
     if source.dtype not in (torch.float32, torch.bfloat16) or source.stride(3) != 1:
         source = source.float().contiguous()
     # A tensor's memory from its first number on, whatever its strides.
-    length = 1 + sum((size - 1) * stride for size, stride in zip(source.shape, source.stride(), strict=True))
+    length = 1 + sum(
+        (size - 1) * stride for size, stride in zip(source.shape, source.stride(), strict=True)
+    )
     flat = source.detach().as_strided((max(length, 0),), (1,))
     flat = flat.view(torch.uint16) if source.dtype == torch.bfloat16 else flat
     strides, at = torch.tensor(source.stride()).numpy(), index.long().contiguous().numpy()
@@ -275,7 +299,7 @@ def _each_pair(
         function(pairs.numpy(), flat.numpy(), strides, 0, at, *rest, *scratch)
 
     if index.shape[2]:
-        on_threads(some, _shares(*source.shape[:2], index.shape[2] * width))
+        on_threads(some, _shares(source.shape[0], source.shape[1], index.shape[2] * width))
 
 
 def _shares(batch: int, heads: int, size: int) -> list[Tensor]:

@@ -1,8 +1,10 @@
-"""Storing keys and values in a few bits, and attending to them as they are stored; `codes.py` says what is computed.
+"""Storing keys and values in a few bits, and attending to them as they are stored; `codes.py` says
+what is computed.
 
-All functions work on some of the (row of the batch, head) pairs, `pairs[i] = (row, head)`, so that threads can share the
-pairs among them. Keys and values as a model makes them come as a flat view of their memory with strides, because heads
-lie far apart in it; bfloat16 numbers come as their 16 bits.
+All functions work on some of the (row of the batch, head) pairs, `pairs[i] = (row, head)`, so that
+threads can share the pairs among them. Keys and values as a model makes them come as a flat view of
+their memory with strides, because heads lie far apart in it; bfloat16 numbers come as their 16
+bits.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from numba.extending import overload
 from avl.kernels.compiled import compiled, from_bits, larger, nearest, smaller
 
 exact = njit(nogil=True, cache=True, error_model="numpy")
-"""Like `compiled`, with every operation as written: what is stored must not depend on who stored it."""
+"""Like `compiled`, with every operation as written: what is stored must not depend on who stored
+it.
+"""
 
 
 def _load(target: Any, source: Any) -> None:
@@ -39,19 +43,21 @@ def _load_compiled(target: Any, source: Any) -> Any:
     return from_bfloat16
 
 
-# -- storing ------------------------------------------------------------------------------------------------------------
+# -- storing ---------------------------------------------------------------------------------------
 
 
 @exact
-def _widen(low, high, numbers):  # type: ignore[no-untyped-def]
+def _widen(low, high, numbers):
     for channel in range(numbers.shape[0]):
         low[channel] = smaller(low[channel], numbers[channel])
         high[channel] = larger(high[channel], numbers[channel])
 
 
 @exact
-def channel_extremes(pairs, source, strides, offset, index, group_size, low, high, scratch):  # type: ignore[no-untyped-def]
-    """Smallest and largest number of each channel in each group of `group_size` keys; `index` is -1 for no key."""
+def channel_extremes(pairs, source, strides, offset, index, group_size, low, high, scratch):
+    """Smallest and largest number of each channel in each group of `group_size` keys; `index` is -1
+    for no key.
+    """
     width = low.shape[3]
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
@@ -67,7 +73,7 @@ def channel_extremes(pairs, source, strides, offset, index, group_size, low, hig
 
 
 @exact
-def _extremes(numbers):  # type: ignore[no-untyped-def]
+def _extremes(numbers):
     low, high = numbers[0], numbers[0]
     for place in range(numbers.shape[0]):
         low, high = smaller(low, numbers[place]), larger(high, numbers[place])
@@ -75,7 +81,7 @@ def _extremes(numbers):  # type: ignore[no-untyped-def]
 
 
 @exact
-def value_extremes(pairs, source, strides, offset, index, low, high, scratch):  # type: ignore[no-untyped-def]
+def value_extremes(pairs, source, strides, offset, index, low, high, scratch):
     """Smallest and largest number of each token in each group of channels."""
     width, groups = scratch.shape[0], low.shape[3]
     size = width // groups
@@ -92,14 +98,14 @@ def value_extremes(pairs, source, strides, offset, index, low, high, scratch):  
 
 
 @exact
-def _round(codes, numbers, low, step, most):  # type: ignore[no-untyped-def]
+def _round(codes, numbers, low, step, most):
     for channel in range(numbers.shape[0]):
         code = nearest((numbers[channel] - low[channel]) / larger(step[channel], float32(1e-12)))
         codes[channel] = smaller(larger(code, float32(0.0)), most)
 
 
 @exact
-def _round_alike(codes, numbers, low, step, most):  # type: ignore[no-untyped-def]
+def _round_alike(codes, numbers, low, step, most):
     divisor = larger(step, float32(1e-12))
     for channel in range(numbers.shape[0]):
         code = nearest((numbers[channel] - low) / divisor)
@@ -107,7 +113,7 @@ def _round_alike(codes, numbers, low, step, most):  # type: ignore[no-untyped-de
 
 
 @exact
-def _pack(stored, codes, bits):  # type: ignore[no-untyped-def]
+def _pack(stored, codes, bits):
     """Write codes, several to a byte; neighbouring channels lie in neighbouring bytes."""
     width = stored.shape[0]
     for byte in range(width):
@@ -119,7 +125,7 @@ def _pack(stored, codes, bits):  # type: ignore[no-untyped-def]
 
 
 @exact
-def store_keys(pairs, source, strides, offset, index, groups, limits, bits, stored, scratch, codes):  # type: ignore[no-untyped-def]
+def store_keys(pairs, source, strides, offset, index, groups, limits, bits, stored, scratch, codes):
     """Codes of keys; `codes` is longer than a key where the last byte is not full, and 0 there."""
     width, most = scratch.shape[0], float32((1 << bits) - 1)
     for pair in range(pairs.shape[0]):
@@ -130,12 +136,18 @@ def store_keys(pairs, source, strides, offset, index, groups, limits, bits, stor
             place = start + max(index[row, own, at], 0) * strides[2]
             _load(scratch, source[place : place + width])
             group = groups[row, min(head, groups.shape[1] - 1), at]
-            _round(codes[:width], scratch, limits[row, head, group, 0], limits[row, head, group, 1], most)
+            _round(
+                codes[:width],
+                scratch,
+                limits[row, head, group, 0],
+                limits[row, head, group, 1],
+                most,
+            )
             _pack(stored[row, head, at], codes, bits)
 
 
 @exact
-def store_values(pairs, source, strides, offset, index, limits, bits, stored, scratch, codes):  # type: ignore[no-untyped-def]
+def store_values(pairs, source, strides, offset, index, limits, bits, stored, scratch, codes):
     """Codes of values."""
     width, groups, most = scratch.shape[0], limits.shape[3], float32((1 << bits) - 1)
     size = width // groups
@@ -153,11 +165,11 @@ def store_values(pairs, source, strides, offset, index, limits, bits, stored, sc
             _pack(stored[row, head, at], codes, bits)
 
 
-# -- attending ----------------------------------------------------------------------------------------------------------
+# -- attending -------------------------------------------------------------------------------------
 
 
 @compiled
-def _dot_eight(stored, query):  # type: ignore[no-untyped-def]
+def _dot_eight(stored, query):
     total = float32(0.0)
     for byte in range(stored.shape[0]):
         total += float32(int32(stored[byte])) * query[byte]
@@ -165,16 +177,19 @@ def _dot_eight(stored, query):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _dot_four(stored, one, other):  # type: ignore[no-untyped-def]
+def _dot_four(stored, one, other):
     total = float32(0.0)
     for byte in range(stored.shape[0]):
         pair = int32(stored[byte])
-        total += float32(int32(pair & int32(15))) * one[byte] + float32(int32(pair >> int32(4))) * other[byte]
+        total += (
+            float32(int32(pair & int32(15))) * one[byte]
+            + float32(int32(pair >> int32(4))) * other[byte]
+        )
     return total
 
 
 @compiled
-def _dot_two(stored, first, second, third, fourth):  # type: ignore[no-untyped-def]
+def _dot_two(stored, first, second, third, fourth):
     total = float32(0.0)
     for byte in range(stored.shape[0]):
         four = int32(stored[byte])
@@ -186,7 +201,7 @@ def _dot_two(stored, first, second, third, fourth):  # type: ignore[no-untyped-d
 
 
 @compiled
-def _fold(query, low, step, folded):  # type: ignore[no-untyped-def]
+def _fold(query, low, step, folded):
     """Fold a group's limits into a query: returns query . low, and writes query * step."""
     total = float32(0.0)
     for channel in range(query.shape[0]):
@@ -196,7 +211,7 @@ def _fold(query, low, step, folded):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def scores(pairs, query, stored, groups, limits, bits, result, folded, constants):  # type: ignore[no-untyped-def]
+def scores(pairs, query, stored, groups, limits, bits, result, folded, constants):
     """Products of queries with stored keys.
 
     Args:
@@ -204,7 +219,8 @@ def scores(pairs, query, stored, groups, limits, bits, result, folded, constants
         stored: (batch, key/value heads, n, bytes); groups (batch, 1 or key/value heads, n).
         limits: (batch, key/value heads, groups, 2, width), low and step.
         result: (batch, query heads, n).
-        folded: (groups, bytes * codes per byte), 0 behind `width`; constants (groups,); both scratch.
+        folded: (groups, bytes * codes per byte), 0 behind `width`; constants (groups,); both
+            scratch.
     """
     bytes_, width, shared = stored.shape[3], query.shape[2], query.shape[1] // stored.shape[1]
     for pair in range(pairs.shape[0]):
@@ -234,13 +250,13 @@ def scores(pairs, query, stored, groups, limits, bits, result, folded, constants
 
 
 @compiled
-def _add_codes(target, stored, shift, mask, factor):  # type: ignore[no-untyped-def]
+def _add_codes(target, stored, shift, mask, factor):
     for byte in range(stored.shape[0]):
         target[byte] += factor * float32(int32((int32(stored[byte]) >> shift) & mask))
 
 
 @compiled
-def weighted_values(pairs, weights, stored, limits, bits, result, constants):  # type: ignore[no-untyped-def]
+def weighted_values(pairs, weights, stored, limits, bits, result, constants):
     """Sums of stored values by weights.
 
     Args:
@@ -250,7 +266,11 @@ def weighted_values(pairs, weights, stored, limits, bits, result, constants):  #
         result: (batch, query heads, width), zeros; constants (groups of channels,) scratch.
     """
     bytes_, width, groups = stored.shape[3], result.shape[2], limits.shape[3]
-    size, shared, mask = width // groups, weights.shape[1] // stored.shape[1], int32((1 << bits) - 1)
+    size, shared, mask = (
+        width // groups,
+        weights.shape[1] // stored.shape[1],
+        int32((1 << bits) - 1),
+    )
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
         own = head // shared

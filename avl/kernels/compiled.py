@@ -1,8 +1,9 @@
-"""What the compiled kernels are made of: how they are compiled, and instructions that Python has no name for.
+"""What the compiled kernels are made of: how they are compiled, and instructions that Python has no
+name for.
 
-Imported only where numba is installed and a kernel is about to run, as importing numba takes a while. Nothing here asks
-for a particular processor: LLVM vectorises the loops with whatever the processor has, and numba's cache on disk keeps
-one version for each kind of processor.
+Imported only where numba is installed and a kernel is about to run, as importing numba takes a
+while. Nothing here asks for a particular processor: LLVM vectorises the loops with whatever the
+processor has, and numba's cache on disk keeps one version for each kind of processor.
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ from numba import float32, int32, njit
 from numba.extending import intrinsic
 
 SUMMING = {"reassoc", "contract", "nsz", "arcp"}
-"""Sums may be reordered, which is what lets a loop be vectorised. Not a numbers and infinities stay what they are, so
-that a model's broken numbers reach the result."""
+"""Sums may be reordered, which is what lets a loop be vectorised. Not a numbers and infinities stay
+what they are, so that a model's broken numbers reach the result.
+"""
 
 compiled = njit(nogil=True, cache=True, fastmath=SUMMING, error_model="numpy")
-"""Compile a function at its first call, release Python's lock while it runs, and keep it on disk."""
+"""Compile a function at its first call, release Python's lock while it runs, and keep it on disk.
+"""
 
-# ln(2)^n / n!, the Taylor series of 2^x; on [-0.5, 0.5] what is left out after n = 6 is below 1.3e-7.
-_C1, _C2, _C3 = float(0.6931471805599453), 0.2402265069591007, 0.05550410866482158
+# ln(2)^n / n!, the Taylor series of 2^x; on [-0.5, 0.5] what is left out after n = 6 is below
+# 1.3e-7.
+_C1, _C2, _C3 = 0.6931471805599453, 0.2402265069591007, 0.05550410866482158
 _C4, _C5, _C6 = 0.009618129107628477, 0.0013333558146428443, 0.00015403530393381608
 _LEAST = -126.0
 """Powers below this are not normal float32 numbers; they count as 0."""
@@ -34,7 +38,9 @@ def _one_argument(name: str) -> Any:
     def call(context: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             number = ir.FloatType()
-            function = builder.module.declare_intrinsic(name, [number], ir.FunctionType(number, [number]))
+            function = builder.module.declare_intrinsic(
+                name, [number], ir.FunctionType(number, [number])
+            )
             return builder.call(function, arguments)
 
         return float32(float32), generate
@@ -50,7 +56,8 @@ nearest = _one_argument("llvm.roundeven")
 def larger(context: Any, one: Any, other: Any) -> Any:
     """The larger of two float32 numbers; which, if one is not a number, is left open.
 
-    A comparison written in Python is not vectorised when it reduces a row, as it must treat NaN as Python does.
+    A comparison written in Python is not vectorised when it reduces a row, as it must treat NaN as
+    Python does.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -98,10 +105,11 @@ def from_bits(context: Any, value: Any) -> Any:
 
 
 @compiled
-def power_of_two(exponent):  # type: ignore[no-untyped-def]
+def power_of_two(exponent):
     """2^exponent for exponents up to 127, to within 2e-7 of it; 0 below 2^-126.
 
-    numba's own `exp` is a call of the C library for each number unless Intel's vector library is installed.
+    numba's own `exp` is a call of the C library for each number unless Intel's vector library is
+    installed.
     """
     least = float32(_LEAST)
     clipped = least if exponent < least else exponent  # NaN is not smaller, and stays

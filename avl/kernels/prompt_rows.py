@@ -1,9 +1,10 @@
 """Sums over the attention weights of a prompt's rows, block by block, without a map.
 
-A block holds the scaled or unscaled products of some query heads and rows with all keys that these rows may attend to.
-`RowSums.add` turns it into softmax weights and takes everything that is wanted of them at once: sums weighted by
-columns of numbers, how many weights are large, the weights that keys receive, sums by age, and copies of a few rows.
-The compiled version (prompt_rows_compiled.py) does this in one pass per row; the reference below says what it computes.
+A block holds the scaled or unscaled products of some query heads and rows with all keys that these
+rows may attend to. `RowSums.add` turns it into softmax weights and takes everything that is wanted
+of them at once: sums weighted by columns of numbers, how many weights are large, the weights that
+keys receive, sums by age, and copies of a few rows. The compiled version (prompt_rows_compiled.py)
+does this in one pass per row; the reference below says what it computes.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ class RowRequest:
     Attributes:
         columns: (key sets, n, keys) float32, numbers whose sums, weighted by attention, are wanted.
         thresholds: fractions of a row's largest weight; how many weights reach each is counted.
-        picked: (rows,) int64, where the weights of a row are to be copied, -1 for rows that are not.
-        raw: (rows,) int64, the same for `raw_heads`, the heads whose weights are copied into a place of its own; None
-            for no such copies.
-        groups: (m, rows) float32, factors with which a row's weights are added to what keys receive; None for nothing.
-        query_ranks: (rows,) int64, rank of the query where its weights are summed by age, else -1; None for no ages.
-        key_ranks: (key sets, keys) int64, rank of the key where its weight is summed by age, else -1. The age is the
-            difference of the ranks; keys behind the query are left out.
+        picked: (rows,) int64, where the weights of a row are to be copied, -1 for rows that are
+            not.
+        raw: (rows,) int64, the same for `raw_heads`, the heads whose weights are copied into a
+            place of its own; None for no such copies.
+        groups: (m, rows) float32, factors with which a row's weights are added to what keys
+            receive; None for nothing.
+        query_ranks: (rows,) int64, rank of the query where its weights are summed by age, else -1;
+            None for no ages.
+        key_ranks: (key sets, keys) int64, rank of the key where its weight is summed by age, else
+            -1. The age is the difference of the ranks; keys behind the query are left out.
     """
 
     columns: Tensor
@@ -66,8 +70,9 @@ def _extents(columns: Tensor) -> Tensor:
 
 
 def _runs(ranks: Tensor) -> Tensor:
-    """(key sets, runs, 3) int64: start, stop and first rank of the longest stretches of keys whose ranks follow one
-    another; filled up with empty stretches."""
+    """(key sets, runs, 3) int64: start, stop and first rank of the longest stretches of keys whose
+    ranks follow one another; filled up with empty stretches.
+    """
     stretches = []
     for own in ranks:
         counts = own >= 0
@@ -79,21 +84,27 @@ def _runs(ranks: Tensor) -> Tensor:
         stops = (counts & ~after).nonzero().flatten() + 1
         stretches.append(torch.stack([starts, stops, own[starts]], 1))
     most = max(len(each) for each in stretches)
-    return torch.stack([torch.nn.functional.pad(each, (0, 0, 0, most - len(each))) for each in stretches])
+    return torch.stack(
+        [torch.nn.functional.pad(each, (0, 0, 0, most - len(each))) for each in stretches]
+    )
 
 
 class RowSums:
     """What was asked for, of some query heads of one layer; filled block by block.
 
     Attributes:
-        sums: (heads, n, rows) float32, sums of the columns weighted by attention; NaN where weights are not numbers.
-        above: (thresholds, heads, rows) float32, number of weights of at least the threshold x the row's largest.
+        sums: (heads, n, rows) float32, sums of the columns weighted by attention; NaN where weights
+            are not numbers.
+        above: (thresholds, heads, rows) float32, number of weights of at least the threshold x the
+            row's largest.
         picked: (heads, picked, keys) float32 weights.
         raw: (raw heads, raw rows, keys) float32 weights.
         received: (heads, m, keys) float32, weights of all rows times their factor.
     """
 
-    def __init__(self, request: RowRequest, heads: int, groups: int, raw_heads: Sequence[int] = ()) -> None:
+    def __init__(
+        self, request: RowRequest, heads: int, groups: int, raw_heads: Sequence[int] = ()
+    ) -> None:
         """Make room.
 
         Args:
@@ -136,20 +147,22 @@ class RowSums:
         """Take what is wanted from a block, which is overwritten.
 
         Args:
-            products: (heads, rows, keys) float32, contiguous; -inf for keys that a row may not attend to.
+            products: (heads, rows, keys) float32, contiguous; -inf for keys that a row may not
+                attend to.
             heads: which of the query heads.
             start: number of the block's first row; `first` of its first key.
-            ends: (rows,) int64: each row may attend to so many of the block's keys at most, the leading ones.
+            ends: (rows,) int64: each row may attend to so many of the block's keys at most, the
+                leading ones.
             scaling: factor on the products, above 0.
-            sinks: (query heads of the block, 1 or all rows) float32 logits that take part in the softmax and stand for
-                no key; with these, `scaling` must be 1.
+            sinks: (query heads of the block, 1 or all rows) float32 logits that take part in the
+                softmax and stand for no key; with these, `scaling` must be 1.
         """
         if self.backend == COMPILED:
             self._add_compiled(products, heads, start, first, ends, scaling, sinks)
         else:
             self._add_reference(products, heads, start, first, ends, scaling, sinks)
 
-    # -- the reference ----------------------------------------------------------------------------------------------
+    # -- the reference -----------------------------------------------------------------------------
 
     def _add_reference(
         self,
@@ -161,9 +174,11 @@ class RowSums:
         scaling: float,
         sinks: Tensor | None,
     ) -> None:
-        request, (count, size, width) = self.request, products.shape
+        request, (_, size, width) = self.request, products.shape
         rows, keys = slice(start, start + size), slice(first, first + width)
-        weights = _softmax(products, ends, scaling, None if sinks is None else sinks[:, _rows_of(sinks, rows)])
+        weights = _softmax(
+            products, ends, scaling, None if sinks is None else sinks[:, _rows_of(sinks, rows)]
+        )
         for place, head in enumerate(range(heads.start, heads.stop)):
             columns = request.columns[self._sets[head]][:, keys]
             self.sums[head, :, rows] = columns @ weights[place].T
@@ -196,10 +211,12 @@ class RowSums:
             places = request.age_count - 1 - age.clamp_min(0)
             self._ages[head].index_add_(0, places.flatten(), some.double().flatten())
 
-    # -- the compiled version ---------------------------------------------------------------------------------------
+    # -- the compiled version ----------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """Arrays in the form the compiled function takes: contiguous, and empty where nothing is wanted."""
+        """Arrays in the form the compiled function takes: contiguous, and empty where nothing is
+        wanted.
+        """
         request, (_, _, keys) = self.request, self.request.columns.shape
         nothing = torch.zeros(0, dtype=torch.int64)
         tensors = (
@@ -235,10 +252,14 @@ class RowSums:
     ) -> None:
         from avl.kernels.prompt_rows_compiled import add_rows  # importing numba takes a while
 
-        if products.device.type != "cpu" or not products.is_contiguous() or products.dtype != torch.float32:
+        if (
+            products.device.type != "cpu"
+            or not products.is_contiguous()
+            or products.dtype != torch.float32
+        ):
             raise ValueError(
-                f"the compiled kernel takes contiguous float32 products on a processor; got {products.dtype} of strides "
-                f"{products.stride()} on {products.device}"
+                f"the compiled kernel takes contiguous float32 products on a processor; got"
+                f" {products.dtype} of strides {products.stride()} on {products.device}"
             )
         add_rows(
             products.numpy(),
@@ -262,7 +283,9 @@ def _rows_of(sinks: Tensor, rows: slice) -> slice:
 
 
 def _softmax(products: Tensor, ends: Tensor, scaling: float, sinks: Tensor | None) -> Tensor:
-    """Weights, (heads, rows, keys), in place of the products; rows that see no key have weights of 0."""
+    """Weights, (heads, rows, keys), in place of the products; rows that see no key have weights of
+    0.
+    """
     behind = torch.arange(products.shape[2], device=products.device) >= ends[:, None]
     logits = products.mul_(scaling).masked_fill_(behind, -torch.inf)
     blind = (logits == -torch.inf).all(-1, keepdim=True)

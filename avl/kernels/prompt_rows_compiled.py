@@ -1,7 +1,9 @@
-"""One pass over each row of a block of products, on a processor; `prompt_rows.py` says what the arguments are.
+"""One pass over each row of a block of products, on a processor; `prompt_rows.py` says what the
+arguments are.
 
-A row is read from memory once: its maximum, exponentials and every sum are taken while it lies in the nearest cache.
-Weights are exponentials that are not divided by their sum yet; each result is multiplied by its inverse instead.
+A row is read from memory once: its maximum, exponentials and every sum are taken while it lies in
+    the nearest cache. Weights are exponentials that are not divided by their sum yet; each result
+    is multiplied by its inverse instead.
 """
 
 from __future__ import annotations
@@ -10,11 +12,9 @@ from numba import float32
 
 from avl.kernels.compiled import compiled, larger, power_of_two
 
-# ruff: noqa: ANN001, ANN201 -- numba infers the types, arrays of one layout each
-
 
 @compiled
-def _dot(row, column):  # type: ignore[no-untyped-def]
+def _dot(row, column):
     total = float32(0.0)
     for key in range(row.shape[0]):
         total += row[key] * column[key]
@@ -22,19 +22,19 @@ def _dot(row, column):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _add_scaled(target, row, factor):  # type: ignore[no-untyped-def]
+def _add_scaled(target, row, factor):
     for key in range(row.shape[0]):
         target[key] += row[key] * factor
 
 
 @compiled
-def _copy_scaled(target, row, factor):  # type: ignore[no-untyped-def]
+def _copy_scaled(target, row, factor):
     for key in range(row.shape[0]):
         target[key] = row[key] * factor
 
 
 @compiled
-def _largest(row):  # type: ignore[no-untyped-def]
+def _largest(row):
     result = row[0]
     for key in range(row.shape[0]):
         result = larger(result, row[key])
@@ -42,7 +42,7 @@ def _largest(row):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _exponentials(row, top, factor):  # type: ignore[no-untyped-def]
+def _exponentials(row, top, factor):
     """Replace x by 2^((x - top) * factor); returns their sum."""
     total = float32(0.0)
     for key in range(row.shape[0]):
@@ -53,7 +53,7 @@ def _exponentials(row, top, factor):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _count(row, limit):  # type: ignore[no-untyped-def]
+def _count(row, limit):
     # In float32, as wide as what is compared: counting in integers halves the speed.
     total = float32(0.0)
     for key in range(row.shape[0]):
@@ -62,7 +62,7 @@ def _count(row, limit):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def add_rows(  # type: ignore[no-untyped-def]
+def add_rows(
     products,
     ends,
     factor,
@@ -88,7 +88,9 @@ def add_rows(  # type: ignore[no-untyped-def]
     runs,
     ages,
 ):
-    """Take everything that is wanted from a block of rows; arrays that nobody wants have no elements."""
+    """Take everything that is wanted from a block of rows; arrays that nobody wants have no
+    elements.
+    """
     rows = products.shape[1]
     for number in range(products.shape[0]):
         head = offset + number
@@ -99,8 +101,8 @@ def add_rows(  # type: ignore[no-untyped-def]
             count, query = ends[at], start + at
             if count == 0:
                 continue
-            # Parts of rows are handed on as slices: numba checks an index such as `first + key` for being negative,
-            # and does not vectorise a loop that does.
+            # Parts of rows are handed on as slices: numba checks an index such as `first + key` for
+            # being negative, and does not vectorise a loop that does.
             row = products[number, at, :count]
             top = _largest(row)
             if top < float32(-3e38):  # minus infinity: the row sees no key, and its weights are 0
@@ -111,7 +113,9 @@ def add_rows(  # type: ignore[no-untyped-def]
                 highest = larger(top, sinks[number, min(query, sinks.shape[1] - 1)])
             total = _exponentials(row, highest, factor)
             if sinks.shape[1] > 0:
-                total += power_of_two((sinks[number, min(query, sinks.shape[1] - 1)] - highest) * factor)
+                total += power_of_two(
+                    (sinks[number, min(query, sinks.shape[1] - 1)] - highest) * factor
+                )
             inverse = float32(1.0) / total
 
             for column in range(columns.shape[1]):
@@ -128,9 +132,13 @@ def add_rows(  # type: ignore[no-untyped-def]
                     above[place, head, query] = _count(row, peak * thresholds[place])
 
             if picked_places[query] >= 0:
-                _copy_scaled(picked[head, picked_places[query], first : first + count], row, inverse)
+                _copy_scaled(
+                    picked[head, picked_places[query], first : first + count], row, inverse
+                )
             if raw.shape[0] > 0 and raw_heads[head] >= 0 and raw_places[query] >= 0:
-                _copy_scaled(raw[raw_heads[head], raw_places[query], first : first + count], row, inverse)
+                _copy_scaled(
+                    raw[raw_heads[head], raw_places[query], first : first + count], row, inverse
+                )
             for group in range(received.shape[1]):
                 if groups[group, query] != float32(0.0):
                     _add_scaled(block[group, :count], row, inverse * groups[group, query])
@@ -138,13 +146,20 @@ def add_rows(  # type: ignore[no-untyped-def]
                 for run in range(runs.shape[1]):
                     low = max(runs[own, run, 0] - first, 0)
                     high = min(runs[own, run, 1] - first, count)
-                    oldest = query_ranks[query] - (runs[own, run, 2] + first + low - runs[own, run, 0])
+                    oldest = query_ranks[query] - (
+                        runs[own, run, 2] + first + low - runs[own, run, 0]
+                    )
                     high = min(high, low + oldest + 1)  # keys behind the query have no age
                     if low < high:
-                        # The oldest age comes first in `ages`, so that later keys lie behind earlier ones.
+                        # The oldest age comes first in `ages`, so that later keys lie behind
+                        # earlier ones.
                         place = ages.shape[1] - 1 - oldest
                         _add_scaled(ages[head, place : place + high - low], row[low:high], inverse)
-        # Sums over the rows of a block are added up apart: adding thousands of rows to one float32 number would
-        # lose digits.
+        # Sums over the rows of a block are added up apart: adding thousands of rows to one float32
+        # number would lose digits.
         for group in range(received.shape[1]):
-            _add_scaled(received[head, group, first : first + furthest], block[group, :furthest], float32(1.0))
+            _add_scaled(
+                received[head, group, first : first + furthest],
+                block[group, :furthest],
+                float32(1.0),
+            )

@@ -1,4 +1,6 @@
-"""Sums over rows: the compiled version and the plain one against loops in float64, on odd sizes and every option."""
+"""Sums over rows: the compiled version and the plain one against loops in float64, on odd sizes and
+every option.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from avl.kernels import backend, prompt_rows
 from avl.kernels.prompt_rows import RowRequest, RowSums
 
 BACKENDS = [
-    pytest.param("numba", marks=pytest.mark.skipif(not backend.compiled_available(), reason="numba is not installed")),
+    pytest.param(
+        "numba",
+        marks=pytest.mark.skipif(not backend.compiled_available(), reason="numba is not installed"),
+    ),
     "torch",
 ]
 
@@ -39,12 +44,16 @@ def slow(products: Tensor, scaling: float, sinks: Tensor | None = None) -> Tenso
         if max(logits) == -math.inf:
             continue
         total = sum(math.exp(x - top) for x in [*logits, *sink])
-        weights[head, row] = torch.tensor([math.exp(x - top) / total for x in logits], dtype=torch.float64)
+        weights[head, row] = torch.tensor(
+            [math.exp(x - top) / total for x in logits], dtype=torch.float64
+        )
     return weights
 
 
 class Case:
-    """A prompt of `rows` rows over `keys` keys, the last row seeing all of them, in blocks of unequal size."""
+    """A prompt of `rows` rows over `keys` keys, the last row seeing all of them, in blocks of
+    unequal size.
+    """
 
     def __init__(
         self,
@@ -62,14 +71,18 @@ class Case:
         self.ends = torch.arange(rows) + keys - rows + 1
         kinds = torch.randint(0, 3, (sets, keys), generator=torch.Generator().manual_seed(2))
         indicators = torch.stack([(kinds == kind).float() for kind in range(3)], 1)
-        self.columns = torch.cat([indicators, random(sets, 2, keys, seed=3), torch.zeros(sets, 1, keys)], 1)
+        self.columns = torch.cat(
+            [indicators, random(sets, 2, keys, seed=3), torch.zeros(sets, 1, keys)], 1
+        )
         self.picked = torch.full((rows,), -1)
         self.picked[[0, 5, rows - 1]] = torch.arange(3)
         ranks = torch.where(kinds == 2, torch.arange(keys).expand(sets, -1), -1)
         options: dict[str, Any] = {
             "raw": torch.where(torch.arange(rows) % 2 == 0, torch.arange(rows) // 2, -1),
             "groups": torch.stack([torch.ones(rows), (torch.arange(rows) % 3 == 0).float()]),
-            "query_ranks": torch.where(torch.arange(rows) % 4 == 1, torch.arange(rows) + keys - rows, -1),
+            "query_ranks": torch.where(
+                torch.arange(rows) % 4 == 1, torch.arange(rows) + keys - rows, -1
+            ),
             "key_ranks": ranks,
         }
         self.request = RowRequest(self.columns, (0.01, 0.5), self.picked, **{**options, **changes})
@@ -90,7 +103,13 @@ class Case:
                 start = stop
         return result
 
-    def check(self, found: RowSums, scaling: float = 0.7, sinks: Tensor | None = None, tolerance: float = 1e-5) -> None:
+    def check(
+        self,
+        found: RowSums,
+        scaling: float = 0.7,
+        sinks: Tensor | None = None,
+        tolerance: float = 1e-5,
+    ) -> None:
         hidden = torch.arange(self.products.shape[2]) >= self.ends[:, None]
         weights = slow(self.products.masked_fill(hidden, -torch.inf), scaling, sinks)
         request = self.request
@@ -121,18 +140,23 @@ class Case:
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert bool((found.double() - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max())))
+    assert bool(
+        (found.double() - expected).abs().max() <= tolerance * max(1.0, float(expected.abs().max()))
+    )
 
 
 @pytest.mark.parametrize("sets", [1, 2])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_every_sum_and_copy_equals_loops_over_the_weights(version: str, kv_heads: int, sets: int) -> None:
+def test_every_sum_and_copy_equals_loops_over_the_weights(
+    version: str, kv_heads: int, sets: int
+) -> None:
     case = Case(kv_heads=kv_heads, sets=1 if sets == 1 else kv_heads)
     case.check(case.run())
 
 
 @pytest.mark.parametrize(
-    ("rows", "keys", "blocks"), [(1, 1, (1,)), (1, 9, (1,)), (130, 130, (128, 2)), (40, 1000, (40,))]
+    ("rows", "keys", "blocks"),
+    [(1, 1, (1,)), (1, 9, (1,)), (130, 130, (128, 2)), (40, 1000, (40,))],
 )
 def test_any_number_of_rows_and_keys_gives_these_sums(
     version: str, rows: int, keys: int, blocks: tuple[int, ...]
@@ -143,13 +167,21 @@ def test_any_number_of_rows_and_keys_gives_these_sums(
 
 def small(rows: int, keys: int) -> Case:
     case = Case(rows=6, keys=max(keys, 6), blocks=(6,))
-    case.products, case.ends, case.blocks = case.products[:, -rows:, :keys].contiguous(), torch.tensor([keys]), (rows,)
+    case.products, case.ends, case.blocks = (
+        case.products[:, -rows:, :keys].contiguous(),
+        torch.tensor([keys]),
+        (rows,),
+    )
     case.columns = case.columns[..., :keys].contiguous()
-    case.request = RowRequest(case.columns, (0.5,), torch.zeros(rows, dtype=torch.int64), groups=torch.ones(1, rows))
+    case.request = RowRequest(
+        case.columns, (0.5,), torch.zeros(rows, dtype=torch.int64), groups=torch.ones(1, rows)
+    )
     return case
 
 
-@pytest.mark.parametrize("changes", [{"raw": None}, {"groups": None}, {"query_ranks": None, "key_ranks": None}])
+@pytest.mark.parametrize(
+    "changes", [{"raw": None}, {"groups": None}, {"query_ranks": None, "key_ranks": None}]
+)
 def test_what_is_not_asked_for_is_left_out(version: str, changes: dict[str, Any]) -> None:
     case = Case(**changes)
     case.check(case.run())
@@ -164,7 +196,9 @@ def test_sinks_take_their_share_of_every_row(version: str, by_row: bool) -> None
 
 def test_hidden_keys_have_no_weight_and_blind_rows_have_none_at_all(version: str) -> None:
     case = Case()
-    case.products[torch.rand(case.products.shape, generator=torch.Generator().manual_seed(5)) < 0.4] = -torch.inf
+    case.products[
+        torch.rand(case.products.shape, generator=torch.Generator().manual_seed(5)) < 0.4
+    ] = -torch.inf
     case.products[:, [3, 20]] = -torch.inf
     found = case.run()
     case.check(found)
@@ -177,11 +211,15 @@ def test_keys_in_another_order_are_summed_by_their_own_age(version: str) -> None
     case.check(case.run())
 
 
-def test_a_block_that_begins_at_a_later_key_is_the_same_as_one_with_hidden_keys_in_front(version: str) -> None:
+def test_a_block_that_begins_at_a_later_key_is_the_same_as_one_with_hidden_keys_in_front(
+    version: str,
+) -> None:
     case = Case(blocks=(37,))
     case.products[..., :9] = -torch.inf
     found = RowSums(case.request, case.heads, case.groups, case.raw_heads)
-    found.add(case.products[..., 9:].contiguous(), slice(0, 4), 0, 9, (case.ends - 9).clamp_min(0), 0.7)
+    found.add(
+        case.products[..., 9:].contiguous(), slice(0, 4), 0, 9, (case.ends - 9).clamp_min(0), 0.7
+    )
     case.check(found)
 
 
@@ -205,7 +243,10 @@ def test_flat_and_steep_rows_keep_their_precision(version: str, scale: float) ->
 def test_weights_received_from_thousands_of_rows_keep_their_precision(version: str) -> None:
     rows = 4000
     request = RowRequest(
-        torch.ones(1, 1, 2), (), torch.where(torch.arange(rows) == rows - 1, 0, -1), groups=torch.ones(1, rows)
+        torch.ones(1, 1, 2),
+        (),
+        torch.where(torch.arange(rows) == rows - 1, 0, -1),
+        groups=torch.ones(1, rows),
     )
     found = RowSums(request, 1, 1)
     products = random(1, rows, 2, seed=8)
