@@ -38,7 +38,9 @@ def test_commands_work_beside_a_users_own_app_and_reports(
     (tmp_path / "app").mkdir()
     (tmp_path / "app.py").write_text("raise RuntimeError('the user\\'s app.py was imported')\n")
     (tmp_path / "reports").mkdir()
-    (tmp_path / "reports" / "__init__.py").write_text("raise RuntimeError('the user\\'s reports')\n")
+    (tmp_path / "reports" / "__init__.py").write_text(
+        "raise RuntimeError('the user\\'s reports')\n"
+    )
     code = (
         "import sys, avl_analysis, avl_app, avl_reports; from avl_analysis.cli.main import main\n"
         f"assert avl_app.__file__.startswith({str(site)!r}), avl_app.__file__\n"

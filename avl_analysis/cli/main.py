@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from avl_analysis.cli import ablate, calibrate, compare, record
+from avl_analysis.cli import ablate, calibrate, compare, frontier, record
 from avl_analysis.cli.options import Download
 from avl_analysis.errors import InputError
 
@@ -124,6 +124,7 @@ app.command(epilog="Examples: [bold]avl stats run.nc[/], [bold]avl stats run.nc 
 app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.command(epilog=ablate.EXAMPLES)(ablate.ablate)
+app.command(epilog=frontier.EXAMPLES)(frontier.frontier)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -75,6 +75,20 @@ def parse_numbers(text: str, option: str) -> list[int]:
     return numbers
 
 
+def parse_floats(text: str, option: str) -> list[float]:
+    """ "1,0.5" as [1.0, 0.5].
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"{option} {text!r} is not a list of numbers: write it like 1,0.5"
+        ) from error
+
+
 @contextmanager
 def progress(what: str, unit: str = "tokens") -> Iterator[Callable[..., None]]:
     """A progress bar on stderr where that is a terminal.

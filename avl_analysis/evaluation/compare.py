@@ -22,39 +22,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from avl import FullPolicy, Policy, UnsupportedModelError
+from avl import FullPolicy, Policy
 from avl.families import Family, describe
 from avl_analysis.capture.provenance import provenance
+from avl_analysis.corpus.batches import Failure, batches_of_similar_length, halve_on_failure
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.corpus.scoring import common_prefix, correct, rouge_l
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.comparison import METRICS, Comparison, build
 from avl_analysis.evaluation.flops import attention_flops, linear_flops
-from avl_analysis.evaluation.generation import Run, decode_texts, generate, prompt_lengths
+from avl_analysis.evaluation.generation import Run, decode_texts, generate
 from avl_analysis.models.loading import VLM
 
 Values = dict[str, Any]
 """What is known of one sample (under one policy): number, array over steps, or text, by variable
 name.
 """
-
-_FAILURES = (RuntimeError, ValueError, OSError, MemoryError, ArithmeticError, LookupError)
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a sample could not be measured."""
-
-    reason: str
 
 
 @dataclass(eq=False)
@@ -113,15 +102,15 @@ def compare(
     results: dict[tuple[str, int], Values | Failure] = {}
     if "cost" in wanted:
         _warm_up(vlm, samples)
-    for number, chunk in enumerate(batches(vlm, samples, batch_size)):
-        references = divide(job.references, chunk)
+    for number, chunk in enumerate(batches_of_similar_length(vlm, samples, batch_size)):
+        references = halve_on_failure(job.references, chunk)
         facts |= {pair[0]: _facts(pair[1]) for pair in zip(chunk, references, strict=True)}
         failed = {i: r for i, r in zip(chunk, references, strict=True) if isinstance(r, Failure)}
         good = [(i, r) for i, r in zip(chunk, references, strict=True) if isinstance(r, Reference)]
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             results |= {(name, i): failure for i, failure in failed.items()}
-            measured = divide(partial(job.measure, policies[name]), good)
+            measured = halve_on_failure(partial(job.measure, policies[name]), good)
             for (i, _), values in zip(good, measured, strict=True):
                 results[name, i] = values
                 if isinstance(values, dict) and "prompt_tokens" in values:
@@ -147,42 +136,6 @@ def compare(
         ),
     }
     return build(samples, policies, facts, results, attrs)
-
-
-def batches(vlm: VLM, samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
-    """Indices of the samples in batches: rows alike in number of pictures and length of the prompt
-    go together.
-    """
-    lengths = prompt_lengths(vlm, samples)
-    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].images), lengths[i], i))
-    found: list[list[int]] = []
-    for i in order:
-        mixed = found and bool(samples[found[-1][0]].images) != bool(samples[i].images)
-        if not found or mixed or len(found[-1]) == batch_size:
-            found.append([])
-        found[-1].append(i)
-    return found
-
-
-def divide(run: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]) -> list[R | Failure]:
-    """`run(items)`, or the same on both halves where that fails, down to the items that fail alone.
-
-    Memory errors are dealt with the same way: what does not fit at once may fit in halves.
-    """
-    if not items:
-        return []
-    try:
-        return list(run(items))
-    except UnsupportedModelError:
-        raise
-    except _FAILURES as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if len(items) == 1:
-        return [Failure(reason)]
-    half = len(items) // 2
-    return divide(run, items[:half]) + divide(run, items[half:])
 
 
 # -- one batch -------------------------------------------------------------------------------------
@@ -435,6 +388,6 @@ def _with_full(policies: Mapping[str, Policy]) -> dict[str, Policy]:
 def _warm_up(vlm: VLM, samples: Sequence[Sample]) -> None:
     """Pay once, and outside the clocks, for what happens only the first time;
     failures show later."""
-    divide(
+    halve_on_failure(
         lambda part: generate(vlm, part, FullPolicy(), max_new_tokens=2).tokens, list(samples[:1])
     )

@@ -1,13 +1,13 @@
 """Accuracy against bytes: every policy at every budget on the drawn scenes' tasks.
 
-    python -m avl_analysis.evaluation.frontier --out frontier.jsonl --samples 200 --workers 2
+    avl frontier --out frontier.jsonl --scenes 200 --workers 2
 
 Each policy answers the same held-out questions; what is plotted against accuracy is the share of
 the full cache's bytes that was really in use (`bytes`: of each row when its answer ended), never
 the budget asked for. Questions are grouped by length, so that nothing is padded and all rows of a
 pass hold equally many bytes. A group is a unit of work: its results go to a file of their own,
-written in one stroke, and a run that was interrupted goes on with the missing units. Workers are
-processes of one thread.
+written whole or not at all, and a run that was interrupted goes on with the missing units.
+Workers are processes of one thread.
 
 What makes it affordable: the picture is encoded once per group and not once per policy (times are
 therefore not measured here; `compare` does that), and an answer is cut where it has become longer
@@ -16,15 +16,12 @@ than any right one.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import multiprocessing
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,24 +29,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from torch import nn
 
 import avl
 from avl import Policy
+from avl_analysis.corpus.batches import (
+    Failure,
+    batches_by_length,
+    halve_on_failure,
+    images_encoded_once,
+    longest_right_answer,
+)
 from avl_analysis.corpus.questions import COMPARE_SEED, Sample, scene_samples
 from avl_analysis.corpus.scoring import correct
+from avl_analysis.corpus.sharded_run import atomic_write, lock_folder
 from avl_analysis.errors import InputError
-from avl_analysis.evaluation.compare import Failure, divide
-from avl_analysis.evaluation.generation import Run, decode_texts, generate, prompt_lengths
+from avl_analysis.evaluation.generation import Run, decode_texts, generate
 from avl_analysis.evaluation.policy_files import POLICIES, PRESETS, with_budget
 from avl_analysis.intervals import paired_difference, wilson
 from avl_analysis.models.loading import VLM, load_model
@@ -57,10 +51,6 @@ from avl_analysis.scenes import TASKS
 
 BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.1)
 """Shares of the full cache's bytes."""
-_SLACK = 2
-"""Tokens an answer may be longer than the longest right one before it is cut: its end, and one too
-many.
-"""
 
 Line = dict[str, Any]
 
@@ -128,34 +118,19 @@ def _shown(name: str) -> str:
     return name.replace("a-vl", "A-VL").replace("-cold", " cold")
 
 
-def groups(vlm: VLM, samples: Sequence[Sample], batch: int) -> list[list[int]]:
-    """Indices of samples whose prompts have the same length, at most `batch` together, in order."""
-    by_length: dict[int, list[int]] = {}
-    for index, length in enumerate(prompt_lengths(vlm, samples)):
-        by_length.setdefault(length, []).append(index)
-    return [
-        group[start : start + batch]
-        for _, group in sorted(by_length.items())
-        for start in range(0, len(group), batch)
-    ]
-
-
 def run_unit(
     vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], points: Sequence[Entry]
 ) -> list[Line]:
     """Every point's answers to some samples of equal length: which are right, and at what cost."""
-    ids = vlm.processor.tokenizer(
-        [(s.answers or ("",))[0] for s in samples], add_special_tokens=False
-    )["input_ids"]
-    longest = max(len(ids[index]) for index in indices) + _SLACK
+    longest = longest_right_answer(vlm, [samples[index] for index in indices])
     lines: list[Line] = []
-    with pictures_seen_once(vlm.model):
+    with images_encoded_once(vlm.model):
         for point in points:
 
             def ask(part: Sequence[int], policy: Policy = point.policy) -> list[Line]:
                 return _ask(vlm, [samples[i] for i in part], part, policy, longest)
 
-            for index, found in zip(indices, divide(ask, indices), strict=True):
+            for index, found in zip(indices, halve_on_failure(ask, indices), strict=True):
                 answer = {"failed": found.reason} if isinstance(found, Failure) else found
                 lines.append(
                     {"policy": point.name, "budget": point.budget, "sample": index, **answer}
@@ -202,38 +177,6 @@ def _bytes(run: Run, row: int) -> float:
     end = run.usage.steps[len(run.tokens[row]) - 1]
     of_token = end.full / (end.seen * len(end.by_row))
     return end.by_row[row] / (of_token * (run.prompt_tokens[row] + len(run.tokens[row]) - 1))
-
-
-@contextmanager
-def pictures_seen_once(model: nn.Module) -> Iterator[None]:
-    """Inside, a vision tower that is shown the very pixels of the last time gives the output of the
-    last time.
-    """
-    tower = getattr(getattr(model, "base_model", model), "vision_tower", None)
-    if tower is None:
-        yield
-        return
-    forward = tower.forward
-    last: dict[str, Any] = {}
-
-    def remembered(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if (
-            not last
-            or last["kwargs"] != (args, kwargs)
-            or not torch.equal(last["pixels"], pixel_values)
-        ):
-            last.update(
-                pixels=pixel_values,
-                kwargs=(args, kwargs),
-                output=forward(pixel_values, *args, **kwargs),
-            )
-        return last["output"]
-
-    tower.forward = remembered
-    try:
-        yield
-    finally:
-        del tower.forward
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -316,70 +259,89 @@ def _work(settings: Settings, unit: Unit) -> None:
     lines = run_unit(
         _model(settings), _samples(settings, unit.task), unit.indices, entries(settings.budgets)
     )
-    unfinished = unit.target.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(
-        "".join(json.dumps({"task": unit.task, **line}) + "\n" for line in lines), encoding="utf-8"
-    )
-    os.replace(unfinished, unit.target)
+    text = "".join(json.dumps({"task": unit.task, **line}) + "\n" for line in lines)
+    with atomic_write(unit.target) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
-def run(settings: Settings, folder: Path, workers: int = 2) -> list[Line]:
+def run(
+    settings: Settings,
+    folder: Path,
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Line]:
     """Do the units that are missing in `folder`, then read all of them.
 
+    Args:
+        settings: what is asked of which policies.
+        folder: where finished units are kept; made if it does not exist.
+        workers: processes of one thread each.
+        progress: called with (units done, units in all).
+
+    Returns:
+        One line per task and point, as `summarise` makes them.
+
     Raises:
-        InputError: the folder holds a run with other settings or other weights.
+        InputError: the folder holds a run with other settings or other weights, or another process
+            is at work in it.
     """
     vlm = load_model(settings.model)
     points = entries(settings.budgets)
-    described = {
+    with lock_folder(folder):
+        note_settings(folder, describe(settings, points, vlm))
+        planned = [
+            Unit(task, batch, folder / f"{task}-{batch[0]:05d}-{len(batch)}.jsonl")
+            for task in settings.tasks
+            for batch in batches_by_length(vlm, _samples(settings, task), settings.batch)
+        ]
+        missing = [unit for unit in planned if not unit.target.exists()]
+        done = len(planned) - len(missing)
+        # The longest units go first, so that no worker is left with one at the end.
+        for _ in _do(sorted(missing, key=lambda unit: -unit.size), settings, workers):
+            done += 1
+            if progress is not None:
+                progress(done, len(planned))
+        lines = [
+            json.loads(line)
+            for unit in planned
+            for line in unit.target.read_text(encoding="utf-8").splitlines()
+        ]
+    return summarise(lines, points, settings.samples)
+
+
+def describe(settings: Settings, points: Sequence[Entry], vlm: VLM) -> dict[str, Any]:
+    """What makes two runs the same one."""
+    return {
         "settings": repr(settings),
         "model_revision": vlm.revision,
         "policies": hashlib.sha256(repr(points).encode()).hexdigest(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def note_settings(folder: Path, described: Mapping[str, Any]) -> None:
+    """Write down what this run is, or check that the folder holds the same one."""
     note = folder / "settings.json"
     if note.exists() and json.loads(note.read_text(encoding="utf-8")) != described:
         raise InputError(
             f"{folder} holds a run with other settings, weights or policies; choose another --work,"
             " or delete it"
         )
-    note.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    planned = [
-        Unit(task, group, folder / f"{task}-{group[0]:05d}-{len(group)}.jsonl")
-        for task in settings.tasks
-        for group in groups(
-            vlm, scene_samples(settings.samples, [task], settings.seed), settings.batch
-        )
-    ]
-    missing = [unit for unit in planned if not unit.target.exists()]
-    if missing:
-        _do(sorted(missing, key=lambda unit: -unit.size), settings, len(planned), workers)
-    lines = [
-        json.loads(line)
-        for unit in planned
-        for line in unit.target.read_text(encoding="utf-8").splitlines()
-    ]
-    return summarise(lines, points, settings.samples)
+    with atomic_write(note) as unfinished:
+        unfinished.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
-def _do(missing: Sequence[Unit], settings: Settings, total: int, workers: int) -> None:
-    """Let worker processes do the missing units."""
-    columns = (
-        TextColumn("frontier"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+def _do(missing: Sequence[Unit], settings: Settings, workers: int) -> Iterator[Unit]:
+    """Let worker processes do the missing units, yielding each when it is done."""
+    if not missing:
+        return
     saved = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     os.environ.update(dict.fromkeys(saved, "1"))  # read when a worker imports torch
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     try:
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("frontier", total=total, completed=total - len(missing))
-            for done in as_completed([pool.submit(_work, settings, unit) for unit in missing]):
-                done.result()
-                bar.advance(task)
+        futures = {pool.submit(_work, settings, unit): unit for unit in missing}
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
     finally:
         pool.shutdown(cancel_futures=True)
         for name, value in saved.items():
@@ -387,11 +349,10 @@ def _do(missing: Sequence[Unit], settings: Settings, total: int, workers: int) -
 
 
 def write(path: Path, lines: Sequence[Line], header: Mapping[str, Any]) -> None:
-    """JSON lines, the first one saying where the others come from; replaced in one stroke."""
-    unfinished = path.with_suffix(path.suffix + ".part")
+    """JSON lines, the first one saying where the others come from."""
     text = [json.dumps({"about": dict(header)}), *(json.dumps(line) for line in lines)]
-    unfinished.write_text("\n".join(text) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    with atomic_write(path) as unfinished:
+        unfinished.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Line]]:
@@ -401,10 +362,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[Line]]:
         InputError: no such file, or not one of these.
     """
     if not path.is_file():
-        raise InputError(
-            f"there is no frontier {path}; make one with python -m avl_analysis.evaluation.frontier"
-            f" --out {path}"
-        )
+        raise InputError(f"there is no frontier {path}; make one with avl frontier --out {path}")
     try:
         first, *rest = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return first["about"], rest
@@ -412,57 +370,3 @@ def read(path: Path) -> tuple[dict[str, Any], list[Line]]:
         raise InputError(
             f"{path} is not a frontier: its first line must be an object with 'about'"
         ) from error
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m avl_analysis.evaluation.frontier",
-        description="Accuracy against measured bytes on the scenes' tasks.",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="JSON-lines file to write")
-    parser.add_argument(
-        "--work", type=Path, help="folder of the units done so far (default: OUT.work)"
-    )
-    parser.add_argument("--model", default="scenes")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--samples", type=int, default=200, help="samples per task")
-    parser.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS))
-    parser.add_argument("--batch", type=int, default=100, help="most samples per pass")
-    parser.add_argument("--seed", type=int, default=COMPARE_SEED)
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    chosen = parser.parse_args(arguments)
-    settings = Settings(
-        chosen.model,
-        tuple(chosen.tasks),
-        chosen.samples,
-        tuple(chosen.budgets),
-        chosen.batch,
-        chosen.seed,
-    )
-    work = chosen.work or chosen.out.with_name(chosen.out.name + ".work")
-    try:
-        lines = run(settings, work, chosen.workers)
-    except InputError as error:
-        print(f"frontier: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    about = {
-        **json.loads((work / "settings.json").read_text(encoding="utf-8")),
-        "command": _command(chosen),
-    }
-    write(chosen.out, lines, about)
-    print(
-        f"{len(lines)} points of {len(chosen.tasks)} tasks in {chosen.out}; the units in {work} can"
-        " be deleted now"
-    )
-
-
-def _command(chosen: argparse.Namespace) -> str:
-    return (
-        f"python -m avl_analysis.evaluation.frontier --out {chosen.out.name} --model {chosen.model}"
-        f" --samples {chosen.samples} --seed {chosen.seed} --budgets"
-        f" {' '.join(f'{b:g}' for b in chosen.budgets)} --tasks {' '.join(chosen.tasks)}"
-    )
-
-
-if __name__ == "__main__":
-    main()

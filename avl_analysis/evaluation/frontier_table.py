@@ -1,6 +1,6 @@
 """What a frontier file says, in a table and three verdicts.
 
-    python -m avl_analysis.evaluation.frontier_table reports/reference/frontier.jsonl
+    avl frontier --show reports/reference/frontier.jsonl
 
 Kept is a policy's exact match divided by the full cache's, on the task where that is smallest. A
 rival beats the preset where, asked for the same share of bytes, it answers more of a task's
@@ -9,16 +9,12 @@ questions rightly, and the 95 % interval of the paired difference lies above not
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from avl_analysis.errors import InputError
-from avl_analysis.evaluation.frontier import Line, read
+from avl_analysis.evaluation.frontier import Line
 from avl_analysis.intervals import paired_difference
 
 PRESET, FULL = "A-VL cold", "full"
@@ -131,22 +127,3 @@ def show(lines: Sequence[Line], preset: str = PRESET) -> str:
             f"- {loss.rival} beats {preset} at {100 * loss.budget:g} % on {loss.task} by {span}."
         )
     return "\n".join(text)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m avl_analysis.evaluation.frontier_table", description=__doc__
-    )
-    parser.add_argument(
-        "file", type=Path, help="what python -m avl_analysis.evaluation.frontier wrote"
-    )
-    chosen = parser.parse_args(arguments)
-    try:
-        print(show(read(chosen.file)[1]))
-    except InputError as error:
-        print(f"frontier_table: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,6 @@ from avl import Policy, Usage, adaptive
 from avl.families import describe
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.models.loading import VLM, end_tokens
-from avl_analysis.models.prompts import Conversation, render
 
 OnLogits = Callable[[int, Tensor], None]
 """Called after every pass with its step (0: the prompt) and the (batch, vocabulary) logits of the
@@ -107,19 +106,6 @@ def generate(
         attention=list(attention)[:steps],
         usage=session.usage() if session is not None else None,
     )
-
-
-def prompt_lengths(vlm: VLM, samples: Sequence[Sample]) -> list[int]:
-    """Tokens of each prompt as the model is given it, a picture counted as one: samples alike in
-    pictures and in this number need no padding together.
-
-    Raises:
-        InputError: prompts the model's chat template cannot take.
-    """
-    texts = [
-        render(vlm.processor, Conversation(sample.prompt, len(sample.images))) for sample in samples
-    ]
-    return [len(row) for row in vlm.processor.tokenizer(texts)["input_ids"]]
 
 
 def decode_texts(vlm: VLM, tokens: Sequence[Sequence[int]]) -> list[str]:

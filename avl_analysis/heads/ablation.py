@@ -36,13 +36,18 @@ from torch import Tensor, nn
 from avl.attention import Attend, AttentionCall
 from avl.families import describe
 from avl.hooks import Intervention, attached
+from avl_analysis.corpus.batches import (
+    Failure,
+    batches_by_length,
+    halve_on_failure,
+    images_encoded_once,
+    longest_right_answer,
+)
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.corpus.record_samples import record_samples
 from avl_analysis.corpus.regions import recorded_regions
 from avl_analysis.corpus.scoring import correct
 from avl_analysis.errors import InputError
-from avl_analysis.evaluation.compare import Failure, divide
-from avl_analysis.evaluation.frontier import groups, pictures_seen_once
 from avl_analysis.evaluation.generation import decode_texts, generate
 from avl_analysis.heads.localisation import first_word_hits
 from avl_analysis.heads.taxonomy import KINDS, Matrix, kinds, matrix, measure
@@ -56,8 +61,6 @@ Head = tuple[int, int]
 FORMAT, VERSION = "avl-ablation", 1
 NEEDED = ("modality_mass", "first_token_mass", "recent_text_mass")
 """Statistics a recording must hold for heads to be told apart."""
-_SLACK = 2
-"""Tokens an answer may be longer than the longest right one before it is cut."""
 
 
 # -- silencing -------------------------------------------------------------------------------------
@@ -431,12 +434,11 @@ def _ask_all(
     """
     letters = np.full((len(plans), len(samples)), "-", dtype="<U1")
     total, done = len(plans) * len(samples), 0
-    ids = vlm.processor.tokenizer(
-        [(s.answers or ("",))[0] for s in samples], add_special_tokens=False
-    )["input_ids"]
     for indices in _batches(vlm, samples, batch_size):
-        longest = min(max_new_tokens, max(len(ids[index]) for index in indices) + _SLACK)
-        with pictures_seen_once(vlm.model):
+        longest = min(
+            max_new_tokens, longest_right_answer(vlm, [samples[index] for index in indices])
+        )
+        with images_encoded_once(vlm.model):
             for number, one in enumerate(plans):
 
                 def ask(
@@ -450,7 +452,7 @@ def _ask_all(
                         correct(text, sample) for text, sample in zip(texts, chosen, strict=True)
                     ]
 
-                for index, found in zip(indices, divide(ask, indices), strict=True):
+                for index, found in zip(indices, halve_on_failure(ask, indices), strict=True):
                     letters[number, index] = "-" if isinstance(found, Failure) else str(int(found))
                 done += len(indices)
                 if progress is not None:
@@ -462,7 +464,7 @@ def _batches(vlm: VLM, samples: Sequence[Sample], batch_size: int) -> Iterator[l
     """Indices of samples of one task and length, whose answers are about as long."""
     for task in dict.fromkeys(sample.task for sample in samples):
         places = [index for index, sample in enumerate(samples) if sample.task == task]
-        for group in groups(vlm, [samples[index] for index in places], batch_size):
+        for group in batches_by_length(vlm, [samples[index] for index in places], batch_size):
             yield [places[index] for index in group]
 
 

@@ -77,7 +77,7 @@ def report(
     ] = None,
     frontier: Annotated[
         Path | None,
-        typer.Option(help="A file of python -m avl_analysis.evaluation.frontier to show too."),
+        typer.Option(help="A file of avl frontier to show too."),
     ] = None,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "",
     dtype: Dtype = None,

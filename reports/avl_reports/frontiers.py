@@ -1,7 +1,7 @@
 """A frontier file as numbers: accuracy and bytes of every policy at every budget, pooled over
 tasks.
 
-The file (`python -m avl_analysis.evaluation.frontier`) holds one line per task and point with a
+The file (`avl frontier`) holds one line per task and point with a
 letter per question, so that accuracies can be pooled and policies compared question by question.
 """
 

@@ -70,9 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("source", type=Path, help="folder that avl report wrote")
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument(
-        "--frontier", type=Path, help="file of python -m avl_analysis.evaluation.frontier"
-    )
+    parser.add_argument("--frontier", type=Path, help="file of avl frontier")
     given = parser.parse_args(arguments)
     try:
         built = condense(given.source, given.out, given.frontier)

@@ -136,8 +136,7 @@ class Run:
         """Raises NotMeasured if there is none."""
         if self._frontier is None:
             raise NotMeasured(
-                "accuracy against bytes was not measured; pass a file as `python -m"
-                " avl_analysis.evaluation.frontier` writes it"
+                "accuracy against bytes was not measured; pass a file that `avl frontier` wrote"
             )
         return self._frontier
 

@@ -58,9 +58,7 @@ def run_script(section: Callable[[Run], Section], arguments: Sequence[str] | Non
     parser.add_argument(
         "--ablation", action="append", default=[], help="file written by avl ablate; repeatable"
     )
-    parser.add_argument(
-        "--frontier", help="file written by python -m avl_analysis.evaluation.frontier"
-    )
+    parser.add_argument("--frontier", help="file written by avl frontier")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder to write into")
     given = parser.parse_args(arguments)
     try:

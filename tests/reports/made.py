@@ -230,4 +230,4 @@ def frontier(*, hostile: bool = False) -> Frontier:
         for (name, budget), (*both, held) in right.items()
         for task, letters in zip(("colour" + _EVIL * hostile, "count"), both, strict=True)
     ]
-    return Frontier({"command": "python -m avl_analysis.evaluation.frontier --out f.jsonl"}, lines)
+    return Frontier({"command": "avl frontier --out f.jsonl"}, lines)

@@ -206,7 +206,7 @@ def test_the_frontier_pools_tasks_and_judges_equal_budgets_question_by_question(
     ours = next(points for points in everything.points if points.name == "A-VL")
     assert (ours.x.tolist(), ours.y.tolist()) == ([0.25, 0.5], [0.5, 0.75])
     assert section.figure.caption.n == 8
-    assert "python -m avl_analysis.evaluation.frontier" in section.figure.caption.what
+    assert "avl frontier" in section.figure.caption.what
     assert len(section.table) == 7
 
 

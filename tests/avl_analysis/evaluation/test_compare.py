@@ -11,9 +11,10 @@ import xarray as xr
 from transformers import DynamicCache
 
 import avl
+from avl_analysis.corpus.batches import halve_on_failure
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.errors import InputError
-from avl_analysis.evaluation.compare import compare, divide, kl_divergence
+from avl_analysis.evaluation.compare import compare, kl_divergence
 from avl_analysis.evaluation.comparison import METRICS, load_comparison
 from avl_analysis.evaluation.generation import generate
 from avl_analysis.models.loading import VLM
@@ -290,7 +291,7 @@ def test_dividing_finds_the_items_that_fail_alone() -> None:
             raise ValueError(f"cannot do {items}")
         return [item * 10 for item in items]
 
-    found = divide(run, list(range(8)))
+    found = halve_on_failure(run, list(range(8)))
     assert [getattr(value, "reason", value) for value in found] == [
         0,
         10,

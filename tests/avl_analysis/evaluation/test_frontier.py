@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import avl
+from avl_analysis.cli.main import main
+from avl_analysis.corpus.batches import batches_by_length, images_encoded_once
 from avl_analysis.corpus.questions import scene_samples
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation import frontier
@@ -39,7 +41,7 @@ def test_every_policy_stands_at_every_budget_beside_the_full_cache_and_the_paper
 
 def test_samples_are_grouped_by_length_of_the_prompt_and_none_is_lost(vlm: VLM) -> None:
     samples = scene_samples(20, ["colour"])
-    groups = frontier.groups(vlm, samples, 3)
+    groups = batches_by_length(vlm, samples, 3)
     assert sorted(index for group in groups for index in group) == list(range(20))
     for group in groups:
         assert len(group) <= 3
@@ -51,7 +53,7 @@ def test_samples_are_grouped_by_length_of_the_prompt_and_none_is_lost(vlm: VLM) 
 
 def test_each_line_is_what_compare_measures(vlm: VLM) -> None:
     samples = scene_samples(6, ["colour"])
-    for group in frontier.groups(vlm, samples, 2):
+    for group in batches_by_length(vlm, samples, 2):
         lines = frontier.run_unit(vlm, samples, group, POINTS)
         chosen = [samples[index] for index in group]
         longest = max(
@@ -80,7 +82,7 @@ def test_the_vision_tower_runs_once_per_group_and_is_left_as_it_was(vlm: VLM) ->
         else tower.embeddings.register_forward_hook(lambda *_: calls.append(1))
     )
     samples = scene_samples(2, ["colour"])
-    group = frontier.groups(vlm, samples, 2)[0]
+    group = batches_by_length(vlm, samples, 2)[0]
     frontier.run_unit(vlm, samples, group, POINTS)
     handle.remove()
     assert len(calls) == 1
@@ -91,7 +93,7 @@ def test_other_pixels_are_not_answered_from_memory(vlm: VLM) -> None:
     tower = vlm.model.model.vision_tower
     one, other = torch.randn(1, 3, 24, 24), torch.randn(1, 3, 24, 24)
     plain = [tower(pixels).last_hidden_state for pixels in (one, other)]
-    with frontier.pictures_seen_once(vlm.model):
+    with images_encoded_once(vlm.model):
         for pixels, expected in (
             (one, plain[0]),
             (other, plain[1]),
@@ -132,9 +134,10 @@ def small(tmp_path: Path, vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> frontier
     frontier._model.cache_clear()
     frontier._samples.cache_clear()
 
-    def here(missing, settings, total, workers):  # type: ignore[no-untyped-def]
+    def here(missing, settings, workers):  # type: ignore[no-untyped-def]
         for unit in missing:
             frontier._work(settings, unit)
+            yield unit
 
     monkeypatch.setattr(frontier, "_do", here)
     return frontier.Settings(tasks=("colour", "size"), samples=4, batch=2)
@@ -195,7 +198,44 @@ def test_worker_processes_find_what_one_process_finds(tmp_path: Path) -> None:
         {"task": task, **line}
         for task in settings.tasks
         for samples in [scene_samples(4, [task], settings.seed)]
-        for group in frontier.groups(vlm, samples, 2)
+        for group in batches_by_length(vlm, samples, 2)
         for line in frontier.run_unit(vlm, samples, group, points)
     ]
     assert frontier.summarise(lines, points, 4) == whole
+
+
+def test_the_command_writes_a_frontier_that_it_can_show(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frontier, "entries", lambda budgets: POINTS)
+
+    def here(missing, settings, workers):  # type: ignore[no-untyped-def]
+        for unit in missing:
+            frontier._work(settings, unit)
+            yield unit
+
+    monkeypatch.setattr(frontier, "_do", here)
+    frontier._model.cache_clear()
+    frontier._samples.cache_clear()
+    out = tmp_path / "f.jsonl"
+    arguments = ["--out", str(out), "--scenes", "2", "--task", "size", "--budgets", "0.5"]
+    with pytest.raises(SystemExit) as done:
+        main(["frontier", *arguments])
+    assert not done.value.code
+    about, lines = frontier.read(out)
+    assert [(line["policy"], line["budget"]) for line in lines] == [
+        (point.name, point.budget) for point in POINTS
+    ]
+    assert about["command"].startswith("avl frontier --out f.jsonl --model scenes --scenes 2")
+    for mistake, message in (
+        (["--out", str(out)], "exists already"),
+        ([], "pass either --out FILE"),
+        (["--out", str(tmp_path / "g.jsonl"), "--task", "smell"], "unknown task 'smell'"),
+        (["--out", str(tmp_path / "g.jsonl"), "--budgets", "2"], "is not a share"),
+        (["--out", str(tmp_path / "g.jsonl"), "--budgets", "half"], "is not a list of numbers"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main(["frontier", *mistake])
+        assert done.value.code == 2
+        assert message in " ".join(capsys.readouterr().err.split())

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from avl_analysis.cli.main import main
 from avl_analysis.evaluation import frontier_table
 from avl_analysis.evaluation.frontier import entries, read, write
 from avl_analysis.scenes import TASKS
@@ -54,14 +55,15 @@ def test_only_rivals_beyond_the_interval_beat_the_preset() -> None:
 
 def test_the_verdicts_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "f.jsonl", LINES, {})
-    frontier_table.main([str(tmp_path / "f.jsonl")])
+    with pytest.raises(SystemExit):
+        main(["frontier", "--show", str(tmp_path / "f.jsonl")])
     said = capsys.readouterr().out
     assert "| A-VL cold |  | 35 % | 0.875 | 0.95, ocr |" in said
     assert "A-VL cold keeps 0.95" in said
     assert "- h2o beats A-VL cold at 10 % on ocr by 60.0 points" in said
     assert "No baseline beats" in frontier_table.show(LINES[:6])
     with pytest.raises(SystemExit) as done:
-        frontier_table.main([str(tmp_path / "g.jsonl")])
+        main(["frontier", "--show", str(tmp_path / "g.jsonl")])
     assert done.value.code == 2
 
 

@@ -1,0 +1,148 @@
+"""Which samples go through the model together, and what happens when a batch fails.
+
+Used by everything that runs a model over many samples: recording, comparisons, the frontier and
+the ablation of heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from avl import UnsupportedModelError
+from avl_analysis.corpus.questions import Sample
+from avl_analysis.models.loading import VLM
+from avl_analysis.models.prompts import Conversation, render
+
+FAILURES = (RuntimeError, ValueError, OSError, MemoryError, ArithmeticError, LookupError)
+"""Errors that concern the samples of one batch rather than the whole run."""
+ANSWER_SLACK = 2
+"""Tokens an answer may be longer than the longest right one: its end token, and one too many."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a sample could not be measured."""
+
+    reason: str
+
+
+def halve_on_failure(
+    run: Callable[[Sequence[T]], Sequence[R]], items: Sequence[T]
+) -> list[R | Failure]:
+    """`run(items)`, or the same on both halves where that fails, down to items that fail alone.
+
+    Memory errors are dealt with the same way: what does not fit at once may fit in halves.
+
+    Args:
+        run: returns one result per item.
+        items: samples, or anything that stands for them.
+
+    Returns:
+        One result or `Failure` per item, in order.
+
+    Raises:
+        UnsupportedModelError: the model, not a sample, is the reason.
+    """
+    if not items:
+        return []
+    try:
+        return list(run(items))
+    except UnsupportedModelError:
+        raise
+    except FAILURES as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(items) == 1:
+        return [Failure(reason)]
+    half = len(items) // 2
+    return halve_on_failure(run, items[:half]) + halve_on_failure(run, items[half:])
+
+
+def prompt_lengths(vlm: VLM, samples: Sequence[Sample]) -> list[int]:
+    """Tokens of each prompt as the model is given it, an image counted as one.
+
+    Samples with equally many images and the same length need no padding together.
+
+    Raises:
+        InputError: prompts that the model's chat template cannot take.
+    """
+    texts = [
+        render(vlm.processor, Conversation(sample.prompt, len(sample.images))) for sample in samples
+    ]
+    return [len(row) for row in vlm.processor.tokenizer(texts)["input_ids"]]
+
+
+def batches_by_length(vlm: VLM, samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
+    """Indices of samples whose prompts have the same length, so that nothing is padded."""
+    by_length: dict[int, list[int]] = {}
+    for index, length in enumerate(prompt_lengths(vlm, samples)):
+        by_length.setdefault(length, []).append(index)
+    return [
+        indices[start : start + batch_size]
+        for _, indices in sorted(by_length.items())
+        for start in range(0, len(indices), batch_size)
+    ]
+
+
+def batches_of_similar_length(
+    vlm: VLM, samples: Sequence[Sample], batch_size: int
+) -> list[list[int]]:
+    """Indices of samples in full batches, sorted by number of images and length of the prompt.
+
+    Samples without an image never share a batch with samples that have one, because many
+    processors refuse such a mixture.
+    """
+    lengths = prompt_lengths(vlm, samples)
+    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].images), lengths[i], i))
+    batches: list[list[int]] = []
+    for index in order:
+        mixed = batches and bool(samples[batches[-1][0]].images) != bool(samples[index].images)
+        if not batches or mixed or len(batches[-1]) == batch_size:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def longest_right_answer(vlm: VLM, samples: Sequence[Sample]) -> int:
+    """Tokens after which an answer to any of the samples can no longer be a right one."""
+    texts = [(sample.answers or ("",))[0] for sample in samples]
+    ids = vlm.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return max(map(len, ids)) + ANSWER_SLACK
+
+
+@contextmanager
+def images_encoded_once(model: nn.Module) -> Iterator[None]:
+    """Inside, a vision tower that is shown the same pixels as last time repeats its last output."""
+    tower = getattr(getattr(model, "base_model", model), "vision_tower", None)
+    if tower is None:
+        yield
+        return
+    forward = tower.forward
+    last: dict[str, Any] = {}
+
+    def remembered(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        same = (
+            bool(last)
+            and last["arguments"] == (args, kwargs)
+            and torch.equal(last["pixels"], pixel_values)
+        )
+        if not same:
+            output = forward(pixel_values, *args, **kwargs)
+            last.update(pixels=pixel_values, arguments=(args, kwargs), output=output)
+        return last["output"]
+
+    tower.forward = remembered
+    try:
+        yield
+    finally:
+        del tower.forward
