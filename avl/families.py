@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from avl.grids import describe_rows
-from avl.places import Picture, PictureMap, count, map_pictures
+from avl.places import Picture, PictureMap, map_pictures, originals_of
 from avl.tokens import TokenLayout, token_layout
 
 _IMAGE_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -79,18 +79,20 @@ class Family:
     def layout(
         self, input_ids: Tensor, attention_mask: Tensor | None, inputs: Mapping[str, Any]
     ) -> TokenLayout:
-        """Token layout of a prompt. `inputs` are the other arguments of the model call (grids,
-        image sizes).
+        """Token layout of a prompt.
+
+        Args:
+            input_ids: (batch, length).
+            attention_mask: (batch, length), zero at padding; None means no padding.
+            inputs: the other arguments of the model call (grids, image sizes). What
+                `places.remember_originals` was told about one of its tensors is used as well.
         """
-        pictures, _ = self._pictures(input_ids, attention_mask, inputs)
+        sizes, processor = originals_of(inputs) or (None, None)
+        if sizes is not None and len(sizes) != len(input_ids):
+            sizes = None
+        pictures, _ = self._pictures(input_ids, attention_mask, inputs, sizes, processor)
         return token_layout(
-            input_ids,
-            self.image_token_ids,
-            attention_mask=attention_mask,
-            tokens_per_image=[[count(picture) for picture in row] for row in pictures],
-            places=lambda b, index, _: [
-                place for view in pictures[b][index] for place in view.places()
-            ],
+            input_ids, self.image_token_ids, attention_mask=attention_mask, pictures=pictures
         )
 
     def picture_map(

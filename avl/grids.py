@@ -17,9 +17,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +35,7 @@ SQUARE = (
     "image tokens are assumed to lie in raster order over a square grid that covers what the"
     " processor keeps"
 )
+VIDEO = "where the tokens of a video lie is not known"
 NO_PLACE = "image tokens of this family stand for the whole picture, none of them for a part of it"
 
 
@@ -214,16 +215,14 @@ def padded(prompt: Prompt) -> Pictures:
 
 
 def grid_thw(prompt: Prompt) -> Pictures:
-    """Qwen-VL and kin: `image_grid_thw` patches, merged `merge` x `merge`; one view per frame of a
-    video.
+    """Qwen-VL and kin: `image_grid_thw` patches, merged `merge` x `merge`; a view per frame, where
+    an image has several.
     """
     names = ("spatial_merge_size", "merge_size", "merge_kernel_size")
     default = next((merge for name in names if (merge := prompt.vision(name))), 1)
     done = 0
     while done < prompt.tokens:
-        here = prompt.ids[prompt.position(done)]
-        kind = "video" if here == getattr(prompt.config, "video_token_id", None) else "image"
-        grid, own = prompt.take(f"{kind}_grid_thw"), prompt.take(f"{kind}_merge_sizes")
+        grid, own = prompt.take("image_grid_thw"), prompt.take("image_merge_sizes")
         if grid is None:
             return
         merge = own[0] if own else default
@@ -467,28 +466,61 @@ def describe_rows(
     Args:
         rows: token ids; `runs` the unbroken runs of image tokens in them.
     """
-    describe = GRIDS.get(name) or (grid_thw if inputs.get("image_grid_thw") is not None else square)
     supply, batch_runs = _supply(inputs), sum(map(len, runs))
-    found, notes = [], []
+    found: list[list[Picture]] = []
+    notes: list[str] = []
     for b, (ids, spans) in enumerate(zip(rows, runs, strict=True)):
-        prompt = Prompt(
-            config,
-            inputs,
-            ids,
-            spans,
-            batch_runs,
-            supply,
-            None if sizes is None else sizes[b],
-            processor,
-        )
-        pictures = list(describe(prompt))
-        if sum(map(count, pictures)) != prompt.tokens:
-            pictures = [nowhere(length) for _, length in spans]
-            notes.append(UNKNOWN)
-        elif spans and describe in (square, latent):
-            notes.append(SQUARE if describe is square else NO_PLACE)
+        own = None if sizes is None else sizes[b]
+        prompt = Prompt(config, inputs, ids, (), batch_runs, supply, own, processor)
+        pictures, said = _describe_row(name, prompt, spans)
+        if own is not None and len(own) != len(pictures):
+            # sizes of other pictures than the row shows say nothing about these
+            pictures = [tuple(replace(view, box=None) for view in one) for one in pictures]
         found.append(pictures)
+        notes += said
     return found, "; ".join(dict.fromkeys(notes))
+
+
+def _describe_row(
+    name: str, prompt: Prompt, runs: Sequence[tuple[int, int]]
+) -> tuple[list[Picture], list[str]]:
+    """The pictures of one row, whose runs of image tokens these are, and what was assumed."""
+    describe = _describing(name, prompt)
+    pictures: list[Picture] = []
+    notes: list[str] = []
+    for is_video, group in groupby(runs, key=lambda run: _is_video(prompt, run)):
+        spans = tuple(group)
+        if is_video:
+            pictures += [nowhere(length) for _, length in spans]
+            notes.append(VIDEO)
+            continue
+        left = None if prompt.sizes is None else prompt.sizes[len(pictures) :]
+        part = replace(prompt, runs=spans, sizes=left)
+        here = list(describe(part))
+        if sum(map(count, here)) != part.tokens:
+            here = [nowhere(length) for _, length in spans]
+            notes.append(UNKNOWN)
+        elif describe in (square, latent):
+            notes.append(SQUARE if describe is square else NO_PLACE)
+        pictures += here
+    return pictures, notes
+
+
+def _describing(name: str, prompt: Prompt) -> Describe:
+    """How this family lays out its pictures."""
+    if name in GRIDS:
+        return GRIDS[name]
+    return grid_thw if prompt.inputs.get("image_grid_thw") is not None else square
+
+
+def _is_video(prompt: Prompt, run: tuple[int, int]) -> bool:
+    """Whether a run of image tokens shows frames of a video.
+
+    Recordings have no axis for time yet, so where the tokens of a video lie is left unknown.
+    """
+    ids = {getattr(prompt.config, name, None) for name in ("video_token_id", "video_token_index")}
+    ids -= {getattr(prompt.config, name, None) for name in ("image_token_id", "image_token_index")}
+    return prompt.ids[run[0]] in ids
 
 
 def _supply(inputs: Mapping[str, Any]) -> dict[str, deque[list[int]]]:
@@ -496,10 +528,8 @@ def _supply(inputs: Mapping[str, Any]) -> dict[str, deque[list[int]]]:
     supply: dict[str, deque[list[int]]] = {}
     for name in (
         "image_grid_thw",
-        "video_grid_thw",
         "image_sizes",
         "image_merge_sizes",
-        "video_merge_sizes",
     ):
         if (value := inputs.get(name)) is not None:
             rows = value.tolist() if isinstance(value, Tensor) else list(value)

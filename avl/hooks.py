@@ -29,10 +29,12 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import wraps
 from inspect import signature
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -141,6 +143,8 @@ class AttentionHooks:
         self.forward: Forward | None = None
         self._streams: WeakKeyDictionary[Any, _Stream] = WeakKeyDictionary()
         self._inputs: dict[str, Any] = {}
+        self._shown: dict[str, Any] = {}
+        self._watched: list[tuple[nn.Module, str]] = []
         self._embedded: Tensor | None = None
         self._calls = 0
         self._hooks: list[Any] = []
@@ -181,6 +185,7 @@ class AttentionHooks:
             self._hooks.append(
                 embedding.register_forward_pre_hook(self._remember_ids, with_kwargs=True)
             )
+            self._watch_encoders()
             decoder = self.family.decoder
             self._hooks.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._hooks.append(decoder.register_forward_hook(self._end, with_kwargs=True))
@@ -192,11 +197,29 @@ class AttentionHooks:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        for module, name in self._watched:
+            vars(module).pop(name, None)
+            _ENCODERS.pop(module, None)
+        self._watched.clear()
         for module in self._modules:
             _OWNERS.pop(module, None)
         for config in self._configs:
             _restore(config)
         self.forward = None
+
+    def _watch_encoders(self) -> None:
+        """See what images are encoded from.
+
+        `generate` encodes them first and calls the model with the features alone, so grids and
+        sizes pass only here.
+        """
+        for module in self.model.modules():
+            for name in _ENCODING:
+                function = getattr(type(module), name, None)
+                if callable(function) and name not in vars(module):
+                    setattr(module, name, MethodType(_watched(function), module))
+                    self._watched.append((module, name))
+                    _ENCODERS[module] = self
 
     def detach(self, hook: Observer | Intervention) -> None:
         """Disconnect `hook`; the last one restores the model. Harmless if it is not connected."""
@@ -218,6 +241,9 @@ class AttentionHooks:
         if given.get("input_ids") is not None or module is self.model:
             self._inputs = given
 
+    def _remember_shown(self, arguments: dict[str, Any]) -> None:
+        self._shown |= {name: value for name, value in arguments.items() if value is not None}
+
     def _remember_ids(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -233,6 +259,7 @@ class AttentionHooks:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = _named(module, args, kwargs)
         inputs, self._inputs = self._inputs, {}
+        shown, self._shown = self._shown, {}
         new = (
             given.get("input_ids")
             if given.get("input_ids") is not None
@@ -249,7 +276,11 @@ class AttentionHooks:
         if ids is None and self._embedded is not None and self._embedded.shape == new.shape[:2]:
             ids = self._embedded
         self._embedded = None
-        self.forward = self._place(cache, tokens, ids, inputs or given)
+        inputs = {
+            **shown,
+            **{name: value for name, value in (inputs or given).items() if value is not None},
+        }
+        self.forward = self._place(cache, tokens, ids, inputs)
         self._calls = 0
         for hook in (self.intervention, self.observer):
             if hook is not None:
@@ -333,6 +364,28 @@ class AttentionHooks:
 
 
 _HOOKS: WeakKeyDictionary[nn.Module, AttentionHooks] = WeakKeyDictionary()
+_ENCODERS: WeakKeyDictionary[nn.Module, AttentionHooks] = (
+    WeakKeyDictionary()
+)  # module whose encoding of images is watched -> its hooks
+_ENCODING = ("get_image_features", "get_video_features")
+
+
+def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that tells the hooks of its module what it was called with.
+
+    It finds its module when called and never keeps it, so that a copy of the model encodes with its
+    own weights.
+    """
+
+    @wraps(function)  # transformers reads the signature
+    def encode(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hooks = _ENCODERS.get(module)
+        if hooks is not None:
+            names = list(signature(function).parameters)[1:]
+            hooks._remember_shown({**dict(zip(names, args, strict=False)), **kwargs})
+        return function(module, *args, **kwargs)
+
+    return encode
 
 
 def attach(model: nn.Module, hook: Observer | Intervention) -> AttentionHooks:

@@ -13,13 +13,21 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from avl.tokens import Place, TokenLayout
+if TYPE_CHECKING:
+    from avl.tokens import TokenLayout
+
+Place = tuple[int, int]
+"""Row and column of a token in its image's grid, counted from the top left; (-1, -1) where there is
+none.
+"""
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom as fractions of the picture's width and height, from the top left
@@ -39,7 +47,7 @@ class View:
         origin: place of the first token in the picture's finest grid; None if this grid is a
             coarser, second one.
         tile: 0 for a view of the whole picture, 1, 2, ... for tiles in the order of their tokens,
-            frames likewise.
+            -1 if nothing is known of the tokens.
         before, breaks, after: tokens without a place, ahead of the grid, after each row, behind the
             grid.
     """
@@ -103,7 +111,97 @@ def count(picture: Picture) -> int:
 
 def nowhere(tokens: int) -> Picture:
     """A picture of which nothing but the number of tokens is known."""
-    return (View(0, 0, None, None, before=tokens),)
+    return (View(0, 0, None, None, tile=-1, before=tokens),)
+
+
+def token_boxes(layout: TokenLayout, row: int) -> Tensor:
+    """Part of its picture that every token of one row of a batch stands for.
+
+    Returns:
+        (length, 4) float32: left, top, right, bottom as fractions of the whole picture. A box over
+        padding beside the picture ends at the border, so it may be empty; NaN where the place is
+        unknown or there is none, so also for everything that is no image token.
+    """
+    boxes = torch.full((layout.length, 4), torch.nan)
+    for index, picture in enumerate(layout.pictures[row]):
+        positions = (layout.image[row] == index).nonzero().flatten().cpu()
+        boxes[positions] = _clamped(picture)
+    return boxes
+
+
+def token_tiles(layout: TokenLayout, row: int) -> Tensor:
+    """Number of the view that every token of one row of a batch belongs to, (length,) int16:
+    `View.tile`, and -1 for everything that is no image token.
+    """
+    tiles = torch.full((layout.length,), -1, dtype=torch.int16)
+    for index, picture in enumerate(layout.pictures[row]):
+        positions = (layout.image[row] == index).nonzero().flatten().cpu()
+        tiles[positions] = _tiles(picture)
+    return tiles
+
+
+def _clamped(picture: Picture) -> Tensor:
+    """(tokens, 4): boxes of a picture's tokens, cut off at its border."""
+    boxes = [box for view in picture for box in view.boxes()]
+    return torch.tensor(boxes).reshape(-1, 4).clamp(0.0, 1.0)
+
+
+def _tiles(picture: Picture) -> Tensor:
+    """(tokens,): numbers of the views of a picture's tokens."""
+    tiles = [view.tile for view in picture for _ in range(view.count)]
+    return torch.tensor(tiles, dtype=torch.int16)
+
+
+class Originals(NamedTuple):
+    """What the pictures were before a processor made model inputs of them.
+
+    Attributes:
+        sizes: (width, height) in pixels of every picture of every row of the batch.
+        processor: the image processor that was used, or None.
+    """
+
+    sizes: tuple[tuple[tuple[int, int], ...], ...]
+    processor: Any = None
+
+
+_ORIGINALS = WeakIdKeyDictionary()
+"""Tensor of model inputs -> `Originals`; lives as long as the tensor."""
+
+_OF_TEXT = frozenset({"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"})
+
+
+def remember_originals(
+    inputs: Mapping[str, Any],
+    sizes: Sequence[Sequence[tuple[int, int]]],
+    processor: Any = None,
+) -> None:
+    """Remember how large the pictures behind prepared inputs were.
+
+    Some families crop or tile by the size of the original picture and tell the model nothing of it
+    (LLaVA-1.5, InternVL). With the size known, whoever watches the model knows which part of the
+    picture every image token stands for. It is remembered with the tensors of `inputs` themselves:
+    pass these on to the model, not copies.
+
+    Args:
+        inputs: what the processor returned, on the model's device.
+        sizes: (width, height) in pixels of every picture of every row of the batch.
+        processor: the processor or image processor.
+    """
+    originals = Originals(
+        tuple(tuple((int(width), int(height)) for width, height in row) for row in sizes),
+        getattr(processor, "image_processor", processor),
+    )
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and name not in _OF_TEXT:
+            _ORIGINALS[value] = originals
+
+
+def originals_of(inputs: Mapping[str, Any]) -> Originals | None:
+    """What `remember_originals` was told about one of these tensors, None if nothing."""
+    for value in inputs.values():
+        if isinstance(value, Tensor) and (found := _ORIGINALS.get(value)) is not None:
+            return found
+    return None
 
 
 @dataclass(frozen=True)
@@ -152,11 +250,6 @@ def map_pictures(
             )
         for index, (picture, (width, height)) in enumerate(zip(shown, known, strict=True)):
             at = (layout.image[b] == index).nonzero().flatten().cpu()
-            fractions = torch.tensor([box for view in picture for box in view.boxes()]).clamp(
-                0.0, 1.0
-            )
-            boxes[b, at] = fractions * torch.tensor([width, height, width, height])
-            tile[b, at] = torch.tensor(
-                [view.tile for view in picture for _ in range(view.count)], dtype=torch.int16
-            )
+            boxes[b, at] = _clamped(picture) * torch.tensor([width, height, width, height])
+            tile[b, at] = _tiles(picture)
     return PictureMap(boxes, tile, assumption, sizes)

@@ -14,13 +14,15 @@ without an image act through their text rule only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from avl.places import Picture, count, nowhere
 
 
 class Modality(IntEnum):
@@ -37,11 +39,6 @@ class Modality(IntEnum):
 MODALITIES: tuple[str, ...] = ("system", "image", "text")
 """Names of the modalities, in the order of their codes."""
 
-Place = tuple[int, int]
-"""Row and column of a token in its picture's grid, counted from the top left; (-1, -1) where there
-is none.
-"""
-
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -53,12 +50,15 @@ class TokenLayout:
             pictures.
         row, column: (batch, length) int16, place in the picture's grid, -1 where there is none or
             it is unknown.
+        pictures: for every row of the batch its pictures as views, in the order of their tokens;
+            `places.token_boxes` makes boxes of them.
     """
 
     modality: Tensor
     image: Tensor
     row: Tensor
     column: Tensor
+    pictures: tuple[tuple[Picture, ...], ...]
 
     @property
     def batch(self) -> int:
@@ -86,16 +86,20 @@ class TokenLayout:
         return [int(row.max()) + 1 for row in self.image]
 
     def to(self, device: torch.device | str) -> TokenLayout:
-        return TokenLayout(
-            *(t.to(device) for t in (self.modality, self.image, self.row, self.column))
-        )
+        """The same layout with its tensors on `device`."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors()})
 
     def select(self, rows: Tensor) -> TokenLayout:
         """Layout of rows `rows` of the batch, in that order, repetitions allowed (beam search,
         contrastive search).
         """
-        parts = (self.modality, self.image, self.row, self.column)
-        return TokenLayout(*(part.index_select(0, rows.to(part.device)) for part in parts))
+        chosen = {
+            name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in self._tensors()
+        }
+        return TokenLayout(**chosen, pictures=tuple(self.pictures[row] for row in rows.tolist()))
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [(name, getattr(self, name)) for name in ("modality", "image", "row", "column")]
 
     def extend(self, other: TokenLayout) -> TokenLayout:
         """This layout followed by `other` (a later turn of the same conversations).
@@ -129,6 +133,7 @@ class TokenLayout:
             image,
             torch.cat([self.row, other.row], 1),
             torch.cat([self.column, other.column], 1),
+            tuple((*own, *later) for own, later in zip(self.pictures, other.pictures, strict=True)),
         )
 
     def extend_text(self, count: int) -> TokenLayout:
@@ -141,6 +146,7 @@ class TokenLayout:
             torch.cat([self.image, none], 1),
             torch.cat([self.row, none], 1),
             torch.cat([self.column, none], 1),
+            self.pictures,
         )
 
 
@@ -149,8 +155,7 @@ def token_layout(
     image_token_ids: Sequence[int],
     *,
     attention_mask: Tensor | None = None,
-    tokens_per_image: int | Sequence[Sequence[int]] | None = None,
-    places: Callable[[int, int, int], Sequence[Place]] | None = None,
+    pictures: Sequence[Sequence[Picture]] | None = None,
 ) -> TokenLayout:
     """Layout of a batch of prompts.
 
@@ -159,13 +164,11 @@ def token_layout(
             feature).
         image_token_ids: ids whose positions carry image features.
         attention_mask: (batch, length), zero at padding; None means no padding.
-        tokens_per_image: where one run of image tokens may hold several pictures: their common
-            length, or the lengths of every picture of every row. None: every run is one picture.
-        places: `places(row_of_batch, image, count)` gives row and column of each of the `count`
-            tokens of a picture; None leaves the places unknown.
+        pictures: the pictures of every row as views, in the order of their tokens. None: every run
+            of image tokens is one picture, of whose places nothing is known.
 
     Raises:
-        ValueError: if ids and mask differ in shape, or picture lengths do not add up to the image
+        ValueError: if ids and mask differ in shape, or the pictures do not add up to the image
             tokens found.
     """
     if input_ids.dim() != 2:
@@ -188,46 +191,33 @@ def token_layout(
     modality[~valid] = int(Modality.PADDING)
     image = torch.full_like(modality, -1, dtype=torch.int16)
     row, column = image.clone(), image.clone()
+    shown = []
     for b in range(input_ids.shape[0]):
         positions = is_image[b].nonzero().flatten()
+        shown.append(_pictures(positions, b, None if pictures is None else pictures[b]))
         start = 0
-        for index, count in enumerate(_picture_lengths(positions, b, tokens_per_image)):
-            at = positions[start : start + count]
+        for index, picture in enumerate(shown[b]):
+            at = positions[start : start + count(picture)]
             image[b, at] = index
-            if places is not None:
-                where = torch.tensor(
-                    places(b, index, count), dtype=torch.int16, device=image.device
-                ).reshape(count, 2)
-                row[b, at], column[b, at] = where[:, 0], where[:, 1]
-            start += count
-    return TokenLayout(modality, image, row, column)
+            places = [place for view in picture for place in view.places()]
+            where = torch.tensor(places, dtype=torch.int16, device=image.device).reshape(-1, 2)
+            row[b, at], column[b, at] = where[:, 0], where[:, 1]
+            start += count(picture)
+    return TokenLayout(modality, image, row, column, tuple(shown))
 
 
-def _picture_lengths(
-    positions: Tensor, batch_row: int, tokens_per_image: int | Sequence[Sequence[int]] | None
-) -> list[int]:
-    """Number of tokens of each picture, given the sorted positions of one row's image tokens."""
-    if positions.numel() == 0:
-        return []
-    if tokens_per_image is not None and not isinstance(tokens_per_image, int):
-        lengths = [int(n) for n in tokens_per_image[batch_row]]
-        if sum(lengths) != positions.numel():
-            raise ValueError(
-                f"row {batch_row} has {positions.numel()} image tokens, but its pictures were said"
-                f" to have {lengths}"
-            )
-        return lengths
-    breaks = ((positions[1:] - positions[:-1]) > 1).nonzero().flatten() + 1
-    bounds = [0, *breaks.tolist(), positions.numel()]
-    runs = [after - before for before, after in pairwise(bounds)]
-    if tokens_per_image is None:
-        return runs
-    split: list[int] = []
-    for run in runs:
-        if run % tokens_per_image:
-            raise ValueError(
-                f"row {batch_row} has a run of {run} image tokens, which is not a multiple of"
-                f" {tokens_per_image} per picture"
-            )
-        split += [tokens_per_image] * (run // tokens_per_image)
-    return split
+def _pictures(
+    positions: Tensor, batch_row: int, known: Sequence[Picture] | None
+) -> tuple[Picture, ...]:
+    """The pictures of one row, given the sorted positions of its image tokens."""
+    if known is None:
+        breaks = ((positions[1:] - positions[:-1]) > 1).nonzero().flatten() + 1
+        bounds = [0, *breaks.tolist(), positions.numel()]
+        return tuple(nowhere(stop - start) for start, stop in pairwise(bounds) if stop > start)
+    lengths = [count(picture) for picture in known]
+    if sum(lengths) != positions.numel():
+        raise ValueError(
+            f"row {batch_row} has {positions.numel()} image tokens, but its pictures were said"
+            f" to have {lengths}"
+        )
+    return tuple(known)

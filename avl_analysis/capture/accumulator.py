@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from avl.tokens import Modality
 from avl_analysis.capture.plan import CapturePlan, LayerResult
-from avl_analysis.recordings.schema import Field, Part
+from avl_analysis.recordings.schema import EDGES, TOKEN_FIELDS, Field, Part
 from avl_analysis.statistics.ages import AGE_STARTS
 from avl_analysis.statistics.base import (
     CacheStatistic,
@@ -38,6 +39,13 @@ tokens x 4 bytes, 189 MB for 32 layers and 2,880 image tokens.
 """
 
 PHASES = ("prefill", "decode", "extend")
+
+
+class TokenPlaces(NamedTuple):
+    """Where in their pictures tokens lie: box (length, 4) and tile (length,), as `places` says."""
+
+    box: Tensor
+    tile: Tensor
 
 
 @dataclass(eq=False)
@@ -104,7 +112,7 @@ class SampleAccumulator:
     # -- filling -----
 
     def add_tokens(self, **arrays: np.ndarray) -> None:
-        """Tokens behind the ones so far: token_id, modality, image, row, column, each (count,)."""
+        """Tokens behind the ones so far: the arrays of `token_arrays`, each (count,)."""
         for name, array in arrays.items():
             self.tokens[name] = (
                 np.concatenate([self.tokens[name], array]) if name in self.tokens else array.copy()
@@ -252,7 +260,7 @@ class SampleAccumulator:
 
     def _token_fields(self) -> dict[str, tuple[Field, np.ndarray]]:
         modality, prompt = self.tokens["modality"], self.length - self.phases.count("decode")
-        fields = {name: (Field(("position",), -1), array) for name, array in self.tokens.items()}
+        fields = {name: (TOKEN_FIELDS[name], array) for name, array in self.tokens.items()}
         phases = np.array([PHASES.index(phase) for phase in self.phases], np.int8)
         fields["phase"] = (Field(("step",), -1, attrs={"flag_meanings": " ".join(PHASES)}), phases)
         fields["step_position"] = (
@@ -352,13 +360,27 @@ def by_rank(values: Tensor, keys: TokenInfo, length: int, fill: float) -> np.nda
     return placed[..., :length].cpu().numpy()
 
 
-def token_arrays(tokens: TokenInfo, ids: Tensor | None, new: slice) -> dict[str, np.ndarray]:
-    """What the new tokens of a sample are, padding left out; tokens (length,),
-    ids (new tokens,)."""
+def token_arrays(
+    tokens: TokenInfo, ids: Tensor | None, new: slice, places: TokenPlaces | None
+) -> dict[str, np.ndarray]:
+    """What the new tokens of a sample are, padding left out.
+
+    Args:
+        tokens: all tokens of the sample so far, (length,).
+        ids: (new tokens,), None if they are not known.
+        new: which of the tokens are new.
+        places: of all tokens; None for generated tokens, which have none.
+    """
     named = {
         name: getattr(tokens, name)[new] for name in ("rank", "modality", "image", "row", "column")
     }
     named["token_id"] = torch.full_like(named["rank"], -1) if ids is None else ids
+    count = len(named["rank"])
+    if places is None:
+        places = TokenPlaces(torch.full((count, 4), torch.nan), torch.full((count,), -1).short())
+        new = slice(0, count)
+    named["tile"] = places.tile[new]
+    named |= dict(zip(EDGES, places.box[new].unbind(-1), strict=True))
     arrays = {name: values.cpu().numpy() for name, values in named.items()}
     valid = arrays.pop("rank") >= 0
     return {name: values[valid] for name, values in arrays.items()}

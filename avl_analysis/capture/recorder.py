@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from avl.attention import AttentionCall, Forward
 from avl.families import describe
 from avl.hooks import HookError, Observer, attach
-from avl_analysis.capture.accumulator import SampleAccumulator, token_arrays
+from avl.places import token_boxes, token_tiles
+from avl_analysis.capture.accumulator import SampleAccumulator, TokenPlaces, token_arrays
 from avl_analysis.capture.plan import CapturePlan, LayerResult
 from avl_analysis.capture.provenance import provenance
 from avl_analysis.capture.raw_slices import Raw, raw
@@ -229,9 +230,9 @@ class Recorder(Observer):
             self._reduce_steps(b, forward)
             passes = [self._passes.get((b, layer)) for layer in self.layers]
             if not sample.finished and any(one is not None for one in passes):
-                sample.add_tokens(
-                    **token_arrays(tokens, None if ids is None else ids[b, -forward.tokens :], new)
-                )
+                new_ids = None if ids is None else ids[b, -forward.tokens :]
+                places = None if forward.kind == "decode" else _places(forward, b)
+                sample.add_tokens(**token_arrays(tokens, new_ids, new, places))
                 sample.add_pass(forward.kind, passes)
         self._begin_pass([])
 
@@ -251,6 +252,11 @@ class Recorder(Observer):
             self._passes.update(
                 {(b, layer): one for layer, one in zip(layers, reduced, strict=True)}
             )
+
+
+def _places(forward: Forward, sample: int) -> TokenPlaces:
+    """Where in their pictures the tokens of one row of the batch lie."""
+    return TokenPlaces(token_boxes(forward.layout, sample), token_tiles(forward.layout, sample))
 
 
 def _not_numbers(what: str, forward: Forward) -> ValueError:

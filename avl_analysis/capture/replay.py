@@ -91,12 +91,7 @@ def _replay_sample(
             )
         rows = [at[position] for position in range(start, stop)]
         new = slice(start, stop)
-        log.add_tokens(
-            **{
-                name: tokens[name].values[new]
-                for name in ("token_id", "modality", "image", "row", "column")
-            }
-        )
+        log.add_tokens(**{name: tokens[name].values[new] for name in schema.TOKEN_FIELDS})
         weights = torch.from_numpy(
             attention["attention"].values[:, :, rows, :stop].astype(np.float32)
         )

@@ -19,8 +19,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from avl.families import Family, describe
+from avl.places import remember_originals
 from avl_analysis.conformance.entries import entry
-from avl_analysis.conformance.inputs import has_processor, pixels, prompt
+from avl_analysis.conformance.inputs import has_processor, image_processor, pixels, prompt
 from avl_analysis.conformance.shrink import shrink
 
 
@@ -105,6 +106,20 @@ class Case:
         model = self._make("eager")
         model.load_state_dict(self.model.state_dict())
         return model
+
+    @cached_property
+    def processor(self) -> Any:
+        """The type's image processor, sized for the tiny model; LookupError without one."""
+        help = entry(self.model_type)
+        with quiet():
+            return image_processor(help.processor or self.model_type, self.config, help.options)
+
+    def asking(self, image: Image.Image) -> dict[str, Any]:
+        """One prompt that shows this image, whose size is remembered with the inputs."""
+        with quiet():
+            inputs = prompt(self.model, pixels(self.model_type, self.config, [image]))
+        remember_originals(inputs, [[image.size]], self.processor)
+        return inputs
 
     @cached_property
     def picture_inputs(self) -> dict[str, Any]:

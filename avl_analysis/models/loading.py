@@ -21,6 +21,7 @@ from torch import nn
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from avl.families import UnsupportedModelError, describe
+from avl.places import remember_originals
 from avl_analysis.errors import InputError
 from avl_analysis.models.checkpoint import (
     EMBEDDED,
@@ -116,7 +117,10 @@ class VLM:
             ) from error
         self._check_length(inputs["input_ids"].shape[1])
         self._check_pictures(inputs["input_ids"], [len(row) for row in rows])
-        return inputs.to(device=self.model.device, dtype=self.model.dtype)
+        inputs = inputs.to(device=self.model.device, dtype=self.model.dtype)
+        sizes = [[image.size for image in row] for row in rows]
+        remember_originals(inputs, sizes, self.processor)
+        return inputs
 
     def answer(
         self,

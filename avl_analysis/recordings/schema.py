@@ -5,13 +5,34 @@ Arrays are described by `Field`s: the dimensions in words, unit, range and meani
 `RAGGED` differ in length between samples; stacking pads them with the field's fill value (NaN where
 there is a number to be missing).
 
-The words used everywhere: sample          one row of one prefill, by its name layer, head
-    decoder layer and query head, counted from 0 step            rows that produce a token: 0 is the
-    last prompt row, t >= 1 the t-th decode step query_modality  what the query token is, for prompt
-    rows; `key_modality` what the key is: system, image, text position        place among a sample's
-    tokens, padding left out, generated tokens included token           i-th image token of the
-    sample's prompt, in raster order, all pictures in a row rows            which query rows a sum
-    runs over: "prompt", "prompt text", "decode"
+Dimensions:
+
+* sample: one row of one prefill, by its name.
+* layer, head: decoder layer and query head, counted from 0.
+* step: rows that produce a token; 0 is the last prompt row, t >= 1 the t-th decode step.
+* query_modality, key_modality: what the query token (of prompt rows) and the key are: system,
+  image, text.
+* position: place among a sample's tokens, padding left out, generated tokens included.
+* token: i-th image token of the sample's prompt, in the order of the prompt, all images in a row;
+  `token_position` gives its position. The order is not that of a picture: there may be several
+  views of an image, class and newline tokens between the others. Draw by the box.
+* rows: which query rows a sum runs over: "prompt", "prompt text", "decode".
+
+Where in its image a token lies (group `tokens`, by position):
+
+* image: index of the image within the prompt; -1 for everything that is no image token.
+* left, top, right, bottom: the part of the image that the token stands for, as fractions of the
+  whole original image's width and height, counted from its top left corner, 0 to 1. NaN where there
+  is none (text, class and newline tokens) or it is unknown, which is always all four. Where a
+  processor crops the image, boxes cover what was kept only. A box over padding that the processor
+  put beside the image has no area.
+* tile: which view of the image the token belongs to: 0 is the view of the whole image (resized, or
+  its centre crop), 1, 2, ... are views of it in higher resolution, in the order of their tokens; -1
+  for everything that is no image token, and for image tokens of whose view nothing is known. Views
+  overlap: draw the tokens of one tile number 0, or those of all higher ones together. Newline and
+  class tokens have the number of the view they stand beside.
+* row, column: of the token in the finest grid of its image, whose tiles count as one grid; -1 where
+  there is none (a coarser second view of the same image) or it is unknown.
 """
 
 from __future__ import annotations
@@ -27,8 +48,11 @@ from avl.tokens import MODALITIES
 from avl_analysis.errors import InputError
 
 FORMAT = "avl-recording"
-VERSION = 1
+VERSION = 2
 """Version of the file layout; a file of another version is refused."""
+
+EDGES = ("left", "top", "right", "bottom")
+"""Variables that hold the box of a token, as fractions of the whole image."""
 
 RAGGED = frozenset({"step", "position", "token", "picture", "query", "key"})
 ROWS = ("prompt", "prompt text", "decode")
@@ -65,6 +89,29 @@ class Field:
     fill: Any = np.nan
     coords: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _token_field(fill: Any, long_name: str, **attrs: Any) -> Field:
+    return Field(("position",), fill, attrs={"long_name": long_name, **attrs})
+
+
+TOKEN_FIELDS: Mapping[str, Field] = {
+    "token_id": _token_field(-1, "id in the model's vocabulary"),
+    "modality": _token_field(-1, "system (0), image (1) or text (2)"),
+    "image": _token_field(-1, "index of the image in the prompt"),
+    "row": _token_field(-1, "row in the finest grid of the image"),
+    "column": _token_field(-1, "column in the finest grid of the image"),
+    "tile": _token_field(-1, "view of the image: 0 of the whole, 1, 2, ... of parts"),
+    **{
+        edge: _token_field(
+            np.nan,
+            f"{edge} edge of the part of the image that the token stands for",
+            unit="fraction of the image's " + ("height" if edge in ("top", "bottom") else "width"),
+        )
+        for edge in EDGES
+    },
+}
+"""What is kept of every token of a sample."""
 
 
 def layer_labels(layers: Sequence[int], heads: int, kv_heads: int) -> dict[str, Sequence[Any]]:

@@ -10,7 +10,7 @@ import torch
 
 from avl import grids
 from avl.families import describe
-from avl.grids import SQUARE, UNKNOWN, describe_rows
+from avl.grids import SQUARE, UNKNOWN, VIDEO, describe_rows
 from avl.places import View, count, map_pictures, nowhere
 from avl.tokens import token_layout
 from tests import tiny
@@ -73,10 +73,10 @@ def test_a_view_shares_its_box_out_among_its_cells():
 
 
 def test_boxes_come_in_pixels_end_at_the_border_and_are_nan_without_a_place():
-    layout = token_layout(
-        torch.tensor([[1, IMAGE, IMAGE, IMAGE, 2]]), [IMAGE], tokens_per_image=[[3]]
-    )
     picture = (View(1, 2, (-0.5, 0.0, 1.0, 1.0), breaks=1),)
+    layout = token_layout(
+        torch.tensor([[1, IMAGE, IMAGE, IMAGE, 2]]), [IMAGE], pictures=[[picture]]
+    )
     found = map_pictures(layout, [[picture]], [[(200, 100)]], "")
     assert found.boxes[0, 1].tolist() == [
         0.0,
@@ -164,13 +164,33 @@ def test_grids_are_taken_in_order_by_the_rows_of_a_batch():
     assert found == [[(View(2, 3),), (View(1, 1),)], [(View(1, 4),)]]
 
 
-def test_frames_of_a_video_are_tiles_without_a_common_grid():
-    cfg = config(vision_spatial_merge_size=2, video_token_id=IMAGE)
-    video, image = torch.tensor([[2, 2, 4]]), torch.tensor([[1, 2, 2]])
-    (picture,), _ = describe_one(
-        "qwen2_vl", cfg, [IMAGE] * 4, video_grid_thw=video, image_grid_thw=image
+VIDEO_ID = 8
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "something_new"])
+def test_where_tokens_of_a_video_lie_is_not_known_even_if_their_number_is_a_square(name):
+    cfg = config(vision_spatial_merge_size=1, image_token_id=IMAGE, video_token_id=VIDEO_ID)
+    rows = [[1, *[VIDEO_ID] * 16, 2]]
+    found, note = describe_rows(
+        name, cfg, rows, [[(1, 16)]], {"video_grid_thw": torch.tensor([[4, 2, 2]])}
     )
-    assert picture == (View(1, 2, origin=None, tile=1), View(1, 2, origin=None, tile=2))
+    assert (found, note) == ([[nowhere(16)]], VIDEO)
+
+
+def test_pictures_beside_a_video_keep_their_places():
+    cfg = config(vision_spatial_merge_size=1, image_token_id=IMAGE, video_token_id=VIDEO_ID)
+    rows = [[*[IMAGE] * 4, 1, *[VIDEO_ID] * 4, 2, *[IMAGE] * 3]]
+    grids = torch.tensor([[1, 1, 4], [1, 3, 1]])
+    found, note = describe_rows(
+        "qwen2_vl", cfg, rows, [[(0, 4), (5, 4), (10, 3)]], {"image_grid_thw": grids}
+    )
+    assert (found, note) == ([[(View(1, 4),), nowhere(4), (View(3, 1),)]], VIDEO)
+
+
+def test_sizes_of_other_pictures_than_a_row_shows_give_no_boxes():
+    cfg = config(vision_image_size=28, vision_patch_size=14)
+    pictures, _ = describe_one("llava", cfg, [*[IMAGE] * 4, 1, *[IMAGE] * 4], sizes=[(400, 200)])
+    assert pictures == [(View(2, 2, None),)] * 2
 
 
 def test_rows_of_pixtral_belong_to_one_picture_across_break_tokens():

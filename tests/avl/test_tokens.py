@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from avl.places import View, nowhere, token_boxes, token_tiles
 from avl.tokens import MODALITIES, Modality, token_layout
 
 IMG = 5
@@ -52,17 +53,15 @@ def test_rows_of_a_padded_batch_are_laid_out_as_if_alone():
 def test_pictures_are_counted_by_runs_or_by_a_known_number_of_tokens():
     ids = [[7, IMG, IMG, IMG, IMG, 8, IMG, IMG]]
     assert layout(ids).image[0].tolist() == [-1, 0, 0, 0, 0, -1, 1, 1]
-    assert layout(ids, tokens_per_image=2).image[0].tolist() == [-1, 0, 0, 1, 1, -1, 2, 2]
-    assert layout(ids, tokens_per_image=[[1, 3, 2]]).image[0].tolist() == [-1, 0, 1, 1, 1, -1, 2, 2]
+    pictures = [[nowhere(1), nowhere(3), nowhere(2)]]
+    assert layout(ids, pictures=pictures).image[0].tolist() == [-1, 0, 1, 1, 1, -1, 2, 2]
 
 
 def test_picture_lengths_that_do_not_add_up_are_refused():
-    with pytest.raises(ValueError, match="run of 3 image tokens, which is not a multiple of 2"):
-        layout([[7, IMG, IMG, IMG]], tokens_per_image=2)
     with pytest.raises(
         ValueError, match="row 0 has 3 image tokens, but its pictures were said to have"
     ):
-        layout([[7, IMG, IMG, IMG]], tokens_per_image=[[2, 2]])
+        layout([[7, IMG, IMG, IMG]], pictures=[[nowhere(2), nowhere(2)]])
 
 
 def test_ids_and_mask_of_different_shapes_are_refused():
@@ -75,7 +74,7 @@ def test_ids_and_mask_of_different_shapes_are_refused():
 def test_places_come_in_the_order_of_the_tokens_and_are_unknown_elsewhere():
     laid_out = layout(
         [[7, *[IMG] * 4, 8]],
-        places=lambda row, image, count: [(i // 2, i % 2) for i in range(count)],
+        pictures=[[(View(2, 2),)]],
     )
     assert laid_out.row[0].tolist() == [-1, 0, 0, 1, 1, -1]
     assert laid_out.column[0].tolist() == [-1, 0, 1, 0, 1, -1]
@@ -105,3 +104,22 @@ def test_modality_masks_partition_the_positions():
     laid_out = layout([[0, 7, IMG, 8]], mask=[[0, 1, 1, 1]])
     total = sum(laid_out.mask(modality).int() for modality in Modality)
     assert torch.equal(total, torch.ones_like(total))
+
+
+def test_boxes_and_tiles_follow_the_tokens_through_later_turns_and_chosen_rows():
+    half = (View(1, 2, (0.5, 0.0, 1.0, 1.0), tile=3, breaks=1),)
+    first = layout([[7, IMG, IMG, IMG], [IMG, 7, 7, 7]], pictures=[[half], [[View(1, 1)]]])
+    both = first.extend(layout([[IMG, 9], [8, IMG]], pictures=[[[View(1, 1)]]] * 2)).extend_text(1)
+    chosen = both.select(torch.tensor([1, 0]))
+    none, whole = [-1] * 4, [0.0, 0.0, 1.0, 1.0]
+    assert token_boxes(chosen, 1).nan_to_num(-1).tolist() == [
+        none,
+        [0.5, 0.0, 0.75, 1.0],
+        [0.75, 0.0, 1.0, 1.0],
+        none,  # a token after the row
+        whole,
+        none,
+        none,
+    ]
+    assert token_tiles(chosen, 1).tolist() == [-1, 3, 3, 3, 0, -1, -1]
+    assert token_boxes(chosen, 0).nan_to_num(-1).tolist() == [whole, *[none] * 4, whole, none]

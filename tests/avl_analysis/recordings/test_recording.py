@@ -238,7 +238,7 @@ def test_a_file_of_another_version_is_refused(parts, tmp_path):
     path = parts[1].save(tmp_path / "old.nc")
     with h5netcdf.File(path, "a") as file:
         file.attrs["version"] = 99
-    with pytest.raises(InputError, match="recording format 99, this program reads 1"):
+    with pytest.raises(InputError, match="recording format 99, this program reads 2"):
         load_recording(path)
 
 
