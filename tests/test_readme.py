@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from avl_analysis.cli.main import main
+from avl_analysis.models.loading import load_model
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +23,16 @@ def test_the_python_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     for block in _blocks("python"):
         exec(compile(block, "README.md", "exec"), {})
     assert Path("run.nc").is_file()
+
+
+def test_the_embedded_model_knows_every_word_of_the_prompts_in_the_readme() -> None:
+    tokenizer = load_model("scenes").processor.tokenizer
+    code = "\n".join([*_blocks("python"), *_blocks("sh")])
+    prompts = re.findall(r"""["']([A-Z][^"']*[.?])["']""", code)
+    assert len(prompts) >= 3
+    for prompt in prompts:
+        letters = [piece for piece in tokenizer.tokenize(prompt) if piece.strip("▁").isalpha()]
+        assert len(letters) == len(prompt.split()), prompt
 
 
 def test_every_command_of_the_readme_exists_with_its_options(

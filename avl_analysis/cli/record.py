@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 
 RECORD_EXAMPLES = """
-Examples: [bold]avl record photo.jpg 'what is on the table?'[/],
+Examples: [bold]avl record photo.jpg 'What do you see in the picture?'[/],
 [bold]avl record --scenes 20 --out scenes.nc[/] (pictures drawn with known truth),
-[bold]avl record photo.jpg 'describe the image' --model ./my-llava --layers 0,8-15[/],
+[bold]avl record photo.jpg 'Describe the picture.' --model ./my-llava --layers 0,8-15[/],
 [bold]avl record --data questions.jsonl --out run.nc --workers 4[/] (resumes an interrupted run)
 """
 

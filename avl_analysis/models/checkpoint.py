@@ -1,20 +1,20 @@
-"""Find a checkpoint and read its parts, refusing at the door what would otherwise fail late or
-silently.
+"""Find a checkpoint and read its config and weights, refusing at the door what would otherwise fail
+late or silently.
 
-Config, processor and weights of the embedded model, of a local folder or of a hub id, all through
-the same `from_pretrained` calls. Weights are read from safetensors only; no code from a repository
-is ever run; the network is used only on request. What transformers merely warns about and then
-fills with random numbers (a checkpoint that lacks weights) is an error here.
-
-What surprises: images are always preprocessed by the PIL backend, because the torchvision one
-resizes slightly differently, and the same picture would give other numbers on other machines.
+The embedded model, a local folder and a hub id go through the same `from_pretrained` calls. Weights
+are read from safetensors only; no code from a repository is ever run; the network is used only on
+request. What transformers merely warns about is an error here: weights that are missing (it fills
+them with random numbers), weights of more layers than the config has, a quantization method it does
+not know, and generation settings it cannot read.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,13 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageTextToText,
-    AutoProcessor,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    ProcessorMixin,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils import is_torchvision_available
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from avl_analysis.errors import InputError
 from avl_analysis.scenes import MODEL_DIR
@@ -39,10 +37,10 @@ from avl_analysis.scenes import MODEL_DIR
 EMBEDDED = "scenes"
 """Name of the model that comes with the package."""
 
+_NUMBER = re.compile(r"\.\d+\.")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HASHED_BYTES = (
-    256 * 2**20
-)  # larger folders get no content hash: reading them twice would take too long
+# Larger folders get no content hash, because reading them twice would take too long.
+_HASHED_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,8 @@ def locate(name: str, *, allow_download: bool = False) -> Checkpoint:
     path = Path(name).expanduser()
     if name and path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                raise InputError(_adapter(path))
             raise InputError(
                 f"{path} holds no config.json, so it is not a model folder: pass one made by"
                 " save_pretrained"
@@ -119,6 +119,19 @@ def locate(name: str, *, allow_download: bool = False) -> Checkpoint:
     return Checkpoint(name, name, not allow_download)
 
 
+def _adapter(path: Path) -> str:
+    """What to do with a folder that holds a PEFT adapter instead of a model."""
+    try:
+        settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        base = str(settings["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "the base model"
+    return (
+        f"{path} holds a PEFT adapter, not a model: load the base model and add the adapter:"
+        f" vlm = load_model({base!r}); vlm.model.load_adapter({str(path)!r}) (needs peft)"
+    )
+
+
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """The config, if it is that of a vision-language model.
 
@@ -130,9 +143,9 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(checkpoint.path, **checkpoint.options)
     except OSError as error:
         if Path(checkpoint.path).is_dir():
-            raise InputError(f"cannot read the config of {name}: {first_line(error)}") from error
+            raise InputError(f"cannot read the config of {name}: {one_line(error)}") from error
         if not checkpoint.local:
-            raise InputError(f"cannot fetch {name}: {first_line(error)}") from error
+            raise InputError(f"cannot fetch {name}: {one_line(error)}") from error
         raise InputError(
             f"{name} is neither a folder here nor in the local cache: check the name, or allow"
             " fetching it from the hub with --download (allow_download=True in Python)"
@@ -140,7 +153,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     except ValueError as error:
         raise InputError(
             f"{name} is of a type this transformers does not know, or needs code from its"
-            f" repository, which is never run: {first_line(error)}"
+            f" repository, which is never run: {one_line(error)}"
         ) from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise InputError(
@@ -149,33 +162,6 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             " Gemma 3"
         )
     return config
-
-
-def read_processor(checkpoint: Checkpoint) -> ProcessorMixin:
-    """The processor, with PIL images and padding on the left.
-
-    Raises:
-        InputError: no processor, or only a tokenizer.
-    """
-    try:
-        processor = AutoProcessor.from_pretrained(checkpoint.path, **checkpoint.options)
-        if getattr(processor, "image_processor", None) is None:
-            raise ValueError(f"found only a {type(processor).__name__}")
-        if is_torchvision_available():
-            # Only the image processor may hear of a backend: AutoProcessor would pass it on to the
-            # tokenizer. Without torchvision the PIL backend is what it loads anyway.
-            processor.image_processor = AutoImageProcessor.from_pretrained(
-                checkpoint.path, backend="pil", **checkpoint.options
-            )
-    except (OSError, ValueError, ImportError, TypeError) as error:
-        raise InputError(
-            f"{checkpoint.name} comes without a usable processor (tokenizer and image processor):"
-            f" {first_line(error)}; save it beside the model with processor.save_pretrained"
-        ) from error
-    processor.tokenizer.padding_side = "left"
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    return processor
 
 
 def read_weights(
@@ -188,6 +174,7 @@ def read_weights(
             attention backend that is unknown, not installed or not offered by the model.
     """
     name = checkpoint.name
+    _check_generation_config(checkpoint)
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             checkpoint.path,
@@ -203,26 +190,93 @@ def read_weights(
         ) from error
     except RuntimeError as error:
         raise InputError(
-            f"the weights of {name} do not fit its config.json: {first_line(error)}"
+            f"the weights of {name} do not fit its config.json: {one_line(error)}"
         ) from error
     except OSError as error:
         raise InputError(
-            f"no usable safetensors weights for {name} ({first_line(error)}); other weight formats"
+            f"no usable safetensors weights for {name} ({one_line(error)}); other weight formats"
             " are not read: convert them with save_pretrained"
         ) from error
     except (ValueError, ImportError) as error:
         raise InputError(
-            f"cannot load {name} with attention {attn_implementation!r}: {first_line(error)}"
+            f"cannot load {name} with attention {attn_implementation!r}: {one_line(error)}"
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"the checkpoint of {name} lacks {len(missing)} of the model's weights, {missing[0]}"
             " first; they would be random: save the model again, whole"
         )
+    if extra := _weights_of_more_layers(model, info["unexpected_keys"]):
+        raise InputError(
+            f"the checkpoint of {name} holds weights of more layers than its config.json has"
+            f" ({extra} first), which would be left out: correct the number of layers there"
+        )
+    method = getattr(model.config, "quantization_config", None)
+    if method is not None and getattr(model, "hf_quantizer", None) is None:
+        raise InputError(
+            f"the config of {name} asks for a quantization that this transformers does not know"
+            f" ({_quantization(method)}) and would load without it: remove quantization_config"
+            " if the weights are not quantized, else use the transformers version that wrote them"
+        )
     return model
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _check_generation_config(checkpoint: Checkpoint) -> None:
+    """Refuse generation settings that cannot be read; transformers would use its own instead.
+
+    Raises:
+        InputError: there is a generation_config.json that is not JSON or holds impossible values.
+    """
+    there = cached_file(
+        checkpoint.path,
+        GENERATION_CONFIG_NAME,
+        local_files_only=checkpoint.local,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    if there is None:
+        return
+    try:
+        GenerationConfig.from_pretrained(checkpoint.path, local_files_only=checkpoint.local)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"cannot read {GENERATION_CONFIG_NAME} of {checkpoint.name} ({one_line(error)}): repair"
+            " it, or remove it to generate with the defaults"
+        ) from error
+
+
+def _weights_of_more_layers(model: PreTrainedModel, unexpected: Iterable[str]) -> str | None:
+    """The first unexpected weight that is a weight of the model but for its layer's number.
+
+    Layers that only predict tokens further ahead (`num_nextn_predict_layers`) are left out on
+    purpose; a model that declares them may have such weights.
+    """
+    if getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0):
+        return None
+    known = {_NUMBER.sub(".0.", name) for name in model.state_dict()}
+    return next((key for key in sorted(unexpected) if _NUMBER.sub(".0.", key) in known), None)
+
+
+def _quantization(settings: Any) -> str:
+    """The method a quantization_config names."""
+    if isinstance(settings, dict):
+        return f"quant_method {settings.get('quant_method')!r}"
+    return f"quant_method {getattr(settings, 'quant_method', None)!r}"
+
+
+def one_line(error: BaseException, limit: int = 320) -> str:
+    """An error's message on one line, or the error's type where it has none.
+
+    Libraries break their messages into lines in the middle of sentences, so all lines are taken. A
+    message longer than `limit` characters ends after its last whole sentence within the limit, or,
+    where its first sentence is longer, after the last whole word, with an ellipsis.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) <= limit:
+        return text.rstrip(".")
+    start = text[: limit + 1]
+    sentence = max(start.rfind(end) for end in (". ", "! ", "? "))
+    if sentence > 0:
+        return start[:sentence]
+    return start[: start.rfind(" ")] + " ..."

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from avl.families import UnsupportedModelError, describe
 from avl.hooks import Observer, attached
-from avl_analysis.models.checkpoint import Checkpoint, locate, read_config, read_processor
+from avl_analysis.models.checkpoint import Checkpoint, locate, read_config
+from avl_analysis.models.processors import read_processor
 from avl_analysis.models.prompts import Conversation, render
 
 SAMPLE_SIZE = (640, 480)
@@ -63,7 +64,7 @@ def inspect_model(name: str, *, allow_download: bool = False) -> ModelFacts:
     try:
         family = describe(model)
         with attached(model, Observer()):
-            tokens = _image_tokens(checkpoint, family.image_token_ids)
+            tokens = _image_tokens(checkpoint, config, family.image_token_ids)
     except UnsupportedModelError as error:
         return ModelFacts(name, config.model_type, parameters, None, None, None, None, str(error))
     return ModelFacts(
@@ -90,8 +91,8 @@ def count_of(parameters: int) -> str:
     return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
 
 
-def _image_tokens(checkpoint: Checkpoint, ids: tuple[int, ...]) -> int:
-    processor = read_processor(checkpoint)
+def _image_tokens(checkpoint: Checkpoint, config: PreTrainedConfig, ids: tuple[int, ...]) -> int:
+    processor = read_processor(checkpoint, config)
     text = render(processor, Conversation("what is this?", pictures=1))
     inputs = processor(images=[[Image.new("RGB", SAMPLE_SIZE)]], text=[text], return_tensors="pt")
     return int(torch.isin(inputs["input_ids"], torch.tensor(ids)).sum())

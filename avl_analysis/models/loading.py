@@ -1,17 +1,18 @@
-"""Load a vision-language model and put pictures and words into the form it was trained on.
+"""Load a vision-language model and put images and words into the form it was trained on.
 
 `load_model` reads the embedded model, a local folder or a hub id, and returns a `VLM`: model,
-processor, where they come from, and `prepare`, which turns pictures and prompts into model inputs.
-It knows nothing about attention or policies: `vlm.model` is a stock transformers model, and
-everything else in the project takes such a model wherever it was loaded.
+processor, where they come from, `prepare`, which turns images and prompts into model inputs, and
+`answer`, which generates from them. `vlm.model` is a stock transformers model, and everything else
+in the project takes such a model wherever it was loaded.
 
-What surprises: on a CPU the default type is float32 whatever the checkpoint holds, because half
-precision is slower there and rounds attention visibly.
+On a CPU the default type is float32 whatever the checkpoint holds, because half precision is slower
+there and rounds attention visibly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,20 @@ import torch
 from torch import nn
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
+import avl
 from avl.families import UnsupportedModelError, describe
 from avl.places import remember_originals
 from avl_analysis.errors import InputError
 from avl_analysis.models.checkpoint import (
     EMBEDDED,
-    first_line,
     locate,
+    one_line,
     read_config,
-    read_processor,
     read_weights,
 )
 from avl_analysis.models.images import ImageSource, open_image
 from avl_analysis.models.inventory import describe_model
+from avl_analysis.models.processors import read_processor
 from avl_analysis.models.prompts import Conversation, picture_rows, render
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -126,21 +128,34 @@ class VLM:
         self,
         images: ImageSource | Sequence[Any] | None,
         prompt: str | Sequence[str],
+        policy: avl.Policy | None = None,
         *,
         system: str | None = None,
         history: Sequence[tuple[str, str]] | None = None,
         max_new_tokens: int = 64,
         **generate: Any,
     ) -> str | list[str]:
-        """The model's answer as text, greedy unless `generate` says otherwise; a list for a list of
-        prompts.
+        """The model's answer as text; a list of answers for a list of prompts.
 
-        Arguments as in `prepare`; `generate` goes to `model.generate`.
+        Args:
+            images: as in `prepare`.
+            prompt: as in `prepare`.
+            policy: what the cache keeps and the model attends to while it answers; None leaves
+                the stock cache. For the bytes and tokens a policy kept, use `avl.adaptive` around
+                `model.generate`, which gives a session to ask.
+            system: as in `prepare`.
+            history: as in `prepare`.
+            max_new_tokens: longest answer, in tokens.
+            generate: further arguments of `model.generate`; without any the answer is greedy.
+
+        Raises:
+            InputError: as `prepare`.
+            avl.UnsupportedModelError, avl.HookError: the policy cannot be put on this model.
         """
         inputs = self.prepare(images, prompt, system=system, history=history)
-        out = self.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, **{"do_sample": False, **generate}
-        )
+        options = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, **generate}
+        with nullcontext() if policy is None else avl.adaptive(self.model, policy):
+            out = self.model.generate(**inputs, **options)
         new = out[:, inputs["input_ids"].shape[1] :]
         texts = [
             text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)
@@ -208,8 +223,8 @@ def load_model(
     checkpoint = locate(str(name_or_path), allow_download=allow_download)
     device = _device(device)
     chosen = _dtype(dtype, device)
-    read_config(checkpoint)
-    processor = read_processor(checkpoint)
+    config = read_config(checkpoint)
+    processor = read_processor(checkpoint, config)
     model = read_weights(checkpoint, dtype=chosen, attn_implementation=attn_implementation)
     model = model.to(device).eval()
     return VLM(
@@ -228,7 +243,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
-            f"no device {name!r} here ({first_line(error)}): use 'cpu' or leave it out"
+            f"no device {name!r} here ({one_line(error)}): use 'cpu' or leave it out"
         ) from error
 
 
@@ -245,6 +260,6 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch
 def end_tokens(model: nn.Module) -> tuple[int, ...]:
     """Ids that end an answer; none if the model never stops by itself."""
     value = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return (
-        () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (int(value),)
-    )
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, (list, tuple)) else (int(value),)

@@ -1,10 +1,9 @@
-"""From pictures and words to the text a model was trained on: where each picture stands, who says
-what.
+"""From images and words to the text a model was trained on: where each image stands, who says what.
 
 Works on a processor alone (its chat template and its image placeholder) and on the *number* of
-pictures; the pictures themselves and the model are somebody else's business. What surprises: chat
-templates may silently leave out what they were not written for, a system prompt above all, so the
-rendered text is searched for what was put in.
+images; it reads neither the images nor the model. Chat templates may silently leave out what they
+were not written for, most often a system prompt, so the rendered text is searched for what was put
+in.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def render(processor: Any, conversation: Conversation) -> str:
             or drop something.
     """
     if not conversation.prompt.strip():
-        raise InputError("the prompt is empty: ask something, for example 'describe the image'")
+        raise InputError("the prompt is empty: ask something, for example 'Describe the picture.'")
     mark = placeholder(processor)
     questions = [*(question for question, _ in conversation.history), conversation.prompt]
     answers = [answer for _, answer in conversation.history]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import avl
 from avl_analysis.errors import InputError
-from avl_analysis.models import checkpoint
+from avl_analysis.models import processors
 from avl_analysis.models.loading import VLM, load_model
 from tests import tiny
 
@@ -161,6 +162,25 @@ def test_answers_are_greedy_by_default_and_repeatable(vlm: VLM) -> None:
     assert first
 
 
+def test_an_answer_under_a_policy_is_what_generate_gives_inside_the_session(vlm: VLM) -> None:
+    policy = avl.AdaptivePolicy(secondary=0.25, core=0.15, text=None)
+    inputs = vlm.prepare(tiny.picture(), "what?")
+    with avl.adaptive(vlm.model, policy):
+        out = vlm.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    words = vlm.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert vlm.answer(tiny.picture(), "what?", policy, max_new_tokens=8) == words.strip()
+    assert vlm.answer(tiny.picture(), "what?", max_new_tokens=8) != words.strip()
+
+
+def test_an_answer_is_greedy_whatever_the_generation_config_says(tmp_path: Path) -> None:
+    folder = tiny.save_folder(tmp_path)
+    plain = load_model(folder).answer(tiny.picture(), "what?", max_new_tokens=8)
+    settings = {"num_beams": 4, "do_sample": True, "temperature": 5.0, "pad_token_id": 0}
+    suppressed = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**suppressed, **settings}))
+    assert load_model(folder).answer(tiny.picture(), "what?", max_new_tokens=8) == plain
+
+
 def test_dtype_and_attention_backend_are_taken_as_asked(folder: Path) -> None:
     half = load_model(folder, dtype="bfloat16", attn_implementation="eager")
     assert half.model.dtype == torch.bfloat16
@@ -177,8 +197,8 @@ def test_pictures_are_prepared_by_pillow_even_where_torchvision_is_installed(
         asked.update(options)
         return tiny.processor().image_processor
 
-    monkeypatch.setattr(checkpoint, "is_torchvision_available", lambda: True)
-    monkeypatch.setattr(checkpoint, "AutoImageProcessor", SimpleNamespace(from_pretrained=load))
+    monkeypatch.setattr(processors, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(processors, "AutoImageProcessor", SimpleNamespace(from_pretrained=load))
     processor = load_model(folder).processor
     assert asked["backend"] == "pil"
     assert processor.tokenizer.init_kwargs.get("backend") != "pil"
@@ -236,6 +256,29 @@ def _edit_weights(path: Path, edit: Callable[[dict, str], None]) -> None:
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
+def _weights_of_another_layer(path: Path) -> None:
+    def add(weights: dict, name: str) -> None:
+        weights[name.replace("layers.1", "layers.2")] = weights[name].clone()
+
+    _edit_weights(path, add)
+
+
+def _adapter_instead(path: Path) -> None:
+    (path / "config.json").unlink()
+    settings = {"base_model_name_or_path": "org/base", "peft_type": "LORA"}
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def _broken_generation_config(path: Path) -> None:
+    (path / "generation_config.json").write_text('{"eos_token_id": ')
+
+
+def _unknown_quantization(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "origami", "bits": 3}
+    (path / "config.json").write_text(json.dumps(config))
+
+
 def _missing_weight(path: Path) -> None:
     _edit_weights(path, lambda weights, name: weights.pop(name))
 
@@ -256,6 +299,10 @@ def _cut_weight(path: Path) -> None:
         (_pickled_weights, "no usable safetensors weights"),
         (_missing_weight, "lacks 1 of the model's weights"),
         (_cut_weight, "do not fit"),
+        (_weights_of_another_layer, r"more layers than its config.json.*layers\.2\."),
+        (_adapter_instead, r"load_model\('org/base'\); vlm.model.load_adapter\("),
+        (_broken_generation_config, "cannot read generation_config.json"),
+        (_unknown_quantization, "does not know .quant_method 'origami'"),
     ],
 )
 def test_a_damaged_model_folder_is_refused_with_its_reason(

@@ -1,0 +1,185 @@
+"""The processor of a checkpoint: tokenizer, image processor and chat template, and what to install
+where a part of it asks for a package that is not there.
+
+Images are always preprocessed by the PIL backend: the torchvision one resizes slightly differently,
+so the same picture would give other numbers on machines with and without torchvision.
+
+The processors of many families have a video part, which needs torchvision. Nothing here reads
+videos, so where torchvision is missing the processor is built without that part; its image part
+and its text part are those of transformers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    ProcessorMixin,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
+from transformers.utils import is_torchvision_available
+
+from avl_analysis.errors import InputError
+from avl_analysis.models.checkpoint import Checkpoint, one_line
+
+EXTRA = "pip install 'avl-analysis[vlm]'"
+"""Installs every package of `PACKAGES`."""
+
+PACKAGES = ("torchvision", "num2words", "sentencepiece", "timm")
+"""Packages that processors (and a few vision towers) of transformers ask for."""
+
+_VIDEO = "video_processor"
+_PARTS = {
+    "image_processor": AutoImageProcessor,
+    "tokenizer": AutoTokenizer,
+    "feature_extractor": AutoFeatureExtractor,
+}
+
+
+def read_processor(
+    checkpoint: Checkpoint, config: PreTrainedConfig | None = None
+) -> ProcessorMixin:
+    """The processor, with PIL images and padding on the left.
+
+    Args:
+        checkpoint: where it is read from.
+        config: of the model; where given, a processor whose video part cannot be made here is
+            built without that part.
+
+    Raises:
+        InputError: no processor, only a tokenizer, or one that needs a package that is not
+            installed; then the message names the package and how to install it.
+    """
+    name = checkpoint.name
+    try:
+        processor = _whole_or_without_video(checkpoint, config)
+        if getattr(processor, "image_processor", None) is None:
+            raise ValueError(f"found only a {type(processor).__name__}")
+        if is_torchvision_available():
+            # Only the image processor may hear of a backend: AutoProcessor would pass it on to the
+            # tokenizer. Without torchvision the PIL backend is what it loads anyway.
+            processor.image_processor = AutoImageProcessor.from_pretrained(
+                checkpoint.path, backend="pil", **checkpoint.options
+            )
+    except (ImportError, OSError, ValueError, TypeError) as error:
+        if packages := missing_packages(error):
+            raise InputError(needs(f"the processor of {name}", packages)) from error
+        if isinstance(error, ImportError):
+            raise InputError(
+                f"the processor of {name} asks for a package that is not installed:"
+                f" {one_line(error)}"
+            ) from error
+        raise InputError(
+            f"{name} comes without a usable processor (tokenizer and image processor):"
+            f" {one_line(error)}; save it beside the model with processor.save_pretrained"
+        ) from error
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return processor
+
+
+def missing_packages(error: BaseException) -> list[str]:
+    """Packages of `PACKAGES` that an error of transformers names and that are not installed."""
+    text = str(error).lower()
+    return [p for p in PACKAGES if p in text and importlib.util.find_spec(p) is None]
+
+
+def needs(what: str, packages: list[str]) -> str:
+    """The sentence that says what is missing and how to get it."""
+    verb = "is" if len(packages) == 1 else "are"
+    return f"{what} needs {' and '.join(packages)}, which {verb} not installed: {EXTRA}"
+
+
+def _whole_or_without_video(
+    checkpoint: Checkpoint, config: PreTrainedConfig | None
+) -> ProcessorMixin:
+    try:
+        return AutoProcessor.from_pretrained(checkpoint.path, **checkpoint.options)
+    except (ImportError, OSError, ValueError) as error:
+        # The video part is what is missing where torchvision alone is not installed, or where a
+        # folder holds the settings of an image processor only.
+        video = missing_packages(error) == ["torchvision"] or "video processor" in str(error)
+        kind = _processor_class(checkpoint, config) if video and config is not None else None
+        if kind is None:
+            raise
+        return _without_video(kind, checkpoint)
+
+
+def _processor_class(
+    checkpoint: Checkpoint, config: PreTrainedConfig
+) -> type[ProcessorMixin] | None:
+    """The class the checkpoint names, else that of its model type; None if it cannot be imported
+    here or has no video part.
+    """
+    options = checkpoint.options
+    settings, _ = ProcessorMixin.get_processor_dict(checkpoint.path, **options)
+    named = settings.get("processor_class")
+    if named is None:  # older checkpoints name it beside the image processor's settings
+        try:
+            settings, _ = BaseImageProcessor.get_image_processor_dict(checkpoint.path, **options)
+        except OSError:
+            settings = {}
+        named = settings.get("processor_class")
+    if named is not None:
+        kind = processor_class_from_name(named)
+    else:
+        kind = PROCESSOR_MAPPING.get(type(config), None)
+    # Where a class itself needs a package, transformers puts a stand-in in its place that raises
+    # whatever it is asked; only its private attributes can be read.
+    if kind is None or getattr(kind, "_backends", None) or _VIDEO not in kind.get_attributes():
+        return None
+    return kind
+
+
+class MissingVideo(dict[str, Any]):
+    """Stands in a processor where its video part cannot be made: the settings of that part.
+
+    Some processors read settings of their video part (frames per second) even when they are given
+    images only, so these are attributes too, None where the checkpoint says nothing. It is a
+    dictionary, so that the processor can be printed and saved as any other.
+    """
+
+    model_input_names: Sequence[str] = ()
+    _auto_class = None  # read when a processor is saved: no class of its own to save with it
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked for while an object is copied
+            raise AttributeError(name)
+        return self.get(name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        raise InputError(needs("the video part of this processor", ["torchvision"]))
+
+
+def _without_video(kind: type[ProcessorMixin], checkpoint: Checkpoint) -> ProcessorMixin:
+    """A processor of class `kind` with `MissingVideo` as its video part.
+
+    It is a subclass that differs in one point: the constructor, which checks the classes of all
+    parts, accepts that video part. Given images it does what `kind` does.
+    """
+    options = checkpoint.options
+    settings, _ = kind.get_processor_dict(checkpoint.path, **options)
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        if isinstance(part, MissingVideo):
+            return MissingVideo
+        return kind.check_argument_for_proper_class(self, name, part)
+
+    images_only: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
+    parts = [
+        MissingVideo(settings.get(_VIDEO) or {})
+        if part == _VIDEO
+        else _PARTS[part].from_pretrained(checkpoint.path, **options)
+        for part in kind.get_attributes()
+    ]
+    processor: ProcessorMixin = images_only.from_args_and_dict(parts, settings)
+    return processor
