@@ -49,7 +49,7 @@ class StepUsage:
     by_row: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Usage:
     """Cost of the latest conversation under a policy.
 
@@ -63,6 +63,27 @@ class Usage:
     layers: tuple[int, ...]
     steps: tuple[StepUsage, ...]
     peak: int
+
+    def __repr__(self) -> str:
+        decoded = sum(step.step > 0 for step in self.steps)
+        return (
+            f"<Usage after {decoded} decode step(s), {len(self.layers)} layers:"
+            f" {self.filled:,} of {self.full:,} bytes in use ({self.filled_share:.0%}),"
+            f" {self.attended_share:.0%} of the keys read per step>"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "bytes in use": f"{self.filled:,} ({self.filled_share:.1%} of the full cache's)",
+            "bytes allocated": f"{self.allocated:,} ({self.allocated_share:.1%})",
+            "bytes of the full cache": f"{self.full:,}",
+            "bookkeeping bytes": f"{self.bookkeeping:,}",
+            "most bytes at any moment": f"{self.peak:,}",
+            "keys read per decode step": f"{self.attended_share:.1%} of those seen",
+            "passes": str(len(self.steps)),
+        }
+        cells = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in rows.items())
+        return f"<table>{cells}</table>"
 
     @property
     def filled(self) -> int:

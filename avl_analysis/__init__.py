@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from avl_analysis.evaluation.policy_files import save_policy as save_policy
     from avl_analysis.models.loading import VLM as VLM
     from avl_analysis.models.loading import load_model as load_model
+    from avl_analysis.plots import plot as plot
+    from avl_analysis.plots import plot_heads as plot_heads
     from avl_analysis.recordings.recording import Recording as Recording
     from avl_analysis.recordings.recording import load_recording as load_recording
     from avl_analysis.recordings.recording import merge as merge
@@ -42,6 +44,8 @@ _HOME = {  # public name -> module it lives in; no module may have the name of s
     "load_policy": "evaluation.policy_files",
     "load_recording": "recordings.recording",
     "merge": "recordings.recording",
+    "plot": "plots",
+    "plot_heads": "plots",
     "read_samples": "corpus.questions",
     "record": "capture.recorder",
     "save_policy": "evaluation.policy_files",
@@ -62,6 +66,8 @@ __all__ = [
     "load_policy",
     "load_recording",
     "merge",
+    "plot",
+    "plot_heads",
     "read_samples",
     "record",
     "save_policy",

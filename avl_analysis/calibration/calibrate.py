@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,20 @@ class Evidence:
         """
         means = [entry["mean"] for entry in self.kept.values() if entry["mean"] is not None]
         return all(mean >= self.target for mean in means) if means else None
+
+    def _repr_html_(self) -> str:
+        """What was chosen, and what of the attention it keeps on held-out questions."""
+        rows = "".join(
+            f"<tr><td>{escape(name)}</td>"
+            + "".join(f"<td>{_shown(entry.get(key))}</td>" for key in ("mean", "low", "high", "n"))
+            + "</tr>"
+            for name, entry in self.kept.items()
+        )
+        return (
+            f"<p>Target {self.target:g} on {escape(self.model)}; chosen on {len(self.samples)}"
+            f" questions, checked on {len(self.held_out)} others.</p><table><tr><th>setting</th>"
+            f"<th>share kept</th><th>low</th><th>high</th><th>n</th></tr>{rows}</table>"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain lists, numbers and texts, for JSON."""
@@ -376,6 +391,10 @@ def _measured(comparison: Comparison) -> dict[str, dict[str, float | int | None]
         str(row["metric"]): {**{name: _plain(row[name]) for name in columns}, "n": int(row["n"])}
         for _, row in rows.iterrows()
     }
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _plain(value: Any) -> float | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from avl_analysis.cli.corpus import read, record_many
@@ -158,14 +159,20 @@ def record(
 
 
 def stats(
-    recording: Annotated[Path, typer.Argument(help="A file written by avl record.")],
+    recording: Annotated[Path | None, typer.Argument(help="A file written by avl record.")] = None,
     names: Annotated[
         list[str] | None, typer.Argument(help="Statistics to print. Default: all by layer.")
     ] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="Print what every statistic is, and stop.")
+    ] = False,
 ) -> None:
-    """Print a recording's statistics by layer: means over samples with 95 % intervals where there
-    are several.
-    """
+    """Print a recording's statistics by layer, with 95 % intervals over samples."""
+    if list_:
+        _print_catalogue()
+        return
+    if recording is None:
+        raise InputError("name a recording, as avl record wrote it, or pass --list")
     from avl_analysis.recordings.recording import load_recording
     from avl_analysis.recordings.tables import layer_tables
 
@@ -179,6 +186,19 @@ def stats(
         for layer, row in zip(table.layers, table.cells, strict=True):
             drawn.add_row(str(layer), *row)
         console.print(drawn)
+
+
+def _print_catalogue() -> None:
+    from avl_analysis.statistics import catalogue
+
+    console = Console()
+    for entry in catalogue():
+        console.print(
+            f"[bold]{entry['name']}[/] ({entry['unit']})", highlight=False, soft_wrap=True
+        )
+        for text in (entry["meaning"], entry["source"] and f"source: {entry['source']}"):
+            if text:
+                console.print(f"    {escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _raw(keep: bool, heads: str | None, queries: str | None) -> dict[str, Any]:

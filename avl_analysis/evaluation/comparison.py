@@ -128,6 +128,21 @@ class Comparison:
     def __init__(self, dataset: xr.Dataset) -> None:
         self.dataset = dataset
 
+    def __repr__(self) -> str:
+        count = self.dataset.sizes.get("sample", 0)
+        return f"<Comparison of {', '.join(self.policies)} on {count} sample(s); see .table()>"
+
+    def _repr_html_(self) -> str:
+        """Means with intervals, a row per metric and a column per policy."""
+        cells = {
+            policy: [_cell(self.mean(metric, policy)) for metric in self.metrics]
+            for policy in self.policies
+        }
+        labels = [f"{metric} ({VARIABLES[metric].unit})" for metric in self.metrics]
+        count = self.dataset.sizes.get("sample", 0)
+        html = pd.DataFrame(cells, index=labels).to_html(escape=True)
+        return f"{html}<p>mean [95 % interval] over {count} samples</p>"
+
     def __getitem__(self, name: str) -> xr.DataArray:
         if name not in self.dataset:
             raise KeyError(
@@ -262,6 +277,14 @@ class Comparison:
         }
         Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         return Path(path)
+
+
+def _cell(estimate: Estimate) -> str:
+    if not np.isfinite(estimate.mean):
+        return "-"
+    if not np.isfinite(estimate.low):
+        return f"{estimate.mean:.3g}"
+    return f"{estimate.mean:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
 
 
 def load_comparison(path: str | PathLike[str]) -> Comparison:

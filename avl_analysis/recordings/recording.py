@@ -22,6 +22,7 @@ import numpy as np
 import xarray as xr
 
 from avl_analysis.intervals import mean_interval
+from avl_analysis.recordings import summary
 from avl_analysis.recordings.schema import (
     FORMAT,
     GROUPS,
@@ -91,6 +92,26 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def __repr__(self) -> str:
+        return summary.as_text(self)
+
+    def _repr_html_(self) -> str:
+        return summary.as_html(self)
+
+    def show(self) -> None:
+        """Show how attention is divided by layer: here in a notebook, else in the browser.
+
+        Raises:
+            RecordingError: nothing was recorded, or not the statistic "modality_mass".
+        """
+        drawing = summary.mass_by_layer(self)
+        if drawing is None:
+            raise RecordingError(
+                "there is no modality_mass to show; record with it and call the model inside the"
+                " with block"
+            )
+        drawing.show()
 
     # -- reading -----
 

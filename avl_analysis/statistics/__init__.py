@@ -84,6 +84,29 @@ def select(statistics: Sequence[Statistic | str] | None) -> tuple[Statistic, ...
     return tuple(chosen.values())
 
 
+def catalogue(statistics: Sequence[Statistic] = ALL) -> list[dict[str, str]]:
+    """What every statistic is, as text: name, meaning, unit, labels, source, justifies.
+
+    `formula` is the docstring of its class, which states the definition.
+    """
+    return [
+        {
+            "name": statistic.name,
+            "meaning": statistic.title,
+            "unit": statistic.unit or "dimensionless",
+            "labels": "; ".join(
+                f"{dim}: {', '.join(map(str, labels))}"
+                for dim, labels in {**statistic.labels(), **statistic.extra()}.items()
+                if len(labels) <= 8
+            ),
+            "formula": " ".join((type(statistic).__doc__ or "").split()),
+            "source": statistic.source,
+            "justifies": statistic.justifies,
+        }
+        for statistic in statistics
+    ]
+
+
 __all__ = [
     "ALL",
     "CacheStatistic",
@@ -93,5 +116,6 @@ __all__ = [
     "SumStatistic",
     "TrajectoryStatistic",
     "WeightStatistic",
+    "catalogue",
     "select",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -40,9 +40,16 @@ __all__ = [
     "save_animation",
     "save_document",
     "text_pages",
+    "write",
 ]
 
 FORMATS = ("png", "svg", "pdf")
+_UNDATED: dict[str, dict[str, None]] = {
+    "png": {},
+    "svg": {"Date": None},
+    "pdf": {"CreationDate": None},
+}
+"""Metadata that leaves dates out, so that equal figures are equal files."""
 
 
 def draw(figure: Figure, *, titled: bool = True) -> Canvas:
@@ -70,16 +77,28 @@ def save(
     canvas.set_layout_engine(
         "none"
     )  # arranged once; arranging again for each file takes most of the time
-    dates = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     paths = []
     for suffix in formats:
-        if suffix not in dates:
+        if suffix not in _UNDATED:
             raise ValueError(f"cannot write figures as {suffix!r}; possible: {', '.join(FORMATS)}")
         path = folder / f"{figure.name}.{suffix}"
         with matplotlib.rc_context(RC):
-            canvas.savefig(path, dpi=dpi, metadata=dates[suffix])
+            canvas.savefig(path, dpi=dpi, metadata=_UNDATED[suffix])
         paths.append(path)
     return paths
+
+
+def write(figure: Figure, file: IO[bytes], suffix: str, *, dpi: int = 200) -> None:
+    """Write the figure into an open binary file.
+
+    Args:
+        figure: what to draw.
+        file: open for writing bytes.
+        suffix: one of `FORMATS`.
+        dpi: dots per inch of a PNG.
+    """
+    with matplotlib.rc_context(RC):
+        draw(figure).savefig(file, format=suffix, dpi=dpi, metadata=_UNDATED[suffix])
 
 
 def save_animation(animation: Animation, path: Path, *, dpi: int = 110) -> Path:

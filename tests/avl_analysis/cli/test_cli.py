@@ -249,7 +249,7 @@ def test_stats_prints_every_layer_with_intervals_over_samples(
         (["stats", __file__], "not a recording"),
         (["stats", "FOREIGN"], "a netCDF file but not a recording"),
         (["stats", "RECORDED", "luck"], "holds no 'luck'; it holds"),
-        (["stats"], "Missing argument"),
+        (["stats"], "name a recording, as avl record wrote it"),
     ],
 )
 def test_what_cannot_be_recorded_or_read_is_one_line_and_exit_code_2(
