@@ -59,7 +59,7 @@ def view(weights: list[list[float]], kinds: str, columns: int = 0) -> SampleCall
         1.0,
         queries,
         all_tokens.map(lambda t: t[None]),
-        VisibleKeys(visible[None]),
+        VisibleKeys.of_matrix(visible[None]),
         weights=given,
     )
 

@@ -21,17 +21,16 @@ from avl.kernels.backend import COMPILED, backend_for
 
 @dataclass(eq=False)
 class RowRequest:
-    """What is wanted of the rows; what they and the keys are.
+    """What is wanted of the rows of all heads; what rows and keys are.
 
     Key sets: 1 where all heads see the same keys, else one for each key/value head.
 
     Attributes:
-        columns: (key sets, n, keys) float32, numbers whose sums, weighted by attention, are wanted.
         thresholds: fractions of a row's largest weight; how many weights reach each is counted.
         picked: (rows,) int64, where the weights of a row are to be copied, -1 for rows that are
             not.
-        raw: (rows,) int64, the same for `raw_heads`, the heads whose weights are copied into a
-            place of its own; None for no such copies.
+        raw: (rows,) int64, the same for the heads whose weights are copied into a place of their
+            own; None for no such copies.
         groups: (m, rows) float32, factors with which a row's weights are added to what keys
             receive; None for nothing.
         query_ranks: (rows,) int64, rank of the query where its weights are summed by age, else -1;
@@ -40,7 +39,6 @@ class RowRequest:
             -1. The age is the difference of the ranks; keys behind the query are left out.
     """
 
-    columns: Tensor
     thresholds: tuple[float, ...]
     picked: Tensor
     raw: Tensor | None = None
@@ -49,23 +47,17 @@ class RowRequest:
     key_ranks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.picked_places = self.picked.tolist()
-        self.raw_places = [] if self.raw is None else self.raw.tolist()
-        self.extents = _extents(self.columns)
+        self.picked_places: list[int] = self.picked.tolist()
+        self.raw_places: list[int] = [] if self.raw is None else self.raw.tolist()
+        self.age_count = 0 if self.query_ranks is None else max(int(self.query_ranks.max()) + 1, 1)
         self.runs = None if self.key_ranks is None else _runs(self.key_ranks)
 
-    @property
-    def age_count(self) -> int:
-        """Number of ages from 0 to the largest possible."""
-        return 0 if self.query_ranks is None else max(int(self.query_ranks.max()) + 1, 1)
 
-
-def _extents(columns: Tensor) -> Tensor:
-    """(key sets, n, 2) int64: from where to where a column has numbers other than 0."""
-    used = columns != 0
-    keys = columns.shape[2]
-    first = used.to(torch.uint8).argmax(-1)
-    stop = keys - used.flip(-1).to(torch.uint8).argmax(-1)
+def column_extents(columns: Tensor) -> Tensor:
+    """(n, 2) int64: from where to where any key set's column, (key sets, n, keys), is not 0."""
+    used = (columns != 0).any(0)
+    marks = used.to(torch.uint8)
+    first, stop = marks.argmax(-1), marks.shape[-1] - marks.flip(-1).argmax(-1)
     return torch.stack([first, torch.where(used.any(-1), stop, first)], -1)
 
 
@@ -103,31 +95,45 @@ class RowSums:
     """
 
     def __init__(
-        self, request: RowRequest, heads: int, groups: int, raw_heads: Sequence[int] = ()
+        self,
+        request: RowRequest,
+        columns: Tensor,
+        heads: int,
+        groups: int,
+        *,
+        extents: Tensor | None = None,
+        first_set: int = 0,
+        raw_heads: Sequence[int] = (),
     ) -> None:
         """Make room.
 
         Args:
-            request: what is wanted; its columns are those of these heads' key sets.
+            request: what is wanted.
+            columns: (key sets of these heads, n, keys) float32, numbers whose sums, weighted by
+                attention, are wanted.
             heads: number of query heads.
             groups: query heads per key/value head.
+            extents: `column_extents` of the columns where they are known.
+            first_set: the first key set of these heads in `request.key_ranks`.
             raw_heads: which of them are copied whole, where `request.raw` asks for it.
         """
-        sets, columns, keys = request.columns.shape
-        rows, new = len(request.picked), request.columns.new_zeros
-        self.request = request
-        self.backend = backend_for(request.columns.device)
-        self.sums = new(heads, columns, rows)
+        rows, (_, count, keys), new = len(request.picked), columns.shape, columns.new_zeros
+        self.request, self._columns = request, columns
+        self.backend = backend_for(columns.device)
+        self.sums = new(heads, count, rows)
         self.above = new(len(request.thresholds), heads, rows)
         self.picked = new(heads, 1 + max(request.picked_places), keys)
         self.received = new(heads, 0 if request.groups is None else len(request.groups), keys)
         self._ages = new(heads, request.age_count, dtype=torch.float64)  # the oldest first
-        kept = raw_heads if request.raw is not None else ()
+        kept = tuple(raw_heads) if request.raw is not None else ()
         self.raw = new(len(kept), 1 + max(request.raw_places, default=-1), keys)
-        self._raw_heads = [list(kept).index(head) if head in kept else -1 for head in range(heads)]
-        self._sets = [0 if sets == 1 else head // groups for head in range(heads)]
+        self._raw_heads = [kept.index(head) if head in kept else -1 for head in range(heads)]
+        sets = [head // groups for head in range(heads)]
+        self._sets = sets if len(columns) > 1 else [0] * heads
+        shared = request.key_ranks is None or len(request.key_ranks) == 1
+        self._rank_sets = [0] * heads if shared else [first_set + own for own in sets]
         if self.backend == COMPILED:
-            self._prepare()
+            self._prepare(column_extents(columns) if extents is None else extents)
 
     @property
     def by_age(self) -> Tensor:
@@ -143,6 +149,8 @@ class RowSums:
         ends: Tensor,
         scaling: float = 1.0,
         sinks: Tensor | None = None,
+        *,
+        weights: bool = False,
     ) -> None:
         """Take what is wanted from a block, which is overwritten.
 
@@ -156,11 +164,14 @@ class RowSums:
             scaling: factor on the products, above 0.
             sinks: (query heads of the block, 1 or all rows) float32 logits that take part in the
                 softmax and stand for no key; with these, `scaling` must be 1.
+            weights: `products` are softmax weights already; the other arguments about them, `ends`
+                included, are then not read.
         """
+        ready = (products, heads, start, first, ends, scaling, sinks, weights)
         if self.backend == COMPILED:
-            self._add_compiled(products, heads, start, first, ends, scaling, sinks)
+            self._add_compiled(*ready)
         else:
-            self._add_reference(products, heads, start, first, ends, scaling, sinks)
+            self._add_reference(*ready)
 
     # -- the reference -----------------------------------------------------------------------------
 
@@ -173,14 +184,14 @@ class RowSums:
         ends: Tensor,
         scaling: float,
         sinks: Tensor | None,
+        ready: bool,
     ) -> None:
         request, (_, size, width) = self.request, products.shape
         rows, keys = slice(start, start + size), slice(first, first + width)
-        weights = _softmax(
-            products, ends, scaling, None if sinks is None else sinks[:, _rows_of(sinks, rows)]
-        )
+        own = None if sinks is None else sinks[:, _rows_of(sinks, rows)]
+        weights = products if ready else _softmax(products, ends, scaling, own)
         for place, head in enumerate(range(heads.start, heads.stop)):
-            columns = request.columns[self._sets[head]][:, keys]
+            columns = self._columns[self._sets[head]][:, keys]
             self.sums[head, :, rows] = columns @ weights[place].T
         largest = weights.amax(-1, keepdim=True)
         for place, threshold in enumerate(request.thresholds):
@@ -203,7 +214,7 @@ class RowSums:
         used = (request.query_ranks[rows] >= 0).nonzero().flatten()
         queries = request.query_ranks[rows][used]
         for place, head in enumerate(range(heads.start, heads.stop)):
-            ranks = request.key_ranks[self._sets[head], keys]
+            ranks = request.key_ranks[self._rank_sets[head], keys]
             columns = (ranks >= 0).nonzero().flatten()
             some = weights[place][used[:, None], columns]
             age = queries[:, None] - ranks[columns]
@@ -213,16 +224,17 @@ class RowSums:
 
     # -- the compiled version ----------------------------------------------------------------------
 
-    def _prepare(self) -> None:
+    def _prepare(self, extents: Tensor) -> None:
         """Arrays in the form the compiled function takes: contiguous, and empty where nothing is
         wanted.
         """
-        request, (_, _, keys) = self.request, self.request.columns.shape
+        request, keys = self.request, self._columns.shape[2]
         nothing = torch.zeros(0, dtype=torch.int64)
         tensors = (
             torch.tensor(self._sets),
-            request.columns,
-            request.extents,
+            torch.tensor(self._rank_sets),
+            self._columns,
+            extents,
             self.sums,
             torch.tensor(request.thresholds, dtype=torch.float32),
             self.above,
@@ -249,6 +261,7 @@ class RowSums:
         ends: Tensor,
         scaling: float,
         sinks: Tensor | None,
+        ready: bool,
     ) -> None:
         from avl.kernels.prompt_rows_compiled import add_rows  # importing numba takes a while
 
@@ -269,6 +282,7 @@ class RowSums:
             first,
             start,
             heads.start,
+            ready,
             *self._arrays,
         )
 

@@ -70,7 +70,9 @@ def add_rows(
     first,
     start,
     offset,
+    ready,
     sets,
+    rank_sets,
     columns,
     extents,
     sums,
@@ -94,40 +96,40 @@ def add_rows(
     rows = products.shape[1]
     for number in range(products.shape[0]):
         head = offset + number
-        own = sets[head]
+        own, own_ranks = sets[head], rank_sets[head]
         block[:] = float32(0.0)
         furthest = 0
         for at in range(rows):
-            count, query = ends[at], start + at
+            count, query = products.shape[2] if ready else ends[at], start + at
             if count == 0:
                 continue
             # Parts of rows are handed on as slices: numba checks an index such as `first + key` for
             # being negative, and does not vectorise a loop that does.
             row = products[number, at, :count]
             top = _largest(row)
-            if top < float32(-3e38):  # minus infinity: the row sees no key, and its weights are 0
-                continue
+            if top < float32(-3e38) or (ready and top == float32(0.0)):
+                continue  # the row sees no key: all products are minus infinity, its weights are 0
             furthest = max(furthest, count)
-            highest = top
+            highest, total = top, float32(1.0)
             if sinks.shape[1] > 0:
-                highest = larger(top, sinks[number, min(query, sinks.shape[1] - 1)])
-            total = _exponentials(row, highest, factor)
-            if sinks.shape[1] > 0:
-                total += power_of_two(
-                    (sinks[number, min(query, sinks.shape[1] - 1)] - highest) * factor
-                )
+                sink = sinks[number, min(query, sinks.shape[1] - 1)]
+                highest = larger(top, sink)
+                total = power_of_two((sink - highest) * factor)
+                total += _exponentials(row, highest, factor)
+            elif not ready:
+                total = _exponentials(row, highest, factor)
             inverse = float32(1.0) / total
 
             for column in range(columns.shape[1]):
-                low = max(extents[own, column, 0] - first, 0)
-                high = min(extents[own, column, 1] - first, count)
+                low = max(extents[column, 0] - first, 0)
+                high = min(extents[column, 1] - first, count)
                 if low < high:
                     weighted = _dot(row[low:high], columns[own, column, first + low : first + high])
                     sums[head, column, query] = weighted * inverse
                 elif total != total:
                     sums[head, column, query] = total
             if thresholds.shape[0] > 0:
-                peak = power_of_two((top - highest) * factor)
+                peak = top if ready else power_of_two((top - highest) * factor)
                 for place in range(thresholds.shape[0]):
                     above[place, head, query] = _count(row, peak * thresholds[place])
 
@@ -144,10 +146,10 @@ def add_rows(
                     _add_scaled(block[group, :count], row, inverse * groups[group, query])
             if ages.shape[1] > 0 and query_ranks[query] >= 0:
                 for run in range(runs.shape[1]):
-                    low = max(runs[own, run, 0] - first, 0)
-                    high = min(runs[own, run, 1] - first, count)
+                    low = max(runs[own_ranks, run, 0] - first, 0)
+                    high = min(runs[own_ranks, run, 1] - first, count)
                     oldest = query_ranks[query] - (
-                        runs[own, run, 2] + first + low - runs[own, run, 0]
+                        runs[own_ranks, run, 2] + first + low - runs[own_ranks, run, 0]
                     )
                     high = min(high, low + oldest + 1)  # keys behind the query have no age
                     if low < high:

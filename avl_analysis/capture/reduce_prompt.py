@@ -1,27 +1,30 @@
 """From the weights of a prompt's rows in one layer and one sample to the numbers that are kept.
 
-Per block of weights only primitive sums are taken (key columns, number of large weights, attention
-received per key and by age); formulas run once per group of heads, on the sums of all its rows and
-on copies of the few rows whose weights are read.
+Per block of weights only primitive sums are taken (`avl.kernels.prompt_rows`: key columns, number
+of large weights, attention received per key and by age); formulas run once per group of heads, on
+the sums of all its rows and on copies of the few rows whose weights are read. On a processor the
+groups of heads are divided among threads.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from avl.kernels.backend import COMPILED, backend_for, on_threads, products_in_float32
+from avl.kernels.prompt_rows import RowRequest, RowSums, column_extents
 from avl.tokens import Modality
 from avl_analysis.capture.plan import CapturePlan, LayerResult
-from avl_analysis.capture.reductions import count_above, text_by_age, values_of, weighted_sums
-from avl_analysis.capture.sample_call import SampleCall, valid_part
-from avl_analysis.capture.softmax import share_of_maps, weight_blocks
-from avl_analysis.statistics.ages import AGE_STARTS
-from avl_analysis.statistics.inputs import KINDS, QueryRows, key_columns
+from avl_analysis.capture.reductions import values_of
+from avl_analysis.capture.sample_call import SampleCall
+from avl_analysis.capture.softmax import product_blocks, share_of_maps
+from avl_analysis.statistics.ages import AGE_STARTS, bin_ages, by_age
+from avl_analysis.statistics.inputs import KINDS, QueryRows, for_heads, key_columns
 
 ROWS_PER_MODALITY = 32
 """Prompt rows of each query modality that `WeightStatistic`s read, evenly spaced; the last row is
@@ -29,9 +32,11 @@ always read.
 """
 
 COPIED_BYTES = (3 << 19, 8 << 20)
-"""Least and most bytes of copied rows at a time; sorting them takes about three times as much
-again.
+"""Least and most bytes of copied rows at a time, over all threads; sorting them takes about three
+times as much again.
 """
+
+Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
@@ -40,30 +45,29 @@ class _Prompt:
 
     Attributes:
         modality: (3, rows) float32, one where the row's query is of that modality.
-        groups: (2, rows) float32, one for valid rows, and for text rows.
         picked: rows whose weights are copied, ascending, the last row always; sampled: (3, picked)
             one where such a row counts for the prompt sums of a modality.
-        columns: (key sets, columns, keys), the first three of them being the kinds of keys.
+        columns: (key sets, columns, keys), the first three of them being the kinds of keys;
+            extents: from where to where each is not 0.
         counts: (1 or heads, rows, 3).
-        queries: (1 or heads, 2, keys) how many rows of `groups` could see a key; None where nobody
-            asks.
+        queries: (1 or heads, 2, keys) how many valid rows and how many text rows could see a key;
+            None where nobody asks.
         pairs: (1 or heads, ages) number of visible pairs of a text row and a text key; None where
             nobody asks.
-        text_rows, text_keys: from the first to the last of them.
         raw_rows: rows whose weights are kept as they are.
+        request: what is wanted of the weights.
     """
 
     modality: Tensor
-    groups: Tensor
     picked: Tensor
     sampled: Tensor
     columns: Tensor
+    extents: Tensor
     counts: Tensor
     queries: Tensor | None
     pairs: Tensor | None
-    text_rows: slice
-    text_keys: slice
     raw_rows: Tensor
+    request: RowRequest
 
 
 def _prompt(view: SampleCall, plan: CapturePlan) -> _Prompt:
@@ -77,21 +81,38 @@ def _prompt(view: SampleCall, plan: CapturePlan) -> _Prompt:
     picked = wanted.nonzero().flatten()
     groups = torch.stack([modality.sum(0), modality[Modality.TEXT]])
     columns = key_columns(view.keys, plan.columns)
-    text_rows = valid_part(view.queries.modality == Modality.TEXT)
-    text_keys = valid_part((view.keys.modality == Modality.TEXT).any(0))
+    raw_rows = picked[:0]
+    if plan.raw is not None:
+        raw_rows = plan.raw.prompt_rows(view.queries.rank, produces=True)
+    is_text = view.queries.modality == Modality.TEXT
+    text_keys = view.keys.modality == Modality.TEXT
+    request = RowRequest(
+        plan.thresholds,
+        _places(picked, len(is_text)),
+        None if plan.raw is None else _places(raw_rows, len(is_text)),
+        groups if plan.received else None,
+        view.queries.rank.masked_fill(~is_text, -1) if plan.ages else None,
+        view.keys.rank.masked_fill(~text_keys, -1) if plan.ages else None,
+    )
     return _Prompt(
         modality,
-        groups,
         picked,
         chosen[:, picked],
         columns,
-        view.sight.keys_per_row(columns[:, : len(KINDS)]),
-        view.sight.rows_per_key(groups) if plan.received else None,
-        _pairs(view, text_rows, text_keys) if plan.ages else None,
-        text_rows,
-        text_keys,
-        picked[:0] if plan.raw is None else plan.raw.prompt_rows(view.queries.rank, produces=True),
+        column_extents(columns),
+        view.visible_keys.keys_per_row(columns[:, : len(KINDS)]),
+        view.visible_keys.rows_per_key(groups) if plan.received else None,
+        _pairs(view, is_text, text_keys) if plan.ages else None,
+        raw_rows,
+        request,
     )
+
+
+def _places(rows: Tensor, count: int) -> Tensor:
+    """(count,) int64: the place of each row among `rows`, -1 where it is not among them."""
+    places = torch.full((count,), -1, device=rows.device)
+    places[rows] = torch.arange(len(rows), device=rows.device)
+    return places
 
 
 def evenly_spaced(count: int, most: int) -> Tensor:
@@ -116,9 +137,12 @@ def reduce_prompt(
         if "prompt" in view.memo
         else view.memo.setdefault("prompt", _prompt(view, plan))
     )
-    parts = [
-        _reduce_heads(view, plan, prompt, value_norm, some) for some in _head_groups(view, prompt)
-    ]
+    with products_in_float32(view.query, view.key):
+        parts = _over_heads(
+            lambda some: _reduce_heads(view, plan, prompt, value_norm, some),
+            view,
+            view.groups * len(prompt.picked) * view.key.shape[1] * 4,
+        )
     joined = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
     sums, counts, step, last, received, ages, raw = joined
     assert step is not None
@@ -127,7 +151,7 @@ def reduce_prompt(
         view.keys, step, last, sums, counts, received, prompt.queries, ages, prompt.pairs
     )
     if raw is not None and plan.raw is not None:
-        visible = view.sight.visible[:, prompt.raw_rows]
+        visible = view.visible_keys.of_rows(prompt.raw_rows)
         result.raw, result.raw_rows = raw, view.queries.rank[prompt.raw_rows]
         result.raw_visible = visible if len(visible) == 1 else visible[list(plan.raw.heads)]
     result.cache = _cache_values(view, plan)
@@ -135,29 +159,42 @@ def reduce_prompt(
 
 
 def _cache_values(view: SampleCall, plan: CapturePlan) -> dict[str, Tensor]:
-    """Statistics of keys and values, a few heads at a time: in half precision they are converted
-    first.
-    """
-    found: dict[str, list[Tensor]] = {statistic.name: [] for statistic in plan.cache}
-    each = max(1, view.key.shape[1] * (view.key.shape[2] + view.value.shape[2]) * 4)
-    together = max(1, share_of_maps(view, *COPIED_BYTES) // each)
-    for first in range(0, view.key.shape[0] if found else 0, together):
-        some = slice(first, first + together)
+    """Statistics of keys and values; in half precision they are converted first."""
+    if not plan.cache:
+        return {}
+
+    def values(some: slice) -> list[Tensor]:
         key, value = view.key[some].float(), view.value[some].float()
         tokens = view.keys if len(view.keys.rank) == 1 else view.keys.map(itemgetter(some))
-        for statistic in plan.cache:
-            found[statistic.name].append(statistic.value(key, value, tokens))
-    return {name: torch.cat(values) for name, values in found.items()}
+        return [statistic.value(key, value, tokens) for statistic in plan.cache]
+
+    each = view.key.shape[1] * (view.key.shape[2] + view.value.shape[2]) * 4
+    parts = _over_heads(values, view, each)
+    names = [statistic.name for statistic in plan.cache]
+    return {
+        name: torch.cat(found) for name, found in zip(names, zip(*parts, strict=True), strict=True)
+    }
 
 
-def _head_groups(view: SampleCall, prompt: _Prompt) -> Iterator[slice]:
-    """Key heads whose copied rows, for all their query heads, take a bounded part of the memory of
-    the maps.
+def _over_heads(
+    function: Callable[[slice], Result], view: SampleCall, each: int
+) -> Sequence[Result]:
+    """The function's results for groups of key heads, on several threads on a processor.
+
+    Args:
+        function: called with a range of key heads.
+        view: the layer.
+        each: bytes that the function takes for a key head; a bounded part of the memory of the maps
+            is taken at a time.
     """
-    kv_heads, keys, _ = view.key.shape
-    each = view.groups * len(prompt.picked) * keys * 4
-    together = max(1, share_of_maps(view, *COPIED_BYTES) // each)
-    return (slice(first, min(first + together, kv_heads)) for first in range(0, kv_heads, together))
+    kv_heads, parallel = len(view.key), backend_for(view.key.device) == COMPILED
+    threads = torch.get_num_threads() if parallel else 1
+    room = share_of_maps(view, *COPIED_BYTES) // threads
+    together = max(1, min(room // max(1, each), -(-kv_heads // threads)))
+    groups = [
+        slice(first, min(first + together, kv_heads)) for first in range(0, kv_heads, together)
+    ]
+    return on_threads(function, groups) if parallel else [function(some) for some in groups]
 
 
 def _reduce_heads(
@@ -167,126 +204,95 @@ def _reduce_heads(
     a few heads.
     """
     heads = slice(kv_heads.start * view.groups, kv_heads.stop * view.groups)
-    tally = _Tally(view, plan, prompt, value_norm, heads)
-    for which, rows, span, weights in weight_blocks(view, kv_heads):
-        tally.add(slice(which.start - heads.start, which.stop - heads.start), rows, span, weights)
-        del weights  # and with the last block the buffer of all
-    sums = tally.sums.transpose(1, 2)
-    if bool(sums[:, prompt.groups[0] > 0].isnan().any()):
+    taken = _sums_of_heads(view, plan, prompt, value_norm, kv_heads)
+    sums = taken.sums.transpose(1, 2)
+    if bool(sums[:, prompt.modality.any(0)].isnan().any()):
         raise FloatingPointError("attention weights are not numbers")
-    counts = prompt.counts if len(prompt.counts) == 1 else prompt.counts[heads]
-    mass = None if value_norm is None else sums[..., -len(KINDS) :]
-    every = QueryRows(view.queries, tally.keys, counts, sums, plan.columns, tally.above, mass)
+    keys = view.keys
+    if len(keys.rank) > 1:
+        keys = keys.map(itemgetter(kv_heads))
+    every = QueryRows(
+        view.queries,
+        keys,
+        prompt.counts if len(prompt.counts) == 1 else prompt.counts[heads],
+        sums,
+        plan.columns,
+        dict(zip(plan.thresholds, taken.above, strict=True)),
+        None if value_norm is None else sums[..., -len(KINDS) :],
+    )
     both = (
         values_of(plan.sums, every),
-        values_of(plan.weights, every.take(prompt.picked, tally.picked)),
+        values_of(plan.weights, every.take(prompt.picked, taken.picked)),
     )
     grouped = _grouped(both[0], prompt.modality), _grouped(both[1], prompt.sampled)
     totals, counted = (torch.cat(parts, -1) for parts in zip(*grouped, strict=True))
-    step = torch.cat([values[:, -1] for values in both], -1)
-    return totals, counted, step, tally.picked[:, -1].clone(), tally.received, tally.ages, tally.raw
+    return (
+        totals,
+        counted,
+        torch.cat([values[:, -1] for values in both], -1),
+        taken.picked[:, -1].clone(),
+        taken.received if plan.received else None,
+        bin_ages(taken.by_age) if plan.ages else None,
+        taken.raw if plan.raw is not None else None,
+    )
 
 
-class _Tally:
-    """Primitive sums of a few heads over all rows, taken block by block.
-
-    Where norms of values are wanted, the sums weighted by them stand behind those of the key
-    columns.
+def _sums_of_heads(
+    view: SampleCall, plan: CapturePlan, prompt: _Prompt, value_norm: Tensor | None, kv_heads: slice
+) -> RowSums:
+    """Primitive sums of a few heads over all rows; those of the key columns, and behind them, where
+    norms of values are wanted, those of the three kinds of keys weighted by the norms.
     """
-
-    def __init__(
-        self,
-        view: SampleCall,
-        plan: CapturePlan,
-        prompt: _Prompt,
-        value_norm: Tensor | None,
-        heads: slice,
-    ) -> None:
-        number, rows, keys = heads.stop - heads.start, view.query.shape[1], view.key.shape[1]
-        own = slice(heads.start // view.groups, heads.stop // view.groups)
-        self.prompt, self.queries, self.groups = prompt, view.queries, view.groups
-        self.keys = view.keys if len(view.keys.rank) == 1 else view.keys.map(lambda t: t[own])
-        self.columns = prompt.columns if len(prompt.columns) == 1 else prompt.columns[own]
-        if value_norm is not None:
-            plain = self.columns.expand(own.stop - own.start, -1, -1)
-            self.columns = torch.cat([plain, plain[:, : len(KINDS)] * value_norm[own, None]], 1)
-        new = view.query.new_zeros
-        self.sums = new(number, self.columns.shape[1], rows, dtype=torch.float32)
-        self.above = {t: new(number, rows, dtype=torch.float32) for t in plan.thresholds}
-        self.picked = new(number, len(prompt.picked), keys, dtype=torch.float32)
-        self.received = new(number, 2, keys, dtype=torch.float32) if plan.received else None
-        self.ages = torch.zeros(number, len(AGE_STARTS), dtype=torch.float64) if plan.ages else None
-        self.raw: Tensor | None = None
-        if plan.raw is not None:
-            self._kept = [
-                head - heads.start for head in plan.raw.heads if heads.start <= head < heads.stop
-            ]
-            self.raw = new(len(self._kept), len(prompt.raw_rows), keys, dtype=torch.float32)
-            self._raw_places = prompt.raw_rows.tolist()
-        self._places = prompt.picked.tolist()
-
-    def add(self, heads: slice, rows: slice, span: slice, weights: Tensor) -> None:
-        """Take what is wanted from a block of some of these heads; the block is overwritten."""
-        sets = slice(heads.start // self.groups, heads.stop // self.groups)
-        columns = self.columns if len(self.columns) == 1 else self.columns[sets]
-        self.sums[heads, :, rows] = weighted_sums(weights, columns[:, :, span])
-        low, high = bisect_left(self._places, rows.start), bisect_left(self._places, rows.stop)
-        if low < high:
-            self.picked[heads, low:high, span] = weights[
-                :, self.prompt.picked[low:high] - rows.start
-            ]
-        if self.received is not None:
-            self.received[heads, :, span] += self.prompt.groups[:, rows] @ weights
-        if self.ages is not None:
-            self._add_ages(self.ages, heads, rows, span, weights)
-        if self.raw is not None:
-            self._keep(self.raw, heads, rows, span, weights)
-        for place, (threshold, above) in enumerate(self.above.items(), 1):
-            scratch = weights if place == len(self.above) else torch.empty_like(weights)
-            above[heads, rows] = count_above(weights, threshold, scratch)
-
-    def _keep(self, raw: Tensor, heads: slice, rows: slice, span: slice, weights: Tensor) -> None:
-        at = [place for place, head in enumerate(self._kept) if heads.start <= head < heads.stop]
-        low, high = (
-            bisect_left(self._raw_places, rows.start),
-            bisect_left(self._raw_places, rows.stop),
-        )
-        if at and low < high:
-            which = torch.tensor(
-                [self._kept[place] - heads.start for place in at], device=weights.device
-            )
-            chosen = self.prompt.raw_rows[low:high] - rows.start
-            raw[at[0] : at[-1] + 1, low:high, span] = weights[which[:, None], chosen]
-
-    def _add_ages(
-        self, ages: Tensor, heads: slice, rows: slice, span: slice, weights: Tensor
-    ) -> None:
-        some, keys = _overlap(rows, self.prompt.text_rows), _overlap(span, self.prompt.text_keys)
-        if some.start < some.stop and keys.start < keys.stop:
-            inner = weights[
-                :,
-                some.start - rows.start : some.stop - rows.start,
-                keys.start - span.start : keys.stop - span.start,
-            ]
-            queries, tokens = (
-                self.queries.map(lambda t: t[some]),
-                self.keys.map(lambda t: t[:, keys]),
-            )
-            if len(tokens.rank) > 1:
-                sets = slice(heads.start // self.groups, heads.stop // self.groups)
-                tokens = tokens.map(lambda t: t[sets])
-            ages[heads] += text_by_age(inner, queries, tokens)
+    heads = slice(kv_heads.start * view.groups, kv_heads.stop * view.groups)
+    columns, extents = prompt.columns, prompt.extents
+    if len(columns) > 1:
+        columns = columns[kv_heads]
+    if value_norm is not None:
+        plain = columns.expand(kv_heads.stop - kv_heads.start, -1, -1)
+        columns = torch.cat([plain, plain[:, : len(KINDS)] * value_norm[kv_heads, None]], 1)
+        extents = torch.cat([extents, extents[: len(KINDS)]])
+    wanted = () if plan.raw is None else plan.raw.heads
+    taken = RowSums(
+        prompt.request,
+        columns,
+        heads.stop - heads.start,
+        view.groups,
+        extents=extents,
+        first_set=kv_heads.start,
+        raw_heads=[head - heads.start for head in wanted if heads.start <= head < heads.stop],
+    )
+    if view.weights is not None:
+        own = view.weights[heads].clone(memory_format=torch.contiguous_format)
+        every, ends = slice(0, len(own)), prompt.picked
+        taken.add(own, every, 0, 0, ends, weights=True)
+        return taken
+    for block in product_blocks(view, kv_heads):
+        own = slice(block.heads.start - heads.start, block.heads.stop - heads.start)
+        sinks = None if view.sinks is None else view.sinks[block.heads]
+        first = block.span.start
+        taken.add(block.products, own, block.rows.start, first, block.ends, block.scaling, sinks)
+    return taken
 
 
-def _pairs(view: SampleCall, rows: slice, keys: slice) -> Tensor:
-    """(1 or heads, ages): number of visible pairs of a text row and a text key."""
-    if rows.start == rows.stop or keys.start == keys.stop:
-        return torch.zeros(1, len(AGE_STARTS), dtype=torch.float64)
-    queries, tokens = view.queries.map(lambda t: t[rows]), view.keys.map(lambda t: t[:, keys])
-    visible = view.sight.visible[:, rows, keys].float()
-    if len(tokens.rank) > 1 and len(visible) == 1:
-        visible = visible.expand(len(tokens.rank), -1, -1)
-    return text_by_age(visible, queries, tokens)
+def _pairs(view: SampleCall, rows: Tensor, keys: Tensor) -> Tensor:
+    """(1 or heads, ages): number of visible pairs of a text row and a text key before it.
+
+    Args:
+        view: the layer.
+        rows: (rows,) bool, text rows.
+        keys: (key sets, keys) bool, text keys.
+    """
+    total = torch.zeros(1, len(AGE_STARTS), dtype=torch.float64)
+    if not bool(rows.any()) or not bool(keys.any()):
+        return total
+    rank = view.keys.rank
+    heads = len(view.query) if len(rank) > 1 else 1
+    for at, visible in view.visible_keys.pairs(rows, for_heads(keys, heads)):
+        queries = view.queries.rank[at]
+        earlier = for_heads(rank, len(visible))[:, None] <= queries[:, None]
+        counted = (visible & earlier).float()
+        total = total + by_age(counted, queries, for_heads(rank, len(visible)))
+    return total
 
 
 def _grouped(values: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,7 +301,3 @@ def _grouped(values: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
     """
     defined, groups = ~values.isnan(), member.double()
     return groups @ values.where(defined, 0.0).double(), groups @ defined.double()
-
-
-def _overlap(one: slice, other: slice) -> slice:
-    return slice(max(one.start, other.start), min(one.stop, other.stop))

@@ -47,9 +47,9 @@ def reduce_step(rows: Sequence[StepRow], plan: CapturePlan) -> list[LayerResult]
     views, layers, heads = [row.view for row in rows], len(rows), rows[0].weights.shape[0]
     queries, shared = views[0].queries, all(view.keys is views[0].keys for view in views)
     keys = views[0].keys if shared else _join([view.keys for view in views])
-    visible = views[0].sight.visible
+    visible = views[0].visible_keys.last_row
     if not shared:
-        visible = torch.cat([view.sight.visible.expand(heads, -1, -1) for view in views])
+        visible = torch.cat([view.visible_keys.last_row.expand(heads, -1, -1) for view in views])
     weights, value_mass = torch.cat([row.weights for row in rows]), None
     if plan.reads_values:
         norms = torch.cat([row.value_norm for row in rows if row.value_norm is not None])
@@ -73,11 +73,11 @@ def reduce_step(rows: Sequence[StepRow], plan: CapturePlan) -> list[LayerResult]
     for i, row in enumerate(rows):
         one = LayerResult(row.view.keys, step[i], row.weights[:, 0])
         if plan.received:
-            one.received, one.queries = row.weights, row.view.sight.visible.float()
+            one.received, one.queries = row.weights, row.view.visible_keys.last_row.float()
         if ages is not None and pairs is not None:
             one.ages, one.pairs = ages[i], pairs[i]
         if plan.raw is not None and plan.raw.decode_rows:
-            kept, seen = list(plan.raw.heads), row.view.sight.visible
+            kept, seen = list(plan.raw.heads), row.view.visible_keys.last_row
             one.raw, one.raw_rows = row.weights[kept], queries.rank
             one.raw_visible = seen if len(seen) == 1 else seen[kept]
         results.append(one)

@@ -127,6 +127,6 @@ def _view(weights: Tensor, visible: Tensor, tokens: TokenInfo, new: slice) -> Sa
         1.0,
         part,
         tokens.map(lambda t: t[None]),
-        VisibleKeys(seen),
+        VisibleKeys.of_matrix(seen),
         weights=weights,
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from avl.attention import AttentionCall
-from avl_analysis.capture.visibility import VisibleKeys, sight
+from avl_analysis.capture.visibility import VisibleKeys, visible_keys
 from avl_analysis.statistics.inputs import TokenInfo, for_heads
 
 
@@ -24,16 +24,19 @@ class SampleCall:
     """One sample's valid part of an attention call.
 
     Attributes:
-
-        query: (query heads, rows, head dim); key, value: (key heads, keys, head dim), in
-        the model's precision. scaling: factor on query . key. queries, keys: what they are, (rows,)
-        and (key sets, keys). sight: which keys the rows may attend to. softcap: products are
-        `softcap * tanh(products / softcap)`, None for no cap. bias: (1 or query heads, rows, keys)
-        learned, added to the products, or None. sinks: (query heads, 1 or rows) learned logits that
-        take part in the softmax and stand for no key, or None. memo: what was found out about these
-        rows and keys alone, shared by the layers they are the same in. weights: (query heads, rows,
-        keys) float32 where they are known already (a replay); query and key then have
-            the right number of rows and keys, and no content.
+        query: (query heads, rows, head dim).
+        key, value: (key heads, keys, head dim), in the model's precision.
+        scaling: factor on query . key.
+        queries, keys: what they are, (rows,) and (key sets, keys).
+        visible_keys: which keys the rows may attend to.
+        softcap: products are `softcap * tanh(products / softcap)`, None for no cap.
+        bias: (1 or query heads, rows, keys) learned, added to the products, or None.
+        sinks: (query heads, 1 or rows) learned logits that take part in the softmax and stand for
+            no key, or None.
+        memo: what was found out about these rows and keys alone, shared by the layers they are the
+            same in.
+        weights: (query heads, rows, keys) float32 where they are known already (a replay); query
+            and key then have the right number of rows and keys, and no content.
     """
 
     query: Tensor
@@ -42,7 +45,7 @@ class SampleCall:
     scaling: float
     queries: TokenInfo
     keys: TokenInfo
-    sight: VisibleKeys
+    visible_keys: VisibleKeys
     softcap: float | None = None
     bias: Tensor | None = None
     sinks: Tensor | None = None
@@ -64,7 +67,7 @@ class SampleSlice:
     columns: slice
     queries: TokenInfo
     keys: TokenInfo
-    sight: VisibleKeys
+    visible_keys: VisibleKeys
     memo: dict[str, Any] = field(default_factory=dict)
 
 
@@ -95,7 +98,7 @@ def view(
         call.scaling,
         part.queries,
         part.keys,
-        part.sight,
+        part.visible_keys,
         call.options.get("softcap"),
         _of_sample(call.options.get("position_bias"), sample, part),
         _sinks(call, sample, part.rows),
@@ -135,7 +138,7 @@ def _part(call: AttentionCall, tokens: TokenInfo, sample: int) -> SampleSlice | 
         columns,
         queries,
         keys,
-        sight(call, sample, rows, columns, for_heads(held, call.query.shape[1])),
+        visible_keys(call, sample, rows, columns, for_heads(held, call.query.shape[1])),
     )
 
 

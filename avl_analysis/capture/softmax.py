@@ -1,4 +1,5 @@
-"""Softmax weights beside the model's own kernel, a block of rows and a few heads at a time.
+"""Products and softmax weights beside the model's own kernel, a block of rows and a few heads at a
+time.
 
 Always in float32, whatever the model's precision: a product of two bfloat16 matrices is rounded to
 8 bits, too few for a softmax to start from. Blocks take few heads and many rows, not the other way
@@ -10,31 +11,55 @@ still.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from avl.kernels.backend import COMPILED, backend_for
 from avl_analysis.capture.sample_call import SampleCall
 
 BLOCK_BYTES = (3 << 20, 8 << 20)
-"""Least and most bytes of one block of weights on a CPU, with the keys converted for it: larger
-ones leave the caches, in smaller ones starting an operation costs more than doing it. In between it
-is a fiftieth of the layer's maps, so that short prompts take little memory beside a model, too.
+"""Least and most bytes of one block of products of the plain kernel on a processor, with the keys
+converted for it: larger ones leave the caches, in smaller ones starting an operation costs more
+than doing it. In between it is a fiftieth of the layer's maps, so that short prompts take little
+memory beside a model, too.
 """
+COMPILED_BLOCK_BYTES = 3 << 19
+"""Most bytes of a block of the compiled kernel, which a core's own cache should hold."""
 DEVICE_BLOCK_BYTES = (16 << 20, 128 << 20)
 """The same elsewhere, where starting a kernel costs more than moving data."""
 BLOCK_ROWS = 128
 """Most rows of a block: it computes every key that its last row sees, and the more rows, the more
 of that is hidden from the others.
 """
+LEAST_ROWS = 16
+"""Rows below which a matrix product is slow, however long they are."""
 
 ROW_BYTES = 6 << 20
 """Bytes of keys converted to float32 at a time for the one row of a decode step."""
 
-Block = tuple[slice, slice, slice, Tensor]
-"""Query heads; rows; keys outside of which the weights of these rows are 0; the weights, (heads,
-rows, keys) float32. A block is valid until the next one is asked for, and may be overwritten.
-"""
+
+@dataclass(frozen=True)
+class ProductBlock:
+    """Products of some rows with the keys they may see; valid until the next one is asked for.
+
+    Attributes:
+        heads: query heads.
+        rows: rows.
+        span: keys outside of which these rows see nothing.
+        products: (heads, rows, keys of the span) float32, which may be overwritten; -inf where a
+            key is hidden, except behind `ends`.
+        ends: (rows,) int64, how many leading keys of the span each row may see at most.
+        scaling: factor on the products that is still to be applied.
+    """
+
+    heads: slice
+    rows: slice
+    span: slice
+    products: Tensor
+    ends: Tensor
+    scaling: float
 
 
 def share_of_maps(view: SampleCall, least: int, most: int) -> int:
@@ -43,53 +68,60 @@ def share_of_maps(view: SampleCall, least: int, most: int) -> int:
     return max(least, min(most, maps // 50))
 
 
-def weight_blocks(view: SampleCall, kv_heads: slice) -> Iterator[Block]:
-    """The weights of the query heads that read these key heads, head after head and
-    row after row."""
-    groups, rows, keys = view.groups, view.query.shape[1], view.key.shape[1]
-    if view.weights is not None:
-        heads = slice(kv_heads.start * groups, kv_heads.stop * groups)
-        yield heads, slice(0, rows), slice(0, keys), view.weights[heads].clone()
-        return
+def product_blocks(view: SampleCall, kv_heads: slice) -> Iterator[ProductBlock]:
+    """Products of the query heads that read these key heads, head after head and row after row."""
+    keys, dim = view.key.shape[1:]
+    together, size = _block_size(view, kv_heads)
+    buffer = torch.empty(together * view.groups * size * keys, device=view.query.device)
+    converted = None
+    if view.key.dtype != torch.float32:
+        # One buffer for all: fresh memory costs more than the conversion.
+        converted = torch.empty(together, keys, dim, device=view.query.device)
+    for first in range(kv_heads.start, kv_heads.stop, together):
+        some = slice(first, min(first + together, kv_heads.stop))
+        key = view.key[some]
+        if converted is not None:
+            key = converted[: some.stop - first].copy_(key)
+        yield from _row_blocks(view, some, key, size, buffer)
+
+
+def _block_size(view: SampleCall, kv_heads: slice) -> tuple[int, int]:
+    """Key heads and rows of a block."""
+    groups, rows, (_, keys, dim) = view.groups, view.query.shape[1], view.key.shape
+    if backend_for(view.query.device) == COMPILED:
+        fitting = COMPILED_BLOCK_BYTES // (4 * groups * keys)
+        return 1, max(1, min(rows, BLOCK_ROWS, max(fitting, LEAST_ROWS)))
     limits = BLOCK_BYTES if view.query.device.type == "cpu" else DEVICE_BLOCK_BYTES
     elements = share_of_maps(view, *limits) // 4
     size = max(1, min(rows, BLOCK_ROWS, elements // (groups * keys)))
-    converts = (
-        view.key.dtype != torch.float32
-    )  # the converted keys of these heads shall fit as well
-    count, each = (
-        kv_heads.stop - kv_heads.start,
-        keys * (groups * size + converts * view.key.shape[2]),
-    )
-    together = -(-count // -(-count // max(1, elements // each)))  # parts of about one size
-    buffer = torch.empty(together * groups * size * keys, device=view.query.device)
-    converted = None
-    if converts:  # one buffer for all: fresh memory costs more than the conversion
-        converted = torch.empty(together, keys, view.key.shape[2], device=view.query.device)
-    for first in range(kv_heads.start, kv_heads.stop, together):
-        some = slice(first, min(first + together, kv_heads.stop))
-        key = (
-            view.key[some]
-            if converted is None
-            else converted[: some.stop - first].copy_(view.key[some])
-        )
-        yield from _row_blocks(view, some, key, size, buffer)
+    converted = dim if view.key.dtype != torch.float32 else 0  # these keys shall fit as well
+    count = kv_heads.stop - kv_heads.start
+    together = max(1, elements // (keys * (groups * size + converted)))
+    return -(-count // -(-count // together)), size  # parts of about one size
 
 
 def _row_blocks(
     view: SampleCall, kv_heads: slice, key: Tensor, size: int, buffer: Tensor
-) -> Iterator[Block]:
+) -> Iterator[ProductBlock]:
     count, groups, rows = kv_heads.stop - kv_heads.start, view.groups, view.query.shape[1]
     heads = slice(kv_heads.start * groups, kv_heads.stop * groups)
+    # Whatever is added to products, or bends them, needs them scaled; else the kernel does it.
+    scaled = not view.visible_keys.causal or any(
+        part is not None for part in (view.softcap, view.bias, view.sinks)
+    )
     for start in range(0, rows, size):
         at = slice(start, min(start + size, rows))
-        span = view.sight.span(at)
+        span = view.visible_keys.span(at)
         shape = (count * groups, at.stop - at.start, span.stop - span.start)
-        weights = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-        query = view.query[heads, at].float() * view.scaling
-        _products(query.reshape(count, -1, query.shape[2]), key[:, span], weights)
-        _softmax(weights, view, heads, at, span)
-        yield heads, at, span, weights
+        products = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+        query = view.query[heads, at].float()
+        _products(query.reshape(count, -1, query.shape[2]), key[:, span], products)
+        if scaled:
+            _bend(products.mul_(view.scaling), view, heads, at, span)
+            if not view.visible_keys.causal:
+                view.visible_keys.hide(products, heads, at, span)
+        ends = view.visible_keys.ends(at)
+        yield ProductBlock(heads, at, span, products, ends, 1.0 if scaled else view.scaling)
 
 
 def _products(query: Tensor, key: Tensor, out: Tensor) -> None:
@@ -100,21 +132,26 @@ def _products(query: Tensor, key: Tensor, out: Tensor) -> None:
         torch.bmm(query, key.transpose(1, 2), out=out.view(*query.shape[:2], key.shape[1]))
 
 
-def _softmax(logits: Tensor, view: SampleCall, heads: slice, rows: slice, span: slice) -> None:
-    """Turn scaled products into weights, in place."""
+def _bend(logits: Tensor, view: SampleCall, heads: slice, rows: slice, span: slice) -> None:
+    """Cap scaled products and add what the model adds to them, in place."""
     if view.softcap is not None:
         logits.div_(view.softcap).tanh_().mul_(view.softcap)
     if view.bias is not None:
         logits += view.bias[heads if len(view.bias) > 1 else slice(None), rows, span]
-    view.sight.hide(logits, heads, rows, span)
+
+
+def _softmax(logits: Tensor, view: SampleCall) -> None:
+    """Turn scaled products of all heads, rows and keys into weights, in place."""
+    heads, rows, keys = (slice(0, count) for count in logits.shape)
+    _bend(logits, view, heads, rows, keys)
+    view.visible_keys.hide(logits, heads, rows, keys)
     share = None
     if view.sinks is not None:
-        sinks = view.sinks[heads, rows] if view.sinks.shape[1] > 1 else view.sinks[heads]
-        share = torch.sigmoid(logits.logsumexp(-1) - sinks)[..., None]
+        share = torch.sigmoid(logits.logsumexp(-1) - view.sinks)[..., None]
     torch.softmax(logits, -1, out=logits)
     if share is not None:
         logits *= share
-    view.sight.clear_blind(logits, heads, rows)
+    view.visible_keys.clear_blind(logits, heads, rows)
 
 
 def row_weights(view: SampleCall) -> Tensor:
@@ -134,5 +171,5 @@ def row_weights(view: SampleCall) -> Tensor:
             some = slice(first, min(first + together, kv_heads))
             _products(query[some], buffer[: some.stop - first].copy_(view.key[some]), logits[some])
     logits = logits.view(view.query.shape[0], view.query.shape[1], keys)
-    _softmax(logits, view, slice(0, len(logits)), slice(0, logits.shape[1]), slice(0, keys))
+    _softmax(logits, view)
     return logits

@@ -1,14 +1,16 @@
 """Which keys each query row of one sample may attend to, whatever form transformers gave the mask.
 
 Masks come as nothing at all (causal, or a single row), as booleans, as numbers to add, or, for
-flash kernels, as one flag per key. All become one boolean matrix here. It is the same for all
-layers of a pass that share a mask, so the recorder makes it once per pass; the number of keys that
-a row sees, and of rows that see a key, are counted from it once.
+flash kernels, as one flag per key. `VisibleKeys` answers for some rows at a time and holds no
+matrix of its own: a causal mask is a number, and any other is read where the model keeps it. It is
+the same for all layers of a pass that share a mask, so the recorder makes it once per pass; the
+number of keys that a row sees, and of rows that see a key, are counted from it once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,27 +18,81 @@ from torch import Tensor
 from avl.attention import AttentionCall
 from avl_analysis.statistics.inputs import for_heads
 
+BLOCK_ROWS = 256
+"""Rows of a mask that are looked at together; what is taken of them grows with the keys alone."""
+
+
+@dataclass(frozen=True)
+class VisibleRows:
+    """What some rows may attend to.
+
+    Attributes:
+        visible: (1 or query heads, rows, keys) bool.
+        bias: same shape, float32 added to the logits; None if there is none.
+    """
+
+    visible: Tensor
+    bias: Tensor | None = None
+
 
 class VisibleKeys:
     """Rows and keys of one sample, cut to the valid ones.
 
     Attributes:
-        visible: (1 or query heads, rows, keys) bool.
-        bias: (1 or query heads, rows, keys) float32 added to the logits, None if there is none.
-        causal: whether `visible` is exactly the lower triangle that ends in the last corner.
+        causal: whether row i of n sees the leading keys up to the n - i - th last, and no bias: the
+            lower triangle that ends in the last corner.
     """
 
-    def __init__(self, visible: Tensor, bias: Tensor | None = None) -> None:
-        self.visible, self.bias = visible, bias
-        heads, rows, keys = visible.shape
+    def __init__(
+        self,
+        rows: int,
+        keys: int,
+        device: torch.device,
+        read: Callable[[slice], VisibleRows] | None = None,
+    ) -> None:
+        """Look at the mask once, block by block.
+
+        Args:
+            rows: number of query rows; `keys` of keys.
+            device: of the tensors that are handed out.
+            read: what a range of rows sees; None for a causal triangle.
+        """
+        self._rows, self._keys, self._device = rows, keys, device
         self._offset = keys - rows
-        self.causal = heads == 1 and bias is None and _is_triangle(visible[0], self._offset)
-        if not self.causal:
-            seen = visible.any(0)
-            self._first = seen.int().argmax(1).tolist()
-            self._end = (keys - seen.flip(1).int().argmax(1)).tolist()
-            self._blind = ~visible.any(-1)
-            self._some_blind = bool(self._blind.any())
+        self._read = self._triangle if read is None else read
+        self.causal = self._offset >= 0 and (read is None or self._is_triangle())
+        if self.causal:
+            self._read = self._triangle
+            return
+        first, end, blind = [], [], []
+        for _, block in self._blocks():
+            seen = block.visible.any(0).to(torch.uint8)
+            first.append(seen.argmax(1))
+            end.append(keys - seen.flip(1).argmax(1))
+            blind.append(~block.visible.any(-1))
+        self._first, self._end = torch.cat(first).tolist(), torch.cat(end).tolist()
+        self._blind = torch.cat(blind, 1)
+        self._some_blind = bool(self._blind.any())
+
+    @classmethod
+    def of_matrix(cls, visible: Tensor) -> VisibleKeys:
+        """What a matrix, (1 or query heads, rows, keys) bool, says."""
+        _, rows, keys = visible.shape
+        return cls(rows, keys, visible.device, lambda some: VisibleRows(visible[:, some]))
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """(1 or query heads, n, keys) bool, for rows of these n ascending numbers."""
+        wanted = torch.zeros(self._rows, dtype=torch.bool, device=self._device)
+        wanted[rows] = True
+        parts = [block.visible[:, wanted[at]] for at, block in self._blocks() if wanted[at].any()]
+        if not parts:
+            return torch.zeros(1, 0, self._keys, dtype=torch.bool, device=self._device)
+        return torch.cat(parts, 1)
+
+    @property
+    def last_row(self) -> Tensor:
+        """(1 or query heads, 1, keys) bool."""
+        return self._read(slice(self._rows - 1, self._rows)).visible
 
     def span(self, rows: slice) -> slice:
         """Keys outside of which none of these rows sees anything."""
@@ -44,20 +100,37 @@ class VisibleKeys:
             return slice(0, rows.stop + self._offset)
         return slice(min(self._first[rows]), max(self._end[rows]))
 
+    def ends(self, rows: slice) -> Tensor:
+        """(rows,) int64: the number of leading keys of their span that each row may see."""
+        if self.causal:
+            row = torch.arange(rows.start, rows.stop, device=self._device)
+            return row + self._offset + 1
+        span = self.span(rows)
+        count = rows.stop - rows.start
+        return torch.full((count,), span.stop - span.start, device=self._device)
+
     def hide(self, logits: Tensor, heads: slice, rows: slice, span: slice) -> None:
-        """Put -inf where a key may not be attended, in place; logits (heads, rows, keys of the
-        span).
+        """Add the bias and put -inf where a key may not be attended, in place.
+
+        Args:
+            logits: (heads, rows, keys of the span).
+            heads: which query heads.
+            rows: which rows.
+            span: which keys.
         """
         if self.causal:
-            if rows.stop - rows.start == 1:  # its span ends with the last key it sees
-                return
-            corner = ~self.visible[:, rows, span.stop - (rows.stop - rows.start) : span.stop]
-            logits[..., -corner.shape[-1] :].masked_fill_(corner, -torch.inf)
+            count = rows.stop - rows.start
+            if count > 1:  # the span ends with the last key that the last row sees
+                place = torch.arange(count, device=logits.device)
+                corner = place > place[:, None]
+                logits[..., -count:].masked_fill_(corner, -torch.inf)
             return
-        shared = self.visible.shape[0] == 1
-        if self.bias is not None:
-            logits += self.bias[slice(None) if self.bias.shape[0] == 1 else heads, rows, span]
-        logits.masked_fill_(~self.visible[slice(None) if shared else heads, rows, span], -torch.inf)
+        block = self._read(rows)
+        shared = len(block.visible) == 1
+        if block.bias is not None:
+            logits += block.bias[slice(None) if len(block.bias) == 1 else heads, :, span]
+        visible = block.visible[slice(None) if shared else heads, :, span]
+        logits.masked_fill_(~visible, -torch.inf)
 
     def clear_blind(self, weights: Tensor, heads: slice, rows: slice) -> None:
         """Rows that see no key at all have zero weights, not NaN; in place."""
@@ -65,74 +138,132 @@ class VisibleKeys:
             blind = self._blind[slice(None) if self._blind.shape[0] == 1 else heads, rows]
             weights.masked_fill_(blind[..., None], 0.0)
 
+    # -- counts -----
+
     def keys_per_row(self, kinds: Tensor) -> Tensor:
         """(1 or heads, rows, n): for every row how many of the keys marked in kinds, (key sets, n,
         keys), it sees.
 
-        Where there are several key sets, `visible` is per head.
+        Where there are several key sets, what is visible is per head.
         """
-        return torch.cat(
-            [block @ for_heads(kinds, len(block)).transpose(1, 2) for block in self._blocks()], 1
-        )
+        if self.causal:
+            return kinds.cumsum(-1)[..., self._offset :].transpose(1, 2)
+        parts = []
+        for _, block in self._blocks():
+            visible = block.visible.float()
+            parts.append(visible @ for_heads(kinds, len(visible)).transpose(1, 2))
+        return torch.cat(parts, 1)
 
     def rows_per_key(self, groups: Tensor) -> Tensor:
         """(1 or heads, n, keys): for every key how many of the rows marked in groups, (n, rows),
         see it.
         """
-        total = torch.zeros(
-            self.visible.shape[0], groups.shape[0], self.visible.shape[2], device=groups.device
-        )
-        start = 0
-        for block in self._blocks():
-            total += groups[:, start : start + block.shape[1]] @ block
-            start += block.shape[1]
+        if self.causal:
+            later = groups.flip(1).cumsum(1).flip(1)  # rows from this one on
+            return torch.cat([later[:, :1].expand(-1, self._offset), later], 1)[None]
+        total: Tensor | None = None
+        for at, block in self._blocks():
+            seen = groups[:, at] @ block.visible.float()
+            total = seen if total is None else total + seen
+        assert total is not None
         return total
 
-    def _blocks(self) -> Iterator[Tensor]:
-        return (block.float() for block in self.visible.split(256, 1))
+    def pairs(self, rows: Tensor, keys: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of rows and which pairs of a marked row and a marked key are visible.
+
+        Args:
+            rows: (rows,) bool; blocks without such a row are left out.
+            keys: (1 or query heads, keys) bool.
+
+        Yields:
+            The rows, and (1 or query heads, rows, keys) bool.
+        """
+        for at in self._ranges():
+            if bool(rows[at].any()):
+                visible = self._read(at).visible
+                yield at, visible & rows[at, None] & for_heads(keys, len(visible))[:, None]
+
+    def _blocks(self) -> Iterator[tuple[slice, VisibleRows]]:
+        return ((at, self._read(at)) for at in self._ranges())
+
+    def _ranges(self) -> Iterator[slice]:
+        starts = range(0, self._rows, BLOCK_ROWS)
+        return (slice(start, min(start + BLOCK_ROWS, self._rows)) for start in starts)
+
+    def _triangle(self, rows: slice) -> VisibleRows:
+        column = torch.arange(self._keys, device=self._device)
+        row = torch.arange(rows.start, rows.stop, device=self._device)
+        return VisibleRows((column <= row[:, None] + self._offset)[None])
+
+    def _is_triangle(self) -> bool:
+        for at, block in self._blocks():
+            if len(block.visible) > 1 or block.bias is not None:
+                return False
+            if not torch.equal(block.visible, self._triangle(at).visible):
+                return False
+        return True
 
 
-def _is_triangle(visible: Tensor, offset: int) -> bool:
-    rows, keys = visible.shape
-    if offset < 0:
-        return False
-    if rows == 1:  # the last row of a triangle is all there is of it
-        return bool(visible.all())
-    column, row = (
-        torch.arange(keys, device=visible.device),
-        torch.arange(rows, device=visible.device),
-    )
-    return bool((visible == (column <= row[:, None] + offset)).all())
-
-
-def sight(call: AttentionCall, sample: int, rows: slice, keys: slice, held: Tensor) -> VisibleKeys:
+def visible_keys(
+    call: AttentionCall, sample: int, rows: slice, keys: slice, held: Tensor
+) -> VisibleKeys:
     """What the rows of one sample see.
 
     Args:
-        rows, keys: the valid part of the call's rows and keys.
+        call: the attention call.
+        sample: which row of the batch.
+        rows: the valid part of the call's rows; `keys` of its keys.
         held: (1 or query heads, keys of that part) bool, False for slots that hold nothing.
     """
-    mask, (_, _, count, _) = call.mask, call.query.shape
-    row = torch.arange(count, device=call.query.device)[rows, None]
-    column = torch.arange(call.key.shape[2], device=call.query.device)[keys]
-    bias = None
-    if mask is None:
-        visible = (column <= row)[None] if call.causal else torch.ones_like(column <= row)[None]
-    elif (
-        mask.dim() == 2
-    ):  # flash kernels: flags of the keys; the kernel itself is causal, aligned at the last corner
-        visible = mask[sample, keys].bool().expand(1, len(row), -1)
-        if count > 1:
-            visible = visible & (column <= row + call.key.shape[2] - count)
-    else:
-        mine = mask[
-            min(sample, mask.shape[0] - 1), :, rows if mask.shape[2] > 1 else slice(None), keys
-        ]
-        mine = mine.expand(-1, len(row), -1)
-        visible = mine if mine.dtype == torch.bool else mine > torch.finfo(mine.dtype).min / 2
-        if mine.dtype != torch.bool:
-            added = mine.float().masked_fill(~visible, 0.0)
-            bias = added if bool(added.any()) else None
-    if len(held) > 1 or not bool(held.all()):
-        visible = visible & held[:, None]
-    return VisibleKeys(visible, bias)
+    device, count = call.query.device, call.query.shape[2]
+    size = rows.stop - rows.start, keys.stop - keys.start
+    column = torch.arange(keys.start, keys.stop, device=device)
+    every = len(held) == 1 and bool(held.all())
+    # A missing causal mask compares row i with key i; flash kernels align the last row and key.
+    corner = 0 if call.mask is None else call.key.shape[2] - count
+    triangle = call.causal and rows.start - keys.start == size[1] - size[0]
+    everything = call.mask is None and not call.causal and size[0] == 1
+    if every and (triangle or everything):
+        return VisibleKeys(*size, device)
+    biased = _has_bias(call, sample, rows, keys)
+
+    def read(some: slice) -> VisibleRows:
+        own = slice(rows.start + some.start, rows.start + some.stop)
+        row = torch.arange(own.start, own.stop, device=device)[:, None]
+        bias = None
+        if call.mask is None:
+            visible = (column <= row if call.causal else torch.ones_like(column <= row))[None]
+        elif call.mask.dim() == 2:
+            visible = call.mask[sample, keys].bool().expand(1, len(row), -1)
+            if count > 1:
+                visible = visible & (column <= row + corner)
+        else:
+            mine = _mask_part(call.mask, sample, own, keys).expand(-1, len(row), -1)
+            visible = _visible(mine)
+            if biased:
+                bias = mine.float().masked_fill(~visible, 0.0)
+        return VisibleRows(visible if every else visible & held[:, None], bias)
+
+    return VisibleKeys(*size, device, read)
+
+
+def _mask_part(mask: Tensor, sample: int, rows: slice, keys: slice) -> Tensor:
+    """(1 or query heads, 1 or rows, keys) of a mask per row and key."""
+    own = rows if mask.shape[2] > 1 else slice(None)
+    return mask[min(sample, mask.shape[0] - 1), :, own, keys]
+
+
+def _visible(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def _has_bias(call: AttentionCall, sample: int, rows: slice, keys: slice) -> bool:
+    """Whether a mask of numbers adds anything to the logits of visible keys."""
+    if call.mask is None or call.mask.dim() == 2 or call.mask.dtype == torch.bool:
+        return False
+    for start in range(rows.start, rows.stop, BLOCK_ROWS):
+        own = slice(start, min(start + BLOCK_ROWS, rows.stop))
+        mine = _mask_part(call.mask, sample, own, keys)
+        if bool((_visible(mine) & (mine != 0)).any()):
+            return True
+    return False

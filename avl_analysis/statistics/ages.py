@@ -67,6 +67,11 @@ def by_age(block: Tensor, query_rank: Tensor, key_rank: Tensor) -> Tensor:
     return torch.from_numpy(_bin(sums, oldest - columns + 1))
 
 
+def bin_ages(sums: Tensor) -> Tensor:
+    """(heads, ages from 0 on) into bins, (heads, bins) float64 on the CPU."""
+    return torch.from_numpy(_bin(sums.double().cpu().numpy(), 0))
+
+
 def _consecutive(rank: Tensor) -> bool:
     return bool((rank[1:] - rank[:-1] == 1).all())
 

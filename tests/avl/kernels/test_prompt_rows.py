@@ -85,12 +85,17 @@ class Case:
             ),
             "key_ranks": ranks,
         }
-        self.request = RowRequest(self.columns, (0.01, 0.5), self.picked, **{**options, **changes})
+        self.request = RowRequest((0.01, 0.5), self.picked, **{**options, **changes})
         self.raw_heads = (3, 1)
+
+    def room(self) -> RowSums:
+        return RowSums(
+            self.request, self.columns, self.heads, self.groups, raw_heads=self.raw_heads
+        )
 
     def run(self, scaling: float = 0.7, sinks: Tensor | None = None) -> RowSums:
         """All blocks, two heads at a time."""
-        result = RowSums(self.request, self.heads, self.groups, self.raw_heads)
+        result = self.room()
         for first in range(0, self.heads, 2):
             start = 0
             heads = slice(first, first + 2)
@@ -128,7 +133,8 @@ class Case:
             if request.query_ranks is not None and request.key_ranks is not None:
                 ages = torch.zeros(found.by_age.shape[1], dtype=torch.float64)
                 for row, key in mine.nonzero().tolist():
-                    query, rank = int(request.query_ranks[row]), int(request.key_ranks[own, key])
+                    ranks = request.key_ranks[min(own, len(request.key_ranks) - 1)]
+                    query, rank = int(request.query_ranks[row]), int(ranks[key])
                     if query >= rank >= 0:
                         ages[query - rank] += mine[row, key]
                 close(found.by_age[head], ages, tolerance)
@@ -174,7 +180,7 @@ def small(rows: int, keys: int) -> Case:
     )
     case.columns = case.columns[..., :keys].contiguous()
     case.request = RowRequest(
-        case.columns, (0.5,), torch.zeros(rows, dtype=torch.int64), groups=torch.ones(1, rows)
+        (0.5,), torch.zeros(rows, dtype=torch.int64), groups=torch.ones(1, rows)
     )
     return case
 
@@ -211,12 +217,38 @@ def test_keys_in_another_order_are_summed_by_their_own_age(version: str) -> None
     case.check(case.run())
 
 
+def test_columns_of_their_own_and_ages_shared_by_all_heads_go_together(version: str) -> None:
+    shared = torch.where(torch.arange(53) % 5 > 0, torch.arange(53), -1)[None]
+    case = Case(kv_heads=2, sets=2, key_ranks=shared)
+    case.check(case.run())
+
+
+def test_a_part_of_the_heads_takes_the_ages_of_its_own_key_sets(version: str) -> None:
+    case = Case(kv_heads=2, sets=2)
+    own = RowSums(case.request, case.columns[1:], 2, 2, first_set=1)
+    own.add(case.products[2:].clone(), slice(0, 2), 0, 0, case.ends, 0.7)
+    whole = case.run()
+    close(own.by_age, whole.by_age[2:], 1e-6)
+    close(own.sums, whole.sums[2:].double(), 1e-6)
+
+
+def test_weights_that_are_known_already_are_summed_as_they_are(version: str) -> None:
+    case = Case(blocks=(37,))
+    hidden = torch.arange(53) >= case.ends[:, None]
+    weights = slow(case.products.masked_fill(hidden, -torch.inf), 0.7).float()
+    weights[:, 4] = 0
+    case.products[:, 4] = -torch.inf
+    found = case.room()
+    found.add(weights.clone(), slice(0, 4), 0, 0, case.ends, weights=True)
+    case.check(found)
+
+
 def test_a_block_that_begins_at_a_later_key_is_the_same_as_one_with_hidden_keys_in_front(
     version: str,
 ) -> None:
     case = Case(blocks=(37,))
     case.products[..., :9] = -torch.inf
-    found = RowSums(case.request, case.heads, case.groups, case.raw_heads)
+    found = case.room()
     found.add(
         case.products[..., 9:].contiguous(), slice(0, 4), 0, 9, (case.ends - 9).clamp_min(0), 0.7
     )
@@ -243,12 +275,11 @@ def test_flat_and_steep_rows_keep_their_precision(version: str, scale: float) ->
 def test_weights_received_from_thousands_of_rows_keep_their_precision(version: str) -> None:
     rows = 4000
     request = RowRequest(
-        torch.ones(1, 1, 2),
         (),
         torch.where(torch.arange(rows) == rows - 1, 0, -1),
         groups=torch.ones(1, rows),
     )
-    found = RowSums(request, 1, 1)
+    found = RowSums(request, torch.ones(1, 1, 2), 1, 1)
     products = random(1, rows, 2, seed=8)
     for start in range(0, rows, 128):
         block = products[:, start : start + 128].clone()
@@ -259,6 +290,6 @@ def test_weights_received_from_thousands_of_rows_keep_their_precision(version: s
 @pytest.mark.skipif(not backend.compiled_available(), reason="numba is not installed")
 def test_the_compiled_version_refuses_what_it_cannot_read() -> None:
     case = Case()
-    found = RowSums(case.request, case.heads, case.groups, case.raw_heads)
+    found = case.room()
     with pytest.raises(ValueError, match="contiguous float32"):
         found.add(case.products[:2, :1].double(), slice(0, 2), 0, 0, case.ends[:1].clone())

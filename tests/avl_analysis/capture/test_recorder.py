@@ -11,6 +11,7 @@ import torch
 import avl
 from avl.attention import AttentionCall, attention_weights
 from avl.hooks import HookError, Observer, attached
+from avl.kernels import backend, prompt_rows
 from avl_analysis.capture import reduce_prompt, softmax
 from avl_analysis.capture.recorder import record
 from avl_analysis.capture.replay import replay
@@ -148,11 +149,37 @@ def test_blocks_and_heads_split_in_any_way_give_the_same_numbers(eager, monkeypa
         generate(eager, batch, steps=1)
     for size in (4 * 200, 4 * 2000):
         monkeypatch.setattr(softmax, "BLOCK_BYTES", (size, size))
+        monkeypatch.setattr(softmax, "COMPILED_BLOCK_BYTES", size)
         monkeypatch.setattr(reduce_prompt, "COPIED_BYTES", (size, size))
         with record(eager, keep="attention") as split:
             generate(eager, batch, steps=1)
         for name in whole.names:
             close(split[name], whole[name], 1e-3 if name == "text_age_fit" else 1e-5)
+
+
+@pytest.mark.skipif(not backend.compiled_available(), reason="numba is not installed")
+@pytest.mark.parametrize("case", CASES)
+def test_both_versions_of_the_kernels_record_the_same_on_any_number_of_threads(
+    case, eager, monkeypatch
+):
+    batch = tiny.inputs(eager, **CASES[case])
+    with record(eager, keep="attention") as compiled:
+        generate(eager, batch, steps=2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with record(eager, keep="attention") as threads:
+            generate(eager, batch, steps=2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    for module in (prompt_rows, softmax, reduce_prompt):
+        monkeypatch.setattr(module, "backend_for", lambda device: "torch")
+    with record(eager, keep="attention") as plain:
+        generate(eager, batch, steps=2)
+    for name in plain.names:
+        close(threads[name], compiled[name], 1e-6)
+        close(plain[name], compiled[name], 1e-3 if name == "text_age_fit" else 1e-5)
 
 
 def test_statistics_replayed_from_raw_slices_equal_the_live_ones(eager):
