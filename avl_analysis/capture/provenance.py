@@ -17,6 +17,7 @@ import xarray as xr
 from torch import nn
 
 from avl.families import Family
+from avl.kernels import backend_for
 from avl_analysis.statistics import Statistic
 
 
@@ -37,6 +38,7 @@ def provenance(model: nn.Module, family: Family, statistics: Sequence[Statistic]
         "layers": str(family.layers),
         "dtype": str(parameters.dtype).removeprefix("torch.") if parameters is not None else "",
         "device": str(parameters.device) if parameters is not None else "",
+        "kernels": backend_for(parameters.device) if parameters is not None else "",
         "statistics": " ".join(repr(statistic) for statistic in statistics),
         "seed": str(torch.initial_seed()),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from avl.kernels import backend_for
 from avl_analysis.capture.recorder import record
 from avl_analysis.errors import InputError
 from avl_analysis.recordings.recording import Recording, load_recording, merge
@@ -256,6 +257,7 @@ def test_a_recording_says_where_it_comes_from(parts):
     assert attrs["model_type"] == "llava"
     assert attrs["attention_backend"] == "sdpa"
     assert attrs["dtype"] == "float32"
+    assert attrs["kernels"] == backend_for("cpu")
     assert "torch=" in attrs["libraries"]
     assert "ThresholdSparsity(threshold=0.01)" in attrs["statistics"]
     assert attrs["date"].startswith("20")
