@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from avl_analysis.errors import InputError
+from avl_analysis.files import write_text
 
 
 def check_types(names: Sequence[str] | None, write: Path | None) -> None:
@@ -59,4 +60,4 @@ def check_types(names: Sequence[str] | None, write: Path | None) -> None:
         raise typer.Exit(1)
     if write is not None:
         text = write.read_text(encoding="utf-8").split(MARK)[0]
-        write.write_text(f"{text}{MARK}\n\n{markdown(rows)}", encoding="utf-8")
+        write_text(write, f"{text}{MARK}\n\n{markdown(rows)}")

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from avl_analysis.errors import InputError
+from avl_analysis.files import check_writable
 
 if TYPE_CHECKING:
     from avl_analysis.corpus.questions import Sample
@@ -128,14 +129,9 @@ def check_target(out: Path, force: bool) -> None:
     """Refuse a file that cannot or should not be written, before anything is computed.
 
     Raises:
-        InputError: no such folder, a folder in place of a file, an existing file without --force.
+        InputError: an existing file without --force, and whatever `check_writable` refuses.
     """
-    if not out.parent.is_dir():
-        raise InputError(f"no such folder: {out.parent}; make it first, or choose another --out")
-    if out.is_dir():
-        raise InputError(
-            f"--out {out} is a folder: name a file in it, for example {out / 'run.nc'}"
-        )
+    check_writable(out)
     if out.exists() and not force:
         raise InputError(f"{out} exists already: choose another --out, or replace it with --force")
 

@@ -33,6 +33,7 @@ from avl_analysis.capture.recorder import record
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.corpus.record_samples import record_samples
 from avl_analysis.errors import InputError
+from avl_analysis.files import write_text
 from avl_analysis.models.loading import VLM, load_model
 from avl_analysis.recordings.join_files import join
 from avl_analysis.recordings.recording import Recording, merge
@@ -163,12 +164,8 @@ def record_shard(vlm: VLM, shard: Shard, job: Job) -> None:
     recordings, failed = _record(vlm, shard.samples, shard.start, job.options)
     recording_file, note = shard.files(job.folder)
     if recordings:
-        with atomic_write(recording_file) as unfinished:
-            merge(recordings).save(unfinished)
-    with atomic_write(note) as unfinished:
-        unfinished.write_text(
-            json.dumps({"failed": [asdict(one) for one in failed]}) + "\n", encoding="utf-8"
-        )
+        merge(recordings).save(recording_file)
+    write_text(note, json.dumps({"failed": [asdict(one) for one in failed]}) + "\n")
 
 
 def _record(
@@ -219,8 +216,7 @@ def _finish(folder: Path, target: Path, shards: Sequence[Shard], date: str) -> C
         )
     files = [path for shard in shards if (path := shard.files(folder)[0]).exists()]
     attrs = {"date": date, "failed": json.dumps([asdict(one) for one in failed])}
-    with atomic_write(target) as unfinished:
-        join(files, unfinished, attrs)
+    join(files, target, attrs)
     return CorpusResult(target, recorded, failed)
 
 
@@ -263,10 +259,7 @@ def check_same_run(
             )
         return str(found["date"])
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    with atomic_write(note) as unfinished:
-        unfinished.write_text(
-            json.dumps({**described, "date": date}, indent=1) + "\n", encoding="utf-8"
-        )
+    write_text(note, json.dumps({**described, "date": date}, indent=1) + "\n")
     return date
 
 
@@ -320,16 +313,3 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 f"another process is at work in {folder}: wait for it, or stop it first"
             ) from error
         yield
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A name to write to; what is there afterwards becomes `path` at once, or nothing does."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    try:
-        yield unfinished
-        with open(unfinished, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

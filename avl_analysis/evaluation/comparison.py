@@ -25,7 +25,9 @@ import xarray as xr
 from avl import Policy
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.errors import InputError
+from avl_analysis.files import write_text
 from avl_analysis.intervals import Estimate, mean_interval, paired_difference, wilson
+from avl_analysis.recordings.netcdf import write_netcdf
 
 METRICS = ("fidelity", "text", "accuracy", "cost")
 """Groups of numbers; see `avl_analysis.evaluation.compare`."""
@@ -250,23 +252,22 @@ class Comparison:
         Raises:
             InputError: the file cannot be written.
         """
-        target = Path(path)
-        try:
-            self.dataset.assign_attrs(format=FORMAT, version=VERSION).to_netcdf(
-                target, engine="h5netcdf"
-            )
-        except OSError as error:
-            raise InputError(f"cannot write the comparison to {target}: {error}") from error
-        return target
+        return write_netcdf(path, {"/": self.dataset.assign_attrs(format=FORMAT, version=VERSION)})
 
     def to_csv(self, path: str | PathLike[str]) -> Path:
-        """Write `table()` as CSV."""
-        self.table().to_csv(path, index=False)
-        return Path(path)
+        """Write `table()` as CSV.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        return write_text(path, self.table().to_csv(index=False))
 
     def to_json(self, path: str | PathLike[str]) -> Path:
         """Write provenance, `table()`, every sample's numbers and texts, and the failures; NaN
         becomes null.
+
+        Raises:
+            InputError: the file cannot be written.
         """
         samples = self.dataset.drop_dims("step") if "step" in self.dataset.dims else self.dataset
         content = {
@@ -275,8 +276,7 @@ class Comparison:
             "samples": json.loads(samples.to_dataframe().reset_index().to_json(orient="records")),
             "failures": json.loads(self.failures.to_json(orient="records")),
         }
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        return Path(path)
+        return write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _cell(estimate: Estimate) -> str:

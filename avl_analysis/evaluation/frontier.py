@@ -41,10 +41,11 @@ from avl_analysis.corpus.batches import (
 )
 from avl_analysis.corpus.questions import COMPARE_SEED, Sample, scene_samples
 from avl_analysis.corpus.scoring import correct
-from avl_analysis.corpus.sharded_run import atomic_write, lock_folder
+from avl_analysis.corpus.sharded_run import lock_folder
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.generation import Run, decode_texts, generate
 from avl_analysis.evaluation.policy_files import POLICIES, PRESETS, with_budget
+from avl_analysis.files import write_text
 from avl_analysis.intervals import paired_difference, wilson
 from avl_analysis.models.loading import VLM, load_model
 from avl_analysis.scenes import TASKS
@@ -260,8 +261,7 @@ def _work(settings: Settings, unit: Unit) -> None:
         _model(settings), _samples(settings, unit.task), unit.indices, entries(settings.budgets)
     )
     text = "".join(json.dumps({"task": unit.task, **line}) + "\n" for line in lines)
-    with atomic_write(unit.target) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    write_text(unit.target, text)
 
 
 def run(
@@ -326,8 +326,7 @@ def note_settings(folder: Path, described: Mapping[str, Any]) -> None:
             f"{folder} holds a run with other settings, weights or policies; choose another --work,"
             " or delete it"
         )
-    with atomic_write(note) as unfinished:
-        unfinished.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    write_text(note, json.dumps(described, indent=1) + "\n")
 
 
 def _do(missing: Sequence[Unit], settings: Settings, workers: int) -> Iterator[Unit]:
@@ -351,8 +350,7 @@ def _do(missing: Sequence[Unit], settings: Settings, workers: int) -> Iterator[U
 def write(path: Path, lines: Sequence[Line], header: Mapping[str, Any]) -> None:
     """JSON lines, the first one saying where the others come from."""
     text = [json.dumps({"about": dict(header)}), *(json.dumps(line) for line in lines)]
-    with atomic_write(path) as unfinished:
-        unfinished.write_text("\n".join(text) + "\n", encoding="utf-8")
+    write_text(path, "\n".join(text) + "\n")
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Line]]:

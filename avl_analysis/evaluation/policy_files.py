@@ -22,6 +22,7 @@ from typing import Any
 import avl
 from avl import Policy
 from avl_analysis.errors import InputError
+from avl_analysis.files import write_text
 
 POLICIES: Mapping[str, type[Policy]] = {
     "full": avl.FullPolicy,
@@ -168,13 +169,7 @@ def save_policy(
     content: dict[str, Any] = {"format": FORMAT, "version": VERSION, **policy_to_json(policy)}
     if evidence is not None:
         content["evidence"] = dict(evidence)
-    try:
-        Path(path).write_text(
-            json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
-    except OSError as error:
-        raise InputError(f"cannot write the policy to {path}: {error}") from error
-    return Path(path)
+    return write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def load_policy(path: str | PathLike[str]) -> Policy:

@@ -49,6 +49,7 @@ from avl_analysis.corpus.regions import recorded_regions
 from avl_analysis.corpus.scoring import correct
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.generation import decode_texts, generate
+from avl_analysis.files import write_text
 from avl_analysis.heads.localisation import first_word_hits
 from avl_analysis.heads.taxonomy import KINDS, Matrix, kinds, matrix, measure
 from avl_analysis.intervals import CONFIDENCE, RESAMPLES, Estimate, paired_difference, wilson
@@ -298,13 +299,16 @@ class Ablation:
         )
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write it as JSON."""
+        """Write it as JSON.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         groups = content.pop("groups")
         head = json.dumps(content, indent=1)[:-2]
         lines = ",\n  ".join(json.dumps(group) for group in groups)
-        Path(path).write_text(f'{head},\n "groups": [\n  {lines}\n ]\n}}\n', encoding="utf-8")
-        return Path(path)
+        return write_text(path, f'{head},\n "groups": [\n  {lines}\n ]\n}}\n')
 
 
 def load_ablation(path: str | PathLike[str]) -> Ablation:

@@ -6,8 +6,8 @@ how large they get, then the file is laid out and filled. What a shard lacks (no
 where none of its samples had one) or has shorter is filled with the variable's own fill value, as
 stacking single samples does.
 
-What surprises: the file is laid out through h5netcdf, which knows what makes an HDF5 file a netCDF
-file, and filled through h5py, which is many times faster for many small variables.
+The file is laid out through h5netcdf, which knows what makes an HDF5 file a netCDF file, and filled
+through h5py, which is many times faster for many small variables.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import h5netcdf
 import h5py
 import numpy as np
 
+from avl_analysis.files import hdf5_for_writing
 from avl_analysis.recordings.schema import GROUPS, RAGGED, RecordingError
 
 _SAMPLE = "sample"
@@ -81,19 +82,21 @@ def join(files: Sequence[Path], target: Path, attrs: Mapping[str, Any]) -> None:
     Raises:
         RecordingError: files that are not recordings, or not of one model and one choice of
             statistics and layers.
+        InputError: the target cannot be written; what it held before is unchanged.
     """
     plan = _Plan()
     for file in files:
         with _opened(file) as source:
             _look(plan, source, file.name)
-    with h5netcdf.File(target, "w") as joined:
-        joined.attrs.update({**plan.attrs, **attrs})
-        for group in plan.variables:
-            _lay_out(plan, group, joined.create_group(group))
-    with h5py.File(target, "r+") as joined:
-        for file, start in zip(files, plan.starts, strict=True):
-            with _opened(file) as source:
-                _fill(plan, source, joined, start)
+    with hdf5_for_writing(target) as written:
+        with h5netcdf.File(written, "w") as joined:
+            joined.attrs.update({**plan.attrs, **attrs})
+            for group in plan.variables:
+                _lay_out(plan, group, joined.create_group(group))
+        with h5py.File(written, "r+") as joined:
+            for file, start in zip(files, plan.starts, strict=True):
+                with _opened(file) as source:
+                    _fill(plan, source, joined, start)
 
 
 def _opened(file: Path) -> h5py.File:

@@ -21,8 +21,10 @@ from typing import Any, Protocol
 import numpy as np
 import xarray as xr
 
+from avl_analysis.errors import InputError
 from avl_analysis.intervals import mean_interval
 from avl_analysis.recordings import summary
+from avl_analysis.recordings.netcdf import write_netcdf
 from avl_analysis.recordings.schema import (
     FORMAT,
     GROUPS,
@@ -258,7 +260,8 @@ class Recording:
         only netCDF.
 
         Raises:
-            RecordingError: nothing was recorded, or the file cannot be written.
+            RecordingError: nothing was recorded, or the file cannot be written; what it held before
+                is unchanged.
         """
         if not len(self):
             raise RecordingError(
@@ -271,19 +274,14 @@ class Recording:
         facts = [json.dumps(self._facts.get(str(name), {})) for name in names]
         groups["tokens"] = groups["tokens"].assign(facts=("sample", np.array(facts, dtype=object)))
         root = xr.Dataset(attrs={**self.attrs, "format": FORMAT, "version": VERSION})
-        tree = xr.DataTree.from_dict(
-            {"/": root, **{f"/{name}": dataset for name, dataset in groups.items()}}
-        )
         encoding = {
-            f"/{name}": {str(v): _encoding(dataset[v]) for v in dataset.data_vars}
+            name: {str(v): _encoding(dataset[v]) for v in dataset.data_vars}
             for name, dataset in groups.items()
         }
-        target = Path(path)
         try:
-            tree.to_netcdf(target, engine="h5netcdf", encoding=encoding)
-        except OSError as error:
-            raise RecordingError(f"cannot write the recording to {target}: {error}") from error
-        return target
+            return write_netcdf(path, {"/": root, **groups}, encoding)
+        except InputError as error:
+            raise RecordingError(str(error)) from error
 
 
 def load_recording(path: str | PathLike[str]) -> Recording:

@@ -27,6 +27,7 @@ from avl_analysis.evaluation import frontier as frontier_file
 from avl_analysis.evaluation.comparison import Comparison
 from avl_analysis.figures.draw_matplotlib import FORMATS
 from avl_analysis.figures.spec import rows
+from avl_analysis.files import write_text
 from avl_analysis.heads.ablation import Ablation
 from avl_analysis.recordings.recording import Recording
 from avl_reports import (
@@ -164,17 +165,16 @@ def build(
             folder / "frontier.jsonl", [dict(line) for line in frontier.lines], frontier.about
         )
     numbers = {name: _numbers(section) for name, section in sections.items()}
-    (folder / "numbers.json").write_text(json.dumps(_plain(numbers), indent=1), encoding="utf-8")
+    write_text(folder / "numbers.json", json.dumps(_plain(numbers), indent=1))
     about = {"title": title, "commands": list(commands), "recording": dict(provenance(run))}
-    (folder / "provenance.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / "provenance.json", json.dumps(about, indent=1) + "\n")
     if document:
         say("document")
         write_document(run, sections, folder / "report.pdf", title=title, commands=commands)
     say("page")
     page = folder / "index.html"
-    page.write_text(
-        render(run, sections, missing, title=title, commands=commands, formats=formats),
-        encoding="utf-8",
+    write_text(
+        page, render(run, sections, missing, title=title, commands=commands, formats=formats)
     )
     return Report(page, folder, tuple(sections.values()), missing)
 

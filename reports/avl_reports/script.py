@@ -14,6 +14,7 @@ from pathlib import Path
 from avl_analysis.figures import Figure
 from avl_analysis.figures.draw_matplotlib import FORMATS, save, save_animation
 from avl_analysis.figures.spec import rows
+from avl_analysis.files import write_text
 from avl_reports.run import Run, Section, load_run
 
 MOVING = ("gif", "webp")
@@ -31,13 +32,14 @@ def write_section(section: Section, folder: Path, formats: tuple[str, ...] = FOR
             save_animation(section.moving, folder / f"{figure.name}.{kind}") for kind in MOVING
         ]
     numbers, caption = folder / f"{figure.name}.csv", folder / f"{figure.name}.txt"
-    numbers.write_text(csv_text(figure), encoding="utf-8")
-    caption.write_text(f"{figure.title}. {figure.caption.text}\n", encoding="utf-8")
+    write_text(numbers, csv_text(figure))
+    write_text(caption, f"{figure.title}. {figure.caption.text}\n")
     paths += [numbers, caption]
     if section.table:
         paths.append(folder / f"{figure.name}_table.csv")
-        with paths[-1].open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(section.table)
+        text = io.StringIO()
+        csv.writer(text).writerows(section.table)
+        write_text(paths[-1], text.getvalue())
     return paths
 
 

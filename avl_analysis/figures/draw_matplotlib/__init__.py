@@ -30,6 +30,7 @@ from avl_analysis.figures.draw_matplotlib.pages import (
     text_pages,
 )
 from avl_analysis.figures.spec import Animation, Figure
+from avl_analysis.files import atomic_write
 
 __all__ = [
     "FORMATS",
@@ -82,8 +83,8 @@ def save(
         if suffix not in _UNDATED:
             raise ValueError(f"cannot write figures as {suffix!r}; possible: {', '.join(FORMATS)}")
         path = folder / f"{figure.name}.{suffix}"
-        with matplotlib.rc_context(RC):
-            canvas.savefig(path, dpi=dpi, metadata=_UNDATED[suffix])
+        with matplotlib.rc_context(RC), atomic_write(path) as unfinished:
+            canvas.savefig(unfinished, dpi=dpi, metadata=_UNDATED[suffix])
         paths.append(path)
     return paths
 
@@ -110,7 +111,13 @@ def save_animation(animation: Animation, path: Path, *, dpi: int = 110) -> Path:
     options: dict[str, Any] = (
         {"quality": 82, "method": 4} if path.suffix == ".webp" else {"optimize": True}
     )
-    images[0].save(
-        path, save_all=True, append_images=images[1:], duration=duration, loop=0, **options
-    )
+    with atomic_write(path) as unfinished:
+        images[0].save(
+            unfinished,
+            save_all=True,
+            append_images=images[1:],
+            duration=duration,
+            loop=0,
+            **options,
+        )
     return path

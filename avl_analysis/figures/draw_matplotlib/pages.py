@@ -20,6 +20,7 @@ from avl_analysis.figures.draw_matplotlib.arrange import fill, size_of
 from avl_analysis.figures.draw_matplotlib.look import RC
 from avl_analysis.figures.palette import LIGHT
 from avl_analysis.figures.spec import Figure
+from avl_analysis.files import atomic_write
 
 WIDTH, HEIGHT, MARGIN = 8.27, 11.69, 0.7
 """Inches: A4 upright."""
@@ -113,7 +114,8 @@ def save_document(pages: Sequence[Canvas], path: Path, *, title: str) -> Path:
     """Bind pages into one PDF."""
     with (
         matplotlib.rc_context(RC),
-        PdfPages(path, metadata={"Title": title, "CreationDate": None}) as document,
+        atomic_write(path) as unfinished,
+        PdfPages(unfinished, metadata={"Title": title, "CreationDate": None}) as document,
     ):
         for number, page in enumerate(pages, 1):
             page.text(0.5, 0.35 / HEIGHT, f"{number}", ha="center", fontsize=7.5, color=LIGHT.muted)

@@ -1,0 +1,117 @@
+"""netCDF files: written whole or not at all, and read after a look at what they declare.
+
+A small file can declare arrays of any size, take its content from other files, or hold groups that
+contain each other. `check_hdf5` refuses these before anything is read; it needs only what the file
+says about itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5netcdf
+import h5py
+import xarray as xr
+
+from avl_analysis.errors import InputError
+from avl_analysis.files import hdf5_for_writing
+
+MOST_OBJECTS = 10_000
+"""Groups and variables a file may hold; recordings have fewer than 200."""
+MOST_DEPTH = 4
+"""Groups within groups; recordings have one level."""
+
+
+def write_netcdf(
+    path: str | os.PathLike[str],
+    groups: Mapping[str, xr.Dataset],
+    encoding: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
+    """Write datasets as groups of one netCDF file, whole or not at all.
+
+    Args:
+        path: the file; what it held before is replaced.
+        groups: name -> dataset; "/" is the root, which must come first.
+        encoding: name of a group -> variable -> how xarray is to store it.
+
+    Raises:
+        InputError: the file cannot be written; what it held is unchanged.
+    """
+    with hdf5_for_writing(path) as file, h5netcdf.File(file, "w") as netcdf:
+        for name, dataset in groups.items():
+            store = xr.backends.H5NetCDFStore(netcdf, group=name, mode="a")
+            dataset.dump_to_store(store, encoding=dict((encoding or {}).get(name, {})))
+    return Path(path)
+
+
+def read_netcdf(path: Path, groups: Iterable[str]) -> dict[str, xr.Dataset]:
+    """The named groups of a netCDF file ("/" is the root), in memory; a missing one is empty.
+
+    Raises:
+        InputError: as `check_hdf5`, with half of this machine's memory as the limit.
+        OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError: not a netCDF file,
+            or a damaged one.
+    """
+    check_hdf5(path, _half_of_the_memory())
+    read: dict[str, xr.Dataset] = {}
+    with h5py.File(path, "r") as file:
+        present = {"/", *file}
+    for name in groups:
+        if name not in present:
+            read[name] = xr.Dataset()
+            continue
+        with xr.open_dataset(path, engine="h5netcdf", group=name) as opened:
+            read[name] = opened.load()
+    return read
+
+
+def check_hdf5(path: Path, most_bytes: int) -> None:
+    """Refuse an HDF5 file whose arrays unpack to more than `most_bytes`, that takes its content
+    from other files, or whose groups contain each other.
+
+    Raises:
+        InputError: any of these.
+        OSError: not an HDF5 file, or a damaged one.
+    """
+    with h5py.File(path, "r") as file:
+        total, count = 0, 0
+        waiting: list[tuple[h5py.Group, int]] = [(file, 0)]
+        while waiting:
+            group, depth = waiting.pop()
+            for name in group:
+                shown = repr(str(name)[:60])
+                if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                    raise InputError(
+                        f"{path} takes {shown} from another place, perhaps another file, which is"
+                        " not read"
+                    )
+                item, count = group[name], count + 1
+                if isinstance(item, h5py.Group):
+                    waiting.append((item, depth + 1))
+                elif isinstance(item, h5py.Dataset):
+                    if item.external or item.is_virtual:
+                        raise InputError(
+                            f"{path} takes {shown} from another file, which is not read"
+                        )
+                    total += (item.size or 0) * item.dtype.itemsize
+                if depth > MOST_DEPTH or count > MOST_OBJECTS:
+                    raise InputError(
+                        f"{path} holds groups within groups without end, or more than"
+                        f" {MOST_OBJECTS} variables: no such file is read"
+                    )
+    if total > most_bytes:
+        raise InputError(
+            f"{path} unpacks to {total / 2**20:,.0f} MB; at most {most_bytes / 2**20:,.0f} MB are"
+            " accepted here: record fewer samples or layers"
+        )
+
+
+def _half_of_the_memory() -> int:
+    """Bytes; reading and unpacking needs about twice the size of the arrays."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        return 2**33
