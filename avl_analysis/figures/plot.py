@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from avl_analysis.errors import InputError
 from avl_analysis.figures.spec import Figure, rows
+from avl_analysis.files import atomic_write, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,21 +72,19 @@ class Plot:
             dpi: dots per inch of a PNG.
 
         Raises:
-            InputError: another suffix, or no such folder.
+            InputError: another suffix, or a file that cannot be written.
         """
         target = Path(path)
         if target.suffix not in SUFFIXES:
             raise InputError(
                 f"cannot save a figure as {target.name!r}: use one of {', '.join(SUFFIXES)}"
             )
-        if not target.parent.is_dir():
-            raise InputError(f"no such folder: {target.parent}; make it first")
         if target.suffix == ".csv":
-            self.data.to_csv(target, index=False)
-        elif target.suffix == ".html":
-            target.write_text(self.html(), encoding="utf-8")
-        else:
-            target.write_bytes(self._image(target.suffix[1:], dpi))
+            return write_text(target, self.data.to_csv(index=False))
+        if target.suffix == ".html":
+            return write_text(target, self.html())
+        with atomic_write(target) as unfinished:
+            unfinished.write_bytes(self._image(target.suffix[1:], dpi))
         return target
 
     def html(self, *, dark: bool = False) -> str:
