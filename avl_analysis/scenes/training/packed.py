@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaConfig
 
-from avl_analysis.scenes.drawing import GRID, PATCH
 from avl_analysis.scenes.language import IMAGE_TOKENS
 from avl_analysis.scenes.training.batches import PREFIX, Batch, prefix_ids
 
@@ -89,16 +88,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def vision(weights: Weights, config: LlavaConfig, pixels: Tensor) -> Tensor:
-    """Patch features of pictures (B, 3, 96, 96): (B, 144, width), what the projector is given."""
+    """Patch features of pictures (B, 3, 96, 96): (B, patches, width), what the projector is given."""
     w, tower, heads = weights, config.vision_config, config.vision_config.num_attention_heads
     width, count, dtype = (
         tower.hidden_size,
         len(pixels),
         w[VISION + "embeddings.class_embedding"].dtype,
     )
-    tiles = pixels.to(dtype).view(count, 3, GRID, PATCH, GRID, PATCH).permute(0, 2, 4, 1, 3, 5)
+    patch, grid = tower.patch_size, tower.image_size // tower.patch_size
+    tiles = pixels.to(dtype).view(count, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
     x = (
-        tiles.reshape(count, IMAGE_TOKENS, -1)
+        tiles.reshape(count, grid * grid, -1)
         @ w[VISION + "embeddings.patch_embedding.weight"].view(width, -1).T
     )
     first = w[VISION + "embeddings.class_embedding"].expand(count, 1, width)
@@ -128,13 +128,13 @@ def vision(weights: Weights, config: LlavaConfig, pixels: Tensor) -> Tensor:
 
 
 def project(weights: Weights, features: Tensor) -> Tensor:
-    """Image tokens as the decoder takes them: (B, 144, width)."""
+    """Image tokens as the decoder takes them: (B, patches, width)."""
     w = weights
     h = F.gelu(F.linear(features, w[PROJECTOR + "linear_1.weight"], w[PROJECTOR + "linear_1.bias"]))
     return F.linear(h, w[PROJECTOR + "linear_2.weight"], w[PROJECTOR + "linear_2.bias"])
 
 
-def _angles(config: LlavaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def angles(config: LlavaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin (..., 1, 16) of rotary angles at integer positions (...)."""
     theta = config.text_config.rope_parameters["rope_theta"]
     speed = theta ** -(torch.arange(0, HEAD, 2, dtype=torch.float32) / HEAD)
@@ -142,13 +142,28 @@ def _angles(config: LlavaConfig, positions: Tensor, dtype: torch.dtype) -> tuple
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def _rows_attention(
-    q: Tensor, k: Tensor, v: Tensor, kp: Tensor, vp: Tensor, mask: Tensor
+def rows_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kp: Tensor,
+    vp: Tensor,
+    mask: Tensor,
+    prefix_mask: Tensor | None = None,
 ) -> Tensor:
     """Rows attend to the prefix and to themselves.
 
-    q (B, R, L, heads, 32), k and v (B, R, L, groups, 32), kp and vp (B, groups, P, 32), mask (B, 1,
-    R, 1, L, L) additive; returns (B, R, L, heads * 32).
+    Args:
+        q: queries of the rows (B, R, L, heads, 32), already scaled.
+        k: keys of the rows (B, R, L, groups, 32).
+        v: values of the rows (B, R, L, groups, 32).
+        kp: keys of the prefix (B, groups, P, 32).
+        vp: values of the prefix (B, groups, P, 32).
+        mask: added to the scores inside the rows (B, 1, R, 1, L, L).
+        prefix_mask: added to the scores on the prefix (B, 1, R, 1, L, P); None hides nothing of it.
+
+    Returns:
+        (B, R, L, heads * 32).
     """
     b, r, length, heads, _ = q.shape
     groups, prefix = kp.shape[1], kp.shape[2]
@@ -160,6 +175,7 @@ def _rows_attention(
     outer = (q.view(b, groups, -1, HEAD) @ kp.transpose(-1, -2)).view(
         b, groups, r, per, length, prefix
     )
+    outer = outer if prefix_mask is None else outer + prefix_mask
     inner = torch.bmm(q.view(b * groups * r, per * length, HEAD), k.transpose(1, 2))
     inner = inner.view(b, groups, r, per, length, length) + mask
     weight = torch.cat([outer, inner], -1).softmax(-1)
@@ -170,7 +186,7 @@ def _rows_attention(
     )
 
 
-def _prefix_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """The prefix attends causally to itself: q (B, P, heads, 32), k and v (B, groups, P, 32) -> (B,
     P, heads * 32).
     """
@@ -210,7 +226,7 @@ def decode(weights: Weights, config: LlavaConfig, image: Tensor, batch: Batch) -
     positions = torch.cat(
         [torch.arange(PREFIX).expand(b, -1), PREFIX + batch.offsets.view(b, -1)], 1
     )
-    cos, sin = _angles(config, positions, dtype)
+    cos, sin = angles(config, positions, dtype)
     causal, inside = _masks(batch, dtype)
     heads, groups = text.num_attention_heads, text.num_key_value_heads
     for layer in range(text.num_hidden_layers):
@@ -228,12 +244,12 @@ def decode(weights: Weights, config: LlavaConfig, image: Tensor, batch: Batch) -
             t[:, PREFIX - begin :].view(b, r, length, -1, HEAD)
             for t, begin in ((q, start), (k, 0), (v, 0))
         )
-        mixed = _rows_attention(qr, kr, vr, kp, vp, inside).view(b, r * length, -1)
+        mixed = rows_attention(qr, kr, vr, kp, vp, inside).view(b, r * length, -1)
         if last:  # nothing reads the other positions' outputs
             mixed = mixed.reshape(b * r * length, -1)[batch.scored]
             x = x[:, PREFIX:].reshape(b * r * length, -1)[batch.scored]
         else:
-            mixed = torch.cat([_prefix_attention(q[:, :PREFIX], kp, vp, causal), mixed], 1)
+            mixed = torch.cat([prefix_attention(q[:, :PREFIX], kp, vp, causal), mixed], 1)
         x = x + F.linear(mixed, w[at + "self_attn.o_proj.weight"])
         h = rms_norm(x, w[at + "post_attention_layernorm.weight"], text.rms_norm_eps)
         h = F.silu(F.linear(h, w[at + "mlp.gate_proj.weight"])) * F.linear(

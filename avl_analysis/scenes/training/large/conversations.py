@@ -1,0 +1,107 @@
+"""Packed conversations about pictures: ``batches`` with the larger model's tokens and a loss on every token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avl_analysis.scenes import questions, world
+from avl_analysis.scenes.language import pixel_values
+from avl_analysis.scenes.questions import Question
+from avl_analysis.scenes.training.large.language import ASSISTANT_ID, EOS_ID, USER_ID, encode
+from avl_analysis.scenes.world import Scene
+
+ROW = 120
+ROWS_PER_PICTURE = 4
+MULTI_TURN = 0.17
+QUESTION_WEIGHT = 0.1
+"""Weight of a question's tokens in the loss; answers have 1. Questions cannot be foretold, so most of it is noise."""
+CAPTION_WEIGHT = 0.5
+MIX = {
+    "colour": 1.2, "shape": 1.2, "count": 1.4, "exist": 1.4, "where": 1.4, "what": 1.2, "relation": 1.2, "size": 0.8,
+    "text_colour": 0.3, "character": 0.7, "ocr": 0.7,
+}  # fmt: skip
+
+
+@dataclass
+class Batch:
+    """Packed conversations about B pictures; shapes in tokens."""
+
+    pixels: Tensor  # (B, 3, 96, 96) float32
+    scenes: list[Scene]
+    ids: Tensor  # (B, R, L) int64
+    offsets: Tensor  # (B, R, L) int64, position after the prefix
+    branch: Tensor  # (B, R, L) int64, number of the branch within its row, -1 for padding
+    weights: Tensor  # (B, R, L) float32, weight of the token that follows, 0 at the end of a branch
+    answering: Tensor  # (B, R, L) bool, whether the token's successor belongs to an answer
+    spans: list[tuple[str, int, int, int, int]]  # task, picture, row, first and last answering position
+
+
+def tokens(turns: list[Question]) -> tuple[list[int], list[bool]]:
+    """Ids of a conversation after the picture, and whether each one's successor belongs to an answer."""
+    ids: list[int] = []
+    answering: list[bool] = []
+    for number, question in enumerate(turns):
+        ask = [*([USER_ID] if number else []), *encode(question.prompt), ASSISTANT_ID]
+        answer = [*encode(question.answer), EOS_ID]
+        ids += ask + answer
+        answering += [False] * (len(ask) - 1) + [True] * len(answer) + [False]
+    return ids, answering
+
+
+def _lay(rng: np.random.Generator, scene: Scene, mix: dict[str, float]) -> list[list[list[Question]]]:
+    """Rows of conversations about one scene: the caption first, then questions for as long as they fit."""
+    tasks, odds = tuple(mix), np.array(list(mix.values()))
+    rows: list[list[list[Question]]] = [[] for _ in range(ROWS_PER_PICTURE)]
+    room = [ROW] * ROWS_PER_PICTURE
+    caption = questions.ask(rng, scene, "caption")
+    assert caption is not None
+    waiting, misses = [caption], 0
+    while misses < 3:
+        turns = waiting
+        if not turns:
+            count = int(rng.integers(2, 4)) if rng.random() < MULTI_TURN else 1
+            drawn = (questions.ask(rng, scene, tasks[i]) for i in rng.choice(len(tasks), count, p=odds / odds.sum()))
+            turns = list({q.prompt: q for q in drawn if q}.values())
+        size = len(tokens(turns)[0])
+        fitting = [i for i in range(ROWS_PER_PICTURE) if size <= room[i]]
+        waiting = []
+        if not turns or not fitting:
+            misses += 1
+            continue
+        row = min(fitting, key=lambda i: room[i])
+        rows[row].append(turns)
+        room[row] -= size
+    return rows
+
+
+def make(rng: np.random.Generator, pictures: int, mix: dict[str, float] | None = None) -> Batch:
+    """A batch of fresh scenes with conversations drawn by ``mix`` (task -> odds)."""
+    scenes = [world.draw(rng) for _ in range(pictures)]
+    shape = (pictures, ROWS_PER_PICTURE, ROW)
+    ids, offsets, branch = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+    weights, answering = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    spans: list[tuple[str, int, int, int, int]] = []
+    for b, scene in enumerate(scenes):
+        for r, row in enumerate(_lay(rng, scene, mix or MIX)):
+            at = 0
+            for number, turns in enumerate(row):
+                words, answers = tokens(turns)
+                end = at + len(words)
+                ids[b, r, at:end], offsets[b, r, at:end], branch[b, r, at:end] = words, range(len(words)), number
+                answering[b, r, at:end] = answers
+                full = CAPTION_WEIGHT if turns[0].task == "caption" else 1.0
+                weights[b, r, at : end - 1] = np.where(answers[:-1], full, QUESTION_WEIGHT)
+                if len(turns) == 1:
+                    places = np.flatnonzero(answers) + at
+                    spans.append((turns[0].task, b, r, int(places[0]), int(places[-1])))
+                at = end
+    return Batch(
+        pixel_values(np.stack([scene.image for scene in scenes])),
+        scenes,
+        *(torch.from_numpy(array) for array in (ids, offsets, branch, weights, answering)),
+        spans,
+    )

@@ -1,0 +1,99 @@
+"""Procedural text for the decoder: scenes in words with questions, chains with a copying rule, repeated passages.
+
+Every row begins with ``<s>``, the system text and the user's mark and is filled to its length; the loss is on all of
+its tokens. The three kinds:
+
+* scenes: the objects of a drawn scene as text in random order, then questions about it with their answers. The decoder
+  learns to look up, count and compare before it sees a picture;
+* chains: tokens of a fixed random Markov chain in which some tokens demand a copy of the token before them
+  (the bigram-backcopy task of Guo et al., "Active-dormant attention heads", 2024). Most tokens need no look back, some do;
+* repeats: a random passage and the same passage again, once to three times.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from avl_analysis.scenes import questions, world
+from avl_analysis.scenes.questions import TASKS, a, name
+from avl_analysis.scenes.training.large.language import ASSISTANT_ID, EOS_ID, IMAGE_TOKENS, OPENING, TOKENIZER, USER_ID, encode
+from avl_analysis.scenes.world import Scene
+
+KINDS = {"scene": 0.6, "chain": 0.2, "repeat": 0.2}
+FIRST_WORD = 7  # after the special tokens
+_CHAIN_SEED = 77
+_FOLLOWERS = 4
+_TRIGGERS = 8
+
+
+def _chain() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Followers of each token (vocabulary, 4), and the tokens that demand a copy."""
+    rng = np.random.default_rng(_CHAIN_SEED)
+    words = np.arange(FIRST_WORD, len(TOKENIZER))
+    return rng.choice(words, (len(TOKENIZER), _FOLLOWERS)), rng.choice(words, _TRIGGERS, replace=False)
+
+
+_TABLE, _TRIGGER = _chain()
+_IS_TRIGGER = np.isin(np.arange(len(TOKENIZER)), _TRIGGER)
+
+
+def chain(rng: np.random.Generator, length: int) -> list[int]:
+    """``length`` tokens of the Markov chain; after a trigger the token before it is repeated."""
+    ids = [int(rng.integers(FIRST_WORD, len(TOKENIZER)))]
+    picks, triggers = rng.integers(_FOLLOWERS, size=length), rng.random(length)
+    while len(ids) < length:
+        if len(ids) > 1 and _IS_TRIGGER[ids[-1]] and not _IS_TRIGGER[ids[-2]]:
+            ids.append(ids[-2])
+        elif triggers[len(ids)] < 0.1:
+            ids.append(int(_TRIGGER[int(triggers[len(ids)] * 10 * _TRIGGERS)]))
+        else:
+            ids.append(int(_TABLE[ids[-1], picks[len(ids)]]))
+    return ids
+
+
+def repeat(rng: np.random.Generator, length: int) -> list[int]:
+    """Random passages of 8 to 40 tokens, each followed by itself one to three times."""
+    ids: list[int] = []
+    while len(ids) < length:
+        passage = rng.integers(FIRST_WORD, len(TOKENIZER), rng.integers(8, 41)).tolist()
+        ids += passage * int(rng.integers(2, 5))
+    return ids[:length]
+
+
+def describe(rng: np.random.Generator, scene: Scene) -> str:
+    """The scene in words, its objects in random order."""
+    parts = [f"{name(thing)} at {thing.place}" for thing in scene.things]
+    if scene.text:
+        parts.append(f"{a(scene.text.colour)} text {scene.text.string} at {scene.text.place}")
+    return ", ".join(parts[i] for i in rng.permutation(len(parts)))
+
+
+def conversation(rng: np.random.Generator, length: int) -> list[int]:
+    """A described scene with questions and answers, at least ``length`` tokens, cut there."""
+    scene = world.draw(rng)
+    ids = [*encode(describe(rng, scene) + ".")]
+    first = True
+    while len(ids) < length:
+        question = questions.ask(rng, scene, TASKS[int(rng.integers(len(TASKS)))])
+        if question is None or (question.task == "caption" and rng.random() < 0.7):
+            continue
+        ids += [*([] if first else [USER_ID]), *encode(question.prompt), ASSISTANT_ID, *encode(question.answer), EOS_ID]
+        first = False
+    return ids[:length]
+
+
+def rows(rng: np.random.Generator, count: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and positions, each (count, length) int64.
+
+    In half of the rows the positions after the opening jump ahead by up to the length of a picture, so that the
+    distances met in conversations about pictures are not new.
+    """
+    makers = {"scene": conversation, "chain": chain, "repeat": repeat}
+    kinds = rng.choice(list(KINDS), size=count, p=list(KINDS.values()))
+    body = length - len(OPENING)
+    ids = np.array([[*OPENING, *makers[str(kind)](rng, body)] for kind in kinds], dtype=np.int64)
+    gap = rng.integers(0, IMAGE_TOKENS + 1, count) * (rng.random(count) < 0.5)
+    positions = np.arange(length)[None] + gap[:, None] * (np.arange(length) >= len(OPENING))
+    return torch.from_numpy(ids), torch.from_numpy(positions)
