@@ -37,7 +37,9 @@ class Batch:
     branch: Tensor  # (B, R, L) int64, number of the branch within its row, -1 for padding
     weights: Tensor  # (B, R, L) float32, weight of the token that follows, 0 at the end of a branch
     answering: Tensor  # (B, R, L) bool, whether the token's successor belongs to an answer
-    spans: list[tuple[str, int, int, int, int]]  # task, picture, row, first and last answering position
+    spans: list[
+        tuple[str, int, int, int, int]
+    ]  # task, picture, row, first and last answering position
 
 
 def tokens(turns: list[Question]) -> tuple[list[int], list[bool]]:
@@ -52,7 +54,9 @@ def tokens(turns: list[Question]) -> tuple[list[int], list[bool]]:
     return ids, answering
 
 
-def _lay(rng: np.random.Generator, scene: Scene, mix: dict[str, float]) -> list[list[list[Question]]]:
+def _lay(
+    rng: np.random.Generator, scene: Scene, mix: dict[str, float]
+) -> list[list[list[Question]]]:
     """Rows of conversations about one scene: the caption first, then questions for as long as they fit."""
     tasks, odds = tuple(mix), np.array(list(mix.values()))
     rows: list[list[list[Question]]] = [[] for _ in range(ROWS_PER_PICTURE)]
@@ -64,7 +68,10 @@ def _lay(rng: np.random.Generator, scene: Scene, mix: dict[str, float]) -> list[
         turns = waiting
         if not turns:
             count = int(rng.integers(2, 4)) if rng.random() < MULTI_TURN else 1
-            drawn = (questions.ask(rng, scene, tasks[i]) for i in rng.choice(len(tasks), count, p=odds / odds.sum()))
+            drawn = (
+                questions.ask(rng, scene, tasks[i])
+                for i in rng.choice(len(tasks), count, p=odds / odds.sum())
+            )
             turns = list({q.prompt: q for q in drawn if q}.values())
         size = len(tokens(turns)[0])
         fitting = [i for i in range(ROWS_PER_PICTURE) if size <= room[i]]
@@ -82,7 +89,11 @@ def make(rng: np.random.Generator, pictures: int, mix: dict[str, float] | None =
     """A batch of fresh scenes with conversations drawn by ``mix`` (task -> odds)."""
     scenes = [world.draw(rng) for _ in range(pictures)]
     shape = (pictures, ROWS_PER_PICTURE, ROW)
-    ids, offsets, branch = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+    ids, offsets, branch = (
+        np.zeros(shape, np.int64),
+        np.zeros(shape, np.int64),
+        np.full(shape, -1, np.int64),
+    )
     weights, answering = np.zeros(shape, np.float32), np.zeros(shape, bool)
     spans: list[tuple[str, int, int, int, int]] = []
     for b, scene in enumerate(scenes):
@@ -91,7 +102,11 @@ def make(rng: np.random.Generator, pictures: int, mix: dict[str, float] | None =
             for number, turns in enumerate(row):
                 words, answers = tokens(turns)
                 end = at + len(words)
-                ids[b, r, at:end], offsets[b, r, at:end], branch[b, r, at:end] = words, range(len(words)), number
+                ids[b, r, at:end], offsets[b, r, at:end], branch[b, r, at:end] = (
+                    words,
+                    range(len(words)),
+                    number,
+                )
                 answering[b, r, at:end] = answers
                 full = CAPTION_WEIGHT if turns[0].task == "caption" else 1.0
                 weights[b, r, at : end - 1] = np.where(answers[:-1], full, QUESTION_WEIGHT)

@@ -7,12 +7,12 @@ with one object for several tokens. Questions, special tokens and the chat templ
 
 from __future__ import annotations
 
+import string
 from functools import lru_cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
-import string
 from avl_analysis.scenes import language as small
 from avl_analysis.scenes.drawing import COLOURS, SHAPES, SIDE
 from avl_analysis.scenes.language import ASSISTANT, BOS, EOS, IMAGE, PAD, SPECIAL, UNK, USER
@@ -41,22 +41,34 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer, made from the vocabulary alone (nothing is fitted to data)."""
     system = SYSTEM.translate(str.maketrans("", "", ".,")).split()
     whole = dict.fromkeys(word for word in [*vocabulary(), *system] if word not in CONTENT)
-    cut = dict.fromkeys(f"▁{piece}" if n == 0 else piece for word in CONTENT for n, piece in enumerate(pieces_of(word)))
+    cut = dict.fromkeys(
+        f"▁{piece}" if n == 0 else piece
+        for word in CONTENT
+        for n, piece in enumerate(pieces_of(word))
+    )
     characters = string.ascii_letters + string.digits + string.punctuation
-    pieces = {token: 0.0 for token in SPECIAL}
-    pieces |= {f"▁{word}": -1.0 for word in whole} | {piece: -1.0 for piece in cut}
-    pieces |= {"▁": -10.0} | {character: -10.0 for character in characters}
-    backend = Tokenizer(models.Unigram(list(pieces.items()), unk_id=SPECIAL.index(UNK), byte_fallback=False))
+    pieces = dict.fromkeys(SPECIAL, 0.0)
+    pieces |= {f"▁{word}": -1.0 for word in whole} | dict.fromkeys(cut, -1.0)
+    pieces |= {"▁": -10.0} | dict.fromkeys(characters, -10.0)
+    backend = Tokenizer(
+        models.Unigram(list(pieces.items()), unk_id=SPECIAL.index(UNK), byte_fallback=False)
+    )
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    backend.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=BOS,
         eos_token=EOS,
         unk_token=UNK,
         pad_token=PAD,
-        extra_special_tokens={"image_token": IMAGE, "user_token": USER, "assistant_token": ASSISTANT},
+        extra_special_tokens={
+            "image_token": IMAGE,
+            "user_token": USER,
+            "assistant_token": ASSISTANT,
+        },
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=1024,

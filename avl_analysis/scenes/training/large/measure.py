@@ -27,17 +27,24 @@ def _rounded(values: Tensor | np.ndarray, digits: int = 3) -> list[float]:
 
 
 @torch.no_grad()
-def text_attention(model: LlavaForConditionalGeneration, rows: int = 32, length: int = 224) -> dict[str, Any]:
+def text_attention(
+    model: LlavaForConditionalGeneration, rows: int = 32, length: int = 224
+) -> dict[str, Any]:
     """Sink rate and shares by layer on fixed rows of text."""
     ids, positions = texts.rows(np.random.default_rng([WATCH_SEED, 0]), rows, length)
     received, opening = [], []
     for part in range(0, rows, 8):
         out = model.model.language_model(
-            input_ids=ids[part : part + 8], position_ids=positions[part : part + 8], output_attentions=True, use_cache=False
+            # without a mask, a jump in the positions would be taken for the start of another text
+            attention_mask=torch.ones_like(ids[part : part + 8]),
+            input_ids=ids[part : part + 8],
+            position_ids=positions[part : part + 8],
+            output_attentions=True,
+            use_cache=False,
         )
         stack = torch.stack(out.attentions)  # (layers, rows, heads, queries, keys)
-        received.append(stack[..., 0].mean((-1)))
-        opening.append(stack[..., len(OPENING) :, : len(OPENING)].sum(-1).mean((-1)))
+        received.append(stack[..., 0].mean(-1))
+        opening.append(stack[..., len(OPENING) :, : len(OPENING)].sum(-1).mean(-1))
     first = torch.cat(received, 1)  # (layers, rows, heads)
     return {
         "sink_rate": round(float((first > SINK_THRESHOLD).float().mean()), 4),
@@ -63,12 +70,16 @@ def image_attention(model: LlavaForConditionalGeneration, samples: int = 32) -> 
         question = questions.ask(rng, scene, "caption")
         words, answering = conversations.tokens([question])
         weights = dict(model.named_parameters())
-        image = packed.project(weights, packed.vision(weights, model.config, pixel_values(scene.image[None])))
+        image = packed.project(
+            weights, packed.vision(weights, model.config, pixel_values(scene.image[None]))
+        )
         table = model.get_input_embeddings()
         x = torch.cat([table(torch.tensor([OPENING])), image, table(torch.tensor([words[:-1]]))], 1)
         out = model.model.language_model(inputs_embeds=x, output_attentions=True, use_cache=False)
         stack = torch.cat(out.attentions)  # (layers, heads, queries, keys)
-        start = PREFIX + answering.index(True)  # the last prompt token gives the first word of the answer
+        start = PREFIX + answering.index(
+            True
+        )  # the last prompt token gives the first word of the answer
         first = stack[:, :, : start + 1, 0].mean(-1)
         collected["sink"].append(first)
         causal = stack[:, :, : start + 1, len(OPENING) : PREFIX]
@@ -90,9 +101,13 @@ def image_attention(model: LlavaForConditionalGeneration, samples: int = 32) -> 
         collected["image_norm"].append(image.norm(dim=-1).mean()[None])
     mean = {name: torch.stack(values).mean(0) for name, values in collected.items()}
     found: dict[str, Any] = {
-        "sink_rate": round(float((torch.stack(collected["sink"]) > SINK_THRESHOLD).float().mean()), 4),
+        "sink_rate": round(
+            float((torch.stack(collected["sink"]) > SINK_THRESHOLD).float().mean()), 4
+        ),
         "sink_heads_over_0.2": round(float((mean["sink"] > 0.2).float().mean()), 4),
-        "sink_rate_image": round(float((torch.stack(collected["image_sink"]) > SINK_THRESHOLD).float().mean()), 4),
+        "sink_rate_image": round(
+            float((torch.stack(collected["image_sink"]) > SINK_THRESHOLD).float().mean()), 4
+        ),
         "keys95": round(float(mean["keys95"].mean()), 4),
         **{f"overlap{lag}": round(float(mean[f"overlap{lag}"].mean()), 4) for lag in LAGS},
         "image_norm": round(float(mean["image_norm"]), 2),
@@ -102,7 +117,9 @@ def image_attention(model: LlavaForConditionalGeneration, samples: int = 32) -> 
 
 
 @torch.no_grad()
-def answers(model: LlavaForConditionalGeneration, pictures: int = 32, seed: int = 2) -> dict[str, dict[str, float]]:
+def answers(
+    model: LlavaForConditionalGeneration, pictures: int = 32, seed: int = 2
+) -> dict[str, dict[str, float]]:
     """Exact match by task: full cache, a random half and quarter of the image kept, and another picture.
 
     Teacher forced, which for exact match of greedy answers is the same as generating. Image tokens are hidden from the
@@ -115,12 +132,24 @@ def answers(model: LlavaForConditionalGeneration, pictures: int = 32, seed: int 
         batch = conversations.make(np.random.default_rng([WATCH_SEED, seed, part]), 8, mix)
         image = packed.project(weights, packed.vision(weights, model.config, batch.pixels))
         places = torch.rand(8, IMAGE_TOKENS, generator=torch.Generator().manual_seed(part))
-        shown = {"full": (image, None), "half": (image, places > 0.5), "quarter": (image, places > 0.25), "other": (image.roll(1, 0), None)}
+        shown = {
+            "full": (image, None),
+            "half": (image, places > 0.5),
+            "quarter": (image, places > 0.25),
+            "other": (image.roll(1, 0), None),
+        }
         for name, (tokens, dropped) in shown.items():
-            hit = packed_logits(weights, model.config, tokens, batch, dropped)[..., :-1, :].argmax(-1) == batch.ids[..., 1:]
+            hit = (
+                packed_logits(weights, model.config, tokens, batch, dropped)[..., :-1, :].argmax(-1)
+                == batch.ids[..., 1:]
+            )
             for task, b, r, start, end in batch.spans:
                 right[name][task].append(bool(hit[b, r, start : end + 1].all()))
     return {
-        name: {task: round(float(np.mean(by_task[task])), 3) for task in questions.TASKS if task in by_task}
+        name: {
+            task: round(float(np.mean(by_task[task])), 3)
+            for task in questions.TASKS
+            if task in by_task
+        }
         for name, by_task in right.items()
     }

@@ -6,10 +6,20 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from avl_analysis.scenes.drawing import SIDE
-from avl_analysis.scenes.training.large.language import BOS_ID, EOS_ID, IMAGE_ID, IMAGE_TOKENS, PAD_ID, PATCH, TOKENIZER
+from avl_analysis.scenes.training.large.language import (
+    BOS_ID,
+    EOS_ID,
+    IMAGE_ID,
+    IMAGE_TOKENS,
+    PAD_ID,
+    PATCH,
+    TOKENIZER,
+)
 
 
-def config(width: int = 192, layers: int = 6, vision_width: int = 160, vision_layers: int = 4) -> LlavaConfig:
+def config(
+    width: int = 192, layers: int = 6, vision_width: int = 160, vision_layers: int = 4
+) -> LlavaConfig:
     """The model's configuration; heads are 32 wide, two of them hold keys and values in the decoder."""
     vision = CLIPVisionConfig(
         hidden_size=vision_width,

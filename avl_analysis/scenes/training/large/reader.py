@@ -17,7 +17,13 @@ from avl_analysis.scenes.drawing import CHARACTERS, COLOURS, SHAPES
 from avl_analysis.scenes.world import SIZES, Scene
 
 CELLS, LONGEST = 9, 5
-GROUPS = {"colour": len(COLOURS), "shape": len(SHAPES), "size": len(SIZES), "character": len(CHARACTERS), "cell": CELLS}
+GROUPS = {
+    "colour": len(COLOURS),
+    "shape": len(SHAPES),
+    "size": len(SIZES),
+    "character": len(CHARACTERS),
+    "cell": CELLS,
+}
 """Number of classes; one more stands for "none"."""
 
 
@@ -30,7 +36,9 @@ class Reader(nn.Module):
         self.queries = nn.Parameter(torch.randn(CELLS + LONGEST + 1, width))
         self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.norm, self.out = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.hidden = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.hidden = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         self.classes = nn.Linear(width, sum(GROUPS.values()) + len(GROUPS))
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
@@ -38,9 +46,15 @@ class Reader(nn.Module):
         b, n, width = features.shape
         k, v = self.kv(self.norm(features)).view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         q = self.q(self.queries).view(-1, self.heads, width // self.heads).transpose(0, 1)
-        mixed = F.scaled_dot_product_attention(q.expand(b, -1, -1, -1), k, v).transpose(1, 2).reshape(b, -1, width)
+        mixed = (
+            F.scaled_dot_product_attention(q.expand(b, -1, -1, -1), k, v)
+            .transpose(1, 2)
+            .reshape(b, -1, width)
+        )
         x = self.queries + mixed
-        split = self.classes(x + self.hidden(self.out(x))).split([size + 1 for size in GROUPS.values()], -1)
+        split = self.classes(x + self.hidden(self.out(x))).split(
+            [size + 1 for size in GROUPS.values()], -1
+        )
         logits = dict(zip(GROUPS, split, strict=True))
         text = slice(CELLS + LONGEST, None)
         return {
@@ -57,21 +71,28 @@ def labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     for scene in scenes:
         colour, shape, size = [len(COLOURS)] * CELLS, [len(SHAPES)] * CELLS, [len(SIZES)] * CELLS
         for thing in scene.things:
-            colour[thing.cell], shape[thing.cell] = COLOURS.index(thing.colour), SHAPES.index(thing.shape)
+            colour[thing.cell], shape[thing.cell] = (
+                COLOURS.index(thing.colour),
+                SHAPES.index(thing.shape),
+            )
             size[thing.cell] = SIZES.index(thing.size)
         string = [CHARACTERS.index(c) for c in scene.text.string] if scene.text else []
         made["colour"].append(colour)
         made["shape"].append(shape)
         made["size"].append(size)
         made["character"].append(string + [len(CHARACTERS)] * (LONGEST - len(string)))
-        made["text_colour"].append([COLOURS.index(scene.text.colour) if scene.text else len(COLOURS)])
+        made["text_colour"].append(
+            [COLOURS.index(scene.text.colour) if scene.text else len(COLOURS)]
+        )
         made["cell"].append([scene.text.cell if scene.text else CELLS])
     return {group: torch.tensor(values) for group, values in made.items()}
 
 
 def loss(logits: dict[str, Tensor], truth: dict[str, Tensor]) -> Tensor:
     """Mean over groups of the cross entropy of naming."""
-    each = [F.cross_entropy(logits[group].flatten(0, 1), truth[group].flatten()) for group in logits]
+    each = [
+        F.cross_entropy(logits[group].flatten(0, 1), truth[group].flatten()) for group in logits
+    ]
     return torch.stack(each).mean()
 
 

@@ -18,7 +18,15 @@ from numpy.typing import NDArray
 
 from avl_analysis.scenes import questions, world
 from avl_analysis.scenes.questions import TASKS, a, name
-from avl_analysis.scenes.training.large.language import ASSISTANT_ID, EOS_ID, IMAGE_TOKENS, OPENING, TOKENIZER, USER_ID, encode
+from avl_analysis.scenes.training.large.language import (
+    ASSISTANT_ID,
+    EOS_ID,
+    IMAGE_TOKENS,
+    OPENING,
+    TOKENIZER,
+    USER_ID,
+    encode,
+)
 from avl_analysis.scenes.world import Scene
 
 KINDS = {"scene": 0.6, "chain": 0.2, "repeat": 0.2}
@@ -32,11 +40,13 @@ def _chain() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Followers of each token (vocabulary, 4), and the tokens that demand a copy."""
     rng = np.random.default_rng(_CHAIN_SEED)
     words = np.arange(FIRST_WORD, len(TOKENIZER))
-    return rng.choice(words, (len(TOKENIZER), _FOLLOWERS)), rng.choice(words, _TRIGGERS, replace=False)
+    return rng.choice(words, (len(TOKENIZER), _FOLLOWERS)), rng.choice(
+        words, _TRIGGERS, replace=False
+    )
 
 
-_TABLE, _TRIGGER = _chain()
-_IS_TRIGGER = np.isin(np.arange(len(TOKENIZER)), _TRIGGER)
+FOLLOWERS_OF, _TRIGGER = _chain()
+IS_TRIGGER = np.isin(np.arange(len(TOKENIZER)), _TRIGGER)
 
 
 def chain(rng: np.random.Generator, length: int) -> list[int]:
@@ -44,12 +54,12 @@ def chain(rng: np.random.Generator, length: int) -> list[int]:
     ids = [int(rng.integers(FIRST_WORD, len(TOKENIZER)))]
     picks, triggers = rng.integers(_FOLLOWERS, size=length), rng.random(length)
     while len(ids) < length:
-        if len(ids) > 1 and _IS_TRIGGER[ids[-1]] and not _IS_TRIGGER[ids[-2]]:
+        if len(ids) > 1 and IS_TRIGGER[ids[-1]] and not IS_TRIGGER[ids[-2]]:
             ids.append(ids[-2])
         elif triggers[len(ids)] < 0.1:
             ids.append(int(_TRIGGER[int(triggers[len(ids)] * 10 * _TRIGGERS)]))
         else:
-            ids.append(int(_TABLE[ids[-1], picks[len(ids)]]))
+            ids.append(int(FOLLOWERS_OF[ids[-1], picks[len(ids)]]))
     return ids
 
 
@@ -79,7 +89,13 @@ def conversation(rng: np.random.Generator, length: int) -> list[int]:
         question = questions.ask(rng, scene, TASKS[int(rng.integers(len(TASKS)))])
         if question is None or (question.task == "caption" and rng.random() < 0.7):
             continue
-        ids += [*([] if first else [USER_ID]), *encode(question.prompt), ASSISTANT_ID, *encode(question.answer), EOS_ID]
+        ids += [
+            *([] if first else [USER_ID]),
+            *encode(question.prompt),
+            ASSISTANT_ID,
+            *encode(question.answer),
+            EOS_ID,
+        ]
         first = False
     return ids[:length]
 

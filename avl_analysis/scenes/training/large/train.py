@@ -26,10 +26,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avl_analysis.scenes import packed
-from avl_analysis.scenes.samples import TRAINING_SEED
-from avl_analysis.scenes import world
+from avl_analysis.scenes import packed, world
 from avl_analysis.scenes.language import pixel_values
+from avl_analysis.scenes.samples import TRAINING_SEED
 from avl_analysis.scenes.training.large import conversations, measure, reader, texts
 from avl_analysis.scenes.training.large.forward import packed_logits, text_logits
 from avl_analysis.scenes.training.large.model import build_model
@@ -66,34 +65,51 @@ def token_loss(logits: Tensor, ids: Tensor) -> Tensor:
 class Trainer:
     """One process's share of a stage."""
 
-    def __init__(self, stage: str, settings: Settings, rank: int, out: Path) -> None:
+    def __init__(self, stage: str, settings: Settings, rank: int, out: Path, **sizes: int) -> None:
         self.stage, self.settings, self.rank, self.out = stage, settings, rank, out
-        self.model = build_model(settings.seed)
+        self.model = build_model(settings.seed, **sizes)
         self.model.set_attn_implementation("eager")
         self.reader = reader.Reader(self.model.config.vision_config.hidden_size)
-        prefixes = {"text": (packed.DECODER,), "vision": (packed.VISION,), "tune": ("model.",)}[stage]
-        self.named = {n: p for n, p in self.model.named_parameters() if n.startswith(prefixes) and "post_layernorm" not in n}
+        prefixes = {"text": (packed.DECODER,), "vision": (packed.VISION,), "tune": ("model.",)}[
+            stage
+        ]
+        self.named = {
+            n: p
+            for n, p in self.model.named_parameters()
+            if n.startswith(prefixes) and "post_layernorm" not in n
+        }
         extra = [] if stage == "text" else list(self.reader.parameters())
         self.parameters = [*self.named.values(), *extra]
         towers = [p for n, p in self.named.items() if n.startswith(packed.VISION)] + extra
         seen = {id(p) for p in towers}
         groups = []
-        for parameters, rate in ((towers, settings.vision_rate), ([p for p in self.parameters if id(p) not in seen], settings.rate)):
+        for parameters, rate in (
+            (towers, settings.vision_rate),
+            ([p for p in self.parameters if id(p) not in seen], settings.rate),
+        ):
             for matrices in (True, False):
                 chosen = [p for p in parameters if (p.dim() >= 2) == matrices]
                 if chosen:
-                    groups.append({"params": chosen, "weight_decay": settings.weight_decay * matrices, "rate": rate})
+                    groups.append(
+                        {
+                            "params": chosen,
+                            "weight_decay": settings.weight_decay * matrices,
+                            "rate": rate,
+                        }
+                    )
         self.adam = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
         self.step, self.seconds, self.processor_seconds = 0, 0.0, 0.0
 
     def losses(self) -> dict[str, tuple[float, Tensor]]:
         """Weight and value of each part of the loss on a fresh batch."""
         s = self.settings
-        rng = np.random.default_rng([TRAINING_SEED + 1000 * s.seed, STAGES.index(self.stage), self.rank, self.step])
+        rng = np.random.default_rng(
+            [TRAINING_SEED + 1000 * s.seed, STAGES.index(self.stage), self.rank, self.step]
+        )
         weights = {n: p.to(torch.bfloat16) for n, p in self.named.items()}
         text = self.model.config.text_config
         found: dict[str, tuple[float, Tensor]] = {}
-        if self.stage == "text" or self.stage == "tune" and s.tune_text_rows:
+        if self.stage == "text" or (self.stage == "tune" and s.tune_text_rows):
             count = s.text_rows if self.stage == "text" else s.tune_text_rows
             ids, positions = texts.rows(rng, count, s.text_length)
             loss = token_loss(text_logits(weights, text, ids, positions), ids)
@@ -102,16 +118,23 @@ class Trainer:
             scenes = [world.draw(rng) for _ in range(s.pictures)]
             pixels = pixel_values(np.stack([scene.image for scene in scenes]))
             features = packed.vision(weights, self.model.config, pixels)
-            found["reader"] = (1.0, reader.loss(self.reader(features.float()), reader.labels(scenes)))
+            found["reader"] = (
+                1.0,
+                reader.loss(self.reader(features.float()), reader.labels(scenes)),
+            )
         if self.stage == "tune":
             batch = conversations.make(rng, s.pictures)
             features = packed.vision(weights, self.model.config, batch.pixels)
             if s.reader_weight:
                 loss = reader.loss(self.reader(features.float()), reader.labels(batch.scenes))
                 found["reader"] = (s.reader_weight, loss)
-            logits = packed_logits(weights, self.model.config, packed.project(weights, features), batch)
+            logits = packed_logits(
+                weights, self.model.config, packed.project(weights, features), batch
+            )
             used = batch.weights > 0
-            each = F.cross_entropy(logits[used].float(), batch.ids.roll(-1, -1)[used], reduction="none")
+            each = F.cross_entropy(
+                logits[used].float(), batch.ids.roll(-1, -1)[used], reduction="none"
+            )
             found["answers"] = (1.0, (each * batch.weights[used]).sum() / batch.weights.sum())
         return found
 
@@ -122,7 +145,12 @@ class Trainer:
             p.grad = None
         torch.stack([weight * loss for weight, loss in found.values()]).sum().backward()
         if self.settings.processes > 1:
-            flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self.parameters])
+            flat = torch.cat(
+                [
+                    torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                    for p in self.parameters
+                ]
+            )
             dist.all_reduce(flat)
             flat /= self.settings.processes
             at = 0
@@ -130,12 +158,16 @@ class Trainer:
                 p.grad, at = flat[at : at + p.numel()].view_as(p), at + p.numel()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"step {self.step}: the gradient is {float(norm)}; resume with a lower rate")
+            raise FloatingPointError(
+                f"step {self.step}: the gradient is {float(norm)}; resume with a lower rate"
+            )
         for group in self.adam.param_groups:
             group["lr"] = group["rate"] * factor
         self.adam.step()
         self.step += 1
-        return {name: round(float(loss.detach()), 4) for name, (_, loss) in found.items()} | {"norm": round(float(norm), 3)}
+        return {name: round(float(loss.detach()), 4) for name, (_, loss) in found.items()} | {
+            "norm": round(float(norm), 3)
+        }
 
     def watch(self) -> dict[str, Any]:
         """What is logged now and then; held-out samples."""
@@ -146,7 +178,9 @@ class Trainer:
             scenes = [world.draw(rng) for _ in range(64)]
             weights = dict(self.named)
             with torch.no_grad():
-                features = packed.vision(weights, self.model.config, pixel_values(np.stack([s.image for s in scenes])))
+                features = packed.vision(
+                    weights, self.model.config, pixel_values(np.stack([s.image for s in scenes]))
+                )
                 found = reader.accuracy(self.reader(features), reader.labels(scenes))
             return {"reader": {group: round(value, 4) for group, value in found.items()}}
         return {
@@ -173,13 +207,25 @@ class Trainer:
         self.adam.load_state_dict(state["adam"])
         for group, rate, decay in zip(self.adam.param_groups, rates, decays, strict=True):
             group["rate"], group["weight_decay"] = rate, decay
-        self.step, self.seconds, self.processor_seconds = state["step"], state["seconds"], state["processor_seconds"]
+        self.step, self.seconds, self.processor_seconds = (
+            state["step"],
+            state["seconds"],
+            state["processor_seconds"],
+        )
 
     def join(self) -> None:
         """Begin tuning from the two earlier stages; image tokens enter as long as words are."""
-        text, vision = (torch.load(self.out / f"{stage}.pt", weights_only=True) for stage in ("text", "vision"))
+        text, vision = (
+            torch.load(self.out / f"{stage}.pt", weights_only=True) for stage in ("text", "vision")
+        )
         state = self.model.state_dict()
-        state.update({n: v for n, v in text["model"].items() if n.startswith(packed.DECODER) or n.startswith("lm_head")})
+        state.update(
+            {
+                n: v
+                for n, v in text["model"].items()
+                if n.startswith(packed.DECODER) or n.startswith("lm_head")
+            }
+        )
         state.update({n: v for n, v in vision["model"].items() if n.startswith(packed.VISION)})
         self.model.load_state_dict(state)
         self.reader.load_state_dict(vision["reader"])
@@ -194,22 +240,43 @@ class Trainer:
                 weights[f"{packed.PROJECTOR}linear_2.{part}"].mul_(factor)
 
 
-def _run(rank: int, stage: str, settings: Settings, out: Path, resume: bool, steps: int, anneal: bool, meet: str) -> None:
+def _run(
+    rank: int,
+    stage: str,
+    settings: Settings,
+    out: Path,
+    resume: bool,
+    steps: int,
+    anneal: bool,
+    meet: str,
+    sizes: dict[str, int],
+) -> None:
     torch.set_num_threads(1)
     if settings.processes > 1:
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=settings.processes)
-    trainer = Trainer(stage, settings, rank, out)
+    trainer = Trainer(stage, settings, rank, out, **sizes)
     if resume:
         trainer.resume()
     elif stage == "tune":
         trainer.join()
-    first, began, worked = trainer.step, time.monotonic() - trainer.seconds, time.process_time() - trainer.processor_seconds
-    line_at, watch_at, save_at = 0.0, trainer.seconds + settings.watch_seconds, trainer.seconds + settings.save_seconds
+    first, began, worked = (
+        trainer.step,
+        time.monotonic() - trainer.seconds,
+        time.process_time() - trainer.processor_seconds,
+    )
+    line_at, watch_at, save_at = (
+        0.0,
+        trainer.seconds + settings.watch_seconds,
+        trainer.seconds + settings.save_seconds,
+    )
     while trainer.step < first + steps:
         done = (trainer.step - first) / steps
         factor = min(1.0, (trainer.step + 1) / settings.warm_up) * (1 - done if anneal else 1.0)
         found: dict[str, Any] = trainer.update(factor)
-        trainer.seconds, trainer.processor_seconds = time.monotonic() - began, time.process_time() - worked
+        trainer.seconds, trainer.processor_seconds = (
+            time.monotonic() - began,
+            time.process_time() - worked,
+        )
         if rank:
             continue
         last = trainer.step == first + steps
@@ -232,25 +299,62 @@ def _run(rank: int, stage: str, settings: Settings, out: Path, resume: bool, ste
         dist.destroy_process_group()
 
 
-def train(stage: str, settings: Settings, out: Path, steps: int, resume: bool = False, anneal: bool = False) -> None:
+def train(
+    stage: str,
+    settings: Settings,
+    out: Path,
+    steps: int,
+    resume: bool = False,
+    anneal: bool = False,
+    sizes: dict[str, int] | None = None,
+) -> None:
     """Run ``steps`` steps of a stage in ``out``, which gets ``STAGE.jsonl`` and ``STAGE.pt``."""
     out.mkdir(parents=True, exist_ok=True)
     if resume and not (out / f"{stage}.pt").exists():
-        raise FileNotFoundError(f"{out / stage}.pt: nothing to resume from; run without --resume")
+        raise FileNotFoundError(f"{out}/{stage}.pt: nothing to resume from; run without --resume")
     if not resume and (out / f"{stage}.pt").exists():
-        raise FileExistsError(f"{out} holds this stage already; continue it with --resume or choose another folder")
+        raise FileExistsError(
+            f"{out} holds this stage already; continue it with --resume or choose another folder"
+        )
     keep = str(2**33)
-    for name, value in {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": keep, "MALLOC_TRIM_THRESHOLD_": keep}.items():
+    for name, value in {
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": keep,
+        "MALLOC_TRIM_THRESHOLD_": keep,
+    }.items():
         os.environ.setdefault(name, value)
     with open(out / f"{stage}.jsonl", "a") as log:
-        log.write(json.dumps({"resumed" if resume else "started": asdict(settings), "steps": steps, "anneal": anneal}) + "\n")
+        log.write(
+            json.dumps(
+                {
+                    "resumed" if resume else "started": asdict(settings),
+                    "steps": steps,
+                    "anneal": anneal,
+                }
+            )
+            + "\n"
+        )
     meeting = out / f"{stage}.rendezvous"
     meeting.unlink(missing_ok=True)
-    arguments = (stage, settings, out, resume, steps, anneal, f"file://{meeting.resolve()}")
+    arguments = (
+        stage,
+        settings,
+        out,
+        resume,
+        steps,
+        anneal,
+        f"file://{meeting.resolve()}",
+        sizes or {},
+    )
     if settings.processes > 1:
         torch.multiprocessing.spawn(_run, arguments, nprocs=settings.processes)
     else:
         _run(0, *arguments)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a stage's log."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def main() -> None:
@@ -259,13 +363,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", action="store_true", help="continue the stage in --out")
-    parser.add_argument("--anneal", action="store_true", help="let the rate fall to zero over these steps")
+    parser.add_argument(
+        "--anneal", action="store_true", help="let the rate fall to zero over these steps"
+    )
     known: dict[str, Any] = {field.name: type(field.default) for field in fields(Settings)}
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help=f"one of {', '.join(known)}")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"one of {', '.join(known)}",
+    )
     chosen = parser.parse_args()
     changed = dict(pair.split("=", 1) for pair in chosen.set if "=" in pair)
     if len(changed) != len(chosen.set) or not set(changed) <= set(known):
-        parser.error(f"--set {' '.join(chosen.set)}: give NAME=VALUE with a NAME of {', '.join(known)}")
+        parser.error(
+            f"--set {' '.join(chosen.set)}: give NAME=VALUE with a NAME of {', '.join(known)}"
+        )
     settings = Settings(**{name: known[name](value) for name, value in changed.items()})
     train(chosen.stage, settings, chosen.out, chosen.steps, chosen.resume, chosen.anneal)
 
