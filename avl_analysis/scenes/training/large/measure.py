@@ -28,10 +28,10 @@ def _rounded(values: Tensor | np.ndarray, digits: int = 3) -> list[float]:
 
 @torch.no_grad()
 def text_attention(
-    model: LlavaForConditionalGeneration, rows: int = 32, length: int = 224
+    model: LlavaForConditionalGeneration, rows: int = 32, length: int = 224, bare: float = 0.0
 ) -> dict[str, Any]:
     """Sink rate and shares by layer on fixed rows of text."""
-    ids, positions = texts.rows(np.random.default_rng([WATCH_SEED, 0]), rows, length)
+    ids, positions = texts.rows(np.random.default_rng([WATCH_SEED, 0]), rows, length, bare)
     received, opening = [], []
     for part in range(0, rows, 8):
         out = model.model.language_model(

@@ -100,16 +100,31 @@ def conversation(rng: np.random.Generator, length: int) -> list[int]:
     return ids[:length]
 
 
-def rows(rng: np.random.Generator, count: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rows(
+    rng: np.random.Generator, count: int, length: int, bare: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and positions, each (count, length) int64.
 
-    In half of the rows the positions after the opening jump ahead by up to the length of a picture, so that the
-    distances met in conversations about pictures are not new.
+    In half of the rows with the system text the positions after it jump ahead by up to the length
+    of a picture, so that the distances met in conversations about pictures are not new.
+
+    Args:
+        rng: source of everything drawn.
+        count: number of rows.
+        length: tokens per row.
+        bare: share of rows that begin with ``<s>`` alone, 0 to 1. Where the system text is in every
+            row, its tokens are as constant as ``<s>`` and share what would otherwise be its sink.
     """
     makers = {"scene": conversation, "chain": chain, "repeat": repeat}
     kinds = rng.choice(list(KINDS), size=count, p=list(KINDS.values()))
-    body = length - len(OPENING)
-    ids = np.array([[*OPENING, *makers[str(kind)](rng, body)] for kind in kinds], dtype=np.int64)
-    gap = rng.integers(0, IMAGE_TOKENS + 1, count) * (rng.random(count) < 0.5)
-    positions = np.arange(length)[None] + gap[:, None] * (np.arange(length) >= len(OPENING))
-    return torch.from_numpy(ids), torch.from_numpy(positions)
+    openings = [OPENING[: 1 if alone else None] for alone in rng.random(count) < bare]
+    ids = [
+        [*opening, *makers[str(kind)](rng, length - len(opening))]
+        for kind, opening in zip(kinds, openings, strict=True)
+    ]
+    begin = np.array([len(opening) for opening in openings])[:, None]
+    gap = (
+        rng.integers(0, IMAGE_TOKENS + 1, (count, 1)) * (rng.random((count, 1)) < 0.5) * (begin > 1)
+    )
+    positions = np.arange(length)[None] + gap * (np.arange(length) >= begin)
+    return torch.tensor(ids), torch.from_numpy(positions)

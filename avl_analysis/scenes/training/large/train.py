@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -45,6 +46,7 @@ class Settings:
     warm_up: int = 100
     text_rows: int = 16
     text_length: int = 224
+    bare: float = 0.7
     pictures: int = 16
     tune_text_rows: int = 3
     text_weight: float = 0.3
@@ -100,6 +102,8 @@ class Trainer:
         self.adam = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
         self.step, self.seconds, self.processor_seconds = 0, 0.0, 0.0
 
+        self.stop = False
+
     def losses(self) -> dict[str, tuple[float, Tensor]]:
         """Weight and value of each part of the loss on a fresh batch."""
         s = self.settings
@@ -111,7 +115,7 @@ class Trainer:
         found: dict[str, tuple[float, Tensor]] = {}
         if self.stage == "text" or (self.stage == "tune" and s.tune_text_rows):
             count = s.text_rows if self.stage == "text" else s.tune_text_rows
-            ids, positions = texts.rows(rng, count, s.text_length)
+            ids, positions = texts.rows(rng, count, s.text_length, s.bare)
             loss = token_loss(text_logits(weights, text, ids, positions), ids)
             found["text"] = (1.0 if self.stage == "text" else s.text_weight, loss)
         if self.stage == "vision":
@@ -145,13 +149,16 @@ class Trainer:
             p.grad = None
         torch.stack([weight * loss for weight, loss in found.values()]).sum().backward()
         if self.settings.processes > 1:
+            stop = torch.tensor([float(self.stop)])  # processes stop after the same step
             flat = torch.cat(
                 [
-                    torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                    torch.zeros(p.numel()) if p.grad is None else p.grad.flatten()
                     for p in self.parameters
                 ]
+                + [stop]
             )
             dist.all_reduce(flat)
+            self.stop = bool(flat[-1] > 0)
             flat /= self.settings.processes
             at = 0
             for p in self.parameters:
@@ -172,7 +179,10 @@ class Trainer:
     def watch(self) -> dict[str, Any]:
         """What is logged now and then; held-out samples."""
         if self.stage == "text":
-            return {"text": measure.text_attention(self.model)}
+            return {
+                "text": measure.text_attention(self.model),
+                "bare_text": measure.text_attention(self.model, bare=1.0),
+            }
         if self.stage == "vision":
             rng = np.random.default_rng([measure.WATCH_SEED, 3])
             scenes = [world.draw(rng) for _ in range(64)]
@@ -259,6 +269,7 @@ def _run(
         trainer.resume()
     elif stage == "tune":
         trainer.join()
+    signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stop", True))
     first, began, worked = (
         trainer.step,
         time.monotonic() - trainer.seconds,
@@ -269,7 +280,7 @@ def _run(
         trainer.seconds + settings.watch_seconds,
         trainer.seconds + settings.save_seconds,
     )
-    while trainer.step < first + steps:
+    while trainer.step < first + steps and not trainer.stop:
         done = (trainer.step - first) / steps
         factor = min(1.0, (trainer.step + 1) / settings.warm_up) * (1 - done if anneal else 1.0)
         found: dict[str, Any] = trainer.update(factor)
@@ -292,7 +303,7 @@ def _run(
                 log.write(json.dumps(line | found | watched) + "\n")
             line_at = trainer.seconds + settings.log_seconds
             watch_at = trainer.seconds + settings.watch_seconds if watched else watch_at
-        if trainer.seconds >= save_at or last:
+        if trainer.seconds >= save_at or last or trainer.stop:
             trainer.save()
             save_at = trainer.seconds + settings.save_seconds
     if settings.processes > 1:
