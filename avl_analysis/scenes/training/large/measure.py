@@ -13,8 +13,14 @@ from transformers import LlavaForConditionalGeneration
 from avl_analysis.scenes import packed, questions, world
 from avl_analysis.scenes.language import pixel_values
 from avl_analysis.scenes.training.large import conversations, texts
-from avl_analysis.scenes.training.large.forward import packed_logits
-from avl_analysis.scenes.training.large.language import IMAGE_TOKENS, OPENING, PREFIX
+from avl_analysis.scenes.training.large.forward import packed_logits, text_logits
+from avl_analysis.scenes.training.large.language import (
+    ASSISTANT_ID,
+    EOS_ID,
+    IMAGE_TOKENS,
+    OPENING,
+    PREFIX,
+)
 
 WATCH_SEED = 910_000
 SINK_THRESHOLD = 0.3  # Gu et al., When attention sink emerges (ICLR 2025), sec. 3
@@ -52,6 +58,28 @@ def text_attention(
         "first_token_by_layer": _rounded(first.mean((1, 2))),
         "system_by_layer": _rounded(torch.cat(opening, 1).mean((1, 2))),
     }
+
+
+@torch.no_grad()
+def text_answers(model: LlavaForConditionalGeneration, rows: int = 32, length: int = 224) -> float:
+    """Share of questions about described scenes answered exactly, teacher forced, on fixed rows."""
+    rng = np.random.default_rng([WATCH_SEED, 4])
+    body = length - len(OPENING)
+    ids = torch.tensor([[*OPENING, *texts.conversation(rng, body)] for _ in range(rows)])
+    weights = dict(model.named_parameters())
+    positions = torch.arange(length).expand(rows, -1)
+    logits = text_logits(weights, model.config.text_config, ids, positions)
+    hit = logits[:, :-1].argmax(-1) == ids[:, 1:]
+    right = []
+    for row, hits in zip(ids.tolist(), hit.tolist(), strict=True):
+        begin = None
+        for place, token in enumerate(row):
+            if token == ASSISTANT_ID:
+                begin = place
+            elif token == EOS_ID and begin is not None:
+                right.append(all(hits[begin:place]))
+                begin = None
+    return round(float(np.mean(right)), 4)
 
 
 def coverage(shares: Tensor, tau: float = 0.95) -> Tensor:

@@ -102,7 +102,7 @@ class Trainer:
         self.adam = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
         self.step, self.seconds, self.processor_seconds = 0, 0.0, 0.0
 
-        self.stop = False
+        self.asked_to_stop = self.stop = False
 
     def losses(self) -> dict[str, tuple[float, Tensor]]:
         """Weight and value of each part of the loss on a fresh batch."""
@@ -149,7 +149,7 @@ class Trainer:
             p.grad = None
         torch.stack([weight * loss for weight, loss in found.values()]).sum().backward()
         if self.settings.processes > 1:
-            stop = torch.tensor([float(self.stop)])  # processes stop after the same step
+            stop = torch.tensor([float(self.asked_to_stop)])
             flat = torch.cat(
                 [
                     torch.zeros(p.numel()) if p.grad is None else p.grad.flatten()
@@ -158,11 +158,13 @@ class Trainer:
                 + [stop]
             )
             dist.all_reduce(flat)
-            self.stop = bool(flat[-1] > 0)
+            self.stop = bool(flat[-1] > 0)  # every process stops after the same step
             flat /= self.settings.processes
             at = 0
             for p in self.parameters:
                 p.grad, at = flat[at : at + p.numel()].view_as(p), at + p.numel()
+        else:
+            self.stop = self.asked_to_stop
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         if not torch.isfinite(norm):
             raise FloatingPointError(
@@ -181,6 +183,7 @@ class Trainer:
         if self.stage == "text":
             return {
                 "text": measure.text_attention(self.model),
+                "text_answers": measure.text_answers(self.model),
                 "bare_text": measure.text_attention(self.model, bare=1.0),
             }
         if self.stage == "vision":
@@ -269,7 +272,7 @@ def _run(
         trainer.resume()
     elif stage == "tune":
         trainer.join()
-    signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "stop", True))
+    signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "asked_to_stop", True))
     first, began, worked = (
         trainer.step,
         time.monotonic() - trainer.seconds,
