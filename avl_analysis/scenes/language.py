@@ -13,6 +13,7 @@ tensors.
 from __future__ import annotations
 
 import string
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +52,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, made from the vocabulary alone (nothing is fitted to data)."""
-    words = dict.fromkeys([*vocabulary(), "Answer", "answer", "from"])
-    characters = string.ascii_letters + string.digits + string.punctuation
-    pieces = [(token, 0.0) for token in SPECIAL]
-    pieces += [(f"▁{word}", -1.0) for word in words]
-    pieces += [("▁", -10.0)] + [(character, -10.0) for character in characters]
+def build_tokenizer(words: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer, made from a vocabulary alone (nothing is fitted to data).
+
+    Args:
+        words: pieces beside the special tokens and single characters, in the order of their ids;
+            "▁" marks the beginning of a word. None for the small model's whole words.
+    """
+    if words is None:
+        words = (f"▁{word}" for word in [*vocabulary(), "Answer", "answer", "from"])
+    characters = ["▁", *string.ascii_letters, *string.digits, *string.punctuation]
+    scores = dict.fromkeys(SPECIAL, 0.0) | dict.fromkeys(words, -1.0)
+    pieces = list((scores | dict.fromkeys(characters, -10.0)).items())
     backend = Tokenizer(models.Unigram(pieces, unk_id=SPECIAL.index(UNK), byte_fallback=False))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
@@ -81,8 +87,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaProcessor:
-    """Tokenizer, picture processor and chat template as one ``LlavaProcessor``."""
+def build_processor(
+    tokenizer: PreTrainedTokenizerFast | None = None, patch: int = PATCH, system: str = SYSTEM
+) -> LlavaProcessor:
+    """Tokenizer, picture processor and chat template as one ``LlavaProcessor``.
+
+    Args:
+        tokenizer: None for the small model's.
+        patch: side of one image token's patch in pixels, a divisor of the picture's side.
+        system: the text before every picture, unless a conversation brings its own.
+    """
     pictures = CLIPImageProcessorPil(
         do_resize=True,
         size={"height": SIDE, "width": SIDE},
@@ -95,11 +109,11 @@ def build_processor() -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=pictures,
-        tokenizer=build_tokenizer(),
-        patch_size=PATCH,
+        tokenizer=tokenizer or build_tokenizer(),
+        patch_size=patch,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=CHAT_TEMPLATE.replace(SYSTEM, system),
     )
 
 

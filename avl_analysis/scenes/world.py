@@ -24,8 +24,8 @@ Box = tuple[int, int, int, int]
 """Half-open pixel box (left, top, right, bottom)."""
 
 ROWS = ("top", "middle", "bottom")
-KEY_FEATURES = ("left", "centre", "right")
-PLACES = tuple(f"{row} {column}" for row in ROWS for column in KEY_FEATURES)
+COLUMNS = ("left", "centre", "right")
+PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
 SIZES = ("big", "small")
 RADII = {"big": (9.4, 10.4), "small": (5.6, 6.4)}
 JITTER = 3.0

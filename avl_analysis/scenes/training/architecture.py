@@ -8,6 +8,7 @@ seven-billion-parameter relatives.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -16,6 +17,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
 )
 
 from avl_analysis.scenes.drawing import PATCH, SIDE
@@ -23,28 +26,46 @@ from avl_analysis.scenes.language import (
     BOS,
     EOS,
     IMAGE,
-    IMAGE_TOKENS,
     PAD,
     build_processor,
     build_tokenizer,
 )
 
 
-def config(width: int = 192, vision_layers: int = 4, text_layers: int = 5) -> LlavaConfig:
+def config(
+    width: int = 192,
+    vision_layers: int = 4,
+    text_layers: int = 5,
+    *,
+    vision_width: int | None = None,
+    patch: int = PATCH,
+    theta: float = 1000.0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> LlavaConfig:
     """The model's configuration; heads are 32 wide, two of them hold keys and values in the
     decoder.
+
+    Args:
+        width: of the decoder, a multiple of 32.
+        vision_layers: layers of the vision tower.
+        text_layers: layers of the decoder.
+        vision_width: width of the vision tower, a multiple of 32; None for the decoder's.
+        patch: side of one image token's patch in pixels, a divisor of the picture's side.
+        theta: base of the rotary angles.
+        tokenizer: whose ids and vocabulary size the decoder has; None for the small model's.
     """
-    tokenizer = build_tokenizer()
+    tokenizer = tokenizer or build_tokenizer()
+    seen = vision_width or width
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in (PAD, BOS, EOS, IMAGE)}
     vision = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
+        hidden_size=seen,
+        intermediate_size=4 * seen,
         num_hidden_layers=vision_layers,
-        num_attention_heads=width // 32,
+        num_attention_heads=seen // 32,
         image_size=SIDE,
-        patch_size=PATCH,
+        patch_size=patch,
         hidden_act="gelu",
-        projection_dim=width,
+        projection_dim=seen,
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -55,7 +76,7 @@ def config(width: int = 192, vision_layers: int = 4, text_layers: int = 5) -> Ll
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
         tie_word_embeddings=True,
         pad_token_id=ids[PAD],
         bos_token_id=ids[BOS],
@@ -65,7 +86,7 @@ def config(width: int = 192, vision_layers: int = 4, text_layers: int = 5) -> Ll
         vision_config=vision,
         text_config=text,
         image_token_id=ids[IMAGE],
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=(SIDE // patch) ** 2,
         projector_hidden_act="gelu",
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -73,17 +94,28 @@ def config(width: int = 192, vision_layers: int = 4, text_layers: int = 5) -> Ll
     )
 
 
-def build_model(seed: int = 0, **sizes: int) -> LlavaForConditionalGeneration:
-    """An untrained model, float32, its weights drawn from ``seed``."""
+def build_model(seed: int = 0, **settings: Any) -> LlavaForConditionalGeneration:
+    """An untrained model, float32, its weights drawn from ``seed``; ``settings`` as of
+    ``config``.
+    """
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config(**sizes))
+    model = LlavaForConditionalGeneration(config(**settings))
     model.config._attn_implementation = "sdpa"
     return model
 
 
-def export(model: LlavaForConditionalGeneration, folder: Path | str) -> None:
+def export(
+    model: LlavaForConditionalGeneration,
+    folder: Path | str,
+    processor: LlavaProcessor | None = None,
+) -> None:
     """Write weights (float16), tokenizer and processor to ``folder`` in the layout of any hub
     model.
+
+    Args:
+        model: what to write; its weights stay as they are.
+        folder: made if it does not exist.
+        processor: None for the small model's.
     """
     half = LlavaForConditionalGeneration(model.config)
     half.load_state_dict(model.state_dict())
@@ -93,4 +125,4 @@ def export(model: LlavaForConditionalGeneration, folder: Path | str) -> None:
         eos_token_id=end, pad_token_id=pad, max_new_tokens=96, do_sample=False
     )
     half.save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    (processor or build_processor()).save_pretrained(folder)

@@ -32,7 +32,7 @@ from avl_analysis.scenes.language import (
     build_tokenizer,
     pixel_values,
 )
-from avl_analysis.scenes.world import KEY_FEATURES, ROWS, SIZES, Scene
+from avl_analysis.scenes.world import COLUMNS, ROWS, SIZES, Scene
 
 ROW = 72
 ROWS_PER_PICTURE = 5
@@ -97,7 +97,7 @@ WORD_GROUPS: dict[str, tuple[int, ...]] = {
     "shape": tuple(_word(word)[0] for word in SHAPES),
     "size": tuple(_word(word)[0] for word in SIZES),
     "row": tuple(_word(word)[0] for word in ROWS),
-    "column": tuple(_word(word)[0] for word in KEY_FEATURES),
+    "column": tuple(_word(word)[0] for word in COLUMNS),
     "character": tuple(_word(character)[-1] for character in CHARACTERS),
 }
 """Ids of the words that can be true of an image token, by group."""

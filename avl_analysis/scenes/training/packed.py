@@ -88,7 +88,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def vision(weights: Weights, config: LlavaConfig, pixels: Tensor) -> Tensor:
-    """Patch features of pictures (B, 3, 96, 96): (B, patches, width), what the projector is given."""
+    """Patch features of pictures (B, 3, 96, 96): (B, patches, width), the projector's input."""
     w, tower, heads = weights, config.vision_config, config.vision_config.num_attention_heads
     width, count, dtype = (
         tower.hidden_size,

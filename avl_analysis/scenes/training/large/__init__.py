@@ -1,1 +1,2 @@
-"""Training of the second embedded model: decoder on text first, vision tower on whole pictures, then both together."""
+"""Training of a larger scenes model: the decoder on text first, the vision tower on whole pictures,
+then both together."""

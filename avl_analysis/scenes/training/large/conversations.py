@@ -1,4 +1,6 @@
-"""Packed conversations about pictures: ``batches`` with the larger model's tokens and a loss on every token."""
+"""Packed conversations about pictures: as ``batches``, with the larger model's tokens and a loss on
+every token.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +20,22 @@ ROW = 120
 ROWS_PER_PICTURE = 4
 MULTI_TURN = 0.17
 QUESTION_WEIGHT = 0.1
-"""Weight of a question's tokens in the loss; answers have 1. Questions cannot be foretold, so most of it is noise."""
+"""Weight of a question's tokens in the loss; answers have 1. Most questions cannot be foretold."""
 CAPTION_WEIGHT = 0.5
 MIX = {
-    "colour": 1.2, "shape": 1.2, "count": 1.4, "exist": 1.4, "where": 1.4, "what": 1.2, "relation": 1.2, "size": 0.8,
-    "text_colour": 0.3, "character": 0.7, "ocr": 0.7,
-}  # fmt: skip
+    "colour": 1.2,
+    "shape": 1.2,
+    "count": 1.4,
+    "exist": 1.4,
+    "where": 1.4,
+    "what": 1.2,
+    "relation": 1.2,
+    "size": 0.8,
+    "text_colour": 0.3,
+    "character": 0.7,
+    "ocr": 0.7,
+}
+"""How often each task is asked (the caption is always asked once)."""
 
 
 @dataclass
@@ -43,7 +55,9 @@ class Batch:
 
 
 def tokens(turns: list[Question]) -> tuple[list[int], list[bool]]:
-    """Ids of a conversation after the picture, and whether each one's successor belongs to an answer."""
+    """Ids of a conversation after the picture, and which of them are followed by a token of an
+    answer.
+    """
     ids: list[int] = []
     answering: list[bool] = []
     for number, question in enumerate(turns):
@@ -57,7 +71,7 @@ def tokens(turns: list[Question]) -> tuple[list[int], list[bool]]:
 def _lay(
     rng: np.random.Generator, scene: Scene, mix: dict[str, float]
 ) -> list[list[list[Question]]]:
-    """Rows of conversations about one scene: the caption first, then questions for as long as they fit."""
+    """Rows of conversations about one scene: the caption, then questions as long as they fit."""
     tasks, odds = tuple(mix), np.array(list(mix.values()))
     rows: list[list[list[Question]]] = [[] for _ in range(ROWS_PER_PICTURE)]
     room = [ROW] * ROWS_PER_PICTURE

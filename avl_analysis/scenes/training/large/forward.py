@@ -1,7 +1,7 @@
-"""The decoder as a function of its parameters, over rows of text and over packed conversations about pictures.
+"""The decoder as a function of its parameters, over rows of text and over packed conversations.
 
-Only what differs from ``packed`` is here: logits at every position instead of scored ones, plain causal rows, and rows
-some of whose tokens see only a part of the picture.
+Only what differs from ``packed`` is here: logits at every position instead of scored ones, plain
+causal rows, and rows some of whose tokens see only a part of the picture.
 """
 
 from __future__ import annotations
@@ -11,37 +11,39 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig, LlavaConfig
+from transformers import LlavaConfig
 
-from avl_analysis.scenes.packed import (
+from avl_analysis.scenes.training.large.conversations import Batch
+from avl_analysis.scenes.training.large.language import OPENING, PREFIX
+from avl_analysis.scenes.training.packed import (
     DECODER,
     HEAD,
     Weights,
-    _prefix_attention,
-    _rows_attention,
+    angles,
+    prefix_attention,
     rms_norm,
     rotate,
+    rows_attention,
 )
-from avl_analysis.scenes.training.large.conversations import Batch
-from avl_analysis.scenes.training.large.language import OPENING, PREFIX
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def angles(text: LlamaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (..., 1, 16) of rotary angles at integer positions (...)."""
-    theta = text.rope_parameters["rope_theta"]
-    speed = theta ** -(torch.arange(0, HEAD, 2, dtype=torch.float32) / HEAD)
-    angle = positions[..., None, None].float() * speed
-    return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
 def layers(
-    weights: Weights, text: LlamaConfig, x: Tensor, positions: Tensor, attend: Attend
+    weights: Weights, config: LlavaConfig, x: Tensor, positions: Tensor, attend: Attend
 ) -> Tensor:
-    """Hidden states (B, S, width) after the last layer's norm; ``attend`` mixes (B, S, heads, 32) values."""
-    w, (b, length, _) = weights, x.shape
-    cos, sin = angles(text, positions, x.dtype)
+    """Hidden states (B, S, width) after the last norm.
+
+    Args:
+        weights: the model's parameters by name.
+        config: the model's configuration.
+        x: embedded tokens (B, S, width).
+        positions: of the tokens, (B, S) int64.
+        attend: attention output (B, S, heads * 32) of scaled and rotated queries (B, S, heads, 32),
+            rotated keys and values (B, S, groups, 32).
+    """
+    w, text, (b, length, _) = weights, config.text_config, x.shape
+    cos, sin = angles(config, positions, x.dtype)
     scale = HEAD**-0.5
     for layer in range(text.num_hidden_layers):
         at = f"{DECODER}layers.{layer}."
@@ -64,16 +66,16 @@ def _causal(length: int, dtype: torch.dtype) -> Tensor:
     return torch.full((length, length), -1e4, dtype=dtype).triu(1)
 
 
-def text_logits(weights: Weights, text: LlamaConfig, ids: Tensor, positions: Tensor) -> Tensor:
+def text_logits(weights: Weights, config: LlavaConfig, ids: Tensor, positions: Tensor) -> Tensor:
     """Logits (B, S, vocabulary) of plain rows of text (B, S)."""
     table = weights[DECODER + "embed_tokens.weight"]
     mask = _causal(ids.shape[1], table.dtype)
     hidden = layers(
         weights,
-        text,
+        config,
         F.embedding(ids, table),
         positions,
-        lambda q, k, v: _prefix_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask),
+        lambda q, k, v: prefix_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask),
     )
     return F.linear(hidden, table)
 
@@ -87,7 +89,13 @@ def packed_logits(
 ) -> Tensor:
     """Logits (B, R, L, vocabulary) of packed rows after projected image tokens (B, I, width).
 
-    ``dropped`` (B, I) bool hides image tokens from the rows' answering tokens (from the assistant's mark on).
+    Args:
+        weights: the model's parameters by name.
+        config: the model's configuration.
+        image: projected image tokens.
+        batch: the rows.
+        dropped: image tokens (B, I) bool to hide from the tokens that answer, the last prompt token
+            among them. The tokens of the question still see the whole picture.
     """
     table = weights[DECODER + "embed_tokens.weight"]
     b, r, length = batch.ids.shape
@@ -117,8 +125,8 @@ def packed_logits(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kp, vp = (t[:, :PREFIX].transpose(1, 2).contiguous() for t in (k, v))
         qr, kr, vr = (t[:, PREFIX:].view(b, r, length, -1, HEAD) for t in (q, k, v))
-        rows = _rows_attention(qr, kr, vr, kp, vp, inside, outer).view(b, r * length, -1)
-        return torch.cat([_prefix_attention(q[:, :PREFIX], kp, vp, causal), rows], 1)
+        rows = rows_attention(qr, kr, vr, kp, vp, inside, outer).view(b, r * length, -1)
+        return torch.cat([prefix_attention(q[:, :PREFIX], kp, vp, causal), rows], 1)
 
-    hidden = layers(weights, config.text_config, x, positions, attend)[:, PREFIX:]
+    hidden = layers(weights, config, x, positions, attend)[:, PREFIX:]
     return F.linear(hidden, table).view(b, r, length, -1)

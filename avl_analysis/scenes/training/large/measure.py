@@ -1,4 +1,8 @@
-"""How the decoder attends and answers on fixed held-out samples, in float32 through the transformers module."""
+"""How the decoder attends and answers on fixed held-out samples.
+
+Attention is read from the transformers module in float32; answers come from the packed forward pass
+in bfloat16. Nothing here is used in a loss.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from avl_analysis.scenes import packed, questions, world
+from avl_analysis.scenes import questions, world
 from avl_analysis.scenes.language import pixel_values
+from avl_analysis.scenes.training import packed
 from avl_analysis.scenes.training.large import conversations, texts
 from avl_analysis.scenes.training.large.forward import packed_logits, text_logits
 from avl_analysis.scenes.training.large.language import (
@@ -68,7 +73,7 @@ def text_answers(model: LlavaForConditionalGeneration, rows: int = 32, length: i
     ids = torch.tensor([[*OPENING, *texts.conversation(rng, body)] for _ in range(rows)])
     weights = dict(model.named_parameters())
     positions = torch.arange(length).expand(rows, -1)
-    logits = text_logits(weights, model.config.text_config, ids, positions)
+    logits = text_logits(weights, model.config, ids, positions)
     hit = logits[:, :-1].argmax(-1) == ids[:, 1:]
     right = []
     for row, hits in zip(ids.tolist(), hit.tolist(), strict=True):
@@ -90,7 +95,7 @@ def coverage(shares: Tensor, tau: float = 0.95) -> Tensor:
 
 @torch.no_grad()
 def image_attention(model: LlavaForConditionalGeneration, samples: int = 32) -> dict[str, Any]:
-    """Attention while a caption is given (teacher forced), on ``samples`` fixed held-out pictures."""
+    """Attention while a caption is given (teacher forced) about ``samples`` held-out pictures."""
     collected: dict[str, list[Tensor]] = defaultdict(list)
     rng = np.random.default_rng([WATCH_SEED, 1])
     for _ in range(samples):
@@ -148,10 +153,16 @@ def image_attention(model: LlavaForConditionalGeneration, samples: int = 32) -> 
 def answers(
     model: LlavaForConditionalGeneration, pictures: int = 32, seed: int = 2
 ) -> dict[str, dict[str, float]]:
-    """Exact match by task: full cache, a random half and quarter of the image kept, and another picture.
+    """Exact match by task with the whole picture, a random half and quarter of it, and another one.
 
-    Teacher forced, which for exact match of greedy answers is the same as generating. Image tokens are hidden from the
-    tokens that answer, the last prompt token among them; the question's tokens still see the whole picture.
+    Teacher forced, which for exact match of greedy answers is the same as generating. Image tokens
+    are hidden from the tokens that answer, the last prompt token among them; the tokens of the
+    question still see the whole picture.
+
+    Args:
+        model: what to measure.
+        pictures: number of held-out pictures, a multiple of 8.
+        seed: which held-out pictures.
     """
     weights = {n: p.detach().to(torch.bfloat16) for n, p in model.named_parameters()}
     right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))

@@ -1,8 +1,8 @@
 """What the vision tower is trained on: telling the whole scene from the whole picture.
 
-Fifteen learned queries attend over all patch features (no query and no patch is told where to look) and name what is in
-each of the nine cells, the characters of the text, and its colour and place. No patch has a label of its own. The
-reader is thrown away after training.
+Fifteen learned queries attend over all patch features (no query and no patch is told where to look)
+and name what is in each of the nine cells, the characters of the text, and its colour and place. No
+patch has a label of its own. The reader is thrown away after training.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Reader(nn.Module):
         self.classes = nn.Linear(width, sum(GROUPS.values()) + len(GROUPS))
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
-        """Logits by group, each (B, queries of the group, classes + 1), from patch features (B, N, width)."""
+        """Logits by group (B, queries of the group, classes + 1) from features (B, N, width)."""
         b, n, width = features.shape
         k, v = self.kv(self.norm(features)).view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         q = self.q(self.queries).view(-1, self.heads, width // self.heads).transpose(0, 1)

@@ -1,12 +1,13 @@
-"""Procedural text for the decoder: scenes in words with questions, chains with a copying rule, repeated passages.
+"""Procedural text for the decoder: described scenes with questions, chains with copies, repeats.
 
-Every row begins with ``<s>``, the system text and the user's mark and is filled to its length; the loss is on all of
-its tokens. The three kinds:
+Every row begins with ``<s>``, some with the system text and the user's mark after it, and is filled
+to its length; the loss is on all of its tokens. The three kinds:
 
-* scenes: the objects of a drawn scene as text in random order, then questions about it with their answers. The decoder
-  learns to look up, count and compare before it sees a picture;
-* chains: tokens of a fixed random Markov chain in which some tokens demand a copy of the token before them
-  (the bigram-backcopy task of Guo et al., "Active-dormant attention heads", 2024). Most tokens need no look back, some do;
+* scenes: the objects of a drawn scene as text in random order, then questions about it with their
+  answers. The decoder learns to look up, count and compare before it sees a picture;
+* chains: tokens of a fixed random Markov chain in which some tokens demand a copy of the token
+  before them (the bigram-backcopy task of Guo et al., "Active-dormant attention heads", 2024). A
+  head that copies has something to do at few tokens and nothing at most;
 * repeats: a random passage and the same passage again, once to three times.
 """
 

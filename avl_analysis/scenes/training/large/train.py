@@ -1,13 +1,15 @@
-"""Train the larger embedded model: ``python -m avl_analysis.scenes.training.large.train STAGE --steps N --out DIR``.
+"""Train a larger scenes model, stage by stage:
+``python -m avl_analysis.scenes.training.large.train STAGE --steps N --out DIR``.
 
 Three stages, each resumable, each with AdamW:
 
 * ``text``: the decoder on procedural text, loss on all tokens;
 * ``vision``: the vision tower with a reader of whole scenes (can run beside ``text``);
-* ``tune``: both joined by the projector, on packed conversations about pictures, a few rows of text in every step.
+* ``tune``: both joined by the projector, on packed conversations about pictures, a few rows of text
+  in every step.
 
-The rate is constant after a warm-up; ``--anneal`` lets it fall linearly to zero over the steps of this call.
-No loss looks at attention weights.
+The rate is constant after a warm-up; ``--anneal`` lets it fall linearly to zero over the steps of
+this call. SIGTERM saves and stops. No loss looks at attention weights.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avl_analysis.scenes import packed, world
+from avl_analysis.scenes import world
 from avl_analysis.scenes.language import pixel_values
 from avl_analysis.scenes.samples import TRAINING_SEED
+from avl_analysis.scenes.training import packed
 from avl_analysis.scenes.training.large import conversations, measure, reader, texts
 from avl_analysis.scenes.training.large.forward import packed_logits, text_logits
 from avl_analysis.scenes.training.large.model import build_model
@@ -70,7 +73,6 @@ class Trainer:
     def __init__(self, stage: str, settings: Settings, rank: int, out: Path, **sizes: int) -> None:
         self.stage, self.settings, self.rank, self.out = stage, settings, rank, out
         self.model = build_model(settings.seed, **sizes)
-        self.model.set_attn_implementation("eager")
         self.reader = reader.Reader(self.model.config.vision_config.hidden_size)
         prefixes = {"text": (packed.DECODER,), "vision": (packed.VISION,), "tune": ("model.",)}[
             stage
@@ -111,12 +113,11 @@ class Trainer:
             [TRAINING_SEED + 1000 * s.seed, STAGES.index(self.stage), self.rank, self.step]
         )
         weights = {n: p.to(torch.bfloat16) for n, p in self.named.items()}
-        text = self.model.config.text_config
         found: dict[str, tuple[float, Tensor]] = {}
         if self.stage == "text" or (self.stage == "tune" and s.tune_text_rows):
             count = s.text_rows if self.stage == "text" else s.tune_text_rows
             ids, positions = texts.rows(rng, count, s.text_length, s.bare)
-            loss = token_loss(text_logits(weights, text, ids, positions), ids)
+            loss = token_loss(text_logits(weights, self.model.config, ids, positions), ids)
             found["text"] = (1.0 if self.stage == "text" else s.text_weight, loss)
         if self.stage == "vision":
             scenes = [world.draw(rng) for _ in range(s.pictures)]
@@ -205,9 +206,13 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint to resume from, replaced at once or not at all."""
         state = {
-            "model": self.model.state_dict(), "reader": self.reader.state_dict(), "adam": self.adam.state_dict(),
-            "step": self.step, "seconds": self.seconds, "processor_seconds": self.processor_seconds,
-        }  # fmt: skip
+            "model": self.model.state_dict(),
+            "reader": self.reader.state_dict(),
+            "adam": self.adam.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "processor_seconds": self.processor_seconds,
+        }
         torch.save(state, self.out / f"{self.stage}.tmp")
         os.replace(self.out / f"{self.stage}.tmp", self.out / f"{self.stage}.pt")
 

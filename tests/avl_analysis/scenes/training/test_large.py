@@ -1,4 +1,4 @@
-"""Training of the larger model: its words, its texts, its forward pass, its measures, its stages."""
+"""Training of the larger model: words, texts, forward pass, measures, stages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from avl_analysis.scenes import packed, questions, world
+from avl_analysis.scenes import questions, world
+from avl_analysis.scenes.training import packed
 from avl_analysis.scenes.training.large import (
     conversations,
     forward,
@@ -20,13 +21,12 @@ from avl_analysis.scenes.training.large import (
 )
 from avl_analysis.scenes.training.large.model import build_model
 
-SIZES = {"width": 64, "layers": 2, "vision_width": 64, "vision_layers": 1}
+SIZES = {"width": 64, "text_layers": 2, "vision_width": 64, "vision_layers": 1}
 
 
 @pytest.fixture(scope="module")
 def model():  # type: ignore[no-untyped-def]
     model = build_model(seed=1, **SIZES)
-    model.set_attn_implementation("eager")
     with torch.no_grad():  # larger than freshly drawn, so that attention is far from uniform
         for p in model.parameters():
             if p.dim() == 2:
@@ -114,9 +114,7 @@ def test_rows_of_text_begin_alike_and_jump_over_the_length_of_a_picture_in_half_
 
 def test_text_logits_equal_the_modules(model) -> None:  # type: ignore[no-untyped-def]
     ids, positions = texts.rows(np.random.default_rng(7), 3, 80)
-    found = forward.text_logits(
-        dict(model.named_parameters()), model.config.text_config, ids, positions
-    )
+    found = forward.text_logits(dict(model.named_parameters()), model.config, ids, positions)
     with torch.no_grad():
         hidden = model.model.language_model(
             input_ids=ids,
