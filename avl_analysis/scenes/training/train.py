@@ -30,10 +30,9 @@ words.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ from transformers import LlavaForConditionalGeneration
 from avl_analysis.scenes.drawing import CHARACTERS, COLOURS
 from avl_analysis.scenes.questions import TASKS
 from avl_analysis.scenes.samples import TRAINING_SEED
-from avl_analysis.scenes.training import batches, packed
+from avl_analysis.scenes.training import batches, launch, packed
 from avl_analysis.scenes.training.architecture import build_model, export
 from avl_analysis.scenes.training.batches import WORD_GROUPS, Batch
 from avl_analysis.scenes.training.muon import Muon
@@ -313,8 +312,7 @@ def _run(rank: int, settings: Settings, out: Path, resume: bool, rendezvous: str
             line |= {name: round(value, 4) for name, value in found.items()} | (
                 {"held_out": looked} if looked else {}
             )
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(line) + "\n")
+            launch.append(out / "log.jsonl", line)
             line_at = trainer.elapsed + 20
         if rank == 0 and (trainer.elapsed >= save_at or trainer.share() >= 1):
             trainer.save()
@@ -324,35 +322,12 @@ def _run(rank: int, settings: Settings, out: Path, resume: bool, rendezvous: str
 
 
 def train(settings: Settings, out: Path, resume: bool = False) -> LlavaForConditionalGeneration:
-    """Run to the end of the budget; ``out`` gets ``log.jsonl``,
-    ``checkpoint.pt`` and ``model/``."""
-    out.mkdir(parents=True, exist_ok=True)
-    if resume and not (out / "checkpoint.pt").exists():
-        raise FileNotFoundError(
-            f"{out / 'checkpoint.pt'}: nothing to resume from; run without --resume"
-        )
-    if not resume and (out / "checkpoint.pt").exists():
-        raise FileExistsError(
-            f"{out} holds a run already; continue it with --resume or choose another folder"
-        )
-    # One thread each, and an allocator that keeps freed memory (about 15 % faster); inherited by
-    # the processes below.
-    keep = str(2**33)
-    for name, value in {
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": keep,
-        "MALLOC_TRIM_THRESHOLD_": keep,
-    }.items():
-        os.environ.setdefault(name, value)
-    with open(out / "log.jsonl", "a") as log:
-        log.write(json.dumps({"resumed" if resume else "started": asdict(settings)}) + "\n")
-    meeting = out / "rendezvous"
-    meeting.unlink(missing_ok=True)
-    arguments = (settings, out, resume, f"file://{meeting.resolve()}")
-    if settings.processes > 1:
-        torch.multiprocessing.spawn(_run, arguments, nprocs=settings.processes)
-    else:
-        _run(0, *arguments)
+    """Run to the end of the budget; ``out`` gets ``log.jsonl``, ``checkpoint.pt`` and
+    ``model/``.
+    """
+    line = {"resumed" if resume else "started": asdict(settings)}
+    launch.open_run(out / "checkpoint.pt", out / "log.jsonl", line, resume)
+    launch.in_processes(_run, (settings, out, resume), settings.processes, out / "rendezvous")
     return LlavaForConditionalGeneration.from_pretrained(out / "model", dtype=torch.float32)
 
 
@@ -366,23 +341,9 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    known: dict[str, Any] = {field.name: type(field.default) for field in fields(Settings)[2:]}
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help=f"one of {', '.join(known)}",
-    )
+    option = launch.SettingsOption(parser, Settings, without=2)
     chosen = parser.parse_args()
-    changed = dict(pair.split("=", 1) for pair in chosen.set if "=" in pair)
-    if len(changed) != len(chosen.set) or not set(changed) <= set(known):
-        parser.error(
-            f"--set {' '.join(chosen.set)}: give NAME=VALUE with a NAME of {', '.join(known)}"
-        )
-    settings = Settings(
-        chosen.minutes, chosen.processes, **{n: known[n](value) for n, value in changed.items()}
-    )
+    settings = Settings(chosen.minutes, chosen.processes, **option.read(chosen.set))
     train(settings, chosen.out, chosen.resume)
 
 

@@ -131,6 +131,10 @@ def make(rng: np.random.Generator, pictures: int, mix: dict[str, float] | None =
     return Batch(
         pixel_values(np.stack([scene.image for scene in scenes])),
         scenes,
-        *(torch.from_numpy(array) for array in (ids, offsets, branch, weights, answering)),
+        torch.from_numpy(ids),
+        torch.from_numpy(offsets),
+        torch.from_numpy(branch),
+        torch.from_numpy(weights),
+        torch.from_numpy(answering),
         spans,
     )

@@ -101,6 +101,7 @@ def image_attention(model: LlavaForConditionalGeneration, samples: int = 32) -> 
     for _ in range(samples):
         scene = world.draw(rng)
         question = questions.ask(rng, scene, "caption")
+        assert question is not None  # every scene has a caption
         words, answering = conversations.tokens([question])
         weights = dict(model.named_parameters())
         image = packed.project(

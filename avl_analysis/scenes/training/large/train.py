@@ -19,7 +19,7 @@ import json
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from avl_analysis.scenes import world
 from avl_analysis.scenes.language import pixel_values
 from avl_analysis.scenes.samples import TRAINING_SEED
-from avl_analysis.scenes.training import packed
+from avl_analysis.scenes.training import launch, packed
 from avl_analysis.scenes.training.large import conversations, measure, reader, texts
 from avl_analysis.scenes.training.large.forward import packed_logits, text_logits
 from avl_analysis.scenes.training.large.model import build_model
@@ -266,8 +266,8 @@ def _run(
     resume: bool,
     steps: int,
     anneal: bool,
-    meet: str,
     sizes: dict[str, int],
+    meet: str,
 ) -> None:
     torch.set_num_threads(1)
     if settings.processes > 1:
@@ -307,8 +307,7 @@ def _run(
                 "processor_minutes": round(trainer.processor_seconds / 60, 2),
                 "factor": round(factor, 3),
             }
-            with open(out / f"{stage}.jsonl", "a") as log:
-                log.write(json.dumps(line | found | watched) + "\n")
+            launch.append(out / f"{stage}.jsonl", line | found | watched)
             line_at = trainer.seconds + settings.log_seconds
             watch_at = trainer.seconds + settings.watch_seconds if watched else watch_at
         if trainer.seconds >= save_at or last or trainer.stop:
@@ -327,48 +326,33 @@ def train(
     anneal: bool = False,
     sizes: dict[str, int] | None = None,
 ) -> None:
-    """Run ``steps`` steps of a stage in ``out``, which gets ``STAGE.jsonl`` and ``STAGE.pt``."""
-    out.mkdir(parents=True, exist_ok=True)
-    if resume and not (out / f"{stage}.pt").exists():
-        raise FileNotFoundError(f"{out}/{stage}.pt: nothing to resume from; run without --resume")
-    if not resume and (out / f"{stage}.pt").exists():
-        raise FileExistsError(
-            f"{out} holds this stage already; continue it with --resume or choose another folder"
-        )
-    keep = str(2**33)
-    for name, value in {
-        "OMP_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": keep,
-        "MALLOC_TRIM_THRESHOLD_": keep,
-    }.items():
-        os.environ.setdefault(name, value)
-    with open(out / f"{stage}.jsonl", "a") as log:
-        log.write(
-            json.dumps(
-                {
-                    "resumed" if resume else "started": asdict(settings),
-                    "steps": steps,
-                    "anneal": anneal,
-                }
-            )
-            + "\n"
-        )
-    meeting = out / f"{stage}.rendezvous"
-    meeting.unlink(missing_ok=True)
-    arguments = (
-        stage,
-        settings,
-        out,
-        resume,
-        steps,
-        anneal,
-        f"file://{meeting.resolve()}",
-        sizes or {},
-    )
-    if settings.processes > 1:
-        torch.multiprocessing.spawn(_run, arguments, nprocs=settings.processes)
-    else:
-        _run(0, *arguments)
+    """Run ``steps`` steps of a stage; ``out`` gets ``STAGE.jsonl`` and ``STAGE.pt``.
+
+    Args:
+        stage: one of ``STAGES``; "tune" reads the checkpoints of the other two from ``out``.
+        settings: rates, batch sizes, processes.
+        out: the run's folder.
+        steps: how many to make in this call.
+        resume: continue from the stage's checkpoint in ``out``.
+        anneal: let the rates fall linearly to zero over these steps.
+        sizes: of the model, where they are not ``model.SIZES``.
+
+    Raises:
+        ValueError: unknown stage.
+        FileNotFoundError: no checkpoint to resume, or none of an earlier stage.
+        FileExistsError: there is a checkpoint, and ``resume`` is not set.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}")
+    missing = [
+        s for s in STAGES[:2] if stage == "tune" and not resume and not (out / f"{s}.pt").exists()
+    ]
+    if missing:
+        raise FileNotFoundError(f"{out} holds no {missing[0]}.pt: run that stage before tune")
+    line = {"resumed" if resume else "started": asdict(settings), "steps": steps, "anneal": anneal}
+    launch.open_run(out / f"{stage}.pt", out / f"{stage}.jsonl", line, resume)
+    arguments = (stage, settings, out, resume, steps, anneal, sizes or {})
+    launch.in_processes(_run, arguments, settings.processes, out / f"{stage}.rendezvous")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -385,21 +369,9 @@ def main() -> None:
     parser.add_argument(
         "--anneal", action="store_true", help="let the rate fall to zero over these steps"
     )
-    known: dict[str, Any] = {field.name: type(field.default) for field in fields(Settings)}
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help=f"one of {', '.join(known)}",
-    )
+    option = launch.SettingsOption(parser, Settings)
     chosen = parser.parse_args()
-    changed = dict(pair.split("=", 1) for pair in chosen.set if "=" in pair)
-    if len(changed) != len(chosen.set) or not set(changed) <= set(known):
-        parser.error(
-            f"--set {' '.join(chosen.set)}: give NAME=VALUE with a NAME of {', '.join(known)}"
-        )
-    settings = Settings(**{name: known[name](value) for name, value in changed.items()})
+    settings = Settings(**option.read(chosen.set))
     train(chosen.stage, settings, chosen.out, chosen.steps, chosen.resume, chosen.anneal)
 
 

@@ -310,3 +310,7 @@ def test_a_finished_call_has_logged_and_saved_and_an_annealed_one_ends_near_rate
     assert "sink_rate" in lines[-1]["text"]
     with pytest.raises(FileNotFoundError, match="without --resume"):
         train.train("vision", settings, tmp_path, steps=1, resume=True, sizes=SIZES)
+    with pytest.raises(FileNotFoundError, match="run that stage before tune"):
+        train.train("tune", settings, tmp_path, steps=1, sizes=SIZES)
+    with pytest.raises(ValueError, match="choose one of text, vision, tune"):
+        train.train("speech", settings, tmp_path, steps=1, sizes=SIZES)
