@@ -12,6 +12,7 @@ from avl.hooks import HookError
 from avl.policies import (
     AdaptivePolicy,
     BudgetPolicy,
+    CoredPolicy,
     FastVPolicy,
     FullPolicy,
     H2OPolicy,
@@ -29,6 +30,7 @@ __all__ = [
     "adaptive",
     "AdaptiveSession",
     "Policy",
+    "CoredPolicy",
     "AdaptivePolicy",
     "FullPolicy",
     "BudgetPolicy",

@@ -3,10 +3,10 @@ cache.
 
 Everything allocated is counted, slack and empty slots too; keys and values apart from bookkeeping
 (positions, scores). The yardstick is what `transformers`' DynamicCache holds after the same tokens:
-every position of every row, padding included, which it stores as well. A cold tier counts with what
-is stored of it: codes, scales, or whole keys; what of it lies in host memory while the model runs
-elsewhere is counted apart, as `host`. Only the layers a policy acts on are counted; sliding-window
-and linear layers of hybrid models keep their own caches.
+every position of every row, padding included, which it stores as well. A quantised tier counts with
+what is stored of it: codes, scales, or whole keys; what of it lies in host memory while the model
+runs elsewhere is counted apart, as `host`. Only the layers a policy acts on are counted;
+sliding-window and linear layers of hybrid models keep their own caches.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from avl.buffer import KeyBuffer
 from avl.cache import AdaptiveLayer
 
 
@@ -146,30 +147,38 @@ class UsageLog:
 
     def hold(self, layers: Iterable[AdaptiveLayer], passing: Iterable[Tensor]) -> None:
         """Note a moment at which `passing` tensors exist beside the layers' buffers."""
-        self.peak = max(
-            self.peak, sum(map(allocated, layers)) + sum(tensor.nbytes for tensor in passing)
-        )
+        buffers = sum(allocated(layer.buffer) for layer in layers)
+        self.peak = max(self.peak, buffers + sum(tensor.nbytes for tensor in passing))
 
     def write(
         self, step: int, layers: Sequence[AdaptiveLayer], attended: Sequence[Sequence[int]]
     ) -> None:
-        """Note the end of a pass."""
-        total, slots = sum(map(allocated, layers)), list(map(_slot, layers))
+        """Note the end of a pass.
+
+        Args:
+            step: number of the decode step, 0 for a prompt.
+            layers: those that are counted, all filled.
+            attended: keys each row attended to, by layer.
+        """
+        buffers = [layer.filled_buffer for layer in layers]
+        total = sum(map(allocated, buffers))
         self.peak = max(self.peak, total)
         self.steps.append(
             StepUsage(
                 step=step,
                 seen=max(layer.seen for layer in layers),
                 attended=tuple(map(tuple, attended)),
-                held=tuple(tuple(layer.held()) for layer in layers),
-                filled=sum(map(filled, layers, slots)),
+                held=tuple(tuple(buffer.held()) for buffer in buffers),
+                filled=sum(map(filled, buffers)),
                 allocated=total,
-                bookkeeping=sum(t.nbytes for layer in layers for t in _notes(layer)),
-                full=sum(layer.seen * slot for layer, slot in zip(layers, slots, strict=True)),
+                bookkeeping=sum(map(bookkeeping, buffers)),
+                full=sum(layer.seen * slot_bytes(layer.filled_buffer) for layer in layers),
                 host=sum(
-                    layer.cold.nbytes(host=True) for layer in layers if layer.cold is not None
+                    buffer.quantized.nbytes(host=True)
+                    for buffer in buffers
+                    if buffer.quantized is not None
                 ),
-                by_row=tuple(map(sum, zip(*map(by_row, layers, slots), strict=True))),
+                by_row=tuple(map(sum, zip(*map(by_row, buffers), strict=True))),
             )
         )
 
@@ -177,37 +186,46 @@ class UsageLog:
         return Usage(self.layers, tuple(self.steps), self.peak)
 
 
-def filled(layer: AdaptiveLayer, slot: int) -> int:
-    """Bytes of a layer's keys and values in use on the model's device."""
-    cold = 0 if layer.cold is None else layer.cold.nbytes(host=False)
-    return (layer.filled - layer.front) * slot + cold
-
-
-def allocated(layer: AdaptiveLayer) -> int:
-    """Bytes of a layer's key and value buffers on the model's device."""
-    cold = 0 if layer.cold is None else layer.cold.nbytes(host=False)
-    return 0 if layer.keys is None else int(layer.keys.nbytes + layer.values.nbytes) + cold
-
-
-def by_row(layer: AdaptiveLayer, slot: int) -> list[float]:
-    """Bytes of keys and values in use by each row, wherever they lie; empty slots are not the
-    row's.
-    """
-    rows = layer.keys.shape[0]
-    near = [count * slot / rows for count in layer.held_near()]
-    if layer.cold is None:
-        return near
-    return [a + b for a, b in zip(near, layer.cold.bytes_by_row(layer.held_cold), strict=True)]
-
-
-def _notes(layer: AdaptiveLayer) -> list[Tensor]:
-    """Bookkeeping: positions, scores, groups."""
-    notes = [layer.positions, layer.scores, layer.worth, layer.reference]
-    if layer.cold is not None:
-        notes += [layer.cold.positions, layer.cold.groups, layer.cold.image]
-    return [note for note in notes if note is not None]
-
-
-def _slot(layer: AdaptiveLayer) -> int:
+def slot_bytes(buffer: KeyBuffer) -> int:
     """Bytes of one position in all rows and heads of a layer."""
-    return (layer.keys.nbytes + layer.values.nbytes) // int(layer.keys.shape[2])
+    return (buffer.keys.nbytes + buffer.values.nbytes) // int(buffer.keys.shape[2])
+
+
+def filled(buffer: KeyBuffer) -> int:
+    """Bytes of a layer's keys and values in use on the model's device."""
+    return (buffer.filled - buffer.first_used_slot) * slot_bytes(buffer) + _tier_bytes(buffer)
+
+
+def allocated(buffer: KeyBuffer | None) -> int:
+    """Bytes of a layer's key and value buffers on the model's device."""
+    if buffer is None:
+        return 0
+    return buffer.keys.nbytes + buffer.values.nbytes + _tier_bytes(buffer)
+
+
+def by_row(buffer: KeyBuffer) -> list[float]:
+    """Bytes of keys and values in use by each row, wherever they lie; empty slots are no row's."""
+    each = slot_bytes(buffer) / buffer.keys.shape[0]
+    in_buffer = [count * each for count in buffer.held_in_buffer()]
+    if buffer.quantized is None:
+        return in_buffer
+    in_tier = buffer.quantized.bytes_by_row(buffer.quantized_held)
+    return [a + b for a, b in zip(in_buffer, in_tier, strict=True)]
+
+
+def bookkeeping(buffer: KeyBuffer) -> int:
+    """Bytes of positions, scores and numbers of groups."""
+    tensors = [
+        buffer.positions,
+        buffer.scores,
+        buffer.secondary_scores,
+        buffer.core_scores_at_refresh,
+    ]
+    if buffer.quantized is not None:
+        tier = buffer.quantized
+        tensors += [tier.positions, tier.groups, tier.image]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _tier_bytes(buffer: KeyBuffer) -> int:
+    return 0 if buffer.quantized is None else buffer.quantized.nbytes(host=False)

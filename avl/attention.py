@@ -20,7 +20,7 @@ from avl.tokens import TokenLayout
 
 @dataclass(eq=False)
 class Forward:
-    """One pass through the decoder, as told to taps.
+    """One pass through the decoder, as told to observers and interventions.
 
     Attributes:
         kind: "prefill" (nothing cached before), "extend" (a later turn: several new tokens after

@@ -1,238 +1,353 @@
-"""Where the keys of one layer lie: one buffer, allocated ahead, and the bookkeeping that says what
-is in which slot.
+"""The keys and values of one layer: one buffer, allocated ahead, and what lies in which slot.
 
-Softmax attention does not care about the order of its keys, and their positions are baked in by the
-rotary embedding. So a layer keeps its keys in the order that makes reading cheap, `[far | core |
-rest ... growing]`: an ordinary decode step reads a suffix of the buffer, a view, without mask,
-gather or copy; a whole step reads everything; a new core is swapped into place (segments.py). A key
-that is dropped leaves a hole, and the next token's key fills it. Image keys may also lie in a
-quantised tier (quantized_tier.py), outside the buffer; a whole step reads them in front of it.
+Softmax attention does not depend on the order of its keys, and their positions are baked in by the
+rotary embedding. So a layer keeps its keys in the order that makes reading cheap, `[secondary |
+core | always attended ... growing]`: an ordinary decode step reads a suffix of the buffer, a view,
+without mask, gather or copy; a refresh step reads everything. A new core is swapped into place
+(segments.py). A key that is dropped leaves a free slot, which the next token's key takes. Keys may
+also lie in a quantised tier (quantized_tier.py), outside the buffer; a refresh step reads them in
+front of it.
 
-The rows of a batch may hold different numbers of keys. Then some slots are empty (position -1) and
-attention needs a mask, made from the positions themselves; `ragged` says, without looking at a
-tensor, when there is nothing to mask.
+The rows of a batch may hold different numbers of keys. Then some slots are empty (position -1), and
+attention needs a mask, made from the positions; `ragged` says, without looking at a tensor, when
+there is nothing to mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from avl.quantized_tier import ColdTier
+from avl.policies.base import Choice
+from avl.quantized_tier import QuantizedTier
 
 
+@dataclass(eq=False, kw_only=True)
 class KeyBuffer:
-    """Keys and values of one layer. It knows neither policies nor transformers, and decides
-    nothing.
+    """Keys and values of one layer, as a policy's choice left them. Made by `from_choice`.
+
+    It decides nothing and knows nothing of models.
 
     Attributes:
-        keys, values: buffers of shape (batch, key/value heads, capacity, head dim).
+        keys: (batch, key/value heads, capacity, head dim).
+        values: (batch, key/value heads, capacity, head dim).
         positions: (batch, heads, capacity) int32 sequence index of each slot, -1 if empty; heads is
             1 while all key/value heads hold the same keys.
         scores: (batch, heads, capacity) float32 worth of each key when one must go, or None.
-        worth: (batch, far) what the keys in `far` were worth when last ranked, kept only if they
-            may be dropped.
-        far: width of the first segment; `filled` the slots in use.
-        missing, holes: empty slots per row in `far` (in front), and behind it (anywhere).
-        free: (batch, heads, 1) an empty slot behind `far` of every row, where known; else None.
-        cores: slots (start, stop) of the core of each row; `core_heads` is 1 if all key/value heads
-            share it.
-        cold: image keys outside the buffer, or None; `held_cold` their number per row.
-        few: image keys a sparse whole step attends to, per row.
-        reference: (batch, heads, largest core) what core keys were worth when they were chosen, or
-            None.
-        whole: whether the next step reads everything or only what follows `far`.
-        evictable: number of keys in `rest` that may be dropped, per row; `share` what the policy
-            wants to know.
+        secondary_width: slots of the first segment.
+        filled: slots in use, from the first on.
+        padding_slots: empty slots per row in the secondary segment; they stand in front.
+        free_slots: empty slots per row behind the secondary segment, anywhere.
+        next_free_slot: (batch, heads, 1) an empty slot behind the secondary segment in every row,
+            where known; else None.
+        core_spans: first slot of the core of each row, and the slot behind its last.
+        secondary_scores: (batch, secondary) worth of the secondary keys when last ranked, kept only
+            if they may be dropped.
+        core_scores_at_refresh: (batch, 1, largest core) importance of the core's keys when they
+            were chosen, or None.
+        quantized: keys outside the buffer, or None.
+        quantized_held: their number per row.
+        sparse_budget: image keys a sparse refresh attends to, per row.
+        evictable: number of always attended keys that may be dropped, per row.
+        budget_share: what the policy wants to be told of each row when asked for its limit.
     """
 
-    def __init__(self) -> None:
-        self.keys: Any = None
-        self.values: Any = None
-        self.positions: Any = None
-        self.scores: Any = None
-        self.worth: Any = None
-        self.far = self.filled = 0
-        self.missing: list[int] = []
-        self.holes: list[int] = []
-        self.free: Tensor | None = None
-        self.cores: list[tuple[int, int]] = []
-        self.core_heads = 1
-        self.cold: ColdTier | None = None
-        self.held_cold: list[int] = []
-        self.few: list[int] = []
-        self.reference: Any = None
-        self.whole = True
-        self.evictable: list[int] = []
-        self.share: list[float] = []
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    scores: Tensor | None
+    secondary_width: int
+    filled: int
+    padding_slots: list[int]
+    free_slots: list[int]
+    core_spans: list[tuple[int, int]]
+    secondary_scores: Tensor | None
+    core_scores_at_refresh: Tensor | None
+    quantized: QuantizedTier | None
+    quantized_held: list[int]
+    sparse_budget: list[int]
+    budget_share: list[float]
+    evictable: list[int] = field(default_factory=list)
+    next_free_slot: Tensor | None = None
+
+    @classmethod
+    def from_choice(
+        cls, keys: Tensor, values: Tensor, positions: Tensor, choice: Choice, heads: int
+    ) -> KeyBuffer:
+        """Hold what a policy chose, and nothing else.
+
+        Args:
+            keys: (batch, key/value heads, n, head dim), all there are.
+            values: (batch, key/value heads, n, head dim).
+            positions: (batch, 1 or heads, n) sequence index of each key, -1 for none.
+            choice: index sets into the n keys.
+            heads: 1 if all key/value heads will always hold the same keys, else their number.
+        """
+        secondary = choice.secondary
+        if secondary is None:
+            secondary = choice.always_attended[0][..., :0]
+        attended = [choice.core, *choice.always_attended]
+        attended = _padding_in_front([index for index in attended if index is not None])
+        segments = [secondary, *attended]
+        secondary_width = secondary.shape[2]
+        filled = sum(index.shape[2] for index in segments)
+        batch, capacity = keys.shape[0], roomy(filled)
+        buffer = cls(
+            keys=keys.new_empty(*keys.shape[:2], capacity, keys.shape[3]),
+            values=values.new_empty(*values.shape[:2], capacity, values.shape[3]),
+            positions=torch.full(
+                (batch, heads, capacity), -1, dtype=torch.int32, device=keys.device
+            ),
+            scores=None
+            if choice.scores is None
+            else torch.zeros(batch, heads, capacity, device=keys.device),
+            secondary_width=secondary_width,
+            filled=filled,
+            padding_slots=[],
+            free_slots=[],
+            core_spans=[],
+            secondary_scores=_scores_at(choice.secondary_scores, secondary),
+            core_scores_at_refresh=_core_scores(choice),
+            quantized=None,
+            quantized_held=[0] * batch,
+            sparse_budget=list(choice.sparse_budget) or [0] * batch,
+            budget_share=list(choice.budget_share) or [1.0] * batch,
+        )
+        buffer._copy_segments(keys, values, positions, segments, choice.scores)
+        empty = buffer.positions[:, 0, :filled] < 0
+        buffer.padding_slots = empty[:, :secondary_width].sum(1).tolist()
+        buffer.free_slots = empty[:, secondary_width:].sum(1).tolist()
+        # Behind the secondary segment every row starts with its empty slots; then comes its core.
+        cores = [0] * batch if choice.core is None else (choice.core[:, 0] >= 0).sum(1).tolist()
+        starts = [secondary_width + free for free in buffer.free_slots]
+        buffer.core_spans = [(a, a + n) for a, n in zip(starts, cores, strict=True)]
+        if choice.quantized is not None and choice.quantized.shape[2]:
+            images = [index for index in (choice.secondary, choice.core) if index is not None]
+            buffer.quantized = QuantizedTier.hold(
+                choice.storage, keys, values, positions, choice.quantized, images
+            )
+            buffer.quantized_held = buffer.quantized.held()
+        buffer.evictable = list(choice.evictable) or buffer.held()
+        return buffer
+
+    def _copy_segments(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        segments: Sequence[Tensor],
+        scores: Tensor | None,
+    ) -> None:
+        """Copy the keys at some index sets into the slots, one set behind the other."""
+        heads, start = self.positions.shape[1], 0
+        for index in segments:
+            slots = slice(start, start + index.shape[2])
+            start = slots.stop
+            _take(keys, index, self.keys[:, :, slots])
+            _take(values, index, self.values[:, :, slots])
+            shared = max(index.shape[1], positions.shape[1]) == 1
+            entries = index.clamp_min(0).expand(-1, 1 if shared else heads, -1)
+            taken = positions.expand(-1, entries.shape[1], -1).gather(2, entries)
+            self.positions[:, :, slots] = taken.masked_fill(index < 0, -1)
+            if self.scores is not None and scores is not None:
+                self.scores[:, :, slots] = scores.expand(-1, heads, -1).gather(
+                    2, entries.expand(-1, heads, -1)
+                )
 
     # -- reading -----------------------------------------------------------------------------------
 
     @property
-    def front(self) -> int:
-        """First slot that holds anything."""
-        return min(self.missing)
+    def first_used_slot(self) -> int:
+        """First slot that holds anything in some row."""
+        return min(self.padding_slots)
 
     @property
-    def first(self) -> int:
-        """First slot that the current step reads."""
-        return self.front if self.whole else self.far
+    def quantized_width(self) -> int:
+        """Slots of the quantised tier."""
+        return 0 if self.quantized is None else self.quantized.width
 
     @property
-    def cold_width(self) -> int:
-        """Slots of the cold tier."""
-        return 0 if self.cold is None else self.cold.width
+    def has_secondary(self) -> bool:
+        """Whether there are slots that an ordinary step does not read."""
+        return self.secondary_width > 0 or self.quantized is not None
 
     @property
     def stored(self) -> int:
-        """Slots in all: of the cold tier and of the buffer."""
-        return self.cold_width + self.filled
+        """Slots in all: of the quantised tier and of the buffer."""
+        return self.quantized_width + self.filled
 
-    @property
-    def before_rest(self) -> int:
-        """Slots the current step reads in front of the core."""
-        return self.cold_width + self.far - self.first if self.whole else 0
+    def first_slot_read(self, refresh: bool) -> int:
+        """First slot of the buffer that a step reads."""
+        return self.first_used_slot if refresh else self.secondary_width
 
-    @property
-    def ragged(self) -> bool:
-        """Whether any slot the current step reads is empty in some row."""
-        uneven = len(set(self.missing)) > 1 or any(n < self.cold_width for n in self.held_cold)
-        return any(self.holes) or (self.whole and uneven)
+    def slots_before_core(self, refresh: bool) -> int:
+        """Slots that a step reads in front of the core: quantised and secondary ones."""
+        if not refresh:
+            return 0
+        return self.quantized_width + self.secondary_width - self.first_used_slot
 
-    def attended(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the current step, (batch, key/value heads, keys, head dim); views
-        without a cold tier.
+    def ragged(self, refresh: bool) -> bool:
+        """Whether any slot that a step reads is empty in some row."""
+        uneven = len(set(self.padding_slots)) > 1 or any(
+            held < self.quantized_width for held in self.quantized_held
+        )
+        return any(self.free_slots) or (refresh and uneven)
+
+    def attended(self, *, refresh: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values that a step reads, (batch, key/value heads, keys, head dim); views where
+        nothing is quantised.
+
+        Args:
+            refresh: whether the step reads everything held, or the core and what is always
+                attended.
         """
-        return self.read_from(self.first, self.whole)
+        return self._read_from(self.first_slot_read(refresh), refresh)
 
-    def attended_positions(self) -> Tensor:
+    def attended_positions(self, *, refresh: bool) -> Tensor:
         """(batch, heads, keys) sequence index of what `attended` returns, -1 for empty slots."""
-        return self._positions_from(self.first, self.whole)
+        return self._positions_from(self.first_slot_read(refresh), refresh)
+
+    def everything(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots, (batch, key/value heads, `stored`, head dim)."""
+        return self._read_from(0, True)
 
     def stored_positions(self) -> Tensor:
-        """(batch, heads, keys) sequence index of everything held, -1 for empty slots."""
+        """(batch, heads, `stored`) sequence index of everything held, -1 for empty slots."""
         return self._positions_from(0, True)
 
-    def read_from(self, first: int, cold: bool) -> tuple[Tensor, Tensor]:
-        """Keys and values of the buffer from slot `first` on, behind those of the cold tier if
-        wanted.
-        """
-        near = self.keys[:, :, first : self.filled], self.values[:, :, first : self.filled]
-        if self.cold is None or not cold:
-            return near
-        keys, values = self.cold.read()
-        return torch.cat([keys, near[0]], 2), torch.cat([values, near[1]], 2)
+    def _read_from(self, first: int, quantized: bool) -> tuple[Tensor, Tensor]:
+        """Keys and values from a slot on, behind those of the quantised tier if wanted."""
+        keys = self.keys[:, :, first : self.filled]
+        values = self.values[:, :, first : self.filled]
+        if self.quantized is None or not quantized:
+            return keys, values
+        decoded_keys, decoded_values = self.quantized.read()
+        return torch.cat([decoded_keys, keys], 2), torch.cat([decoded_values, values], 2)
 
-    def _positions_from(self, first: int, cold: bool) -> Tensor:
-        near = self.positions[:, :, first : self.filled]
-        if self.cold is None or not cold:
-            return near
-        heads = max(near.shape[1], self.cold.positions.shape[1])
-        return torch.cat([part.expand(-1, heads, -1) for part in (self.cold.positions, near)], 2)
+    def _positions_from(self, first: int, quantized: bool) -> Tensor:
+        positions = self.positions[:, :, first : self.filled]
+        if self.quantized is None or not quantized:
+            return positions
+        parts = (self.quantized.positions, positions)
+        heads = max(part.shape[1] for part in parts)
+        return torch.cat([part.expand(-1, heads, -1) for part in parts], 2)
 
     def held(self) -> list[int]:
         """Keys each row holds (per key/value head)."""
-        return [near + cold for near, cold in zip(self.held_near(), self.held_cold, strict=True)]
+        pairs = zip(self.held_in_buffer(), self.quantized_held, strict=True)
+        return [buffer + quantized for buffer, quantized in pairs]
 
-    def held_near(self) -> list[int]:
-        """Keys each row holds in the buffer (per key/value head)."""
-        return [self.filled - a - b for a, b in zip(self.missing, self.holes, strict=True)]
+    def held_in_buffer(self) -> list[int]:
+        """Keys each row holds outside the quantised tier (per key/value head)."""
+        pairs = zip(self.padding_slots, self.free_slots, strict=True)
+        return [self.filled - padding - free for padding, free in pairs]
 
-    def reads(self) -> list[int]:
-        """Keys each row attends to at the current step."""
-        return (
-            self.held() if self.whole else [self.filled - self.far - holes for holes in self.holes]
-        )
+    def reads(self, *, refresh: bool) -> list[int]:
+        """Keys each row attends to at a step."""
+        if refresh:
+            return self.held()
+        return [self.filled - self.secondary_width - free for free in self.free_slots]
 
     def image_slots(self) -> Tensor:
-        """(batch, 1, keys) bool: which slots that a whole step reads may hold cold, far or core
-        keys.
+        """(batch, 1, keys) bool: which slots that a refresh reads may hold quantised, secondary or
+        core keys.
         """
-        offset = self.cold_width - self.front
-        start, stop = torch.tensor(self.cores, device=self.keys.device).T[..., None, None] + offset
-        slot = torch.arange(self.stored - self.front, device=self.keys.device)
-        return (slot < self.far + offset) | ((slot >= start) & (slot < stop))
+        # Slot numbers of the buffer become numbers among what a refresh reads.
+        offset = self.quantized_width - self.first_used_slot
+        spans = torch.tensor(self.core_spans, device=self.keys.device).T[..., None, None]
+        start, stop = spans + offset
+        slot = torch.arange(self.stored - self.first_used_slot, device=self.keys.device)
+        return (slot < self.secondary_width + offset) | ((slot >= start) & (slot < stop))
 
     def core_positions(self) -> Tensor:
-        """(batch, heads, most) positions of each row's core, -1 in front where a row has fewer."""
-        if len(set(self.cores)) == 1:
-            return self.positions[:, : self.core_heads, slice(*self.cores[0])].clone()
-        index = self._core_slots()[:, None].expand(-1, self.core_heads, -1)
-        return (
-            self.positions[:, : self.core_heads]
-            .gather(2, index.clamp_min(0))
-            .masked_fill(index < 0, -1)
-        )
+        """(batch, 1, most) positions of each row's core, -1 in front where a row has fewer."""
+        if len(set(self.core_spans)) == 1:
+            return self.positions[:, :1, slice(*self.core_spans[0])].clone()
+        index = self._core_slots()[:, None]
+        positions = self.positions[:, :1].gather(2, index.clamp_min(0))
+        return positions.masked_fill(index < 0, -1)
 
-    def core_now_and_then(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """What core keys were worth when they were chosen, and what they are worth now; 0 where a
-        row has fewer.
+    def core_scores_now(self, scores: Tensor) -> Tensor:
+        """(batch, 1, most) scores of each row's core, 0 in front where a row has fewer.
 
         Args:
-            scores: (batch, 1 or heads, keys) of what an ordinary step reads.
+            scores: (batch, 1, keys) of what an ordinary step reads.
         """
-        index = self._core_slots()[:, None].expand(-1, scores.shape[1], -1)
-        now = scores.gather(2, (index - self.far).clamp_min(0)).masked_fill(index < 0, 0.0)
-        return self.reference, now
+        index = self._core_slots()[:, None]
+        inside = (index - self.secondary_width).clamp_min(0)
+        return scores.gather(2, inside).masked_fill(index < 0, 0.0)
 
     def _core_slots(self) -> Tensor:
         """(batch, most) slots of each row's core, -1 in front where a row has fewer."""
-        width = max(stop - start for start, stop in self.cores)
+        width = max(stop - start for start, stop in self.core_spans)
         slots = [
-            [-1] * (width - stop + start) + list(range(start, stop)) for start, stop in self.cores
+            [-1] * (width - (stop - start)) + list(range(start, stop))
+            for start, stop in self.core_spans
         ]
         return torch.tensor(slots, device=self.keys.device).long().view(len(slots), width)
 
-    def far_held(self, row: int) -> int:
-        """Keys a row holds in `far`."""
-        return self.far - self.missing[row]
+    def secondary_held(self, row: int) -> int:
+        """Keys a row holds in the secondary segment."""
+        return self.secondary_width - self.padding_slots[row]
 
     # -- one key more, one key less ----------------------------------------------------------------
 
     def append(self, key: Tensor, value: Tensor, position: int, arrival: float) -> None:
-        """Write one new key and value per row into a hole, or behind the last slot where a row has
-        none.
+        """Write one new key and value per row into a free slot, or behind the last slot where a
+        row has none.
 
         Args:
-            key, value: (batch, key/value heads, 1, head dim).
-            position: sequence index of the token; `arrival` the score its key starts with.
+            key: (batch, key/value heads, 1, head dim).
+            value: (batch, key/value heads, 1, head dim).
+            position: sequence index of the token.
+            arrival: score its key starts with.
         """
-        column = min(self.holes) == 0
-        if column:
+        extend = min(self.free_slots) == 0
+        if extend:
             if self.filled == self.keys.shape[2]:
                 self._grow()
             self.filled += 1
-        last = self.filled - 1
-        if column and not any(self.holes):
-            self.keys.narrow(2, last, 1).copy_(key)
-            self.values.narrow(2, last, 1).copy_(value)
-            self.positions.select(2, last).fill_(position)
-            if self.scores is not None:
-                self.scores.select(2, last).fill_(arrival)
+        if extend and not any(self.free_slots):
+            self._write_last(key, value, position, arrival)
             return
-        if column:
-            for tensor in (self.keys, self.values):
-                tensor[:, :, last] = 0  # stays empty in some rows, and must be finite there
-            self.positions[:, :, last] = -1
-            if self.scores is not None:
-                self.scores[:, :, last] = 0
-        slot, self.free = self.free, None
+        if extend:
+            self._clear_last()
+        slot, self.next_free_slot = self.next_free_slot, None
         if slot is None:
-            slot = self.far + (self.positions[:, :, self.far : self.filled] < 0).to(
-                torch.uint8
-            ).argmax(2, keepdim=True)
+            empty = self.positions[:, :, self.secondary_width : self.filled] < 0
+            # argmax of equal numbers gives the first
+            slot = self.secondary_width + empty.to(torch.uint8).argmax(2, keepdim=True)
         self.positions.scatter_(2, slot, position)
         if self.scores is not None:
             self.scores.scatter_(2, slot, arrival)
         self.keys.scatter_(2, slot[..., None].expand_as(key), key)
         self.values.scatter_(2, slot[..., None].expand_as(value), value)
-        self.holes = [holes + column - 1 for holes in self.holes]
+        # A slot was added to every row if the buffer was extended, and one taken in every row.
+        self.free_slots = [free + extend - 1 for free in self.free_slots]
+
+    def _write_last(self, key: Tensor, value: Tensor, position: int, arrival: float) -> None:
+        """Write a key and value into the last slot of every row."""
+        last = self.filled - 1
+        self.keys.narrow(2, last, 1).copy_(key)
+        self.values.narrow(2, last, 1).copy_(value)
+        self.positions.select(2, last).fill_(position)
+        if self.scores is not None:
+            self.scores.select(2, last).fill_(arrival)
+
+    def _clear_last(self) -> None:
+        """Make the last slot of every row empty: zero, as what is read there must be finite."""
+        last = self.filled - 1
+        self.keys[:, :, last] = 0
+        self.values[:, :, last] = 0
+        self.positions[:, :, last] = -1
+        if self.scores is not None:
+            self.scores[:, :, last] = 0
 
     def evict(self, rows: Sequence[bool], newest: Tensor | int) -> Tensor:
-        """Drop the worst-scored key of some rows, one per head.
+        """Drop the worst-scored always attended key of some rows, one per head.
 
         Args:
             rows: which rows of the batch.
@@ -241,60 +356,57 @@ class KeyBuffer:
         Returns:
             (batch, heads, 1) int32 positions dropped, -1 for none.
         """
-        positions = self.positions[:, :, self.far : self.filled]
-        scores = self.scores[:, :, self.far : self.filled]
-        largest = torch.finfo(
-            scores.dtype
-        ).max  # protected keys go only when nothing else is left, empty slots never
-        worst = scores.clamp_max(largest).masked_fill_(
-            (positions >= newest) | (positions < 0), torch.inf
-        )
-        worst = worst.argmin(2, keepdim=True)
+        assert self.scores is not None
+        positions = self.positions[:, :, self.secondary_width : self.filled]
+        scores = self.scores[:, :, self.secondary_width : self.filled]
+        # Protected keys (infinite) are dropped only when nothing else is left, empty slots never.
+        finite = scores.clamp_max(torch.finfo(scores.dtype).max)
+        safe = (positions >= newest) | (positions < 0)
+        worst = finite.masked_fill_(safe, torch.inf).argmin(2, keepdim=True)
         dropped = positions.gather(2, worst)
         if all(rows):
             positions.scatter_(2, worst, -1)
-            self.free = worst + self.far
+            self.next_free_slot = worst + self.secondary_width
         else:
-            self.free = None
-            chosen = torch.tensor(list(rows), device=worst.device)[:, None, None]
-            positions.scatter_(2, worst, torch.where(chosen, -1, dropped))
-            dropped = dropped.masked_fill(~chosen, -1)
-        self.holes = [holes + bool(row) for holes, row in zip(self.holes, rows, strict=True)]
-        self.evictable = [
-            count - bool(row) for count, row in zip(self.evictable, rows, strict=True)
-        ]
+            self.next_free_slot = None
+            wanted = torch.tensor(list(rows), device=worst.device)[:, None, None]
+            positions.scatter_(2, worst, torch.where(wanted, -1, dropped))
+            dropped = dropped.masked_fill(~wanted, -1)
+        counts = [int(row) for row in rows]
+        self.free_slots = [free + n for free, n in zip(self.free_slots, counts, strict=True)]
+        self.evictable = [keys - n for keys, n in zip(self.evictable, counts, strict=True)]
         return dropped
 
-    def drop_far(self, row: int) -> Tensor:
-        """Drop the worst key of a row's `far`, as last ranked; returns its position, (1, 1)."""
-        missing = self.missing[row]
-        worst = int(self.worth[row, missing : self.far].argmin()) + missing
+    def drop_secondary(self, row: int) -> Tensor:
+        """Drop the worst secondary key of a row, as last ranked; returns its position, (1, 1)."""
+        assert self.secondary_scores is not None
+        first = self.padding_slots[row]
+        scores = self.secondary_scores[row, first : self.secondary_width]
+        worst = int(scores.argmin()) + first
         dropped = self.positions[row, :1, worst : worst + 1].clone()
-        for tensor in (
-            self.keys[row],
-            self.values[row],
-            self.positions[row],
-            self.worth[None, row],
-        ):
-            tensor[:, worst] = tensor[:, missing]
-        self.positions[row, :, missing] = -1
-        self.missing[row] += 1
+        # The first key moves into the slot of the worst, so that empty slots stay in front.
+        row_scores = self.secondary_scores[None, row]
+        for tensor in (self.keys[row], self.values[row], self.positions[row], row_scores):
+            tensor[:, worst] = tensor[:, first]
+        self.positions[row, :, first] = -1
+        self.padding_slots[row] += 1
         return dropped
 
     def select(self, rows: Tensor) -> None:
         """Row i of the batch now is what was row rows[i]."""
-        for name in ("keys", "values", "positions", "scores", "worth", "reference", "free"):
-            old = getattr(self, name)
-            setattr(self, name, None if old is None else old.index_select(0, rows))
-        if self.cold is not None:
-            self.cold.select(rows)
+        for name in _TENSORS:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.index_select(0, rows))
+        if self.quantized is not None:
+            self.quantized.select(rows)
         order = rows.tolist()
-        for name in ("cores", "evictable", "share", "few", "missing", "holes", "held_cold"):
-            setattr(self, name, [getattr(self, name)[i] for i in order])
+        for name in _LISTS:
+            values = getattr(self, name)
+            setattr(self, name, [values[row] for row in order])
 
     def _grow(self) -> None:
-        """Move to buffers with room for more, leaving empty slots in front behind."""
-        front = self.front
+        """Move to buffers with room for more, leaving behind slots in front that no row uses."""
+        front = self.first_used_slot
         capacity = roomy(self.filled - front)
         for name in ("keys", "values", "positions", "scores"):
             old = getattr(self, name)
@@ -302,12 +414,77 @@ class KeyBuffer:
                 new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
                 new[:, :, : self.filled - front] = old[:, :, front : self.filled]
                 setattr(self, name, new)
-        self.worth = None if self.worth is None else self.worth[:, front:].contiguous()
-        self.far, self.filled = self.far - front, self.filled - front
-        self.cores = [(start - front, stop - front) for start, stop in self.cores]
-        self.missing = [missing - front for missing in self.missing]
+        if self.secondary_scores is not None:
+            self.secondary_scores = self.secondary_scores[:, front:].contiguous()
+        self.secondary_width -= front
+        self.filled -= front
+        self.core_spans = [(start - front, stop - front) for start, stop in self.core_spans]
+        self.padding_slots = [padding - front for padding in self.padding_slots]
+
+
+_TENSORS = (
+    "keys",
+    "values",
+    "positions",
+    "scores",
+    "secondary_scores",
+    "core_scores_at_refresh",
+    "next_free_slot",
+)
+_LISTS = (
+    "core_spans",
+    "evictable",
+    "budget_share",
+    "sparse_budget",
+    "padding_slots",
+    "free_slots",
+    "quantized_held",
+)
 
 
 def roomy(filled: int) -> int:
     """Slots to allocate for `filled` keys: 1/16 more, at least 64."""
     return filled + max(64, filled // 16)
+
+
+def _scores_at(scores: Tensor | None, index: Tensor) -> Tensor | None:
+    """(batch, n) scores of the keys at an index set that all heads share."""
+    if scores is None:
+        return None
+    return scores[:, 0].gather(1, index[:, 0].clamp_min(0)).float()
+
+
+def _core_scores(choice: Choice) -> Tensor | None:
+    """(batch, 1, core) importance of the core's keys, 0 where a row has fewer."""
+    if choice.core_scores is None or choice.core is None:
+        return None
+    scores = choice.core_scores.gather(2, choice.core.clamp_min(0))
+    return scores.masked_fill(choice.core < 0, 0.0)
+
+
+def _padding_in_front(index_sets: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The same index sets; if any row has empty entries, joined to one with all -1 in front."""
+    if not any(bool((index < 0).any()) for index in index_sets):
+        return index_sets
+    heads = max(index.shape[1] for index in index_sets)
+    joined = torch.cat([index.expand(-1, heads, -1) for index in index_sets], 2)
+    joined = joined.gather(2, (joined >= 0).to(torch.uint8).argsort(dim=2, stable=True))
+    return [joined[..., int((joined < 0).sum(2).amin()) :]]
+
+
+def _take(source: Tensor, index: Tensor, out: Tensor) -> None:
+    """out[b, h, i] = source[b, h, index[b, h, i]]; any finite value where the index is negative.
+
+    Args:
+        source: (batch, heads, keys, width).
+        index: (batch, 1 or heads, n).
+        out: (batch, heads, n, width), written to.
+    """
+    index = index.clamp_min(0)
+    if index.shape[1] == 1:
+        for row, entries in enumerate(index[:, 0]):
+            torch.index_select(source[row], 1, entries, out=out[row])
+        return
+    b = torch.arange(source.shape[0], device=source.device)[:, None, None]
+    h = torch.arange(source.shape[1], device=source.device)[None, :, None]
+    out.copy_(source[b, h, index])

@@ -2,9 +2,6 @@
 
 The keys themselves lie in a buffer of our own (buffer.py); here it speaks the language of a
 `transformers` cache layer. Whatever would need keys that are gone is refused with the reason.
-
-What surprises: `get_seq_length` reports tokens *seen*, because that is what positions are computed
-from; the number held is `held()`.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from avl.attention import Forward
 from avl.buffer import KeyBuffer
 from avl.hooks import HookError
-from avl.policies.base import Counts
+from avl.policies.prompt import Counts
 
 
 @dataclass(eq=False)
@@ -29,14 +26,16 @@ class Conversation:
     Attributes:
         forward: the pass that is running; None outside passes and once the policy has left the
             model.
+        is_refresh: whether a decode step reads everything held.
         counts: true tokens of each row of the batch, the running pass included.
         arrival: score with which a new key starts.
-        rows: which original row each row of the batch continues, where rows have been rearranged;
-            `moved` says that they have been since the last pass.
+        rows: which original row each row of the batch continues, where rows have been rearranged.
+        moved: the same since the last pass, or None.
         layers: layers of the cache that are ours, by index.
     """
 
     forward: Forward | None = None
+    is_refresh: bool = True
     counts: list[Counts] = field(default_factory=list)
     arrival: float = 0.0
     rows: Tensor | None = None
@@ -51,11 +50,13 @@ class Conversation:
             self.counts = [self.counts[i] for i in rows.tolist()]
 
 
-class AdaptiveLayer(KeyBuffer, CacheLayerMixin):
+class AdaptiveLayer(CacheLayerMixin):
     """A layer's keys and values in a cache of transformers.
 
     Attributes:
-        conversation: what this layer shares with the others; `index` its number among all layers.
+        conversation: what this layer shares with the others.
+        index: its number among all layers.
+        buffer: what it holds; None until the prompt has passed and the policy has chosen.
         widths: heads, key width and value width of what the model caches.
         seen: tokens that passed this layer, padding included.
     """
@@ -64,13 +65,30 @@ class AdaptiveLayer(KeyBuffer, CacheLayerMixin):
     is_croppable = False
 
     def __init__(self, conversation: Conversation, index: int) -> None:
-        CacheLayerMixin.__init__(self)
-        KeyBuffer.__init__(self)
+        # Not the base class's: it assigns `keys` and `values`, which are the buffer's here.
+        self.is_initialized = False
         self.conversation = conversation
         self.index = index
         conversation.layers[index] = self
+        self.buffer: KeyBuffer | None = None
         self.widths = (0, 0, 0)
         self.seen = 0
+
+    @property
+    def filled_buffer(self) -> KeyBuffer:
+        """The buffer of a layer that a prompt has passed."""
+        assert self.buffer is not None, "a prompt has to pass first"
+        return self.buffer
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """The buffer's keys, empty slots included."""
+        return None if self.buffer is None else self.buffer.keys
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """The buffer's values, empty slots included."""
+        return None if self.buffer is None else self.buffer.values
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -79,7 +97,17 @@ class AdaptiveLayer(KeyBuffer, CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take in new keys and values; returns what this pass attends to, held keys first."""
+        """Take in new keys and values; returns what this pass attends to, held keys first.
+
+        Args:
+            key_states: (batch, key/value heads, new tokens, head dim).
+            value_states: (batch, key/value heads, new tokens, head dim).
+            args: of other kinds of cache; not read.
+            kwargs: likewise.
+
+        Raises:
+            HookError: no policy is on the model any more.
+        """
         forward = self.conversation.forward
         if forward is None:
             raise HookError(
@@ -90,17 +118,17 @@ class AdaptiveLayer(KeyBuffer, CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self.widths = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
         self.seen = forward.start + forward.tokens
+        if self.buffer is None:
+            return key_states, value_states
         if forward.kind == "decode":
-            self.append(
-                key_states.detach(), value_states.detach(), forward.start, self.conversation.arrival
-            )
-            return self.attended()
-        if self.filled:
-            held_keys, held_values = self.read_from(0, True)
-            return torch.cat([held_keys, key_states], 2), torch.cat([held_values, value_states], 2)
-        return key_states, value_states
+            arrival = self.conversation.arrival
+            self.buffer.append(key_states.detach(), value_states.detach(), forward.start, arrival)
+            return self.buffer.attended(refresh=self.conversation.is_refresh)
+        keys, values = self.buffer.everything()
+        return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
 
     def get_seq_length(self) -> int:
+        """Tokens seen, from which positions are computed; the number held is `buffer.held()`."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -127,21 +155,19 @@ class AdaptiveLayer(KeyBuffer, CacheLayerMixin):
         self._take_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._take_rows(
-                torch.arange(self.keys.shape[0], device=self.device).repeat_interleave(repeats)
-            )
+        if self.buffer is not None:
+            rows = torch.arange(self.buffer.keys.shape[0], device=self.device)
+            self._take_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            self._take_rows(
-                torch.arange(self.keys.shape[0], device=self.device)[indices.to(self.device)]
-            )
+        if self.buffer is not None:
+            rows = torch.arange(self.buffer.keys.shape[0], device=self.device)
+            self._take_rows(rows[indices.to(self.device)])
 
     def _take_rows(self, rows: Tensor) -> None:
-        if self.positions is None:
+        if self.buffer is None:
             return
-        rows = rows.to(self.keys.device)
+        rows = rows.to(self.device)
         if self.index == min(self.conversation.layers):
             self.conversation.take_rows(rows)
-        self.select(rows)
+        self.buffer.select(rows)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from avl import segments
 from avl.attention import Attend, AttentionCall, Forward, attend_one_row, for_query_heads
+from avl.buffer import KeyBuffer
 from avl.cache import AdaptiveLayer, Conversation
 from avl.families import UnsupportedModelError
-from avl.policies.base import Policy
-from avl.selection import Selection, best
+from avl.policies.base import CoredPolicy, Policy
+from avl.selection import SelectionLog, best
 from avl.tokens import Modality
 
 
@@ -26,22 +27,28 @@ class DecodeStep:
     """One pass of one new token per row.
 
     Attributes:
-        diary: told what each layer attends to, takes in and drops.
+        selection_log: told what each layer attends to, takes in and drops.
         reads: keys each row attended to, by layer.
     """
 
     def __init__(
-        self, policy: Policy, conversation: Conversation, forward: Forward, diary: Selection
+        self,
+        policy: Policy,
+        conversation: Conversation,
+        forward: Forward,
+        selection_log: SelectionLog,
     ) -> None:
         self.policy = policy
+        self.cored = policy if isinstance(policy, CoredPolicy) else None
         self.conversation = conversation
         self.forward = forward
-        self.diary = diary
+        self.selection_log = selection_log
         self.reads: dict[int, list[int]] = {}
         self._weights: dict[int, Tensor] = {}  # to add to the scores of keys, by layer
+        self._slots_before_core: dict[int, int] = {}  # of the keys these weights are for
         self._ranks: dict[int, Tensor] = {}  # of image keys, where the core is chosen anew
-        self._few: dict[int, Tensor] = {}  # positions a sparse step attended to
-        self._turning: dict[int, list[bool]] = {}  # rows whose core was outdated
+        self._sparse_core: dict[int, Tensor] = {}  # positions a sparse step attended to
+        self._drifted_rows: dict[int, list[bool]] = {}  # rows whose core was outdated
         self._thresholds: dict[tuple[int, ...], Tensor | int] = {}
         layout = forward.layout
         self._arrived = torch.full(
@@ -49,85 +56,115 @@ class DecodeStep:
         )
 
     def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
-        """Attention over what the layer hands out: once, or once more over other keys."""
+        """Attention over what the layer hands out: once, or once more over other keys.
+
+        Args:
+            call: of the layer, with the keys its cache gave.
+            inner: the model's own attention, for layers that are not adapted.
+
+        Returns:
+            (batch, 1, query heads, head dim).
+        """
         layer = self.conversation.layers.get(call.layer)
         if layer is None:
             return inner(call)
-        positions = layer.attended_positions()
+        buffer, refresh = layer.filled_buffer, self.conversation.is_refresh
+        positions = buffer.attended_positions(refresh=refresh)
         if call.key.shape[2] != positions.shape[2]:
             raise UnsupportedModelError(
                 f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave"
                 f" {positions.shape[2]}; models that change keys behind the cache cannot be adapted"
             )
-        output, weights = self._read(call, layer, positions < 0 if layer.ragged else None)
-        self.reads[layer.index] = layer.reads()
-        if not layer.whole and (rows := self._drifted(layer, weights)) is not None:
+        hidden = positions < 0 if buffer.ragged(refresh) else None
+        output, weights = self._read(call, positions, hidden)
+        self.reads[layer.index] = buffer.reads(refresh=refresh)
+        if not refresh and (rows := self._drifted(buffer, weights)) is not None:
+            refresh = True
             output, weights = self._refresh(call, layer, rows)
-        if (
-            layer.whole
-            and (layer.far or layer.cold is not None)
-            and (self.policy.rotates or self.policy.sparse)
-        ):
-            self._ranks[layer.index] = self.policy.core_scores(weights.detach())
-            if self.policy.sparse:
+        if refresh and buffer.has_secondary and self._ranks_at_refresh:
+            assert self.cored is not None
+            self._ranks[layer.index] = self.cored.core_scores(weights.detach())
+            if self.cored.sparse:
                 output, weights = self._narrow(call, layer)
+        self._slots_before_core[layer.index] = buffer.slots_before_core(refresh)
         if self.policy.accumulates:
             self._weights[layer.index] = weights.detach()
         return output
 
+    @property
+    def _ranks_at_refresh(self) -> bool:
+        """Whether a refresh ranks image keys anew."""
+        return self.cored is not None and (self.cored.rotates or self.cored.sparse)
+
     def _read(
-        self, call: AttentionCall, layer: AdaptiveLayer, hidden: Tensor | None
+        self, call: AttentionCall, positions: Tensor, hidden: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Attention of one row over what the layer hands out, except where `hidden`, (batch, heads,
-        keys).
+        """Attention of one row.
+
+        Args:
+            call: with the keys to read.
+            positions: (batch, heads, keys) of these keys.
+            hidden: (batch, heads, keys) bool, keys that are not attended; None: all are.
+
+        Returns:
+            Output and weights, as of `attend_one_row`.
         """
-        positions = layer.attended_positions()
         call.key_positions = positions[:, 0] if positions.shape[1] == 1 else positions
         call.mask = None if hidden is None else for_query_heads(~hidden, call)[:, :, None]
         return attend_one_row(call, hidden)
 
-    def _drifted(self, layer: AdaptiveLayer, weights: Tensor) -> list[bool] | None:
+    def _drifted(self, buffer: KeyBuffer, weights: Tensor) -> list[bool] | None:
         """Rows whose core is outdated, by this step's weights on it; None if there are none."""
-        if layer.reference is None or not (layer.far or layer.cold is not None):
+        before = buffer.core_scores_at_refresh
+        if self.cored is None or before is None or not buffer.has_secondary:
             return None
-        rows = self.policy.drifted(
-            *layer.core_now_and_then(self.policy.core_scores(weights.detach()))
-        )
+        now = buffer.core_scores_now(self.cored.core_scores(weights.detach()))
+        rows = self.cored.drifted(before, now)
         return None if rows is None or not bool(rows.any()) else rows.tolist()
 
     def _refresh(
         self, call: AttentionCall, layer: AdaptiveLayer, rows: list[bool]
     ) -> tuple[Tensor, Tensor]:
-        """The step once more, some rows reading everything they hold."""
-        reads = layer.reads()
-        layer.whole = True
-        call.key, call.value = layer.attended()
-        hidden = layer.attended_positions() < 0
+        """The step once more, some rows reading everything they hold.
+
+        Args:
+            call: of the layer; gets the keys that are now read.
+            layer: whose core is outdated in some rows.
+            rows: which rows.
+
+        Returns:
+            Output and weights, as of `attend_one_row`.
+        """
+        buffer = layer.filled_buffer
+        call.key, call.value = buffer.attended(refresh=True)
+        positions = buffer.attended_positions(refresh=True)
+        hidden = positions < 0
         others = ~torch.tensor(rows, device=hidden.device)
-        hidden[others, :, : layer.before_rest] = True
-        self._turning[layer.index] = rows
+        hidden[others, :, : buffer.slots_before_core(True)] = True
+        self._drifted_rows[layer.index] = rows
+        all_read, core_read = buffer.reads(refresh=True), buffer.reads(refresh=False)
         self.reads[layer.index] = [
-            a if r else b for a, b, r in zip(layer.reads(), reads, rows, strict=True)
+            a if row else b for a, b, row in zip(all_read, core_read, rows, strict=True)
         ]
-        return self._read(call, layer, hidden if layer.ragged or not all(rows) else None)
+        everything_visible = all(rows) and not buffer.ragged(True)
+        return self._read(call, positions, None if everything_visible else hidden)
 
     def _narrow(self, call: AttentionCall, layer: AdaptiveLayer) -> tuple[Tensor, Tensor]:
         """The step once more, over the image keys that rank best and all that is no image key."""
-        positions, ranks = layer.attended_positions(), self._ranks[layer.index]
-        image = layer.image_slots() & (positions[:, : ranks.shape[1]] >= 0)
-        chosen = best(ranks.masked_fill(~image, -torch.inf), layer.few)
-        heads = max(positions.shape[1], chosen.shape[1])
-        hidden = (layer.image_slots() | (positions < 0)).expand(-1, heads, -1)
-        hidden = torch.cat(
-            [hidden, hidden[..., :1]], 2
-        )  # one more slot, for those that choose nothing
+        buffer, ranks = layer.filled_buffer, self._ranks[layer.index]
+        positions = buffer.attended_positions(refresh=True)
+        image = buffer.image_slots() & (positions[:, :1] >= 0)
+        core = best(ranks.masked_fill(~image, -torch.inf), buffer.sparse_budget)
+        hidden = buffer.image_slots() | (positions < 0)
+        # One more column takes the -1 of rows that choose fewer keys, and is cut off again.
+        hidden = torch.cat([hidden, hidden[..., :1]], 2)
         end = positions.shape[2]
-        hidden.scatter_(2, torch.where(chosen < 0, end, chosen).expand(-1, heads, -1), False)
-        hidden = hidden[..., :end]
-        found = positions.expand(-1, heads, -1).gather(2, chosen.clamp_min(0).expand(-1, heads, -1))
-        self._few[layer.index] = found[:, : chosen.shape[1]].masked_fill(chosen < 0, -1)
+        index = torch.where(core < 0, end, core).expand(-1, hidden.shape[1], -1)
+        hidden = hidden.scatter(2, index, False)[..., :end]
+        core_positions = positions[:, :1].gather(2, core.clamp_min(0))
+        self._sparse_core[layer.index] = core_positions.masked_fill(core < 0, -1)
         self.reads[layer.index] = (~hidden[:, 0]).sum(1).tolist()
-        return self._read(call, layer, hidden)
+        return self._read(call, positions, hidden)
 
     # -- afterwards --------------------------------------------------------------------------------
 
@@ -138,49 +175,50 @@ class DecodeStep:
 
     def _after_step(self, layer: AdaptiveLayer) -> None:
         """New core, older text: what this step's weights change."""
-        weights, ranks = self._weights.pop(layer.index, None), self._ranks.pop(layer.index, None)
-        before = layer.before_rest
-        if ranks is not None:
-            if self.policy.rotates:
-                segments.recore(layer, ranks, self._turning.get(layer.index))
-            core = self._few.get(layer.index)
-            self.diary.note(layer.index, "core", layer.core_positions() if core is None else core)
-        if weights is not None:
-            layer.scores[:, :, layer.far : layer.filled].add_(weights[..., before:].sum(2))
-        self.diary.note(layer.index, "added", self._arrived)
-        self._drop_text(layer)
-        self._drop_far(layer)
+        buffer, log = layer.filled_buffer, self.selection_log
+        weights, ranks = self._weights.get(layer.index), self._ranks.get(layer.index)
+        if ranks is not None and self.cored is not None:
+            if self.cored.rotates:
+                segments.refresh_core(buffer, ranks, self._drifted_rows.get(layer.index))
+            core = self._sparse_core.get(layer.index)
+            log.note(layer.index, "core", buffer.core_positions() if core is None else core)
+        if weights is not None and buffer.scores is not None:
+            first = self._slots_before_core[layer.index]
+            scores = buffer.scores[:, :, buffer.secondary_width : buffer.filled]
+            scores.add_(weights[..., first:].sum(2))
+        log.note(layer.index, "added", self._arrived)
+        self._evict(layer)
+        self._drop_secondary(layer)
 
-    def _drop_text(self, layer: AdaptiveLayer) -> None:
-        if layer.scores is None:
+    def _evict(self, layer: AdaptiveLayer) -> None:
+        """Drop one always attended key of each row that holds more than its limit."""
+        buffer = layer.filled_buffer
+        if buffer.scores is None:
             return
-        layer.evictable = [count + 1 for count in layer.evictable]
-        limits = [
-            self.policy.limit(c, s)
-            for c, s in zip(self.conversation.counts, layer.share, strict=True)
-        ]
+        buffer.evictable = [count + 1 for count in buffer.evictable]
+        rows = zip(self.conversation.counts, buffer.budget_share, strict=True)
+        limits = [self.policy.limit(counts, share) for counts, share in rows]
         over = [
-            limit is not None and n > limit
-            for n, limit in zip(layer.evictable, limits, strict=True)
+            limit is not None and held > limit
+            for held, limit in zip(buffer.evictable, limits, strict=True)
         ]
         if any(over):
-            dropped = layer.evict(over, self._newest(limits))
-            self.diary.note(layer.index, "dropped", dropped)
+            dropped = buffer.evict(over, self._newest(limits))
+            self.selection_log.note(layer.index, "dropped", dropped)
 
-    def _drop_far(self, layer: AdaptiveLayer) -> None:
-        if layer.worth is None:
+    def _drop_secondary(self, layer: AdaptiveLayer) -> None:
+        """Drop one secondary key of each row that holds more image keys than its limit."""
+        buffer = layer.filled_buffer
+        if self.cored is None or buffer.secondary_scores is None:
             return
-        dropped = torch.full_like(layer.positions[:, :1, :1], -1)
+        dropped = torch.full_like(buffer.positions[:, :1, :1], -1)
         for row, counts in enumerate(self.conversation.counts):
-            limit = self.policy.image_limit(counts, layer.evictable[row])
-            start, stop = layer.cores[row]
-            if (
-                limit is not None
-                and layer.far_held(row)
-                and layer.far_held(row) + stop - start > limit
-            ):
-                dropped[row] = layer.drop_far(row)
-                self.diary.note(layer.index, "dropped", dropped)
+            limit = self.cored.image_limit(counts, buffer.evictable[row])
+            start, stop = buffer.core_spans[row]
+            secondary = buffer.secondary_held(row)
+            if limit is not None and secondary and secondary + stop - start > limit:
+                dropped[row] = buffer.drop_secondary(row)
+                self.selection_log.note(layer.index, "dropped", dropped)
 
     def _newest(self, limits: Sequence[int | None]) -> Tensor | int:
         """Position from which on keys are too new to be dropped, for all rows or (batch, 1, 1)."""
@@ -188,9 +226,10 @@ class DecodeStep:
         if recent not in self._thresholds:
             positions = [self._nth_newest(row, count) for row, count in enumerate(recent)]
             device = self.conversation.layers[min(self.conversation.layers)].device
-            one = len(set(positions)) == 1
             self._thresholds[recent] = (
-                positions[0] if one else torch.tensor(positions, device=device)[:, None, None]
+                positions[0]
+                if len(set(positions)) == 1
+                else torch.tensor(positions, device=device)[:, None, None]
             )
         return self._thresholds[recent]
 

@@ -2,12 +2,12 @@
 
 After the filter layer a prompt's hidden states lose some rows, and everything the later layers are
 handed with them (mask, positions, rotary tables) loses the same rows. What is left stays in its
-order and keeps its positions. The last layer's output gets its full length back, with NaN where
-nothing was computed: the last row, which `generate` reads, is there, positions mean what they
-meant, and nobody takes a made-up row for a result.
+order and keeps its positions. The last layer's output gets its full length back, with NaN in the
+rows that were not computed: the last row, which `generate` reads, is there, every row stands at its
+position, and a row that is missing cannot be mistaken for a result.
 
-Rows of a batch that lose different numbers of tokens get fillers in front (row index -1), hidden
-from everybody by the mask. The filter acts on prompts only; a later turn's pictures pass in full.
+Rows of a batch that lose different numbers of tokens get fillers in front (row index -1), which the
+mask hides from all tokens. The filter acts on prompts only; a later turn's images pass in full.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ class PrefillFilter:
         full = hidden.new_full(
             (hidden.shape[0], self._forward.tokens + 1, hidden.shape[2]), torch.nan
         )
-        at = torch.where(self._rows < 0, self._forward.tokens, self._rows)
-        full.scatter_(1, at[..., None].expand_as(hidden), hidden)
+        # Fillers go to one more row, which is cut off.
+        index = torch.where(self._rows < 0, self._forward.tokens, self._rows)
+        full.scatter_(1, index[..., None].expand_as(hidden), hidden)
         full = full[:, :-1]
         return (full, *output[1:]) if isinstance(output, tuple) else full
 
@@ -137,7 +138,7 @@ def decoder_layers(family: Family) -> nn.ModuleList:
     """
     for module in family.decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == family.layers:
-            found = [
+            indices = [
                 {
                     m.layer_idx
                     for m in layer.modules()
@@ -145,7 +146,7 @@ def decoder_layers(family: Family) -> nn.ModuleList:
                 }
                 for layer in module
             ]
-            if found == [{index} for index in range(len(module))]:
+            if indices == [{index} for index in range(len(module))]:
                 return module
     raise UnsupportedModelError(
         f"{family.name}: no stack of {family.layers} decoder layers found, which the prefill filter"
@@ -165,9 +166,9 @@ def _take(tensor: Tensor, rows: Tensor, dim: int) -> Tensor:
 
 
 def _take_mask(mask: Tensor | None, rows: Tensor) -> Tensor | None:
-    """The mask among the rows that are left; fillers are hidden from everybody."""
+    """The mask among the rows that are left; fillers are hidden from all."""
     hidden = rows < 0
-    at = rows.clamp_min(0)
+    index = rows.clamp_min(0)
     if mask is None:
         if not bool(hidden.any()):
             return None
@@ -175,10 +176,10 @@ def _take_mask(mask: Tensor | None, rows: Tensor) -> Tensor | None:
         causal = torch.ones(count, count, dtype=torch.bool, device=rows.device).tril()
         return causal & ~hidden[:, None, None, :]
     if mask.dim() == 2:
-        return mask.gather(1, at).masked_fill(hidden, 0)
+        return mask.gather(1, index).masked_fill(hidden, 0)
     mask = mask.expand(rows.shape[0], -1, -1, -1)
     batch = torch.arange(rows.shape[0], device=rows.device)[:, None, None, None]
     head = torch.arange(mask.shape[1], device=rows.device)[None, :, None, None]
-    mask = mask[batch, head, at[:, None, :, None], at[:, None, None, :]]
+    mask = mask[batch, head, index[:, None, :, None], index[:, None, None, :]]
     nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return mask.masked_fill(hidden[:, None, None, :], nothing)

@@ -13,32 +13,35 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from avl import segments
 from avl.accounting import UsageLog
 from avl.attention import Attend, AttentionCall, Forward, attention_weights, for_query_heads
+from avl.buffer import KeyBuffer
 from avl.cache import AdaptiveLayer, Conversation
 from avl.families import UnsupportedModelError
-from avl.policies.base import Measure, Policy, Prompt
+from avl.policies.base import CoredPolicy, Measure, Policy
+from avl.policies.prompt import Prompt
 from avl.prefill_filter import PrefillFilter
-from avl.selection import Selection, best
+from avl.selection import SelectionLog, best
 from avl.tokens import Modality
 
 
 @dataclass(eq=False)
-class PromptPass:
+class PrefillStep:
     """One pass of several new tokens.
 
     Attributes:
-        ledger: told about the keys that exist while the policy chooses.
-        diary: told what each layer holds.
+        policy: asked what to hold.
+        conversation: whose layers are filled.
+        usage_log: told about the keys that exist while the policy chooses.
+        selection_log: told what each layer holds.
         filter: takes image tokens out of the prompt on its way, or None.
         reads: keys the newest token of each row attended to, by layer.
     """
 
     policy: Policy
     conversation: Conversation
-    ledger: UsageLog
-    diary: Selection
+    usage_log: UsageLog
+    selection_log: SelectionLog
     filter: PrefillFilter | None
     reads: dict[int, list[int]] = field(default_factory=dict)
     _measures: dict[int, tuple[Measure, Tensor, Tensor]] = field(default_factory=dict)
@@ -46,66 +49,74 @@ class PromptPass:
     def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
         """Attention over the prompt as it is; then the policy chooses, now or at the end of the
         pass.
+
+        Args:
+            call: of the layer.
+            inner: the model's own attention.
+
+        Returns:
+            (batch, rows, query heads, head dim).
         """
         layer = self.conversation.layers.get(call.layer)
         if layer is None:
             output = inner(call)
             self._filter_tokens(call)
             return output
-        if call.key.shape[2] != layer.stored + call.query.shape[2]:
+        buffer = layer.buffer
+        stored = 0 if buffer is None else buffer.stored
+        if call.key.shape[2] != stored + call.query.shape[2]:
             raise UnsupportedModelError(
                 f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave"
-                f" {layer.stored} + {call.query.shape[2]}; models that change keys behind the cache"
+                f" {stored} + {call.query.shape[2]}; models that change keys behind the cache"
                 " cannot be adapted"
             )
         _check_keys(call, layer)
         rows = _row_positions(call.forward, call.key.device)
         positions = rows[:, None]
-        if layer.filled:
-            held = layer.stored_positions().long()
-            positions = torch.cat([held, positions.expand(-1, held.shape[1], -1)], 2)
-            call.mask = _with_held(call, held)
-        if layer.filled or call.forward.rows is not None:
+        if buffer is not None:
+            earlier = buffer.stored_positions().long()
+            positions = torch.cat([earlier, positions.expand(-1, earlier.shape[1], -1)], 2)
+            call.mask = _mask_with_earlier(call, earlier)
+        if buffer is not None or call.forward.rows is not None:
             call.key_positions = positions
         output = inner(call)
         with torch.no_grad():
             self._filter_tokens(call)
-            measure = self.policy.measure(self._shown(call, layer, positions, rows))
+            measure = self.policy.measure(self._prompt(call, layer, positions, rows))
             self._measures[layer.index] = (measure, call.key.detach(), call.value.detach())
             self.reads[layer.index] = (positions[:, 0] >= 0).sum(1).tolist()
             if not self.policy.deferred:
-                self._settle()
+                self._fill_layers()
         return output
 
     def end(self) -> None:
         """The pass is over: choose for the layers still waiting."""
         if self._measures:
-            self._settle()
+            self._fill_layers()
 
-    def _shown(
+    def _prompt(
         self, call: AttentionCall, layer: AdaptiveLayer, positions: Tensor, rows: Tensor
     ) -> Prompt:
-        """The layer as the policy sees it."""
+        """The layer as the policy sees it.
+
+        Args:
+            call: of the layer.
+            layer: what it held before this pass, if anything.
+            positions: (batch, heads, keys) of all keys.
+            rows: (batch, rows) positions of the query rows.
+        """
         modality = call.forward.layout.modality.to(positions.device)
         places = (modality != Modality.PADDING).long().cumsum(1) - 1
-        held = None
-        if layer.scores is not None:
-            held = torch.zeros(
-                *layer.scores.shape[:2], call.key.shape[2], device=layer.scores.device
-            )
-            rest = slice(layer.cold_width + layer.far, layer.stored)
-            held[:, :, rest] = layer.scores[:, :, layer.far : layer.filled]
-            held.masked_fill_(torch.isinf(held), 0.0)
         return Prompt(
             call,
             len(self.conversation.layers),
-            positions,
-            _at(modality, positions, int(Modality.PADDING)),
-            _at(places, positions, 0),
-            rows,
-            _at(modality, rows[:, None], int(Modality.PADDING))[:, 0],
-            self.conversation.counts,
-            held,
+            positions=positions,
+            modality=_by_position(modality, positions, int(Modality.PADDING)),
+            places=_by_position(places, positions, 0),
+            rows=rows,
+            row_modality=_by_position(modality, rows[:, None], int(Modality.PADDING))[:, 0],
+            counts=self.conversation.counts,
+            earlier_scores=_earlier_scores(layer.buffer, call.key.shape[2]),
         )
 
     def _filter_tokens(self, call: AttentionCall) -> None:
@@ -113,20 +124,18 @@ class PromptPass:
         if self.filter is None or call.layer != self.filter.layer or call.forward.kind != "prefill":
             return
         layout = call.forward.layout.to(call.key.device)
-        rows = call.query.shape[2]
-        scores = self.policy.rank(attention_weights(call, slice(rows - 1, rows))[:, :, 0])
+        last = call.query.shape[2] - 1
+        scores = self.policy.rank(attention_weights(call, slice(last, last + 1))[:, :, 0])
         image = layout.mask(Modality.IMAGE)
-        chosen = best(
-            scores.masked_fill(~image, -torch.inf)[:, None],
-            [self.policy.filter_count(c) for c in self.conversation.counts],
-        )
-        keep = torch.zeros(
-            scores.shape[0], scores.shape[1] + 1, dtype=torch.bool, device=scores.device
-        )
-        keep.scatter_(1, torch.where(chosen < 0, scores.shape[1], chosen)[:, 0], True)
+        counts = [self.policy.filter_count(row) for row in self.conversation.counts]
+        index = best(scores.masked_fill(~image, -torch.inf)[:, None], counts)[:, 0]
+        # One more column takes the -1 of rows that keep fewer tokens, and is cut off again.
+        batch, length = scores.shape
+        keep = torch.zeros(batch, length + 1, dtype=torch.bool, device=scores.device)
+        keep.scatter_(1, torch.where(index < 0, length, index), True)
         self.filter.drop(keep[:, :-1] | (layout.valid & ~image))
 
-    def _settle(self) -> None:
+    def _fill_layers(self) -> None:
         """Let the policy choose, and hold what it chose."""
         measures, self._measures = self._measures, {}
         choices = self.policy.choices(
@@ -135,46 +144,53 @@ class PromptPass:
         for index, choice in zip(list(measures), choices, strict=True):
             measure, keys, values = measures[index]
             layer = self.conversation.layers[index]
-            segments.fill(
-                layer,
-                keys,
-                values,
-                measure.positions,
-                choice,
-                keys.shape[1] if self.policy.per_head else 1,
-            )
-            self.ledger.hold(
-                self.conversation.layers.values(), [t for _, *kv in measures.values() for t in kv]
-            )
+            heads = keys.shape[1] if self.policy.per_head else 1
+            layer.buffer = KeyBuffer.from_choice(keys, values, measure.positions, choice, heads)
+            waiting = [tensor for _, *pair in measures.values() for tensor in pair]
+            self.usage_log.hold(self.conversation.layers.values(), waiting)
             del measures[index], keys, values
-            self._note_held(layer)
+            self._note_held(layer.index, layer.buffer)
 
-    def _note_held(self, layer: AdaptiveLayer) -> None:
-        far = layer.positions[:, : layer.core_heads, : layer.far].clone()
-        near = layer.positions[:, :, layer.far : layer.filled].clone()
-        self.diary.note(layer.index, "held", far)
-        if layer.cold is not None:
-            kind = "kept" if self.policy.rotates or self.policy.sparse else "added"
-            self.diary.note(layer.index, kind, layer.cold.positions.clone())
-        self.diary.note(layer.index, "added", near)
+    def _note_held(self, index: int, buffer: KeyBuffer) -> None:
+        """Write down which positions a layer holds, and which of them every step attends to."""
+        secondary = buffer.positions[:, :1, : buffer.secondary_width].clone()
+        attended = buffer.positions[:, :, buffer.secondary_width : buffer.filled].clone()
+        self.selection_log.note(index, "held", secondary)
+        if buffer.quantized is not None:
+            policy = self.policy
+            skipped = isinstance(policy, CoredPolicy) and (policy.rotates or policy.sparse)
+            kind = "kept" if skipped else "added"
+            self.selection_log.note(index, kind, buffer.quantized.positions.clone())
+        self.selection_log.note(index, "added", attended)
+
+
+def _earlier_scores(buffer: KeyBuffer | None, keys: int) -> Tensor | None:
+    """(batch, heads, keys) scores so far of always attended keys of earlier turns, 0 for others."""
+    if buffer is None or buffer.scores is None:
+        return None
+    scores = torch.zeros(*buffer.scores.shape[:2], keys, device=buffer.scores.device)
+    first = buffer.quantized_width + buffer.secondary_width
+    attended = buffer.scores[:, :, buffer.secondary_width : buffer.filled]
+    scores[:, :, first : buffer.stored] = attended
+    return scores.masked_fill_(torch.isinf(scores), 0.0)  # of keys that were protected
 
 
 def _check_keys(call: AttentionCall, layer: AdaptiveLayer) -> None:
     """Refuse attention that is more than scaled products of the keys the cache holds."""
     name = type(call.module).__name__
-    given = (call.key.shape[1], call.key.shape[3], call.value.shape[3])
-    if given != layer.widths:
+    widths = (call.key.shape[1], call.key.shape[3], call.value.shape[3])
+    if widths != layer.widths:
         raise UnsupportedModelError(
             f"{name} caches {layer.widths[0]} heads of width {layer.widths[1]} and attends to"
-            f" {given[0]} heads of width {given[1]}: its cache holds compressed keys (multi-head"
+            f" {widths[0]} heads of width {widths[1]}: its cache holds compressed keys (multi-head"
             " latent attention), beyond policies"
         )
     names = ("position_bias", "sinks", "indices", "block_indices")
-    if others := [n for n in names if call.options.get(n) is not None]:
+    if unsupported := [n for n in names if call.options.get(n) is not None]:
         raise UnsupportedModelError(
-            f"{name} attends with {', '.join(others)}, made for all keys of the sequence in order;"
-            " policies drop and reorder keys, and support plain, grouped-query and soft-capped"
-            " attention and sinks that are parameters"
+            f"{name} attends with {', '.join(unsupported)}, made for all keys of the sequence in"
+            " order; policies drop and reorder keys, and support plain, grouped-query and"
+            " soft-capped attention and sinks that are parameters"
         )
 
 
@@ -184,36 +200,47 @@ def _row_positions(forward: Forward, device: torch.device) -> Tensor:
     if forward.rows is not None:
         rows = forward.rows.to(device)
         return torch.where((rows >= 0) & valid.gather(1, rows.clamp_min(0)), rows, -1)
-    at = torch.arange(forward.start, forward.start + forward.tokens, device=device)
-    return torch.where(valid[:, forward.start :], at, -1)
+    index = torch.arange(forward.start, forward.start + forward.tokens, device=device)
+    return torch.where(valid[:, forward.start :], index, -1)
 
 
-def _at(facts: Tensor, positions: Tensor, nothing: int) -> Tensor:
-    """What (batch, length) `facts` say at (batch, heads, n) positions; `nothing` where a position
-    is -1.
-    """
-    found = facts[:, None].expand(-1, positions.shape[1], -1).gather(2, positions.clamp_min(0))
-    return found.masked_fill(positions < 0, nothing)
-
-
-def _with_held(call: AttentionCall, held: Tensor) -> Tensor:
-    """The mask of a later turn: all held keys, then what transformers says about the new ones.
+def _by_position(values: Tensor, positions: Tensor, nothing: int) -> Tensor:
+    """Look values of a row up by position.
 
     Args:
-        held: (batch, heads, keys) positions of held keys, -1 for empty slots.
+        values: (batch, length), one for every position.
+        positions: (batch, heads, n), -1 for none.
+        nothing: what stands for -1.
+
+    Returns:
+        (batch, heads, n).
+    """
+    by_head = values[:, None].expand(-1, positions.shape[1], -1)
+    return by_head.gather(2, positions.clamp_min(0)).masked_fill(positions < 0, nothing)
+
+
+def _mask_with_earlier(call: AttentionCall, earlier: Tensor) -> Tensor:
+    """The mask of a later turn: all keys held, then what transformers says about the new ones.
+
+    Args:
+        call: with the mask of transformers, which covers the new tokens only.
+        earlier: (batch, heads, keys) positions of the keys held, -1 for empty slots.
+
+    Returns:
+        (batch, 1 or query heads, new tokens, keys).
     """
     new = call.query.shape[2]
     mask = call.mask
     if mask is None:
-        mask = torch.ones(new, new, dtype=torch.bool, device=held.device).tril()[None, None]
+        mask = torch.ones(new, new, dtype=torch.bool, device=earlier.device).tril()[None, None]
     if mask.dim() != 4 or mask.shape[-1] != new:
         raise UnsupportedModelError(
             f"a later turn needs a mask over its {new} new tokens, got shape {tuple(mask.shape)};"
             " load the model with attn_implementation='sdpa' or 'eager'"
         )
-    valid = for_query_heads(held >= 0, call)[:, :, None]
+    valid = for_query_heads(earlier >= 0, call)[:, :, None]
     if mask.dtype != torch.bool:
         nothing = torch.full((), torch.finfo(mask.dtype).min, dtype=mask.dtype, device=mask.device)
         valid = torch.where(valid, torch.zeros_like(nothing), nothing)
     heads = max(valid.shape[1], mask.shape[1])
-    return torch.cat([part.expand(held.shape[0], heads, new, -1) for part in (valid, mask)], -1)
+    return torch.cat([part.expand(earlier.shape[0], heads, new, -1) for part in (valid, mask)], -1)

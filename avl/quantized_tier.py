@@ -1,5 +1,6 @@
-"""Image keys kept cheaply, in a few bits or in host memory, where a step that reads everything
-finds them.
+"""Keys of a layer outside its buffer: in a few bits, or in host memory.
+
+A refresh step, which reads everything held, reads them too.
 
 Quantised as in KIVI (Liu et al., ICML 2024, arXiv 2402.02750): keys per channel, because some
 channels of keys are large in all tokens; values per token. That the less salient tokens of a
@@ -11,8 +12,8 @@ consecutive image tokens of one channel; a group of values is `VALUE_GROUP` chan
 and lost nothing measurable on the embedded model.
 
 The limits of a key group are taken over all its image tokens, wherever they are held, so that a key
-that leaves the tier and comes back is stored as it was. What surprises: a tier in host memory saves
-nothing while the model itself runs there, and `nbytes` says so.
+that leaves the tier and comes back is stored as it was. A tier in host memory saves nothing while
+the model itself runs there, and `nbytes` says so.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _BLOCK = (
 
 
 @dataclass(eq=False)
-class ColdTier:
+class QuantizedTier:
     """Keys and values of one layer that are not in its buffer.
 
     Attributes:
@@ -77,7 +78,7 @@ class ColdTier:
         positions: Tensor,
         chosen: Tensor,
         image: Sequence[Tensor],
-    ) -> ColdTier:
+    ) -> QuantizedTier:
         """Store the chosen ones of `keys` and `values`, (batch, heads, keys, width).
 
         Args:
@@ -157,38 +158,35 @@ class ColdTier:
             )
         return keys, values
 
-    def take(self, row: int, head: slice, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values in some slots of a row, (heads, n, width).
-
-        Args:
-            head: which key/value heads.
-            slots: (n,) indices.
-        """
-        found = [
-            part[row, head].index_select(1, slots.to(part.device)).to(self.device)[None]
+    def take(self, row: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values in some slots, (n,), of a row: (heads, n, width)."""
+        stored = [
+            part[row].index_select(1, slots.to(part.device)).to(self.device)[None]
             for part in self.moving
         ]
-        limits = None if self.limits is None else self.limits[row : row + 1, head]
-        keys, values = self._decode(
-            found, self.groups[row, head].index_select(1, slots)[None], limits
-        )
+        limits = None if self.limits is None else self.limits[row : row + 1]
+        groups = self.groups[row].index_select(1, slots)[None]
+        keys, values = self._decode(stored, groups, limits)
         return keys[0], values[0]
 
-    def put(
-        self, row: int, head: slice, slots: Tensor, keys: Tensor, values: Tensor, positions: Tensor
-    ) -> None:
-        """Write keys and values, (heads, n, width), of the tokens at `positions`, (1 or heads, n),
-        into some slots.
+    def put(self, row: int, slots: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Write keys and values into some slots of a row.
+
+        Args:
+            row: of the batch.
+            slots: (n,) indices.
+            keys: (heads, n, width).
+            values: (heads, n, width).
+            positions: (1 or heads, n) of the tokens they belong to.
         """
-        positions = positions[: self.positions[row, head].shape[0]].contiguous()
-        groups = _groups(self.image[row, head], positions)
-        limits = None if self.limits is None else self.limits[row : row + 1, head]
-        for part, new in zip(
-            self.moving, self._encode(keys[None], values[None], groups[None], limits), strict=True
-        ):
-            part[row, head].index_copy_(1, slots.to(part.device), new[0])
-        self.positions[row, head].index_copy_(1, slots, positions)
-        self.groups[row, head].index_copy_(1, slots, groups)
+        positions = positions[: self.positions.shape[1]].contiguous()
+        groups = _groups(self.image[row], positions)
+        limits = None if self.limits is None else self.limits[row : row + 1]
+        encoded = self._encode(keys[None], values[None], groups[None], limits)
+        for part, new in zip(self.moving, encoded, strict=True):
+            part[row].index_copy_(1, slots.to(part.device), new[0])
+        self.positions[row].index_copy_(1, slots, positions)
+        self.groups[row].index_copy_(1, slots, groups)
 
     def select(self, rows: Tensor) -> None:
         """Row i of the batch now is what was row rows[i]."""
@@ -249,7 +247,7 @@ class ColdTier:
         return keys.to(self.dtype), values.to(self.dtype)
 
 
-def cold_keys(
+def quantized_cost(
     kind: int | str, count: int, image: int, widths: tuple[int, int], itemsize: int
 ) -> float:
     """What `count` of `image` keys of a head cost in the tier, in full keys and values of

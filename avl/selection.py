@@ -5,9 +5,9 @@ numbers (they follow from token counts, never from scores), indices are tensors,
 place that holds nothing. Empty places stand in front, so that a segment's contents always end where
 the next segment begins.
 
-`Selection` is the diary a session keeps for drawing: which positions were core, secondary or minor
-in which layer after which step. It stores index sets and replays them on demand; it knows nothing
-about policies.
+`Selection` says which positions were core, secondary or minor in which layer after which step.
+`SelectionLog`, which a session writes, stores index sets and replays them on demand; it knows
+nothing about policies.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def between(order: Tensor, first: Sequence[int], last: Sequence[int]) -> Tensor:
     sizes = [b - a for a, b in zip(first, last, strict=True)]
     width = max(sizes, default=0)
     start = torch.tensor(list(first), device=order.device)[:, None, None]
-    at = start + torch.arange(width, device=order.device).expand(
+    index = start + torch.arange(width, device=order.device).expand(
         order.shape[0], order.shape[1], width
     )
-    taken = order.gather(-1, at.clamp_max(max(order.shape[-1] - 1, 0))) if width else at
+    taken = order.gather(-1, index.clamp_max(max(order.shape[-1] - 1, 0))) if width else index
     return _blank(taken, [0] * len(sizes), sizes).flip(-1)
 
 
@@ -94,8 +94,8 @@ def _blank(order: Tensor, first: Sequence[int], last: Sequence[int]) -> Tensor:
     if all(a == 0 and b >= order.shape[-1] for a, b in zip(first, last, strict=True)):
         return order
     bounds = torch.tensor([list(first), list(last)], device=order.device)[:, :, None, None]
-    at = torch.arange(order.shape[-1], device=order.device)
-    return torch.where((at >= bounds[0]) & (at < bounds[1]), order, -1)
+    column = torch.arange(order.shape[-1], device=order.device)
+    return torch.where((column >= bounds[0]) & (column < bounds[1]), order, -1)
 
 
 class State(IntEnum):
@@ -112,9 +112,7 @@ class State(IntEnum):
 
 @dataclass(eq=False)
 class _Event:
-    """One change in a layer: what it holds, its core, keys added or dropped (positions), rows moved
-    (indices).
-    """
+    """One change in a layer, as `SelectionLog.note` describes it."""
 
     step: int
     kind: str
@@ -140,21 +138,6 @@ class Selection:
         """Decode steps so far; step 0 is the prompt."""
         return len(self._lengths) - 1
 
-    def begin(self, step: int, layout: TokenLayout) -> None:
-        """A pass begins; a later turn's prompt belongs to the step before it."""
-        self.layout = layout
-        self._lengths[step:] = [layout.length]
-
-    def note(self, layer: int, kind: str, what: Tensor) -> None:
-        """Write an event down.
-
-        Args:
-            kind: "held", "core" (both replace what was), "kept", "added" or "dropped" with
-                positions (batch, heads, n), -1 for none; or "rows", after which row i of the batch
-                continues what was row what[i].
-        """
-        self._events.setdefault(layer, []).append(_Event(self.steps, kind, what))
-
     def state(self, layer: int, step: int | None = None) -> Tensor:
         """State of every position after decode step `step` (default: the latest).
 
@@ -162,7 +145,7 @@ class Selection:
             the same keys. Tokens generated up to that step are included.
 
         Raises:
-            ValueError: a layer or a step that is not in the diary.
+            ValueError: a layer no policy acted on, or a step that has not been.
         """
         step = self.steps if step is None else step
         if layer not in self._events:
@@ -192,12 +175,9 @@ class Selection:
                 state[..., :-1].masked_fill_(
                     (state[..., :-1] == State.CORE) & image, int(State.SECONDARY)
                 )
-            at = (
-                torch.where(event.what < 0, self.layout.length, event.what)
-                .long()
-                .expand(-1, heads, -1)
-            )
-            state.scatter_(-1, at, int(_AFTER[event.kind]))
+            # What is no position goes to one more column, which is cut off in the end.
+            index = torch.where(event.what < 0, self.layout.length, event.what).long()
+            state.scatter_(-1, index.expand(-1, heads, -1), int(_AFTER[event.kind]))
         hidden = ~self.layout.valid[:, None, :length].to(state.device)
         return state[..., :length].masked_fill(hidden, int(State.PADDING))
 
@@ -210,6 +190,26 @@ class Selection:
         states = self.state(layer, step).amax(1)
         image = self.layout.mask(Modality.IMAGE)[:, : states.shape[1]].to(states.device)
         return [row.nonzero().flatten().tolist() for row in (states == state) & image]
+
+
+class SelectionLog(Selection):
+    """The selection while it is being written, pass by pass."""
+
+    def begin(self, step: int, layout: TokenLayout) -> None:
+        """A pass begins; a later turn's prompt belongs to the step before it."""
+        self.layout = layout
+        self._lengths[step:] = [layout.length]
+
+    def note(self, layer: int, kind: str, what: Tensor) -> None:
+        """Write an event down.
+
+        Args:
+            layer: index of the decoder layer.
+            kind: "held", "core" (both replace what was), "kept", "added" or "dropped", or "rows".
+            what: positions (batch, heads, n), -1 for none; for "rows" (batch,) indices, after which
+                row i of the batch continues what was row what[i].
+        """
+        self._events.setdefault(layer, []).append(_Event(self.steps, kind, what))
 
 
 _AFTER = {

@@ -26,10 +26,11 @@ from avl.cache import AdaptiveLayer, Conversation
 from avl.decode_step import DecodeStep
 from avl.families import UnsupportedModelError
 from avl.hooks import AttentionHooks, HookError, Intervention, attach
-from avl.policies.base import Counts, Policy
+from avl.policies.base import CoredPolicy, Policy
+from avl.policies.prompt import Counts
 from avl.prefill_filter import PrefillFilter
-from avl.prefill_step import PromptPass
-from avl.selection import Selection
+from avl.prefill_step import PrefillStep
+from avl.selection import Selection, SelectionLog
 from avl.tokens import Modality
 
 
@@ -47,9 +48,9 @@ class AdaptiveSession(Intervention):
         self._filter: PrefillFilter | None = None
         self._hook: Any = None
         self._conversations: WeakKeyDictionary[Cache, Conversation] = WeakKeyDictionary()
-        self._pass: PromptPass | DecodeStep | None = None
-        self._ledger: UsageLog | None = None
-        self._selection: Selection | None = None
+        self._pass: PrefillStep | DecodeStep | None = None
+        self._usage_log: UsageLog | None = None
+        self._selection_log: SelectionLog | None = None
 
     # -- on and off --------------------------------------------------------------------------------
 
@@ -103,11 +104,11 @@ class AdaptiveSession(Intervention):
         Raises:
             ValueError: nothing has run under the policy yet.
         """
-        if self._ledger is None or not self._ledger.steps:
+        if self._usage_log is None or not self._usage_log.steps:
             raise ValueError(
                 "nothing has run under this policy yet; generate something inside the block first"
             )
-        return self._ledger.usage()
+        return self._usage_log.usage()
 
     @property
     def selection(self) -> Selection:
@@ -116,13 +117,13 @@ class AdaptiveSession(Intervention):
         Raises:
             ValueError: nothing has run under the policy yet.
         """
-        if self._selection is None:
+        if self._selection_log is None:
             raise ValueError(
                 "nothing has run under this policy yet; generate something inside the block first"
             )
-        return self._selection
+        return self._selection_log
 
-    # -- the tap -----------------------------------------------------------------------------------
+    # -- passes -----------------------------------------------------------------------------------
 
     def begin(self, forward: Forward) -> None:
         self._pass = None
@@ -140,11 +141,12 @@ class AdaptiveSession(Intervention):
         conversation.forward = forward
         conversation.arrival = self.policy.arrival(forward.start)
         self._count(conversation, forward)
-        for layer in conversation.layers.values():
-            layer.whole = forward.kind != "decode" or self.policy.whole(forward.step)
+        conversation.is_refresh = True
+        if forward.kind == "decode" and isinstance(self.policy, CoredPolicy):
+            conversation.is_refresh = self.policy.is_refresh(forward.step)
         if self._filter is not None:
             self._filter.begin(forward if forward.kind == "prefill" else None)
-        self._pass = self._passing(conversation, forward)
+        self._pass = self._step_for(conversation, forward)
 
     def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
         assert self._pass is not None
@@ -152,11 +154,11 @@ class AdaptiveSession(Intervention):
 
     def end(self, forward: Forward) -> None:
         assert self._pass is not None
-        assert self._ledger is not None
+        assert self._usage_log is not None
         self._pass.end()
         conversation, reads = self._pass.conversation, self._pass.reads
         layers = list(conversation.layers.values())
-        self._ledger.write(forward.step, layers, [reads[layer.index] for layer in layers])
+        self._usage_log.write(forward.step, layers, [reads[layer.index] for layer in layers])
         conversation.forward = None
         if self._filter is not None:
             self._filter.begin(None)
@@ -236,21 +238,24 @@ class AdaptiveSession(Intervention):
         rows = torch.cat([forward.layout.counts(), tail], 1).tolist()
         conversation.counts = [Counts(*row) for row in rows]
 
-    def _passing(self, conversation: Conversation, forward: Forward) -> PromptPass | DecodeStep:
-        """What acts on this pass, with the conversation's ledger and diary opened for it."""
+    def _step_for(self, conversation: Conversation, forward: Forward) -> PrefillStep | DecodeStep:
+        """What acts on this pass, with the conversation's logs opened for it."""
         if forward.kind == "prefill":
             layers = tuple(conversation.layers)
-            self._ledger, self._selection = UsageLog(layers), Selection(forward.layout, layers)
-        assert self._ledger is not None
-        assert self._selection is not None
+            self._usage_log = UsageLog(layers)
+            self._selection_log = SelectionLog(forward.layout, layers)
+        assert self._usage_log is not None
+        assert self._selection_log is not None
         if conversation.moved is not None:
-            for layer in self._selection.layers:
-                self._selection.note(layer, "rows", conversation.moved)
+            for layer in self._selection_log.layers:
+                self._selection_log.note(layer, "rows", conversation.moved)
             conversation.moved = None
-        self._selection.begin(forward.step, forward.layout)
+        self._selection_log.begin(forward.step, forward.layout)
         if forward.kind == "decode":
-            return DecodeStep(self.policy, conversation, forward, self._selection)
-        return PromptPass(self.policy, conversation, self._ledger, self._selection, self._filter)
+            return DecodeStep(self.policy, conversation, forward, self._selection_log)
+        return PrefillStep(
+            self.policy, conversation, self._usage_log, self._selection_log, self._filter
+        )
 
 
 @contextmanager

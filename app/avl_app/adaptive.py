@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import streamlit as st
 
 import avl
+from avl.policies import registry
 from avl_analysis.errors import InputError
-from avl_analysis.evaluation import policy_files
 from avl_analysis.evaluation.policy_files import load_evidence, load_policy, named_policy
 from avl_app import state
 from avl_app.page import plain, problem
@@ -37,8 +37,6 @@ PRESETS: Mapping[str, tuple[str, avl.AdaptivePolicy]] = {
 CUSTOM, FILE = "custom", "file"
 OWN = {CUSTOM: "own settings", FILE: "a policy file"}
 """Where settings come from that are no preset."""
-_NAMED = {"a-vl-cold": "cold tier: every image key, in 4 bits"}
-"""Presets of the command line in words; those without an entry go by their names."""
 
 COLD: Mapping[str, tuple[int | str | None, str]] = {
     "dropped": (None, "are dropped: the paper"),
@@ -49,23 +47,11 @@ COLD: Mapping[str, tuple[int | str | None, str]] = {
     "host": ("host", "are kept in host memory"),
 }
 """What may become of image keys that are not secondary, in the address, as a setting, in words."""
-SCORES: Mapping[str, tuple[object, str]] = {
-    "last": (None, "the last row: the paper"),
-    "question": (None, "all rows of the question"),
-    "max": (None, "the last row's largest head"),
-    "sink": (None, "the last row without sinks"),
-    "position": (None, "the last row without its trend"),
-    "value": (None, "weight times value length"),
-    "diverse": (None, "weight and unlikeness"),
-}
-"""How image keys may be ranked, in words."""
 PLAIN = {
     "secondary": "secondary",
     "refresh": "refresh_every",
     "prefill_layer": "prefill_layer",
     "sparse_refresh": "sparse_refresh",
-    "score": "score",
-    "own_cores": "own_cores",
 }
 """Choice in the address -> A-VL's setting."""
 SWITCHED = {"core": "core", "text": "text", "share": "budget", "drift": "drift"}
@@ -75,7 +61,7 @@ SWITCHED = {"core": "core", "text": "text", "share": "budget", "drift": "drift"}
 def presets() -> list[str]:
     """Names of A-VL's presets: those above, and those one can name on the command line."""
     named = [
-        name for name in policy_files.PRESETS if isinstance(named_policy(name), avl.AdaptivePolicy)
+        name for name in registry.PRESETS if isinstance(named_policy(name), avl.AdaptivePolicy)
     ]
     return [*PRESETS, *(name for name in named if name not in PRESETS)]
 
@@ -90,7 +76,9 @@ def preset(name: str) -> avl.AdaptivePolicy:
 def _label(name: str) -> str:
     if name in PRESETS:
         return PRESETS[name][0]
-    return OWN.get(name) or _NAMED.get(name, name)
+    if name in registry.PRESETS:
+        return registry.PRESETS[name].about
+    return OWN.get(name, name)
 
 
 def choose_preset(*, disabled: bool) -> None:
@@ -120,13 +108,13 @@ def by_controls() -> avl.Policy | None:
                 "Image keys held whole (S)",
                 "secondary",
                 least=0.0,
-                help="1 holds all; 0 needs a cold tier.",
+                help="1 holds all; 0 needs a quantised tier.",
             )
             _choice(
                 "Image keys that are not",
                 "cold",
                 COLD,
-                help="Few bits: what is called the cold tier.",
+                help="Few bits: the quantised tier.",
             )
             st.toggle(
                 "Byte budget",
@@ -171,9 +159,7 @@ def by_controls() -> avl.Policy | None:
             )
             _share("Text keys held (T)", "text", disabled=not on)
         with columns[3]:
-            st.markdown("**Ranking and filter**")
-            _choice("Image keys are ranked by", "score", SCORES)
-            st.toggle("Each key/value head for itself", key="own_cores", on_change=_own)
+            st.markdown("**Prefill filter**")
             _share("Prefill filter: image tokens passed on (P)", "prefill", help="1 is off.")
             off = state.get("prefill") >= 1
             st.number_input(

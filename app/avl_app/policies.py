@@ -1,7 +1,7 @@
 """Choosing policies: A-VL (adaptive.py) and any others beside it.
 
-Which policies there are is read from `avl_analysis.evaluation.policy_files`, so one that is added
-there appears here too.
+Which policies there are, and what they are called, is read from `avl.policies.registry`, so one
+that is added there appears here too.
 """
 
 from __future__ import annotations
@@ -9,27 +9,14 @@ from __future__ import annotations
 import streamlit as st
 
 import avl
+from avl.policies.registry import PRESETS, label_of, policies
 from avl_analysis.errors import InputError
-from avl_analysis.evaluation import policy_files
-from avl_analysis.evaluation.policy_files import POLICIES, named_policy
+from avl_analysis.evaluation.policy_files import named_policy
 from avl_app import adaptive, state
 from avl_app.page import problem
 
-FULL = "full cache"
-ADAPTIVE = "A-VL"
-_NAMES = {
-    "a-vl": ADAPTIVE,
-    "a-vl-cold": "A-VL, cold tier",
-    "random": "random",
-    "stride": "uniform stride",
-    "streaming": "StreamingLLM",
-    "h2o": "H2O",
-    "snapkv": "SnapKV",
-    "fastv": "FastV",
-    "vl-cache": "VL-Cache",
-}
-"""What policies are called in print; those without an entry go by their names on the command line.
-"""
+FULL = avl.FullPolicy.label
+ADAPTIVE = avl.AdaptivePolicy.label
 
 MOST_RIVALS = 3
 """Policies beside the full cache and A-VL; more columns cannot be read."""
@@ -39,12 +26,9 @@ _EXAMPLE = "a-vl:0.3; snapkv:0.5,window=8"
 def rivals(*, ours: bool = False) -> dict[str, str]:
     """Names of the policies that can stand beside A-VL (or of A-VL too), with what
     they are called."""
-    left_out = {"full"} if ours else {"full", "a-vl"}
-    return {
-        name: _NAMES.get(name, name)
-        for name in (*POLICIES, *policy_files.PRESETS)
-        if name not in left_out
-    }
+    full, adaptive_name = avl.FullPolicy.name, avl.AdaptivePolicy.name
+    left_out = {full} if ours else {full, adaptive_name}
+    return {name: label_of(name) for name in (*policies(), *PRESETS) if name not in left_out}
 
 
 def at_budget(name: str, budget: float) -> avl.Policy:

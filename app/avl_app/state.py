@@ -100,8 +100,6 @@ FIELDS: dict[str, Field] = {
     "sparse_refresh": Field(False, _flag),
     "drift": Field(0.9, _number(0.01, 1.0, float)),
     "use_drift": Field(False, _flag),
-    "score": Field("last", _text),
-    "own_cores": Field(False, _flag),
     "use_core": Field(True, _flag),
     "use_text": Field(True, _flag),
     "preset": Field("paper", _text),

@@ -1,22 +1,23 @@
-"""Policies: A-VL, the full cache, and baselines at equal bytes. `base` says what a
-policy is asked."""
+"""Policies: A-VL, the full cache, and baselines at equal bytes, each in a file of its own.
+
+base.py says what a policy is asked; registry.py lists all of them.
+"""
 
 from avl.policies.adaptive import AdaptivePolicy
-from avl.policies.base import Policy
-from avl.policies.budget import (
-    BudgetPolicy,
-    FastVPolicy,
-    FullPolicy,
-    H2OPolicy,
-    RandomPolicy,
-    SnapKVPolicy,
-    StreamingPolicy,
-    StridePolicy,
-    VLCachePolicy,
-)
+from avl.policies.base import CoredPolicy, Policy
+from avl.policies.budget import BudgetPolicy
+from avl.policies.fastv import FastVPolicy
+from avl.policies.full import FullPolicy
+from avl.policies.h2o import H2OPolicy
+from avl.policies.random_keys import RandomPolicy
+from avl.policies.snapkv import SnapKVPolicy
+from avl.policies.streaming import StreamingPolicy
+from avl.policies.stride import StridePolicy
+from avl.policies.vl_cache import VLCachePolicy
 
 __all__ = [
     "Policy",
+    "CoredPolicy",
     "AdaptivePolicy",
     "FullPolicy",
     "BudgetPolicy",

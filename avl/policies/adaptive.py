@@ -1,21 +1,21 @@
-"""A-VL: image tokens take turns, text tokens grow old (Zhang et al., AAAI 2025, arXiv 2409.14846).
+"""A-VL: Adaptive Attention for Large Vision-Language Models (Zhang et al., AAAI 2025, arXiv
+2409.14846).
 
 Three rules, each switched off by `None`. *Vision*: after the prompt a layer keeps the best
-`secondary` of the image keys, attends to the best `core` of them, and every `refresh_every`-th step
-attends to all it kept and chooses the core anew. *Text*: heavy-hitter eviction (H2O) among the text
-keys, per key/value head. *Prefill filter*: after `prefill_layer` layers only the best `prefill` of
-the image tokens travel on; alone it is FastV.
+`secondary` of the image keys, attends to the best `core` of them, and at every `refresh_every`-th
+step attends to all it kept and chooses the core anew. *Text*: heavy-hitter eviction (H2O) among the
+text keys, per key/value head. *Prefill filter*: after `prefill_layer` layers only the best
+`prefill` of the image tokens travel on; alone it is FastV.
 
 All fractions are fractions *kept* of the original number of image tokens and are truncated; the
 numbers below the paper does not print (the floor of 20 text keys, the 70/30 split) are those of the
 authors' released program, and the traces in the tests are reproduced only with them. Beyond that
-program: batches, several pictures, later turns, and grouped key/value heads, whose query heads'
+program: batches, several images, later turns, and grouped key/value heads, whose query heads'
 scores are summed.
 
-Beyond the paper, off by default: minor image keys kept cheaply instead of dropped (`cold`),
-refreshes that attend to the new core only (`sparse_refresh`), refreshes when attention has drifted
-(`drift`), shares per layer, other ways to rank image keys (`score`) and a core per key/value head
-(`own_cores`). docs/beyond-the-paper.md says what each is worth.
+Beyond the paper, off by default: minor image keys held in few bits instead of being dropped
+(`cold`), refreshes that attend to the new core only (`sparse_refresh`), refreshes when attention
+has drifted (`drift`) and shares per layer. docs/beyond-the-paper.md says what each is worth.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from avl.policies.base import PROTECTED, Choice, Counts, Measure, Policy, Prompt, sizes
+from avl.policies.base import PROTECTED, Choice, CoredPolicy, Measure, sizes
 from avl.policies.checks import check_choice, check_count, check_share, check_switch
-from avl.policies.scores import KINDS, image_scores, over_heads
-from avl.quantized_tier import BITS, HOST, PLAIN, cold_keys
+from avl.policies.prompt import Counts, Prompt
+from avl.quantized_tier import BITS, HOST, PLAIN, quantized_cost
 from avl.selection import best, between, members, newest_and_best
 from avl.tokens import Modality
 
@@ -39,20 +39,22 @@ TEXT_FLOOR = 20
 HEAVY_SHARE = 0.7
 """Share of the text budget that goes to the best-scored keys; the rest goes to the newest."""
 ANSWER = 64
-"""Generated tokens that a budget with a cold tier leaves room for before it spends on precision."""
+"""Generated tokens that a budget with a quantised tier leaves room for before it spends on
+precision.
+"""
 
 Share = float | tuple[float, ...] | None
 """A share for all layers, or one for each; None switches its rule off."""
 
 
-@dataclass(frozen=True)
-class AdaptivePolicy(Policy):
+@dataclass(frozen=True, kw_only=True)
+class AdaptivePolicy(CoredPolicy):
     """A-VL with the paper's settings as defaults.
 
     Attributes:
         secondary: share of the image keys held after the prompt, (0, 1]; None holds all. One
-            number, or one per layer. With a cold tier: the share held in full precision, and 0 is
-            possible.
+            number, or one per layer. With a quantised tier: the share held in full precision, and 0
+            is possible.
         core: share of the image keys attended at ordinary steps, (0, secondary]; None attends to
             all held. One number, or one per layer.
         refresh_every: every how many decode steps all held keys are attended and the core is chosen
@@ -72,14 +74,14 @@ class AdaptivePolicy(Policy):
         drift: refresh a row at any step at which the cosine between its core keys' weights now and
             when they were chosen is at most this, (0, 1]; takes the place of `refresh_every`. 1
             refreshes at every step.
-        score: how the prompt ranks image keys; the ways are listed in scores.py. "last" is the
-            paper's.
-        own_cores: every key/value head has image keys of its own, ranked by its query heads.
 
     Raises:
         ValueError, TypeError: a value out of range, said when the policy is made.
     """
 
+    name: ClassVar[str] = "a-vl"
+    label: ClassVar[str] = "A-VL"
+    color_slot: ClassVar[int] = 1
     evicts_text_only: ClassVar[bool] = True
 
     secondary: Share = 0.5
@@ -92,8 +94,6 @@ class AdaptivePolicy(Policy):
     cold: int | str | None = None
     sparse_refresh: bool = False
     drift: float | None = None
-    score: str = "last"
-    own_cores: bool = False
 
     def __post_init__(self) -> None:
         if self.cold is not None:
@@ -113,9 +113,7 @@ class AdaptivePolicy(Policy):
             1,
             "the ranking needs at least one layer's attention",
         )
-        check_choice("score", self.score, KINDS, "how the prompt ranks image keys")
         check_switch("sparse_refresh", self.sparse_refresh)
-        check_switch("own_cores", self.own_cores)
         self._check_shares()
         if self.sparse_refresh and (self.core is None or self.refresh_every == 0):
             raise ValueError(
@@ -127,11 +125,6 @@ class AdaptivePolicy(Policy):
             raise ValueError(
                 f"drift={self.drift} watches the core, and there is none; pass core and"
                 " refresh_every > 0"
-            )
-        if self.own_cores and self.budget is not None:
-            raise ValueError(
-                "own_cores cannot be combined with budget: image keys that give way are those of"
-                " all heads"
             )
 
     def _check_shares(self) -> None:
@@ -195,19 +188,22 @@ class AdaptivePolicy(Policy):
             **changes,
         )
 
-    # -- what the machinery asks -------------------------------------------------------------------
+    # -- what a session asks -----------------------------------------------------------------------
 
     @property
     def accumulates(self) -> bool:
-        return self.text is not None or self._cold_budget
+        return self.text is not None or self._tier_budget
 
     @property
     def per_head(self) -> bool:
-        return self.accumulates or self.own_cores
+        return self.accumulates
 
     @property
     def filter_layer(self) -> int | None:
         return None if self.prefill is None else self.prefill_layer
+
+    def filter_count(self, counts: Counts) -> int:
+        return counts.image if self.prefill is None else int(self.prefill * counts.image)
 
     @property
     def rotates(self) -> bool:
@@ -219,10 +215,7 @@ class AdaptivePolicy(Policy):
     def sparse(self) -> bool:
         return self.sparse_refresh
 
-    def filter_count(self, counts: Counts) -> int:
-        return counts.image if self.prefill is None else int(self.prefill * counts.image)
-
-    def whole(self, step: int) -> bool:
+    def is_refresh(self, step: int) -> bool:
         if self.refresh_every == 0 or self.core is None:
             return True
         return self.drift is None and step % self.refresh_every == 0
@@ -231,22 +224,20 @@ class AdaptivePolicy(Policy):
         if self.drift is None:
             return None
         cosine = torch.nn.functional.cosine_similarity(before, now, dim=-1).clamp_max(1.0)
-        return ((cosine <= self.drift) & before.ne(0).any(-1)).any(1)  # no core, no drift
-
-    def core_scores(self, weights: Tensor) -> Tensor:
-        if self.score == "max" or self.own_cores:
-            return over_heads(weights, self.score, self.own_cores)
-        return super().core_scores(weights)
+        has_core = before.ne(0).any(-1)  # a row without a core cannot drift
+        return ((cosine <= self.drift) & has_core).any(1)
 
     def limit(self, counts: Counts, share: float) -> int | None:
+        """Most text keys of a row.
+
+        Args:
+            counts: tokens of the row so far.
+            share: what the row's image keys cost, in full keys.
+        """
         limits = [] if self.text is None else [max(round(self.text * counts.text), TEXT_FLOOR)]
         if self.budget is not None and self.cold is not None:
-            limits.append(
-                max(
-                    int(self.budget * counts.tokens - share) - counts.system,
-                    self._least_text(counts),
-                )
-            )
+            left = int(self.budget * counts.tokens - share) - counts.system
+            limits.append(max(left, self._least_text(counts)))
         return min(limits, default=None)
 
     def recent(self, limit: int) -> int:
@@ -264,116 +255,183 @@ class AdaptivePolicy(Policy):
         text = None
         if self.accumulates:
             text = prompt.row_sums(prompt.row_modality == Modality.TEXT)
-            text = text if prompt.held is None else text + prompt.held
-        if self.score == "last" and not self.own_cores:
-            image = self.rank(prompt.last_row())[:, None]
-        else:
-            image = image_scores(prompt, self.score, self.own_cores)
+            if prompt.earlier_scores is not None:
+                text = text + prompt.earlier_scores
+        image = self.rank(prompt.last_row())[:, None]
         return Measure(prompt.layer, prompt.positions, prompt.modality, image, text, prompt.widths)
 
     def choose(self, measure: Measure, counts: Sequence[Counts]) -> Choice:
-        image = measure.of(Modality.IMAGE)[:, : measure.scores.shape[1]]
+        image = measure.of(Modality.IMAGE)[:, :1]
         system, text = measure.of(Modality.SYSTEM), measure.of(Modality.TEXT)
-        near, cold, share = self._tiers(measure, counts, sizes(image))
-        limits = [self.limit(c, s) for c, s in zip(counts, share, strict=True)]
-        kept = [n if r is None else min(n, r) for n, r in zip(sizes(text), limits, strict=True)]
+        images, texts = sizes(image), sizes(text)
+        in_full, quantized, cost = self._tiers(measure, counts, images)
+        limits = [self.limit(c, share) for c, share in zip(counts, cost, strict=True)]
+        text_kept = [n if k is None else min(n, k) for n, k in zip(texts, limits, strict=True)]
         if self.cold is None:
-            near = [
+            in_full = [
                 min(self._secondary(measure, c, k), n)
-                for c, k, n in zip(counts, kept, sizes(image), strict=True)
+                for c, k, n in zip(counts, text_kept, images, strict=True)
             ]
-        core = [self._core(measure, c, n) for c, n in zip(counts, near, strict=True)]
-        held = [a + b for a, b in zip(near, cold, strict=True)]
+        core = [self._core(measure, c, n) for c, n in zip(counts, in_full, strict=True)]
+        held = [a + b for a, b in zip(in_full, quantized, strict=True)]
+        # Best first: the core, then the other secondary keys, then the quantised ones.
         order = best(measure.scores.masked_fill(~image, -torch.inf), held)
-        scores = None if measure.extra is None else measure.extra.masked_fill(~text, PROTECTED)
-        few = [
-            min(int((self._of(self.core, measure) or 1.0) * c.image), n)
-            for c, n in zip(counts, held, strict=True)
-        ]
+        text_scores = measure.extra
+        if text_scores is not None:
+            text_scores = text_scores.masked_fill(~text, PROTECTED)
+        system_keys = members(system, max(sizes(system), default=0))
+        drops_images = self.budget is not None and self.cold is None
         return Choice(
-            far=between(order, core, near),
+            always_attended=[system_keys, self._texts(measure, text, text_kept)],
+            secondary=between(order, core, in_full),
             core=between(order, [0] * len(core), core),
-            rest=[members(system, max(sizes(system), default=0)), self._texts(measure, text, kept)],
-            scores=scores,
-            worth=None if self.budget is None or self.cold is not None else measure.scores,
-            evictable=kept,
-            share=share,
-            cold=None if self.cold is None else between(order, near, held),
-            kind=self.cold or PLAIN,
-            few=few,
-            reference=None if self.drift is None else measure.scores,
+            quantized=None if self.cold is None else between(order, in_full, held),
+            storage=self.cold or PLAIN,
+            scores=text_scores,
+            secondary_scores=measure.scores if drops_images else None,
+            evictable=text_kept,
+            budget_share=cost,
+            sparse_budget=self._sparse_budget(measure, counts, held),
+            core_scores=None if self.drift is None else measure.scores,
         )
 
-    # -- the counts --------------------------------------------------------------------------------
+    # -- numbers of keys ---------------------------------------------------------------------------
 
     def _of(self, share: Share, measure: Measure) -> float | None:
         return _of_layer(share, measure.layer)
 
     def _secondary(self, measure: Measure, counts: Counts, text: int) -> int:
+        """Image keys a row holds in full precision.
+
+        Args:
+            measure: of the layer.
+            counts: tokens of the row.
+            text: text keys it holds.
+        """
         if (limit := self.image_limit(counts, text)) is not None:
             return limit
         share = self._of(self.secondary, measure)
         return counts.image if share is None else int(share * counts.image)
 
     def _core(self, measure: Measure, counts: Counts, secondary: int) -> int:
+        """Core keys of a row.
+
+        Args:
+            measure: of the layer.
+            counts: tokens of the row.
+            secondary: image keys it holds in full precision, core included.
+        """
         share = self._of(self.core, measure)
         if share is None or self.refresh_every == 0:
             return secondary
         if self.budget is not None and self.cold is None:
+            # Under a budget `secondary` is what fits; the core keeps its proportion to it.
             return int(share / (self._of(self.secondary, measure) or 1.0) * secondary)
         return min(int(share * counts.image), secondary)
 
-    # -- the cold tier -----------------------------------------------------------------------------
+    def _sparse_budget(
+        self, measure: Measure, counts: Sequence[Counts], held: Sequence[int]
+    ) -> list[int]:
+        """Image keys that a sparse refresh attends to, per row.
+
+        Args:
+            measure: of the layer.
+            counts: tokens of the rows.
+            held: image keys the rows hold.
+        """
+        share = self._of(self.core, measure) or 1.0
+        return [min(int(share * c.image), n) for c, n in zip(counts, held, strict=True)]
+
+    # -- the quantised tier ------------------------------------------------------------------------
 
     @property
-    def _cold_budget(self) -> bool:
+    def _tier_budget(self) -> bool:
         return self.cold is not None and self.budget is not None
 
     def _tiers(
-        self, measure: Measure, counts: Sequence[Counts], image: Sequence[int]
+        self, measure: Measure, counts: Sequence[Counts], images: Sequence[int]
     ) -> tuple[list[int], list[int], list[float]]:
-        """Image keys per row in full precision and in the cold tier, and what they cost, in full
-        keys.
+        """How the image keys of each row are divided between full precision and the tier.
+
+        Args:
+            measure: of the layer.
+            counts: tokens of the rows.
+            images: image keys of the rows.
+
+        Returns:
+            Keys in full precision, keys in the tier, and what both cost, in full keys; 0, 0 and 1
+            without a tier.
         """
         if self.cold is None:
-            return [0] * len(image), [0] * len(image), [1.0] * len(image)
+            return [0] * len(images), [0] * len(images), [1.0] * len(images)
         if self.budget is None:
-            near = [
-                min(self._secondary(measure, c, 0), n) for c, n in zip(counts, image, strict=True)
+            in_full = [
+                min(self._secondary(measure, c, 0), n) for c, n in zip(counts, images, strict=True)
             ]
-            return near, [n - k for n, k in zip(image, near, strict=True)], [1.0] * len(image)
-        rows = [self._within(c, n, measure.widths) for c, n in zip(counts, image, strict=True)]
-        near, cold, share = (list(part) for part in zip(*rows, strict=True))
-        return near, cold, share
+            quantized = [n - k for n, k in zip(images, in_full, strict=True)]
+            return in_full, quantized, [1.0] * len(images)
+        rows = [self._within(c, n, measure.widths) for c, n in zip(counts, images, strict=True)]
+        in_full, quantized, cost = (list(column) for column in zip(*rows, strict=True))
+        return in_full, quantized, cost
 
     def _within(
-        self, counts: Counts, image: int, widths: tuple[int, int, int]
+        self, counts: Counts, images: int, widths: tuple[int, int, int]
     ) -> tuple[int, int, float]:
-        """One row's keys in full precision and cold, and their cost, that a budget allows."""
+        """Division of one row's image keys that stays within the budget.
+
+        The unit is a full key with its value. With `T` text tokens the budget allows `budget *
+        (system + image + T)`; system and text keys cost one each, and what is left may be spent on
+        image keys. Text that is still to come brings `budget` and costs 1, so room shrinks as the
+        answer grows: the plan is made for an answer of `ANSWER` tokens.
+
+        1. If all image keys in the tier fit with such an answer, all are held, and as many of the
+           best in full precision as still fit.
+        2. Else no image key is in full precision, and as many are held as fit beside the fewest
+           text keys that are always kept; the text rule makes that room when it is needed.
+
+        Args:
+            counts: tokens of the row.
+            images: image keys it could hold.
+            widths: key width, value width and bytes of a number.
+
+        Returns:
+            Keys in full precision, keys in the tier, and what both cost, in full keys.
+        """
         assert self.budget is not None
         assert self.cold is not None
+        budget, storage = self.budget, self.cold
 
-        def cost(near: int, cold: int) -> float:
-            return near + cold_keys(self.cold or PLAIN, cold, image, widths[:2], widths[2])
+        def cost(in_full: int, quantized: int) -> float:
+            return in_full + quantized_cost(storage, quantized, images, widths[:2], widths[2])
 
         def room(text: int) -> float:
-            return self.budget * (counts.system + counts.image + text) - counts.system - text  # type: ignore[operator]
+            return budget * (counts.system + counts.image + text) - counts.system - text
 
         spare = room(counts.text + ANSWER)
-        if spare >= cost(0, image):
-            near = _most(image, lambda n: cost(n, image - n) <= spare)
-            return near, image - near, cost(near, image - near)
+        if spare >= cost(0, images):
+            in_full = _most(images, lambda n: cost(n, images - n) <= spare)
+            return in_full, images - in_full, cost(in_full, images - in_full)
         spare = room(self._least_text(counts))
-        cold = _most(image, lambda n: cost(0, n) <= spare)
-        return 0, cold, cost(0, cold)
+        quantized = _most(images, lambda n: cost(0, n) <= spare)
+        return 0, quantized, cost(0, quantized)
 
     def _least_text(self, counts: Counts) -> int:
-        """Text keys that are held under a budget with a cold tier, come what may."""
+        """Text keys that are always held under a budget with a quantised tier.
+
+        `TEXT_FLOOR`, but at most half of what the budget leaves of the prompt beside system keys,
+        so that a small budget does not go to text alone.
+        """
         left = (self.budget or 1.0) * (counts.system + counts.image) - counts.system
         return max(min(TEXT_FLOOR, int(left / 2)), 1)
 
     def _texts(self, measure: Measure, text: Tensor, kept: list[int]) -> Tensor:
-        """Text keys to keep: the newest, and the best-scored of the others."""
+        """Text keys to keep: the newest, and the best-scored of the others.
+
+        Args:
+            measure: of the layer.
+            text: (batch, heads, keys) bool.
+            kept: how many to keep, per row.
+        """
         if measure.extra is None or kept == sizes(text):
             return members(text, max(kept, default=0))
         scores = measure.extra.masked_fill(~text, -torch.inf)

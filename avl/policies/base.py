@@ -1,153 +1,31 @@
-"""What a policy is asked, and what it may look at.
+"""What a policy is asked, and what it answers.
 
 A policy is a frozen dataclass that decides; it never touches a cache or a model. After a prompt has
-passed a layer it is shown that layer once (`Prompt`), measures what it needs (`measure`), and says
-which keys to hold (`choose`). While decoding it answers with plain numbers: how many keys a row may
-hold (`limit`), how many of the newest are safe (`recent`), whether this step attends to everything
-held (`whole`). Everything physical (buffers, masks, rows of unequal length) is the business of
-buffer.py, prefill_step.py and decode_step.py, so that a policy stays about as long as its formula.
+passed a layer the policy is shown that layer once (`Prompt`, in prompt.py), measures what it needs
+(`measure`), and says which keys to hold (`choose`). While decoding it answers with plain numbers,
+above all how many keys a row may hold (`limit`). Buffers, masks and rows of unequal length are
+handled by buffer.py, prefill_step.py and decode_step.py, so that a policy stays about as long as
+its formula.
 
-Order of a layer's keys: `cold` (kept cheaply, attended only at whole steps), `far` (held, attended
-only at whole steps), `core`, then `rest`. Most policies know only `rest`.
+`Policy` is all that most baselines need. `CoredPolicy` adds what a policy is asked that attends to
+some of its keys at some steps only, as A-VL does.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from avl.attention import AttentionCall, attention_weights
+from avl.policies.prompt import Counts, Prompt
 from avl.selection import members
 from avl.tokens import Modality
 
 PROTECTED = float("inf")
 """Score of a key that is never dropped."""
-
-_BLOCK = 64  # query rows whose weights are in memory at once
-
-
-@dataclass(frozen=True)
-class Counts:
-    """True tokens of one row of the batch, padding excluded, generated tokens (text) included.
-
-    Attributes:
-        system, image, text: tokens of each modality.
-        tail: length of the run of text tokens at the end.
-    """
-
-    system: int
-    image: int
-    text: int
-    tail: int
-
-    @property
-    def tokens(self) -> int:
-        return self.system + self.image + self.text
-
-
-class Prompt:
-    """One layer's attention over a prompt (or a later turn), as shown to a policy.
-
-    Attributes:
-        layer: index of the decoder layer.
-        layers: number of layers the policy acts on.
-        positions: (batch, heads, keys) sequence index of each key, -1 where there is none; heads is
-            1 while all key/value heads hold the same keys.
-        modality: same shape, int8 codes of `Modality`.
-        places: same shape, number of each key among its row's true tokens, from 0; 0 where there is
-            none.
-        rows: (batch, rows) sequence index of each query row, -1 where it is no token.
-        row_modality: (batch, rows) of the query rows.
-        counts: true tokens of each row of the batch.
-        held: (batch, key/value heads, keys) scores so far of keys held from earlier turns, 0 for
-            new ones; or None.
-    """
-
-    def __init__(
-        self,
-        call: AttentionCall,
-        layers: int,
-        positions: Tensor,
-        modality: Tensor,
-        places: Tensor,
-        rows: Tensor,
-        row_modality: Tensor,
-        counts: Sequence[Counts],
-        held: Tensor | None,
-    ) -> None:
-        self._call = call
-        self.layer = call.layer
-        self.layers = layers
-        self.positions = positions
-        self.modality = modality
-        self.places = places
-        self.rows = rows
-        self.row_modality = row_modality
-        self.counts = counts
-        self.held = held
-
-    @property
-    def keys(self) -> Tensor:
-        """(batch, key/value heads, keys, width)."""
-        return self._call.key
-
-    @property
-    def values(self) -> Tensor:
-        """(batch, key/value heads, keys, width)."""
-        return self._call.value
-
-    @property
-    def widths(self) -> tuple[int, int, int]:
-        """Key width, value width, and bytes of a number."""
-        return self._call.key.shape[3], self._call.value.shape[3], self._call.key.element_size()
-
-    def last_row(self) -> Tensor:
-        """Softmax weights of the last query row, (batch, query heads, keys) float32."""
-        rows = self._call.query.shape[2]
-        return attention_weights(self._call, slice(rows - 1, rows))[:, :, 0]
-
-    def weights(self, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Softmax weights of the blocks of query rows that contain any of `rows`, (batch, rows)
-        bool.
-
-        Yields: The block and its weights, (batch, query heads, block, keys) float32. Under a purely
-            causal mask, keys behind the block are left out.
-        """
-        call, wanted = self._call, rows.any(0).tolist()
-        for start in range(0, len(wanted), _BLOCK):
-            stop = min(start + _BLOCK, len(wanted))
-            if any(wanted[start:stop]):
-                seen = stop if call.causal else call.key.shape[2]
-                yield slice(start, stop), attention_weights(call, slice(start, stop), seen)
-
-    def row_sums(self, rows: Tensor) -> Tensor:
-        """Softmax weights summed over some query rows and over the query heads that share a
-        key/value head.
-
-        Args:
-            rows: (batch, rows) bool, which query rows to sum.
-
-        Returns:
-            (batch, key/value heads, keys) float32.
-        """
-        batch, heads, keys, _ = self._call.key.shape
-        total = torch.zeros(batch, heads, keys, device=self._call.key.device)
-        for block, weights in self.weights(rows):
-            summed = weights.mul_(rows[:, None, block, None]).sum(2)
-            total[..., : weights.shape[3]] += summed.view(batch, heads, self._call.groups, -1).sum(
-                2
-            )
-        return total
-
-    def newest(self, count: int) -> Tensor:
-        """(batch, rows) bool: the last `count` query rows that are tokens."""
-        token = self.row_modality != Modality.PADDING
-        return token & (token.flip(1).cumsum(1).flip(1) <= count)
 
 
 @dataclass(eq=False)
@@ -155,7 +33,9 @@ class Measure:
     """What a policy keeps of a `Prompt` until it chooses.
 
     Attributes:
-        layer, positions, modality: as in `Prompt`.
+        layer: index of the decoder layer.
+        positions: (batch, heads, keys) sequence index of each key, as in `Prompt`.
+        modality: (batch, heads, keys) codes of `Modality`, as in `Prompt`.
         scores: (batch, heads, keys), higher = more important.
         extra: whatever else the policy needs.
         widths: key width, value width and bytes of a number, of the keys as the model makes them.
@@ -175,58 +55,116 @@ class Measure:
 
 @dataclass(eq=False)
 class Choice:
-    """Which keys of a layer to hold; indices into its keys, (batch, heads, n), -1 for nothing (in
-    front).
+    """Which keys of a layer to hold: index sets (batch, heads, n) into its keys, -1 for nothing.
+
+    Entries that are -1 stand in front. Most policies need `always_attended` alone, with `scores`,
+    `evictable` and `budget_share` where keys are dropped while decoding.
 
     Attributes:
-        far, core: image keys that take turns, or None; heads is 1 where all key/value heads share
-            them.
-        cold: image keys that go to a `ColdTier` of this `kind`, or None.
-        rest: sets of keys that are attended at every step.
-        scores: (batch, heads, keys) what the rest's keys are worth when one must go, `PROTECTED`
-            for never; None if nothing is ever dropped while decoding.
-        worth: (batch, 1, keys) what keys in `far` are worth, if the policy drops some of them
-            later; else None.
-        evictable: number of keys in `rest` that may be dropped later, per row.
-        share: what `limit` is given for each row; 1.0 if left out.
-        few: image keys a sparse whole step attends to, per row; see `Policy.sparse`.
-        reference: (batch, heads, keys) importance of image keys now, if the policy wants to be
-            asked about drift.
+        always_attended: sets of keys that are attended at every step.
+        secondary: image keys that are attended at refresh steps only, or None.
+        core: image keys that are attended at every step until the next refresh, or None.
+        quantized: keys that go to a `QuantizedTier`, or None; attended at refresh steps.
+        storage: how that tier stores them: 8, 4 or 2 bits, 16 (as they are) or "host".
+        scores: (batch, heads, keys) worth of the keys in `always_attended` when one must go,
+            `PROTECTED` for never; None if nothing is dropped while decoding.
+        secondary_scores: (batch, 1, keys) worth of the keys in `secondary`, if the policy drops
+            some of them later; else None.
+        evictable: number of keys in `always_attended` that may be dropped later, per row.
+        budget_share: what `Policy.limit` is given for each row; 1.0 if left out.
+        sparse_budget: image keys that a sparse refresh attends to, per row; see
+            `CoredPolicy.sparse`.
+        core_scores: (batch, 1, keys) importance of image keys now, if the policy wants to be asked
+            about drift.
     """
 
-    rest: Sequence[Tensor]
-    far: Tensor | None = None
+    always_attended: Sequence[Tensor]
+    secondary: Tensor | None = None
     core: Tensor | None = None
+    quantized: Tensor | None = None
+    storage: int | str = 16
     scores: Tensor | None = None
-    worth: Tensor | None = None
+    secondary_scores: Tensor | None = None
     evictable: Sequence[int] = ()
-    share: Sequence[float] = ()
-    cold: Tensor | None = None
-    kind: int | str = 16
-    few: Sequence[int] = ()
-    reference: Tensor | None = None
+    budget_share: Sequence[float] = ()
+    sparse_budget: Sequence[int] = ()
+    core_scores: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Policy(ABC):
-    """Base of all policies; the methods below describe one that changes nothing."""
+    """Base of all policies. A subclass must say `measure` and `choose`, and usually `limit`.
 
+    The other members have defaults that change nothing. A policy that is to be named on the command
+    line and drawn in figures also sets the three class attributes below.
+    """
+
+    name: ClassVar[str] = ""
+    """Name on the command line; empty: the policy cannot be named there."""
+    label: ClassVar[str] = ""
+    """Name in figures, tables and the dashboard; empty: the name of the class."""
+    color_slot: ClassVar[int] = 0
+    """Number of the palette's style in figures (colour, dash and marker)."""
     deferred: ClassVar[bool] = False
-    """Whether `choices` needs the measures of all layers (the whole prompt's keys stay in memory
-    until then).
+    """Whether `choices` needs the measures of all layers; the whole prompt's keys stay in memory
+    until then.
     """
     evicts_text_only: ClassVar[bool] = False
-    """Whether `limit` and `recent` are about text keys rather than all keys in `rest`."""
+    """Whether `limit` and `recent` count text keys only, not all keys in `always_attended`."""
+
+    @abstractmethod
+    def measure(self, prompt: Prompt) -> Measure:
+        """Look at one layer after its attention over a prompt."""
+
+    @abstractmethod
+    def choose(self, measure: Measure, counts: Sequence[Counts]) -> Choice:
+        """Say which keys of one layer to hold."""
+
+    def limit(self, counts: Counts, share: float) -> int | None:
+        """Most evictable keys a row may hold at this point; None: no limit.
+
+        Args:
+            counts: tokens of the row so far.
+            share: what `choose` gave for this row as `budget_share`.
+        """
+        return None
+
+    # Optional, for policies that need them.
+
+    def choices(self, measures: Sequence[Measure], counts: Sequence[Counts]) -> list[Choice]:
+        """Say which keys to hold in each of some layers: all of them if `deferred`, else one at a
+        time.
+        """
+        return [self.choose(measure, counts) for measure in measures]
 
     @property
     def accumulates(self) -> bool:
-        """Whether each step's softmax weights are added to the scores of the keys in `rest`."""
+        """Whether each step's softmax weights are added to the scores of the keys attended."""
         return False
 
     @property
     def per_head(self) -> bool:
         """Whether key/value heads of one layer may hold different keys."""
         return False
+
+    def recent(self, limit: int) -> int:
+        """How many of the newest evictable keys are safe."""
+        return 1
+
+    def arrival(self, position: int) -> float:
+        """Score a new key starts with."""
+        return 0.0
+
+    def rank(self, weights: Tensor) -> Tensor:
+        """Importance of keys from one query row's weights.
+
+        Args:
+            weights: (batch, query heads, keys).
+
+        Returns:
+            (batch, keys).
+        """
+        return weights.mean(1)
 
     @property
     def filter_layer(self) -> int | None:
@@ -239,77 +177,61 @@ class Policy(ABC):
         """How many image tokens of a row go on after `filter_layer`."""
         return counts.image
 
+
+@dataclass(frozen=True, kw_only=True)
+class CoredPolicy(Policy):
+    """A policy with a core: some image keys are attended at every step, others at refreshes only.
+
+    A layer's keys lie in the order quantised, secondary, core, always attended; a refresh step
+    attends to all of them, any other step to the last two.
+    """
+
     @property
     def rotates(self) -> bool:
-        """Whether there are steps that do not attend to all keys held, so that it matters which are
-        core.
-        """
+        """Whether there are steps that are no refresh, so that it matters which keys are core."""
         return True
 
     @property
     def sparse(self) -> bool:
-        """Whether a whole step ranks all image keys held, and attends to the `few` best of them
-        only.
+        """Whether a refresh ranks all image keys held but attends to the best `sparse_budget` of
+        them only.
         """
         return False
 
-    @abstractmethod
-    def measure(self, prompt: Prompt) -> Measure:
-        """Look at one layer after its attention over a prompt."""
-
-    @abstractmethod
-    def choose(self, measure: Measure, counts: Sequence[Counts]) -> Choice:
-        """Say which keys of one layer to hold."""
-
-    def choices(self, measures: Sequence[Measure], counts: Sequence[Counts]) -> list[Choice]:
-        """Say which keys to hold in each of some layers: all of them if `deferred`, else one at a
-        time.
-        """
-        return [self.choose(measure, counts) for measure in measures]
-
-    def whole(self, step: int) -> bool:
-        """Whether decode step `step` (1, 2, ...) attends to all keys held, and re-ranks them."""
+    def is_refresh(self, step: int) -> bool:
+        """Whether decode step `step` (1, 2, ...) attends to all keys held, and ranks them anew."""
         return True
 
-    def rank(self, weights: Tensor) -> Tensor:
-        """Importance of keys from one query row's weights, (batch, query heads, keys) -> (batch,
-        keys).
-        """
-        return weights.mean(1)
-
     def core_scores(self, weights: Tensor) -> Tensor:
-        """Importance of keys from a decode step's weights, (batch, key/value heads, groups, keys)
-        -> (batch, heads, keys), where heads is 1 if all key/value heads share one core.
+        """Importance of keys from a decode step's weights.
+
+        Args:
+            weights: (batch, key/value heads, query heads per key/value head, keys).
+
+        Returns:
+            (batch, 1, keys).
         """
         return self.rank(weights.flatten(1, 2))[:, None]
 
     def drifted(self, before: Tensor, now: Tensor) -> Tensor | None:
-        """(batch,) bool: rows whose core is outdated; None: none, the core is renewed by `whole`
+        """Rows whose core is outdated, (batch,) bool; None: the core is renewed by `is_refresh`
         alone.
 
         Args:
-            before, now: (batch, heads, core keys) importance of the core's keys when it was chosen
-                and at this step; 0 where a row has fewer.
+            before: (batch, 1, core keys) importance of the core's keys when it was chosen; 0 where
+                a row has fewer.
+            now: the same at this step.
         """
-        return None
-
-    def limit(self, counts: Counts, share: float) -> int | None:
-        """Most evictable keys a row may hold at this point; None: no limit."""
         return None
 
     def image_limit(self, counts: Counts, text: int) -> int | None:
-        """Most keys a row may hold in `far` and core together while it holds `text` evictable ones;
-        None: no limit.
+        """Most keys a row may hold in secondary and core together; None: no limit.
+
+        Args:
+            counts: tokens of the row so far.
+            text: evictable keys the row holds.
         """
         return None
-
-    def recent(self, limit: int) -> int:
-        """How many of the newest evictable keys are safe."""
-        return 1
-
-    def arrival(self, position: int) -> float:
-        """Score a new key starts with."""
-        return 0.0
 
 
 def all_keys(measure: Measure) -> Tensor:

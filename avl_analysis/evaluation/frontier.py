@@ -32,6 +32,7 @@ import torch
 
 import avl
 from avl import Policy
+from avl.policies.registry import PRESETS, policies
 from avl_analysis.corpus.batches import (
     Failure,
     batches_by_length,
@@ -44,7 +45,7 @@ from avl_analysis.corpus.scoring import correct
 from avl_analysis.corpus.sharded_run import lock_folder
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.generation import Run, decode_texts, generate
-from avl_analysis.evaluation.policy_files import POLICIES, PRESETS, with_budget
+from avl_analysis.evaluation.policy_files import with_budget
 from avl_analysis.files import write_text
 from avl_analysis.intervals import paired_difference, wilson
 from avl_analysis.models.loading import VLM, load_model
@@ -105,10 +106,10 @@ def entries(budgets: Sequence[float] = BUDGETS) -> list[Entry]:
     ]
     for name, preset in PRESETS.items():
         found += [
-            Entry(_shown(name), None, preset()),
-            *(Entry(_shown(name), b, preset(b)) for b in budgets),
+            Entry(_shown(name), None, preset.make()),
+            *(Entry(_shown(name), b, preset.make(b)) for b in budgets),
         ]
-    for name, kind in POLICIES.items():
+    for name, kind in policies().items():
         if kind is not avl.FullPolicy:
             found += [Entry(_shown(name), b, with_budget(kind, b)) for b in budgets]
     return found

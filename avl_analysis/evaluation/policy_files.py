@@ -7,13 +7,14 @@
     my.json                     what `save_policy` (or calibration) wrote
 
 A file names the class and the fields that differ from its defaults, and may carry the evidence they
-were chosen by. Only the policies listed in `POLICIES` can be named: a file never runs code.
+were chosen by. Only the policies that avl.policies.registry lists can be named: a file never runs
+code.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
@@ -21,24 +22,9 @@ from typing import Any
 
 import avl
 from avl import Policy
+from avl.policies.registry import PRESETS, policies
 from avl_analysis.errors import InputError
 from avl_analysis.files import write_text
-
-POLICIES: Mapping[str, type[Policy]] = {
-    "full": avl.FullPolicy,
-    "a-vl": avl.AdaptivePolicy,
-    "random": avl.RandomPolicy,
-    "stride": avl.StridePolicy,
-    "streaming": avl.StreamingPolicy,
-    "h2o": avl.H2OPolicy,
-    "snapkv": avl.SnapKVPolicy,
-    "fastv": avl.FastVPolicy,
-    "vl-cache": avl.VLCachePolicy,
-}
-"""Name on the command line -> policy."""
-
-PRESETS: Mapping[str, Callable[..., Policy]] = {"a-vl-cold": avl.AdaptivePolicy.with_cold_tier}
-"""Name on the command line -> what makes the policy, alone or from a budget."""
 
 FORMAT, VERSION = "avl-policy", 1
 
@@ -54,8 +40,8 @@ def named_policy(text: str) -> Policy:
         return load_policy(text)
     head, *settings = [part.strip() for part in text.split(",")]
     name, _, budget = head.partition(":")
-    if name not in POLICIES and name not in PRESETS:
-        names = ", ".join([*POLICIES, *PRESETS])
+    if name not in policies() and name not in PRESETS:
+        names = ", ".join([*policies(), *PRESETS])
         raise InputError(f"unknown policy {name!r}: choose from {names}, or name a .json file")
     values = {}
     for setting in settings:
@@ -67,13 +53,13 @@ def named_policy(text: str) -> Policy:
         values[key.strip()] = _value(value.strip())
     share = _number(budget, text) if budget else None
     return changed(
-        _preset(name, share) if name in PRESETS else _plain(POLICIES[name], share), values
+        _preset(name, share) if name in PRESETS else _plain(policies()[name], share), values
     )
 
 
 def _preset(name: str, budget: float | None) -> Policy:
     try:
-        return PRESETS[name](budget)
+        return PRESETS[name].make(budget)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
 
@@ -121,11 +107,12 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
     """Class and fields of a policy that differ from its defaults.
 
     Raises:
-        InputError: a policy that is not one of `POLICIES`.
+        InputError: a policy that cannot be named.
     """
-    if type(policy) not in POLICIES.values():
+    if type(policy) not in policies().values():
         raise InputError(
-            f"{type(policy).__name__} cannot be written to a file; these can: {', '.join(POLICIES)}"
+            f"{type(policy).__name__} cannot be written to a file; these can:"
+            f" {', '.join(policies())}"
         )
     plain = {field.name: getattr(policy, field.name) for field in fields(policy)}
     default = type(policy)()
@@ -139,7 +126,7 @@ def policy_from_json(content: Any, source: str = "this content") -> Policy:
     Raises:
         InputError: anything else; `source` is named in the message.
     """
-    classes = {kind.__name__: kind for kind in POLICIES.values()}
+    classes = {kind.__name__: kind for kind in policies().values()}
     if not isinstance(content, dict) or not isinstance(content.get("fields", {}), dict):
         raise InputError(
             f"{source} does not describe a policy: an object with 'policy' and 'fields' is needed"
@@ -164,7 +151,7 @@ def save_policy(
     """Write a policy, and what it was chosen by, as JSON.
 
     Raises:
-        InputError: a policy that is not one of `POLICIES`, or a file that cannot be written.
+        InputError: a policy that cannot be named, or a file that cannot be written.
     """
     content: dict[str, Any] = {"format": FORMAT, "version": VERSION, **policy_to_json(policy)}
     if evidence is not None:

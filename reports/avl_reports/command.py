@@ -185,15 +185,16 @@ def compare_policies(vlm: VLM, per_task: int) -> Comparison:
     with a bar.
     """
     import avl
+    from avl.policies import registry
     from avl_analysis.corpus.questions import scene_samples
     from avl_analysis.evaluation.compare import compare
-    from avl_analysis.evaluation.policy_files import POLICIES, with_budget
+    from avl_analysis.evaluation.policy_files import with_budget
 
     policies: dict[str, avl.Policy] = {
         "full": avl.FullPolicy(),
         "A-VL (paper)": avl.AdaptivePolicy(),
     }
-    for name, kind in POLICIES.items():
+    for name, kind in registry.policies().items():
         if kind is not avl.FullPolicy:
             policies |= {f"{name}:{budget:g}": with_budget(kind, budget) for budget in BUDGETS}
     with progress("comparing policies", unit="answers") as advance:

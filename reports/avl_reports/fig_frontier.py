@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from avl.policies.registry import label_of
 from avl_analysis.figures import Axis, Figure, Heat, Panel, Points, Rule, Scatter
 from avl_analysis.intervals import Estimate
 from avl_reports.findings import Finding, Interval, judge
 from avl_reports.frontiers import Frontier, Point
-from avl_reports.policy_numbers import FAMILIES, LOSS
+from avl_reports.policy_numbers import LOSS, PAPER, color_slot
 from avl_reports.run import Run, Section
 from avl_reports.script import run_script
 from avl_reports.shapes import share
@@ -16,18 +17,10 @@ from avl_reports.shapes import share
 QUESTION = "How much accuracy does each policy keep for the bytes it holds?"
 _OURS, _FULL, _RANDOM = "A-VL", "full", "random"
 _OWN = (
-    ("A-VL (paper)", "A-VL keeps the answers right with the paper's settings"),
+    (PAPER, "A-VL keeps the answers right with the paper's settings"),
     ("A-VL cold", "A-VL keeps the answers right with minor image keys kept in few bits"),
 )
 """What is asked with settings of its own, and the choice it stands for."""
-_NAMES = {
-    "full": "full cache",
-    "streaming": "StreamingLLM",
-    "h2o": "H2O",
-    "snapkv": "SnapKV",
-    "fastv": "FastV",
-    "vl-cache": "VL-Cache",
-}
 _SHOWN = 3
 """Tasks that get a panel of their own: those on which policies differ most."""
 
@@ -134,9 +127,9 @@ def _scatter(frontier: Frontier, tasks: list[str] | None, title: str) -> Scatter
             np.array([getattr(one, end) for one in found]) for end in ("mean", "low", "high")
         )
         x = np.array([frontier.bytes(point, tasks) for point in points])
-        family = _NAMES.get(name, name)
-        slot = FAMILIES.index(family) if family in FAMILIES else 0
-        series.append(Points(family, x, y, low, high, slot=slot, joined=len(points) > 1))
+        label = label_of(name)
+        slot = color_slot(label)
+        series.append(Points(label, x, y, low, high, slot=slot, joined=len(points) > 1))
     return Scatter(
         size, share("right answers"), tuple(series), (Rule(full, "full cache", "y"),), title=title
     )
@@ -175,7 +168,7 @@ def _telling(frontier: Frontier) -> list[str]:
 
 def _label(point: Point, frontier: Frontier) -> str:
     """A policy's name; with its own settings where it was asked with budgets too."""
-    name = _NAMES.get(point[0], point[0])
+    name = label_of(point[0])
     several = any(other != point and other[0] == point[0] for other in frontier.points)
     return f"{name}, own settings" if several and point[1] is None else name
 

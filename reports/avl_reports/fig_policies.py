@@ -6,11 +6,12 @@ import json
 
 import numpy as np
 
+from avl.policies.registry import label_of_class
 from avl_analysis.evaluation.comparison import Comparison
 from avl_analysis.figures import Axis, Figure, Heat, Panel, Points, Rule, Scatter
 from avl_analysis.intervals import Estimate
 from avl_reports.findings import Finding, Interval, judge
-from avl_reports.policy_numbers import FAMILIES, LOSS
+from avl_reports.policy_numbers import LOSS, color_slot
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
 from avl_reports.shapes import share
@@ -18,17 +19,6 @@ from avl_reports.shapes import share
 QUESTION = "What do policies lose, and what do they save?"
 SAVED = 0.75
 """Share of the full cache's bytes below which a policy saves something worth the trouble."""
-_NAMES = {
-    "FullPolicy": "full cache",
-    "AdaptivePolicy": "A-VL",
-    "RandomPolicy": "random",
-    "StridePolicy": "stride",
-    "StreamingPolicy": "StreamingLLM",
-    "H2OPolicy": "H2O",
-    "SnapKVPolicy": "SnapKV",
-    "FastVPolicy": "FastV",
-    "VLCachePolicy": "VL-Cache",
-}
 _COLUMNS = (
     ("kv_filled_share", "bytes in use / full", 100.0, " %"),
     ("keys_attended", "keys read per step", 1.0, ""),
@@ -138,17 +128,17 @@ def family(compared: Comparison, name: str) -> str:
     """What kind of policy a name of the comparison stands for."""
     described = json.loads(compared.dataset.attrs["policies"])[name]
     kind = described.partition("(")[0]
-    return _NAMES.get(kind, kind)
+    return label_of_class(kind)
 
 
 def _frontiers(compared: Comparison, metric: str) -> tuple[Points, ...]:
     """One series per kind of policy, its settings joined by bytes."""
     kinds = sorted(
         {family(compared, name) for name in compared.policies if name != compared.reference},
-        key=lambda k: (FAMILIES.index(k) if k in FAMILIES else 99, k),
+        key=lambda kind: (color_slot(kind), kind),
     )
     series = []
-    for number, kind in enumerate(kinds):
+    for kind in kinds:
         names = [name for name in compared.policies if family(compared, name) == kind]
         held = np.array([compared.mean("kv_filled_share", name).mean for name in names])
         order = np.argsort(held)
@@ -157,7 +147,6 @@ def _frontiers(compared: Comparison, metric: str) -> tuple[Points, ...]:
             np.array([getattr(e, end) for e in found]) for end in ("mean", "low", "high")
         )
         known = bool(np.isfinite(low).all() and np.isfinite(high).all())
-        slot = FAMILIES.index(kind) if kind in FAMILIES else number
         series.append(
             Points(
                 kind,
@@ -165,7 +154,7 @@ def _frontiers(compared: Comparison, metric: str) -> tuple[Points, ...]:
                 y,
                 low if known else None,
                 high if known else None,
-                slot=slot,
+                slot=color_slot(kind),
                 joined=len(names) > 1,
             )
         )

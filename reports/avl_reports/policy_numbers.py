@@ -2,6 +2,10 @@
 AAAI 2025).
 """
 
+from __future__ import annotations
+
+from avl.policies.registry import color_slots
+
 SECONDARY = 0.5
 """S: share of image tokens held after prefill."""
 CORE = 0.3
@@ -18,21 +22,18 @@ number.
 """
 LOSS = -0.02
 """Change of accuracy that counts as none: two percentage points."""
-FAMILIES = (
-    "VL-Cache",
-    "A-VL",
-    "random",
-    "stride",
-    "StreamingLLM",
-    "H2O",
-    "SnapKV",
-    "FastV",
-    "A-VL cold",
-    "A-VL (paper)",
-)
-"""Names of policies in figures; their order is that of the palette's slots. The full cache is a
-line across.
-"""
+PAPER = "A-VL (paper)"
+"""Name of the paper's own setting in frontier files and figures, beside A-VL at some budget."""
+_PAPER_SLOT = 9
+
+
+def color_slot(label: str) -> int:
+    """Number of the palette's style for a policy in figures; unknown ones get the first.
+
+    Args:
+        label: what the policy is called in figures.
+    """
+    return {**color_slots(), PAPER: _PAPER_SLOT}.get(label, 0)
 
 
 def midway(chance: float) -> float:

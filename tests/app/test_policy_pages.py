@@ -15,7 +15,8 @@ pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
 from PIL import Image
 
 import avl
-from avl.policies import scores
+from avl.policies.registry import PRESETS
+from avl.policies.registry import policies as all_policies
 from avl_analysis import load_model
 from avl_analysis.evaluation import policy_files
 from avl_app import adaptive, policies
@@ -76,11 +77,11 @@ def test_differing_words_are_set_off_together() -> None:
 def test_every_policy_and_preset_of_the_command_line_is_offered() -> None:
     test = page(view="live", **ONE_WORD)
     offered = set(policies.rivals(ours=True)) | {"full"}
-    assert offered == {*policy_files.POLICIES, *policy_files.PRESETS}
+    assert offered == {*all_policies(), *PRESETS}
     assert len(test.pills(key="rivals").options) == len(offered) - 2
     for name in policies.rivals():
         assert policies.at_budget(name, 0.5) != avl.FullPolicy()
-    assert set(policy_files.PRESETS) <= set(adaptive.presets())
+    assert set(PRESETS) <= set(adaptive.presets())
 
 
 def test_a_preset_is_what_it_says_and_its_controls_show_it() -> None:
@@ -102,7 +103,6 @@ def test_a_preset_is_what_it_says_and_its_controls_show_it() -> None:
 def test_every_setting_of_a_vl_has_a_control() -> None:
     settings = {field.name for field in fields(avl.AdaptivePolicy)}
     assert settings == {*adaptive.PLAIN.values(), *adaptive.SWITCHED.values(), "prefill", "cold"}
-    assert set(adaptive.SCORES) == set(scores.KINDS)
     test = page(view="live", **ONE_WORD)
     known = {
         widget.key

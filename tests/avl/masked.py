@@ -18,16 +18,8 @@ from avl.tokens import Modality
 
 
 class MaskedAVL(Intervention):
-    def __init__(
-        self, secondary: float, core: float, every: int, text: float, own: bool = False
-    ) -> None:
-        self.secondary, self.core, self.every, self.text, self.own = (
-            secondary,
-            core,
-            every,
-            text,
-            own,
-        )
+    def __init__(self, secondary: float, core: float, every: int, text: float) -> None:
+        self.secondary, self.core, self.every, self.text = secondary, core, every, text
         self.images: dict[
             tuple[int, int, int], set[int]
         ] = {}  # (layer, row, head) -> held image positions
@@ -64,8 +56,7 @@ class MaskedAVL(Intervention):
         text = self._where(call.forward, row, Modality.TEXT)
         for head in range(call.key.shape[1]):
             group = weights[head * call.groups : (head + 1) * call.groups]
-            seen = group if self.own else weights
-            score = {p: float(seen[:, -1, p].mean()) for p in image}
+            score = {p: float(weights[:, -1, p].mean()) for p in image}
             ranked = sorted(image, key=lambda p: -score[p])
             self.images[call.layer, row, head] = set(ranked[: int(self.secondary * len(image))])
             self.cores[call.layer, row, head] = set(ranked[: int(self.core * len(image))])
@@ -76,10 +67,7 @@ class MaskedAVL(Intervention):
         for head in range(call.key.shape[1]):
             image = self.images[call.layer, row, head]
             if self.every and call.forward.step % self.every == 0:
-                seen = (
-                    weights[head * call.groups : (head + 1) * call.groups] if self.own else weights
-                )
-                score = {p: float(seen[:, 0, p].mean()) for p in image}
+                score = {p: float(weights[:, 0, p].mean()) for p in image}
                 count = len(self.cores[call.layer, row, head])
                 self.cores[call.layer, row, head] = set(
                     sorted(image, key=lambda p: -score[p])[:count]

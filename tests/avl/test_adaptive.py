@@ -44,7 +44,12 @@ def test_dropping_keys_gives_what_masking_them_gives(model: str, batch: str, rul
     inputs = tiny.inputs(vlm, **inputs)
     with masked_avl(vlm, **rule):
         tokens, logits = generate(vlm, inputs, 16)
-    policy = avl.AdaptivePolicy(rule["secondary"], rule["core"], rule["every"], rule["text"])
+    policy = avl.AdaptivePolicy(
+        secondary=rule["secondary"],
+        core=rule["core"],
+        refresh_every=rule["every"],
+        text=rule["text"],
+    )
     with avl.adaptive(vlm, policy):
         dropped, dropped_logits = generate(vlm, inputs, 16)
     assert torch.equal(tokens, dropped)
@@ -75,7 +80,9 @@ def test_every_row_of_a_padded_batch_equals_that_row_alone(
 def test_the_smallest_policy_still_works() -> None:
     vlm = tiny.llava()
     inputs = tiny.inputs(vlm, [30, 5])
-    with avl.adaptive(vlm, avl.AdaptivePolicy(0.05, 0.01, 1, 0.01)) as session:
+    with avl.adaptive(
+        vlm, avl.AdaptivePolicy(secondary=0.05, core=0.01, refresh_every=1, text=0.01)
+    ) as session:
         generate(vlm, inputs, 5)
     assert session.usage().steps[-1].held[0] == (3 + 0 + 20, 3 + 0 + 5 + 4)
 

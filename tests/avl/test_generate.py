@@ -27,7 +27,7 @@ def test_beam_search_that_drops_keys_equals_beam_search_that_masks_them() -> Non
     # scores
     model = tiny.llava(kv_heads=2, grid=5)
     together, alone = rows_alone(model, [30, 22])
-    policy = avl.AdaptivePolicy(0.5, 0.3, 2, 0.4)
+    policy = avl.AdaptivePolicy(secondary=0.5, core=0.3, refresh_every=2, text=0.4)
     with avl.adaptive(model, policy):
         out = model.generate(
             **together,

@@ -24,7 +24,12 @@ from tests.avl.masked import MaskedAVL
 from tests.avl.test_odd_attention import TEXTS, llava_over
 
 RULES: dict[str, Any] = {"secondary": 0.5, "core": 0.2, "every": 3, "text": 0.3}
-POLICY = avl.AdaptivePolicy(RULES["secondary"], RULES["core"], RULES["every"], RULES["text"])
+POLICY = avl.AdaptivePolicy(
+    secondary=RULES["secondary"],
+    core=RULES["core"],
+    refresh_every=RULES["every"],
+    text=RULES["text"],
+)
 STEPS = 14
 
 LLAVA = {

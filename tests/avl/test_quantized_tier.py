@@ -9,7 +9,7 @@ from torch import Tensor
 
 import avl
 from avl import quantized_tier
-from avl.quantized_tier import KEY_GROUP, ColdTier
+from avl.quantized_tier import KEY_GROUP, QuantizedTier
 from tests import tiny
 from tests.avl.generating import check_rows_alone, difference, generate, rows_alone
 from tests.avl.masked import masked_avl
@@ -21,7 +21,7 @@ UNEVEN: dict[str, Any] = {"batch": [25, 50, 40, 8], "images": [1, 0, 2, 3], "bet
 
 def tier(
     bits: int | str, tokens: int = 300, width: int = 24, **changes: Any
-) -> tuple[ColdTier, Tensor, Tensor]:
+) -> tuple[QuantizedTier, Tensor, Tensor]:
     """A tier of two rows and heads with all of some keys, and these keys; channels differ in size
     and offset.
     """
@@ -34,7 +34,7 @@ def tier(
     positions = torch.arange(5, 5 + tokens).expand(2, 1, -1)
     chosen = torch.arange(tokens).expand(2, 1, -1)
     return (
-        ColdTier.hold(
+        QuantizedTier.hold(
             bits, keys, values, positions, changes.get("chosen", chosen), [chosen[..., :0]]
         ),
         keys,
@@ -75,15 +75,14 @@ def test_a_key_that_leaves_and_comes_back_is_stored_as_it_was(bits: int | str) -
     held, _, _ = tier(bits)
     before = [tensor.clone() for tensor in held.tensors()]
     slots, back = torch.tensor([3, 200, 299]), torch.tensor([299, 3, 200])
-    head = slice(None)
-    keys, values = held.take(1, head, slots)
-    positions = held.positions[1, head][:, slots]
-    held.put(1, head, back, keys, values, positions)
-    moved = held.take(1, head, back)
+    keys, values = held.take(1, slots)
+    positions = held.positions[1][:, slots]
+    held.put(1, back, keys, values, positions)
+    moved = held.take(1, back)
     assert torch.equal(moved[0], keys)
     assert torch.equal(moved[1], values)
     assert torch.equal(held.positions[1, 0, back], positions[0])
-    held.put(1, head, slots, keys, values, positions)
+    held.put(1, slots, keys, values, positions)
     for old, new in zip(before, held.tensors(), strict=True):
         assert torch.equal(old, new)
 
@@ -93,7 +92,7 @@ def test_constant_channels_and_empty_slots_are_read_as_finite_numbers() -> None:
         :, None
     ]
     keys, values = torch.full((2, 2, 40, 8), 7.0), torch.zeros(2, 2, 40, 8)
-    held = ColdTier.hold(4, keys, values, torch.arange(40).expand(2, 1, -1), chosen, [])
+    held = QuantizedTier.hold(4, keys, values, torch.arange(40).expand(2, 1, -1), chosen, [])
     read_keys, read_values = held.read()
     assert held.held() == [40, 5]
     assert bool(
@@ -104,10 +103,14 @@ def test_constant_channels_and_empty_slots_are_read_as_finite_numbers() -> None:
 KEEPING = {
     "all in the tier": Policy.with_cold_tier(cold=16),
     "all in host memory": Policy.with_cold_tier(cold="host"),
-    "some in full": Policy(0.3, None, 3, None, cold=16),
-    "core, but every step reads all": Policy(0.3, 0.2, 1, None, cold=16),
+    "some in full": Policy(secondary=0.3, core=None, refresh_every=3, text=None, cold=16),
+    "core, but every step reads all": Policy(
+        secondary=0.3, core=0.2, refresh_every=1, text=None, cold=16
+    ),
     "budget of everything": Policy.with_cold_tier(1.0),
-    "drift at every step": Policy(0.3, 0.2, 3, None, cold=16, drift=1.0),
+    "drift at every step": Policy(
+        secondary=0.3, core=0.2, refresh_every=3, text=None, cold=16, drift=1.0
+    ),
 }
 
 
@@ -140,7 +143,9 @@ def test_a_tier_that_loses_nothing_takes_part_in_every_refresh(
     inputs = tiny.inputs(model, **batch)
     with masked_avl(model, secondary=1.0, core=0.3, every=3, text=0.4):
         tokens, logits = generate(model, inputs, 16)
-    with avl.adaptive(model, Policy(secondary, 0.3, 3, 0.4, cold=16)):
+    with avl.adaptive(
+        model, Policy(secondary=secondary, core=0.3, refresh_every=3, text=0.4, cold=16)
+    ):
         kept, kept_logits = generate(model, inputs, 16)
     assert torch.equal(tokens, kept)
     assert difference(logits, kept_logits) < 1e-4
@@ -173,10 +178,15 @@ def test_fewer_bits_change_more_and_eight_change_little() -> None:
 
 COLD = {
     "preset": Policy.with_cold_tier(),
-    "two bits, core and refreshes": Policy(0.4, 0.2, 2, 0.4, cold=2),
-    "eight bits, sparse": Policy(0.2, 0.1, 2, None, cold=8, sparse_refresh=True),
-    "four bits, drift": Policy(0.4, 0.2, 3, None, cold=4, drift=0.9),
-    "a core per head": Policy(0.4, 0.2, 2, None, cold=4, own_cores=True),
+    "two bits, core and refreshes": Policy(
+        secondary=0.4, core=0.2, refresh_every=2, text=0.4, cold=2
+    ),
+    "eight bits, sparse": Policy(
+        secondary=0.2, core=0.1, refresh_every=2, text=None, cold=8, sparse_refresh=True
+    ),
+    "four bits, drift": Policy(
+        secondary=0.4, core=0.2, refresh_every=3, text=None, cold=4, drift=0.9
+    ),
     "budget 0.5": Policy.with_cold_tier(0.5),
     "budget 0.25": Policy.with_cold_tier(0.25),
     "prefill filter": Policy.with_cold_tier(prefill=0.6, prefill_layer=1),
@@ -218,15 +228,16 @@ def test_bytes_are_those_of_the_real_tensors(name: str) -> None:
         )
         usage = session.usage()
     layers = out.past_key_values.layers
-    stored = [t for layer in layers if layer.cold is not None for t in layer.cold.tensors()]
+    buffers = [layer.buffer for layer in layers]
+    stored = [t for b in buffers if b.quantized is not None for t in b.quantized.tensors()]
     assert stored
     assert usage.allocated == sum(
         t.nbytes for layer in layers for t in (layer.keys, layer.values)
     ) + sum(t.nbytes for t in stored)
     near = sum(
-        t[:, :, layer.front : layer.filled].nbytes
-        for layer in layers
-        for t in (layer.keys, layer.values)
+        t[:, :, buffer.first_used_slot : buffer.filled].nbytes
+        for buffer in buffers
+        for t in (buffer.keys, buffer.values)
     )
     assert usage.filled == near + sum(t.nbytes for t in stored)
     assert usage.host == 0
@@ -255,7 +266,7 @@ def test_what_a_tier_costs_is_known_before_it_is_made() -> None:
         held, keys, values = tier(bits, 150, chosen=torch.arange(100).expand(2, 1, -1))
         full = (keys[:, :, :1].nbytes + values[:, :, :1].nbytes) / 4
         image = 100 if bits != 16 else 150
-        expected = quantized_tier.cold_keys(bits, 100, image, (24, 64), 4)
+        expected = quantized_tier.quantized_cost(bits, 100, image, (24, 64), 4)
         assert held.nbytes(host=False) / 4 == pytest.approx(expected * full)
 
 
@@ -274,7 +285,9 @@ def test_a_budget_with_a_cold_tier_is_kept_at_every_step(budget: float, steps: i
 def test_states_tell_what_is_cold_and_what_is_attended() -> None:
     model = tiny.llava(grid=6)
     inputs = tiny.inputs(model, [12])
-    with avl.adaptive(model, Policy(0.25, 0.25, 3, None, cold=4)) as session:
+    with avl.adaptive(
+        model, Policy(secondary=0.25, core=0.25, refresh_every=3, text=None, cold=4)
+    ) as session:
         generate(model, inputs, 5)
     for layer in (0, 1):
         for step in range(5):

@@ -14,6 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 import avl
 from avl import segments
+from avl.buffer import KeyBuffer
 from avl.cache import AdaptiveLayer
 from avl.policies import adaptive as rules
 
@@ -109,19 +110,19 @@ def _no_accumulation(self: avl.AdaptivePolicy) -> bool:
 
 
 def _held_length(self: AdaptiveLayer) -> int:
-    return self.filled
+    return self.filled_buffer.filled if self.buffer else 0
 
 
-def _worst_core(layer: AdaptiveLayer, scores: torch.Tensor, rows: Any = None) -> None:
-    _recore(layer, -scores, rows)
+def _worst_core(buffer: KeyBuffer, scores: torch.Tensor, rows: Any = None) -> None:
+    _refresh_core(buffer, -scores, rows)
 
 
-_recore = segments.recore
+_refresh_core = segments.refresh_core
 
 MUTATIONS: dict[str, tuple[str, Any, str, Any]] = {
     "heavy share 0.5 instead of 0.7": ("text", rules, "HEAVY_SHARE", 0.5),
     "no floor under the text budget": ("vision_text", rules, "TEXT_FLOOR", 1),
-    "refresh one step late": ("vision", avl.AdaptivePolicy, "whole", _whole_one_step_late),
+    "refresh one step late": ("vision", avl.AdaptivePolicy, "is_refresh", _whole_one_step_late),
     "largest head instead of the mean": (
         "vision_no_refresh",
         avl.AdaptivePolicy,
@@ -140,7 +141,7 @@ MUTATIONS: dict[str, tuple[str, Any, str, Any]] = {
         "accumulates",
         property(_no_accumulation),
     ),
-    "a refresh keeps the worst": ("prefill_vision", segments, "recore", _worst_core),
+    "a refresh keeps the worst": ("prefill_vision", segments, "refresh_core", _worst_core),
 }
 
 

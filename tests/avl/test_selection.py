@@ -2,7 +2,7 @@
 
 import torch
 
-from avl.policies.budget import _proportional
+from avl.policies.vl_cache import proportional_shares
 from avl.selection import best, between, members, newest_and_best
 
 NOTHING = -1
@@ -41,10 +41,10 @@ def test_newest_goes_by_position_and_not_by_place() -> None:
 
 def test_shares_are_proportional_bounded_and_have_the_budget_as_mean() -> None:
     density = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.0001, 0.0001, 0.9, 0.0999]]).T
-    even = _proportional(density, 0.25)
+    even = proportional_shares(density, 0.25)
     assert torch.allclose(even[:, 0], torch.tensor([0.1, 0.2, 0.3, 0.4]))
     for budget in (0.02, 0.3, 0.6, 0.95, 1.0):
-        shares = _proportional(density, budget)
+        shares = proportional_shares(density, budget)
         assert torch.allclose(shares.mean(0), torch.tensor([budget, budget]), atol=1e-5)
         assert float(shares.min()) >= 0.01 - 1e-6
         assert float(shares.max()) <= 1.0

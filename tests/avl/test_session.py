@@ -27,11 +27,10 @@ def test_bytes_of_a_session_are_the_bytes_of_its_tensors() -> None:
     layers = out.past_key_values.layers
     assert all(isinstance(layer, AdaptiveLayer) for layer in layers)
     assert usage.allocated == sum(t.nbytes for layer in layers for t in (layer.keys, layer.values))
-    assert usage.bookkeeping == sum(
-        t.nbytes for layer in layers for t in (layer.positions, layer.scores)
-    )
+    buffers = [layer.buffer for layer in layers]
+    assert usage.bookkeeping == sum(t.nbytes for b in buffers for t in (b.positions, b.scores))
     assert usage.filled == sum(
-        t[:, :, : layer.filled].nbytes for layer in layers for t in (layer.keys, layer.values)
+        t[:, :, : b.filled].nbytes for b in buffers for t in (b.keys, b.values)
     )
     assert usage.full == 2 * 2 * usage.steps[-1].seen * 2 * 16 * 2 * 4
     assert usage.peak >= max(step.allocated for step in usage.steps)
@@ -177,7 +176,7 @@ def test_selection_follows_text_that_is_dropped() -> None:
     for index, layer in enumerate(out.past_key_values.layers):
         state = session.selection.state(index)[0]
         for head in range(2):
-            positions = layer.positions[0, head, : layer.filled]
+            positions = layer.buffer.positions[0, head, : layer.buffer.filled]
             held = (state[head] > avl.State.MINOR).nonzero()[:, 0].tolist()
             assert held == sorted(positions[positions >= 0].tolist())
 
@@ -192,13 +191,13 @@ def test_selection_follows_beams() -> None:
             do_sample=False,
             return_dict_in_generate=True,
         )
-    # the last step's reordering came after its pass: it is in the cache, and not yet in the diary
+    # the last step's reordering came after its pass: the selection does not know it yet
     layer = out.past_key_values.layers[0]
     state = session.selection.state(0)
     rows = layer.conversation.moved
     state = state[rows] if rows is not None else state
     for row in range(6):
-        positions = layer.positions[row, 0, : layer.filled]
+        positions = layer.buffer.positions[row, 0, : layer.buffer.filled]
         held = (state[row, 0] > avl.State.MINOR).nonzero()[:, 0].tolist()
         assert held == sorted(positions[positions >= 0].tolist())
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from avl.quantized_tier import BITS, ColdTier
+from avl.quantized_tier import BITS, QuantizedTier
 
 HEADS, TOKENS, WIDTH = 32, 2880, 128
 
@@ -50,8 +50,8 @@ def main() -> None:
 
             def store(
                 bits: int = bits, k: torch.Tensor = keys, v: torch.Tensor = values
-            ) -> ColdTier:
-                return ColdTier.hold(bits, k, v, index, index, [])
+            ) -> QuantizedTier:
+                return QuantizedTier.hold(bits, k, v, index, index, [])
 
             tier = store()
             share = tier.nbytes(host=False) / (keys.nbytes + values.nbytes)

@@ -29,8 +29,6 @@ from avl_analysis.evaluation.frontier import Entry, read, run_unit, summarise, w
 from avl_analysis.models.loading import load_model
 from avl_analysis.scenes import TASKS
 
-SCORES = ("question", "max", "sink", "position", "value", "diverse")
-
 
 def options() -> dict[str, avl.Policy]:
     """Policies by name. Text is never dropped but in the first two, so that each option is seen
@@ -43,24 +41,27 @@ def options() -> dict[str, avl.Policy]:
         "paper": AdaptivePolicy(),
         "paper without text rule": vision,
         "refresh every step": AdaptivePolicy(text=None, refresh_every=1),
-        "everything secondary": AdaptivePolicy(1.0, 0.3, 3, None),
+        "everything secondary": AdaptivePolicy(secondary=1.0, core=0.3, refresh_every=3, text=None),
     }
     for threshold in (0.5, 0.7, 0.9):
         found[f"drift {threshold:g}"] = AdaptivePolicy(text=None, drift=threshold)
-    found["drift 0.9, everything secondary"] = AdaptivePolicy(1.0, 0.3, text=None, drift=0.9)
+    found["drift 0.9, everything secondary"] = AdaptivePolicy(
+        secondary=1.0, core=0.3, text=None, drift=0.9
+    )
     rising = (0.3, 0.4, 0.5, 0.6, 0.7)
-    found["more in later layers"] = AdaptivePolicy(rising, 0.3, text=None)
-    found["more in earlier layers"] = AdaptivePolicy(rising[::-1], 0.3, text=None)
-    for score in SCORES:
-        found[f"score {score}"] = AdaptivePolicy(text=None, score=score)
-    found["own cores"] = AdaptivePolicy(text=None, own_cores=True)
-    found["own cores, score question"] = AdaptivePolicy(text=None, own_cores=True, score="question")
+    found["more in later layers"] = AdaptivePolicy(secondary=rising, core=0.3, text=None)
+    found["more in earlier layers"] = AdaptivePolicy(secondary=rising[::-1], core=0.3, text=None)
     for bits in (16, 8, 4, 2):
-        found[f"cold {bits}, core 0.3, K 3"] = AdaptivePolicy(0.3, 0.3, 3, None, cold=bits)
+        found[f"cold {bits}, core 0.3, K 3"] = AdaptivePolicy(
+            secondary=0.3, core=0.3, refresh_every=3, text=None, cold=bits
+        )
     found |= {
-        "cold 4, core 0.3, K 2": AdaptivePolicy(0.3, 0.3, 2, None, cold=4),
-        "cold 4, core 0.3, drift 0.9": AdaptivePolicy(0.3, 0.3, text=None, cold=4, drift=0.9),
-        "cold 4, own cores 0.3, K 3": AdaptivePolicy(0.3, 0.3, 3, None, cold=4, own_cores=True),
+        "cold 4, core 0.3, K 2": AdaptivePolicy(
+            secondary=0.3, core=0.3, refresh_every=2, text=None, cold=4
+        ),
+        "cold 4, core 0.3, drift 0.9": AdaptivePolicy(
+            secondary=0.3, core=0.3, text=None, cold=4, drift=0.9
+        ),
         "cold 4, always read, 0.1 in full": cold(secondary=0.1),
         "cold 8, always read": cold(cold=8),
         "cold 4, always read (preset)": cold(),

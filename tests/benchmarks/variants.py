@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from avl import AdaptivePolicy
 from avl.attention import Attend, AttentionCall, Forward, attend_one_row
 from avl.hooks import Intervention
-from avl.policies.base import Counts, Prompt
+from avl.policies.prompt import Counts, Prompt
 from avl.tokens import Modality
 
 
@@ -56,7 +56,7 @@ class StockLikeStep(Intervention):
             output = inner(call)
             self._trim(call, layer)
             return output
-        if self.policy.whole(call.forward.step):
+        if self.policy.is_refresh(call.forward.step):
             output, weights = attend_one_row(call)
             scores = weights.flatten(1, 2).mean(1)[:, layer.image]
             layer.core = scores.topk(layer.core.shape[1]).indices
@@ -77,10 +77,21 @@ class StockLikeStep(Intervention):
         counts = [Counts(*row, tail=row[2]) for row in layout.counts().tolist()]
         rows = positions[:, 0]
         codes = layout.modality[:, None]
-        prompt = Prompt(call, 1, positions, codes, positions, rows, layout.modality, counts, None)
+        prompt = Prompt(
+            call,
+            1,
+            positions=positions,
+            modality=codes,
+            places=positions,
+            rows=rows,
+            row_modality=layout.modality,
+            counts=counts,
+            earlier_scores=None,
+        )
         choice = self.policy.choose(self.policy.measure(prompt), counts)
-        system, text = choice.rest[0], choice.rest[1].sort(-1).values  # by age, for `_age`
-        image = torch.cat([choice.core, choice.far], 2)
+        system, text = choice.always_attended
+        text = text.sort(-1).values  # by age, for `_age`
+        image = torch.cat([choice.core, choice.secondary], 2)
         layer.core = torch.arange(choice.core.shape[2]).expand(batch, -1)
         layer.image = slice(system.shape[2], system.shape[2] + image.shape[2])
         index = torch.cat(

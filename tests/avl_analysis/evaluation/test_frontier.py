@@ -22,7 +22,7 @@ from tests.avl_analysis import shared
 
 POINTS = [
     frontier.Entry("full", None, avl.FullPolicy()),
-    frontier.Entry("random", 0.5, avl.RandomPolicy(0.5)),
+    frontier.Entry("random", 0.5, avl.RandomPolicy(budget=0.5)),
     frontier.Entry("A-VL", 0.5, avl.AdaptivePolicy.for_budget(0.5)),
 ]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import avl
+from avl.policies.registry import policies
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.policy_files import (
-    POLICIES,
     load_evidence,
     load_policy,
     named_policy,
@@ -20,7 +20,7 @@ from avl_analysis.evaluation.policy_files import (
 
 
 def test_every_policy_can_be_named() -> None:
-    assert {type(named_policy(name)) for name in POLICIES} == set(POLICIES.values())
+    assert {type(named_policy(name)) for name in policies()} == set(policies().values())
     assert named_policy("full") == avl.FullPolicy()
     assert named_policy("a-vl") == avl.AdaptivePolicy()
 
@@ -58,16 +58,16 @@ def test_what_is_no_policy_is_refused_with_the_reason(text: str, message: str) -
 
 
 def test_a_saved_policy_loads_as_it_was(tmp_path: Path) -> None:
-    policies = [kind() for kind in POLICIES.values()]
-    policies += [
+    examples = [kind() for kind in policies().values()]
+    examples += [
         avl.AdaptivePolicy(secondary=0.4, core=None, text=None),
         with_budget(avl.FastVPolicy, 0.3),
     ]
-    policies += [
+    examples += [
         avl.AdaptivePolicy.with_cold_tier(0.3),
-        avl.AdaptivePolicy((0.5, 0.4), 0.3, cold="host", drift=0.9),
+        avl.AdaptivePolicy(secondary=(0.5, 0.4), core=0.3, cold="host", drift=0.9),
     ]
-    for policy in policies:
+    for policy in examples:
         path = save_policy(policy, tmp_path / "p.json", {"curve": [1, 2]})
         assert load_policy(path) == policy
         assert named_policy(str(path)) == policy
