@@ -131,7 +131,10 @@ class Observation:
 
     Attributes:
         answer: the answer (timed while watched, so slower than free).
-        tokens: text of every position of prompt and answer; image positions hold "".
+        tokens: text of every position of prompt and answer; image positions hold "". The last token
+            of an answer that did not end by itself was produced but never fed to the model, so the
+            arrays below have one position less.
+        prompt: positions of the prompt; token t of the answer stands at position `prompt` + t.
         modality, image, row, column: what every position is, (positions,); as in
             `avl.tokens.TokenLayout`.
         layers: decoder layers of `weights`.
@@ -142,6 +145,7 @@ class Observation:
 
     answer: Answer
     tokens: tuple[str, ...]
+    prompt: int
     modality: NDArray[np.int8]
     image: NDArray[np.int16]
     row: NDArray[np.int16]
@@ -361,9 +365,16 @@ def observe(
         "" if m == Modality.IMAGE else p
         for m, p in zip(modality, _pieces(vlm, tap.prompt), strict=False)
     ]
-    tokens = (*prompt, *said.words)[: layout.length]
     return Observation(
-        said, tokens, modality, image, row, column, tuple(tap.layers), _frozen(tap.stack())
+        said,
+        (*prompt, *said.words),
+        len(prompt),
+        modality,
+        image,
+        row,
+        column,
+        tuple(tap.layers),
+        _frozen(tap.stack()),
     )
 
 

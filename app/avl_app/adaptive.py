@@ -8,15 +8,16 @@ own.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import streamlit as st
 
 import avl
 from avl.policies import registry
-from avl_analysis.errors import InputError
 from avl_analysis.evaluation.policy_files import load_evidence, load_policy, named_policy
 from avl_app import state
 from avl_app.page import plain, problem
+from avl_app.sent import sent_files
 from avl_app.uploads import from_bytes
 
 PRESETS: Mapping[str, tuple[str, avl.AdaptivePolicy]] = {
@@ -37,6 +38,8 @@ PRESETS: Mapping[str, tuple[str, avl.AdaptivePolicy]] = {
 CUSTOM, FILE = "custom", "file"
 OWN = {CUSTOM: "own settings", FILE: "a policy file"}
 """Where settings come from that are no preset."""
+_TAKEN = "preset_taken"
+"""Session key of the preset that the controls were last set to."""
 
 COLD: Mapping[str, tuple[int | str | None, str]] = {
     "dropped": (None, "are dropped: the paper"),
@@ -85,7 +88,8 @@ def choose_preset(*, disabled: bool) -> None:
     """Where A-VL's settings come from."""
     options = [*presets(), *OWN]
     state.within("preset", options, "paper")
-    _take_preset()
+    if st.session_state.get(_TAKEN) != state.get("preset"):
+        _take_preset()
     st.selectbox(
         "A-VL's settings",
         options,
@@ -184,10 +188,8 @@ def present() -> avl.Policy:
     Raises:
         ValueError: settings that contradict each other; the message says which.
     """
-    sent: avl.Policy | None = (
-        st.session_state.get("sent_policy") if state.get("preset") == FILE else None
-    )
-    return sent or from_state()
+    sent = st.session_state.get("policy_held") if state.get("preset") == FILE else None
+    return from_state() if sent is None else sent.value[0]
 
 
 def from_state() -> avl.AdaptivePolicy:
@@ -207,7 +209,12 @@ def from_state() -> avl.AdaptivePolicy:
 
 
 def _take_preset() -> None:
-    """The controls show the preset."""
+    """The controls show the preset.
+
+    Only when it is chosen, not in every run: what a run writes to a control replaces what the
+    visitor has moved it to in the meantime.
+    """
+    st.session_state[_TAKEN] = state.get("preset")
     if state.get("preset") not in presets():
         return
     policy = preset(state.get("preset"))
@@ -251,21 +258,26 @@ def _choice(
 
 def from_file() -> avl.Policy | None:
     """The policy in a file that avl calibrate or save_policy wrote."""
-    sent = st.file_uploader(
-        "Policy file (.json), as avl calibrate writes it", ["json"], key="policy", max_upload_size=1
+    sent = sent_files(
+        "Policy file (.json), as avl calibrate writes it",
+        ["json"],
+        _read,
+        key="policy",
+        most_megabytes=1,
     )
     if sent is None:
-        st.info("Send a policy file, or choose a preset.", icon=":material/upload_file:")
+        if not st.session_state.get("policy"):
+            st.info("Send a policy file, or choose a preset.", icon=":material/upload_file:")
         return None
-    try:
-        policy = from_bytes(load_policy, sent.getvalue(), "policy.json")
-        evidence = from_bytes(load_evidence, sent.getvalue(), "policy.json")
-    except InputError as error:
-        problem(error)
-        return None
-    st.code(repr(policy), language=None)
+    policy, evidence = sent.value
+    st.code(repr(policy), language=None, wrap_lines=True)
     if evidence:
         with st.expander("What it was chosen by"):
             st.json(evidence)
-    st.session_state["sent_policy"] = policy
     return policy
+
+
+def _read(files: Mapping[str, bytes]) -> tuple[avl.Policy, Any]:
+    """The policy of a file and what it was chosen by."""
+    name, data = next(iter(files.items()))
+    return from_bytes(load_policy, data, name), from_bytes(load_evidence, data, name)

@@ -54,7 +54,12 @@ def app(
     ).as_json()
     threading.Thread(target=_import_ahead, daemon=True, name="import ahead").start()
     script = str(Path(__file__).with_name("main.py"))
-    flags = [f"--server.port={port}", f"--server.headless={'false' if browser else 'true'}"]
+    flags = [
+        f"--server.port={port}",
+        f"--server.headless={'false' if browser else 'true'}",
+        # as a flag, since environment variables override the configuration file
+        "--server.address=localhost",
+    ]
     streamlit_cli.main(["run", script, *flags], standalone_mode=False)
 
 

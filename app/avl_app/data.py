@@ -11,7 +11,6 @@ Nothing here draws or knows widgets.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections import OrderedDict
@@ -20,10 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from avl_analysis.corpus.questions import Sample, scene_sample
+from avl_app.examples import asked_scene
+from avl_app.pictures import Picture
 
 if TYPE_CHECKING:
     import avl
@@ -39,31 +37,6 @@ _POLL = 0.1  # seconds between two looks at a lock that is taken
 _PART = 4  # samples recorded in one pass
 # seconds the lock is free between two parts of long work; waiting callers take it at once
 _TURN = 0.005
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """A picture one can ask about.
-
-    Attributes:
-        pixels: (height, width, 3) uint8, read-only.
-        name: what it is called on the page.
-        digest: hash of the pixels, what results are kept under.
-        scene: (seed, index) of a drawn scene, None for other pictures.
-    """
-
-    pixels: NDArray[np.uint8]
-    name: str
-    digest: str
-    scene: tuple[int, int] | None = None
-
-
-def picture(pixels: NDArray[np.uint8], name: str, scene: tuple[int, int] | None = None) -> Picture:
-    """A picture from its pixels."""
-    kept = np.ascontiguousarray(pixels, dtype=np.uint8).copy()
-    kept.setflags(write=False)
-    digest = hashlib.sha256(repr(kept.shape).encode() + kept.tobytes()).hexdigest()[:24]
-    return Picture(kept, name, digest, scene)
 
 
 @dataclass(frozen=True)
@@ -89,8 +62,6 @@ class Question:
     @property
     def sample(self) -> Sample:
         """As the analysis takes it, with the truth where it is known."""
-        from avl_app.examples import asked_scene
-
         if (scene := asked_scene(self.picture, self.prompt)) is not None:
             return scene_sample(scene)
         return Sample("question", (self.picture.pixels,), self.prompt)
@@ -158,6 +129,7 @@ class ModelServer:
     Args:
         allow_hub: whether hub ids may be fetched.
         results: how many results are kept.
+        loaded: how many models are kept; one that is in use stays until its run has ended.
         loader: reads a model by name.
     """
 
@@ -166,10 +138,11 @@ class ModelServer:
         *,
         allow_hub: bool = False,
         results: int = 48,
+        loaded: int = 2,
         loader: Callable[[str], VLM] | None = None,
     ) -> None:
         self._loader = loader or (lambda name: _load(name, allow_hub))
-        self._models: dict[str, Shared] = {}
+        self._models = LruCache(loaded)
         self._loading = threading.Lock()
         self._shelf = LruCache(results)
 
@@ -179,12 +152,19 @@ class ModelServer:
         Raises:
             InputError: it cannot be loaded; the message says why and what to do.
         """
-        if (known := self._models.get(name)) is not None:
+        known: Shared | None = self._models.get(name)
+        if known is not None:
             return known  # without waiting for another one that is being loaded
         with self._loading:
-            if name not in self._models:
-                self._models[name] = Shared(self._loader(name), threading.Lock())
-            return self._models[name]
+            if (known := self._models.get(name)) is None:
+                known = Shared(self._loader(name), threading.Lock())
+                self._models.put(name, known)
+            return known
+
+    def loaded(self, name: str) -> VLM | None:
+        """The model called `name` if it is in memory, for reading what it is; None if it is not."""
+        known = self._models.get(name)
+        return None if known is None else known.vlm
 
     # -- results -----------------------------------------------------------------------------------
 

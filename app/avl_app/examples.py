@@ -6,14 +6,19 @@ picture and ask about its colours, its text or all of it.
 
 from __future__ import annotations
 
+import json
+import re
 from functools import lru_cache
 
 import numpy as np
 
 from avl_analysis import scenes
 from avl_analysis.scenes import Sample
-from avl_app.data import Picture, picture
+from avl_analysis.scenes.questions import vocabulary
+from avl_app.pictures import Picture, picture
 
+EMBEDDED = "scenes"
+"""Name of the model that ships with the package."""
 SEED = 4_242
 """Held-out scenes of this seed are the examples."""
 SCENES = 1000
@@ -49,6 +54,34 @@ def questions(index: int) -> dict[str, Sample]:
     shown = scene_picture(index).pixels
     asked = {task: scenes.generate(SEED, index, task) for task in ("caption", *scenes.TASKS)}
     return {task: sample for task, sample in asked.items() if np.array_equal(sample.image, shown)}
+
+
+@lru_cache(maxsize=1)
+def suggestions() -> dict[str, str]:
+    """A question of each kind that the embedded model was trained on, by task."""
+    return {
+        task: scenes.generate(SEED, 0, task).prompt for task in ("caption", "ocr", *scenes.TASKS)
+    }
+
+
+@lru_cache(maxsize=1)
+def about_model() -> str:
+    """What the embedded model is, in one sentence, from its own configuration."""
+    config = json.loads((scenes.MODEL_DIR / "config.json").read_text("utf-8"))
+    layers = config["text_config"]["num_hidden_layers"]
+    words = len({word.lower() for word in vocabulary()})
+    return (
+        f"A small model of {layers} layers, trained here on drawn scenes alone: it knows shapes,"
+        f" colours, places and printed text, and {words} words."
+    )
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """The words of a question that the embedded model was never trained on, each once."""
+    known = set(vocabulary())
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt))
+    # plurals are spelt as the word and its ending
+    return [w for w in words if not {w, w.removesuffix("s"), w.removesuffix("es")} & known]
 
 
 def asked_scene(shown: Picture, prompt: str) -> Sample | None:

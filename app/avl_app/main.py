@@ -38,7 +38,7 @@ TITLES = {
 @st.cache_resource(show_spinner=False)
 def workbench(given: Settings) -> ModelServer:
     """The one workbench of this server."""
-    return ModelServer(allow_hub=given.hub, results=given.results)
+    return ModelServer(allow_hub=given.hub, results=given.results, loaded=given.loaded)
 
 
 def _icon() -> Image.Image:

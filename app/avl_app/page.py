@@ -5,7 +5,8 @@ one-line errors.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,13 @@ import streamlit as st
 from avl_analysis.figures import draw_html, draw_plotly
 from avl_analysis.figures.clickable import with_cells, with_opacity
 from avl_analysis.figures.spec import Heat, Overlay, Panel
-from avl_analysis.figures.strip import Strip
+from avl_analysis.figures.strip import Strip, visible
 from avl_app.data import ModelServer, Question
 from avl_app.settings import Settings
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~$:&=^])")
+_SHORTCODE = re.compile(r":(?=[\w+\-/]+:)")
+_JOINER = "\u2060"
 _CONFIG = {"displayModeBar": False, "scrollZoom": False, "doubleClick": False}
 
 
@@ -36,18 +39,52 @@ class Context:
 def plain(text: str) -> str:
     """Foreign text for places that read Markdown: every character that could mean something is
     escaped.
+
+    Names of icons and emojis between colons are found in the text after escapes are gone, so an
+    invisible character parts them.
     """
-    return _MARKUP.sub(r"\\\1", text.replace("\n", " "))
+    parted = _SHORTCODE.sub(f":{_JOINER}", text.replace("\n", " "))
+    return _MARKUP.sub(r"\\\1", parted)
 
 
-def visible(token: str) -> str:
+def shown_token(token: str) -> str:
     """A token's text such that one sees there is one, for places that read Markdown."""
-    return plain(visible_text(token))
+    return plain(visible(token))
 
 
-def visible_text(token: str) -> str:
-    """The same for places that take text as it is."""
-    return token.strip() or "␣"
+def distinct(labels: Sequence[str]) -> list[str]:
+    """The labels with invisible endings such that no two are equal.
+
+    Streamlit's widgets tell options apart by their label, so of two options with one label only the
+    last can be chosen. The n-th occurrence of a label ends with n word joiners, which have no
+    width.
+    """
+    seen: Counter[str] = Counter()
+    endings = []
+    for label in labels:
+        endings.append(label + _JOINER * seen[label])
+        seen[label] += 1
+    return endings
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The last part of each path, with as many parts before it as tell it from the others.
+
+    Args:
+        names: different names of models: folders, hub ids, or plain words.
+    """
+    parts = [name.rstrip("/").split("/") for name in names]
+    lengths = [1] * len(names)
+    while True:
+        short = ["/".join(part[-length:]) for part, length in zip(parts, lengths, strict=True)]
+        counts = Counter(short)
+        longer = [
+            i for i, name in enumerate(short) if counts[name] > 1 and lengths[i] < len(parts[i])
+        ]
+        if not longer:
+            return distinct(short)
+        for i in longer:
+            lengths[i] += 1
 
 
 def is_dark() -> bool:

@@ -77,7 +77,7 @@ def _asked_for() -> list[str]:
 def _others() -> dict[str, avl.Policy]:
     """Baselines at one budget, and policies written out as on the command line."""
     names = rivals()
-    state.put("rivals", [name for name in state.get("rivals") or [] if name in names])
+    state.among("rivals", names)
     picked = st.pills(
         "Baselines, all at one budget",
         list(names),

@@ -31,6 +31,7 @@ class Settings:
         recording_bytes: largest recording or comparison file accepted.
         picture_pixels: largest picture accepted, width x height, checked before it is decoded.
         longest: most tokens an answer may have.
+        loaded: how many models are kept in memory; the least recently used one is given away first.
         results: how many answers, observations and recordings are remembered for all visitors
             together.
     """
@@ -43,6 +44,7 @@ class Settings:
     recording_bytes: int = 200 * 2**20
     picture_pixels: int = 24_000_000
     longest: int = 256
+    loaded: int = 2
     results: int = 48
 
     def __post_init__(self) -> None:

@@ -80,7 +80,7 @@ FIELDS: dict[str, Field] = {
     "source": Field("example", _one_of(*SOURCES)),
     "scene": Field(0, _number(0, 999)),
     "task": Field("caption", _text),
-    "prompt": Field("Describe the image.", _text),
+    "prompt": Field("Describe the picture.", _text),
     "longest": Field(64, _number(1, 4096)),
     "token": Field(-1, _number(-1, 4096)),
     "layer": Field(AUTO, _index),
@@ -124,28 +124,74 @@ FIELDS: dict[str, Field] = {
 """Every choice in the address: its name there is the key of the session state."""
 
 
+_KEPT = "kept_choices"
+"""Session key of the last value of every choice, also of those whose widget is not on the page."""
+_WRITTEN = "written_address"
+"""Session key of the address as this page wrote it last."""
+_ASKED = "asked"
+"""Session key of the question that the chosen token, layer and head belong to."""
+_ADOPTED = "adopted_address"
+"""Session key that says whether the present run took its choices from a changed address."""
+
+
 def begin() -> None:
-    """Take the choices from the address on the first run, and keep those whose widgets are not on
-    this page.
+    """Take the choices from the address on the first run and after Back, and restore those whose
+    widgets were away.
+
+    A choice whose widget is on the page is not written here: Streamlit sends every value that a
+    script writes back to the browser, where it would replace what the visitor has chosen since.
     """
+    kept: dict[str, Any] = st.session_state.setdefault(_KEPT, {})
+    first = not kept
+    went_back = not first and _went_back(kept)
+    st.session_state[_ADOPTED] = went_back
+    if went_back:
+        # the choices that belong to another question are in the address as well
+        st.session_state.pop(_ASKED, None)
     for name, field in FIELDS.items():
-        if name not in st.session_state:
+        if first or went_back:
             text = st.query_params.get(name)
             value = None if text is None else field.read(text)
-            st.session_state[name] = copy(field.default if value is None else value)
+            put(name, copy(field.default if value is None else value))
+        elif name in st.session_state:
+            kept[name] = st.session_state[name]
         else:
-            st.session_state[name] = st.session_state[name]  # otherwise dropped with its widget
+            st.session_state[name] = kept.get(name, copy(field.default))
+
+
+def _went_back(kept: dict[str, Any]) -> bool:
+    """Whether the address changed by itself: the visitor pressed Back or Forward.
+
+    A choice just made arrives together with the address of before it, so an address that differs
+    counts only where no choice has moved.
+    """
+    written = st.session_state.get(_WRITTEN)
+    if written is None or dict(st.query_params.items()) == written:
+        return False
+    return all(
+        name not in st.session_state or st.session_state[name] == kept.get(name) for name in FIELDS
+    )
 
 
 def finish() -> None:
-    """Write the choices that differ from their defaults into the address."""
-    wanted = {
-        name: _written(st.session_state[name])
-        for name, field in FIELDS.items()
-        if st.session_state.get(name, field.default) not in (field.default, None)
-    }
-    if dict(st.query_params.items()) != wanted:
-        st.query_params.from_dict(wanted)
+    """Write the choices that differ from their defaults into the address.
+
+    Not in a run that took its choices from the address: writing there would add an entry to the
+    browser's history, and Back would lead to the same page for ever.
+    """
+    kept = st.session_state[_KEPT]
+    for name in FIELDS:
+        if name in st.session_state:
+            kept[name] = st.session_state[name]
+    if not st.session_state[_ADOPTED]:
+        wanted = {
+            name: _written(kept[name])
+            for name, field in FIELDS.items()
+            if kept.get(name, field.default) not in (field.default, None)
+        }
+        if dict(st.query_params.items()) != wanted:
+            st.query_params.from_dict(wanted)
+    st.session_state[_WRITTEN] = dict(st.query_params.items())
 
 
 def get(name: str) -> Any:
@@ -156,14 +202,15 @@ def get(name: str) -> Any:
 def put(name: str, value: Any) -> None:
     """Change a choice; before its widget is drawn, or in a callback."""
     st.session_state[name] = value
+    st.session_state.setdefault(_KEPT, {})[name] = value
 
 
 def asked(question: object) -> None:
     """Note what is being asked; another question than before starts without a chosen token, layer
     or step.
     """
-    before = st.session_state.get("asked", question)
-    st.session_state["asked"] = question
+    before = st.session_state.get(_ASKED, question)
+    st.session_state[_ASKED] = question
     if before != question:
         for name in ("token", "layer", "head", "step"):
             put(name, copy(FIELDS[name].default))
@@ -174,9 +221,18 @@ def within(name: str, options: Sequence[Value], fallback: Value) -> Value:
     value.
     """
     if st.session_state.get(name) not in options:
-        st.session_state[name] = fallback
+        put(name, fallback)
     value: Value = st.session_state[name]
     return value
+
+
+def among(name: str, options: Iterable[Any]) -> list[Any]:
+    """The present values of a choice of several that are among the options now possible."""
+    present = list(st.session_state[name] or [])
+    known = [value for value in present if value in set(options)]
+    if known != present:
+        put(name, known)
+    return known
 
 
 def indices(count: int | Iterable[int]) -> list[str]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -22,14 +24,28 @@ from PIL import Image, UnidentifiedImageError
 from avl_analysis.corpus.questions import Sample, read_samples
 from avl_analysis.errors import InputError
 from avl_analysis.models.images import FORMATS, open_image
-from avl_app.data import Picture, picture
+from avl_app.pictures import Picture, picture
 
 Result = TypeVar("Result")
 MOST_UNPACKED = 2**31
 """Bytes the arrays of a recording or comparison may have when unpacked."""
 MOST_PICTURES = 8
 """Pixels of all pictures sent with a list of questions, in largest pictures."""
-_NONSENSE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
+MOST_OBJECTS = 100_000
+"""Groups and arrays a recording or comparison may hold."""
+_HDF5_DETAIL = re.compile(
+    r": (unable to|can't|can not|truncated file).*", re.IGNORECASE | re.DOTALL
+)
+"""What the HDF5 library says about its own structures, which tells a visitor nothing."""
+_NONSENSE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    TypeError,
+    ValueError,
+    RuntimeError,  # RecursionError among them
+)
 """What reading raises where a file has the form it should have, but not the content."""
 
 
@@ -49,29 +65,43 @@ def uploaded(data: bytes, name: str, *, most_bytes: int, most_pixels: int) -> Pi
         )
     width, height = _size(data)
     if width * height > most_pixels:
+        counted = f"{width} x {height}" if math.isfinite(width) else "too many"
         raise InputError(
-            f"the picture has {width} x {height} pixels; at most {most_pixels / 1e6:.0f} million"
+            f"the picture has {counted} pixels; at most {most_pixels / 1e6:.0f} million"
             " are accepted: scale it down first"
         )
-    return picture(np.asarray(open_image(data)), name)
+    try:
+        return picture(np.asarray(open_image(data)), name)
+    except InputError as error:
+        said = str(error).replace(f"the {len(data)} bytes given", f"the file sent ({name})")
+        raise InputError(said) from error
+    except ValueError as error:  # Pillow: a text chunk that unpacks to more than it accepts
+        raise InputError(f"the file sent ({name}) is not a usable image: {error}") from error
 
 
 def from_bytes(read: Callable[[Path], Result], data: bytes, name: str) -> Result:
     """What `read` makes of a file with this content; its messages name the file, not the folder it
     lay in for a moment.
 
+    Args:
+        read: reads a file of the toolkit from a path.
+        data: content of the file.
+        name: what its sender calls it; only its ending, such as ".nc", says how it is read.
+
     Raises:
         InputError: as `read` does, or a file with content that no version of this toolkit wrote.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
+        netcdf = name.lower().endswith(".nc")
+        path = Path(folder) / ("sent.nc" if netcdf else "sent.json")
         path.write_bytes(data)
         try:
-            if name.endswith(".nc"):
+            if netcdf:
                 check_hdf5(path)
             return read(path)
         except InputError as error:
-            raise InputError(str(error).replace(str(path), f"the file sent ({name})")) from error
+            said = str(error).replace(str(path), f"the file sent ({name})")
+            raise InputError(_HDF5_DETAIL.sub("", said)) from error
         except _NONSENSE as error:
             raise InputError(
                 f"the file sent ({name}) is damaged or was changed: it has the right form, but not"
@@ -80,15 +110,18 @@ def from_bytes(read: Callable[[Path], Result], data: bytes, name: str) -> Result
 
 
 def check_hdf5(path: Path, most_bytes: int = MOST_UNPACKED) -> None:
-    """Refuse an HDF5 file whose arrays unpack to too much, or that points to other files. What is
-    no HDF5 file passes.
+    """Refuse an HDF5 file whose arrays unpack to too much, or that points to other files or into
+    itself. What is no HDF5 file passes.
 
     Raises:
-        InputError: too large unpacked; external links, external storage, virtual datasets.
+        InputError: too large unpacked or too many objects; external links, external storage,
+            virtual datasets; a group that is reached by two ways, which a reader that follows
+            groups may never leave.
     """
     import h5py
 
     sizes: list[int] = []
+    looped: list[str] = []
 
     def elsewhere(name: str, link: object) -> str | None:
         return name if isinstance(link, h5py.ExternalLink) else None
@@ -97,15 +130,28 @@ def check_hdf5(path: Path, most_bytes: int = MOST_UNPACKED) -> None:
         if isinstance(item, h5py.Dataset):
             sizes.append((item.size or 0) * item.dtype.itemsize)
             return name if item.external or item.is_virtual else None
+        sizes.append(0)
+        if h5py.h5o.get_info(item.id).rc > 1:
+            looped.append(name)
         return None
 
     try:
         with h5py.File(path, "r") as file:  # what is returned ends the walk
             outside = file.visititems_links(elsewhere) or file.visititems(weigh)
+            if h5py.h5o.get_info(file.id).rc > 1:
+                looped.append("/")
     except OSError:
         return  # the reader says it better
     if outside is not None:
         raise InputError(f"{path} takes {outside[:60]!r} from another file, which is not read")
+    if looped:
+        raise InputError(
+            f"{path} holds the group {looped[0][:60]!r} in two places, which no recording does"
+        )
+    if len(sizes) > MOST_OBJECTS:
+        raise InputError(
+            f"{path} holds {len(sizes)} groups and arrays; at most {MOST_OBJECTS} are accepted"
+        )
     if sum(sizes) > most_bytes:
         raise InputError(
             f"{path} unpacks to more than {most_bytes >> 20} MB, which is more than is accepted:"
@@ -113,14 +159,16 @@ def check_hdf5(path: Path, most_bytes: int = MOST_UNPACKED) -> None:
         )
 
 
-def _size(data: bytes) -> tuple[int, int]:
+def _size(data: bytes) -> tuple[float, float]:
     """Width and height from the header; (0, 0) if there is none to read, which `open_image` then
-    explains.
+    explains, infinite where Pillow will not even say how large it is.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return image.size
-    except (Image.DecompressionBombError, UnidentifiedImageError, OSError, SyntaxError):
+    except Image.DecompressionBombError:
+        return math.inf, math.inf
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
         return 0, 0
 
 
@@ -139,6 +187,8 @@ def sent_samples(files: Mapping[str, bytes], *, most_bytes: int, most_pixels: in
         raise InputError(
             f"{len(lists)} JSONL files were sent: send one, together with the pictures it names"
         )
+    lines = _lines(files[lists[0]])
+    _check_names(lines, files)
     sizes = [_size(data) for name, data in files.items() if name not in lists]
     if (pixels := sum(width * height for width, height in sizes)) > MOST_PICTURES * most_pixels:
         raise InputError(
@@ -148,9 +198,7 @@ def sent_samples(files: Mapping[str, bytes], *, most_bytes: int, most_pixels: in
         )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "samples.jsonl").write_text(
-            "\n".join(map(_local, _lines(files[lists[0]]))), encoding="utf-8"
-        )
+        (folder / "samples.jsonl").write_text("\n".join(map(_local, lines)), encoding="utf-8")
         pictures = {}
         for sent in set(files) - set(lists):
             path = folder / Path(sent).name
@@ -161,7 +209,8 @@ def sent_samples(files: Mapping[str, bytes], *, most_bytes: int, most_pixels: in
         try:
             samples = read_samples(folder / "samples.jsonl")
         except InputError as error:
-            raise InputError(str(error).replace(f"{folder}/", "")) from error
+            said = str(error).replace(f"{folder}/samples.jsonl", lists[0])
+            raise InputError(said.replace(f"{folder}/", "")) from error
     return [
         replace(s, images=tuple(pictures[Path(str(image))] for image in s.images)) for s in samples
     ]
@@ -169,27 +218,64 @@ def sent_samples(files: Mapping[str, bytes], *, most_bytes: int, most_pixels: in
 
 def _lines(data: bytes) -> list[str]:
     try:
-        return data.decode("utf-8-sig").splitlines()
+        # only line feeds end a line: other separators may stand inside JSON strings
+        return data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(
             f"the JSONL file is not UTF-8 text ({error.reason}): save it as UTF-8"
         ) from error
 
 
+def _check_names(lines: Sequence[str], files: Mapping[str, bytes]) -> None:
+    """Every picture of the list came with it, and no two of them have one name.
+
+    Raises:
+        InputError: a picture that was not sent; two paths that end in one file name, of which a
+            browser sends the name alone.
+    """
+    named: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        for path in _pictures_of(_parsed(line)):
+            name = Path(path).name
+            if named.setdefault(name, path) != path:
+                raise InputError(
+                    f"the list names {named[name]} and {path}, but pictures are sent without their"
+                    " folders: give the files different names"
+                )
+            if name not in files:
+                raise InputError(
+                    f"line {number}: no such picture: {name}; send it together with the list"
+                )
+
+
+def _parsed(line: str) -> Any:
+    """A line as JSON; None where it is none."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _pictures_of(entry: Any) -> list[str]:
+    """Paths of the pictures that a line of the list names."""
+    if not isinstance(entry, dict):
+        return []
+    named = [entry[key] for key in ("image", "images") if key in entry]
+    return [
+        str(path) for paths in named for path in (paths if isinstance(paths, list) else [paths])
+    ]
+
+
 def _local(line: str) -> str:
     """A line of the list with its pictures' folders taken away; what is not JSON stays for the
     reader.
     """
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError:
+    entry = _parsed(line)
+    if not isinstance(entry, dict):
         return line
-    if isinstance(entry, dict):
-        for key in entry.keys() & {"image", "images"}:
-            named = entry[key]
-            entry[key] = (
-                [Path(str(n)).name for n in named]
-                if isinstance(named, list)
-                else Path(str(named)).name
-            )
+    for key in entry.keys() & {"image", "images"}:
+        named = entry[key]
+        entry[key] = (
+            [Path(str(n)).name for n in named] if isinstance(named, list) else Path(str(named)).name
+        )
     return json.dumps(entry)

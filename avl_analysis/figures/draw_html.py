@@ -12,11 +12,9 @@ from html import escape
 import numpy as np
 
 from avl_analysis.figures import palette
-from avl_analysis.figures.strip import Span, Strip
+from avl_analysis.figures.strip import Span, Strip, visible
 
 _BOX = "border-radius:4px;padding:1px 2px;margin:0 1px;white-space:pre-wrap;"
-_SPECIAL = {"\n": "↵", "\t": "⇥", " ": "␣", "": "∅"}
-"""What stands for a token that would not be seen."""
 _NOTED = 5
 """Slot whose colour frames tokens with a note."""
 
@@ -59,7 +57,7 @@ def _token(strip: Strip, at: int, dark: bool) -> str:
     if not known:
         style += "opacity:0.45;"
     said = f"{strip.value.label}: {value:.4f}" if known else "not read"
-    shown = _SPECIAL.get(text) or escape(text.strip() or "␣").replace("\n", "↵")
+    shown = escape(visible(text))
     note = ""
     if at in strip.notes:
         note = (

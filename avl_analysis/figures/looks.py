@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avl_analysis.figures.spec import Array, Axis, Bar, Bars, Box, Heat, Line, Lines, Overlay
-from avl_analysis.figures.strip import Span, Strip
+from avl_analysis.figures.strip import Span, Strip, visible
 
 ATTENTION = Axis("attention", "share of the row")
 LAYER = Axis("layer", "index")
@@ -61,13 +61,17 @@ def token_strip(
     """Attention of one token on the words before it, the pictures left out.
 
     Args:
-        modality: (positions,) 0 system, 1 image, 2 text.
+        tokens: text of every position of prompt and answer, also of what the model has not read.
+        values, modality: (positions read,) attention, and 0 system, 1 image, 2 text.
         prompt: number of prompt positions; what follows is the answer.
         marked: position of the token that was being produced.
     """
+    unread = (0, len(tokens) - len(modality))
+    modality = np.pad(modality, unread, constant_values=2)
+    values = np.pad(np.asarray(values, dtype=float), unread, constant_values=np.nan)
     kept = np.flatnonzero(modality != 1)
     text = tuple(tokens[int(i)] for i in kept)
-    shown = np.asarray(values, dtype=float)[kept]
+    shown = values[kept]
     system, question = int((modality[kept] == 0).sum()), int((kept < prompt).sum())
     spans = (
         Span("system", 0, system),
@@ -116,7 +120,7 @@ def mass_by_token(
     words: Sequence[str], mass: Mapping[str, Sequence[float]], chosen: int | None = None
 ) -> Bars:
     """Attention on the picture and on text for every answer token."""
-    names = tuple(f"{i} {word.strip() or '␣'}" for i, word in enumerate(words))
+    names = tuple(f"{i} {visible(word)}" for i, word in enumerate(words))
     bars = tuple(
         Bar(name, np.array(mass[name]), slot=slot) for slot, name in ((1, "image"), (2, "text"))
     )

@@ -12,6 +12,19 @@ from dataclasses import dataclass, field
 from avl_analysis.figures.spec import Array, Axis, _series
 
 
+_SIGNS = {"\n": "↵", "\t": "⇥", " ": "␣", "": "∅"}
+"""What stands for a token that would not be seen."""
+
+
+def visible(token: str) -> str:
+    """A token's text as every page and figure shows it: without blanks around it, and never
+    empty.
+    """
+    if token in _SIGNS:
+        return _SIGNS[token]
+    return token.strip().replace("\n", "↵") or "␣"
+
+
 @dataclass(frozen=True)
 class Span:
     """A stretch of tokens that is set apart, e.g. "question" or "answer"; `last`

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from avl_analysis.figures import Axis, Figure, Overlay, Panel
+from avl_analysis.figures.strip import visible
 from avl_reports.estimates import Estimate, estimate
 from avl_reports.fig_localisation import lifts
 from avl_reports.run import Example, NotMeasured, Run, Section
@@ -109,7 +110,7 @@ def _example(run: Run, example: Example, grid: tuple[int, int], layer: int) -> l
         weights = scores.sel(step=step, layer=shown).values[: rows * columns]
         patches = (weights / np.nansum(weights)).reshape(rows, columns)
         boxes = example.regions[step].boxes if step < len(example.regions) else ()
-        word = example.words[step].strip() if step < len(example.words) else ""
+        word = visible(example.words[step] if step < len(example.words) else "")
         panels.append(
             Overlay(
                 example.picture,

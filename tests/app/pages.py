@@ -45,4 +45,4 @@ def errors(test: AppTest) -> list[str]:
 def letters(text: str) -> str:
     """A text without spaces, signs for them, escapes, and what sets words off."""
     bare = re.sub(r":orange-background\[\*\*(.*?)\*\*\]", r"\1", text)
-    return "".join(bare.replace("␣", "").replace("\\", "").split())
+    return "".join(bare.replace("␣", "").replace("\u2060", "").replace("\\", "").split())

@@ -282,4 +282,4 @@ def test_two_visitors_at_once_get_the_answers_they_get_alone(browser: Any, addre
 
 def letters(text: str) -> str:
     """A text without spaces and signs for them, which pages set differently."""
-    return "".join(text.replace("␣", "").split())
+    return "".join(text.replace("␣", "").replace("\u2060", "").split())

@@ -11,7 +11,8 @@ from PIL import Image
 import avl
 from avl_analysis.errors import InputError
 from avl_analysis.models.loading import VLM
-from avl_app.data import LruCache, ModelServer, Question, picture
+from avl_app.data import LruCache, ModelServer, Question
+from avl_app.pictures import picture
 from avl_app.settings import Settings, settings
 from tests import tiny
 

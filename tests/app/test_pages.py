@@ -80,7 +80,7 @@ def test_own_questions_are_asked_and_empty_ones_explained() -> None:
     test = page(task="own question", prompt="Is there <b>a circle</b>? *really*", longest="3")
     assert errors(test) == []
     assert r"\<b\>a circle\<" in texts(test)
-    test.text_input(key="prompt").set_value("   ").run()
+    test.text_area(key="prompt").set_value("   ").run()
     assert len(errors(test)) == 1
     assert "empty" in errors(test)[0]
 

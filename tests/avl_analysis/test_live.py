@@ -105,7 +105,15 @@ def test_the_focus_counts_patches_and_the_lift_of_a_region(seen: live.Observatio
     row = np.zeros((1, 1, 1, seen.modality.size), np.float16)
     row[0, 0, 0, np.flatnonzero(seen.image == 0)[:3]] = [0.5, 0.25, 0.25]
     one = live.Observation(
-        seen.answer, seen.tokens, seen.modality, seen.image, seen.row, seen.column, (0,), row
+        seen.answer,
+        seen.tokens,
+        seen.prompt,
+        seen.modality,
+        seen.image,
+        seen.row,
+        seen.column,
+        (0,),
+        row,
     )
     focus = one.focus(0, 0, 0, region=[0, 5])
     assert (focus.mass, focus.patches, focus.of) == (1.0, 3, 16)

@@ -12,7 +12,7 @@ from avl_analysis.live import Focus, Observation
 from avl_analysis.scenes import Sample
 from avl_app import state
 from avl_app.examples import asked_scene
-from avl_app.page import Context, plain, plot, streaming, strip, visible
+from avl_app.page import Context, distinct, plain, plot, shown_token, streaming, strip
 
 
 def show(context: Context) -> None:
@@ -26,10 +26,13 @@ def show(context: Context) -> None:
     st.markdown(f"#### {_sentence(seen, step, layer, head, region)}")
     _pictures(context, seen, step, layer, head, region)
     st.markdown("**The words it looked at**")
-    prompt = len(seen.tokens) - len(seen.answer.words)
     strip(
         looks.token_strip(
-            seen.tokens, seen.look(step, layer, head), seen.modality, prompt, prompt + step
+            seen.tokens,
+            seen.look(step, layer, head),
+            seen.modality,
+            seen.prompt,
+            seen.prompt + step,
         )
     )
 
@@ -64,11 +67,12 @@ def pick_token(seen: Observation, sample: Sample | None = None) -> int:
     st.markdown(
         f"**Answer**, token by token; choose one to see where the model looked for it{truth}{ended}"
     )
+    labels = distinct([shown_token(word) for word in words])
     st.pills(
         "Answer tokens",
         range(len(words)),
         key="token",
-        format_func=lambda index: visible(words[index]),
+        format_func=labels.__getitem__,
         required=True,
         label_visibility="collapsed",
     )
@@ -106,7 +110,7 @@ def _sentence(
 ) -> str:
     """What one sees, in one sentence."""
     focus: Focus = seen.focus(step, layer, head, region.tokens)
-    word = f"“{visible(seen.answer.words[step])}”"
+    word = f"“{shown_token(seen.answer.words[step])}”"
     who = "the model" if layer is None else f"layer {layer}"
     who = who if head is None else f"head {head} of {who}"
     if focus.of == 0:
@@ -139,7 +143,7 @@ def _pictures(
         st.markdown("**The picture**" + (" and what the word is about" if region.boxes else ""))
         plot(looks.plain_picture(pixels, region.boxes), "picture", height=320)
     with over:
-        st.markdown(f"**Attention for “{visible(seen.answer.words[step])}”**")
+        st.markdown(f"**Attention for “{shown_token(seen.answer.words[step])}”**")
         pictures = [i for i, grid in enumerate(seen.grids) if grid != (0, 0)]
         if pictures:
             top = float(np.nanmax(look[seen.image == pictures[0]], initial=0.0))

@@ -18,6 +18,7 @@ from avl_analysis.figures.tradeoff import Place, tradeoff
 from avl_analysis.scenes import TASKS
 from avl_app import adaptive, examples, policies, state
 from avl_app.page import Context, plain, plot, problem
+from avl_app.sent import sent_files
 from avl_app.uploads import from_bytes, sent_samples
 
 Asking = Callable[[], list[Sample]]
@@ -65,7 +66,7 @@ def show(context: Context) -> None:
         required=True,
     )
     if source == _SAVED:
-        _load(context)
+        _load()
     else:
         ask = _scenes() if source == _SCENES else _own(context)
         chosen = _policies()
@@ -90,7 +91,7 @@ def show(context: Context) -> None:
 def _scenes() -> Asking | None:
     """Held-out drawn scenes of some tasks, drawn when they are needed."""
     left, right = st.columns([3, 1])
-    state.put("tasks", [task for task in state.get("tasks") if task in TASKS])
+    state.among("tasks", TASKS)
     tasks = left.multiselect(
         "Tasks", TASKS, key="tasks", format_func=lambda t: examples.TASK_NAMES.get(t, t)
     )
@@ -100,25 +101,22 @@ def _scenes() -> Asking | None:
 
 def _own(context: Context) -> Asking | None:
     """Questions from a JSONL file with its pictures."""
-    sent = st.file_uploader(
-        'One JSONL file and the pictures it names; a line: {"image": "cat.jpg", "prompt": "...",'
-        ' "answer": "..."}',
-        ["jsonl", "png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"],
-        accept_multiple_files=True,
-        key="samples",
-        max_upload_size=max(1, context.settings.upload_bytes >> 20),
-    )
-    if not sent:
-        return None
     limits = {
         "most_bytes": context.settings.upload_bytes,
         "most_pixels": context.settings.picture_pixels,
     }
-    try:
-        samples = sent_samples({file.name: file.getvalue() for file in sent}, **limits)
-    except InputError as error:
-        problem(error)
+    sent = sent_files(
+        'One JSONL file and the pictures it names; a line: {"image": "cat.jpg", "prompt": "...",'
+        ' "answer": "..."}',
+        ["jsonl", "png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"],
+        lambda files: sent_samples(files, **limits),
+        key="samples",
+        most_megabytes=max(1, context.settings.upload_bytes >> 20),
+        several=True,
+    )
+    if sent is None:
         return None
+    samples = sent.value
     st.caption(f"{len(samples)} questions")
     return lambda: samples
 
@@ -127,7 +125,7 @@ def _policies() -> dict[str, avl.Policy]:
     """Policies at the paper's settings and at budgets."""
     others = policies.rivals(ours=True)
     names = {_PAPER: "A-VL (paper)", _LIVE: "A-VL as in A-VL live", **others}
-    state.put("bench_policies", [name for name in state.get("bench_policies") if name in names])
+    state.among("bench_policies", names)
     left, right = st.columns([3, 1])
     wanted = left.multiselect(
         "Policies", list(names), key="bench_policies", format_func=names.__getitem__
@@ -169,20 +167,22 @@ def _run(context: Context, ask: Asking, chosen: Mapping[str, avl.Policy]) -> Com
         stop.empty()
 
 
-def _load(context: Context) -> None:
+def _load() -> None:
     """A comparison file becomes the one shown."""
-    sent = st.file_uploader(
-        "Comparison made by avl compare (.nc)", ["nc"], key="comparison_file", max_upload_size=50
+    sent = sent_files(
+        "Comparison made by avl compare (.nc)",
+        ["nc"],
+        lambda files: from_bytes(load_comparison, *_named(files)),
+        key="comparison_file",
+        most_megabytes=50,
     )
-    if sent is None or st.session_state.get("loaded_comparison") == sent.file_id:
-        return
-    try:
-        st.session_state["comparison"] = from_bytes(
-            load_comparison, sent.getvalue(), "comparison.nc"
-        )
-        st.session_state["loaded_comparison"] = sent.file_id
-    except InputError as error:
-        problem(error)
+    if sent is not None:
+        st.session_state["comparison"] = sent.value
+
+
+def _named(files: Mapping[str, bytes]) -> tuple[bytes, str]:
+    name, data = next(iter(files.items()))
+    return data, name
 
 
 def _result(comparison: Comparison) -> None:

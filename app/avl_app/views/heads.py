@@ -13,7 +13,7 @@ from avl_analysis.heads.taxonomy import Measure
 from avl_analysis.live import Observation
 from avl_analysis.recordings.recording import Recording
 from avl_app import state
-from avl_app.page import Context, cells, clicked, plain, plot, streaming, strip, visible
+from avl_app.page import Context, cells, clicked, plain, plot, shown_token, streaming, strip
 from avl_app.views.ask import observe, pick_token
 
 _FIRST = "modality_mass/image"
@@ -46,8 +46,9 @@ def show(context: Context) -> None:
         value = Axis(chosen.title, chosen.unit)
         heat = looks.head_map(values, seen.layers, value)
         cells(heat, "head_map", (seen.layers.index(layer), head), lambda: _take(seen))
+        _by_keys(seen, layer, head)
     with right:
-        _ranking(seen, values, kinds)
+        _ranking(seen, values, kinds, (layer, head))
     _compare(context, seen, recording, step, (layer, head), values, kinds, chosen)
 
 
@@ -91,15 +92,15 @@ def _known(recording: Recording) -> tuple[dict[str, Measure], np.ndarray]:
 
 
 def _present(seen: Observation, values: taxonomy.Matrix) -> tuple[int, int]:
-    """The chosen head; the one with the largest value until one is chosen."""
-    known = state.get("layer") in map(str, seen.layers) and state.get("head") in map(
-        str, range(seen.heads)
-    )
-    if not known:
-        layer, head, _ = taxonomy.rank(values, seen.layers)[0]
-        state.put("layer", str(layer))
-        state.put("head", str(head))
-    return int(state.get("layer")), int(state.get("head"))
+    """The chosen head; the one with the largest value until one is chosen.
+
+    What is chosen here is chosen in Ask as well, so looking at this view alone chooses nothing.
+    """
+    layer, head = str(state.get("layer")), str(state.get("head"))
+    if layer in map(str, seen.layers) and head in map(str, range(seen.heads)):
+        return int(layer), int(head)
+    layer_index, head_index, _ = taxonomy.rank(values, seen.layers)[0]
+    return layer_index, head_index
 
 
 def _take(seen: Observation) -> None:
@@ -109,8 +110,33 @@ def _take(seen: Observation) -> None:
         state.put("head", str(cell[1]))
 
 
-def _ranking(seen: Observation, values: taxonomy.Matrix, kinds: np.ndarray) -> None:
-    """Heads from the largest value down, filtered by kind; choosing a row chooses the head."""
+def _by_keys(seen: Observation, layer: int, head: int) -> None:
+    """The chosen head as two fields, for whoever has no pointer: the map takes no focus."""
+    left, right = st.columns(2)
+    for place, key, value, options in (
+        (left, "layer", layer, seen.layers),
+        (right, "head", head, range(seen.heads)),
+    ):
+        field = f"{key}_field"
+        if st.session_state.get(field) != value:
+            st.session_state[field] = value
+        place.selectbox(key.capitalize(), list(options), key=field, on_change=_take_fields)
+
+
+def _take_fields() -> None:
+    for key in ("layer", "head"):
+        state.put(key, str(st.session_state[f"{key}_field"]))
+
+
+def _ranking(
+    seen: Observation, values: taxonomy.Matrix, kinds: np.ndarray, chosen: tuple[int, int]
+) -> None:
+    """Heads from the largest value down, filtered by kind; choosing a row chooses the head.
+
+    Args:
+        values, kinds: (layers, heads).
+        chosen: layer and head of the row that is ticked.
+    """
     present = [kind for kind in taxonomy.KINDS if (kinds == kind).any()]
     st.markdown("**Ranking**; choose a row, or filter by kind")
     wanted = st.pills(
@@ -128,20 +154,25 @@ def _ranking(seen: Observation, values: taxonomy.Matrix, kinds: np.ndarray) -> N
     ]
     ranked = [row for row in ranked if not wanted or row[3] in wanted]
     columns = ("layer", "head", "value", "kind")
+    ticked = [row for row, (layer, head, *_) in enumerate(ranked) if (layer, head) == chosen]
+    # A table remembers its tick by the row's number. With another order of rows or another head it
+    # is another table, which starts with its tick at the chosen head.
+    key = f"ranking_{hash((tuple(ranked), chosen))}"
     st.dataframe(
         {name: [row[i] for row in ranked] for i, name in enumerate(columns)},
-        key="ranking",
+        key=key,
         hide_index=True,
         height=280,
         selection_mode="single-row",
-        on_select=lambda: _take_row(ranked),
+        selection_default={"selection": {"rows": ticked}},
+        on_select=lambda: _take_row(ranked, key),
         column_config={"value": st.column_config.NumberColumn(format="%.4f")},
         alt="heads ranked by the chosen statistic",
     )
 
 
-def _take_row(ranked: list[tuple[int, int, float, str]]) -> None:
-    if rows := st.session_state["ranking"]["selection"]["rows"]:
+def _take_row(ranked: list[tuple[int, int, float, str]], key: str) -> None:
+    if rows := st.session_state[key]["selection"]["rows"]:
         state.put("layer", str(ranked[rows[0]][0]))
         state.put("head", str(ranked[rows[0]][1]))
 
@@ -200,7 +231,7 @@ def _head(
     name = f"{layer}_{head}"
     look = seen.look(step, layer, head)
     places = list(st.columns(2)) + list(st.columns(1)) if narrow else list(st.columns(3))
-    word = visible(seen.answer.words[step])
+    word = shown_token(seen.answer.words[step])
     with places[0]:
         st.markdown(f"**Picture, for “{word}”**")
         if seen.grids and seen.grids[0] != (0, 0):
@@ -218,8 +249,8 @@ def _head(
     with places[2]:
         st.markdown("**How far back in the text**")
         _ages(recording, layer, head, name)
-    prompt = len(seen.tokens) - len(seen.answer.words)
-    strip(looks.token_strip(seen.tokens, look, seen.modality, prompt, prompt + step))
+    place = seen.prompt + step
+    strip(looks.token_strip(seen.tokens, look, seen.modality, seen.prompt, place))
 
 
 def _ages(recording: Recording, layer: int, head: int, name: str) -> None:

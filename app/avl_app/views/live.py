@@ -16,9 +16,10 @@ import avl
 from avl.tokens import Modality
 from avl_analysis.figures import looks
 from avl_analysis.figures.spec import Axis
+from avl_analysis.figures.strip import visible
 from avl_analysis.live import Answer, Disagreement, Observation
 from avl_app import policies, state
-from avl_app.page import Context, plain, plot, streaming, strip, visible, visible_text
+from avl_app.page import Context, plain, plot, shown_token, streaming, strip
 from avl_app.views.ask import observe
 
 _TICK = 0.6  # seconds a step is shown while playing
@@ -166,9 +167,7 @@ def _fidelity(full: Answer, off: dict[str, Disagreement]) -> None:
         " follows the arrow"
     )
     for slot, (name, differs) in enumerate(off.items(), start=2):
-        other = {
-            int(at): visible_text(differs.preferred[at]) for at in np.flatnonzero(~differs.agree)
-        }
+        other = {int(at): visible(differs.preferred[at]) for at in np.flatnonzero(~differs.agree)}
         strip(looks.fidelity_strip(name, full.words, differs.kl, other, slot))
 
 
@@ -231,7 +230,7 @@ def _player(context: Context, seen: Observation, said: Answer, layer: int, playi
             height=420,
         )
     with right:
-        word = visible(said.words[step]) if step < len(said.words) else "the end"
+        word = shown_token(said.words[step]) if step < len(said.words) else "the end"
         when = "After the prompt" if step == 0 else f"After decode step {step}"
         st.markdown(f"#### {when}, layer {layer}")
         st.markdown(

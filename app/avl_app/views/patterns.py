@@ -4,6 +4,8 @@ A-VL.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import streamlit as st
 
 from avl_analysis.corpus.questions import scene_samples
@@ -12,8 +14,9 @@ from avl_analysis.evaluation.comparison import Comparison
 from avl_analysis.figures import Animation, Overlay
 from avl_analysis.recordings.recording import Recording, load_recording
 from avl_app import state
-from avl_app.page import Context, plain, plot, problem
+from avl_app.page import Context, plain, plot
 from avl_app.reporting import figures, section
+from avl_app.sent import sent_files
 from avl_app.uploads import from_bytes
 from avl_app.views.heads import recorded
 from avl_reports.findings import Finding, Verdict
@@ -118,39 +121,29 @@ def _scenes(context: Context) -> Recording | None:
 
 def _from_file(context: Context) -> Recording | None:
     """A recording that was sent; None, with the reason said, while there is none."""
-    sent = st.file_uploader(
+    limit = context.settings.recording_bytes
+
+    def read(files: Mapping[str, bytes]) -> Recording:
+        name, data = next(iter(files.items()))
+        if len(data) > limit:
+            raise InputError(
+                f"the file has {len(data) >> 20} MB; at most {limit >> 20} MB are accepted: record"
+                " fewer samples"
+            )
+        return from_bytes(load_recording, data, name)
+
+    sent = sent_files(
         "Recording made by avl record (.nc)",
         ["nc"],
+        read,
         key="recording_file",
-        max_upload_size=max(1, context.settings.recording_bytes >> 20),
+        most_megabytes=max(1, limit >> 20),
     )
     if sent is None:
-        st.info("Send a recording, or go back to this answer.", icon=":material/upload_file:")
+        if not st.session_state.get("recording_file"):
+            st.info("Send a recording, or go back to this answer.", icon=":material/upload_file:")
         return None
-    if sent.size > context.settings.recording_bytes:
-        limit = context.settings.recording_bytes >> 20
-        problem(
-            f"the file has {sent.size >> 20} MB; at most {limit} MB are accepted: record fewer"
-            " samples"
-        )
-        return None
-    try:
-        return _read(sent.file_id, sent.getvalue())
-    except InputError as error:
-        problem(error)
-        return None
-
-
-def _read(key: str, data: bytes) -> Recording:
-    """A sent recording, read once per visitor."""
-    held = st.session_state.get("sent_recording")
-    if held is None or held[0] != key:
-        held = st.session_state["sent_recording"] = (
-            key,
-            from_bytes(load_recording, data, "recording.nc"),
-        )
-    recording: Recording = held[1]
-    return recording
+    return sent.value
 
 
 def _section(shown: Section) -> None:

@@ -1,0 +1,36 @@
+"""A picture that somebody asks about: its pixels, its name, and the hash that results are kept
+under.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture one can ask about.
+
+    Attributes:
+        pixels: (height, width, 3) uint8, read-only.
+        name: what it is called on the page.
+        digest: hash of the pixels, what results are kept under.
+        scene: (seed, index) of a drawn scene, None for other pictures.
+    """
+
+    pixels: NDArray[np.uint8]
+    name: str
+    digest: str
+    scene: tuple[int, int] | None = None
+
+
+def picture(pixels: NDArray[np.uint8], name: str, scene: tuple[int, int] | None = None) -> Picture:
+    """A picture from its pixels."""
+    kept = np.ascontiguousarray(pixels, dtype=np.uint8).copy()
+    kept.setflags(write=False)
+    digest = hashlib.sha256(repr(kept.shape).encode() + kept.tobytes()).hexdigest()[:24]
+    return Picture(kept, name, digest, scene)
