@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from avl_analysis.figures.spec import Array, Axis, _series
 
-
 _SIGNS = {"\n": "↵", "\t": "⇥", " ": "␣", "": "∅"}
 """What stands for a token that would not be seen."""
 
