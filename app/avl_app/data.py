@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from avl_analysis.corpus.questions import Sample, scene_sample
 from avl_app.examples import asked_scene
@@ -32,7 +35,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 OnToken = Callable[[str, int], None]
-Waiting = Callable[[], None]
+Waiting = Callable[[int], None]
+"""Called while others use the model, with how many runs come before this one."""
 _POLL = 0.1  # seconds between two looks at a lock that is taken
 _PART = 4  # samples recorded in one pass
 # seconds the lock is free between two parts of long work; waiting callers take it at once
@@ -93,10 +97,11 @@ class LruCache:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """A loaded model and the lock of whoever runs it."""
+    """A loaded model, the lock of whoever runs it, and who waits for it, in order of arrival."""
 
     vlm: VLM
     lock: threading.Lock
+    _queue: deque[object] = field(default_factory=deque, repr=False)
 
     def yield_lock(self, waiting: Waiting | None = None) -> None:
         """Let others run for a moment in the middle of long work; call it inside `use`, with
@@ -107,9 +112,19 @@ class Shared:
         self._take(waiting)
 
     def _take(self, waiting: Waiting | None) -> None:
-        while not self.lock.acquire(timeout=_POLL):
-            if waiting is not None:
-                waiting()
+        """Take the lock when it is this caller's turn: first come, first served."""
+        ticket = object()
+        self._queue.append(ticket)
+        try:
+            while self._queue[0] is not ticket or not self.lock.acquire(timeout=_POLL):
+                # the run that holds the lock comes first, then those who came before
+                ahead = self._queue.index(ticket)
+                if waiting is not None:
+                    waiting(ahead + 1)
+                if ahead:
+                    time.sleep(_TURN)
+        finally:
+            self._queue.remove(ticket)
 
     @contextmanager
     def use(self, waiting: Waiting | None = None) -> Iterator[VLM]:
@@ -121,6 +136,19 @@ class Shared:
             yield self.vlm
         finally:
             self.lock.release()
+
+
+@dataclass(frozen=True, eq=False)
+class Timings:
+    """Seconds of several policies' answers to one question, measured in turn.
+
+    Attributes:
+        ttft: (policies, rounds) time to the first token.
+        tpot: (policies, rounds) time per output token after the first, NaN for a single token.
+    """
+
+    ttft: NDArray[np.float64]
+    tpot: NDArray[np.float64]
 
 
 class ModelServer:
@@ -197,20 +225,46 @@ class ModelServer:
         on_token: OnToken | None = None,
         waiting: Waiting | None = None,
     ) -> Answer:
-        """The answer alone, timed with nothing but the policy on the model.
-
-        The first run of a process warms caches and allocators, so a short unmeasured run goes
-        before it.
-        """
+        """The answer alone, with nothing but the policy on the model."""
         from avl_analysis import live
 
         def run(vlm: VLM) -> Answer:
-            live.answer(vlm, question.sample, policy, max_new_tokens=2)
             return live.answer(
                 vlm, question.sample, policy, max_new_tokens=question.tokens, on_token=on_token
             )
 
         return self._once("answer", question, policy, run, waiting)
+
+    def timings(
+        self,
+        question: Question,
+        policies: Sequence[avl.Policy],
+        *,
+        rounds: int = 5,
+        progress: Callable[[int, int], None],
+    ) -> Timings:
+        """How long each policy takes to answer, measured in turn.
+
+        Every round answers once under each policy, so that what else the machine does falls on all
+        of them alike. A round before the first is not counted: it warms caches and allocators.
+
+        Args:
+            rounds: how often each policy is measured.
+            progress: called with (answers given, answers in all); may raise to stop.
+        """
+        from avl_analysis import live
+
+        shared, total = self.model(question.model), (rounds + 1) * len(policies)
+        seconds = np.full((2, len(policies), rounds + 1), np.nan)
+        for place in range(total):
+            round_, which = divmod(place, len(policies))
+            with shared.use() as vlm:
+                said = live.answer(
+                    vlm, question.sample, policies[which], max_new_tokens=question.tokens
+                )
+            seconds[:, which, round_] = said.ttft, said.tpot
+            progress(place + 1, total)
+        return Timings(*seconds[..., 1:])
 
     def disagreement(
         self,

@@ -139,6 +139,12 @@ def strip(shown: Strip) -> None:
     st.html(draw_html.draw(shown, dark=is_dark()))
 
 
+def doing(context: Context, what: str = "answering") -> str:
+    """What a run of the model does first: loading it, where it is not in memory."""
+    loading = context.bench.loaded(context.question.model) is None
+    return f"Loading the model and {what}" if loading else what.capitalize()
+
+
 def problem(error: Exception | str) -> None:
     """One clear sentence in the page."""
     st.error(plain(str(error)), icon=":material/error:")
@@ -147,7 +153,7 @@ def problem(error: Exception | str) -> None:
 @contextmanager
 def streaming(
     title: str, place: Any = None
-) -> Iterator[tuple[Callable[[str, int], None], Callable[[], None]]]:
+) -> Iterator[tuple[Callable[[str, int], None], Callable[[int], None]]]:
     """Show an answer as it comes: yields what to call for each token, and while waiting for the
     model.
     """
@@ -157,8 +163,9 @@ def streaming(
     def on_token(text: str, count: int) -> None:
         target.markdown(f"{plain(text)} ▌")
 
-    def waiting() -> None:
-        target.markdown(":material/group: Another session is using this model; yours is next …")
+    def waiting(ahead: int) -> None:
+        turn = "yours is next" if ahead == 1 else f"{ahead} answers come before yours"
+        target.markdown(f":material/group: Another session is using this model; {turn} …")
 
     yield on_token, waiting
     target.empty()

@@ -9,11 +9,13 @@ count only by their last part.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +26,7 @@ from PIL import Image, UnidentifiedImageError
 from avl_analysis.corpus.questions import Sample, read_samples
 from avl_analysis.errors import InputError
 from avl_analysis.models.images import FORMATS, open_image
+from avl_analysis.recordings.netcdf import check_hdf5
 from avl_app.pictures import Picture, picture
 
 Result = TypeVar("Result")
@@ -31,8 +34,6 @@ MOST_UNPACKED = 2**31
 """Bytes the arrays of a recording or comparison may have when unpacked."""
 MOST_PICTURES = 8
 """Pixels of all pictures sent with a list of questions, in largest pictures."""
-MOST_OBJECTS = 100_000
-"""Groups and arrays a recording or comparison may hold."""
 _HDF5_DETAIL = re.compile(
     r": (unable to|can't|can not|truncated file).*", re.IGNORECASE | re.DOTALL
 )
@@ -97,7 +98,8 @@ def from_bytes(read: Callable[[Path], Result], data: bytes, name: str) -> Result
         path.write_bytes(data)
         try:
             if netcdf:
-                check_hdf5(path)
+                with suppress(OSError):  # no HDF5 file, which the reader says better
+                    check_hdf5(path, MOST_UNPACKED)
             return read(path)
         except InputError as error:
             said = str(error).replace(str(path), f"the file sent ({name})")
@@ -107,56 +109,6 @@ def from_bytes(read: Callable[[Path], Result], data: bytes, name: str) -> Result
                 f"the file sent ({name}) is damaged or was changed: it has the right form, but not"
                 " the right content"
             ) from error
-
-
-def check_hdf5(path: Path, most_bytes: int = MOST_UNPACKED) -> None:
-    """Refuse an HDF5 file whose arrays unpack to too much, or that points to other files or into
-    itself. What is no HDF5 file passes.
-
-    Raises:
-        InputError: too large unpacked or too many objects; external links, external storage,
-            virtual datasets; a group that is reached by two ways, which a reader that follows
-            groups may never leave.
-    """
-    import h5py
-
-    sizes: list[int] = []
-    looped: list[str] = []
-
-    def elsewhere(name: str, link: object) -> str | None:
-        return name if isinstance(link, h5py.ExternalLink) else None
-
-    def weigh(name: str, item: object) -> str | None:
-        if isinstance(item, h5py.Dataset):
-            sizes.append((item.size or 0) * item.dtype.itemsize)
-            return name if item.external or item.is_virtual else None
-        sizes.append(0)
-        if h5py.h5o.get_info(item.id).rc > 1:
-            looped.append(name)
-        return None
-
-    try:
-        with h5py.File(path, "r") as file:  # what is returned ends the walk
-            outside = file.visititems_links(elsewhere) or file.visititems(weigh)
-            if h5py.h5o.get_info(file.id).rc > 1:
-                looped.append("/")
-    except OSError:
-        return  # the reader says it better
-    if outside is not None:
-        raise InputError(f"{path} takes {outside[:60]!r} from another file, which is not read")
-    if looped:
-        raise InputError(
-            f"{path} holds the group {looped[0][:60]!r} in two places, which no recording does"
-        )
-    if len(sizes) > MOST_OBJECTS:
-        raise InputError(
-            f"{path} holds {len(sizes)} groups and arrays; at most {MOST_OBJECTS} are accepted"
-        )
-    if sum(sizes) > most_bytes:
-        raise InputError(
-            f"{path} unpacks to more than {most_bytes >> 20} MB, which is more than is accepted:"
-            " record fewer samples, or report on them with the command line"
-        )
 
 
 def _size(data: bytes) -> tuple[float, float]:
@@ -198,7 +150,9 @@ def sent_samples(files: Mapping[str, bytes], *, most_bytes: int, most_pixels: in
         )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "samples.jsonl").write_text("\n".join(map(_local, lines)), encoding="utf-8")
+        (folder / "samples.jsonl").write_text(
+            "\n".join(map(_local, lines, itertools.count(1))), encoding="utf-8"
+        )
         pictures = {}
         for sent in set(files) - set(lists):
             path = folder / Path(sent).name
@@ -235,7 +189,7 @@ def _check_names(lines: Sequence[str], files: Mapping[str, bytes]) -> None:
     """
     named: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        for path in _pictures_of(_parsed(line)):
+        for path in _pictures_of(_parsed(line, number)):
             name = Path(path).name
             if named.setdefault(name, path) != path:
                 raise InputError(
@@ -248,12 +202,21 @@ def _check_names(lines: Sequence[str], files: Mapping[str, bytes]) -> None:
                 )
 
 
-def _parsed(line: str) -> Any:
-    """A line as JSON; None where it is none."""
+def _parsed(line: str, number: int) -> Any:
+    """A line as JSON; None where it is none, which the reader of samples explains.
+
+    Raises:
+        InputError: JSON that Python cannot hold.
+    """
     try:
         return json.loads(line)
-    except (ValueError, RecursionError):
+    except json.JSONDecodeError:
         return None
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"line {number} is nested too deeply or holds a number of thousands of digits; write"
+            ' {"image": "cat.jpg", "prompt": "what is it?"}'
+        ) from error
 
 
 def _pictures_of(entry: Any) -> list[str]:
@@ -266,11 +229,11 @@ def _pictures_of(entry: Any) -> list[str]:
     ]
 
 
-def _local(line: str) -> str:
+def _local(line: str, number: int) -> str:
     """A line of the list with its pictures' folders taken away; what is not JSON stays for the
     reader.
     """
-    entry = _parsed(line)
+    entry = _parsed(line, number)
     if not isinstance(entry, dict):
         return line
     for key in entry.keys() & {"image", "images"}:

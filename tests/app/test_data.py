@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import avl
+from avl_analysis import live
 from avl_analysis.errors import InputError
 from avl_analysis.models.loading import VLM
 from avl_app.data import LruCache, ModelServer, Question
@@ -115,11 +117,70 @@ def test_a_waiting_visitor_is_told_and_may_leave(bench: ModelServer) -> None:
     class Gone(Exception):
         pass
 
-    def leave() -> None:
+    def leave(ahead: int) -> None:
+        assert ahead == 1
         raise Gone
 
     with bench.model("tiny").use(), pytest.raises(Gone):
         bench.answer(question("describe the image"), waiting=leave)
+
+
+def test_visitors_are_served_in_order_and_told_their_place(bench: ModelServer) -> None:
+    shared = bench.model("tiny")
+    places: dict[str, list[int]] = {"first": [], "second": []}
+    served: list[str] = []
+
+    def visit(name: str) -> None:
+        with shared.use(places[name].append):
+            served.append(name)
+
+    threads = []
+    with shared.use():
+        for name in places:
+            threads.append(threading.Thread(target=visit, args=(name,)))
+            threads[-1].start()
+            while not places[name]:  # until this one waits
+                time.sleep(0.01)
+    for thread in threads:
+        thread.join(30)
+    assert served == ["first", "second"]
+    assert set(places["first"]) == {1}
+    assert places["second"][0] == 2
+
+
+def test_times_are_measured_in_turn(bench: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[avl.Policy | None] = []
+    plain = live.answer
+
+    def answer(vlm: object, sample: object, policy: avl.Policy, **more: object) -> object:
+        order.append(policy)
+        return plain(vlm, sample, policy, **more)
+
+    monkeypatch.setattr(live, "answer", answer)
+    policies = [avl.FullPolicy(), POLICY]
+    done: list[tuple[int, int]] = []
+    times = bench.timings(
+        question(), policies, rounds=2, progress=lambda now, total: done.append((now, total))
+    )
+    assert order == policies * 3
+    assert times.ttft.shape == times.tpot.shape == (2, 2)
+    assert np.isfinite(times.ttft).all()
+    assert done[-1] == (6, 6)
+
+
+def test_the_model_that_was_not_used_for_longest_is_given_away() -> None:
+    loaded: list[str] = []
+
+    def load(name: str) -> object:
+        loaded.append(name)
+        return tiny_vlm()
+
+    bench = ModelServer(loader=load, loaded=2)
+    for name in ("a", "b", "a", "c", "a", "b"):
+        bench.model(name)
+    assert loaded == ["a", "b", "c", "b"]
+    assert bench.loaded("c") is None
+    assert bench.loaded("b") is not None
 
 
 def test_a_comparison_lets_others_in_between_two_batches(bench: ModelServer) -> None:

@@ -70,8 +70,32 @@ def test_per_token_fidelity_says_what_a_policy_would_write_instead() -> None:
 def test_differing_words_are_set_off_together() -> None:
     marked = live.marked(("a", " red", " big", " ball"), ("a", " ball"))
     assert marked == "a :orange-background[**red big**] ball"
-    assert live.marked((), ("a",)) == "*nothing*"
+    assert live.marked((), ("a",)) == "*nothing* ~~a~~"
     assert live.marked((" [x](y)",), ()) == ":orange-background[**\\[x\\]\\(y\\)**]"
+
+
+def test_words_at_the_same_places_are_the_same_and_those_left_out_are_struck_through() -> None:
+    full = (
+        "big",
+        " red",
+        " heart",
+        " at",
+        " top",
+        " left",
+        ",",
+        " a",
+        " blue",
+        " square",
+        " at",
+        " top",
+    )
+    less = ("big", " red", " heart", " at", " top", " right", ",", " a", " blue", " square")
+    assert live.marked(less, full) == (
+        "big red heart at top ~~left,~~ :orange-background[**right,**] a blue square ~~at top~~"
+    )
+    assert live.marked(("ZOO",), ("ZOO", "0", "F")) == "~~ZOO0F~~ :orange-background[**ZOO**]"
+    assert live.marked(("Z", "D", "H"), ("Z", "D")) == "~~ZD~~ :orange-background[**ZDH**]"
+    assert live.marked(("赤い", "円"), ("青い", "円")) == "~~青~~ :orange-background[**赤**] い円"
 
 
 def test_every_policy_and_preset_of_the_command_line_is_offered() -> None:

@@ -14,8 +14,9 @@ import pytest
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.comparison import load_comparison
 from avl_analysis.evaluation.policy_files import load_policy
+from avl_analysis.recordings.netcdf import check_hdf5
 from avl_analysis.recordings.recording import load_recording
-from avl_app.uploads import check_hdf5, from_bytes, sent_samples, uploaded
+from avl_app.uploads import from_bytes, sent_samples, uploaded
 from tests import tiny
 
 LIMITS = {"most_bytes": 1 << 20, "most_pixels": 10_000}
@@ -52,7 +53,7 @@ def test_a_picture_is_judged_by_its_content() -> None:
 
 @pytest.mark.parametrize("side", [101, 20_000, 65_000])
 def test_too_many_pixels_are_refused_before_they_are_decoded(side: int) -> None:
-    with pytest.raises(InputError, match="pixels"):
+    with pytest.raises(InputError, match="pixels; at most 0 million"):
         uploaded(bomb(side), "bomb.png", **LIMITS)
 
 
@@ -75,6 +76,49 @@ def test_a_list_of_questions_may_name_only_pictures_that_came_with_it(tmp_path: 
         sent_samples({"q.jsonl": stolen, "cat.png": png()}, **LIMITS)
     with pytest.raises(InputError, match="0 JSONL files"):
         sent_samples({"cat.png": png()}, **LIMITS)
+
+
+def test_two_pictures_of_one_file_name_are_never_taken_for_each_other() -> None:
+    lines = b"".join(
+        b'{"image": "%s/p0.png", "prompt": "what is it?"}\n' % folder for folder in (b"x", b"y")
+    )
+    with pytest.raises(InputError, match=r"x/p0\.png and y/p0\.png"):
+        sent_samples({"q.jsonl": lines, "p0.png": png()}, **LIMITS)
+    same = b'{"image": "x/p0.png", "prompt": "what is it?"}\n' * 2
+    assert len(sent_samples({"q.jsonl": same, "p0.png": png()}, **LIMITS)) == 2
+
+
+def test_line_separators_inside_a_question_do_not_end_its_line() -> None:
+    line = '{"image": "p0.png", "prompt": "one\u2028two\x85three"}\n'.encode()
+    samples = sent_samples({"q.jsonl": line, "p0.png": png()}, **LIMITS)
+    assert samples[0].prompt == "one\u2028two\x85three"
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"image": ' + "1" * 5000 + "}", "null", "5"])
+def test_lines_that_are_no_questions_are_one_sentence(line: str) -> None:
+    with pytest.raises(InputError):
+        sent_samples({"q.jsonl": line.encode(), "p0.png": png()}, **LIMITS)
+
+
+def test_a_file_of_groups_that_hold_each_other_is_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "loop.nc", "w") as file:
+        group = file.create_group("a")
+        group["again"] = group
+    with pytest.raises(InputError, match="without end"):
+        from_bytes(load_recording, (tmp_path / "loop.nc").read_bytes(), "loop.nc")
+
+
+def test_messages_name_the_file_as_its_sender_does(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"weather\.nc") as caught:
+        from_bytes(load_recording, b"not a recording", "weather.nc")
+    assert "sent.nc" not in str(caught.value)
+    with pytest.raises(InputError, match=r"the file sent \(empty\.png\) is not an image"):
+        uploaded(b"", "empty.png", **LIMITS)
+    half = hdf5(tmp_path / "run.nc", numbers=np.arange(1000.0))[:-200]
+    with pytest.raises(InputError) as caught:
+        from_bytes(load_recording, half, "half.nc")
+    assert "eof" not in str(caught.value)
+    assert "half.nc" in str(caught.value)
 
 
 def test_a_file_that_is_no_recording_is_refused_without_naming_the_servers_folders() -> None:
@@ -106,7 +150,7 @@ def test_a_small_file_that_unpacks_to_much_is_refused_unread(tmp_path: Path) -> 
     data = hdf5(tmp_path / "bomb.nc", zeros=np.zeros(1 << 22, np.uint8))
     assert len(data) < 1 << 17
     check_hdf5(tmp_path / "bomb.nc", most_bytes=1 << 22)
-    with pytest.raises(InputError, match="unpacks to more than 3 MB"):
+    with pytest.raises(InputError, match="unpacks to 4 MB; at most 3 MB"):
         check_hdf5(tmp_path / "bomb.nc", most_bytes=3 << 20)
 
 

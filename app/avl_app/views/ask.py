@@ -12,7 +12,7 @@ from avl_analysis.live import Focus, Observation
 from avl_analysis.scenes import Sample
 from avl_app import state
 from avl_app.examples import asked_scene
-from avl_app.page import Context, distinct, plain, plot, shown_token, streaming, strip
+from avl_app.page import Context, distinct, doing, plain, plot, shown_token, streaming, strip
 
 
 def show(context: Context) -> None:
@@ -42,7 +42,7 @@ def observe(context: Context) -> Observation:
     known: Observation | None = context.bench.known("observation", context.question)
     if known is not None:
         return known
-    with streaming("Loading the model and answering") as (on_token, waiting):
+    with streaming(doing(context)) as (on_token, waiting):
         return context.bench.observation(context.question, on_token=on_token, waiting=waiting)
 
 

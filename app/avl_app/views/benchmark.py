@@ -17,7 +17,7 @@ from avl_analysis.figures.spec import Axis
 from avl_analysis.figures.tradeoff import Place, tradeoff
 from avl_analysis.scenes import TASKS
 from avl_app import adaptive, examples, policies, state
-from avl_app.page import Context, plain, plot, problem
+from avl_app.page import Context, doing, plain, plot, problem
 from avl_app.sent import sent_files
 from avl_app.uploads import from_bytes, sent_samples
 
@@ -50,7 +50,6 @@ _SHOWN = {
 _COSTS = {
     "kv_filled_share": ("bytes, share", 2),
     "keys_attended": ("keys/step", 0),
-    "tpot": ("TPOT, s", 3),
 }
 """Metric -> column, digits."""
 _DIGITS = 2
@@ -148,7 +147,7 @@ def _policies() -> dict[str, avl.Policy]:
 
 def _run(context: Context, ask: Asking, chosen: Mapping[str, avl.Policy]) -> Comparison | None:
     """Compare with a bar and a way out; any click stops it, because the page is drawn anew."""
-    bar = st.progress(0.0, text="Loading the model …")
+    bar = st.progress(0.0, text=f"{doing(context, 'answering the first questions')} …")
     stop = st.empty()
     stop.button("Cancel", key="cancel", icon=":material/stop:")
 

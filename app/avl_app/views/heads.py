@@ -13,7 +13,7 @@ from avl_analysis.heads.taxonomy import Measure
 from avl_analysis.live import Observation
 from avl_analysis.recordings.recording import Recording
 from avl_app import state
-from avl_app.page import Context, cells, clicked, plain, plot, shown_token, streaming, strip
+from avl_app.page import Context, cells, clicked, doing, plain, plot, shown_token, streaming, strip
 from avl_app.views.ask import observe, pick_token
 
 _FIRST = "modality_mass/image"
@@ -57,7 +57,7 @@ def recorded(context: Context) -> Recording:
     known: Recording | None = context.bench.known("recording", context.question)
     if known is not None:
         return known
-    with streaming("Recording all statistics") as (on_token, waiting):
+    with streaming(doing(context, "recording all statistics")) as (on_token, waiting):
         return context.bench.recording(context.question, on_token=on_token, waiting=waiting)
 
 

@@ -5,8 +5,8 @@ every patch.
 from __future__ import annotations
 
 import math
+import re
 import time
-from difflib import SequenceMatcher
 from itertools import groupby
 
 import numpy as np
@@ -19,7 +19,8 @@ from avl_analysis.figures.spec import Axis
 from avl_analysis.figures.strip import visible
 from avl_analysis.live import Answer, Disagreement, Observation
 from avl_app import policies, state
-from avl_app.page import Context, plain, plot, shown_token, streaming, strip
+from avl_app.data import Timings
+from avl_app.page import Context, doing, plain, plot, shown_token, streaming, strip
 from avl_app.views.ask import observe
 
 _TICK = 0.6  # seconds a step is shown while playing
@@ -30,12 +31,9 @@ def show(context: Context) -> None:
     chosen = policies.choose()
     answers = _answers(context, chosen)
     full = answers[policies.FULL]
-    off = {
-        name: context.bench.disagreement(context.question, policy, full)
-        for name, policy in chosen.items()
-        if name != policies.FULL
-    }
+    off = _disagreements(context, chosen, full)
     _table(answers, off)
+    _times(context, chosen)
     if off:
         _patches(context, observe(context), {name: answers[name] for name in off})
         _fidelity(full, off)
@@ -54,7 +52,7 @@ def _answers(context: Context, chosen: dict[str, avl.Policy]) -> dict[str, Answe
     for name, policy in chosen.items():
         known: Answer | None = context.bench.known("answer", context.question, policy)
         if known is None:
-            with streaming("Answering", places[name]) as (on_token, waiting):
+            with streaming(doing(context), places[name]) as (on_token, waiting):
                 known = context.bench.answer(context.question, policy, on_token, waiting)
         answers[name] = known
         reference = answers[policies.FULL].words
@@ -62,21 +60,79 @@ def _answers(context: Context, chosen: dict[str, avl.Policy]) -> dict[str, Answe
     return answers
 
 
+def _disagreements(
+    context: Context, chosen: dict[str, avl.Policy], full: Answer
+) -> dict[str, Disagreement]:
+    """How every policy's predictions differ from the full cache's, with what is being computed."""
+    off: dict[str, Disagreement] = {}
+    for name, policy in chosen.items():
+        if name == policies.FULL:
+            continue
+        known = context.bench.known("disagreement", context.question, policy)
+        if known is None:
+            with streaming(f"Comparing the predictions of {name} along the answer") as (_, waiting):
+                known = context.bench.disagreement(context.question, policy, full, waiting)
+        off[name] = known
+    return off
+
+
+_UNSPACED = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+"""Japanese, Chinese and Korean signs, which are written without blanks between words."""
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
+"""A word: letters up to the next blank, or one sign of a script without blanks."""
+
+
 def marked(words: tuple[str, ...], reference: tuple[str, ...]) -> str:
-    """An answer with the tokens that differ from the full cache's set off, by colour and by
-    underlining.
+    """An answer as Markdown, with what differs from the full cache's: words of its own set off by
+    colour, words it leaves out struck through where they would stand.
+
+    Args:
+        words, reference: text of each token of the answer, and of the full cache's.
     """
-    if not words:
-        return "*nothing*"
-    same = set()
-    for block in SequenceMatcher(None, reference, words, autojunk=False).get_matching_blocks():
-        same |= set(range(block.b, block.b + block.size))
-    parts = []
-    for alike, places in groupby(range(len(words)), same.__contains__):
-        text = "".join(words[place] for place in places)
-        space, shown = " " if text.startswith(" ") else "", plain(text.strip())
-        parts.append(space + (shown if alike or not shown else f":orange-background[**{shown}**]"))
-    return "".join(parts).strip() or "␣"
+    own, full = "".join(words), "".join(reference)
+    ours, theirs = _WORD.findall(own), _WORD.findall(full)
+    parts: list[str] = []
+    for kind, group in groupby(_differences(theirs, ours), lambda step: step[0]):
+        text = plain(_spaced([word for _, word in group], own if kind != "out" else full))
+        parts.append(
+            {"same": text, "own": f":orange-background[**{text}**]", "out": f"~~{text}~~"}[kind]
+        )
+    if not ours:
+        parts.insert(0, "*nothing*")
+    return " ".join(parts) or "␣"
+
+
+def _spaced(words: list[str], source: str) -> str:
+    """Words that follow each other in a text, with the blanks they have there."""
+    return (" " if re.search(r"\s", source.strip()) or len(words) == 1 else "").join(words)
+
+
+def _differences(theirs: list[str], ours: list[str]) -> list[tuple[str, str]]:
+    """What leads from one list of words to another, with as many words kept as possible and, among
+    those ways, the earliest: ("same" | "own" | "out", word).
+
+    The longest common subsequence, by dynamic programming over the ends of both lists.
+    """
+    common = np.zeros((len(theirs) + 1, len(ours) + 1), dtype=int)
+    for i in reversed(range(len(theirs))):
+        for j in reversed(range(len(ours))):
+            same = theirs[i] == ours[j]
+            common[i, j] = (
+                common[i + 1, j + 1] + 1 if same else max(common[i + 1, j], common[i, j + 1])
+            )
+    steps: list[tuple[str, str]] = []
+    i = j = 0
+    while i < len(theirs) or j < len(ours):
+        if i < len(theirs) and j < len(ours) and theirs[i] == ours[j]:
+            steps.append(("same", ours[j]))
+            i, j = i + 1, j + 1
+        elif j == len(ours) or (i < len(theirs) and common[i + 1, j] >= common[i, j + 1]):
+            steps.append(("out", theirs[i]))
+            i += 1
+        else:
+            steps.append(("own", ours[j]))
+            j += 1
+    return steps
 
 
 def _table(answers: dict[str, Answer], off: dict[str, Disagreement]) -> None:
@@ -92,8 +148,6 @@ def _table(answers: dict[str, Answer], off: dict[str, Disagreement]) -> None:
                 "KV bytes held": usage.filled,
                 "of full cache": usage.filled_share,
                 "keys read per step": float(np.mean(keys)) if keys else math.nan,
-                "TTFT, ms": 1000 * said.ttft,
-                "TPOT, ms": 1000 * said.tpot,
                 "tokens": len(said.words),
                 "first difference at": _first_difference(said, answers[policies.FULL]),
                 "same prediction": 1.0 if differs is None else float(differs.agree.mean()),
@@ -113,8 +167,6 @@ def _table(answers: dict[str, Answer], off: dict[str, Disagreement]) -> None:
             "keys read per step": st.column_config.NumberColumn(
                 "keys/step", format="%.1f", width=82
             ),
-            "TTFT, ms": st.column_config.NumberColumn(format="%.0f", width=76),
-            "TPOT, ms": st.column_config.NumberColumn(format="%.1f", width=76),
             "tokens": st.column_config.NumberColumn(width=64),
             "first difference at": st.column_config.TextColumn("differs at", width=78),
             "same prediction": st.column_config.NumberColumn(
@@ -124,14 +176,65 @@ def _table(answers: dict[str, Answer], off: dict[str, Disagreement]) -> None:
         },
         alt="cost and fidelity of every policy",
     )
-    st.caption(
-        "Times are single runs on this machine, one policy after the other; on a small model a"
-        " policy's own work outweighs what it saves. Agreement and KL(full || policy): fed the full"
-        " cache's answer, mean over tokens."
+    about = (
+        "Agreement and KL(full || policy): fed the full cache's answer, mean over tokens. In the"
+        " answers above, a policy's own words are set off and words it leaves out are struck"
+        " through."
     )
+    if any(name.startswith("random") for name in answers):
+        about += (
+            " “random” is one draw of patches for one question; where many patches show the same,"
+            " a draw can do as well as any choice. Compare on many questions in Benchmark."
+        )
+    st.caption(about)
     for name, said in answers.items():
         if said.usage is not None and said.usage.host:
             st.caption(f"{plain(name)} also holds {said.usage.host:,} bytes in host memory.")
+
+
+_ROUNDS = 5
+"""How often each policy is timed."""
+
+
+def _times(context: Context, chosen: dict[str, avl.Policy]) -> None:
+    """Times on demand: all policies in turn, again and again, so that they can be compared."""
+    key = (context.question, tuple(chosen.items()))
+    measured: tuple[object, Timings] | None = st.session_state.get("timings")
+    if measured is None or measured[0] != key:
+        if not st.button(
+            "Measure times",
+            icon=":material/timer:",
+            help=f"Answers {_ROUNDS} times under each policy, in turn. Any other click stops it.",
+        ):
+            return
+        bar = st.progress(0.0, text="Answering once to warm up …")
+        times = context.bench.timings(
+            context.question,
+            list(chosen.values()),
+            rounds=_ROUNDS,
+            progress=lambda done, total: bar.progress(
+                done / total, text=f"{done} of {total} answers"
+            ),
+        )
+        bar.empty()
+        measured = st.session_state["timings"] = (key, times)
+    times = measured[1]
+    rows: dict[str, list[str]] = {"policy": list(chosen)}
+    for name, seconds in (("TTFT, ms", times.ttft), ("TPOT, ms", times.tpot)):
+        rows[name] = [_median(1000 * row) for row in seconds]
+    st.dataframe(rows, hide_index=True, alt="times of every policy")
+    st.caption(
+        f"Median of {_ROUNDS} rounds [fastest, slowest]; each round answers once under every"
+        " policy. Time to the first token, and per token after it. On a small model a policy's own"
+        " work outweighs what it saves."
+    )
+
+
+def _median(values: np.ndarray) -> str:
+    """Median with range; a dash where nothing was measured."""
+    if not np.isfinite(values).any():
+        return "-"
+    return f"{np.median(values):.1f} [{values.min():.1f}, {values.max():.1f}]"
 
 
 def _first_difference(said: Answer, full: Answer) -> str:
