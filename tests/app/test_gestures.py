@@ -195,11 +195,8 @@ def test_a_choice_that_arrives_with_an_older_address_counts() -> None:
 def test_a_run_writes_no_control_that_is_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """A value that a run writes is sent to the browser, where it replaces a newer one."""
     test = page(view="live", **ONE_WORD)
-    sent = {
-        key: test.slider(key=key).proto.set_value
-        for key in ("secondary", "core", "text", "prefill")
-    }
-    test.toggle(key="own_cores").set_value(True).run()
+    sent = {key: test.slider(key=key).proto.set_value for key in ("secondary", "core", "prefill")}
+    test.toggle(key="use_text").set_value(False).run()
     test.slider(key="secondary").set_value(0.45).run()
     assert errors(test) == []
     assert sent  # what a first run sends is allowed
