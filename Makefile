@@ -5,6 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.17.0
+NEWEST := .venv-newest
+# prints the declared requirement, as in "transformers>=5.17,<6"
+DECLARED := import tomllib; print(next(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("transformers")))
+# what depends on the version of transformers: hooks, identities, reference traces, README, one type of each kind of attention
+FACING := tests/test_readme.py tests/avl tests/avl_analysis/capture \
+  tests/avl_analysis/conformance/test_types.py::test_a_representative_type_is_what_the_table_says
 OUT ?= out
 WORKERS ?= 2
 
@@ -12,7 +18,7 @@ WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report test test-slow test-oldest app check format clean
+.PHONY: help setup report test test-slow test-oldest test-newest app check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,15 +46,24 @@ test-slow: setup ## run the slow tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) -m slow --timeout 1800 $(ARGS)
 
 test-oldest: $(OLDEST)/.installed ## run the model-facing tests on the oldest supported transformers
-	$(TEST_ENV) $(OLDEST)/bin/python -m pytest -n $(WORKERS) tests/avl tests/avl_analysis $(ARGS)
+	$(TEST_ENV) $(OLDEST)/bin/python -m pytest -n $(WORKERS) $(FACING) $(ARGS)
+
+# A new release is noticed here and not by users, so what pip chooses is looked up every time.
+test-newest: $(NEWEST)/.made ## run the model-facing tests on the newest transformers that pip installs today
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade "$$($(NEWEST)/bin/python -c '$(DECLARED)')"
+	$(NEWEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	$(TEST_ENV) $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(FACING) $(ARGS)
+
+$(OLDEST)/.installed: $(OLDEST)/.made
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade 'transformers==$(OLDEST_TRANSFORMERS)'
+	@touch $@
 
 # Only transformers and what it insists on is installed anew; everything else is looked up in $(VENV).
-$(OLDEST)/.installed: $(STAMP)
-	$(BIN)/python -m venv $(OLDEST)
+$(OLDEST)/.made $(NEWEST)/.made: %/.made: $(STAMP)
+	$(BIN)/python -m venv $*
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	  > $$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
-	$(OLDEST)/bin/python -m pip install --quiet 'transformers==$(OLDEST_TRANSFORMERS)'
-	$(OLDEST)/bin/python -m pip install --quiet --no-deps --editable .
+	  > $$($*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$*/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 app: setup ## start the dashboard on this machine only

@@ -6,32 +6,19 @@ was. An `Intervention` may compute attention itself and exchange the cache (a po
 sees what was computed (a recorder). A model takes one of each at a time, in any order. The hooks do
 not know what either does with what it sees.
 
-How it works. transformers 5 looks up the attention function and the mask function of a decoder
-under one name, the config's `_attn_implementation`. This module registers, once and under a name of
-its own per backend ("avl_sdpa", ...), a function that asks which hooks own the calling module and
-otherwise just delegates, together with the backend's own mask function: a name without a mask
-function silently loses the padding mask. Attaching then means changing that name in the decoder's
-config, plus a few module hooks which learn where in the sequence a pass stands. The delegated call
+How it works. `backends` puts a function of ours between a decoder and its attention backend. Module
+hooks learn where in the sequence a pass stands. Three methods of the model (`generate`, and those
+that encode images and videos) are watched for their arguments. All of that is done to the one
+model, when something is attached to it, and undone when the last is detached. The delegated call
 gets the very arguments the model passed, so with an observer alone the logits stay bit-identical.
-
-Gotchas:
-* Config objects may be shared by two models, so the name is counted and restored by the last one.
-* Some modeling files branch on the name itself (`in ("eager", "sdpa")`), so ours compares equal to
-  the backend's.
-* Models that embed text and images themselves before calling the decoder (BLIP-2) show their token
-  ids only to the embedding layer, so that layer is watched too.
-* A sliding window's cache hands out its newest keys only, so key j is not position j.
-* The only object that lives exactly as long as a conversation is its KV cache, so the position in
-  the sequence is remembered there.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from inspect import signature
 from types import MethodType
@@ -40,58 +27,62 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from avl import backends
+from avl.arguments import find_cache, named_arguments, uses_cache
 from avl.attention import Attend, AttentionCall, Forward
 from avl.families import Family, UnsupportedModelError, describe
 from avl.tokens import TokenLayout
 
-_PREFIX = "avl_"
 _LOCK = threading.RLock()
-_OWNERS: WeakKeyDictionary[nn.Module, AttentionHooks] = (
-    WeakKeyDictionary()
-)  # attention module -> its hooks
-_RENAMED: dict[
-    int, list[Any]
-] = {}  # id(config) -> [config, original name, number of hooks using it]
-
-
-class _Name(str):
-    """The name of our function for a backend; it looks itself up under its own name and equals the
-    backend's, too.
-
-    DeepSeek-style sparse attention, Gemma 4 and others ask `config._attn_implementation == "sdpa"`
-    to decide what they pass on; with a name of another make they would compute something else. The
-    hash is that of the full text, so registries (dictionaries) find our function and never the
-    backend's.
-    """
-
-    __slots__ = ()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, str) and str(other).removeprefix(_PREFIX) == self.removeprefix(
-            _PREFIX
-        )
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    __hash__ = str.__hash__
 
 
 class HookError(RuntimeError):
     """The model was used in a way the hooks cannot follow; the message says what to do instead."""
 
 
-class Observer:
-    """Sees every attention call of a decoder after it was computed; override what is needed.
+@dataclass(frozen=True)
+class Generation:
+    """One call of `generate`.
+
+    Attributes:
+        model: the module whose `generate` was called.
+        arguments: what it was called with, by name.
+    """
+
+    model: Any
+    arguments: dict[str, Any] = field(repr=False)
+
+    def setting(self, name: str) -> Any:
+        """A setting as `generate` will see it: the argument, or that of the generation config
+        given, or of the model's own; None where nobody says.
+        """
+        given = (self.arguments.get("generation_config"), self.model.generation_config)
+        values = [self.arguments.get(name), *(getattr(config, name, None) for config in given)]
+        return next((value for value in values if value is not None), None)
+
+
+class Hook:
+    """What `Observer` and `Intervention` have in common; override what is needed.
 
     All methods run on the thread that runs the model.
     """
 
+    def begin_generation(self, generation: Generation) -> None:
+        """`generate` was called; passes follow. What cannot be followed may be refused here."""
+
+    def end_generation(self, failed: bool) -> None:
+        """`generate` is over; `failed` if it raised, which a refusal does, too."""
+
     def begin(self, forward: Forward) -> None:
         """A pass through the decoder starts."""
+
+    def end(self, forward: Forward) -> None:
+        """The pass is over; not called when the pass raised."""
+
+
+class Observer(Hook):
+    """Sees every attention call of a decoder after it was computed."""
 
     def observe(self, call: AttentionCall, output: Tensor) -> None:
         """One attention call, as an intervention left it, and its output.
@@ -99,18 +90,9 @@ class Observer:
         `output` has shape (batch, rows, query heads, head dim).
         """
 
-    def end(self, forward: Forward) -> None:
-        """The pass is over; not called when the pass raised."""
 
-
-class Intervention:
-    """Computes attention in the model's place; override what is needed.
-
-    All methods run on the thread that runs the model.
-    """
-
-    def begin(self, forward: Forward) -> None:
-        """A pass through the decoder starts; `forward.cache.layers` may be exchanged here."""
+class Intervention(Hook):
+    """Computes attention in the model's place; may exchange `forward.cache.layers` in `begin`."""
 
     def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
         """The output of one call, (batch, rows, query heads, head dim).
@@ -118,9 +100,6 @@ class Intervention:
         `inner` is the model's own attention; `call` may be changed before it is passed on.
         """
         return inner(call)
-
-    def end(self, forward: Forward) -> None:
-        """The pass is over; not called when the pass raised."""
 
 
 @dataclass
@@ -132,6 +111,33 @@ class _Stream:
     step: int
 
 
+@dataclass
+class _Embedded:
+    """What the embedding layer was last asked for outside of a pass."""
+
+    ids: Tensor
+    output: Tensor
+
+
+class _Pending(threading.local):
+    """What one thread said on the way to the next pass through the decoder.
+
+    Attributes:
+        inputs: arguments of the outer model's call.
+        shown: arguments of the latest encoding of images and of videos.
+        embedded: what the embedding layer was last asked for.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget it."""
+        self.inputs: dict[str, Any] = {}
+        self.shown: dict[str, Any] = {}
+        self.embedded: _Embedded | None = None
+
+
 class AttentionHooks:
     """What is attached to one model. Made by `attach`; one per model."""
 
@@ -141,13 +147,15 @@ class AttentionHooks:
         self.intervention: Intervention | None = None
         self.observer: Observer | None = None
         self.forward: Forward | None = None
+        # The only object that lives exactly as long as a conversation is its KV cache, so the
+        # position in the sequence is remembered there.
         self._streams: WeakKeyDictionary[Any, _Stream] = WeakKeyDictionary()
-        self._inputs: dict[str, Any] = {}
-        self._shown: dict[str, Any] = {}
-        self._watched: list[tuple[nn.Module, str]] = []
-        self._embedded: Tensor | None = None
+        self._pending = _Pending()
         self._calls = 0
-        self._hooks: list[Any] = []
+        self._thread: threading.Thread | None = None
+        self._generating = False
+        self._handles: list[Any] = []
+        self._watched: list[tuple[nn.Module, str]] = []
         self._modules = [
             m
             for m in self.family.decoder.modules()
@@ -157,6 +165,10 @@ class AttentionHooks:
             self.family.decoder.config
         ]
         self._configs = list({id(c): c for c in configs}.values())
+        outer = [model, getattr(model, "base_model", None)]
+        self._outer = [
+            m for m in outer if isinstance(m, nn.Module) and m is not self.family.decoder
+        ]
 
     # -- connecting --------------------------------------------------------------------------------
 
@@ -169,57 +181,59 @@ class AttentionHooks:
             )
         try:
             for config in self._configs:
-                _rename(config)
+                backends.rename(config)
             for module in self._modules:
-                _OWNERS[module] = self
-            outer = [
-                m
-                for m in (self.model, getattr(self.model, "base_model", None))
-                if isinstance(m, nn.Module)
-            ]
-            for module in {id(m): m for m in outer if m is not self.family.decoder}.values():
-                self._hooks.append(
-                    module.register_forward_pre_hook(self._remember_inputs, with_kwargs=True)
+                backends.OWNERS[module] = self
+            self._watch_methods()
+            disable = torch.compiler.disable  # see backends
+            for module in {id(m): m for m in self._outer}.values():
+                self._handles.append(
+                    module.register_forward_pre_hook(
+                        disable(self._remember_inputs), with_kwargs=True
+                    )
                 )
+            # Models that embed text and images themselves before calling the decoder (BLIP-2) show
+            # their token ids only to the embedding layer.
             embedding = self.model.get_input_embeddings()
-            self._hooks.append(
-                embedding.register_forward_pre_hook(self._remember_ids, with_kwargs=True)
+            self._handles.append(
+                embedding.register_forward_hook(disable(self._remember_ids), with_kwargs=True)
             )
-            self._watch_encoders()
             decoder = self.family.decoder
-            self._hooks.append(decoder.register_forward_pre_hook(self._begin, with_kwargs=True))
-            self._hooks.append(decoder.register_forward_hook(self._end, with_kwargs=True))
+            self._handles.append(
+                decoder.register_forward_pre_hook(disable(self._begin), with_kwargs=True)
+            )
+            self._handles.append(
+                decoder.register_forward_hook(
+                    disable(self._end), with_kwargs=True, always_call=True
+                )
+            )
         except BaseException:
             self._disconnect()
             raise
 
-    def _disconnect(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        for module, name in self._watched:
-            vars(module).pop(name, None)
-            _ENCODERS.pop(module, None)
-        self._watched.clear()
-        for module in self._modules:
-            _OWNERS.pop(module, None)
-        for config in self._configs:
-            _restore(config)
-        self.forward = None
-
-    def _watch_encoders(self) -> None:
-        """See what images are encoded from.
-
-        `generate` encodes them first and calls the model with the features alone, so grids and
-        sizes pass only here.
-        """
+    def _watch_methods(self) -> None:
+        """See what the model's watched methods are called with."""
         for module in self.model.modules():
-            for name in _ENCODING:
+            for name, watch in _WATCHED.items():
                 function = getattr(type(module), name, None)
                 if callable(function) and name not in vars(module):
-                    setattr(module, name, MethodType(_watched(function), module))
+                    setattr(module, name, MethodType(watch(function), module))
                     self._watched.append((module, name))
-                    _ENCODERS[module] = self
+                    _WATCHING[module] = self
+
+    def _disconnect(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module, name in self._watched:
+            vars(module).pop(name, None)
+            _WATCHING.pop(module, None)
+        self._watched.clear()
+        for module in self._modules:
+            backends.OWNERS.pop(module, None)
+        for config in self._configs:
+            backends.restore(config)
+        self.forward = None
 
     def detach(self, hook: Observer | Intervention) -> None:
         """Disconnect `hook`; the last one restores the model. Harmless if it is not connected."""
@@ -232,59 +246,130 @@ class AttentionHooks:
                 self._disconnect()
                 _HOOKS.pop(self.model, None)
 
+    def _attached(self) -> list[Hook]:
+        return [hook for hook in (self.intervention, self.observer) if hook is not None]
+
+    # -- following `generate` ----------------------------------------------------------------------
+
+    @contextmanager
+    def generation(self, model: nn.Module, arguments: dict[str, Any]) -> Iterator[None]:
+        """`generate` of a module of the model runs while the block does."""
+        if self._generating and self._thread is threading.current_thread():
+            yield  # some families call the `generate` of their language model in their own
+            return
+        self._claim()
+        self._generating, failed = True, True
+        hooks = self._attached()
+        try:
+            for hook in hooks:
+                hook.begin_generation(Generation(model, arguments))
+            yield
+            failed = False
+        finally:
+            self._generating = False
+            self._release()
+            self._pending.clear()
+            for hook in hooks:
+                hook.end_generation(failed)
+
+    def _claim(self) -> None:
+        """Take the model for this thread.
+
+        Where a pass stands is known for one pass at a time, so two threads would be mixed up.
+        """
+        me = threading.current_thread()
+        with _LOCK:
+            if self._thread not in (None, me) and self._thread.is_alive():
+                raise HookError(
+                    f"this {type(self.model).__name__} is running in another thread"
+                    f" ({self._thread.name}) while it is recorded or adapted; run one after the"
+                    " other, or load a second model"
+                )
+            self._thread = me
+
+    def _release(self) -> None:
+        if not self._generating:
+            self._thread = None
+
     # -- following the sequence --------------------------------------------------------------------
+
+    def remember_shown(self, arguments: dict[str, Any]) -> None:
+        """Remember what images or videos are encoded from.
+
+        `generate` encodes them first and calls the model with the features alone, so grids and
+        sizes pass only here.
+        """
+        self._pending.shown |= {name: v for name, v in arguments.items() if v is not None}
 
     def _remember_inputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        given = _named(module, args, kwargs)
+        if module not in self._outer:
+            return  # a copy of the model that was made while something was attached
+        given = named_arguments(module, args, kwargs)
         if given.get("input_ids") is not None or module is self.model:
-            self._inputs = given
-
-    def _remember_shown(self, arguments: dict[str, Any]) -> None:
-        self._shown |= {name: value for name, value in arguments.items() if value is not None}
+            self._pending.inputs = given
 
     def _remember_ids(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
+        if module is not self.model.get_input_embeddings() or self.forward is not None:
+            return
         ids = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
-        if (
-            self.forward is None
-            and ids is not None
-            and ids.dim() == 2
-            and not ids.is_floating_point()
-        ):
-            self._embedded = ids
+        if ids is not None and ids.dim() == 2 and not ids.is_floating_point():
+            self._pending.embedded = _Embedded(ids, output)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = _named(module, args, kwargs)
-        inputs, self._inputs = self._inputs, {}
-        shown, self._shown = self._shown, {}
-        new = (
-            given.get("input_ids")
-            if given.get("input_ids") is not None
-            else given.get("inputs_embeds")
+        if module is not self.family.decoder:
+            return
+        self._claim()
+        self._check_backend()
+        given = named_arguments(module, args, kwargs)
+        inputs, shown, embedded = (
+            getattr(self._pending, name) for name in ("inputs", "shown", "embedded")
         )
+        self._pending.clear()
+        new = _first(given, "input_ids", "inputs_embeds")
         if new is None:
             raise HookError("the decoder was called without input_ids and inputs_embeds")
-        cache, tokens = given.get("past_key_values"), int(new.shape[1])
-        ids = (
-            inputs.get("input_ids")
-            if inputs.get("input_ids") is not None
-            else given.get("input_ids")
-        )
-        if ids is None and self._embedded is not None and self._embedded.shape == new.shape[:2]:
-            ids = self._embedded
-        self._embedded = None
-        inputs = {
-            **shown,
-            **{name: value for name, value in (inputs or given).items() if value is not None},
-        }
-        self.forward = self._place(cache, tokens, ids, inputs)
+        cache = find_cache(given)
+        if cache is None and self._generating and uses_cache(module, given):
+            raise HookError(
+                f"generate with use_cache=True called {type(module).__name__} without a KV cache"
+                f" that could be found among its arguments ({', '.join(given)}), so decode steps"
+                " cannot be told from new prompts; is this version of transformers supported?"
+            )
+        ids = inputs.get("input_ids")
+        ids = given.get("input_ids") if ids is None else ids
+        if ids is None:
+            ids = self._ids_behind(new, embedded)
+        said = {name: value for name, value in (inputs or given).items() if value is not None}
         self._calls = 0
-        for hook in (self.intervention, self.observer):
-            if hook is not None:
-                hook.begin(self.forward)
+        self.forward = self._place(cache, int(new.shape[1]), ids, {**shown, **said})
+        for hook in self._attached():
+            hook.begin(self.forward)
+
+    def _ids_behind(self, embeds: Tensor, embedded: _Embedded | None) -> Tensor | None:
+        """The ids that inputs_embeds were made from: those embedded last, if they explain them.
+
+        Only image features may have been put in the place of some, and only where the ids say so.
+        Callers that embed other ids, their image placeholders replaced by a harmless id, are not
+        believed.
+        """
+        if embedded is None or embedded.output.shape != embeds.shape:
+            return None
+        image = torch.tensor(self.family.image_token_ids, device=embedded.ids.device)
+        explained = (embedded.output == embeds).all(-1) | torch.isin(embedded.ids, image)
+        return embedded.ids if bool(explained.all()) else None
+
+    def _check_backend(self) -> None:
+        changed = [config for config in self._configs if not backends.is_ours(config)]
+        if changed:
+            raise HookError(
+                "the attention implementation was changed to"
+                f" {changed[0]._attn_implementation_internal!r} while the model is recorded or"
+                " adapted; call set_attn_implementation before"
+            )
 
     def _place(
         self, cache: Any, tokens: int, ids: Tensor | None, inputs: dict[str, Any]
@@ -328,7 +413,8 @@ class AttentionHooks:
         if ids is None:
             raise HookError(
                 "cannot tell image from text tokens without input_ids; call the model with"
-                " input_ids"
+                " input_ids (inputs_embeds alone are understood only where they were made by the"
+                " model's own embedding layer from ids that hold the image placeholders)"
             )
         ids = ids[:, -tokens:]
         mask = inputs.get("attention_mask")
@@ -339,8 +425,11 @@ class AttentionHooks:
         return self.family.layout(ids, mask, inputs)
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if module is not self.family.decoder:
+            return
         forward, self.forward = self.forward, None
-        if forward is None:
+        self._release()
+        if forward is None or output is None:  # no output: the pass raised
             return
         if self._calls == 0:
             raise UnsupportedModelError(
@@ -348,13 +437,13 @@ class AttentionHooks:
                 " attention interface, so nothing can be seen of it (model type"
                 f" {self.family.name!r}); see `avl models` for supported families"
             )
-        for hook in (self.intervention, self.observer):
-            if hook is not None:
-                hook.end(forward)
+        for hook in self._attached():
+            hook.end(forward)
 
     # -- attention ---------------------------------------------------------------------------------
 
     def call(self, inner: Attend, call: AttentionCall) -> Tensor:
+        """The output of one attention call, after intervention and observer."""
         self._calls += 1
         call.key_positions = _newest(call)
         output = inner(call) if self.intervention is None else self.intervention.attend(call, inner)
@@ -364,28 +453,59 @@ class AttentionHooks:
 
 
 _HOOKS: WeakKeyDictionary[nn.Module, AttentionHooks] = WeakKeyDictionary()
-_ENCODERS: WeakKeyDictionary[nn.Module, AttentionHooks] = (
-    WeakKeyDictionary()
-)  # module whose encoding of images is watched -> its hooks
-_ENCODING = ("get_image_features", "get_video_features")
+_WATCHING: WeakKeyDictionary[nn.Module, AttentionHooks] = WeakKeyDictionary()
+"""Module with watched methods -> the hooks that watch it.
+
+The methods find their hooks here when they are called and keep neither hooks nor module, so those
+of a copy of the model work on the copy.
+"""
 
 
-def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that tells the hooks of its module what it was called with.
-
-    It finds its module when called and never keeps it, so that a copy of the model encodes with its
-    own weights.
-    """
+def _watch_encoding(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that encodes images and tells the hooks of its module from what."""
 
     @wraps(function)  # transformers reads the signature
     def encode(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        hooks = _ENCODERS.get(module)
-        if hooks is not None:
-            names = list(signature(function).parameters)[1:]
-            hooks._remember_shown({**dict(zip(names, args, strict=False)), **kwargs})
+        _tell_shown(function, module, args, kwargs)
         return function(module, *args, **kwargs)
 
     return encode
+
+
+@torch.compiler.disable
+def _tell_shown(
+    function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if (hooks := _WATCHING.get(module)) is not None:
+        hooks.remember_shown(_bound(function, args, kwargs))
+
+
+def _watch_generate(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A `generate` that tells the hooks of its module when it begins and ends."""
+
+    @wraps(function)
+    def generate(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if (hooks := _WATCHING.get(module)) is None:
+            return function(module, *args, **kwargs)
+        with hooks.generation(module, _bound(function, args, kwargs)):
+            return function(module, *args, **kwargs)
+
+    return generate
+
+
+_WATCHED: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "generate": _watch_generate,
+    "get_image_features": _watch_encoding,
+    "get_video_features": _watch_encoding,
+}
+
+
+def _bound(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a method by name, the module itself left out."""
+    names = list(signature(function).parameters)[1:] if args else []
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def attach(model: nn.Module, hook: Observer | Intervention) -> AttentionHooks:
@@ -427,7 +547,7 @@ def attached(model: nn.Module, hook: Observer | Intervention) -> Iterator[Attent
         hooks.detach(hook)
 
 
-# -- the registered functions ----------------------------------------------------------------------
+# -- helpers ---------------------------------------------------------------------------------------
 
 
 def _newest(call: AttentionCall) -> Tensor | None:
@@ -441,94 +561,6 @@ def _newest(call: AttentionCall) -> Tensor | None:
     return torch.arange(total - count, total, device=call.key.device) if count < total else None
 
 
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a forward call by name."""
-    return (
-        {**dict(zip(signature(module.forward).parameters, args, strict=False)), **kwargs}
-        if args
-        else dict(kwargs)
-    )
-
-
-def _backend_of(name: str | None) -> str:
-    return (name or "eager").removeprefix(_PREFIX)
-
-
-def _rename(config: Any) -> None:
-    """Point a config at our function for its backend, counting users of shared configs."""
-    entry = _RENAMED.get(id(config))
-    if entry is not None:
-        entry[2] += 1
-        return
-    original = config._attn_implementation_internal
-    backend = _backend_of(original)
-    if backend not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise UnsupportedModelError(
-            f"attention backend {backend!r} has no mask function in transformers; load the model"
-            " with attn_implementation='sdpa' or 'eager'"
-        )
-    _register(backend)
-    _RENAMED[id(config)] = [config, original, 1]
-    config._attn_implementation_internal = _Name(_PREFIX + backend)
-
-
-def _restore(config: Any) -> None:
-    entry = _RENAMED.get(id(config))
-    if entry is None:
-        return
-    entry[2] -= 1
-    if entry[2] == 0:
-        config._attn_implementation_internal = entry[1]
-        del _RENAMED[id(config)]
-
-
-def _register(backend: str) -> None:
-    """Register attention and mask function under one name; inert until a config names them."""
-    name = _PREFIX + backend
-    if name in ALL_ATTENTION_FUNCTIONS:
-        return
-
-    def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        function = _function(backend, module)
-        hooks = _OWNERS.get(module)
-        if hooks is None or hooks.forward is None:
-            return function(module, query, key, value, attention_mask, **options)
-        weights: list[Tensor | None] = [None]
-
-        def inner(call: AttentionCall) -> Tensor:
-            output, weights[0] = function(
-                call.module, call.query, call.key, call.value, call.mask, **call.options
-            )
-            return output
-
-        scaling = options.get("scaling")
-        scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        call = AttentionCall(
-            hooks.forward,
-            int(module.layer_idx),
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling,
-            options,
-        )
-        return hooks.call(inner, call), weights[0]
-
-    ALL_ATTENTION_FUNCTIONS.register(name, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])
-
-
-def _function(backend: str, module: nn.Module) -> Any:
-    """The backend's attention function; eager is each modeling file's own."""
-    if backend == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[backend]
+def _first(arguments: dict[str, Any], *names: str) -> Tensor | None:
+    """The first of these arguments that is given."""
+    return next((arguments[name] for name in names if arguments.get(name) is not None), None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from avl.accounting import Usage, UsageLog
+from avl.arguments import cache_parameter, find_cache, named_arguments, uses_cache
 from avl.attention import Attend, AttentionCall, Forward
 from avl.cache import AdaptiveLayer, Conversation
 from avl.decode_step import DecodeStep
@@ -171,11 +173,16 @@ class AdaptiveSession(Intervention):
     ) -> Any:
         """The cache a decoder would make for itself, made where its layers can
         still be exchanged."""
-        use = kwargs.get("use_cache")
-        use = getattr(module.config, "use_cache", True) if use is None else use
-        if use and kwargs.get("past_key_values") is None and len(args) <= 1:
-            return args, {**kwargs, "past_key_values": DynamicCache(config=module.config)}
-        return None
+        given = named_arguments(module, args, kwargs)
+        if not uses_cache(module, given) or find_cache(given) is not None:
+            return None
+        try:
+            name = cache_parameter(module)
+        except LookupError as error:
+            raise UnsupportedModelError(str(error)) from error
+        if len(args) > list(signature(module.forward).parameters).index(name):
+            return None  # None was passed by position, so by somebody who wants no cache
+        return args, {**kwargs, name: DynamicCache(config=module.config)}
 
     def _exchange(self, cache: Any) -> Conversation:
         """Put our layers in place of the cache's full-attention ones."""

@@ -182,14 +182,17 @@ def test_a_later_turn_counts_images_and_text_of_all_turns() -> None:
     [
         ({"use_cache": False}, "use_cache=True"),
         ({"cache_implementation": "static"}, "not StaticCache"),
-        ({"prompt_lookup_num_tokens": 3}, "cannot be cropped"),
+        ({"prompt_lookup_num_tokens": 3}, "crop"),  # transformers asks for it itself from 5.24 on
     ],
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], says: str) -> None:
     model = tiny.llava()
     inputs = tiny.inputs(model, [9])
     inputs["input_ids"][0, -8:] = torch.tensor([9, 10, 11, 12, 9, 10, 11, 12])
-    with pytest.raises(avl.HookError, match=says), avl.adaptive(model, avl.AdaptivePolicy()):
+    with (
+        pytest.raises((avl.HookError, ValueError), match=says),
+        avl.adaptive(model, avl.AdaptivePolicy()),
+    ):
         generate(model, inputs, **options)
 
 

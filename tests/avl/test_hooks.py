@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
+from transformers import DynamicCache, StoppingCriteria
 
+from avl.arguments import cache_parameter, find_cache
 from avl.attention import attention_weights
 from avl.families import UnsupportedModelError
 from avl.hooks import HookError, Intervention, Observer, attach, attached
 from tests import tiny
+
+PAST = "past_key_values"
 
 
 class Notes(Observer):
     """Keeps what it is told."""
 
     def __init__(self):
-        self.begun, self.ended, self.weights = [], [], []
+        self.begun, self.ended, self.weights, self.layouts = [], [], [], []
 
     def begin(self, forward):
+        self.layouts.append(forward.layout)
         self.begun.append(
             (forward.kind, forward.step, forward.start, forward.tokens, forward.layout.length)
         )
@@ -196,3 +204,177 @@ def test_a_text_only_model_is_refused(tmp_path):
 def test_what_is_neither_observer_nor_intervention_is_refused():
     with pytest.raises(TypeError, match="must be an Observer or an Intervention; got int"):
         attach(tiny.llava(), 5)
+
+
+# -- versions of transformers ----------------------------------------------------------------------
+
+
+def test_a_cache_is_found_under_any_name():
+    cache = DynamicCache()
+    for name in ("cache", "past_key_values", "cache_params", "a_name_of_tomorrow"):
+        assert find_cache({"input_ids": 1, name: cache}) is cache
+    assert find_cache({"past_key_values": None, "use_cache": True}) is None
+
+
+def test_a_decoder_names_the_parameter_that_takes_its_cache():
+    name = cache_parameter(tiny.llava().get_decoder())
+    assert name == ("cache" if Version(transformers.__version__) >= Version("5.24") else PAST)
+
+    class Takes(torch.nn.Module):
+        def forward(self, input_ids, kv=None):
+            pass
+
+    with pytest.raises(LookupError, match=r"known here \(cache, past_key_values, cache_params\)"):
+        cache_parameter(Takes())
+
+
+def test_decode_steps_whose_cache_cannot_be_found_are_refused_and_not_taken_for_prompts():
+    model, notes = tiny.llava(), Notes()
+    decoder = model.get_decoder()
+    name = cache_parameter(decoder)
+
+    def hide(module, args, kwargs):
+        return args, {**kwargs, name: None}
+
+    handle = decoder.register_forward_pre_hook(hide, with_kwargs=True)
+    with attached(model, notes), pytest.raises(HookError, match="without a KV cache"):
+        model.generate(**tiny.inputs(model), max_new_tokens=3)
+    handle.remove()
+    assert notes.begun == []
+
+
+# -- threads ---------------------------------------------------------------------------------------
+
+
+def in_thread(work):
+    """What `work` returned or raised in a thread of its own."""
+    found = []
+
+    def run():
+        try:
+            found.append(work())
+        except Exception as error:  # noqa: BLE001 - whatever it was is looked at
+            found.append(error)
+
+    thread = threading.Thread(target=run, name="bystander")
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_a_second_thread_is_refused_while_one_generates_and_the_first_goes_on():
+    model, notes, errors = tiny.llava(), Notes(), []
+    batch = tiny.inputs(model)
+    plain = model.generate(**batch, max_new_tokens=5, do_sample=False)
+
+    class Meanwhile(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            for other in (
+                lambda: model.generate(**batch, max_new_tokens=2),
+                lambda: model(**batch),
+            ):
+                errors.append(in_thread(other))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    with attached(model, notes):
+        watched = model.generate(
+            **batch, max_new_tokens=5, do_sample=False, stopping_criteria=[Meanwhile()]
+        )
+    assert torch.equal(plain, watched)
+    assert [kind for kind, *_ in notes.begun] == ["prefill"] + ["decode"] * 4
+    assert len(errors) == 10
+    assert all(isinstance(error, HookError) for error in errors)
+    assert "running in another thread (MainThread)" in str(errors[0])
+
+
+def test_threads_may_use_a_model_one_after_the_other():
+    model, notes = tiny.llava(), Notes()
+    batch = tiny.inputs(model)
+    with attached(model, notes):
+        for work in (lambda: model(**batch), lambda: model.generate(**batch, max_new_tokens=2)):
+            assert not isinstance(in_thread(work), Exception)
+            work()
+    assert [kind for kind, *_ in notes.begun].count("prefill") == 4
+
+
+def test_a_pass_that_raised_leaves_the_model_to_other_threads():
+    model, notes = tiny.llava(), Notes()
+    batch = tiny.inputs(model)
+    with attached(model, notes):
+        with pytest.raises(IndexError):
+            model(**{**batch, "input_ids": batch["input_ids"] + 1000})
+        assert not isinstance(in_thread(lambda: model(**batch)), Exception)
+
+
+# -- odd uses --------------------------------------------------------------------------------------
+
+
+def embeds_with_features(model, batch, ids):
+    """Input embeddings of `ids` with image features where `batch` has image tokens."""
+    embeds = model.get_input_embeddings()(ids).clone()
+    features = model.get_image_features(batch["pixel_values"], return_dict=True).pooler_output
+    embeds[batch["input_ids"] == tiny.IMAGE] = torch.cat(list(features))
+    return embeds
+
+
+def test_embeddings_made_from_the_ids_of_the_prompt_are_understood():
+    model, notes = tiny.llava(), Notes()
+    batch = tiny.inputs(model)
+    with attached(model, notes), torch.no_grad():
+        embeds = embeds_with_features(model, batch, batch["input_ids"])
+        during = model(inputs_embeds=embeds).logits
+    assert torch.equal(during, model(**batch).logits)
+    assert notes.begun[0][:2] == ("prefill", 0)
+    assert notes.layouts[0].images() == [1]
+
+
+def test_embeddings_made_from_other_ids_than_the_image_placeholders_are_refused():
+    model, notes = tiny.llava(), Notes()
+    batch = tiny.inputs(model)
+    masked = batch["input_ids"].masked_fill(batch["input_ids"] == tiny.IMAGE, tiny.PAD)
+    with (
+        attached(model, notes),
+        torch.no_grad(),
+        pytest.raises(HookError, match="cannot tell image from text"),
+    ):
+        model(inputs_embeds=embeds_with_features(model, batch, masked))
+
+
+def test_another_attention_implementation_inside_is_refused_and_stays_the_users_choice():
+    model = tiny.llava()
+    with attached(model, Notes()):
+        model.set_attn_implementation("eager")
+        with pytest.raises(HookError, match="changed to 'eager' while the model is recorded"):
+            model(**tiny.inputs(model))
+    assert model.config.text_config._attn_implementation == "eager"
+    with attached(model, Notes()):
+        model(**tiny.inputs(model))
+
+
+def test_a_copy_made_inside_is_a_plain_model_and_can_be_watched_itself():
+    model, notes, others = tiny.llava(), Notes(), Notes()
+    batch = tiny.inputs(model)
+    expected = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    with attached(model, notes):
+        model(**batch)
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin.model.vision_tower.embeddings.patch_embedding.weight.zero_()
+        blind = twin.generate(**batch, max_new_tokens=3, do_sample=False)
+        assert torch.equal(model.generate(**batch, max_new_tokens=3, do_sample=False), expected)
+    assert len(notes.begun) == 4
+    assert torch.equal(twin.generate(**batch, max_new_tokens=3, do_sample=False), blind)
+    with attached(twin, others):
+        twin.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert len(others.begun) == 3
+    assert not torch.equal(twin(**batch).logits, model(**batch).logits)  # it has its own weights
+
+
+def test_generate_and_encoding_are_the_models_own_methods_again_afterwards():
+    model = tiny.llava()
+    before = [dict(vars(module)) for module in model.modules()]
+    with attached(model, Notes()):
+        assert "generate" in vars(model)
+    assert [dict(vars(module)).keys() for module in model.modules()] == [
+        names.keys() for names in before
+    ]

@@ -20,8 +20,9 @@ from transformers import (
 
 import avl
 from avl.attention import AttentionCall, attention_logits, attention_weights
+from avl.backends import _Name
 from avl.families import describe
-from avl.hooks import Observer, _Name, attached
+from avl.hooks import Observer, attached
 from avl.tokens import Modality
 from avl_analysis.conformance.build import Case
 from avl_analysis.conformance.entries import ENTRIES, entry

@@ -1,0 +1,166 @@
+"""Our attention functions in transformers' registries, one per backend.
+
+transformers 5 looks up the attention function and the mask function of a decoder under one name,
+the config's `_attn_implementation`. This module registers, under a name of its own per backend
+("avl_sdpa", ...), a function that asks who owns the calling module and otherwise just delegates,
+together with the backend's own mask function. `rename` points a config at our function, `restore`
+takes that back. What owners do with a call is not known here.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from avl.attention import Attend, AttentionCall, Forward
+from avl.families import UnsupportedModelError
+
+_PREFIX = "avl_"
+
+
+class Owner(Protocol):
+    """Whoever gets the attention calls of a module."""
+
+    forward: Forward | None
+
+    def call(self, inner: Attend, call: AttentionCall) -> Tensor:
+        """The output of one call; `inner` is the backend's own attention."""
+
+
+OWNERS: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
+"""Attention module -> who gets its calls."""
+
+_RENAMED: dict[int, list[Any]] = {}
+"""Id of a config -> the config, its original name, how many use our name in it: two models may
+share one config, so the last one restores it.
+"""
+
+
+class _Name(str):
+    """The name of our function for a backend; it looks itself up under its own name and equals the
+    backend's, too.
+
+    DeepSeek-style sparse attention, Gemma 4 and others ask `config._attn_implementation == "sdpa"`
+    to decide what they pass on; with a name of another make they would compute something else. The
+    hash is that of the full text, so registries (dictionaries) find our function and never the
+    backend's.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and backend_name(str(other)) == backend_name(str(self))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def backend_name(name: str | None) -> str:
+    """The backend behind a name that may be ours; None means eager attention."""
+    return (name or "eager").removeprefix(_PREFIX)
+
+
+def rename(config: Any) -> None:
+    """Point a config at our function for its backend.
+
+    Raises:
+        UnsupportedModelError: transformers has no mask function for the backend.
+    """
+    entry = _RENAMED.get(id(config))
+    if entry is not None:
+        entry[2] += 1
+        return
+    original = config._attn_implementation_internal
+    backend = backend_name(original)
+    if backend not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise UnsupportedModelError(
+            f"attention backend {backend!r} has no mask function in transformers; load the model"
+            " with attn_implementation='sdpa' or 'eager'"
+        )
+    _register(backend)
+    _RENAMED[id(config)] = [config, original, 1]
+    config._attn_implementation_internal = _Name(_PREFIX + backend)
+
+
+def restore(config: Any) -> None:
+    """Give a config its own name back, once nobody uses ours any more.
+
+    A name that somebody else put there meanwhile is left alone.
+    """
+    entry = _RENAMED.get(id(config))
+    if entry is None:
+        return
+    entry[2] -= 1
+    if entry[2] == 0:
+        if is_ours(config):
+            config._attn_implementation_internal = entry[1]
+        del _RENAMED[id(config)]
+
+
+def is_ours(config: Any) -> bool:
+    """Whether a config points at our function."""
+    return isinstance(config._attn_implementation_internal, _Name)
+
+
+def _register(backend: str) -> None:
+    """Register attention and mask function under one name; inert until a config names them."""
+    name = _PREFIX + backend
+    if name in ALL_ATTENTION_FUNCTIONS:
+        return
+
+    # A compiled model leaves its graph here and comes back behind it: what owners do depends on
+    # where in a sequence a pass stands, which must not be compiled in.
+    @torch.compiler.disable
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        function = _function(backend, module)
+        owner = OWNERS.get(module)
+        if owner is None or owner.forward is None:
+            return function(module, query, key, value, attention_mask, **options)
+        weights: list[Tensor | None] = [None]
+
+        def inner(call: AttentionCall) -> Tensor:
+            output, weights[0] = function(
+                call.module, call.query, call.key, call.value, call.mask, **call.options
+            )
+            return output
+
+        scaling = options.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        call = AttentionCall(
+            owner.forward,
+            int(module.layer_idx),
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling,
+            options,
+        )
+        return owner.call(inner, call), weights[0]
+
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    # a name without a mask function silently loses the padding mask
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])
+
+
+def _function(backend: str, module: nn.Module) -> Any:
+    """The backend's attention function; eager is each modeling file's own."""
+    if backend == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[backend]
