@@ -18,7 +18,6 @@ from avl_analysis.recordings.recording import load_recording, merge
 from avl_analysis.recordings.schema import EDGES
 from tests import tiny
 
-
 HAS_ALL_PROCESSORS = Version(transformers.__version__) >= Version("5.23")
 
 
