@@ -3,6 +3,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs-installed
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.17.0
 NEWEST := .venv-newest
@@ -18,7 +19,7 @@ WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report test test-slow test-oldest test-newest app check format clean
+.PHONY: help setup report docs test test-slow test-oldest test-newest app check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +65,13 @@ $(OLDEST)/.made $(NEWEST)/.made: %/.made: $(STAMP)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > $$($*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
 	$*/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+docs: $(DOCS_STAMP) ## build the documentation site in out/docs, running its notebooks
+	$(TEST_ENV) $(BIN)/python -m sphinx -W --keep-going -q -b html docs $(OUT)/docs
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 app: setup ## start the dashboard on this machine only

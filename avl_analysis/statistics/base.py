@@ -1,12 +1,12 @@
 """What a statistic is: a name, a formula, and the shape of data it reads.
 
-* `SumStatistic`: from sums of weights, a number (or small vector) per query row and head, for every
-row.
+* `SumStatistic`: from sums of weights, a number (or small vector) per query row and head, for
+  every row.
 * `WeightStatistic`: the same from the weights themselves (sorting, arg-max), for the last prompt
   row, every decode step and at most 32 evenly spaced prompt rows of each query modality.
 * `KeyStatistic`: once per sample, from the attention every key received (`KeyScores`).
 * `TrajectoryStatistic`: once per sample, from the scores of the image tokens at every step
-(`Trajectory`).
+  (`Trajectory`).
 * `CacheStatistic`: once per sample and layer, from the key and value vectors of the prompt.
 
 Of the first two the recording keeps sums and counts over prompt rows by query modality,
@@ -96,7 +96,7 @@ class RowStatistic(Statistic):
 
     @abstractmethod
     def value(self, rows: QueryRows) -> Tensor:
-        """(heads, rows, *extra); NaN where undefined."""
+        """`(heads, rows, *extra)`; NaN where undefined."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class CacheStatistic(Statistic):
 
     @abstractmethod
     def value(self, key: Tensor, value: Tensor, tokens: TokenInfo) -> Tensor:
-        """(key heads, *extra) from key and value, (key heads, keys, head dim) float32, and tokens,
+        """`(kv heads, *extra)` from key and value, (key heads, keys, head dim) float32, and tokens,
         (key sets, keys).
         """
 
