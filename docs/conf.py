@@ -12,6 +12,8 @@ sys.path.insert(0, str(HERE))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # notebooks use the embedded model only
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# tqdm asks for ipywidgets, which a static page has no use for.
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
 
 project = "avl-analysis"
 author = "The avl-analysis contributors"
