@@ -89,9 +89,8 @@ class KeyBuffer:
         secondary = choice.secondary
         if secondary is None:
             secondary = choice.always_attended[0][..., :0]
-        attended = [choice.core, *choice.always_attended]
-        attended = _padding_in_front([index for index in attended if index is not None])
-        segments = [secondary, *attended]
+        core = [] if choice.core is None else [choice.core]
+        segments = [secondary, *_padding_in_front([*core, *choice.always_attended])]
         secondary_width = secondary.shape[2]
         filled = sum(index.shape[2] for index in segments)
         batch, capacity = keys.shape[0], roomy(filled)

@@ -81,12 +81,12 @@ class AdaptiveLayer(CacheLayerMixin):
         return self.buffer
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """The buffer's keys, empty slots included."""
         return None if self.buffer is None else self.buffer.keys
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """The buffer's values, empty slots included."""
         return None if self.buffer is None else self.buffer.values
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from avl.grids import describe_rows
 from avl.places import Picture, PictureMap, map_pictures, originals_of
+from avl.plugins import FAMILIES, plugins
 from avl.tokens import TokenLayout, token_layout
 
 _IMAGE_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -164,8 +165,28 @@ def _refusal(name: str, config: Any) -> str | None:
     return None
 
 
+def _described_by(describe_plugin: Any, model: nn.Module, name: str) -> Family:
+    """The family that another distribution's function describes.
+
+    Args:
+        describe_plugin: what the entry point names.
+        model: the loaded model.
+        name: its model type.
+    """
+    family = describe_plugin(model)
+    if not isinstance(family, Family):
+        raise UnsupportedModelError(
+            f"the entry point {name!r} in group {FAMILIES!r} returned {family!r} for"
+            f" {type(model).__name__}; it must return an avl.families.Family"
+        )
+    return family
+
+
 def describe(model: nn.Module) -> Family:
     """Facts about a loaded model.
+
+    An entry point of the group "avl.families" whose name is the model type is asked first; see
+    plugins.py.
 
     Raises:
         UnsupportedModelError: text-only models (no image token id in the config), models without a
@@ -178,6 +199,8 @@ def describe(model: nn.Module) -> Family:
             f"{type(model).__name__} is not a transformers model with a decoder; load one with "
             "AutoModelForImageTextToText.from_pretrained(...)"
         )
+    if describe_plugin := plugins(FAMILIES, name).get(name):
+        return _described_by(describe_plugin, model, name)
     if reason := _refusal(name, config):
         raise UnsupportedModelError(
             f"{type(model).__name__} (model type {name!r}) is not supported: {reason}. Decoders"

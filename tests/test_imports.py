@@ -14,7 +14,8 @@ FILES = {"xarray", "h5netcdf", "pandas"}
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("avl", DRAWING | FILES | {"avl_analysis", "typer"}),
+        ("avl.plugins", DRAWING | FILES | {"avl_analysis", "typer", "torch", "transformers"}),
+        ("avl.session", DRAWING | FILES | {"avl_analysis", "typer"}),
         (
             "avl_analysis.cli.main",
             DRAWING | FILES | {"torch", "transformers", "avl_reports", "avl_app"},

@@ -7,12 +7,11 @@ class attribute `name` is not taken.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from avl.plugins import POLICIES, PluginWarning, plugins
+from avl.plugins import POLICIES, left_out, plugins
 from avl.policies.adaptive import AdaptivePolicy
 from avl.policies.base import Policy
 from avl.policies.fastv import FastVPolicy
@@ -82,11 +81,7 @@ def policies() -> Mapping[str, type[Policy]]:
     named = {kind.name: kind for kind in BUILT_IN}
     for entry, kind in plugins(POLICIES).items():
         if problem := _problem(kind, named):
-            warnings.warn(
-                f"entry point {entry!r} in group {POLICIES!r} is left out: {problem}",
-                PluginWarning,
-                stacklevel=2,
-            )
+            left_out(POLICIES, entry, problem)
         else:
             named[kind.name] = kind
     return named

@@ -65,13 +65,15 @@ def compare(
             "--policy",
             "-p",
             help=(
-                "A policy: a name (full, a-vl, a-vl-cold, random, stride, streaming, h2o, snapkv,"
-                " fastv, vl-cache), "
-                "name:share of the full cache's bytes, name,setting=value, or a .json file. Repeat"
-                " for several."
+                "A policy: a name (--policies lists them), name:share of the full cache's bytes,"
+                " name,setting=value, or a .json file. Repeat for several."
             ),
         ),
     ] = None,
+    policies: Annotated[
+        bool,
+        typer.Option("--policies", help="List every policy with its settings, and end."),
+    ] = False,
     model: Model = "scenes",
     out: Annotated[
         Path | None,
@@ -97,9 +99,12 @@ def compare(
     """Compare policies with the full cache: the same answers? right ones? at what cost? With 95 %
     intervals.
     """
+    if policies:
+        _list_policies()
+        return
     if out is not None:
         _check_out(out, force)
-    policies = _policies(policy or DEFAULT_POLICIES)
+    compared = _policies(policy or DEFAULT_POLICIES)
     samples = read_or_draw(data, scenes, task)
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 
@@ -110,7 +115,7 @@ def compare(
         comparison = measure(
             vlm,
             samples,
-            policies,
+            compared,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             metrics=metric or METRICS,
@@ -121,6 +126,22 @@ def compare(
             out.suffix
         ](out)
     _show(comparison)
+
+
+def _list_policies() -> None:
+    """One line per policy: its name, what it is called, its settings, and what it does."""
+    from dataclasses import fields
+
+    from avl.policies.registry import PRESETS, policies
+
+    table = Table("name", "called", "settings", "what it does", box=None, pad_edge=False)
+    for name, kind in policies().items():
+        settings = ", ".join(f"{field.name}={field.default}" for field in fields(kind))
+        what = " ".join((kind.__doc__ or "").split("\n\n")[0].split())
+        table.add_row(name, kind.label, settings, what)
+    for preset in PRESETS.values():
+        table.add_row(preset.name, preset.label, "as a-vl", preset.about)
+    Console().print(table)
 
 
 def _policies(names: list[str] | tuple[str, ...]) -> dict[str, Policy]:

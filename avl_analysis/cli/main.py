@@ -13,8 +13,8 @@ group "avl.commands" names a typer command function, as any third package may de
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from avl.plugins import COMMANDS, PluginWarning, left_out, plugins
 from avl_analysis.cli import ablate, calibrate, compare, frontier, record
 from avl_analysis.cli.options import Download
 from avl_analysis.errors import InputError
@@ -34,9 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-GROUP = "avl.commands"
-"""Entry point group in which packages above this one offer their commands."""
 
 _INTERRUPTED = (
     130  # what shells report for a program ended by Ctrl-C; typer returns it for KeyboardInterrupt
@@ -131,13 +129,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0 on success, 2 on input that cannot be used, 130 when
     interrupted.
     """
-    for entry in entry_points(group=GROUP):
-        if entry.name not in {command.name for command in app.registered_commands}:
-            app.command(entry.name)(entry.load())
     _quiet()
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    _add_commands(words)
     try:
-        code = app(given or ["--help"], prog_name="avl", standalone_mode=False)
+        code = app(words or ["--help"], prog_name="avl", standalone_mode=False)
     except _UsageError as error:
         _fail(getattr(error, "format_message", error.__str__)())
     except (KeyboardInterrupt, typer.Abort):
@@ -149,6 +145,31 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if code == _INTERRUPTED:
         print("avl: interrupted", file=sys.stderr)
     sys.exit(code)
+
+
+def _add_commands(words: Sequence[str]) -> None:
+    """Register the commands of other packages, unless the command line names one of ours.
+
+    One that cannot be loaded is a line on stderr; the others work.
+    """
+    ours = {
+        command.name or getattr(command.callback, "__name__", "")
+        for command in app.registered_commands
+    }
+    if words and words[0] in ours:
+        return
+    with warnings.catch_warnings(record=True) as problems:
+        warnings.simplefilter("always", PluginWarning)
+        commands = plugins(COMMANDS)
+        for name, function in commands.items():
+            if name in ours:
+                continue
+            if callable(function):
+                app.command(name)(function)
+            else:
+                left_out(COMMANDS, name, f"it names {function!r}, which is no function")
+    for problem in problems:
+        print(f"avl: warning: {problem.message}", file=sys.stderr)
 
 
 def _fail(message: str) -> NoReturn:
@@ -171,7 +192,6 @@ def _quiet() -> None:
     own.
     """
     import os
-    import warnings
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from avl.plugins import STATISTICS, left_out, plugins
 from avl_analysis.errors import InputError
 from avl_analysis.statistics.accumulated_score import AccumulatedScore
 from avl_analysis.statistics.base import (
@@ -73,18 +74,37 @@ def select(statistics: Sequence[Statistic | str] | None) -> tuple[Statistic, ...
     Raises:
         InputError: for a name that does not exist, with the names that do.
     """
-    known = {statistic.name: statistic for statistic in ALL}
-    chosen: dict[str, Statistic] = {}
-    for entry in ALL if statistics is None else statistics:
+    by_name = {statistic.name: statistic for statistic in available()}
+    selected: dict[str, Statistic] = {}
+    for entry in by_name.values() if statistics is None else statistics:
         if isinstance(entry, str):
-            if entry not in known:
-                raise InputError(f"there is no statistic {entry!r}; choose from {', '.join(known)}")
-            entry = known[entry]
-        chosen[entry.name] = entry
-    return tuple(chosen.values())
+            if entry not in by_name:
+                raise InputError(
+                    f"there is no statistic {entry!r}; choose from {', '.join(by_name)}"
+                )
+            entry = by_name[entry]
+        selected[entry.name] = entry
+    return tuple(selected.values())
 
 
-def catalogue(statistics: Sequence[Statistic] = ALL) -> list[dict[str, str]]:
+def available() -> tuple[Statistic, ...]:
+    """`ALL`, and the statistics of other distributions (entry points "avl.statistics").
+
+    An entry point that names no statistic, or one whose name is taken, is left out with a
+    `PluginWarning`.
+    """
+    by_name = {statistic.name: statistic for statistic in ALL}
+    for entry, statistic in plugins(STATISTICS).items():
+        if not isinstance(statistic, Statistic):
+            left_out(STATISTICS, entry, f"it names {statistic!r}, which is no Statistic")
+        elif statistic.name in by_name:
+            left_out(STATISTICS, entry, f"a statistic is called {statistic.name!r} already")
+        else:
+            by_name[statistic.name] = statistic
+    return tuple(by_name.values())
+
+
+def catalogue(statistics: Sequence[Statistic] | None = None) -> list[dict[str, str]]:
     """What every statistic is, as text: name, meaning, unit, labels, source, justifies.
 
     `formula` is the docstring of its class, which states the definition.
@@ -103,7 +123,7 @@ def catalogue(statistics: Sequence[Statistic] = ALL) -> list[dict[str, str]]:
             "source": statistic.source,
             "justifies": statistic.justifies,
         }
-        for statistic in statistics
+        for statistic in (available() if statistics is None else statistics)
     ]
 
 
@@ -116,6 +136,7 @@ __all__ = [
     "SumStatistic",
     "TrajectoryStatistic",
     "WeightStatistic",
+    "available",
     "catalogue",
     "select",
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import xarray as xr
 
+from avl.policies.registry import PRESETS, policies
 from avl_analysis.cli.main import main
 from avl_analysis.cli.options import parse_numbers
 from avl_analysis.errors import InputError
@@ -352,6 +353,12 @@ def test_compare_measures_policies_on_a_file_of_questions_against_the_full_cache
     printed = capsys.readouterr().out
     assert "random:0.5" in printed
     assert "kl: KL(full || policy)" in printed
+
+
+def test_compare_lists_every_policy_that_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("compare", "--policies") == 0
+    listed = {line.split(" ", 1)[0] for line in capsys.readouterr().out.splitlines()}
+    assert {*policies(), *PRESETS} <= listed
 
 
 def test_compare_writes_its_tables_where_asked(

@@ -1,0 +1,246 @@
+"""What each baseline holds, against its rule written out with loops over rows, heads and keys.
+
+The rules are given the softmax weights that an observer saw beside the policy, in a left-padded
+batch with grouped-query attention, several images and text between them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+from torch import Tensor
+
+import avl
+from avl.attention import AttentionCall, attention_weights
+from avl.hooks import Observer, attached
+from avl.tokens import Modality
+from tests import tiny
+from tests.avl.generating import generate
+
+HEADS, LAYERS, GROUP = 2, 4, 2
+
+
+@dataclass
+class Row:
+    """One row of the batch in one layer, padding left out.
+
+    Attributes:
+        positions: sequence index of each token.
+        kinds: modality of each token.
+        weights: (query heads, tokens, tokens) softmax weights of the prompt.
+    """
+
+    positions: list[int]
+    kinds: list[Modality]
+    weights: Tensor
+
+    def received(self, head: int, rows: Sequence[int]) -> list[float]:
+        """Weight each key got from some query rows, over the query heads of a key/value head."""
+        group = range(head * GROUP, (head + 1) * GROUP)
+        return [
+            sum(float(self.weights[h, r, k]) for h in group for r in rows)
+            for k in range(len(self.positions))
+        ]
+
+    def last_row(self) -> list[float]:
+        heads = range(self.weights.shape[0])
+        return [
+            sum(float(self.weights[h, -1, k]) for h in heads) / len(heads)
+            for k in range(len(self.positions))
+        ]
+
+    def text_rows(self) -> list[int]:
+        return [i for i, kind in enumerate(self.kinds) if kind == Modality.TEXT]
+
+
+class Watch(Observer):
+    """Softmax weights of every call, by layer: first those of the prompt."""
+
+    def __init__(self) -> None:
+        self.prompt: dict[int, list[Row]] = {}
+        self.steps: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def observe(self, call: AttentionCall, output: Tensor) -> None:
+        weights = attention_weights(call)
+        if call.forward.kind == "decode":
+            positions = call.key_positions
+            assert positions is not None
+            heads = positions if positions.dim() == 3 else positions[:, None]
+            heads = heads.expand(-1, HEADS, -1).clone()
+            self.steps.setdefault(call.layer, []).append((heads, weights[:, :, 0].clone()))
+            return
+        layout = call.forward.layout
+        rows = []
+        for row in range(layout.batch):
+            if call.forward.rows is None:
+                index = layout.valid[row].nonzero()[:, 0]
+                positions = index
+            else:
+                index = (call.forward.rows[row] >= 0).nonzero()[:, 0]
+                positions = call.forward.rows[row, index]
+            kinds = [Modality(int(code)) for code in layout.modality[row, positions]]
+            rows.append(Row(positions.tolist(), kinds, weights[row][:, index][:, :, index]))
+        self.prompt[call.layer] = rows
+
+
+def best(scores: Sequence[float], count: int, always: Sequence[int] = ()) -> set[int]:
+    """Numbers of the `count` keys to hold: those in `always`, then the best of the others."""
+    others = [k for k in range(len(scores)) if k not in always]
+    others.sort(key=lambda k: -scores[k])
+    return {*always, *others[: max(count - len(always), 0)]}
+
+
+def newest(row: Row, count: int) -> list[int]:
+    return list(range(len(row.positions)))[len(row.positions) - count :]
+
+
+def images_first(row: Row, scores: Sequence[float]) -> list[float]:
+    """Scores by which any image key goes before any other key."""
+    return [s + 1000 * (k != Modality.IMAGE) for s, k in zip(scores, row.kinds, strict=True)]
+
+
+# -- the rules: (row, key/value head, keys to hold) -> numbers of the keys held --------------------
+
+
+def streaming(row: Row, head: int, count: int) -> set[int]:
+    """The newest one, the first four, then the newest."""
+    tokens = len(row.positions)
+    return best([1000 - k if k < 4 else k for k in range(tokens)], count, newest(row, 1))
+
+
+def h2o(row: Row, head: int, count: int) -> set[int]:
+    """Half of them the newest, the others those that got most from all rows."""
+    received = row.received(head, range(len(row.positions)))
+    return best(received, count, newest(row, max(count // 2, 1)))
+
+
+def snapkv(row: Row, head: int, count: int) -> set[int]:
+    """The window of the last eight, then what its rows look at, averaged over five neighbours."""
+    tokens = len(row.positions)
+    received = row.received(head, range(max(tokens - 8, 0), tokens))
+    pooled = [sum(received[max(k - 2, 0) : k + 3]) / 5 for k in range(tokens)]
+    scores = [1000 * k if k >= tokens - 8 else pooled[k] for k in range(tokens)]
+    return best(scores, count)
+
+
+def vl_cache(row: Row, head: int, count: int) -> set[int]:
+    """A tenth of them the newest, the others those that got most from the text rows."""
+    return best(row.received(head, row.text_rows()), count, newest(row, max(count // 10, 1)))
+
+
+RULES: list[tuple[avl.BudgetPolicy, Callable[[Row, int, int], set[int]]]] = [
+    (avl.StreamingPolicy(budget=0.4), streaming),
+    (avl.StreamingPolicy(budget=0.05), streaming),
+    (avl.H2OPolicy(budget=0.4), h2o),
+    (avl.SnapKVPolicy(budget=0.4, window=8), snapkv),
+    (avl.SnapKVPolicy(budget=0.05, window=8), snapkv),
+]
+
+
+def run(policy: avl.Policy, steps: int = 1) -> tuple[Watch, avl.AdaptiveSession]:
+    model = tiny.llava(grid=5, kv_heads=HEADS, layers=LAYERS)
+    inputs = tiny.inputs(model, [25, 40, 9], images=[1, 2, 0], between=4)
+    watch = Watch()
+    with attached(model, watch), avl.adaptive(model, policy) as session:
+        generate(model, inputs, steps)
+    return watch, session
+
+
+def held(session: avl.AdaptiveSession, layer: int, row: int, head: int, step: int = 0) -> set[int]:
+    state = session.selection.state(layer, step)[row]
+    state = state[min(head, len(state) - 1)]
+    return set((state > avl.State.MINOR).nonzero()[:, 0].tolist())
+
+
+def check(
+    watch: Watch,
+    session: avl.AdaptiveSession,
+    rule: Callable[[Row, int, int], set[int]],
+    count_of: Callable[[int, int, Row], int],
+) -> None:
+    """Every layer, row and head holds what a rule says.
+
+    Args:
+        watch: saw the prompt.
+        session: of the policy.
+        rule: says what to hold.
+        count_of: (layer, number of the row, row) -> how many keys to hold.
+    """
+    for layer, rows in watch.prompt.items():
+        for number, row in enumerate(rows):
+            count = count_of(layer, number, row)
+            for head in range(HEADS):
+                expected = {row.positions[k] for k in rule(row, head, count)}
+                assert held(session, layer, number, head) == expected, (layer, number, head)
+
+
+@pytest.mark.parametrize(("policy", "rule"), RULES)
+def test_a_baseline_holds_what_its_rule_says_head_by_head(
+    policy: avl.BudgetPolicy, rule: Callable[[Row, int, int], set[int]]
+) -> None:
+    watch, session = run(policy)
+    check(watch, session, rule, lambda _, __, row: max(int(policy.budget * len(row.positions)), 1))
+
+
+def test_h2o_drops_the_least_attended_of_the_older_half_as_the_answer_grows() -> None:
+    policy = avl.H2OPolicy(budget=0.4)
+    watch, session = run(policy, steps=12)
+    for layer, rows in watch.prompt.items():
+        for number, row in enumerate(rows):
+            for head in range(HEADS):
+                received = row.received(head, range(len(row.positions)))
+                count = int(0.4 * len(row.positions))
+                scores = {row.positions[k]: received[k] for k in h2o(row, head, count)}
+                for step, (positions, weights) in enumerate(watch.steps[layer], start=1):
+                    start = row.positions[-1] + step
+                    scores[start] = 0.0
+                    for k, position in enumerate(positions[number, head].tolist()):
+                        group = weights[number, head * GROUP : (head + 1) * GROUP, k]
+                        if position >= 0:
+                            scores[position] += float(group.sum())
+                    limit = int(0.4 * (len(row.positions) + step))
+                    if len(scores) > limit:
+                        older = sorted(scores)[: -(limit // 2)]
+                        del scores[min(older, key=scores.__getitem__)]
+                    assert held(session, layer, number, head, step) == set(scores)
+
+
+def test_fastv_holds_the_image_tokens_its_layer_ranks_best_in_every_layer() -> None:
+    policy = avl.FastVPolicy(budget=0.7, prefill_layer=2)
+    watch, session = run(policy)
+    for number in range(3):
+        count = int(0.7 * len(watch.prompt[1][number].positions))
+        for layer in range(LAYERS):
+            # A row without image tokens passes in full, and later layers rank it for themselves.
+            row = watch.prompt[max(layer, 1)][number]
+            scores = images_first(row, row.last_row())
+            expected = {row.positions[k] for k in best(scores, count, newest(row, 1))}
+            assert held(session, layer, number, 0) == expected
+            if number < 2:
+                assert expected == held(session, 0, number, 0)
+
+
+def test_vl_cache_gives_each_layer_its_density_s_share_and_keeps_what_text_rows_see() -> None:
+    policy = avl.VLCachePolicy(budget=0.4, threshold=0.02)
+    watch, session = run(policy)
+    shares: dict[int, list[float]] = {}
+    for number in range(3):
+        densities = []
+        for layer in range(LAYERS):
+            row = watch.prompt[layer][number]
+            visible = reached = 0.0
+            for r in row.text_rows():
+                visible += r + 1
+                for h in range(HEADS * GROUP):
+                    largest = float(row.weights[h, r].max())
+                    above = [float(row.weights[h, r, k]) >= 0.02 * largest for k in range(r + 1)]
+                    reached += sum(above) / (HEADS * GROUP)
+            densities.append(reached / visible)
+        shares[number] = [0.4 * LAYERS * d / sum(densities) for d in densities]
+        assert 0.01 < min(shares[number]) < max(shares[number]) < 1  # no bound is reached
+    counts = [
+        [int(shares[n][layer] * len(watch.prompt[layer][n].positions)) for n in range(3)]
+        for layer in range(LAYERS)
+    ]
+    assert len(set(map(tuple, counts))) > 1
+    check(watch, session, vl_cache, lambda layer, number, _: counts[layer][number])
