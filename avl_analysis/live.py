@@ -41,7 +41,7 @@ from avl_analysis.corpus.record_samples import facts_of
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.compare import kl_divergence
 from avl_analysis.evaluation.generation import generate
-from avl_analysis.models.loading import VLM, end_tokens
+from avl_analysis.models.loading import VLM, end_tokens, greedy
 from avl_analysis.recordings.recording import Recording
 
 MAX_WEIGHTS = 1 << 29
@@ -330,8 +330,7 @@ def answer(
         out = vlm.model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
+            **greedy(vlm.model),
             stopping_criteria=StoppingCriteriaList([watch]),
         )
         usage = None if session is None else session.usage()

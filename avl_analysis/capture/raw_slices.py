@@ -111,6 +111,10 @@ def raw(
         queries = "all"
     elif not isinstance(queries, str):
         queries = tuple(int(position) for position in queries)
+        if not queries or min(queries) < 0:
+            raise InputError(
+                f"queries {list(queries)}: name at least one position of the prompt, counted from 0"
+            )
     elif queries not in QUERIES:
         raise InputError(
             f"queries {queries!r} is not one of {', '.join(QUERIES)}, nor a list of prompt"

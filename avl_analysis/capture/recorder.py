@@ -259,8 +259,8 @@ def _places(forward: Forward, sample: int) -> TokenPlaces:
     return TokenPlaces(token_boxes(forward.layout, sample), token_tiles(forward.layout, sample))
 
 
-def _not_numbers(what: str, forward: Forward) -> ValueError:
-    return ValueError(
+def _not_numbers(what: str, forward: Forward) -> InputError:
+    return InputError(
         f"{what}, {forward.kind} step {forward.step}: the model's queries or keys are NaN or"
         " infinite there (float16 overflows easily; load it in bfloat16 or float32)"
     )

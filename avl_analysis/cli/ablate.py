@@ -23,6 +23,7 @@ from avl_analysis.cli.options import (
     Tasks,
     check_target,
     load,
+    plain,
     progress,
     read_or_draw,
 )
@@ -147,7 +148,9 @@ def _recording(path: Path | None) -> Recording | None:
 def _show(result: Ablation) -> None:
     console = Console()
     console.print(
-        f"{result.found} of {result.heads} heads are {result.kind}, read from {result.found_on}",
+        plain(
+            f"{result.found} of {result.heads} heads are {result.kind}, read from {result.found_on}"
+        ),
         highlight=False,
     )
     table = Table("silenced", "heads", "right answers", "95 % interval", box=None, pad_edge=False)

@@ -19,6 +19,8 @@ from avl_analysis.cli.options import (
     Model,
     check_target,
     load,
+    plain,
+    printable,
     progress,
     read_or_draw,
 )
@@ -126,6 +128,14 @@ def compare(
             out.suffix
         ](out)
     _show(comparison)
+    failed = comparison.failures
+    for name in comparison.policies:
+        reasons = failed[failed["policy"] == name]["reason"]
+        if len(reasons) == len(samples):
+            raise InputError(
+                f"policy {name} could not be measured on any of the {len(samples)} questions:"
+                f" {reasons.iloc[0]}"
+            )
 
 
 def _list_policies() -> None:
@@ -149,9 +159,17 @@ def _policies(names: list[str] | tuple[str, ...]) -> dict[str, Policy]:
 
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"policy {', '.join(sorted(twice))} is named twice: leave one out")
-    return {
-        Path(name).stem if name.endswith(".json") else name: named_policy(name) for name in names
-    }
+    policies: dict[str, Policy] = {}
+    written: dict[str, str] = {}
+    for name in names:
+        row = Path(name).stem if name.endswith(".json") else name
+        if row in policies:
+            raise InputError(
+                f"policies {written[row]} and {name} would both be the row {row!r} of the result:"
+                " rename one of the files"
+            )
+        policies[row], written[row] = named_policy(name), name
+    return policies
 
 
 def _check_out(out: Path, force: bool) -> None:
@@ -175,21 +193,23 @@ def _show(comparison: Comparison) -> None:
             highlight=False,
             soft_wrap=True,
         )
-        table = Table("policy", "mean", f"less {comparison.reference}", box=None, pad_edge=False)
+        table = Table(
+            "policy", "mean", f"less {plain(comparison.reference)}", box=None, pad_edge=False
+        )
         for name in comparison.policies:
             change = (
                 ""
                 if name == comparison.reference
                 else _cell(comparison.difference(metric, name), sign="+")
             )
-            table.add_row(name, _cell(comparison.mean(metric, name)), change)
+            table.add_row(plain(name), _cell(comparison.mean(metric, name)), change)
         console.print(table)
         console.print()
     failures = comparison.failures
     if len(failures):
         reason = f"{failures.iloc[0]['sample']}: {failures.iloc[0]['reason']}"
         console.print(
-            f"{failures['sample'].nunique()} sample(s) could not be measured; {reason}",
+            printable(f"{failures['sample'].nunique()} sample(s) could not be measured; {reason}"),
             markup=False,
         )
 

@@ -39,7 +39,7 @@ def record_many(
     options: Mapping[str, Any],
 ) -> None:
     """`record_corpus` with a progress bar, and a word about what failed."""
-    from avl_analysis.cli.options import progress
+    from avl_analysis.cli.options import printable, progress
     from avl_analysis.corpus.sharded_run import record_corpus
 
     try:
@@ -62,9 +62,11 @@ def record_many(
         )
         raise
     for one in result.failed:
-        typer.echo(f"{one.id} was left out: {one.reason}", err=True)
+        typer.echo(printable(f"{one.id} was left out: {one.reason}"), err=True)
     left_out = f" ({len(result.failed)} left out)" if result.failed else ""
     typer.echo(
-        f"{result.recorded} sample(s) of {model} in {out}{left_out}; look at it with: avl stats"
-        f" {out}"
+        printable(
+            f"{result.recorded} sample(s) of {model} in {out}{left_out}; look at it with: avl stats"
+            f" {out}"
+        )
     )

@@ -12,6 +12,7 @@ group "avl.commands" names a typer command function, as any third package may de
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -24,8 +25,8 @@ from rich.table import Table
 
 from avl.plugins import COMMANDS, PluginWarning, left_out, plugins
 from avl_analysis.cli import ablate, calibrate, compare, frontier, record
-from avl_analysis.cli.options import Download
-from avl_analysis.errors import InputError
+from avl_analysis.cli.options import Download, plain, printable
+from avl_analysis.errors import InputError, one_line
 
 app = typer.Typer(
     name="avl",
@@ -107,9 +108,8 @@ def models(
             if facts.refusal is None
             else ["-"] * 3
         )
-        table.add_row(
-            name, facts.model_type, count_of(facts.parameters), *known, facts.refusal or "yes"
-        )
+        cells = (name, facts.model_type, count_of(facts.parameters), *known, facts.refusal or "yes")
+        table.add_row(*map(plain, cells))
     table.caption = f"image tokens: for one picture of {SAMPLE_SIZE[0]} x {SAMPLE_SIZE[1]} pixels"
     table.caption_justify = "left"
     Console().print(table)
@@ -138,10 +138,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _fail(getattr(error, "format_message", error.__str__)())
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
-    except ValueError as error:
-        if not isinstance(error, _correctable()):
+    except BrokenPipeError:  # what reads the output has seen enough, as in avl stats run.nc | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        message = explained(error)
+        if message is None:
             raise
-        _fail(str(error))
+        _fail(message)
     if code == _INTERRUPTED:
         print("avl: interrupted", file=sys.stderr)
     sys.exit(code)
@@ -169,30 +173,50 @@ def _add_commands(words: Sequence[str]) -> None:
             else:
                 left_out(COMMANDS, name, f"it names {function!r}, which is no function")
     for problem in problems:
-        print(f"avl: warning: {problem.message}", file=sys.stderr)
+        print(f"avl: warning: {printable(str(problem.message))}", file=sys.stderr)
+
+
+def explained(error: Exception) -> str | None:
+    """What to print for an exception that the program's user can do something about; None for any
+    other one, which is a defect and keeps its traceback.
+
+    Known are: input that cannot be used, models that cannot be recorded or are used in a way the
+    hooks cannot follow, files that cannot be read or written, and the end of the memory.
+    """
+    from avl.families import UnsupportedModelError
+    from avl.hooks import HookError
+
+    if isinstance(error, (InputError, UnsupportedModelError, HookError)):
+        return str(error)
+    if isinstance(error, MemoryError) or _no_memory(error):
+        return (
+            f"there is not enough memory ({one_line(error)}): use a smaller --batch-size, fewer"
+            " --layers or a smaller picture"
+        )
+    if isinstance(error, RecursionError):
+        return f"the input is nested too deeply to be read ({one_line(error)})"
+    if isinstance(error, OSError):
+        where = "" if error.filename is None else f" {error.filename}"
+        return f"the system refused to work with a file{where}: {error.strerror or one_line(error)}"
+    return None
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether torch found no memory; on a CPU it says so by a plain RuntimeError."""
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    )
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"avl: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"avl: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
-
-
-def _correctable() -> tuple[type[Exception], ...]:
-    """Exceptions whose message tells a person what to do; every other one is a defect and keeps its
-    traceback.
-    """
-    from avl.families import UnsupportedModelError
-    from avl_analysis.recordings.schema import RecordingError
-
-    return InputError, UnsupportedModelError, RecordingError
 
 
 def _quiet() -> None:
     """Keep the libraries' own notices and progress bars out of the output; the commands show their
     own.
     """
-    import os
-
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -53,12 +54,31 @@ def load(
 ) -> VLM:
     """`load_model` with the options of the command line, saying that it is at work."""
     console = Console(stderr=True)
-    with console.status(f"loading {name}") if console.is_terminal else _nothing():
+    with console.status(f"loading {plain(name)}") if console.is_terminal else _nothing():
         from avl_analysis.models.loading import load_model
 
         return load_model(
             name, dtype=dtype, device=device, attn_implementation=attention, allow_download=download
         )
+
+
+MOST_NUMBERS = 1_000_000
+"""Numbers an option may list; prompts have fewer tokens."""
+
+
+def printable(text: str) -> str:
+    """The text with every character that a terminal would not show, or would obey, written out."""
+    return "".join(
+        char
+        if char.isprintable() or char in "\n\t"
+        else char.encode("unicode_escape").decode("ascii")
+        for char in text
+    )
+
+
+def plain(text: str) -> str:
+    """Text from outside (names of models, samples, policies) for rich: no markup in it counts."""
+    return escape(printable(text))
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
@@ -69,10 +89,14 @@ def parse_numbers(text: str, option: str) -> list[int]:
     """
     numbers: list[int] = []
     for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise InputError(f"{option} {text!r} is not a list of numbers: write it like 0,4-7")
-        numbers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            shown = text if len(text) <= 60 else f"{text[:57]}..."
+            raise InputError(f"{option} {shown!r} is not a list of numbers: write it like 0,4-7")
+        if last - first + len(numbers) >= MOST_NUMBERS:
+            raise InputError(f"{option} lists more than {MOST_NUMBERS} numbers: name fewer")
+        numbers += range(first, last + 1)
     return numbers
 
 

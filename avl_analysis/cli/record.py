@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from avl_analysis.cli.corpus import read, record_many
@@ -23,6 +22,8 @@ from avl_analysis.cli.options import (
     check_target,
     load,
     parse_numbers,
+    plain,
+    printable,
     progress,
 )
 from avl_analysis.errors import InputError
@@ -116,9 +117,12 @@ def record(
     )
     numbers = None if layers is None else parse_numbers(layers, "--layers")
     kept = _raw(keep_attention, heads, queries)
-    names = (
-        None if statistics is None else [name for name in re.split(r"[,\s]+", statistics) if name]
-    )
+    names = None if statistics is None else [n for n in re.split(r"[,\s]+", statistics) if n]
+    if names == []:
+        raise InputError(
+            f"--statistics {statistics!r} names none: avl stats --list prints their names, and"
+            " without the option all are recorded"
+        )
     options = {
         "system": system,
         "max_new_tokens": max_new_tokens,
@@ -152,9 +156,12 @@ def record(
         )
     recording.save(out)
     for index in range(min(len(samples), 3)):
-        typer.echo(f"{samples[index].prompt}\n  {recording.facts(index)['answer']}")
+        answer = recording.facts(index)["answer"] or "(an empty answer)"
+        typer.echo(printable(f"{samples[index].prompt}\n  {answer}"))
     typer.echo(
-        f"{len(recording)} sample(s) of {vlm.name} in {out}; look at it with: avl stats {out}"
+        printable(
+            f"{len(recording)} sample(s) of {vlm.name} in {out}; look at it with: avl stats {out}"
+        )
     )
 
 
@@ -181,8 +188,8 @@ def stats(
     console = Console()
     _heading(console, loaded)
     for table in tables:
-        console.print(f"\n[bold]{table.title}[/]", highlight=False, soft_wrap=True)
-        drawn = Table("layer", *table.columns, box=None, pad_edge=False)
+        console.print(f"\n[bold]{plain(table.title)}[/]", highlight=False, soft_wrap=True)
+        drawn = Table("layer", *map(plain, table.columns), box=None, pad_edge=False)
         for layer, row in zip(table.layers, table.cells, strict=True):
             drawn.add_row(str(layer), *row)
         console.print(drawn)
@@ -198,7 +205,7 @@ def _print_catalogue() -> None:
         )
         for text in (entry["meaning"], entry["source"] and f"source: {entry['source']}"):
             if text:
-                console.print(f"    {escape(text)}", highlight=False, soft_wrap=True)
+                console.print(f"    {plain(text)}", highlight=False, soft_wrap=True)
 
 
 def _raw(keep: bool, heads: str | None, queries: str | None) -> dict[str, Any]:
@@ -260,8 +267,11 @@ def _heading(console: Console, recording: Recording) -> None:
     lengths = recording.tokens["prompt_length"]
     steps = (recording.tokens["phase"] >= 0).sum("step") - 1
     console.print(
-        f"{attrs.get('model')} ({attrs.get('model_type')}, {attrs.get('dtype')}), recorded"
-        f" {attrs.get('date')}\n{len(recording)} sample(s), prompts of {int(lengths.min())} to"
+        plain(
+            f"{attrs.get('model')} ({attrs.get('model_type')}, {attrs.get('dtype')}), recorded"
+            f" {attrs.get('date')}"
+        )
+        + f"\n{len(recording)} sample(s), prompts of {int(lengths.min())} to"
         f" {int(lengths.max())} tokens, answers of {int(steps.min()) + 1} to"
         f" {int(steps.max()) + 1}",
         highlight=False,

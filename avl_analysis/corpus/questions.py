@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from avl_analysis.errors import InputError
-from avl_analysis.models.images import ImageSource
+from avl_analysis.errors import InputError, one_line
+from avl_analysis.files import user_path
+from avl_analysis.models.images import MAX_PIXELS, ImageSource
 from avl_analysis.scenes import TASKS
 from avl_analysis.scenes import Sample as SceneSample
 from avl_analysis.scenes import generate as draw_scene
@@ -59,7 +60,8 @@ class Sample:
         regions: pixel boxes of what the question is about, () where unknown.
         strict: whether an answer must agree word for word, capitals included (as the scenes are
             scored); otherwise case, punctuation and articles do not count.
-        meta: further facts, anything JSON can hold.
+        meta: whatever else the user wants to keep, anything JSON can hold.
+        scene: of a drawn scene, what it is drawn from again (seed, index, task).
     """
 
     id: str
@@ -70,10 +72,11 @@ class Sample:
     regions: tuple[Box, ...] = ()
     strict: bool = False
     meta: Mapping[str, Any] | None = None
+    scene: Mapping[str, Any] | None = None
 
 
 def scene_sample(sample: SceneSample) -> Sample:
-    """A drawn scene's question as a sample; `meta` says how to draw it again."""
+    """A drawn scene's question as a sample; its `scene` says how to draw it again."""
     return Sample(
         id=f"{sample.task}-{sample.seed}-{sample.index:05d}",
         images=(sample.image,),
@@ -82,7 +85,7 @@ def scene_sample(sample: SceneSample) -> Sample:
         task=sample.task,
         regions=tuple(tuple(map(int, box)) for box in sample.boxes),  # type: ignore[misc]
         strict=True,
-        meta={"scene": {"seed": sample.seed, "index": sample.index, "task": sample.task}},
+        scene={"seed": sample.seed, "index": sample.index, "task": sample.task},
     )
 
 
@@ -118,7 +121,7 @@ def read_samples(path: str | Path) -> list[Sample]:
         InputError: no such file, no samples in it, or a line that cannot be used; says file, line,
             reason and remedy.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     if file.is_dir():
         raise InputError(f"{file} is a folder: name the JSONL file in it, one sample per line")
     if not file.is_file():
@@ -126,7 +129,8 @@ def read_samples(path: str | Path) -> list[Sample]:
             f"no such file: {file} (looked from {Path.cwd()}); check the path of the samples"
         )
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: JSON strings may hold U+2028 and other line ends of Unicode.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (UnicodeDecodeError, OSError) as error:
         raise InputError(f"cannot read {file} as UTF-8 text: {error}") from error
     samples: list[Sample] = []
@@ -158,6 +162,8 @@ def _sample(line: str, number: str, folder: Path) -> Sample:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"not valid JSON ({error.msg} at character {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+        raise InputError(f"JSON that cannot be read ({one_line(error)})") from error
     if not isinstance(entry, dict):
         raise InputError(
             f'a JSON object is needed, such as {{"image": ..., "prompt": ...}}; got {_shown(entry)}'
@@ -186,6 +192,8 @@ def _sample(line: str, number: str, folder: Path) -> Sample:
             not isinstance(entry[name], (str, int)) or isinstance(entry[name], bool)
         ):
             raise InputError(f"{name!r} must be {_KEYS[name]}; got {_shown(entry[name])}")
+    if not isinstance(entry.get("meta", {}), dict):
+        raise InputError(f"'meta' must be an object; got {_shown(entry['meta'])}")
     return Sample(
         id=str(entry.get("id", number)),
         images=tuple(_picture(folder, path) for path in paths),
@@ -214,7 +222,7 @@ def _texts(entry: Mapping[str, Any], one: str, several: str) -> tuple[str, ...] 
 
 
 def _picture(folder: Path, path: str) -> Path:
-    file = folder / Path(path).expanduser()
+    file = user_path(folder / user_path(path))
     if not file.is_file():
         raise InputError(
             f"no such picture: {file}; paths are relative to the folder of the JSONL file"
@@ -230,7 +238,8 @@ def _boxes(value: Any) -> tuple[Box, ...]:
         numbers = (
             isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) for n in box)
         )
-        if not numbers or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
+        finite = numbers and all(abs(n) < MAX_PIXELS for n in box)
+        if not finite or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
             raise InputError(
                 "a region must be [left, top, right, bottom] in pixels, not empty; got"
                 f" {_shown(box)}"

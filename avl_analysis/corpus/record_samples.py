@@ -22,7 +22,7 @@ from avl_analysis.corpus.regions import tokens_in_boxes
 from avl_analysis.errors import InputError
 from avl_analysis.figures.pictures import data_uri
 from avl_analysis.models.images import open_image
-from avl_analysis.models.loading import VLM, end_tokens
+from avl_analysis.models.loading import VLM, end_tokens, greedy
 from avl_analysis.recordings.recording import Recording
 
 OnToken = Callable[[int, int], None]
@@ -60,10 +60,12 @@ def record_samples(
     """
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: at least one question must go into a pass")
-    arguments = {"do_sample": False, "max_new_tokens": max_new_tokens, **(generate or {})}
+    arguments = {**greedy(vlm.model), "max_new_tokens": max_new_tokens, **(generate or {})}
     with record(vlm.model, **options) as recording:
         for start in range(0, len(samples), batch_size):
             chosen = samples[start : start + batch_size]
+            for sample in chosen:
+                _check_regions(sample)
             images = [list(sample.images) for sample in chosen]
             inputs = vlm.prepare(images, [sample.prompt for sample in chosen], system=system)
             length = inputs["input_ids"].shape[1]
@@ -84,7 +86,8 @@ def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
 
     prompt, answer, words (text of each token of the answer); where known task, truth (all right
     answers in `answers`), boxes (and, by `record_samples`, region_tokens: the image tokens under
-    them); and scene (seed, index, task of a drawn picture) or picture and picture_size (a thumbnail
+    them), meta (the user's own facts about the sample, which never take the place of these);
+    and scene (seed, index, task of a drawn picture) or picture and picture_size (a thumbnail
     and the picture's own width and height, to which boxes refer; for samples with one picture).
     """
     tokenizer = vlm.processor.tokenizer
@@ -101,15 +104,20 @@ def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
         "truth": sample.answers[0] if sample.answers else "",
         "answers": list(sample.answers or ()),
         "boxes": [list(box) for box in sample.regions],
-        **(sample.meta or {}),
+        "scene": sample.scene,
+        "meta": dict(sample.meta or {}),
     }
-    if "scene" not in facts and len(sample.images) == 1:
+    if sample.scene is None and len(sample.images) == 1:
         picture = np.asarray(open_image(sample.images[0]))
         facts |= {
             "picture": data_uri(picture),
             "picture_size": [picture.shape[1], picture.shape[0]],
         }
-    return {name: value for name, value in facts.items() if value not in ("", [])}
+    return {
+        name: value
+        for name, value in facts.items()
+        if name == "answer" or value not in ("", [], {}, None)
+    }
 
 
 def tokens_asked_about(
@@ -125,9 +133,7 @@ def tokens_asked_about(
     Args:
         inputs: what `VLM.prepare` returned for these samples.
     """
-    asked = [
-        bool(s.regions) and len(s.images) == 1 and "scene" not in (s.meta or {}) for s in samples
-    ]
+    asked = [bool(s.regions) and len(s.images) == 1 and s.scene is None for s in samples]
     if not any(asked):
         return [[] for _ in samples]
     family = describe(vlm.model)
@@ -139,6 +145,19 @@ def tokens_asked_about(
         tokens_in_boxes(places[row], sample.regions) if asked[row] else []
         for row, sample in enumerate(samples)
     ]
+
+
+def _check_regions(sample: Sample) -> None:
+    """Refuse boxes of which no part lies in the picture."""
+    if not sample.regions or len(sample.images) != 1 or sample.scene is not None:
+        return
+    width, height = open_image(sample.images[0]).size
+    for box in sample.regions:
+        if box[0] >= width or box[1] >= height:
+            raise InputError(
+                f"region {list(box)} of sample {sample.id} lies outside its picture of {width} x"
+                f" {height} pixels"
+            )
 
 
 class _Watch(StoppingCriteria):

@@ -1,16 +1,19 @@
 """Recording a corpus: many samples, in shards that survive interruptions, by one process or
 several.
 
-A shard is a fixed range of samples. Its recording and then a small note ("done, these samples
-failed") are each put in place in one stroke, in a folder beside the result; a shard without a note
-was not done. Starting the same run again does the shards that are missing, and when all are there
-they become one recording (`shard_files.join`), which is the same however often the run was
-interrupted and whoever recorded which shard: what goes into a pass together depends on the samples
-alone.
+A shard is a fixed range of samples. Its recording and then a small note (which samples failed, and
+the digest of the recording) are each written whole or not at all, in a folder beside the result; a
+shard without a note, or whose recording is not the one the note was written for, was not done.
+Starting the same run again does the shards that are missing, and when all are there they become one
+recording (`join_files.join`), which is the same however often the run was interrupted and whoever
+recorded which shard: what goes into a pass together depends on the samples alone.
+
+A run is the same if the model and everything in its folder, the content of all questions and
+pictures, the options, the floating type, the device, the attention backend and the libraries are.
 
 A batch that fails is halved until the sample that fails is alone; it is noted with its reason and
-left out. Memory holds one shard at a time. What surprises: a sample's number in the recording is
-its place in the corpus, so failed samples leave gaps.
+left out. Memory holds one shard at a time. A sample's number in the recording is its place in the
+corpus, so failed samples leave gaps.
 """
 
 from __future__ import annotations
@@ -27,13 +30,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 
 from avl import UnsupportedModelError
 from avl_analysis.capture.recorder import record
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.corpus.record_samples import record_samples
-from avl_analysis.errors import InputError
+from avl_analysis.errors import InputError, blamed_on_input
 from avl_analysis.files import write_text
+from avl_analysis.models.checkpoint import fingerprint as folder_digest
 from avl_analysis.models.loading import VLM, load_model
 from avl_analysis.recordings.join_files import join
 from avl_analysis.recordings.recording import Recording, merge
@@ -41,7 +47,19 @@ from avl_analysis.recordings.recording import Recording, merge
 SHARD = 16
 """Samples per shard unless told otherwise: what an interruption can cost at most."""
 
-_FAILURES = (RuntimeError, ValueError, OSError, MemoryError, ArithmeticError, LookupError)
+_FAILURES = (
+    RuntimeError,
+    ValueError,
+    OSError,
+    MemoryError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+)
+"""What a model, a processor or a tokenizer may raise about one sample; it is noted with the sample,
+its type in front, and the run goes on.
+"""
 
 
 @dataclass(frozen=True)
@@ -93,7 +111,16 @@ class Shard:
         return folder / f"{self.start:08d}.nc", folder / f"{self.start:08d}.json"
 
     def done(self, folder: Path) -> bool:
-        return self.files(folder)[1].exists()
+        """Whether its note stands and, unless all its samples failed, the recording the note was
+        written for.
+        """
+        note = read_note(self.files(folder)[1])
+        if note is None or len(note["failed"]) > len(self.samples):
+            return False
+        file = self.files(folder)[0]
+        if len(note["failed"]) == len(self.samples):
+            return True
+        return file.is_file() and digest_of(file) == note["sha256"]
 
 
 def record_corpus(
@@ -163,9 +190,34 @@ def record_shard(vlm: VLM, shard: Shard, job: Job) -> None:
     """Record one shard and leave its files in the folder."""
     recordings, failed = _record(vlm, shard.samples, shard.start, job.options)
     recording_file, note = shard.files(job.folder)
+    digest = None
     if recordings:
         merge(recordings).save(recording_file)
-    write_text(note, json.dumps({"failed": [asdict(one) for one in failed]}) + "\n")
+        digest = digest_of(recording_file)
+    content = {"failed": [asdict(one) for one in failed], "sha256": digest}
+    write_text(note, json.dumps(content) + "\n")
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """The note of a shard: "failed", its samples that could not be recorded, and "sha256", the
+    digest of its recording; None where there is no note or a damaged one, so that the shard is
+    recorded again.
+    """
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        failed = [Failed(**one) for one in note["failed"]]
+        return {"failed": failed, "sha256": note["sha256"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _record(
@@ -204,8 +256,8 @@ def _work(
 
 def _finish(folder: Path, target: Path, shards: Sequence[Shard], date: str) -> CorpusResult:
     """Join the shards into the result."""
-    notes = [json.loads(shard.files(folder)[1].read_text(encoding="utf-8")) for shard in shards]
-    failed = tuple(Failed(**one) for note in notes for one in note["failed"])
+    notes = [read_note(shard.files(folder)[1]) or {"failed": []} for shard in shards]
+    failed = tuple(one for note in notes for one in note["failed"])
     recorded = sum(len(shard.samples) for shard in shards) - len(failed)
     if not recorded:
         first = failed[0]
@@ -214,9 +266,13 @@ def _finish(folder: Path, target: Path, shards: Sequence[Shard], date: str) -> C
             f"none of the {len(failed)} samples could be recorded; {first.id} failed with:"
             f" {first.reason}"
         )
-    files = [path for shard in shards if (path := shard.files(folder)[0]).exists()]
+    files = [
+        shard.files(folder)[0]
+        for shard, note in zip(shards, notes, strict=True)
+        if len(note["failed"]) < len(shard.samples)
+    ]
     attrs = {"date": date, "failed": json.dumps([asdict(one) for one in failed])}
-    join(files, target, attrs)
+    join(files, target, attrs, samples=recorded)
     return CorpusResult(target, recorded, failed)
 
 
@@ -245,26 +301,39 @@ def check_same_run(
     described = {
         "model": vlm.name,
         "revision": vlm.revision,
+        "model folder": folder_digest(vlm.path),
+        "loading": _loading(vlm),
+        "libraries": f"torch {torch.__version__}, transformers {transformers.__version__}",
         "samples": fingerprint(samples),
         "shard": shard,
         "options": repr(sorted(options.items())),
     }
     if note.exists():
-        found = json.loads(note.read_text(encoding="utf-8"))
+        with blamed_on_input(
+            f"{note} cannot be read", "; delete the folder it is in to start anew"
+        ):
+            found = dict(json.loads(note.read_text(encoding="utf-8")))
+            date = str(found["date"])
         different = [name for name, value in described.items() if found.get(name) != value]
         if different:
             raise InputError(
                 f"{folder} holds an unfinished run with other {', '.join(different)}: repeat that"
                 " one's arguments to finish it, or delete the folder to start anew"
             )
-        return str(found["date"])
+        return date
     date = datetime.now(UTC).isoformat(timespec="seconds")
     write_text(note, json.dumps({**described, "date": date}, indent=1) + "\n")
     return date
 
 
+def _loading(vlm: VLM) -> str:
+    """What a model was loaded as."""
+    attention = vlm.model.config.get_text_config(decoder=True)._attn_implementation
+    return f"{vlm.model.dtype} on {vlm.model.device.type} with attention {attention}"
+
+
 def fingerprint(samples: Sequence[Sample]) -> str:
-    """A digest of everything about the samples; of pictures in files their path and size."""
+    """A digest of everything about the samples; of pictures in files their path and content."""
     digest = hashlib.sha256()
     for sample in samples:
         fields = [
@@ -275,11 +344,13 @@ def fingerprint(samples: Sequence[Sample]) -> str:
             sample.regions,
             sample.strict,
         ]
-        digest.update(repr([*fields, sorted((sample.meta or {}).items())]).encode())
+        further = [sorted((given or {}).items()) for given in (sample.meta, sample.scene)]
+        digest.update(repr([*fields, *further]).encode("utf-8", "surrogatepass"))
         for image in sample.images:
             if isinstance(image, (str, os.PathLike)):
-                size = os.path.getsize(image) if os.path.exists(image) else -1
-                digest.update(f"{os.fspath(image)!r} {size}".encode())
+                there = os.path.isfile(image)
+                content = digest_of(Path(image)) if there else "missing"
+                digest.update(f"{os.fspath(image)!r} {content}".encode("utf-8", "surrogatepass"))
             else:
                 digest.update(
                     image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()

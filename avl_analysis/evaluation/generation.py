@@ -26,7 +26,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from avl import Policy, Usage, adaptive
 from avl.families import describe
 from avl_analysis.corpus.questions import Sample
-from avl_analysis.models.loading import VLM, end_tokens
+from avl_analysis.models.loading import VLM, end_tokens, greedy
 
 OnLogits = Callable[[int, Tensor], None]
 """Called after every pass with its step (0: the prompt) and the (batch, vocabulary) logits of the
@@ -95,7 +95,7 @@ def generate(
     )
     with torch.no_grad(), scope as session, clock as attention, watch.on(vlm.model):
         started = _now(vlm.model)
-        out = vlm.model.generate(**inputs, do_sample=False, num_beams=1, **options)
+        out = vlm.model.generate(**inputs, **greedy(vlm.model), **options)
     steps = int(out.shape[1]) - length
     times = watch.times[:steps]
     return Run(

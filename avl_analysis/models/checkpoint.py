@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,17 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-from avl_analysis.errors import InputError
+from avl_analysis.errors import InputError, blamed_on_input, one_line
+from avl_analysis.files import user_path
+from avl_analysis.models.safety import (
+    cached_folder,
+    check_attention,
+    check_config,
+    check_weight_files,
+    no_network,
+    read_json,
+    without_attention,
+)
 from avl_analysis.scenes import MODEL_DIR
 
 EMBEDDED = "scenes"
@@ -41,6 +52,7 @@ _NUMBER = re.compile(r"\.\d+\.")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Larger folders get no content hash, because reading them twice would take too long.
 _HASHED_BYTES = 256 * 2**20
+_BLOCKS, _BLOCK = 64, 2**20
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,25 @@ class Checkpoint:
         """Keyword arguments of every `from_pretrained` call."""
         return {"trust_remote_code": False, "local_files_only": self.local}
 
+    def network(self) -> AbstractContextManager[None]:
+        """To be open while anything is read: keeps the network off unless fetching is allowed."""
+        return no_network() if self.local else nullcontext()
+
+    def file(self, name: str) -> Path | None:
+        """Where the file `name` is on this machine, fetched first where that is allowed; None if
+        there is none.
+        """
+        with self.network():
+            path = cached_file(
+                self.path,
+                name,
+                local_files_only=self.local,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+                _raise_exceptions_for_gated_repo=False,
+            )
+        return None if path is None else Path(path)
+
     def revision(self, model: PreTrainedModel) -> str | None:
         """Hub commit of a loaded model, or a hash of a local folder's weights; None for large local
         folders.
@@ -74,6 +105,31 @@ class Checkpoint:
         for file in files:
             digest.update(file.read_bytes())
         return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A digest of everything in a model folder that can change an answer: config, processor,
+    tokenizer, chat template, generation settings, weights.
+
+    Small files count in full, weight files by their size, their beginning and `_BLOCKS` blocks
+    spread over them: another training changes every block. Of a hub id that is no folder here the
+    digest is that of its name; its commit is told elsewhere.
+    """
+    digest = hashlib.sha256()
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    if not files:
+        return hashlib.sha256(str(folder).encode()).hexdigest()
+    for path in sorted(files):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}\n".encode("utf-8", "surrogateescape"))
+        with open(path, "rb") as file:
+            if size <= _HASHED_BYTES:
+                digest.update(file.read())
+                continue
+            for block in range(_BLOCKS):
+                file.seek(block * (size - _BLOCK) // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
 
 
 def locate(name: str, *, allow_download: bool = False) -> Checkpoint:
@@ -89,7 +145,7 @@ def locate(name: str, *, allow_download: bool = False) -> Checkpoint:
                 f"the embedded model is missing from {MODEL_DIR}: install the package again"
             )
         return Checkpoint(name, str(MODEL_DIR), True)
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name and path.is_dir():
         if not (path / "config.json").is_file():
             if (path / "adapter_config.json").is_file():
@@ -98,6 +154,10 @@ def locate(name: str, *, allow_download: bool = False) -> Checkpoint:
                 f"{path} holds no config.json, so it is not a model folder: pass one made by"
                 " save_pretrained"
             )
+        if (path / "adapter_config.json").is_file():
+            # With peft installed, transformers would load the adapter's base model from wherever
+            # the adapter names it, and the adapter's weights in formats other than safetensors.
+            raise InputError(_adapter(path))
         return Checkpoint(name, str(path), True)
     if path.is_file():
         raise InputError(
@@ -116,7 +176,15 @@ def locate(name: str, *, allow_download: bool = False) -> Checkpoint:
             else f"possible: {EMBEDDED!r}, a model folder, or a hub id 'org/name'"
         )
         raise InputError(f"unknown model {name!r}: {hint}")
-    return Checkpoint(name, name, not allow_download)
+    if allow_download:
+        return Checkpoint(name, name, False)
+    folder = cached_folder(name)
+    if folder is None:
+        raise InputError(
+            f"{name} is neither a folder here nor in the local cache: check the name, or allow"
+            " fetching it from the hub with --download (allow_download=True in Python)"
+        )
+    return Checkpoint(name, str(folder), True)
 
 
 def _adapter(path: Path) -> str:
@@ -139,68 +207,68 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         InputError: not found, unreadable, of a type unknown to transformers, text-only.
     """
     name = checkpoint.name
+    with blamed_on_input(f"cannot read the config of {name}"):
+        file = checkpoint.file("config.json")
+    if file is not None:
+        check_config(read_json(file, f"the config of {name}"), name)
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path, **checkpoint.options)
-    except OSError as error:
-        if Path(checkpoint.path).is_dir():
-            raise InputError(f"cannot read the config of {name}: {one_line(error)}") from error
-        if not checkpoint.local:
-            raise InputError(f"cannot fetch {name}: {one_line(error)}") from error
-        raise InputError(
-            f"{name} is neither a folder here nor in the local cache: check the name, or allow"
-            " fetching it from the hub with --download (allow_download=True in Python)"
-        ) from error
-    except ValueError as error:
-        raise InputError(
-            f"{name} is of a type this transformers does not know, or needs code from its"
-            f" repository, which is never run: {one_line(error)}"
-        ) from error
+        with checkpoint.network(), blamed_on_input(f"cannot read the config of {name}"):
+            config = AutoConfig.from_pretrained(checkpoint.path, **checkpoint.options)
+    except InputError as error:
+        if isinstance(error.__cause__, OSError) and not checkpoint.local:
+            raise InputError(f"cannot fetch {name}: {one_line(error.__cause__)}") from error
+        if isinstance(error.__cause__, ValueError):
+            raise InputError(
+                f"{name} is of a type this transformers does not know, or needs code from its"
+                f" repository, which is never run: {one_line(error.__cause__)}"
+            ) from error
+        raise
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise InputError(
             f"{name} is a text-only model or not a language model (type {config.model_type!r});"
             f" pass a vision-language model such as {EMBEDDED!r}, LLaVA, Qwen-VL, InternVL or"
             " Gemma 3"
         )
-    return config
+    return without_attention(config)
 
 
 def read_weights(
-    checkpoint: Checkpoint, *, dtype: str | torch.dtype, attn_implementation: str
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    *,
+    dtype: str | torch.dtype,
+    attn_implementation: str,
 ) -> PreTrainedModel:
     """The model with its weights, on the CPU.
+
+    Args:
+        checkpoint: where the weights are.
+        config: as `read_config` returned it.
+        dtype: floating type of the weights, or "auto" for the checkpoint's own.
+        attn_implementation: attention backend of transformers.
 
     Raises:
         InputError: weights that are damaged, incomplete, of other shapes, or not safetensors; an
             attention backend that is unknown, not installed or not offered by the model.
     """
     name = checkpoint.name
+    check_attention(attn_implementation)
     _check_generation_config(checkpoint)
+    if (index := checkpoint.file("model.safetensors.index.json")) is not None:
+        check_weight_files(index.parent, name, fetched=checkpoint.local)
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            checkpoint.path,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            use_safetensors=True,
-            output_loading_info=True,
-            **checkpoint.options,
-        )
-    except SafetensorError as error:
-        raise InputError(
-            f"the weights of {name} are damaged ({error}): copy or download them again"
-        ) from error
-    except RuntimeError as error:
-        raise InputError(
-            f"the weights of {name} do not fit its config.json: {one_line(error)}"
-        ) from error
-    except OSError as error:
-        raise InputError(
-            f"no usable safetensors weights for {name} ({one_line(error)}); other weight formats"
-            " are not read: convert them with save_pretrained"
-        ) from error
-    except (ValueError, ImportError) as error:
-        raise InputError(
-            f"cannot load {name} with attention {attn_implementation!r}: {one_line(error)}"
-        ) from error
+        with checkpoint.network(), blamed_on_input(f"cannot load the weights of {name}"):
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                checkpoint.path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                use_safetensors=True,
+                output_loading_info=True,
+                **checkpoint.options,
+            )
+    except InputError as error:
+        raise _about_weights(name, attn_implementation, error) from error.__cause__
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"the checkpoint of {name} lacks {len(missing)} of the model's weights, {missing[0]}"
@@ -227,23 +295,48 @@ def _check_generation_config(checkpoint: Checkpoint) -> None:
     Raises:
         InputError: there is a generation_config.json that is not JSON or holds impossible values.
     """
-    there = cached_file(
-        checkpoint.path,
-        GENERATION_CONFIG_NAME,
-        local_files_only=checkpoint.local,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
-    if there is None:
+    if checkpoint.file(GENERATION_CONFIG_NAME) is None:
         return
     try:
-        GenerationConfig.from_pretrained(checkpoint.path, local_files_only=checkpoint.local)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        with checkpoint.network(), blamed_on_input("cannot read it"):
+            settings = GenerationConfig.from_pretrained(
+                checkpoint.path, local_files_only=checkpoint.local
+            )
+    except InputError as error:
         raise InputError(
-            f"cannot read {GENERATION_CONFIG_NAME} of {checkpoint.name} ({one_line(error)}): repair"
-            " it, or remove it to generate with the defaults"
+            f"cannot read {GENERATION_CONFIG_NAME} of {checkpoint.name}"
+            f" ({one_line(error.__cause__ or error)}): repair it, or remove it to generate with"
+            " the defaults"
         ) from error
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(settings, key, None)
+        ids = value if isinstance(value, (list, tuple)) else [value]
+        if value is not None and not all(type(one) is int for one in ids):
+            raise InputError(
+                f"{GENERATION_CONFIG_NAME} of {checkpoint.name} has {key} = {value!r}: it must be"
+                " the number of a token, or a list of numbers"
+            )
+
+
+def _about_weights(name: str, attention: str, error: InputError) -> InputError:
+    """What an error of transformers says about the weights of a model."""
+    cause = error.__cause__
+    if cause is None:
+        return error
+    if isinstance(cause, SafetensorError):
+        return InputError(
+            f"the weights of {name} are damaged ({cause}): copy or download them again"
+        )
+    if isinstance(cause, RuntimeError):
+        return InputError(f"the weights of {name} do not fit its config.json: {one_line(cause)}")
+    if isinstance(cause, OSError):
+        return InputError(
+            f"no usable safetensors weights for {name} ({one_line(cause)}); other weight formats"
+            " are not read: convert them with save_pretrained"
+        )
+    if isinstance(cause, (ValueError, ImportError)):
+        return InputError(f"cannot load {name} with attention {attention!r}: {one_line(cause)}")
+    return error
 
 
 def _weights_of_more_layers(model: PreTrainedModel, unexpected: Iterable[str]) -> str | None:
@@ -263,20 +356,3 @@ def _quantization(settings: Any) -> str:
     if isinstance(settings, dict):
         return f"quant_method {settings.get('quant_method')!r}"
     return f"quant_method {getattr(settings, 'quant_method', None)!r}"
-
-
-def one_line(error: BaseException, limit: int = 320) -> str:
-    """An error's message on one line, or the error's type where it has none.
-
-    Libraries break their messages into lines in the middle of sentences, so all lines are taken. A
-    message longer than `limit` characters ends after its last whole sentence within the limit, or,
-    where its first sentence is longer, after the last whole word, with an ellipsis.
-    """
-    text = " ".join(str(error).split()) or type(error).__name__
-    if len(text) <= limit:
-        return text.rstrip(".")
-    start = text[: limit + 1]
-    sentence = max(start.rfind(end) for end in (". ", "! ", "? "))
-    if sentence > 0:
-        return start[:sentence]
-    return start[: start.rfind(" ")] + " ..."

@@ -19,7 +19,8 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from avl_analysis.errors import InputError
+from avl_analysis.errors import InputError, one_line
+from avl_analysis.files import user_path
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Formats that are decoded, by content. Of animated files the first frame is taken."""
@@ -49,7 +50,7 @@ def open_image(source: ImageSource) -> Image.Image:
     if isinstance(source, (bytes, bytearray)):
         return _decode(io.BytesIO(source), f"the {len(source)} bytes given")
     if isinstance(source, (str, os.PathLike)):
-        path = Path(source).expanduser()
+        path = user_path(source)
         if str(source).startswith(("http://", "https://")):
             raise InputError(
                 f"{source} is an address, not a file: download the picture and pass its path"
@@ -79,13 +80,12 @@ def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
         raise InputError(
             f"{name} is not an image this program reads; possible: {', '.join(FORMATS)}"
         ) from error
-    except (
-        OSError,
-        SyntaxError,
-        EOFError,
-    ) as error:  # Pillow reports damaged files by any of the three
+    except InputError:
+        raise
+    except Exception as error:
         raise InputError(
-            f"{name} is a damaged or truncated image ({error}): export or download it again"
+            f"{name} is a damaged or truncated image ({one_line(error)}): export or download it"
+            " again"
         ) from error
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrain
 
 from avl.families import UnsupportedModelError, describe
 from avl.hooks import Observer, attached
+from avl_analysis.errors import blamed_on_input
 from avl_analysis.models.checkpoint import Checkpoint, locate, read_config
 from avl_analysis.models.processors import read_processor
 from avl_analysis.models.prompts import Conversation, render
@@ -58,7 +59,8 @@ def inspect_model(name: str, *, allow_download: bool = False) -> ModelFacts:
     """
     checkpoint = locate(name, allow_download=allow_download)
     config = read_config(checkpoint)
-    with torch.device("meta"):
+    built = blamed_on_input(f"transformers cannot build {name} from its config.json")
+    with checkpoint.network(), built, torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
@@ -94,5 +96,8 @@ def count_of(parameters: int) -> str:
 def _image_tokens(checkpoint: Checkpoint, config: PreTrainedConfig, ids: tuple[int, ...]) -> int:
     processor = read_processor(checkpoint, config)
     text = render(processor, Conversation("what is this?", pictures=1))
-    inputs = processor(images=[[Image.new("RGB", SAMPLE_SIZE)]], text=[text], return_tensors="pt")
+    with blamed_on_input(f"the processor of {checkpoint.name} cannot read a picture"):
+        inputs = processor(
+            images=[[Image.new("RGB", SAMPLE_SIZE)]], text=[text], return_tensors="pt"
+        )
     return int(torch.isin(inputs["input_ids"], torch.tensor(ids)).sum())

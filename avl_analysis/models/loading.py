@@ -11,7 +11,7 @@ there and rounds attention visibly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,10 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 import avl
 from avl.families import UnsupportedModelError, describe
 from avl.places import remember_originals
-from avl_analysis.errors import InputError
+from avl_analysis.errors import InputError, blamed_on_input, one_line
 from avl_analysis.models.checkpoint import (
     EMBEDDED,
     locate,
-    one_line,
     read_config,
     read_weights,
 )
@@ -107,16 +106,12 @@ class VLM:
         # Most processors accept one list per row; a row without pictures is only understood in the
         # flat form.
         nested: Any = rows if all(rows) else [image for row in rows for image in row] or None
-        try:
+        doing = (
+            f"the {type(self.processor).__name__} refused {sum(map(len, rows))} picture(s) with"
+            " this text"
+        )
+        with blamed_on_input(doing):
             inputs = self.processor(images=nested, text=texts, padding=True, return_tensors="pt")
-        except (
-            ValueError,
-            IndexError,
-        ) as error:  # raised when text and pictures do not fit together
-            raise InputError(
-                f"the {type(self.processor).__name__} refused {sum(map(len, rows))} picture(s) with"
-                f" this text: {error}"
-            ) from error
         self._check_length(inputs["input_ids"].shape[1])
         self._check_pictures(inputs["input_ids"], [len(row) for row in rows])
         inputs = inputs.to(device=self.model.device, dtype=self.model.dtype)
@@ -153,7 +148,7 @@ class VLM:
             avl.UnsupportedModelError, avl.HookError: the policy cannot be put on this model.
         """
         inputs = self.prepare(images, prompt, system=system, history=history)
-        options = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens, **generate}
+        options = {**greedy(self.model), "max_new_tokens": max_new_tokens, **generate}
         with nullcontext() if policy is None else avl.adaptive(self.model, policy):
             out = self.model.generate(**inputs, **options)
         new = out[:, inputs["input_ids"].shape[1] :]
@@ -225,7 +220,7 @@ def load_model(
     chosen = _dtype(dtype, device)
     config = read_config(checkpoint)
     processor = read_processor(checkpoint, config)
-    model = read_weights(checkpoint, dtype=chosen, attn_implementation=attn_implementation)
+    model = read_weights(checkpoint, config, dtype=chosen, attn_implementation=attn_implementation)
     model = model.to(device).eval()
     return VLM(
         checkpoint.name,
@@ -239,12 +234,11 @@ def load_model(
 
 def _device(device: str | torch.device | None) -> torch.device:
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"no device {name!r} here ({one_line(error)}): use 'cpu' or leave it out"
-        ) from error
+    with blamed_on_input(f"no device {str(name)!r} here", ": use 'cpu' or leave it out"):
+        found = torch.ones(1, device=name).device
+        if found.type == "meta":
+            raise ValueError("it holds no numbers")
+        return found
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch.dtype:
@@ -255,6 +249,32 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> str | torch
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}: possible are {', '.join(DTYPES)} and auto")
     return getattr(torch, dtype)
+
+
+_GREEDY: Mapping[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "penalty_alpha": None,
+    "prompt_lookup_num_tokens": None,
+    "dola_layers": None,
+    "constraints": None,
+    "force_words_ids": None,
+    "use_cache": True,
+    "return_dict_in_generate": False,
+}
+
+
+def greedy(model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments of `model.generate` that make it answer greedily, one row for each question, with a
+    cache, whatever the model's generation_config.json says (beams, samples, no cache).
+
+    Penalties, token limits and suppressed tokens of that file stay: they belong to the model.
+    """
+    return {
+        name: value for name, value in _GREEDY.items() if hasattr(model.generation_config, name)
+    }
 
 
 def end_tokens(model: nn.Module) -> tuple[int, ...]:

@@ -27,8 +27,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.utils import is_torchvision_available
 
-from avl_analysis.errors import InputError
-from avl_analysis.models.checkpoint import Checkpoint, one_line
+from avl_analysis.errors import InputError, one_line
+from avl_analysis.models.checkpoint import Checkpoint
 
 EXTRA = "pip install 'avl-analysis[vlm]'"
 """Installs every package of `PACKAGES`."""
@@ -58,6 +58,11 @@ def read_processor(
         InputError: no processor, only a tokenizer, or one that needs a package that is not
             installed; then the message names the package and how to install it.
     """
+    with checkpoint.network():
+        return _read_processor(checkpoint, config)
+
+
+def _read_processor(checkpoint: Checkpoint, config: PreTrainedConfig | None) -> ProcessorMixin:
     name = checkpoint.name
     try:
         processor = _whole_or_without_video(checkpoint, config)
@@ -69,7 +74,10 @@ def read_processor(
             processor.image_processor = AutoImageProcessor.from_pretrained(
                 checkpoint.path, backend="pil", **checkpoint.options
             )
-    except (ImportError, OSError, ValueError, TypeError) as error:
+        processor.tokenizer.padding_side = "left"
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    except Exception as error:
         if packages := missing_packages(error):
             raise InputError(needs(f"the processor of {name}", packages)) from error
         if isinstance(error, ImportError):
@@ -81,9 +89,6 @@ def read_processor(
             f"{name} comes without a usable processor (tokenizer and image processor):"
             f" {one_line(error)}; save it beside the model with processor.save_pretrained"
         ) from error
-    processor.tokenizer.padding_side = "left"
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return processor
 
 

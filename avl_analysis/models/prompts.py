@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
-from avl_analysis.errors import InputError
+from avl_analysis.errors import InputError, blamed_on_input
 from avl_analysis.models.images import ImageSource
 
 Piece = str | None
@@ -140,14 +138,10 @@ def _templated(
     for index, turn in enumerate(turns):
         messages.append(_message("user", turn))
         messages += [_message("assistant", [answer]) for answer in answers[index : index + 1]]
-    try:
+    with blamed_on_input("the model's chat template does not allow this conversation"):
         return str(
             processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         )
-    except TemplateError as error:
-        raise InputError(
-            f"the model's chat template does not allow this conversation: {error}"
-        ) from error
 
 
 def _message(role: str, pieces: Sequence[Piece]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ through h5py, which is many times faster for many small variables.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import h5netcdf
 import h5py
 import numpy as np
 
+from avl_analysis.errors import InputError, blamed_on_input
 from avl_analysis.files import hdf5_for_writing
 from avl_analysis.recordings.schema import GROUPS, RAGGED, RecordingError
 
@@ -73,11 +75,16 @@ class _Plan:
     samples: int = 0
 
 
-def join(files: Sequence[Path], target: Path, attrs: Mapping[str, Any]) -> None:
+def join(
+    files: Sequence[Path], target: Path, attrs: Mapping[str, Any], samples: int | None = None
+) -> None:
     """Write one recording with the samples of all files, in the order of the files.
 
     Args:
+        files: recordings, in order.
+        target: the file to write.
         attrs: attributes of the result, over those of the first file.
+        samples: how many samples the files must hold together; None if that is not known.
 
     Raises:
         RecordingError: files that are not recordings, or not of one model and one choice of
@@ -88,6 +95,11 @@ def join(files: Sequence[Path], target: Path, attrs: Mapping[str, Any]) -> None:
     for file in files:
         with _opened(file) as source:
             _look(plan, source, file.name)
+    if samples is not None and plan.samples != samples:
+        raise RecordingError(
+            f"the parts hold {plan.samples} samples, not the {samples} that were recorded: delete"
+            f" {files[0].parent} and record again"
+        )
     with hdf5_for_writing(target) as written:
         with h5netcdf.File(written, "w") as joined:
             joined.attrs.update({**plan.attrs, **attrs})
@@ -99,13 +111,15 @@ def join(files: Sequence[Path], target: Path, attrs: Mapping[str, Any]) -> None:
                     _fill(plan, source, joined, start)
 
 
-def _opened(file: Path) -> h5py.File:
+@contextmanager
+def _opened(file: Path) -> Iterator[h5py.File]:
+    """The file; whatever is wrong with its content is said with its name."""
+    remedy = ": delete it and its note, and record again"
     try:
-        return h5py.File(file, "r")
-    except OSError as error:
-        raise RecordingError(
-            f"{file} cannot be read ({error}): delete it and its note, and record again"
-        ) from error
+        with blamed_on_input(f"{file} cannot be read", remedy), h5py.File(file, "r") as source:
+            yield source
+    except InputError as error:
+        raise RecordingError(str(error)) from error
 
 
 # -- looking ---------------------------------------------------------------------------------------

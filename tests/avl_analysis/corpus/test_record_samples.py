@@ -53,7 +53,7 @@ def test_every_sample_carries_its_question_its_answer_and_what_is_known_of_it(vl
         "colour",
     )
     assert facts[1]["boxes"] == [[1, 2, 3, 4]]
-    assert facts[2]["source"] == "drawn"
+    assert facts[2]["meta"] == {"source": "drawn"}
     assert "picture" in facts[0]
     assert "picture" not in facts[1]
 
