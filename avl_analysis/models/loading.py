@@ -24,7 +24,7 @@ from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 import avl
 from avl.families import UnsupportedModelError, describe
 from avl.places import remember_originals
-from avl_analysis.errors import InputError, blamed_on_input, one_line
+from avl_analysis.errors import InputError, blamed_on_input
 from avl_analysis.models.checkpoint import (
     EMBEDDED,
     locate,
