@@ -31,10 +31,6 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 UNKNOWN = "the inputs do not tell where image tokens lie"
-SQUARE = (
-    "image tokens are assumed to lie in raster order over a square grid that covers what the"
-    " processor keeps"
-)
 VIDEO = "where the tokens of a video lie is not known"
 NO_PLACE = "image tokens of this family stand for the whole picture, none of them for a part of it"
 
@@ -102,23 +98,42 @@ Describe = Callable[[Prompt], Pictures]
 
 
 def square(prompt: Prompt) -> Pictures:
-    """Fallback: every run of image tokens is a picture, its tokens a square grid over what the
-    processor keeps of it.
+    """Every run of image tokens is a picture, its tokens a square grid over all of it.
 
-    Not where a run holds several tiles or pictures (more pixel arrays than runs): nothing says how
-    those lie.
+    For families that are known to lay out pictures so: Aya Vision, Ovis 2. Not where a run may be
+    something else than one picture; nothing says then how the tokens lie. That is so where other
+    things than one square array of pixels per run went into the model (or none were seen), and
+    where next to nothing stands between two runs, which may be tiles of one picture.
     """
     pixels = prompt.inputs.get("pixel_values")
-    if (
-        isinstance(pixels, Tensor)
-        and pixels.dim() >= 4
-        and math.prod(pixels.shape[:-3]) != prompt.batch_runs
-    ):
+    if not isinstance(pixels, Tensor) or pixels.dim() < 4 or pixels.shape[-1] != pixels.shape[-2]:
         return
-    for index, (_, length) in enumerate(prompt.runs):
+    if math.prod(pixels.shape[:-3]) != prompt.batch_runs:
+        return
+    gaps = [after[0] - sum(before) for before, after in pairwise(prompt.runs)]
+    if any(gap < LEAST_BETWEEN for gap in gaps):
+        return
+    for _, length in prompt.runs:
         side = math.isqrt(length)
-        box = WHOLE if prompt.processor is None else _kept(prompt.size(index), prompt.processor)
-        yield (View(side, side, box),) if side * side == length else nowhere(length)
+        yield (View(side, side),) if side * side == length else nowhere(length)
+
+
+LEAST_BETWEEN = 3
+"""Tokens between two pictures in a prompt: an end, a beginning and a line break. Tiles of one
+picture have one or two between them, which name the tile.
+"""
+
+
+def kept_square(prompt: Prompt) -> Pictures:
+    """As `square`, over the part of the picture that the processor keeps (FastVLM)."""
+    for index, (view,) in enumerate(square(prompt)):
+        size, processor = prompt.size(index), prompt.processor
+        yield (replace(view, box=None if processor is None else _kept(size, processor)),)
+
+
+def unknown(prompt: Prompt) -> Pictures:
+    """Families of which nothing is known: no picture is described, so no token gets a place."""
+    return iter(())
 
 
 def latent(prompt: Prompt) -> Pictures:
@@ -156,7 +171,7 @@ def clip(prompt: Prompt) -> Pictures:
         yield from pixtral(prompt)
         return
     if prompt.vision("image_size") is None:
-        yield from square(prompt)
+        yield from kept_square(prompt)
         return
     side = prompt.patches
     extra = (
@@ -439,6 +454,9 @@ GRIDS: dict[str, Describe] = {
     "idefics3": idefics3,
     "smolvlm": idefics3,
     "hunyuan_vl": newlines,
+    "aya_vision": square,
+    "ovis2": square,
+    "fast_vlm": kept_square,
     "deepseek_vl": padded,
     "janus": padded,
     **dict.fromkeys(
@@ -500,8 +518,8 @@ def _describe_row(
         if sum(map(count, here)) != part.tokens:
             here = [nowhere(length) for _, length in spans]
             notes.append(UNKNOWN)
-        elif describe in (square, latent):
-            notes.append(SQUARE if describe is square else NO_PLACE)
+        elif describe is latent:
+            notes.append(NO_PLACE)
         pictures += here
     return pictures, notes
 
@@ -510,7 +528,7 @@ def _describing(name: str, prompt: Prompt) -> Describe:
     """How this family lays out its pictures."""
     if name in GRIDS:
         return GRIDS[name]
-    return grid_thw if prompt.inputs.get("image_grid_thw") is not None else square
+    return grid_thw if prompt.inputs.get("image_grid_thw") is not None else unknown
 
 
 def _is_video(prompt: Prompt, run: tuple[int, int]) -> bool:

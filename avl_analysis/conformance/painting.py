@@ -1,9 +1,9 @@
-"""Do image tokens lie where the picture map says? Paint a part of a picture and see which tokens
-change.
+"""Do image tokens lie where a recording says? Paint a part of a picture and see which tokens change.
 
-Attention in the vision tower is silenced first (its output projections set to zero), so that a
-token's features depend on its own patch only. A token whose box lies within the painted part must
-change; one whose box lies beyond the reach of the resampling filter must not.
+The places are those that are recorded while `generate` runs, as for a user. Attention in the vision
+tower is silenced first (its output projections set to zero), so that a token's features depend on
+its own patch only. A token whose box lies within the painted part must change; one whose box lies
+beyond the reach of the resampling filter must not.
 """
 
 from __future__ import annotations
@@ -13,17 +13,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from avl.families import describe
+from avl.places import remember_originals
+from avl_analysis.capture.recorder import record
 from avl_analysis.conformance.build import Case, quiet
 from avl_analysis.conformance.entries import entry
-from avl_analysis.conformance.inputs import image_features, image_processor, parts, pixels, prompt
+from avl_analysis.conformance.inputs import image_features, parts, pixels, prompt
+from avl_analysis.conformance.recording import Mismatch
+from avl_analysis.conformance.shrink import SIDE
+from avl_analysis.recordings.schema import EDGES
 
-SIZES = ((40, 28), (24, 44), (32, 32))
-"""Width and height of the pictures painted: wide, high, square, none a multiple of a patch."""
+SIZES = ((40, 28), (24, 44), (32, 32), (100, 44))
+"""Width and height of the pictures painted: wide, high, square, and one that is large enough for
+several tiles where a family makes tiles; none a multiple of a patch.
+"""
 
 PAINTED = (
     (0.0, 0.0, 0.4, 0.45),
@@ -58,30 +66,62 @@ class Painted:
 
 @torch.no_grad()
 def check_places(case: Case) -> Painted:
-    """Paint pictures of three shapes and compare."""
+    """Paint pictures of several shapes and compare.
+
+    Raises:
+        LookupError: no image processor.
+        Mismatch: other places are recorded than the same inputs give.
+    """
     model, family = _silenced(case), describe(case.model)
-    help = entry(case.model_type)
-    processor = image_processor(help.processor or case.model_type, case.config, help.options)
     placed = of = inside = outside = wrong = 0
     assumption = ""
     for size in SIZES:
         picture = _noise(size)
         given = _pixels(case, picture)
         inputs = prompt(model, given)
+        remember_originals(inputs, [[size]], case.processor)
+        boxes = _recorded(model, inputs, size)
         layout = family.layout(inputs["input_ids"], inputs["attention_mask"], inputs)
-        shown = {**given, **inputs}
-        found = family.picture_map(layout, shown, [[size]], processor)
-        boxes = found.boxes[0][layout.image[0] >= 0]
-        assumption = assumption or found.assumption
+        mapped = family.picture_map(layout, {**given, **inputs}, [[size]], case.processor)
+        _agree(boxes, mapped.boxes[0][layout.image[0] >= 0], case)
+        assumption = assumption or mapped.assumption
         plain = torch.cat(list(parts(image_features(model, given))))
         placed, of = placed + int((~boxes[:, 0].isnan()).sum()), of + len(boxes)
         for part, painted in _paint(picture):
             features = torch.cat(list(parts(image_features(model, _pixels(case, painted)))))
             changed = (features - plain).abs().amax(-1) > 1e-6
-            within, beyond = _sides(boxes, part, help.reach)
+            within, beyond = _sides(boxes, part, _reach(case, size))
             inside, outside = inside + int(within.sum()), outside + int(beyond.sum())
             wrong += int((within & ~changed).sum()) + int((beyond & changed).sum())
     return Painted(placed, of, inside, outside, wrong, assumption)
+
+
+def _reach(case: Case, size: tuple[int, int]) -> float:
+    """Pixels of the original over which resampling spreads a change: the more, the smaller the
+    processor makes it.
+    """
+    return entry(case.model_type).reach * max(1.0, max(size) / (2 * SIDE))
+
+
+def _recorded(model: nn.Module, inputs: dict[str, Any], size: tuple[int, int]) -> Tensor:
+    """(image tokens, 4): boxes in pixels as recorded under `generate`, NaN where there is none."""
+    with record(model, statistics=[], maps="none") as recording:
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    if len(recording) != 1:
+        raise Mismatch(f"one answer was recorded as {len(recording)} samples")
+    tokens = recording.tokens.isel(sample=0)
+    edges = np.stack([tokens[edge].values for edge in EDGES], 1)[tokens["image"].values >= 0]
+    width, height = size
+    return torch.from_numpy(edges) * torch.tensor([width, height, width, height])
+
+
+def _agree(recorded: Tensor, mapped: Tensor, case: Case) -> None:
+    """Boxes recorded are those of the picture map of the same inputs."""
+    if not torch.allclose(recorded, mapped, atol=1e-3, equal_nan=True):
+        raise Mismatch(
+            f"{case.model_type}: places recorded under generate differ from those of the same"
+            " inputs"
+        )
 
 
 def _pixels(case: Case, picture: Image.Image) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Row:
         model_type: its name in transformers.
         recorded: "exact", or why it cannot be recorded.
         adapted: "n of m layers" that a policy acts on, or why none.
-        picture_map: what is known of places in the picture, and how.
+        picture_map: what is recorded of places in the picture, and how that was checked.
         pixels: what the tiny model was shown: "processor" (its own image processor) or "random".
     """
 
@@ -84,22 +84,19 @@ def _adapted(case: Case) -> str:
 
 
 def _places(case: Case) -> str:
-    """How well the picture map is known: from the inputs or by assumption, and whether painting
-    confirmed it.
-    """
+    """What is recorded of places in the picture, and whether painting confirmed it."""
     if case.pixels_from != "processor":
         return "not checked (no Pillow image processor)"
     found = check_places(case)
     if not found.placed:
         return "none" if NO_PLACE in found.assumption else "unknown"
-    kind = "assumed square" if found.assumption else "grid"
-    if found.wrong and not found.assumption:
+    if found.wrong:
         raise Mismatch(
-            f"{found.wrong} image tokens of {case.model_type} do not lie where the picture map says"
+            f"{found.wrong} image tokens of {case.model_type} do not lie where the recording says"
         )
-    if found.wrong or not (found.inside and found.outside):
-        return f"{kind}, not confirmed"
-    return f"{kind}, confirmed by painting"
+    if not (found.inside and found.outside):
+        return "grid, not confirmed"
+    return "grid, confirmed by painting"
 
 
 def _reason(refusal: UnsupportedModelError) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from avl import grids
 from avl.families import describe
-from avl.grids import SQUARE, UNKNOWN, VIDEO, describe_rows
+from avl.grids import UNKNOWN, VIDEO, describe_rows
 from avl.places import View, count, map_pictures, nowhere
 from avl.tokens import token_layout
 from tests import tiny
@@ -231,17 +231,23 @@ def test_idefics3_tiles_are_found_by_the_tokens_between_them(rows, columns):
     assert second == (View(2, 2),)
 
 
-def test_an_unknown_family_is_taken_for_a_square_and_says_so():
-    pictures, note = describe_one("something_new", config(), [1, *[IMAGE] * 9, 2, *[IMAGE] * 7])
-    assert pictures == [(View(3, 3),), nowhere(7)]
-    assert note == SQUARE
+def squares(name, ids, pixels):
+    return describe_one(name, config(), ids, pixel_values=torch.zeros(pixels, 3, 8, 8))
 
 
-def test_several_tiles_in_one_run_are_not_taken_for_a_square():
-    pixels = torch.zeros(4, 3, 8, 8)
-    pictures, note = describe_one("something_new", config(), [IMAGE] * 36, pixel_values=pixels)
-    assert pictures == [nowhere(36)]
-    assert note == UNKNOWN
+def test_a_family_nobody_knows_gets_no_places_even_if_its_tokens_make_a_square():
+    pictures, note = squares("something_new", [1, *[IMAGE] * 9, 2, 2, 2, *[IMAGE] * 7], 2)
+    assert (pictures, note) == ([nowhere(9), nowhere(7)], UNKNOWN)
+
+
+def test_a_family_known_for_squares_gets_them_where_every_run_is_one_picture():
+    ids = [1, *[IMAGE] * 9, 2, 2, 2, *[IMAGE] * 7]
+    assert squares("aya_vision", ids, 2) == ([(View(3, 3),), nowhere(7)], "")
+    assert squares("fast_vlm", ids, 2)[0][0] == (View(3, 3, None),)  # what is kept is not known
+    close = [1, *[IMAGE] * 9, 2, *[IMAGE] * 9, 3]
+    for ids, pixels in (([IMAGE] * 36, 4), (close, 2), ([IMAGE] * 9, 0)):
+        assert squares("aya_vision", ids, pixels)[1] == UNKNOWN
+    assert describe_one("aya_vision", config(), [IMAGE] * 9)[1] == UNKNOWN  # no pixels were seen
 
 
 def test_the_example_of_adding_a_family_lays_out_a_picture(monkeypatch):

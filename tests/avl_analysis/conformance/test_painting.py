@@ -1,4 +1,4 @@
-"""Paint a part of a picture: the image tokens that change are those the picture map puts there."""
+"""Paint a part of a picture: the image tokens that change are those the recording puts there."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import pytest
 import transformers
 from packaging.version import Version
 
-from avl import grids
+from avl import grids, hooks
 from avl.places import View
 from avl_analysis.conformance.build import Case, model_types
 from avl_analysis.conformance.entries import ENTRIES, entry
 from avl_analysis.conformance.painting import SIZES, check_places
 from avl_analysis.conformance.random_pixels import broken_rows
+from avl_analysis.conformance.recording import Mismatch
 from avl_analysis.conformance.shrink import PATCH, SIDE, WIDTH
 
 NAMED = (
@@ -49,8 +50,16 @@ def _holds(model_type: str) -> None:
     assert found.outside >= 30
 
 
-def test_pictures_painted_are_wide_high_and_square():
+def test_pictures_painted_are_wide_high_and_square_and_one_is_several_tiles_large():
     assert {(width > height) - (width < height) for width, height in SIZES} == {1, -1, 0}
+    assert max(max(size) for size in SIZES) > 4 * SIDE
+
+
+@pytest.mark.skipif(not HAS_ALL_PROCESSORS, reason="older versions encode images in the model call")
+def test_places_that_get_lost_under_generate_are_found_out(monkeypatch):
+    monkeypatch.delitem(hooks._WATCHED, "get_image_features")
+    with pytest.raises(Mismatch, match="places recorded under generate differ"):
+        check_places(Case("qwen2_vl"))
 
 
 @pytest.mark.parametrize("model_type", NAMED)
