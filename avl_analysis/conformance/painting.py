@@ -1,4 +1,4 @@
-"""Do image tokens lie where a recording says? Paint a part of a picture and see which tokens change.
+"""Do image tokens lie where a recording says? Paint parts of pictures, see which tokens change.
 
 The places are those that are recorded while `generate` runs, as for a user. Attention in the vision
 tower is silenced first (its output projections set to zero), so that a token's features depend on
