@@ -61,6 +61,9 @@ STYLES: tuple[Style, ...] = (
 last repeats.
 """
 
+BUTTON, ON_BUTTON = "#eef2f6", "#16191d"
+"""Buttons inside plots and the words on them, the same in both themes."""
+
 SYSTEM, IMAGE, TEXT = 0, 1, 2
 """Slots of the modalities."""
 

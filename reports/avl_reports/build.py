@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -174,9 +174,24 @@ def build(
     say("page")
     page = folder / "index.html"
     write_text(
-        page, render(run, sections, missing, title=title, commands=commands, formats=formats)
+        page,
+        render(
+            run,
+            sections,
+            missing,
+            title=title,
+            commands=commands,
+            drawings=_drawings(folder / "figures", sections.values()),
+        ),
     )
     return Report(page, folder, tuple(sections.values()), missing)
+
+
+def _drawings(folder: Path, sections: Iterable[Section]) -> dict[str, bytes]:
+    """Name of a figure -> its SVG, of all that were written as one."""
+    names = [section.figure.name for section in sections]
+    paths = {name: folder / f"{name}.svg" for name in names}
+    return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
 
 
 def _numbers(section: Section) -> dict[str, Any]:

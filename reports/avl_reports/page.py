@@ -10,18 +10,17 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from avl_analysis.figures import Animation, Figure, Heat, Overlay, Panel, draw_plotly, palette
-from avl_analysis.figures.draw_matplotlib import FORMATS
 from avl_analysis.figures.pictures import data_uri
 from avl_reports.facts import LEAD, READING, VERDICTS, facts, heading, provenance
 from avl_reports.run import Run, Section
-from avl_reports.script import MOVING, csv_text
+from avl_reports.script import csv_text
 
 SAMPLES_SHOWN = 24
 
@@ -33,9 +32,18 @@ def render(
     *,
     title: str = "",
     commands: Sequence[str] = (),
-    formats: tuple[str, ...] = FORMATS,
+    drawings: Mapping[str, bytes] | None = None,
 ) -> str:
-    """The page as text."""
+    """The page as text. Everything it offers lies inside it, so it can be moved and sent alone.
+
+    Args:
+        sections: name of the module that drew it -> section, in the order of the page.
+        missing: name of a module -> why it drew nothing.
+        title: heading; by default it names the model.
+        commands: command lines that reproduce the report.
+        drawings: name of a figure -> the figure as SVG, which the page then offers as SVG and PNG.
+    """
+    svgs = {name: _packed(data) for name, data in (drawings or {}).items()}
     environment = Environment(
         loader=PackageLoader("avl_reports", "templates"),
         autoescape=True,
@@ -50,7 +58,7 @@ def render(
         verdicts=VERDICTS,
         reading=READING,
         facts=facts(run),
-        sections=[_view(name, section, formats) for name, section in sections.items()],
+        sections=[_view(name, section, svgs) for name, section in sections.items()],
         findings=[finding for section in sections.values() for finding in section.findings],
         missing=[(name.removeprefix("fig_"), reason) for name, reason in missing.items()],
         samples=_samples(run),
@@ -58,26 +66,26 @@ def render(
         provenance=provenance(run),
         commands=list(commands),
         footer=(
-            f"Made by avl from {run.n} recorded samples. Figures, numbers and the recording lie"
-            " beside this page."
+            f"Made by avl from {run.n} recorded samples. The folder this page was made in also"
+            " holds every figure as PDF, SVG and PNG, the numbers and the recording."
         ),
         css=(templates / "page.css").read_text("utf-8"),
         script=(templates / "page.js").read_text("utf-8"),
-        plotly=_packed(draw_plotly.library()),
+        plotly=_packed(draw_plotly.library().encode()),
+        svgs=svgs,
         colours=json.dumps(_colours()),
     )
 
 
-def _packed(text: str) -> str:
-    """Base64 of the text's gzip, the same for the same text."""
-    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode("ascii")
+def _packed(data: bytes) -> str:
+    """Base64 of the gzip, the same for the same content."""
+    return base64.b64encode(gzip.compress(data, mtime=0)).decode("ascii")
 
 
-def _view(name: str, section: Section, formats: tuple[str, ...]) -> dict[str, Any]:
+def _view(name: str, section: Section, svgs: Mapping[str, str]) -> dict[str, Any]:
     """What the template shows of a section."""
     figure = section.figure
     moving = () if section.moving is None else (section.moving,)
-    suffixes = (*formats, *(MOVING if moving and formats else ()))
     return {
         "question": section.question,
         "text": section.text,
@@ -94,7 +102,7 @@ def _view(name: str, section: Section, formats: tuple[str, ...]) -> dict[str, An
         "csv": (
             "data:text/csv;base64," + base64.b64encode(csv_text(figure).encode()).decode("ascii")
         ),
-        "files": [f"figures/{figure.name}.{suffix}" for suffix in suffixes],
+        "drawn": figure.name in svgs,
         "script": f"avl_reports.{name}",
     }
 

@@ -221,7 +221,15 @@ def test_a_report_is_built_previewed_and_downloaded(visitor: Visitor, tmp_path: 
             page.get_by_role("button", name=button).click()
         download.value.save_as(tmp_path / "report")
         assert (tmp_path / "report").read_bytes().lstrip()[:15].lower().startswith(start)
-    page.frame_locator("iframe").first.locator("h1", has_text="onerror").wait_for()
+    preview = page.frame_locator("iframe").first
+    preview.locator("h1", has_text="onerror").wait_for()
+    for name in ("numbers (CSV)", "as SVG", "as PNG"):  # and the preview stays what it is
+        with page.expect_download() as download:
+            preview.locator(".files").first.get_by_text(name.split()[-1], exact=True).or_(
+                preview.get_by_text(name, exact=True)
+            ).first.click()
+        assert download.value.path().stat().st_size > 100
+        assert preview.locator("h1", has_text="onerror").count() == 1
     assert sum(frame.locator(FOREIGN).count() for frame in page.frames) == 0
     assert visitor.dialogs == 0
 

@@ -4,6 +4,7 @@ width.
 
 import pytest
 
+from avl_reports import fig_modality
 from avl_reports.build import build
 from tests.app.server import chromium
 from tests.reports import made
@@ -113,3 +114,23 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(opened):
     page, _ = opened
     page.set_viewport_size({"width": 390, "height": 800})
     page.wait_for_function("document.documentElement.scrollWidth <= 390", timeout=60_000)
+
+
+def test_figures_are_downloaded_from_the_page_alone(browser, tmp_path):
+    built = build(
+        made.recording(), tmp_path, figures=(fig_modality,), formats=("svg",), document=False
+    )
+    alone = tmp_path / "elsewhere" / "report.html"
+    alone.parent.mkdir()
+    alone.write_bytes(built.page.read_bytes())
+    context = browser.new_context(accept_downloads=True, offline=True)
+    page = context.new_page()
+    page.goto(alone.as_uri(), timeout=WAIT)
+    page.wait_for_selector("html[data-ready=yes]", timeout=WAIT)
+    starts = {"SVG": b"<?xml", "PNG": b"\x89PNG"}
+    for kind, start in starts.items():
+        with page.expect_download(timeout=WAIT) as download:
+            page.get_by_role("button", name=f"as {kind}").click()
+        assert download.value.suggested_filename == f"modality.{kind.lower()}"
+        assert download.value.path().read_bytes().startswith(start)
+    context.close()

@@ -2,7 +2,9 @@
 outside becomes markup.
 """
 
+import base64
 import csv
+import gzip
 import inspect
 import json
 import re
@@ -134,6 +136,21 @@ def test_the_page_is_whole_and_loads_nothing(page):
         assert section in markup
 
 
+def test_every_link_of_the_page_leads_into_the_page(page):
+    tags = _Tags()
+    tags.feed(page)
+    assert tags.links
+    assert [link for link in tags.links if not link.startswith(("#", "data:"))] == []
+
+
+def test_figures_lie_in_the_page_as_they_lie_in_the_folder(report, page):
+    names = [section.figure.name for section in report.sections]
+    for name in names:
+        packed = re.search(rf'<script type="text/plain" id="svg-{name}">(.*?)</script>', page)
+        svg = gzip.decompress(base64.b64decode(packed[1]))
+        assert svg == (report.folder / "figures" / f"{name}.svg").read_bytes()
+
+
 def test_plots_of_the_page_are_valid_json(page):
     plots = re.findall(
         r'<script type="application/json" id="plot-([\w-]+)">(.*?)</script>', page, flags=re.S
@@ -146,10 +163,12 @@ def test_plots_of_the_page_are_valid_json(page):
 class _Tags(HTMLParser):
     def __init__(self):
         super().__init__()
-        self.scripts, self.handlers = 0, []
+        self.scripts, self.handlers, self.links = 0, [], []
 
     def handle_starttag(self, tag, attrs):
-        self.scripts += tag == "script"
+        # figures as SVG travel in scripts of their own, where they were drawn
+        self.scripts += tag == "script" and not str(dict(attrs).get("id")).startswith("svg-")
+        self.links = [*self.links, *(value for name, value in attrs if name == "href")]
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from avl_analysis.figures import palette
-from avl_analysis.figures.draw_plotly.look import CLEAR, dress, literal
+from avl_analysis.figures.draw_plotly.look import dress, literal
 from avl_analysis.figures.palette import Theme
 from avl_analysis.figures.pictures import data_uri, dimmed
 from avl_analysis.figures.spec import Animation, Box, Overlay
@@ -158,6 +158,9 @@ def draw_animation(panel: Animation, theme: Theme) -> go.Figure:
         for step in panel.steps
     ]
     colour = {"color": theme.ink}
+    # Plotly lights a button under the pointer in one fixed, light colour, so its words are dark in
+    # both themes.
+    on_button = {"color": palette.ON_BUTTON}
     plot.update_layout(
         height=430,
         margin={"l": 4, "r": 4, "t": 44, "b": 90},
@@ -176,9 +179,10 @@ def draw_animation(panel: Animation, theme: Theme) -> go.Figure:
                 "y": -0.04,
                 "xanchor": "left",
                 "yanchor": "top",
-                "font": colour,
-                "bgcolor": CLEAR,
+                "font": on_button,
+                "bgcolor": palette.BUTTON,
                 "bordercolor": theme.muted,
+                "showactive": False,
             }
         ],
         sliders=[

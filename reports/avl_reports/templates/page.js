@@ -8,17 +8,44 @@
   const literal = (text) => text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
   const light = new RegExp([...dark.keys()].map(literal).join("|"), "g");
   const settings = { responsive: true, typesetMath: false, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
-  const wide = window.matchMedia("(min-width: 561px)");
+  // Plotly's tool bar lies inside the plot's upper margin; without a pointer that hovers it would never go away.
+  const tools = window.matchMedia("(hover: hover) and (min-width: 561px)");
+  const BAR = 34; // pixels the tool bar needs
   const preferred = window.matchMedia("(prefers-color-scheme: dark)");
   let chosen = null;
   let run = 0;
 
+  async function unpacked(id) {
+    const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (c) => c.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  }
+
   async function loadPlotly() {
-    const bytes = Uint8Array.from(atob(document.getElementById("plotly").textContent), (c) => c.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     const script = document.createElement("script");
-    script.textContent = await new Response(stream).text();
+    script.textContent = await unpacked("plotly");
     document.head.appendChild(script);
+  }
+
+  function save(blob, name) {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(blob);
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  }
+
+  async function saveFigure(name, kind) {
+    const svg = new Blob([await unpacked("svg-" + name)], { type: "image/svg+xml" });
+    if (kind === "svg") return save(svg, name + ".svg");
+    const picture = new Image();
+    picture.src = URL.createObjectURL(svg);
+    await picture.decode();
+    const canvas = document.createElement("canvas");
+    canvas.width = 3 * picture.width;
+    canvas.height = 3 * picture.height;
+    canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
+    URL.revokeObjectURL(picture.src);
+    canvas.toBlob((blob) => save(blob, name + ".png"), "image/png");
   }
 
   function isDark() { return chosen === null ? preferred.matches : chosen === "dark"; }
@@ -38,7 +65,9 @@
     for (const element of document.querySelectorAll(".plot")) {
       if (mine !== run) return;
       const plot = plotOf(element);
-      const bar = { displayModeBar: wide.matches ? "hover" : false };
+      const picture = element.closest(".pictures, .animated") !== null;
+      const bar = { displayModeBar: tools.matches && !picture ? "hover" : false };
+      if (bar.displayModeBar) plot.layout.margin.t = Math.max(plot.layout.margin.t, BAR);
       await Plotly.react(element, plot.data, plot.layout, { ...settings, ...bar });
       if (plot.frames && plot.frames.length) {
         await Plotly.addFrames(element, plot.frames, plot.frames.map((_, index) => index));
@@ -48,6 +77,9 @@
   }
 
   button.addEventListener("click", () => { chosen = isDark() ? "light" : "dark"; drawAll(); });
+  for (const file of document.querySelectorAll("button.file")) {
+    file.addEventListener("click", () => saveFigure(file.dataset.figure, file.dataset.kind));
+  }
   preferred.addEventListener("change", () => { if (chosen === null) drawAll(); });
   root.dataset.theme = isDark() ? "dark" : "light";
   if (typeof DecompressionStream === "undefined") {
