@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from avl.policies import FastVPolicy as FastVPolicy
     from avl.policies import FullPolicy as FullPolicy
     from avl.policies import H2OPolicy as H2OPolicy
+    from avl.policies import MixKVPolicy as MixKVPolicy
     from avl.policies import Policy as Policy
+    from avl.policies import PrefixKVPolicy as PrefixKVPolicy
     from avl.policies import RandomPolicy as RandomPolicy
     from avl.policies import SnapKVPolicy as SnapKVPolicy
     from avl.policies import StreamingPolicy as StreamingPolicy
@@ -47,6 +49,8 @@ _MODULES = {  # module -> public names that live in it
         "SnapKVPolicy",
         "FastVPolicy",
         "VLCachePolicy",
+        "PrefixKVPolicy",
+        "MixKVPolicy",
     ),
     "accounting": ("Usage", "StepUsage"),
     "selection": ("Selection", "State"),

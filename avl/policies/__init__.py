@@ -9,6 +9,8 @@ from avl.policies.budget import BudgetPolicy
 from avl.policies.fastv import FastVPolicy
 from avl.policies.full import FullPolicy
 from avl.policies.h2o import H2OPolicy
+from avl.policies.mixkv import MixKVPolicy
+from avl.policies.prefixkv import PrefixKVPolicy
 from avl.policies.random_keys import RandomPolicy
 from avl.policies.snapkv import SnapKVPolicy
 from avl.policies.streaming import StreamingPolicy
@@ -28,4 +30,6 @@ __all__ = [
     "SnapKVPolicy",
     "FastVPolicy",
     "VLCachePolicy",
+    "PrefixKVPolicy",
+    "MixKVPolicy",
 ]

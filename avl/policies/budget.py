@@ -8,6 +8,10 @@ key gives way now and then, in every policy alike. Most papers compress the prom
 generated keys come on top; at equal bytes that would favour whoever compresses the prompt harder,
 so it is changed here for all of them. A later turn ranks all keys that are left anew.
 
+`budget_tokens` says the same in image tokens, as papers on pruning them do: every row holds as many
+keys as it would if so many of its image tokens were left beside all its text. Which keys these are
+is the policy's choice.
+
 A policy says how important each key of a layer is (`importance`), or, where keys of the prompt and
 of the answer compete, what makes them so. Where a method prunes images only, its scores are put in
 tiers: image keys go first, then the prompt's other keys, then generated ones, oldest first. Byte
@@ -24,7 +28,7 @@ import torch
 from torch import Tensor
 
 from avl.policies.base import Choice, Measure, Policy, sizes
-from avl.policies.checks import check_share
+from avl.policies.checks import check_count, check_share
 from avl.policies.prompt import Counts, Prompt
 from avl.selection import newest_and_best
 from avl.tokens import Modality
@@ -41,12 +45,17 @@ class BudgetPolicy(Policy):
 
     Attributes:
         budget: share of the full cache's keys, (0, 1].
+        budget_tokens: image tokens that could be held beside all system and text tokens, >= 0;
+            takes the place of `budget`. None: `budget` counts.
     """
 
     budget: float = 0.5
+    budget_tokens: int | None = None
 
     def __post_init__(self) -> None:
         check_share("budget", self.budget)
+        if self.budget_tokens is not None:
+            check_count("budget_tokens", self.budget_tokens, 0, "image tokens beside all text")
 
     @abstractmethod
     def importance(self, prompt: Prompt) -> Tensor:
@@ -59,7 +68,7 @@ class BudgetPolicy(Policy):
         return Measure(prompt.layer, prompt.positions, prompt.modality, scores)
 
     def choose(self, measure: Measure, counts: Sequence[Counts]) -> Choice:
-        return self._hold(measure, counts, [self.budget] * len(counts))
+        return self._hold(measure, counts, [self.mean_share] * len(counts))
 
     def _hold(self, measure: Measure, counts: Sequence[Counts], share: Sequence[float]) -> Choice:
         """Hold a share of the keys of each row: its newest ones, and the best of the others.
@@ -67,7 +76,7 @@ class BudgetPolicy(Policy):
         Args:
             measure: of the layer.
             counts: tokens of the rows.
-            share: per row, (0, 1].
+            share: per row, as `limit` takes it.
         """
         allowed = [self.limit(c, s) for c, s in zip(counts, share, strict=True)]
         kept = [min(a, n) for a, n in zip(allowed, sizes(measure.positions >= 0), strict=True)]
@@ -77,8 +86,45 @@ class BudgetPolicy(Policy):
             always_attended=[index], scores=measure.scores, evictable=kept, budget_share=share
         )
 
+    @property
+    def mean_share(self) -> float:
+        """What `limit` is given where all layers hold equally many keys."""
+        return self.budget if self.budget_tokens is None else 1.0
+
     def limit(self, counts: Counts, share: float) -> int:
-        return max(int(share * counts.tokens), 1)
+        """Most keys a row may hold.
+
+        Args:
+            counts: tokens of the row so far.
+            share: of all its keys; under `budget_tokens`, of the keys it may hold on average.
+        """
+        return max(int(share * self._basis(counts)), 1)
+
+    def _basis(self, counts: Counts) -> int:
+        """What the share of `limit` is a share of."""
+        if self.budget_tokens is None:
+            return counts.tokens
+        return counts.system + counts.text + min(self.budget_tokens, counts.image)
+
+    def shares_of_all(self, counts: Sequence[Counts]) -> list[float]:
+        """Share of all its keys that each row may hold, mean over layers."""
+        if self.budget_tokens is None:
+            return [self.budget] * len(counts)
+        return [self._basis(row) / max(row.tokens, 1) for row in counts]
+
+    def as_shares(self, shares_of_all: Sequence[float], counts: Sequence[Counts]) -> list[float]:
+        """Shares of all keys of each row as the shares that `limit` takes.
+
+        Args:
+            shares_of_all: per row.
+            counts: tokens of the rows.
+        """
+        if self.budget_tokens is None:
+            return list(shares_of_all)
+        return [
+            share * row.tokens / max(self._basis(row), 1)
+            for share, row in zip(shares_of_all, counts, strict=True)
+        ]
 
     def arrival(self, position: int) -> float:
         return 2 * TIER + position

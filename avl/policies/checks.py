@@ -1,9 +1,17 @@
-"""Checks of policies' settings, made when a policy is made; every message says what is possible."""
+"""Checks of policies' settings, made when a policy is made; every message says what is possible.
+
+What can only be seen with a prompt at hand is a `PolicyWarning`.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
+
+
+class PolicyWarning(UserWarning):
+    """A policy's setting means something else than it says for the prompt at hand."""
 
 
 def check_share(name: str, value: Any, *, optional: bool = False, zero: bool = False) -> None:
@@ -43,3 +51,21 @@ def check_switch(name: str, value: Any) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False; got {value!r}")
+
+
+def warn_if_longer(name: str, window: int, tokens: Sequence[int], consequence: str) -> None:
+    """Warn if a window of newest tokens is no shorter than some prompt.
+
+    Args:
+        name: of the setting.
+        window: its value.
+        tokens: true tokens of each row of the batch.
+        consequence: what the policy does to such a prompt.
+    """
+    if window >= min(tokens):
+        warnings.warn(
+            f"{name}={window} is no less than the {min(tokens)} tokens of a prompt: {consequence}."
+            f" Pass a smaller {name} for prompts as short as this",
+            PolicyWarning,
+            stacklevel=2,
+        )

@@ -50,7 +50,7 @@ class FastVPolicy(BudgetPolicy):
 
     def filter_count(self, counts: Counts) -> int:
         return min(
-            max(self.limit(counts, self.budget) - counts.system - counts.text, 0), counts.image
+            max(self.limit(counts, self.mean_share) - counts.system - counts.text, 0), counts.image
         )
 
     def importance(self, prompt: Prompt) -> Tensor:

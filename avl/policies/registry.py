@@ -17,6 +17,8 @@ from avl.policies.base import Policy
 from avl.policies.fastv import FastVPolicy
 from avl.policies.full import FullPolicy
 from avl.policies.h2o import H2OPolicy
+from avl.policies.mixkv import MixKVPolicy
+from avl.policies.prefixkv import PrefixKVPolicy
 from avl.policies.random_keys import RandomPolicy
 from avl.policies.snapkv import SnapKVPolicy
 from avl.policies.streaming import StreamingPolicy
@@ -33,6 +35,8 @@ BUILT_IN: tuple[type[Policy], ...] = (
     SnapKVPolicy,
     FastVPolicy,
     VLCachePolicy,
+    PrefixKVPolicy,
+    MixKVPolicy,
 )
 """Policies of this package, in the order in which they are listed."""
 

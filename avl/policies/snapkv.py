@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from avl.policies.budget import TIER, BudgetPolicy
-from avl.policies.checks import check_count
+from avl.policies.checks import check_count, warn_if_longer
 from avl.policies.prompt import Prompt
 
 
@@ -48,12 +48,26 @@ class SnapKVPolicy(BudgetPolicy):
         return True
 
     def importance(self, prompt: Prompt) -> Tensor:
-        scores = prompt.row_sums(prompt.newest(self.window))
-        pooled = torch.nn.functional.avg_pool1d(
-            scores, self.kernel, stride=1, padding=self.kernel // 2
+        return self.window_first(prompt, self.window_weights(prompt))
+
+    def window_weights(self, prompt: Prompt) -> Tensor:
+        """Weights summed over the window's rows and pooled over neighbouring keys.
+
+        Returns:
+            (batch, key/value heads, keys).
+        """
+        tokens = [row.tokens for row in prompt.counts]
+        warn_if_longer("window", self.window, tokens, "its newest keys are held and nothing ranked")
+        weights = prompt.row_sums(prompt.newest(self.window))
+        return torch.nn.functional.avg_pool1d(
+            weights, self.kernel, stride=1, padding=self.kernel // 2
         )
-        first = torch.tensor([c.tokens - self.window for c in prompt.counts], device=pooled.device)[
-            :, None, None
-        ]
-        own = (prompt.places >= first).expand_as(pooled)
-        return torch.where(own, TIER + prompt.positions, pooled)
+
+    def window_first(self, prompt: Prompt, scores: Tensor) -> Tensor:
+        """Scores by which the window's own keys go last, oldest first among them."""
+        return torch.where(self.in_window(prompt), TIER + prompt.positions, scores)
+
+    def in_window(self, prompt: Prompt) -> Tensor:
+        """(batch, heads, keys) bool: the newest `window` keys of each row."""
+        starts = [row.tokens - self.window for row in prompt.counts]
+        return prompt.places >= torch.tensor(starts, device=prompt.places.device)[:, None, None]

@@ -57,8 +57,12 @@ class VLCachePolicy(BudgetPolicy):
 
     def choices(self, measures: Sequence[Measure], counts: Sequence[Counts]) -> list[Choice]:
         density = torch.stack([m.extra for m in measures if m.extra is not None])
-        shares = proportional_shares(density, self.budget).tolist()
-        return [self._hold(m, counts, share) for m, share in zip(measures, shares, strict=True)]
+        budget = torch.tensor(self.shares_of_all(counts), device=density.device)
+        shares = proportional_shares(density, budget).tolist()
+        return [
+            self._hold(measure, counts, self.as_shares(share, counts))
+            for measure, share in zip(measures, shares, strict=True)
+        ]
 
     def _density(self, prompt: Prompt) -> Tensor:
         """(batch,) share of causal weights of the text rows that reach `threshold` times their
@@ -73,7 +77,7 @@ class VLCachePolicy(BudgetPolicy):
         return reached / (visible * rows).sum(1).clamp_min(1)
 
 
-def proportional_shares(density: Tensor, budget: float, least: float = 0.01) -> Tensor:
+def proportional_shares(density: Tensor, budget: Tensor | float, least: float = 0.01) -> Tensor:
     """Shares of layers in proportion to their densities, within bounds and with a given mean.
 
     Where every share in proportion lies within its bounds, that is the answer. Else the shares that
@@ -86,25 +90,26 @@ def proportional_shares(density: Tensor, budget: float, least: float = 0.01) -> 
 
     Args:
         density: (layers, batch), not negative.
-        budget: mean share of a row over its layers, (0, 1].
+        budget: mean share of a row over its layers, (0, 1]; (batch,), or one for all rows.
         least: lower bound of a share; the upper one is 1.
 
     Returns:
         (layers, batch), each in [least, 1], or in [budget, 1] where the budget is smaller.
     """
-    least = min(least, budget)
+    budget = torch.as_tensor(budget, device=density.device).expand(density.shape[1])
+    lower = budget.clamp_max(least)
     layers = density.shape[0]
-    shares = torch.full_like(density, budget)
+    shares = budget.expand_as(density).clone()
     free = torch.ones_like(density, dtype=torch.bool)  # layers that are not bounded yet
     for _ in range(layers + 1):
         left = budget * layers - torch.where(free, 0.0, shares).sum(0)
         weight = torch.where(free, density.clamp_min(1e-9), 0.0)
         shares = torch.where(free, weight / weight.sum(0).clamp_min(1e-9) * left, shares)
-        bounded = shares.clamp(least, 1.0)
+        bounded = shares.clamp_max(1.0).maximum(lower)
         cuts_more_above = (bounded - shares).sum(0) <= 0
-        newly_bounded = free & torch.where(cuts_more_above, shares > 1.0, shares < least)
+        newly_bounded = free & torch.where(cuts_more_above, shares > 1.0, shares < lower)
         if not bool(newly_bounded.any()):
             return bounded
         shares = torch.where(newly_bounded, bounded, shares)
         free = free & ~newly_bounded
-    return shares.clamp(least, 1.0)
+    return shares.clamp_max(1.0).maximum(lower)

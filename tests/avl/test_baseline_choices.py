@@ -28,11 +28,15 @@ class Row:
         positions: sequence index of each token.
         kinds: modality of each token.
         weights: (query heads, tokens, tokens) softmax weights of the prompt.
+        keys: (key/value heads, tokens, width).
+        values: (key/value heads, tokens, width).
     """
 
     positions: list[int]
     kinds: list[Modality]
     weights: Tensor
+    keys: Tensor
+    values: Tensor
 
     def received(self, head: int, rows: Sequence[int]) -> list[float]:
         """Weight each key got from some query rows, over the query heads of a key/value head."""
@@ -79,7 +83,9 @@ class Watch(Observer):
                 index = (call.forward.rows[row] >= 0).nonzero()[:, 0]
                 positions = call.forward.rows[row, index]
             kinds = [Modality(int(code)) for code in layout.modality[row, positions]]
-            rows.append(Row(positions.tolist(), kinds, weights[row][:, index][:, :, index]))
+            among = weights[row][:, index][:, :, index]
+            pairs = call.key[row][:, index].clone(), call.value[row][:, index].clone()
+            rows.append(Row(positions.tolist(), kinds, among, *pairs))
         self.prompt[call.layer] = rows
 
 
@@ -128,12 +134,36 @@ def vl_cache(row: Row, head: int, count: int) -> set[int]:
     return best(row.received(head, row.text_rows()), count, newest(row, max(count // 10, 1)))
 
 
+def mixkv(row: Row, head: int, count: int) -> set[int]:
+    """The window of the last eight, then a mix of importance and diversity of the other keys."""
+    tokens = len(row.positions)
+    ranked = range(tokens - 8)
+    received = row.received(head, range(tokens - 8, tokens))
+    pooled = [sum(received[max(k - 2, 0) : k + 3]) / 5 for k in range(tokens)]
+    unit = [row.keys[head, k] / row.keys[head, k].norm() for k in range(tokens)]
+    mean = sum(unit[k] for k in ranked)
+    cosines = [float(unit[i] @ unit[j]) for i in ranked for j in ranked if i != j]
+    redundancy = max(sum(cosines) / len(cosines), 0.0)
+    lengths = [float(row.values[head, k].norm()) for k in ranked]
+    unlike = [-float(unit[k] @ mean) / float(mean.norm()) for k in ranked]
+
+    def matched(numbers: list[float]) -> list[float]:
+        scaled = [(n - min(numbers)) / (max(numbers) - min(numbers)) for n in numbers]
+        factor = sum(pooled[k] for k in ranked) / sum(scaled)
+        return [factor * s for s in scaled]
+
+    diverse, long = matched(unlike), matched(lengths)
+    scores = [redundancy * diverse[k] + (1 - redundancy) * (pooled[k] + long[k]) for k in ranked]
+    return best([*scores, *(1000 * k for k in range(tokens - 8, tokens))], count)
+
+
 RULES: list[tuple[avl.BudgetPolicy, Callable[[Row, int, int], set[int]]]] = [
     (avl.StreamingPolicy(budget=0.4), streaming),
     (avl.StreamingPolicy(budget=0.05), streaming),
     (avl.H2OPolicy(budget=0.4), h2o),
     (avl.SnapKVPolicy(budget=0.4, window=8), snapkv),
     (avl.SnapKVPolicy(budget=0.05, window=8), snapkv),
+    (avl.MixKVPolicy(budget=0.4, window=8), mixkv),
 ]
 
 
@@ -244,3 +274,35 @@ def test_vl_cache_gives_each_layer_its_density_s_share_and_keeps_what_text_rows_
     ]
     assert len(set(map(tuple, counts))) > 1
     check(watch, session, vl_cache, lambda layer, number, _: counts[layer][number])
+
+
+def prefix_sizes(importance: Sequence[Sequence[float]], share: float) -> list[int]:
+    """Length of each layer's shortest prefix that reaches a share of its importance."""
+    sizes = []
+    for scores in importance:
+        total, count = 0.0, 0
+        for score in sorted(scores, reverse=True):
+            total, count = total + score / sum(scores), count + 1
+            if total >= share:
+                break
+        sizes.append(count)
+    return sizes
+
+
+def test_prefixkv_gives_every_layer_the_keys_that_reach_one_common_share() -> None:
+    watch, session = run(avl.PrefixKVPolicy(budget=0.4))
+    differing = set()
+    for number in range(3):
+        rows = [watch.prompt[layer][number] for layer in range(LAYERS)]
+        budget = int(0.4 * LAYERS * len(rows[0].positions))
+        importance = [row.weights.sum((0, 1)).tolist() for row in rows]
+        sizes = [1] * LAYERS
+        for n in range(4001):
+            longer = prefix_sizes(importance, n / 4000)
+            sizes = longer if sum(longer) <= budget else sizes
+        for layer, row in enumerate(rows):
+            scores = [1000 - k if k < 4 else s for k, s in enumerate(importance[layer])]
+            expected = best(scores, sizes[layer], newest(row, 1))
+            assert held(session, layer, number, 0) == {row.positions[k] for k in expected}
+        differing.add(len(set(sizes)))
+    assert max(differing) > 1  # layers differ

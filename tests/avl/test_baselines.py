@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import avl
+from avl.policies.checks import PolicyWarning
 from tests import tiny
 from tests.avl.generating import check_rows_alone, difference, generate, rows_alone
 
@@ -17,6 +18,8 @@ BASELINES = [
     avl.SnapKVPolicy,
     avl.FastVPolicy,
     avl.VLCachePolicy,
+    avl.PrefixKVPolicy,
+    avl.MixKVPolicy,
 ]
 
 
@@ -59,6 +62,28 @@ def test_the_whole_budget_changes_nothing(baseline: Any) -> None:
         same_tokens, same_logits = generate(model, inputs)
     assert torch.equal(tokens, same_tokens)
     assert difference(logits, same_logits) < 1e-4
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_a_budget_in_image_tokens_holds_as_many_keys_as_text_and_these(baseline: Any) -> None:
+    model = tiny.llava(kv_heads=2, layers=4, grid=8)
+    with avl.adaptive(model, baseline(budget_tokens=20)) as session:
+        generate(model, tiny.inputs(model, [13]), 12)
+    for step in session.usage().steps:
+        held = [layer[0] for layer in step.held]
+        allowed = 4 * (3 + 20 + 13 + step.step)
+        # A layer with more than its part of the text cannot gain more than one key per step.
+        assert allowed - 4 - step.step <= sum(held) <= allowed
+
+
+@pytest.mark.parametrize("policy", [avl.SnapKVPolicy(window=40), avl.MixKVPolicy(window=28)])
+def test_a_window_as_long_as_the_prompt_is_said(policy: avl.Policy) -> None:
+    model = tiny.llava()
+    with (
+        avl.adaptive(model, policy),
+        pytest.warns(PolicyWarning, match="is no less than the 28 tokens of a prompt"),
+    ):
+        generate(model, tiny.inputs(model, [9]), 1)
 
 
 def run(policy: avl.Policy, question: int = 6, steps: int = 2, **model: Any) -> avl.AdaptiveSession:
@@ -123,6 +148,7 @@ def test_vl_cache_gives_layers_different_shares_with_the_budget_as_their_mean() 
         (lambda: avl.SnapKVPolicy(kernel=4), "must be odd"),
         (lambda: avl.FastVPolicy(prefill_layer=0), "at least one layer"),
         (lambda: avl.VLCachePolicy(threshold=2), "got 2"),
+        (lambda: avl.H2OPolicy(budget_tokens=-1), "budget_tokens must be >= 0"),
     ],
 )
 def test_values_out_of_range_are_refused(wrong: Any, says: str) -> None:
