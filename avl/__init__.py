@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from avl.policies import FastVPolicy as FastVPolicy
     from avl.policies import FullPolicy as FullPolicy
     from avl.policies import H2OPolicy as H2OPolicy
+    from avl.policies import KIVIPolicy as KIVIPolicy
     from avl.policies import MixKVPolicy as MixKVPolicy
     from avl.policies import Policy as Policy
     from avl.policies import PrefixKVPolicy as PrefixKVPolicy
@@ -51,6 +52,7 @@ _MODULES = {  # module -> public names that live in it
         "VLCachePolicy",
         "PrefixKVPolicy",
         "MixKVPolicy",
+        "KIVIPolicy",
     ),
     "accounting": ("Usage", "StepUsage"),
     "selection": ("Selection", "State"),

@@ -50,6 +50,7 @@ class KeyBuffer:
             were chosen, or None.
         quantized: keys outside the buffer, or None.
         quantized_held: their number per row.
+        storage: how the tier stores keys, as in `Choice`.
         sparse_budget: image keys a sparse refresh attends to, per row.
         evictable: number of always attended keys that may be dropped, per row.
         budget_share: what the policy wants to be told of each row when asked for its limit.
@@ -68,6 +69,7 @@ class KeyBuffer:
     core_scores_at_refresh: Tensor | None
     quantized: QuantizedTier | None
     quantized_held: list[int]
+    storage: int | str
     sparse_budget: list[int]
     budget_share: list[float]
     evictable: list[int] = field(default_factory=list)
@@ -112,6 +114,7 @@ class KeyBuffer:
             core_scores_at_refresh=_core_scores(choice),
             quantized=None,
             quantized_held=[0] * batch,
+            storage=choice.storage,
             sparse_budget=list(choice.sparse_budget) or [0] * batch,
             budget_share=list(choice.budget_share) or [1.0] * batch,
         )
@@ -390,6 +393,30 @@ class KeyBuffer:
         self.positions[row, :, first] = -1
         self.padding_slots[row] += 1
         return dropped
+
+    def quantize_oldest(self, rows: Sequence[bool], count: int) -> None:
+        """Move the oldest keys of some rows from the buffer to the quantised tier.
+
+        Args:
+            rows: which rows of the batch; the others get empty places in the tier.
+            count: keys per row, no more than it holds in the buffer.
+        """
+        positions = self.positions[:, :, : self.filled]
+        age = positions.masked_fill(positions < 0, torch.iinfo(torch.int32).max)
+        slots = age.topk(count, dim=-1, largest=False).indices.sort(-1).values
+        wanted = torch.tensor(list(rows), device=slots.device)[:, None, None]
+        index = torch.where(wanted, slots, -1)
+        keys, values = self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        block = QuantizedTier.hold(self.storage, keys, values, positions, index, [])
+        if self.quantized is None:
+            self.quantized = block
+        else:
+            self.quantized.append(block)
+        positions.scatter_(2, slots, torch.where(wanted, -1, positions.gather(2, slots)))
+        self.next_free_slot = None
+        moved = [count * bool(row) for row in rows]
+        self.free_slots = [free + n for free, n in zip(self.free_slots, moved, strict=True)]
+        self.quantized_held = [held + n for held, n in zip(self.quantized_held, moved, strict=True)]
 
     def select(self, rows: Tensor) -> None:
         """Row i of the batch now is what was row rows[i]."""

@@ -22,6 +22,11 @@ from avl.policies.base import CoredPolicy, Policy
 from avl.selection import SelectionLog, best
 from avl.tokens import Modality
 
+QUANTIZED_BLOCK = 32
+"""Keys that are quantised at once while decoding, and share the limits of a channel (KIVI, arXiv
+2402.02750).
+"""
+
 
 class DecodeStep:
     """One pass of one new token per row.
@@ -189,6 +194,7 @@ class DecodeStep:
         log.note(layer.index, "added", self._arrived)
         self._evict(layer)
         self._drop_secondary(layer)
+        self._quantize_oldest(layer)
 
     def _evict(self, layer: AdaptiveLayer) -> None:
         """Drop one always attended key of each row that holds more than its limit."""
@@ -219,6 +225,16 @@ class DecodeStep:
             if limit is not None and secondary and secondary + stop - start > limit:
                 dropped[row] = buffer.drop_secondary(row)
                 self.selection_log.note(layer.index, "dropped", dropped)
+
+    def _quantize_oldest(self, layer: AdaptiveLayer) -> None:
+        """Quantise a block of the oldest keys of each row that holds one too many in full."""
+        newest = self.policy.newest_in_full
+        if newest is None:
+            return
+        buffer = layer.filled_buffer
+        rows = [held >= newest + QUANTIZED_BLOCK for held in buffer.held_in_buffer()]
+        if any(rows):
+            buffer.quantize_oldest(rows, QUANTIZED_BLOCK)
 
     def _newest(self, limits: Sequence[int | None]) -> Tensor | int:
         """Position from which on keys are too new to be dropped, for all rows or (batch, 1, 1)."""

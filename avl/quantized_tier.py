@@ -188,6 +188,21 @@ class QuantizedTier:
         self.positions[row].index_copy_(1, slots, positions)
         self.groups[row].index_copy_(1, slots, groups)
 
+    def append(self, other: QuantizedTier) -> None:
+        """Hold what another tier of the same kind holds, too, behind one's own.
+
+        The groups stay apart, and empty places of rows with fewer keys are no longer all in front;
+        `put` is not meant for a tier that was appended to.
+        """
+        groups = 0 if self.limits is None else self.limits.shape[2]
+        self.groups = torch.cat([self.groups, other.groups + groups], 2)
+        self.positions = torch.cat([self.positions, other.positions], 2)
+        self.image = torch.cat([self.image, other.image], 2)
+        pairs = zip(self.moving, other.moving, strict=True)
+        self.moving = [torch.cat(pair, 2) for pair in pairs]
+        if self.limits is not None and other.limits is not None:
+            self.limits = torch.cat([self.limits, other.limits], 2)
+
     def select(self, rows: Tensor) -> None:
         """Row i of the batch now is what was row rows[i]."""
         for name in ("positions", "groups", "image"):

@@ -9,6 +9,7 @@ from avl.policies.budget import BudgetPolicy
 from avl.policies.fastv import FastVPolicy
 from avl.policies.full import FullPolicy
 from avl.policies.h2o import H2OPolicy
+from avl.policies.kivi import KIVIPolicy
 from avl.policies.mixkv import MixKVPolicy
 from avl.policies.prefixkv import PrefixKVPolicy
 from avl.policies.random_keys import RandomPolicy
@@ -32,4 +33,5 @@ __all__ = [
     "VLCachePolicy",
     "PrefixKVPolicy",
     "MixKVPolicy",
+    "KIVIPolicy",
 ]

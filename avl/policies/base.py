@@ -112,6 +112,15 @@ class Policy(ABC):
     evicts_text_only: ClassVar[bool] = False
     """Whether `limit` and `recent` count text keys only, not all keys in `always_attended`."""
 
+    @classmethod
+    def for_budget(cls, budget: float) -> Policy:
+        """The policy that stays within a share of the full cache's bytes, or of its keys read.
+
+        Raises:
+            TypeError: a policy without a budget.
+        """
+        raise TypeError(f"{cls.__name__} has no budget: leave out :{budget:g}")
+
     @abstractmethod
     def measure(self, prompt: Prompt) -> Measure:
         """Look at one layer after its attention over a prompt."""
@@ -154,6 +163,13 @@ class Policy(ABC):
     def arrival(self, position: int) -> float:
         """Score a new key starts with."""
         return 0.0
+
+    @property
+    def newest_in_full(self) -> int | None:
+        """How many of the newest keys stay in full precision while older ones are quantised, block
+        by block, in the tier's own way; None: nothing is quantised while decoding.
+        """
+        return None
 
     def rank(self, weights: Tensor) -> Tensor:
         """Importance of keys from one query row's weights.

@@ -57,6 +57,10 @@ class BudgetPolicy(Policy):
         if self.budget_tokens is not None:
             check_count("budget_tokens", self.budget_tokens, 0, "image tokens beside all text")
 
+    @classmethod
+    def for_budget(cls, budget: float) -> BudgetPolicy:
+        return cls(budget=budget)
+
     @abstractmethod
     def importance(self, prompt: Prompt) -> Tensor:
         """(batch, 1 or key/value heads, keys), higher = more important; what is no key may have any

@@ -17,6 +17,7 @@ from avl.policies.base import Policy
 from avl.policies.fastv import FastVPolicy
 from avl.policies.full import FullPolicy
 from avl.policies.h2o import H2OPolicy
+from avl.policies.kivi import KIVIPolicy
 from avl.policies.mixkv import MixKVPolicy
 from avl.policies.prefixkv import PrefixKVPolicy
 from avl.policies.random_keys import RandomPolicy
@@ -37,6 +38,7 @@ BUILT_IN: tuple[type[Policy], ...] = (
     VLCachePolicy,
     PrefixKVPolicy,
     MixKVPolicy,
+    KIVIPolicy,
 )
 """Policies of this package, in the order in which they are listed."""
 

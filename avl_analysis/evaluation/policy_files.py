@@ -20,7 +20,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import avl
 from avl import Policy
 from avl.policies.registry import PRESETS, policies
 from avl_analysis.errors import InputError
@@ -75,13 +74,9 @@ def with_budget(kind: type[Policy], budget: float) -> Policy:
         InputError: a class without a budget, or a number it does not accept.
     """
     try:
-        if issubclass(kind, avl.AdaptivePolicy):
-            return kind.for_budget(budget)
-        if issubclass(kind, avl.BudgetPolicy):
-            return kind(budget=budget)
+        return kind.for_budget(budget)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
-    raise InputError(f"{kind.__name__} has no budget: leave out :{budget:g}")
 
 
 def changed(policy: Policy, values: Mapping[str, Any]) -> Policy:

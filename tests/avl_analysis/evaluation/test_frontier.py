@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import avl
+from avl.policies.registry import PRESETS, policies
 from avl_analysis.cli.main import main
 from avl_analysis.corpus.batches import batches_by_length, images_encoded_once
 from avl_analysis.corpus.questions import scene_samples
@@ -36,7 +37,9 @@ def test_every_policy_stands_at_every_budget_beside_the_full_cache_and_the_paper
     points = frontier.entries((0.5, 0.1))
     assert points[0].policy == avl.FullPolicy()
     assert points[1].policy == avl.AdaptivePolicy()
-    assert len({(point.name, point.budget) for point in points}) == len(points) == 2 + 8 * 2 + 3
+    others = len(policies()) - 1
+    expected = 2 + others * 2 + 3 * len(PRESETS)
+    assert len({(point.name, point.budget) for point in points}) == len(points) == expected
 
 
 def test_samples_are_grouped_by_length_of_the_prompt_and_none_is_lost(vlm: VLM) -> None:
