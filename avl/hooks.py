@@ -57,7 +57,8 @@ class Generation:
         """A setting as `generate` will see it: the argument, or that of the generation config
         given, or of the model's own; None where nobody says.
         """
-        given = (self.arguments.get("generation_config"), self.model.generation_config)
+        own = getattr(self.model, "generation_config", None)
+        given = (self.arguments.get("generation_config"), own)
         values = [self.arguments.get(name), *(getattr(config, name, None) for config in given)]
         return next((value for value in values if value is not None), None)
 

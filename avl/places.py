@@ -122,7 +122,7 @@ def token_boxes(layout: TokenLayout, row: int) -> Tensor:
         padding beside the picture ends at the border, so it may be empty; NaN where the place is
         unknown or there is none, so also for everything that is no image token.
     """
-    boxes = torch.full((layout.length, 4), torch.nan)
+    boxes = torch.full((layout.length, 4), torch.nan, dtype=torch.float32)
     for index, picture in enumerate(layout.pictures[row]):
         positions = (layout.image[row] == index).nonzero().flatten().cpu()
         boxes[positions] = _clamped(picture)
@@ -143,7 +143,7 @@ def token_tiles(layout: TokenLayout, row: int) -> Tensor:
 def _clamped(picture: Picture) -> Tensor:
     """(tokens, 4): boxes of a picture's tokens, cut off at its border."""
     boxes = [box for view in picture for box in view.boxes()]
-    return torch.tensor(boxes).reshape(-1, 4).clamp(0.0, 1.0)
+    return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4).clamp(0.0, 1.0)
 
 
 def _tiles(picture: Picture) -> Tensor:
@@ -239,7 +239,7 @@ def map_pictures(
     Raises:
         ValueError: the numbers of pictures and sizes differ.
     """
-    boxes = torch.full((layout.batch, layout.length, 4), torch.nan)
+    boxes = torch.full((layout.batch, layout.length, 4), torch.nan, dtype=torch.float32)
     tile = torch.full((layout.batch, layout.length), -1, dtype=torch.int16)
     for b, (shown, known) in enumerate(zip(pictures, sizes, strict=True)):
         if len(shown) != len(known):

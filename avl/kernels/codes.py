@@ -76,7 +76,7 @@ def value_limits(values: Tensor, index: Tensor, groups: int, bits: int) -> Tenso
     """
     batch, heads, _, width = values.shape
     if _compiled_for(values):
-        low = torch.empty(batch, heads, index.shape[2], groups)
+        low = torch.empty(batch, heads, index.shape[2], groups, dtype=torch.float32)
         high = torch.empty_like(low)
         _each_pair("value_extremes", values, index, (low.numpy(), high.numpy()), width)
     else:
@@ -216,12 +216,13 @@ def key_products(
         return (grouped @ keys.transpose(-1, -2)).view(batch, heads, -1)
     from avl.kernels import codes_compiled
 
-    result = torch.empty(batch, heads, stored.shape[2])
+    result = torch.empty(batch, heads, stored.shape[2], dtype=torch.float32)
     arrays = [t.contiguous().numpy() for t in (query, stored, groups, limits.float())]
     filled = stored.shape[3] * (8 // bits)
 
     def some(pairs: Tensor) -> None:
-        folded, constants = torch.zeros(limits.shape[2], filled), torch.empty(limits.shape[2])
+        folded = torch.zeros(limits.shape[2], filled, dtype=torch.float32)
+        constants = torch.empty(limits.shape[2], dtype=torch.float32)
         codes_compiled.scores(
             pairs.numpy(), *arrays, bits, result.numpy(), folded.numpy(), constants.numpy()
         )
@@ -250,11 +251,11 @@ def weighted_values(
         return (grouped @ values).view(batch, heads, width)
     from avl.kernels import codes_compiled
 
-    result = torch.zeros(batch, heads, width)
+    result = torch.zeros(batch, heads, width, dtype=torch.float32)
     arrays = [t.contiguous().numpy() for t in (weights.float(), stored, limits.float())]
 
     def some(pairs: Tensor) -> None:
-        constants = torch.empty(limits.shape[3])
+        constants = torch.empty(limits.shape[3], dtype=torch.float32)
         codes_compiled.weighted_values(
             pairs.numpy(), *arrays, bits, result.numpy(), constants.numpy()
         )
@@ -293,7 +294,7 @@ def _each_pair(
     strides, at = torch.tensor(source.stride()).numpy(), index.long().contiguous().numpy()
 
     def some(pairs: Tensor) -> None:
-        scratch = [torch.empty(width).numpy()]
+        scratch = [torch.empty(width, dtype=torch.float32).numpy()]
         if bits is not None:
             scratch.append(torch.zeros(packed_width(width, bits) * (8 // bits)).numpy())
         function(pairs.numpy(), flat.numpy(), strides, 0, at, *rest, *scratch)

@@ -243,9 +243,9 @@ class RowSums:
             nothing if request.raw is None else request.raw,
             torch.tensor(self._raw_heads),
             self.raw,
-            torch.zeros(0, 0) if request.groups is None else request.groups,
+            torch.zeros(0, 0, dtype=torch.float32) if request.groups is None else request.groups,
             self.received,
-            torch.zeros(self.received.shape[1], keys),
+            torch.zeros(self.received.shape[1], keys, dtype=torch.float32),
             nothing if request.query_ranks is None else request.query_ranks,
             torch.zeros(1, 0, 3, dtype=torch.int64) if request.runs is None else request.runs,
             self._ages,
@@ -278,7 +278,11 @@ class RowSums:
             products.numpy(),
             ends.numpy(),
             _float32(scaling / math.log(2)),
-            (torch.zeros(0, 0) if sinks is None else sinks.float().contiguous()).numpy(),
+            (
+                torch.zeros(0, 0, dtype=torch.float32)
+                if sinks is None
+                else sinks.float().contiguous()
+            ).numpy(),
             first,
             start,
             heads.start,

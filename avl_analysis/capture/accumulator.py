@@ -377,7 +377,9 @@ def token_arrays(
     named["token_id"] = torch.full_like(named["rank"], -1) if ids is None else ids
     count = len(named["rank"])
     if places is None:
-        places = TokenPlaces(torch.full((count, 4), torch.nan), torch.full((count,), -1).short())
+        places = TokenPlaces(
+            torch.full((count, 4), torch.nan, dtype=torch.float32), torch.full((count,), -1).short()
+        )
         new = slice(0, count)
     named["tile"] = places.tile[new]
     named |= dict(zip(EDGES, places.box[new].unbind(-1), strict=True))

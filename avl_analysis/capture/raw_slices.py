@@ -7,9 +7,11 @@ out where they would not fit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,6 +91,13 @@ class Raw:
             )
 
 
+def is_listing(values: Any, kind: type) -> bool:
+    """Whether `values` can be gone through and holds nothing but values of one kind."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return False
+    return all(isinstance(value, (kind, np.generic)) for value in values)
+
+
 def raw(
     heads: Sequence[int] | None,
     queries: str | Sequence[int] | None,
@@ -100,6 +109,8 @@ def raw(
     Raises:
         InputError: heads out of range, or unknown queries.
     """
+    if heads is not None and not is_listing(heads, int):
+        raise InputError(f"heads must be a list of head numbers, such as [0, 3]; got {heads!r}")
     chosen = (
         tuple(range(available)) if heads is None else tuple(sorted({int(head) for head in heads}))
     )
@@ -109,13 +120,13 @@ def raw(
         )
     if queries is None:
         queries = "all"
-    elif not isinstance(queries, str):
+    elif is_listing(queries, int):
         queries = tuple(int(position) for position in queries)
         if not queries or min(queries) < 0:
             raise InputError(
                 f"queries {list(queries)}: name at least one position of the prompt, counted from 0"
             )
-    elif queries not in QUERIES:
+    elif not isinstance(queries, str) or queries not in QUERIES:
         raise InputError(
             f"queries {queries!r} is not one of {', '.join(QUERIES)}, nor a list of prompt"
             " positions"

@@ -2,15 +2,12 @@
 
 The recorder is an `avl.hooks.Observer`. It computes softmax weights a second time, beside the
 model's own kernel, for a block of query rows at a time, hands each block to the statistics and
-forgets it. Whatever was recorded of a pass that raised is dropped with it.
+forgets it. Whatever was recorded of a pass that raised is dropped with it, and so are the samples
+of a `generate` that raised.
 
 It does not know how statistics are defined (`statistics/`), how recordings are stored
 (`recording.py`), or which policy may be on the model: queries and keys are described by the pass
 and by the call, never counted off.
-
-What surprised us: in a batch, `generate` keeps feeding rows that are finished, with padding or
-end-of-sequence tokens. A row that is fed one of these in a decode step is finished, and nothing of
-it is counted from then on.
 """
 
 from __future__ import annotations
@@ -24,12 +21,13 @@ from torch import Tensor, nn
 
 from avl.attention import AttentionCall, Forward
 from avl.families import describe
-from avl.hooks import HookError, Observer, attach
+from avl.hooks import Generation, HookError, Observer, attach
 from avl.places import token_boxes, token_tiles
 from avl_analysis.capture.accumulator import SampleAccumulator, TokenPlaces, token_arrays
+from avl_analysis.capture.conversations import Conversation, Conversations, one_per_row
 from avl_analysis.capture.plan import CapturePlan, LayerResult
 from avl_analysis.capture.provenance import provenance
-from avl_analysis.capture.raw_slices import Raw, raw
+from avl_analysis.capture.raw_slices import Raw, is_listing, raw
 from avl_analysis.capture.reduce_prompt import reduce_prompt
 from avl_analysis.capture.reduce_step import StepRow, reduce_step
 from avl_analysis.capture.sample_call import SampleCall, SampleSlice, view
@@ -67,7 +65,7 @@ def plan(statistics: Sequence[Statistic], maps: str, kept: Raw | None = None) ->
 
 
 class Recorder(Observer):
-    """The tap behind `record`.
+    """The observer behind `record`.
 
     Args:
         statistics: what to compute.
@@ -98,47 +96,83 @@ class Recorder(Observer):
         self.layers = {layer: index for index, layer in enumerate(layers)}
         self.heads, self.stop, self.maps, self.first = heads, stop, maps, first
         self.running = True
-        self._closed: list[tuple[str, schema.Part]] = []
-        self.open: list[SampleAccumulator] = []
-        self._norms: dict[
-            tuple[int, int], tuple[Tensor, int]
-        ] = {}  # (sample, layer): by rank; how many in order
+        self._conversations = Conversations(first, self._new_sample)
+        self._current: Conversation | None = None
+        self._last_prompt: Tensor | None = None
         self._begin_pass([])
+
+    def _new_sample(self, name: str) -> SampleAccumulator:
+        return SampleAccumulator(
+            name, tuple(self.layers), self.heads, self.statistics, self.plan, self.maps
+        )
 
     def names(self) -> list[str]:
         """Names of the samples so far."""
-        return [name for name, _ in self._closed] + [
-            sample.name for sample in self.open if sample.phases
-        ]
+        return self._conversations.names()
 
     def parts(self) -> list[schema.Part]:
         """Their arrays; those of samples whose generation is still running as they stand now."""
-        return [part for _, part in self._closed] + [
-            sample.part() for sample in self.open if sample.phases
-        ]
+        return self._conversations.parts()
 
     def close(self) -> None:
-        """No more passes will follow for the samples so far; their working memory is let go."""
-        self._closed, self.open = list(zip(self.names(), self.parts(), strict=True)), []
-        self._norms.clear()
+        """No more passes will follow; working memory is let go."""
+        self._conversations.close(every=True)
+        self._current = None
+
+    # -- generations -----
+
+    def begin_generation(self, generation: Generation) -> None:
+        """Refuse what cannot be followed before anything of it is recorded."""
+        self._conversations.mark()
+        if (beams := generation.setting("num_beams") or 1) > 1:
+            raise HookError(
+                f"beam search (num_beams={beams}) exchanges the rows of the batch between steps,"
+                " which a recording cannot follow; generate with num_beams=1 (greedy or sampling)"
+                " while recording"
+            )
+        if generation.setting("use_cache") is False:
+            raise HookError(_WITHOUT_CACHE)
+        if (chunk := generation.setting("prefill_chunk_size")) is not None:
+            raise HookError(
+                f"prefill_chunk_size={chunk} feeds a prompt in several parts, which cannot be told"
+                " from a prompt and later turns; generate without it while recording"
+            )
+
+    def end_generation(self, failed: bool) -> None:
+        """An answer that broke off is no sample."""
+        self._last_prompt = None
+        if failed:
+            self._conversations.drop_marked()
+            self._current = None
 
     # -- passes -----
 
     def begin(self, forward: Forward) -> None:
+        """Find the samples of a pass; those of a prefill are made when it is over."""
         if forward.kind == "prefill":
-            self.close()
+            self._conversations.close(every=False)
             self._check_prompt(forward)
-            _refuse_reordering(forward.cache)
-        elif forward.kind == "extend" and bool(
-            (forward.layout.image[:, forward.start :] >= 0).any()
-        ):
-            raise HookError(
-                "a later turn brought a new picture, so the image tokens of this sample changed;"
-                " record such a conversation with its whole prompt in one prefill (all turns at"
-                " once, with an empty cache)"
-            )
+            self._check_repeated(forward)
+            self._current = None
+        else:
+            self._current = self._conversations.of(forward.cache)
+            samples = one_per_row(self._current, range(forward.layout.batch))
+            if forward.kind == "extend":
+                _check_turn(forward, samples)
         self._count_raw(forward)
         self._begin_pass([sample_tokens(forward.layout, b) for b in range(forward.layout.batch)])
+
+    def _check_repeated(self, forward: Forward) -> None:
+        """Refuse loops that feed the whole sequence anew for every token."""
+        ids, last = forward.inputs.get("input_ids"), self._last_prompt
+        if forward.cache is not None or forward.inputs.get("use_cache") is not False:
+            self._last_prompt = None
+            return
+        self._last_prompt = ids
+        if ids is None or last is None or ids.shape != (last.shape[0], last.shape[1] + 1):
+            return
+        if torch.equal(ids[:, :-1], last):
+            raise HookError(_WITHOUT_CACHE)
 
     def _check_prompt(self, forward: Forward) -> None:
         without = [b for b, count in enumerate(forward.layout.images()) if count == 0]
@@ -159,18 +193,28 @@ class Recorder(Observer):
 
     def _begin_pass(self, tokens: list[TokenInfo]) -> None:
         self._tokens = tokens
-        self._parts: dict[tuple[int, ...], SampleSlice | None] = {}
+        self._tokens_on: dict[tuple[int, torch.device], TokenInfo] = {}
+        self._parts: dict[torch.device, dict[tuple[int, ...], SampleSlice | None]] = {}
         self._passes: dict[tuple[int, int], LayerResult] = {}  # (sample, layer)
         self._steps: dict[tuple[int, int], StepRow] = {}
+        self._norms = {} if self._current is None else self._current.norms
+
+    def _is_finished(self, sample: int) -> bool:
+        return self._current is not None and self._current.samples[sample].finished
 
     @torch.inference_mode()
     def observe(self, call: AttentionCall, output: Tensor) -> None:
         if call.layer not in self.layers:
             return
         for b, tokens in enumerate(self._tokens):
-            if call.forward.kind == "decode" and self.open[b].finished:
+            if call.forward.kind == "decode" and self._is_finished(b):
                 continue
-            seen = view(call, tokens, b, self._parts)
+            device = call.query.device  # layers may lie on several
+            own = self._tokens_on.get((b, device))
+            if own is None:
+                own = tokens.map(lambda t: t.to(device))
+                self._tokens_on[b, device] = own
+            seen = view(call, own, b, self._parts.setdefault(device, {}))
             if seen is None:
                 continue
             norm = self._value_norm(seen, call.layer, b) if self.plan.reads_values else None
@@ -209,24 +253,13 @@ class Recorder(Observer):
     @torch.inference_mode()
     def end(self, forward: Forward) -> None:
         if forward.kind == "prefill":
-            count = self.first + len(self._closed)
-            self.open = [
-                SampleAccumulator(
-                    f"{count + b:06d}",
-                    tuple(self.layers),
-                    self.heads,
-                    self.statistics,
-                    self.plan,
-                    self.maps,
-                )
-                for b in range(forward.layout.batch)
-            ]
+            self._current = self._conversations.begin(forward.layout.batch, forward.cache)
+            self._current.norms = self._norms
+        assert self._current is not None
         ids = forward.inputs.get("input_ids")
         new = slice(forward.start, forward.start + forward.tokens)
-        for b, (sample, tokens) in enumerate(zip(self.open, self._tokens, strict=True)):
-            sample.finished |= (
-                forward.kind == "decode" and ids is not None and int(ids[b, -1]) in self.stop
-            )
+        for b, (sample, tokens) in enumerate(zip(self._current.samples, self._tokens, strict=True)):
+            sample.finished |= self._was_finished(forward, b, ids)
             self._reduce_steps(b, forward)
             passes = [self._passes.get((b, layer)) for layer in self.layers]
             if not sample.finished and any(one is not None for one in passes):
@@ -234,16 +267,29 @@ class Recorder(Observer):
                 places = None if forward.kind == "decode" else _places(forward, b)
                 sample.add_tokens(**token_arrays(tokens, new_ids, new, places))
                 sample.add_pass(forward.kind, passes)
+        self._current = None
         self._begin_pass([])
+
+    def _was_finished(self, forward: Forward, sample: int, ids: Tensor | None) -> bool:
+        """Whether a row of a batch was over before this step.
+
+        `generate` then feeds it such a token while other rows go on. It feeds no row that stands
+        alone, so there the token is one that the caller wants to be read.
+        """
+        alone = forward.layout.batch == 1
+        if forward.kind != "decode" or alone or ids is None:
+            return False
+        return int(ids[sample, -1]) in self.stop
 
     def _reduce_steps(self, b: int, forward: Forward) -> None:
         """Reduce the decode rows of one sample, together for the layers that have equally many
         keys.
         """
-        together: dict[tuple[int, ...], list[int]] = {}
+        together: dict[tuple[Any, ...], list[int]] = {}
         for layer in self.layers:
             if (row := self._steps.get((b, layer))) is not None:
-                together.setdefault((*row.weights.shape, len(row.view.keys.rank)), []).append(layer)
+                like = (row.weights.device, *row.weights.shape, len(row.view.keys.rank))
+                together.setdefault(like, []).append(layer)
         for layers in together.values():
             try:
                 reduced = reduce_step([self._steps[b, layer] for layer in layers], self.plan)
@@ -266,25 +312,34 @@ def _not_numbers(what: str, forward: Forward) -> InputError:
     )
 
 
-def _refuse_reordering(cache: Any) -> None:
-    """Beam search exchanges rows of the batch between steps, which would silently give them to
-    another sample.
-    """
-    if cache is None or "reorder_cache" in vars(cache):
-        return
+_WITHOUT_CACHE = (
+    "without a KV cache (use_cache=False) the model is called with the whole sequence for every"
+    " token, which a recording would take for new prompts; generate with use_cache=True while"
+    " recording"
+)
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
+
+def _check_turn(forward: Forward, samples: Sequence[SampleAccumulator]) -> None:
+    """Refuse later turns whose sample would not be whole."""
+    if bool((forward.layout.image[:, forward.start :] >= 0).any()):
         raise HookError(
-            "beam search exchanges the rows of the batch between steps, which a recording cannot"
-            " follow; generate with num_beams=1 (greedy or sampling) while recording"
+            "a later part of a prompt brought an image, so the image tokens of this sample changed;"
+            " record with the whole prompt, all turns and images, in one prefill of an empty cache"
         )
-
-    cache.reorder_cache = refuse
+    finished = [row for row, sample in enumerate(samples) if sample.finished]
+    if finished:
+        raise HookError(
+            f"row {finished[0]} of the batch had ended before the others, so what was fed to it"
+            " since is not recorded and a later turn cannot follow; record turns of rows that end"
+            " apart one by one, or with the whole conversation in one prefill"
+        )
 
 
 def _check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
     if layers is None:
         return list(range(count))
+    if not is_listing(layers, int):
+        raise InputError(f"layers must be a list of layer numbers, such as [0, 2]; got {layers!r}")
     chosen = sorted({int(layer) for layer in layers})
     if not chosen or min(chosen) < 0 or max(chosen) >= count:
         raise InputError(

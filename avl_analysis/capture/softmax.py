@@ -72,11 +72,13 @@ def product_blocks(view: SampleCall, kv_heads: slice) -> Iterator[ProductBlock]:
     """Products of the query heads that read these key heads, head after head and row after row."""
     keys, dim = view.key.shape[1:]
     together, size = _block_size(view, kv_heads)
-    buffer = torch.empty(together * view.groups * size * keys, device=view.query.device)
+    buffer = torch.empty(
+        together * view.groups * size * keys, dtype=torch.float32, device=view.query.device
+    )
     converted = None
     if view.key.dtype != torch.float32:
         # One buffer for all: fresh memory costs more than the conversion.
-        converted = torch.empty(together, keys, dim, device=view.query.device)
+        converted = torch.empty(together, keys, dim, dtype=torch.float32, device=view.query.device)
     for first in range(kv_heads.start, kv_heads.stop, together):
         some = slice(first, min(first + together, kv_heads.stop))
         key = view.key[some]
@@ -160,13 +162,13 @@ def row_weights(view: SampleCall) -> Tensor:
         return view.weights.clone()
     kv_heads, keys, dim = view.key.shape
     query = view.query.float().mul(view.scaling).view(kv_heads, -1, dim)
-    logits = torch.empty(*query.shape[:2], keys, device=query.device)
+    logits = torch.empty(*query.shape[:2], keys, dtype=torch.float32, device=query.device)
     if view.key.dtype == torch.float32:
         _products(query, view.key, logits)
     else:  # one buffer for all: fresh memory costs more than the conversion
         limits = ROW_BYTES if query.device.type == "cpu" else DEVICE_BLOCK_BYTES[1]
         together = max(1, min(kv_heads, limits // (keys * dim * 4)))
-        buffer = torch.empty(together, keys, dim, device=query.device)
+        buffer = torch.empty(together, keys, dim, dtype=torch.float32, device=query.device)
         for first in range(0, kv_heads, together):
             some = slice(first, min(first + together, kv_heads))
             _products(query[some], buffer[: some.stop - first].copy_(view.key[some]), logits[some])

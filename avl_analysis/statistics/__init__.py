@@ -72,10 +72,16 @@ def select(statistics: Sequence[Statistic | str] | None) -> tuple[Statistic, ...
     """The statistics meant by names or instances; None means all.
 
     Raises:
-        InputError: for a name that does not exist, with the names that do.
+        InputError: for a name that does not exist, with the names that do, and for anything that is
+            neither a name nor a statistic.
     """
     by_name = {statistic.name: statistic for statistic in available()}
     selected: dict[str, Statistic] = {}
+    if isinstance(statistics, str):
+        raise InputError(
+            f"statistics must be a list of names or statistics, such as [{statistics!r}]; got a"
+            " single text"
+        )
     for entry in by_name.values() if statistics is None else statistics:
         if isinstance(entry, str):
             if entry not in by_name:
@@ -83,6 +89,11 @@ def select(statistics: Sequence[Statistic | str] | None) -> tuple[Statistic, ...
                     f"there is no statistic {entry!r}; choose from {', '.join(by_name)}"
                 )
             entry = by_name[entry]
+        if not isinstance(entry, Statistic):
+            raise InputError(
+                f"{entry!r} is neither the name of a statistic nor a statistic; names are"
+                f" {', '.join(by_name)}"
+            )
         selected[entry.name] = entry
     return tuple(selected.values())
 
