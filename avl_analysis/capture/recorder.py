@@ -199,6 +199,12 @@ class Recorder(Observer):
         self._steps: dict[tuple[int, int], StepRow] = {}
         self._norms = {} if self._current is None else self._current.norms
 
+    def _tokens_for(self, sample: int, tokens: TokenInfo, device: torch.device) -> TokenInfo:
+        """The tokens of a sample on the device of a layer."""
+        if (sample, device) not in self._tokens_on:
+            self._tokens_on[sample, device] = tokens.map(lambda tensor: tensor.to(device))
+        return self._tokens_on[sample, device]
+
     def _is_finished(self, sample: int) -> bool:
         return self._current is not None and self._current.samples[sample].finished
 
@@ -210,10 +216,7 @@ class Recorder(Observer):
             if call.forward.kind == "decode" and self._is_finished(b):
                 continue
             device = call.query.device  # layers may lie on several
-            own = self._tokens_on.get((b, device))
-            if own is None:
-                own = tokens.map(lambda t: t.to(device))
-                self._tokens_on[b, device] = own
+            own = self._tokens_for(b, tokens, device)
             seen = view(call, own, b, self._parts.setdefault(device, {}))
             if seen is None:
                 continue
