@@ -3,6 +3,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EVAL := .venv-eval
 DOCS_STAMP := $(VENV)/.docs-installed
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.17.0
@@ -19,7 +20,7 @@ WORKERS ?= 2
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report docs test test-slow test-oldest test-newest app check format clean
+.PHONY: help setup report docs test test-slow test-oldest test-newest test-eval app check format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +73,18 @@ docs: $(DOCS_STAMP) ## build the documentation site in out/docs, running its not
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+test-eval: $(EVAL)/.installed ## run lmms-eval with policies, in an environment of its own
+	$(TEST_ENV) PYTHONPATH=tests/avl_analysis/lmms/stubs $(EVAL)/bin/python -m pytest -n0 -m slow \
+	  tests/avl_analysis/lmms $(ARGS)
+
+$(EVAL)/.installed: $(STAMP) tests/avl_analysis/lmms/requirements.txt
+	$(BIN)/python -m venv $(EVAL)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(EVAL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(EVAL)/bin/python -m pip install --quiet --no-deps -r tests/avl_analysis/lmms/requirements.txt
+	$(EVAL)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 app: setup ## start the dashboard on this machine only

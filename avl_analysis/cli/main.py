@@ -25,6 +25,8 @@ from rich.table import Table
 
 from avl.plugins import COMMANDS, PluginWarning, left_out, plugins
 from avl_analysis.cli import ablate, calibrate, compare, frontier, record
+from avl_analysis.cli.eval import EXAMPLES as EVAL_EXAMPLES
+from avl_analysis.cli.eval import evaluate
 from avl_analysis.cli.options import Download, plain, printable
 from avl_analysis.errors import InputError, one_line
 
@@ -123,6 +125,7 @@ app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.command(epilog=ablate.EXAMPLES)(ablate.ablate)
 app.command(epilog=frontier.EXAMPLES)(frontier.frontier)
+app.command("eval", epilog=EVAL_EXAMPLES)(evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
