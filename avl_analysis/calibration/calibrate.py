@@ -53,7 +53,7 @@ from avl_analysis.errors import InputError
 from avl_analysis.evaluation.compare import compare
 from avl_analysis.evaluation.comparison import Comparison
 from avl_analysis.evaluation.generation import generate
-from avl_analysis.intervals import mean_intervals
+from avl_analysis.intervals import mean_interval
 from avl_analysis.models.loading import VLM
 from avl_analysis.recordings.recording import Recording
 from avl_analysis.statistics.core_hits import CoreHitRate
@@ -363,12 +363,12 @@ def kept(curves: Curves, policy: AdaptivePolicy) -> dict[str, dict[str, float | 
         found["text"] = curves.text.sel(share=policy.text)
     estimates: dict[str, dict[str, float | int | None]] = {}
     for setting, values in found.items():
-        mean, low, high, n = mean_intervals(values.values)
+        one = mean_interval(values.values)
         estimates[setting] = {
-            "mean": _plain(mean),
-            "low": _plain(low),
-            "high": _plain(high),
-            "n": int(n),
+            "mean": _plain(one.mean),
+            "low": _plain(one.low),
+            "high": _plain(one.high),
+            "n": one.n,
         }
     return estimates
 

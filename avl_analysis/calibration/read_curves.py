@@ -92,7 +92,8 @@ def core_choice(values: xr.DataArray, secondary: float, target: float) -> tuple[
     all that is held.
     """
     values = values.transpose("sample", "core_age", "core")
-    mean, low, high, n = mean_intervals(values.values)
+    found = mean_intervals(values.values)
+    mean, low, high, n = found.mean, found.low, found.high, found.n
     shares = [float(share) for share in values["core"].values]
     ages = [float(age) for age in values["core_age"].values]
     best: tuple[float, int, int] | None = None
@@ -207,7 +208,8 @@ def prefill_choice(agreement: xr.DataArray, target: float, layer: int, secondary
 def curve_of(values: xr.DataArray, dim: str, name: str) -> Curve:
     """Mean over samples along `dim`, with intervals."""
     x = [float(label) for label in values[dim].values]
-    return _curve(name, x, *mean_intervals(values.transpose("sample", dim).values))
+    found = mean_intervals(values.transpose("sample", dim).values)
+    return _curve(name, x, found.mean, found.low, found.high, found.n)
 
 
 def _curve(
@@ -254,7 +256,8 @@ def cores_by_layer(
     layer, core_age, core).
     """
     values = values.transpose("sample", "layer", "core_age", "core")
-    mean, low, high, n = mean_intervals(values.values)
+    found = mean_intervals(values.values)
+    mean, low, high, n = found.mean, found.low, found.high, found.n
     shares = [float(share) for share in values["core"].values]
     layers = values["layer"].values.tolist()
     held = float(np.mean(secondary))

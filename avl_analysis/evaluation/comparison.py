@@ -26,11 +26,20 @@ from avl import Policy
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.errors import InputError
 from avl_analysis.files import write_text
-from avl_analysis.intervals import Estimate, mean_interval, paired_difference, wilson
+from avl_analysis.intervals import (
+    Estimate,
+    mean_interval,
+    paired_difference,
+    paired_share_difference,
+    share_interval,
+)
 from avl_analysis.recordings.netcdf import write_netcdf
 
 METRICS = ("fidelity", "text", "accuracy", "cost")
 """Groups of numbers; see `avl_analysis.evaluation.compare`."""
+
+SHARES = ("correct", "same_text")
+"""Numbers that are 0 or 1 of every sample, so that their means are proportions."""
 
 FORMAT, VERSION = "avl-comparison", 1
 
@@ -185,28 +194,28 @@ class Comparison:
 
     # -- means -------------------------------------------------------------------------------------
 
-    def mean(self, metric: str, policy: str) -> Estimate:
-        """Mean over samples with its 95 % interval: Wilson's for shares of samples, bootstrap
-        otherwise.
-        """
+    def mean(self, metric: str, policy: str) -> Estimate[float]:
+        """Mean over samples with its 95 % interval: Wilson's of `SHARES`, bootstrap otherwise."""
         values = self[metric].sel(policy=policy).values
-        if metric in ("correct", "same_text"):
-            known = values[np.isfinite(values)]
-            return Estimate(
-                float(known.mean()) if known.size else np.nan,
-                *wilson(int(known.sum()), known.size),
-                known.size,
-            )
-        return mean_interval(values)
+        return share_interval(values) if metric in SHARES else mean_interval(values)
 
-    def difference(self, metric: str, policy: str, to: str | None = None) -> Estimate:
-        """Mean paired difference, `policy` minus `to` (default: the full cache), with its 95 %
-        bootstrap interval.
+    def difference(self, metric: str, policy: str, to: str | None = None) -> Estimate[float]:
+        """Mean of `policy` minus `to`, sample by sample, with its 95 % interval.
+
+        Newcombe's interval for paired proportions of `SHARES`, bootstrap otherwise.
+
+        Args:
+            metric: one of `metrics`.
+            policy: one of `policies`.
+            to: another of them; None takes the full cache.
         """
         array = self[metric]
-        return paired_difference(
-            array.sel(policy=policy).values, array.sel(policy=to or self.reference).values
+        values, baseline = (
+            array.sel(policy=name).values for name in (policy, to or self.reference)
         )
+        if metric in SHARES:
+            return paired_share_difference(values, baseline)
+        return paired_difference(values, baseline)
 
     def table(self, metrics: Sequence[str] | None = None) -> pd.DataFrame:
         """One row per policy and metric: mean, low, high, n; difference, its low and high; unit and

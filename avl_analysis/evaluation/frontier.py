@@ -47,7 +47,7 @@ from avl_analysis.errors import InputError
 from avl_analysis.evaluation.generation import Run, decode_texts, generate
 from avl_analysis.evaluation.policy_files import with_budget
 from avl_analysis.files import write_text
-from avl_analysis.intervals import paired_difference, wilson
+from avl_analysis.intervals import paired_share_difference, share_interval
 from avl_analysis.models.loading import VLM, load_model
 from avl_analysis.scenes import TASKS
 
@@ -195,9 +195,7 @@ def summarise(lines: Iterable[Line], points: Sequence[Entry], samples: int) -> l
     for (task, name, budget), cell in by_cell.items():
         right = _right(cell, samples)
         full = _right(by_cell[task, "full", None], samples)
-        known = right[np.isfinite(right)]
-        low, high = wilson(int(known.sum()), known.size)
-        change = paired_difference(right, full)
+        share, change = share_interval(right), paired_share_difference(right, full)
         policy = next(
             point.policy for point in points if (point.name, point.budget) == (name, budget)
         )
@@ -206,11 +204,11 @@ def summarise(lines: Iterable[Line], points: Sequence[Entry], samples: int) -> l
                 "task": task,
                 "policy": name,
                 "budget": budget,
-                "samples": int(known.size),
-                "failed": len(cell) - int(known.size),
-                "accuracy": round(float(known.mean()), 4) if known.size else None,
-                "low": round(low, 4) if known.size else None,
-                "high": round(high, 4) if known.size else None,
+                "samples": share.n,
+                "failed": len(cell) - share.n,
+                "accuracy": round(share.mean, 4) if share.n else None,
+                "low": round(share.low, 4) if share.n else None,
+                "high": round(share.high, 4) if share.n else None,
                 "difference": _rounded(change.mean),
                 "difference_low": _rounded(change.low),
                 "difference_high": _rounded(change.high),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from avl_analysis.evaluation.frontier import Line
-from avl_analysis.intervals import paired_difference
+from avl_analysis.intervals import paired_share_difference
 
 PRESET, FULL = "A-VL cold", "full"
 KEPT = 0.95
@@ -81,7 +81,7 @@ def beaten(lines: Sequence[Line], preset: str = PRESET) -> list[Beaten]:
         mine = ours.get((line["task"], line["budget"]))
         if line["budget"] is None or line["policy"].startswith("A-VL") or mine is None:
             continue
-        change = paired_difference(_right(line), _right(mine))
+        change = paired_share_difference(_right(line), _right(mine))
         if change.low > 0:
             rival, budget, task = line["policy"], line["budget"], line["task"]
             found.append(Beaten(rival, budget, task, change.mean, change.low, change.high))

@@ -52,7 +52,12 @@ from avl_analysis.evaluation.generation import decode_texts, generate
 from avl_analysis.files import write_text
 from avl_analysis.heads.localisation import first_word_hits
 from avl_analysis.heads.taxonomy import KINDS, Matrix, kinds, matrix, measure
-from avl_analysis.intervals import CONFIDENCE, RESAMPLES, Estimate, paired_difference, wilson
+from avl_analysis.intervals import (
+    Estimate,
+    crossed,
+    paired_share_difference,
+    share_interval,
+)
 from avl_analysis.models.loading import VLM
 from avl_analysis.recordings.recording import Recording
 
@@ -130,9 +135,7 @@ class Silenced:
     @property
     def accuracy(self) -> Estimate:
         """Share of right answers with its Wilson interval."""
-        known = self.values[np.isfinite(self.values)]
-        mean = float(known.mean()) if known.size else float("nan")
-        return Estimate(mean, *wilson(int(known.sum()), known.size), known.size)
+        return share_interval(self.values)
 
 
 def find_heads(recording: Recording, kind: str = "visual") -> tuple[list[Head], list[Head]]:
@@ -267,7 +270,7 @@ class Ablation:
     @property
     def loss(self) -> Estimate:
         """Change of accuracy by silencing the kind's heads, paired by question."""
-        return paired_difference(self.of_kind.values, self.nothing.values)
+        return paired_share_difference(self.of_kind.values, self.nothing.values)
 
     @property
     def random_loss(self) -> Estimate:
@@ -470,20 +473,3 @@ def _batches(vlm: VLM, samples: Sequence[Sample], batch_size: int) -> Iterator[l
         places = [index for index, sample in enumerate(samples) if sample.task == task]
         for group in batches_by_length(vlm, [samples[index] for index in places], batch_size):
             yield [places[index] for index in group]
-
-
-def crossed(values: np.ndarray) -> Estimate:
-    """Mean of (draws, questions) values, and the percentile bootstrap that resamples both."""
-    known = values[:, np.isfinite(values).all(0)]
-    draws, count = known.shape
-    if count < 2:
-        return Estimate(
-            float(known.mean()) if count else float("nan"), float("nan"), float("nan"), count
-        )
-    rng = np.random.default_rng(0)
-    of_draws = rng.multinomial(draws, np.full(draws, 1 / draws), RESAMPLES) / draws
-    of_questions = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
-    means = ((of_draws @ known) * of_questions).sum(1)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Estimate(float(known.mean()), float(low), float(high), count)

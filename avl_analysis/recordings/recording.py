@@ -22,7 +22,7 @@ import numpy as np
 import xarray as xr
 
 from avl_analysis.errors import InputError
-from avl_analysis.intervals import mean_interval
+from avl_analysis.intervals import estimate, medians
 from avl_analysis.recordings import summary
 from avl_analysis.recordings.netcdf import write_netcdf
 from avl_analysis.recordings.schema import (
@@ -181,23 +181,29 @@ class Recording:
             {"/": xr.Dataset(attrs=self.attrs), **{f"/{k}": v for k, v in self.data.items()}}
         )
 
-    def estimate(self, name: str, keep: Iterable[str] = (), **labels: Any) -> xr.Dataset:
-        """Mean over samples with its 95 % bootstrap interval.
+    def estimate(
+        self, name: str, keep: Iterable[str] = (), *, median: bool = False, **labels: Any
+    ) -> xr.Dataset:
+        """Mean over samples with its 95 % bootstrap interval; see `avl_analysis.intervals`.
 
         Each sample counts once: it is averaged over all other dimensions first, leaving out what is
-        undefined.
+        undefined. A half-life is infinite where nothing decays, and so is then its mean; ask for
+        its median.
 
         Args:
+            name: a statistic, one of `names`.
             keep: dimensions of the result, e.g. ("layer", "key_modality"); none gives one number.
+            median: take medians, within samples and over them, in place of means.
             labels: select these coordinates before averaging, e.g. step=slice(1, None) for decode
                 steps.
 
         Returns:
-            Variables mean, low, high, n (samples that have a value). One sample has a mean, but no
-                interval (NaN).
+            Variables mean, low, high, n (samples that have a value). Fewer than five samples have a
+            mean, but no interval (NaN).
 
         Raises:
-            KeyError: unknown name. RecordingError: a dimension it does not have.
+            KeyError: unknown name.
+            RecordingError: a dimension it does not have.
         """
         array = self[name].sel(labels)
         kept = tuple(keep)
@@ -206,16 +212,7 @@ class Recording:
                 f"{name} has no {', '.join(sorted(unknown))}; it has"
                 f" {', '.join(map(str, array.dims))}"
             )
-        other = [dim for dim in array.dims if dim != "sample" and dim not in kept]
-        samples = array.mean(other, skipna=True).transpose("sample", *kept)
-        like = samples.isel(sample=0, drop=True)
-        found = [mean_interval(column) for column in samples.values.reshape(len(samples), -1).T]
-        parts = {
-            part: [getattr(one, part) for one in found] for part in ("mean", "low", "high", "n")
-        }
-        return xr.Dataset(
-            {part: like.copy(data=np.reshape(values, like.shape)) for part, values in parts.items()}
-        )
+        return (medians if median else estimate)(array, kept).dataset
 
     # -- facts about samples -----
 

@@ -1,8 +1,10 @@
 """Recordings as tables of text, one row per layer: what `avl stats` prints.
 
 Each number is first averaged within a sample (over heads and, where there are any, decode steps),
-then over samples; with several samples the 95 % percentile bootstrap interval over samples stands
-behind it. A table is only a first look: it leaves heads and steps to the figures.
+then over samples; with at least five samples the 95 % bootstrap interval over samples stands behind
+it, the one that the report draws for the same number. Half-lives are summarised by their median,
+because they are infinite where nothing decays; how many are is said. A table is only a first look:
+it leaves heads and steps to the figures.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import numpy as np
 import xarray as xr
 
 from avl_analysis.errors import InputError
-from avl_analysis.intervals import mean_interval
+from avl_analysis.intervals import Estimate, mean_interval, median_interval
 from avl_analysis.recordings.recording import Recording
 
+MEDIANS = ("half_life",)
+"""Columns that are summarised by their median: quantities that may be infinite."""
 MAX_VALUES = 12
 """Statistics with more values per layer than this are printed only when named."""
 
@@ -94,18 +98,26 @@ def _split(title: str, values: xr.DataArray) -> list[LayerTable]:
     flat = values.transpose("layer", "sample", *own).values
     flat = flat.reshape(*flat.shape[:2], -1)
     columns = tuple(str(label) for label in values[own[0]].values) if own else ("value",)
-    cells = tuple(tuple(_cell(column) for column in layer.T) for layer in flat)
+    cells = tuple(
+        tuple(_cell(column, label) for column, label in zip(layer.T, columns, strict=True))
+        for layer in flat
+    )
     return [
         LayerTable(title, columns, tuple(int(layer) for layer in values["layer"].values), cells)
     ]
 
 
-def _cell(samples: np.ndarray) -> str:
-    """Mean of the values there are, with its interval where there is one to speak of."""
-    found = mean_interval(samples)
+def _cell(samples: np.ndarray, column: str) -> str:
+    """Mean (or median) of the values there are, with its interval where there is one."""
+    if column not in MEDIANS:
+        return _shown(mean_interval(samples))
+    infinite, known = int(np.isinf(samples).sum()), int((~np.isnan(samples)).sum())
+    count = f", {infinite} of {known} infinite" if infinite else ""
+    return f"{_shown(median_interval(samples))} (median{count})" if known else "-"
+
+
+def _shown(found: Estimate[float]) -> str:
     if not found.n:
         return "-"
-    spread = (
-        f" [{found.low:.3g}, {found.high:.3g}]" if found.n > 1 and found.low < found.high else ""
-    )
+    spread = f" [{found.low:.3g}, {found.high:.3g}]" if found.low < found.high else ""
     return f"{found.mean:.3g}{spread}"

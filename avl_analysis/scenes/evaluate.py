@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -24,14 +23,13 @@ from typing import Any
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from avl_analysis.intervals import wilson
 from avl_analysis.scenes import MODEL_DIR
 from avl_analysis.scenes.language import conversation, load_processor
 from avl_analysis.scenes.questions import TASKS
 from avl_analysis.scenes.samples import Sample, samples
 
 EVALUATION_SEED = 700_000
-Z95 = 1.959963984540054
-"""Two-sided 95 % point of the normal distribution."""
 
 
 def exact_match(prediction: str, answer: str) -> bool:
@@ -43,18 +41,6 @@ def exact_match(prediction: str, answer: str) -> bool:
         return text.strip().removesuffix(".").split()
 
     return plain(prediction) == plain(answer)
-
-
-def wilson(right: int, asked: int) -> tuple[float, float]:
-    """95 % Wilson score interval of a proportion (E. B. Wilson, 1927). Raises ValueError without a
-    single trial.
-    """
-    if not 0 <= right <= asked or asked == 0:
-        raise ValueError(f"{right} of {asked}: need 0 <= right <= asked and at least one trial")
-    p, z2 = right / asked, Z95**2
-    centre = (p + z2 / (2 * asked)) / (1 + z2 / asked)
-    half = Z95 / (1 + z2 / asked) * math.sqrt(p * (1 - p) / asked + z2 / (4 * asked**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def chance(asked: Sequence[Sample]) -> float:

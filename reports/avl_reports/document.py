@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from avl_analysis.figures.draw_matplotlib import Paragraph, figure_pages, save_document, text_pages
-from avl_reports.facts import LEAD, READING, VERDICTS, facts, heading, provenance
+from avl_reports.facts import LEAD, READING, facts, heading, provenance, verdicts
 from avl_reports.findings import Finding
 from avl_reports.run import Run, Section
 
@@ -46,7 +46,7 @@ def _cover(run: Run, sections: Mapping[str, Section], title: str) -> list[Paragr
     if findings:
         words += [
             Paragraph("What was found", size=13, bold=True),
-            Paragraph(VERDICTS, muted=True, after=0.15),
+            Paragraph(verdicts(len(findings)), muted=True, after=0.15),
         ]
         words += [paragraph for finding in findings for paragraph in _judged(finding)]
     return words

@@ -9,18 +9,31 @@ LEAD = (
     " layer by layer and head by head, and what that says about the choices made in A-VL (adaptive"
     " attention for large vision-language models, AAAI 2025)."
 )
-VERDICTS = (
-    "Each row holds one design choice of A-VL against one measured number. The verdict follows from"
-    " the number's interval by the rule beside it; it speaks of this model on these samples."
-)
 READING = (
     "Attention weights are softmax weights of the model's own queries and keys. They say where a"
     " head reads, not what the answer is made of: a key with a large weight may carry a small"
     " value. System is everything before the first picture, image the positions that carry picture"
     " features, text everything after, generated tokens included. Step 0 is the last prompt row,"
-    " step t the t-th decode step. Means are over samples; intervals are bootstrapped over samples,"
-    " so they say how much another draw of samples would change the number."
+    " step t the t-th decode step. Means are over samples: a number is first averaged within each"
+    " sample over the heads, layers and steps that are not shown. Intervals are bootstrapped over"
+    " samples (BCa, two-sided, 95 %), so they say how much another draw of samples would change the"
+    " number; fewer than five samples have none."
 )
+
+
+def verdicts(tested: int) -> str:
+    """How the table of findings is to be read, given how many there are."""
+    return (
+        "Each row holds one design choice of A-VL against one measured number. The verdict follows"
+        " from the number's interval by the rule beside it: supported or not supported if the whole"
+        " interval lies on one side of the threshold, undecided otherwise. Intervals are two-sided,"
+        " cover 95 % each, and resample samples (questions), not heads, layers or steps; where two"
+        " policies are compared, question by question, the text says “paired”."
+        f" {tested} finding{'s were' if tested != 1 else ' was'} tested, each by itself: a number"
+        " that lies exactly at its threshold gets a false verdict in 2.5 % of reports for either"
+        " side, and nothing is corrected for the number of findings. Verdicts speak of this model"
+        " on these samples."
+    )
 
 
 def heading(run: Run, title: str = "") -> str:

@@ -6,8 +6,7 @@ import numpy as np
 
 from avl_analysis.figures import Axis, Bar, Bars, Figure, Rule
 from avl_analysis.heads.ablation import Ablation, Silenced
-from avl_analysis.intervals import Estimate
-from avl_reports.findings import Finding, Interval, judge
+from avl_reports.findings import Finding, judge
 from avl_reports.run import Run, Section
 from avl_reports.script import run_script
 from avl_reports.shapes import share
@@ -42,15 +41,23 @@ def section(run: Run) -> Section:
 
 def finding(done: Ablation) -> Finding:
     """Whether silencing the kind costs more right answers than silencing as many others."""
-    contrast, count = _interval(done.contrast), len(done.of_kind.heads)
-    loss, other = _interval(done.loss), _interval(done.random_loss)
+    contrast, count = done.contrast, len(done.of_kind.heads)
+    loss, other = done.loss, done.random_loss
     return Finding(
         f"Heads found to be {done.kind} matter more than {done.others}",
         f"Silencing {count} {done.kind} heads changes accuracy by {loss.words('%')}, silencing"
-        f" {done.others} by {other.words('%')}; the latter less the former: {contrast.words('%')}.",
+        f" {done.others} by {other.words('%')}; the latter minus the former: {contrast.words('%')}"
+        f" (paired by question; {_resampled(done)}).",
         "above 0",
         judge(contrast, "at least", 0.0),
     )
+
+
+def _resampled(done: Ablation) -> str:
+    """What another run would draw anew, and what it would not."""
+    if len(done.random) > 1:
+        return "questions and random sets resampled"
+    return "questions resampled, the one random set held fixed"
 
 
 def table(ablations: tuple[Ablation, ...]) -> tuple[tuple[str, ...], ...]:
@@ -58,9 +65,7 @@ def table(ablations: tuple[Ablation, ...]) -> tuple[tuple[str, ...], ...]:
     rows = [("silenced", "heads (layer.head)", "right answers")]
     for done in ablations:
         for group in done.groups:
-            rows.append(
-                (_name(done, group), _heads(group) or "none", _interval(group.accuracy).words("%"))
-            )
+            rows.append((_name(done, group), _heads(group) or "none", group.accuracy.words("%")))
     return tuple(rows)
 
 
@@ -127,10 +132,6 @@ def _name(done: Ablation, group: Silenced) -> str:
 
 def _heads(group: Silenced) -> str:
     return ", ".join(f"{layer}.{head}" for layer, head in group.heads)
-
-
-def _interval(estimate: Estimate) -> Interval:
-    return Interval(estimate.mean, estimate.low, estimate.high)
 
 
 if __name__ == "__main__":

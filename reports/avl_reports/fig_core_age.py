@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from avl_analysis.figures import Axis, Figure, Line, Lines, Rule
-from avl_reports.estimates import estimate, per_sample
+from avl_analysis.intervals import estimate, per_sample
 from avl_reports.findings import Finding, judge
 from avl_reports.policy_numbers import CORE, REFRESH, TARGET
 from avl_reports.run import NotMeasured, Run, Section
@@ -60,8 +60,8 @@ def finding(hits: xr.DataArray) -> Finding:
     catches.
     """
     mass = per_sample(hits.sel(core=CORE, hit="mass"), ("core_age",))
-    kept = estimate(mass.isel(core_age=REFRESH) / mass.isel(core_age=0)).interval
-    now = estimate(mass.isel(core_age=REFRESH)).interval
+    kept = estimate(mass.isel(core_age=REFRESH) / mass.isel(core_age=0)).number
+    now = estimate(mass.isel(core_age=REFRESH)).number
     return Finding(
         f"A core of {100 * CORE:.0f} % is refreshed every K = {REFRESH} steps",
         f"A core {REFRESH} steps old catches {now.words('%')} of the image attention,"

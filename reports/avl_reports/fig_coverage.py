@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from avl_analysis.figures import Axis, Figure, Line, Lines, Rule
-from avl_reports.estimates import estimate
+from avl_analysis.intervals import estimate
 from avl_reports.findings import Finding, judge
 from avl_reports.policy_numbers import CORE, SECONDARY, TARGET, TEXT
 from avl_reports.run import Run, Section
@@ -74,7 +74,7 @@ def findings(decode: xr.DataArray, last: xr.DataArray) -> tuple[Finding, ...]:
     )
     found = []
     for choice, what, array, modality, limit in checks:
-        needed = estimate(array.sel(key_modality=modality).sel(tau=TARGET)).interval
+        needed = estimate(array.sel(key_modality=modality).sel(tau=TARGET)).number
         found.append(
             Finding(
                 choice,

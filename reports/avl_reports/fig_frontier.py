@@ -6,8 +6,7 @@ import numpy as np
 
 from avl.policies.registry import label_of
 from avl_analysis.figures import Axis, Figure, Heat, Panel, Points, Rule, Scatter
-from avl_analysis.intervals import Estimate
-from avl_reports.findings import Finding, Interval, judge
+from avl_reports.findings import Finding, judge
 from avl_reports.frontiers import Frontier, Point
 from avl_reports.policy_numbers import LOSS, PAPER, color_slot
 from avl_reports.run import Run, Section
@@ -62,7 +61,7 @@ def findings(frontier: Frontier) -> tuple[Finding, ...]:
         own = (name, None)
         if own not in points or full not in points:
             continue
-        change = _interval(frontier.difference(own, full))
+        change = frontier.difference(own, full)
         found.append(
             Finding(
                 choice,
@@ -78,7 +77,7 @@ def findings(frontier: Frontier) -> tuple[Finding, ...]:
         ours, rival = (_OURS, budget), (_RANDOM, budget)
         if rival not in points:
             continue
-        gain = _interval(frontier.difference(ours, rival))
+        gain = frontier.difference(ours, rival)
         found.append(
             Finding(
                 f"Choosing by attention beats choosing at random, at {100 * budget:.0f} % of the"
@@ -98,10 +97,8 @@ def table(frontier: Frontier) -> tuple[tuple[str, ...], ...]:
     rows = [("policy", "budget", "bytes in use / full", "right answers", "less full cache")]
     for point in frontier.points:
         name, budget = point
-        change = (
-            "" if name == _FULL else _interval(frontier.difference(point, (_FULL, None))).words("%")
-        )
-        accuracy = _interval(frontier.accuracy(point)).words("%")
+        change = "" if name == _FULL else frontier.difference(point, (_FULL, None)).words("%")
+        accuracy = frontier.accuracy(point).words("%")
         rows.append(
             (
                 name,
@@ -177,10 +174,6 @@ def _of(frontier: Frontier) -> str:
     settings = frontier.about.get("settings") or {}
     command = frontier.about.get("command")
     return f"Made by: {command}." if command else (f"Made with {settings}." if settings else "")
-
-
-def _interval(estimate: Estimate) -> Interval:
-    return Interval(estimate.mean, estimate.low, estimate.high)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from avl_analysis.figures import Axis, Figure, Overlay, Panel
-from avl_reports.estimates import estimate
+from avl_analysis.intervals import estimate
 from avl_reports.fig_heads import hit_rate
 from avl_reports.fig_overlay import choose, grids, short
 from avl_reports.run import NotMeasured, Run, Section
@@ -69,13 +69,13 @@ def _heads(run: Run) -> tuple[list[tuple[int, int]], str]:
     hits = hit_rate(run)
     if hits is not None:
         score, why = (
-            estimate(hits, ("layer", "head")).value,
+            estimate(hits, ("layer", "head")).mean,
             "Heads: those whose strongest patch is most often on the region.",
         )
     else:
         mass = run["modality_mass"].sel(step=0, key_modality="image")
         score, why = (
-            estimate(mass, ("layer", "head")).value,
+            estimate(mass, ("layer", "head")).mean,
             "Heads: those with the largest share of attention on pictures.",
         )
     ranked = np.argsort(-np.nan_to_num(score.values, nan=-1.0), axis=None, kind="stable")[:HEADS]

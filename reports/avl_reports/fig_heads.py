@@ -9,7 +9,7 @@ from avl_analysis.corpus.regions import recorded_regions
 from avl_analysis.figures import Axis, Figure, Heat
 from avl_analysis.heads.localisation import first_word_hits
 from avl_analysis.heads.taxonomy import HIT, KINDS, LOCAL, SINK, TEXT, VISUAL, kinds
-from avl_reports.estimates import estimate
+from avl_analysis.intervals import estimate
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
 from avl_reports.shapes import HEAD, LAYER, layer_head_map, share
@@ -46,8 +46,8 @@ def section(run: Run) -> Section:
             )
         )
     entropy = estimate(run["spatial_entropy"], ("layer", "head"))
-    if bool(np.isfinite(entropy.value).any()):
-        top = float(np.nanmax(entropy.value.values))
+    if bool(np.isfinite(entropy.mean).any()):
+        top = float(np.nanmax(entropy.mean.values))
         panels.append(
             layer_head_map(
                 entropy, Axis("spatial entropy", "nats", (0.0, max(top, 0.1))), "spread over places"

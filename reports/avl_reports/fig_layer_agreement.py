@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from avl_analysis.figures import Figure, Line, Lines
-from avl_reports.estimates import estimate
+from avl_analysis.intervals import estimate
 from avl_reports.findings import Finding, judge
 from avl_reports.policy_numbers import PREFILL, midway
 from avl_reports.run import NotMeasured, Run, Section
@@ -41,7 +41,7 @@ def section(run: Run) -> Section:
         ),
         columns=1,
     )
-    shared = estimate(later.sel(p=PREFILL)).interval
+    shared = estimate(later.sel(p=PREFILL)).number
     limit = midway(PREFILL)
     finding = Finding(
         f"The prefill filter keeps P = {100 * PREFILL:.0f} % by the second layer's ranking (off by"

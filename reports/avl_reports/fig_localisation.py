@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from avl_analysis.figures import Axis, Bar, Bars, Figure, Line, Lines, Rule
-from avl_reports.estimates import estimate
+from avl_analysis.intervals import estimate
 from avl_reports.findings import Finding, judge
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
@@ -22,14 +22,14 @@ def section(run: Run) -> Section:
     if lift is None:
         raise NotMeasured("the recording does not say what part of the picture any word is about")
     by_layer = estimate(lift, ("layer",))
-    best = int(by_layer.value["layer"].values[int(np.argmax(by_layer.value.values))])
+    best = int(by_layer.mean["layer"].values[int(np.argmax(by_layer.mean.values))])
     measured = int(np.isfinite(lift).any("layer").sum())
     axis = Axis("attention on the region / chance", "times")
-    layers = by_layer.value["layer"].values
+    layers = by_layer.mean["layer"].values
     curve = Line(
         "mean over heads",
         layers,
-        by_layer.value.values,
+        by_layer.mean.values,
         by_layer.low.values,
         by_layer.high.values,
         slot=1,
@@ -54,7 +54,7 @@ def section(run: Run) -> Section:
             measured,
         ),
     )
-    mean = estimate(lift).interval
+    mean = estimate(lift).number
     finding = Finding(
         "Image tokens are chosen by their attention score",
         f"The score A-VL ranks by puts {mean.words('times')} the attention of chance on what the"
@@ -113,7 +113,7 @@ def _by_task(run: Run, lift: xr.DataArray, axis: Axis, title: str) -> Bars:
     tasks = np.array([example.task or "unnamed" for example in run.examples])
     known = [task for task in dict.fromkeys(tasks) if np.isfinite(lift.values[tasks == task]).any()]
     parts = [
-        estimate(lift.isel(sample=np.flatnonzero(tasks == task))).interval for task in sorted(known)
+        estimate(lift.isel(sample=np.flatnonzero(tasks == task))).number for task in sorted(known)
     ]
     values, low, high = (
         np.array([getattr(part, end) for part in parts]) for end in ("value", "low", "high")

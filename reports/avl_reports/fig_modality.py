@@ -8,8 +8,8 @@ import numpy as np
 import xarray as xr
 
 from avl_analysis.figures import Figure, Heat, Lines
-from avl_reports.estimates import estimate, per_sample
-from avl_reports.findings import Finding, Interval, judge
+from avl_analysis.intervals import estimate, per_sample
+from avl_reports.findings import Finding, judge
 from avl_reports.run import Run, Section
 from avl_reports.script import run_script
 from avl_reports.shapes import (
@@ -68,11 +68,8 @@ def findings(mass: xr.DataArray, efficiency: xr.DataArray) -> tuple[Finding, ...
     """
     tokens = per_sample(efficiency, ("key_modality",))
     ratio = tokens.sel(key_modality="text") / tokens.sel(key_modality="image")
-    typical = estimate(np.log(ratio)).interval
-    ratio_interval = Interval(
-        *(float(np.exp(v)) for v in (typical.value, typical.low, typical.high))
-    )
-    image = estimate(mass.sel(key_modality="image")).interval
+    ratio_interval = estimate(np.log(ratio)).number.exp()
+    image = estimate(mass.sel(key_modality="image")).number
     return (
         Finding(
             "Image and text tokens are treated by different rules",

@@ -7,7 +7,7 @@ import xarray as xr
 
 from avl_analysis.figures import Axis, Figure, Overlay, Panel
 from avl_analysis.figures.strip import visible
-from avl_reports.estimates import Estimate, estimate
+from avl_analysis.intervals import Estimate, estimate
 from avl_reports.fig_localisation import lifts
 from avl_reports.run import Example, NotMeasured, Run, Section
 from avl_reports.script import run_script
@@ -73,7 +73,7 @@ def _layer(run: Run, by_layer: Estimate | None) -> int:
     return int(
         layers[len(layers) // 2]
         if by_layer is None
-        else layers[int(np.argmax(by_layer.value.values))]
+        else layers[int(np.argmax(by_layer.mean.values))]
     )
 
 

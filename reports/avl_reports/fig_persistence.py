@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from avl_analysis.figures import Axis, Figure, Line, Lines, Rule
-from avl_reports.estimates import Estimate, estimate, per_sample
+from avl_analysis.intervals import Estimate, estimate, per_sample
 from avl_reports.findings import Finding, judge_within
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
@@ -66,7 +66,7 @@ def section(run: Run) -> Section:
             f" steps of an answer, divided by its mean ({measured})."
         ),
     )
-    fades = estimate(slope).interval
+    fades = estimate(slope).number
     finding = Finding(
         "Image attention lasts while decoding, unlike text attention",
         f"Per decode step the attention on the picture changes by {fades.words('%')} ({measured}).",
@@ -107,10 +107,10 @@ def _image(run: Run) -> tuple[Estimate, str]:
 def _text(run: Run) -> tuple[Estimate, str]:
     profile = run["text_age_profile"].sel(age_phase="decode")
     ages = estimate(_relative(profile, "age"), ("age",), least=least(run))
-    keep = np.isfinite(ages.value.values) & (ages.value["age"].values > 0) & (ages.value.values > 0)
+    keep = np.isfinite(ages.mean.values) & (ages.mean["age"].values > 0) & (ages.mean.values > 0)
     if not keep.any():
         raise NotMeasured("no text token was attended to by a later one while decoding")
-    return Estimate(*(a.isel(age=keep) for a in (ages.value, ages.low, ages.high, ages.n))), "age"
+    return ages.map(lambda part: part.isel(age=keep)), "age"
 
 
 def _relative(array: xr.DataArray, along: str) -> xr.DataArray:

@@ -10,7 +10,7 @@ from avl.policies.registry import label_of_class
 from avl_analysis.evaluation.comparison import Comparison
 from avl_analysis.figures import Axis, Figure, Heat, Panel, Points, Rule, Scatter
 from avl_analysis.intervals import Estimate
-from avl_reports.findings import Finding, Interval, judge
+from avl_reports.findings import Finding, judge
 from avl_reports.policy_numbers import LOSS, color_slot
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
@@ -78,7 +78,7 @@ def findings(compared: Comparison) -> tuple[Finding, ...]:
     ours = next((name for name in compared.policies if family(compared, name) == "A-VL"), None)
     if ours is None:
         return ()
-    saved = _interval(compared.mean("kv_filled_share", ours))
+    saved = compared.mean("kv_filled_share", ours)
     found = [
         Finding(
             "A-VL saves memory",
@@ -89,7 +89,7 @@ def findings(compared: Comparison) -> tuple[Finding, ...]:
     ]
     if "correct" not in compared.metrics:
         return tuple(found)
-    change = _interval(compared.difference("correct", ours))
+    change = compared.difference("correct", ours)
     found.append(
         Finding(
             "A-VL keeps the answers right",
@@ -99,7 +99,7 @@ def findings(compared: Comparison) -> tuple[Finding, ...]:
         )
     )
     if (rival := _rival(compared, ours)) is not None:
-        gain = _interval(compared.difference("correct", ours, rival))
+        gain = compared.difference("correct", ours, rival)
         found.append(
             Finding(
                 "Choosing by attention beats choosing at random",
@@ -198,10 +198,6 @@ def _batch(compared: Comparison) -> str:
         if "batch" in compared.metrics
         else "unknown size"
     )
-
-
-def _interval(estimate: Estimate) -> Interval:
-    return Interval(estimate.mean, estimate.low, estimate.high)
 
 
 def _cell(estimate: Estimate, scale: float, unit: str) -> str:

@@ -7,7 +7,7 @@ import xarray as xr
 
 from avl_analysis.figures import Axis, Figure, Line, Lines, Rule
 from avl_analysis.figures.spec import Heat
-from avl_reports.estimates import estimate
+from avl_analysis.intervals import estimate
 from avl_reports.findings import Finding, judge_within
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
@@ -51,11 +51,11 @@ def section(run: Run) -> Section:
             " logarithm."
         ),
     )
-    trend = estimate(sigma).interval
+    trend = estimate(sigma).number
     finding = Finding(
         "Scores rank image tokens without correcting for their place",
         f"From the first to the last image token the trend is sigma = {trend.words()} "
-        f"(a factor of {np.exp(trend.value):.2f}).",
+        f"(a factor of {np.exp(trend.mean):.2f}).",
         f"sigma within ±{np.log(FACTOR):.2f}, a factor of {FACTOR:g}",
         judge_within(trend, float(np.log(FACTOR))),
     )
@@ -82,8 +82,8 @@ def _received(run: Run) -> xr.DataArray:
 
 def _raster(received: xr.DataArray) -> tuple[Line, Line]:
     found = estimate(received, ("token",))
-    x = (found.value["token"].values + 0.5) / found.value.sizes["token"]
-    measured = Line("measured", x, found.value.values, found.low.values, found.high.values, slot=1)
+    x = (found.mean["token"].values + 0.5) / found.mean.sizes["token"]
+    measured = Line("measured", x, found.mean.values, found.low.values, found.high.values, slot=1)
     use = measured.y > 0
     slope, offset = (
         np.polyfit(x[use], np.log(measured.y[use]), 1) if use.sum() > 2 else (np.nan, np.nan)

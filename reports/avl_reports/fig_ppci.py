@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from avl_analysis.figures import Axis, Figure, Line, Lines, Rule
-from avl_reports.estimates import estimate
+from avl_analysis.intervals import estimate
 from avl_reports.findings import Finding, judge
 from avl_reports.policy_numbers import CORE, REFRESH, midway
 from avl_reports.run import NotMeasured, Run, Section
@@ -63,10 +63,10 @@ def section(run: Run) -> Section:
 
 def findings(continuity: xr.DataArray, heterogeneity: xr.DataArray) -> tuple[Finding, ...]:
     """Whether a core lasts K steps, and whether layers differ enough to choose for themselves."""
-    at_lag = estimate(continuity.isel(lag=REFRESH - 1).sel(p=CORE)).interval
+    at_lag = estimate(continuity.isel(lag=REFRESH - 1).sel(p=CORE)).number
     size = heterogeneity.sizes["layer"]
     pairs = xr.DataArray(~np.eye(size, dtype=bool), dims=("layer", "other_layer"))
-    between = estimate(heterogeneity.sel(p=CORE).where(pairs)).interval
+    between = estimate(heterogeneity.sel(p=CORE).where(pairs)).number
     limit = midway(CORE)
     return (
         Finding(

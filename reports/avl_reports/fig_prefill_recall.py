@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from avl_analysis.figures import Axis, Figure, Line, Lines, Rule
-from avl_reports.estimates import estimate
+from avl_analysis.intervals import estimate
 from avl_reports.findings import Finding, judge
 from avl_reports.policy_numbers import SECONDARY, TARGET
 from avl_reports.run import NotMeasured, Run, Section
@@ -65,7 +65,7 @@ def section(run: Run) -> Section:
             " means over heads, curves means over layers. Keeping tokens at random catches S."
         ),
     )
-    caught = estimate(mass.sel(secondary=SECONDARY)).interval
+    caught = estimate(mass.sel(secondary=SECONDARY)).number
     finding = Finding(
         f"S = {100 * SECONDARY:.0f} % of the image tokens, chosen by the last prompt row, are"
         " enough for the answer",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from avl_analysis.figures import Figure, Lines
-from avl_reports.estimates import estimate, per_sample
-from avl_reports.findings import Finding, Interval, judge
+from avl_analysis.intervals import estimate, per_sample
+from avl_reports.findings import Finding, judge
 from avl_reports.run import Run, Section
 from avl_reports.script import run_script
 from avl_reports.shapes import LAYER, curve, layer_head_map, share
@@ -42,8 +42,7 @@ def section(run: Run) -> Section:
     )
     efficiency = per_sample(run.decode("efficiency"), ("key_modality",))
     ratio = np.log(efficiency.sel(key_modality="system") / efficiency.sel(key_modality="image"))
-    typical = estimate(ratio.where(np.isfinite(ratio))).interval
-    times = Interval(*(float(np.exp(end)) for end in (typical.value, typical.low, typical.high)))
+    times = estimate(ratio.where(np.isfinite(ratio))).number.exp()
     finding = Finding(
         "System tokens are always kept",
         f"While decoding, one system token draws {times.words('times')} the attention of one image"

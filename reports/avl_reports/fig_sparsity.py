@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from avl_analysis.figures import Axis, Figure, Lines
-from avl_reports.estimates import estimate
+from avl_analysis.intervals import estimate
 from avl_reports.findings import Finding, judge
 from avl_reports.policy_numbers import SECONDARY
 from avl_reports.run import Run, Section
@@ -52,7 +52,7 @@ def section(run: Run) -> Section:
             " heads)."
         ),
     )
-    mean = estimate(decode).interval
+    mean = estimate(decode).number
     finding = Finding(
         "Half of the image tokens can be dropped (S = 50 %)",
         f"At decode steps {mean.words('%')} of the weights are negligible (below 1 % of the row's"

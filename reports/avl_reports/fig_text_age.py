@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from avl_analysis.figures import Axis, Figure, Line, Lines
+from avl_analysis.intervals import estimate
 from avl_analysis.statistics.ages import AGE_STARTS
 from avl_analysis.statistics.text_age import decay_fits
-from avl_reports.estimates import Estimate, estimate
 from avl_reports.findings import Finding, judge
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
@@ -50,7 +50,7 @@ def section(run: Run) -> Section:
     )
     rate = estimate(
         run["text_age_fit"].sel(age_phase="decode", decay="power", decay_parameter="rate")
-    ).interval
+    ).number
     finding = Finding(
         "Recent text is kept by age (30 % of the text budget)",
         f"While decoding, the weight of a text token falls with the power {rate.words()} of its"
@@ -65,11 +65,11 @@ def _profile(run: Run, phase: str) -> tuple[Line, ...]:
     shown = run["text_age_profile"].sel(age_phase=phase)
     ages = np.asarray(shown["age"].values)
     means = estimate(shown, ("age",), least=least(run))
-    keep = np.isfinite(means.value.values) & (ages > 0) & (means.value.values > 0)
+    keep = np.isfinite(means.mean.values) & (ages > 0) & (means.mean.values > 0)
     if not keep.any():
         raise NotMeasured(f"no text token was attended to by another one ({phase})")
-    cut = Estimate(*(a.isel(age=keep) for a in (means.value, means.low, means.high, means.n)))
-    return (curve("measured", cut, "age", 2), *_fits(run, phase, ages[keep], cut.value.values))
+    cut = means.map(lambda part: part.isel(age=keep))
+    return (curve("measured", cut, "age", 2), *_fits(run, phase, ages[keep], cut.mean.values))
 
 
 def _fits(run: Run, phase: str, ages: np.ndarray, weights: np.ndarray) -> list[Line]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from avl_analysis.figures import Axis, Figure, Line, Lines
-from avl_reports.estimates import estimate
+from avl_analysis.intervals import estimate
 from avl_reports.run import Run, Section
 from avl_reports.script import run_script
 from avl_reports.shapes import LAYER, SLOTS, curve, modality_curves, share

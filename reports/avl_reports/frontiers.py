@@ -17,7 +17,7 @@ import numpy as np
 
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.frontier import read
-from avl_analysis.intervals import Estimate, paired_difference, wilson
+from avl_analysis.intervals import Estimate, paired_share_difference, share_interval
 
 Point = tuple[str, float | None]
 """Policy and the budget it was given; None: its own settings."""
@@ -54,10 +54,7 @@ class Frontier:
 
     def accuracy(self, point: Point, tasks: Sequence[str] | None = None) -> Estimate:
         """Share of right answers with its Wilson interval."""
-        known = self.right(point, tasks)
-        known = known[np.isfinite(known)]
-        mean = float(known.mean()) if known.size else float("nan")
-        return Estimate(mean, *wilson(int(known.sum()), known.size), known.size)
+        return share_interval(self.right(point, tasks))
 
     def bytes(self, point: Point, tasks: Sequence[str] | None = None) -> float:
         """Bytes in use when answers ended, as a share of the full cache's, mean over tasks. Keys
@@ -71,7 +68,7 @@ class Frontier:
 
     def difference(self, point: Point, to: Point) -> Estimate:
         """Accuracy of one point less that of another, paired by question."""
-        return paired_difference(self.right(point), self.right(to))
+        return paired_share_difference(self.right(point), self.right(to))
 
     def _cells(self, point: Point, tasks: Sequence[str] | None) -> list[Mapping[str, Any]]:
         wanted = self.tasks if tasks is None else tasks

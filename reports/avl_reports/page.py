@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from avl_analysis.figures import Animation, Figure, Heat, Overlay, Panel, draw_plotly, palette
 from avl_analysis.figures.pictures import data_uri
-from avl_reports.facts import LEAD, READING, VERDICTS, facts, heading, provenance
+from avl_reports.facts import LEAD, READING, facts, heading, provenance, verdicts
 from avl_reports.run import Run, Section
 from avl_reports.script import csv_text
 
@@ -51,15 +51,16 @@ def render(
         trim_blocks=True,
     )
     environment.filters["close"] = lambda text: str(text).replace(" %", "\u00a0%")
+    findings = [finding for section in sections.values() for finding in section.findings]
     templates = resources.files("avl_reports") / "templates"
     return environment.get_template("page.html").render(
         title=heading(run, title),
         lead=LEAD,
-        verdicts=VERDICTS,
+        verdicts=verdicts(len(findings)),
         reading=READING,
         facts=facts(run),
         sections=[_view(name, section, svgs) for name, section in sections.items()],
-        findings=[finding for section in sections.values() for finding in section.findings],
+        findings=findings,
         missing=[(name.removeprefix("fig_"), reason) for name, reason in missing.items()],
         samples=_samples(run),
         n=run.n,

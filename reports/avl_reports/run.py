@@ -28,8 +28,8 @@ from avl_analysis.errors import InputError
 from avl_analysis.evaluation.comparison import Comparison, load_comparison
 from avl_analysis.figures import Animation, Box, Caption, Figure
 from avl_analysis.heads.ablation import Ablation, load_ablation
+from avl_analysis.intervals import METHOD
 from avl_analysis.recordings.recording import Recording, load_recording
-from avl_reports.estimates import INTERVAL
 from avl_reports.findings import Finding
 from avl_reports.frontiers import Frontier, load_frontier
 
@@ -172,7 +172,7 @@ class Run:
         return steps
 
     def caption(self, what: str, n: int | None = None) -> Caption:
-        return Caption(what, self.n if n is None else n, self.model, INTERVAL)
+        return Caption(what, self.n if n is None else n, self.model, METHOD)
 
     @cached_property
     def examples(self) -> list[Example]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from avl_analysis.figures import Axis, Heat, Line, palette
-from avl_reports.estimates import Estimate
+from avl_analysis.intervals import Estimate
 from avl_reports.run import Run
 
 LAYER = Axis("layer", "index")
@@ -42,8 +42,8 @@ def least(run: Run) -> int:
 def curve(name: str, one: Estimate, along: str, slot: int = 0, first: float = 0.0) -> Line:
     """An estimate over one dimension as a line with its interval; `first` is added
     to the places."""
-    x = np.asarray(one.value[along].values, dtype=float) + first
-    return Line(name, x, one.value.values, one.low.values, one.high.values, slot=slot)
+    x = np.asarray(one.mean[along].values, dtype=float) + first
+    return Line(name, x, one.mean.values, one.low.values, one.high.values, slot=slot)
 
 
 def modality_curves(
@@ -55,15 +55,10 @@ def modality_curves(
 
 def reached(estimate: Estimate, along: str) -> Estimate:
     """The estimate without the tail that too few samples reach."""
-    other = [dim for dim in estimate.value.dims if dim != along]
-    known = np.flatnonzero(np.isfinite(estimate.value).any(other))
+    other = [dim for dim in estimate.mean.dims if dim != along]
+    known = np.flatnonzero(np.isfinite(estimate.mean).any(other))
     stop = int(known[-1]) + 1 if known.size else 1
-    return Estimate(
-        *(
-            a.isel({along: slice(0, stop)})
-            for a in (estimate.value, estimate.low, estimate.high, estimate.n)
-        )
-    )
+    return estimate.map(lambda part: part.isel({along: slice(0, stop)}))
 
 
 def layer_head_map(estimate: Estimate, value: Axis, title: str) -> Heat:
@@ -75,7 +70,7 @@ def matrix(
     one: Estimate, rows: str, columns: str, x: Axis, y: Axis, value: Axis, title: str
 ) -> Heat:
     """An estimate over two dimensions as a map; values are written in where there is room."""
-    values, low, high = (a.transpose(rows, columns).values for a in (one.value, one.low, one.high))
+    values, low, high = (a.transpose(rows, columns).values for a in (one.mean, one.low, one.high))
     return Heat(x, y, value, values, low, high, annotate=values.shape[1] <= 12, title=title)
 
 

@@ -91,11 +91,16 @@ def test_overlap_figures_draw_their_random_baseline(recording):
     assert panel.lines[0].x[0] == 1
 
 
+def _varied(array: xr.DataArray) -> xr.DataArray:
+    """The array with entries that differ a little, as measured ones do."""
+    return array * np.random.default_rng(0).uniform(0.99, 1.01, array.shape)
+
+
 def test_a_core_that_never_ages_supports_refreshing_rarely(recording):
     hits = recording["core_hit_rate"]
-    steady = hits.copy(data=np.where(np.isfinite(hits), 0.9, np.nan))
+    steady = _varied(hits.copy(data=np.where(np.isfinite(hits), 0.9, np.nan)))
     assert fig_core_age.finding(steady).verdict is Verdict.SUPPORTED
-    fading = xr.where(hits["core_age"] == 0, 0.9, 0.3) * xr.ones_like(hits)
+    fading = xr.where(hits["core_age"] == 0, 0.9, 0.3) * _varied(xr.ones_like(hits))
     assert fig_core_age.finding(fading).verdict is Verdict.NOT_SUPPORTED
 
 
@@ -103,9 +108,9 @@ def test_prefill_is_enough_only_if_it_catches_the_target(recording):
     run = Run(recording)
     held = recording.data["statistics"]["prefill_mass"]
     saved = held.copy()
-    held[:] = 0.97
+    held[:] = _varied(xr.full_like(held, 0.97))
     supported = fig_prefill_recall.section(run).findings[0]
-    held[:] = 0.5
+    held[:] = _varied(xr.full_like(held, 0.5))
     refused = fig_prefill_recall.section(run).findings[0]
     held[:] = saved
     assert (supported.verdict, refused.verdict) == (Verdict.SUPPORTED, Verdict.NOT_SUPPORTED)
@@ -180,7 +185,7 @@ def test_silencing_heads_is_judged_by_the_difference_to_as_many_others(recording
     finding, other = section.findings
     assert finding.verdict is Verdict.SUPPORTED
     assert "changes accuracy by -80 % [" in finding.measured
-    assert "the latter less the former: 50 % [" in finding.measured
+    assert "the latter minus the former: 50 % [" in finding.measured
     assert finding.choice.endswith("as many others")
     assert other.choice.endswith("of the same layers")
     overall, by_task = section.figure.panels[:2]
@@ -197,8 +202,8 @@ def test_silencing_heads_is_judged_by_the_difference_to_as_many_others(recording
 def test_the_frontier_pools_tasks_and_judges_equal_budgets_question_by_question(recording):
     section = fig_frontier.section(Run(recording, frontier=made.frontier()))
     paper, half, quarter = section.findings
-    assert paper.verdict is Verdict.SUPPORTED
-    assert "At 55 % of the bytes accuracy changes by 0.0 %" in paper.measured
+    assert paper.verdict is Verdict.UNDECIDED  # eight questions without a change allow for one
+    assert "At 55 % of the bytes accuracy changes by 0.0 % [-" in paper.measured
     assert half.verdict is Verdict.SUPPORTED
     assert "(using 50 %): 50 % [" in half.measured
     assert quarter.verdict is Verdict.UNDECIDED

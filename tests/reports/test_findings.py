@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from avl_reports.findings import Finding, Interval, Verdict, judge
+from avl_analysis.intervals import Estimate
+from avl_reports.findings import Finding, Verdict, judge, judge_all, judge_within
 
 NAN = math.nan
 
@@ -25,15 +26,28 @@ NAN = math.nan
     ],
 )
 def test_a_verdict_needs_the_whole_interval_on_one_side(low, high, side, verdict):
-    assert judge(Interval((low + high) / 2, low, high), side, 0.5) is verdict
+    assert judge(Estimate((low + high) / 2, low, high, 9), side, 0.5) is verdict
 
 
-def test_an_interval_in_words_carries_its_ends_and_unit():
-    assert Interval(0.614, 0.58, 0.64).words() == "0.61 [0.58, 0.64]"
-    assert Interval(0.614, 0.58, 0.64).words("%") == "61 % [58, 64]"
-    assert Interval(3.0, 2.5, 3.5).words("times", 1) == "3.0 times [2.5, 3.5]"
-    assert Interval(3.0, NAN, NAN).words("times") == "3.00 times (no interval)"
-    assert Interval(NAN, NAN, NAN).words() == "(not measured)"
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("side", ["at least", "at most"])
+def test_an_interval_without_width_decides_nothing(value, side):
+    assert judge(Estimate(value, value, value, 6), side, 0.0) is Verdict.UNDECIDED
+    assert judge(Estimate(value, value, value, 6), side, 0.5) is Verdict.UNDECIDED
+
+
+def test_a_number_within_bounds_needs_the_whole_interval_there():
+    assert judge_within(Estimate(0.0, -0.5, 0.5, 9), 1.0) is Verdict.SUPPORTED
+    assert judge_within(Estimate(0.0, -1.5, 0.5, 9), 1.0) is Verdict.UNDECIDED
+    assert judge_within(Estimate(-2.0, -2.5, -1.5, 9), 1.0) is Verdict.NOT_SUPPORTED
+
+
+def test_several_statements_hold_together_if_each_does():
+    yes, no, open_ = Verdict.SUPPORTED, Verdict.NOT_SUPPORTED, Verdict.UNDECIDED
+    assert judge_all([yes, yes]) is yes
+    assert judge_all([yes, open_]) is open_
+    assert judge_all([yes, open_, no]) is no
+    assert judge_all([]) is open_
 
 
 def test_a_finding_says_number_rule_and_verdict():

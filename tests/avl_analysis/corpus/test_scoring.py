@@ -1,13 +1,11 @@
-"""Scores of texts and intervals over samples, against answers one can check by eye."""
+"""Scores of texts, against answers one can check by eye."""
 
 import math
 
-import numpy as np
 import pytest
 
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.corpus.scoring import common_prefix, correct, normalised, rouge_l
-from avl_analysis.intervals import mean_interval, paired_difference, wilson
 from avl_analysis.scenes import evaluate
 
 
@@ -64,39 +62,3 @@ def test_common_prefix_counts_tokens_before_the_first_difference() -> None:
     assert common_prefix([1, 2, 3], [1, 2, 4]) == 2
     assert common_prefix([1, 2], [1, 2, 4]) == 2
     assert common_prefix([], [1]) == 0
-
-
-def test_an_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
-    random = np.random.default_rng(0)
-    covered = [
-        (found := mean_interval(random.normal(3, 2, 40))).low <= 3 <= found.high for _ in range(100)
-    ]
-    assert 88 <= sum(covered) <= 100
-
-
-def test_missing_values_are_left_out_of_an_interval() -> None:
-    values = [1.0, 2.0, 4.0]
-    assert mean_interval([*values, math.nan]) == mean_interval(values)
-    assert mean_interval([math.nan]).n == 0
-    assert math.isnan(mean_interval([math.nan]).mean)
-
-
-def test_one_value_has_no_interval_and_equal_values_one_without_width() -> None:
-    one, equal = mean_interval([2.0]), mean_interval([2.0] * 5)
-    assert (one.mean, one.n) == (2.0, 1)
-    assert math.isnan(one.low)
-    assert (equal.low, equal.mean, equal.high, equal.n) == (2.0, 2.0, 2.0, 5)
-
-
-def test_paired_differences_are_narrower_than_the_samples_differ() -> None:
-    hard = np.random.default_rng(0).normal(0, 10, 50)
-    found = paired_difference(hard + 1, hard)
-    assert found.mean == pytest.approx(1)
-    assert found.high - found.low < 1e-9
-    assert paired_difference([1.0, math.nan], [0.0, 5.0]).n == 1
-
-
-def test_wilson_agrees_with_the_model_evaluation() -> None:
-    for right, asked in ((0, 10), (5, 10), (10, 10), (197, 200)):
-        assert wilson(right, asked) == pytest.approx(evaluate.wilson(right, asked))
-    assert all(math.isnan(bound) for bound in wilson(0, 0))

@@ -10,8 +10,10 @@ import xarray as xr
 from avl.kernels import backend_for
 from avl_analysis.capture.recorder import record
 from avl_analysis.errors import InputError
+from avl_analysis.intervals import estimate
 from avl_analysis.recordings.recording import Recording, load_recording, merge
 from avl_analysis.recordings.schema import RecordingError
+from avl_analysis.recordings.tables import layer_tables
 from tests import tiny
 from tests.avl_analysis.recorded import close, model
 
@@ -190,12 +192,54 @@ def test_an_estimate_is_a_mean_over_samples_with_a_bootstrap_interval(parts):
     assert found["mean"].dims == ("layer", "key_modality")
     per_sample = together["modality_mass"].sel(step=slice(1, None)).mean(["head", "step"])
     close(found["mean"], per_sample.mean("sample"))
-    assert (found["low"] <= found["mean"]).all()
-    assert (found["mean"] <= found["high"]).all()
     assert (found["n"] == 4).all()
+    assert np.isnan(found["low"]).all()  # four samples have no interval
     one = parts[1].estimate("entropy")
     assert int(one["n"]) == 1
     assert np.isnan(one["low"])
+
+
+def test_stats_and_reports_print_the_same_interval_for_the_same_number():
+    rng = np.random.default_rng(0)
+    values = rng.beta(2, 5, (9, 2, 3, 6)).astype(np.float32)
+    values[0, 0, :, 3:] = np.nan
+    names = np.array([f"{i:06d}" for i in range(9)], dtype=object)
+    mass = xr.DataArray(values, dims=("sample", "layer", "head", "step"), coords={"sample": names})
+    mass = mass.assign_coords(layer=[0, 1], step=np.arange(6))
+    data = {group: xr.Dataset() for group in ("tokens", "sums", "maps", "attention")}
+    recording = Recording({**data, "statistics": mass.to_dataset(name="first_token_mass")}, {})
+    (table,) = layer_tables(recording, ["first_token_mass"])
+    decode = slice(1, None)
+    theirs = recording.estimate("first_token_mass", ("layer",), step=decode)
+    drawn = estimate(mass.sel(step=decode), ("layer",))
+    for layer in range(2):
+        mean, low, high = (float(theirs[part][layer]) for part in ("mean", "low", "high"))
+        assert table.cells[layer] == (f"{mean:.3g} [{low:.3g}, {high:.3g}]",)
+        assert low < mean < high
+        assert (low, high) == (float(drawn.low[layer]), float(drawn.high[layer]))
+
+
+def test_half_lives_that_are_infinite_are_counted_and_not_dropped():
+    """Four of nine samples do not decay; of the others one has an absurdly long half-life."""
+    lives = np.array([20.0, np.inf, 30.0, np.inf, 1e76, np.inf, 25.0, np.inf, 22.0])
+    rates = np.array([0.2, -0.3, 0.1, -0.4, 0.001, -0.3, 0.2, -0.2, 0.2])
+    values = np.stack([lives, rates], -1)[:, None]
+    fit = xr.DataArray(values, dims=("sample", "layer", "decay_parameter"))
+    fit = fit.assign_coords(
+        sample=np.array([str(i) for i in range(9)], dtype=object),
+        layer=[0],
+        decay_parameter=["half_life", "rate"],
+    )
+    data = {group: xr.Dataset() for group in ("tokens", "sums", "maps", "attention")}
+    recording = Recording({**data, "statistics": fit.to_dataset(name="text_age_fit")}, {})
+    ((life, rate),) = layer_tables(recording, ["text_age_fit"])[0].cells
+    assert life == "1e+76 [22, inf] (median, 4 of 9 infinite)"
+    assert rate.startswith("-0.0554 [")
+    mean = recording.estimate("text_age_fit", decay_parameter="half_life")
+    assert float(mean["mean"]) == np.inf
+    assert int(mean["n"]) == 9
+    middle = recording.estimate("text_age_fit", decay_parameter="half_life", median=True)
+    assert [float(middle[part]) for part in ("mean", "low", "high")] == [1e76, 22.0, np.inf]
 
 
 def test_an_estimate_leaves_out_samples_that_have_no_such_number(parts):

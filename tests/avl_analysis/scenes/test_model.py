@@ -11,6 +11,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from avl_analysis import scenes
+from avl_analysis.intervals import wilson
 from avl_analysis.scenes import evaluate
 from avl_analysis.scenes.language import load_processor
 
@@ -80,16 +81,6 @@ def test_exact_match_forgives_spaces_and_a_full_stop_and_nothing_else() -> None:
     assert not evaluate.exact_match("", "red")
 
 
-def test_wilson_intervals_match_worked_values_and_stay_within_zero_and_one() -> None:
-    # 81 of 263: the worked example of R. G. Newcombe, Statistics in Medicine 17 (1998), table I,
-    # method 3.
-    assert evaluate.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert evaluate.wilson(0, 20)[0] == 0.0
-    assert evaluate.wilson(500, 500)[1] == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="0 of 0"):
-        evaluate.wilson(0, 0)
-
-
 def test_chance_is_the_commonest_answer_of_each_kind_of_question() -> None:
     asked = scenes.samples(60, "count", 3)
     right = 0
@@ -111,6 +102,6 @@ def test_the_filed_evaluation_covers_every_task_with_at_least_500_samples() -> N
     assert set(filed) == set(scenes.TASKS)
     for task, line in filed.items():
         assert line["samples"] >= 500, task
-        low, high = evaluate.wilson(line["right"], line["samples"])
+        low, high = wilson(line["right"], line["samples"])
         assert line["interval95"] == [pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4)]
         assert low <= line["exact_match"] <= high
