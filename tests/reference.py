@@ -17,7 +17,7 @@ steps, ...).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -459,6 +459,56 @@ def prefill_mass(scores: np.ndarray) -> np.ndarray:
     return result
 
 
+def shared_coverage(scores: np.ndarray) -> np.ndarray:
+    steps, layers, tokens = scores.shape
+    result = np.full((layers, steps, 5), np.nan)
+    for layer, t, (i, tau) in product(
+        range(layers), range(steps), enumerate((0.5, 0.8, 0.9, 0.95, 0.99))
+    ):
+        left, k = scores[t, layer].sum() * (tau - 1e-6), 0
+        for weight in sorted(scores[t, layer], reverse=True):
+            if left > 0:
+                left, k = left - weight, k + 1
+        result[layer, t, i] = k / tokens
+    return result
+
+
+def shared_sparsity(scores: np.ndarray) -> np.ndarray:
+    steps, layers, tokens = scores.shape
+    result = np.full(layers, np.nan)
+    for layer in range(layers):
+        needed = {
+            k
+            for t in range(1, steps)
+            for k in range(tokens)
+            if scores[t, layer, k] >= 0.01 * max(scores[t, layer])
+        }
+        if steps > 1:
+            result[layer] = (tokens - len(needed)) / tokens
+    return result
+
+
+def held_core_mass(
+    scores: np.ndarray, secondaries: Sequence[float], fractions: Sequence[float], ages: int
+) -> np.ndarray:
+    """(layers, ages, secondaries, fractions): the policy's core, chosen among what it holds."""
+    steps, layers, tokens = scores.shape
+    result = np.full((layers, ages, len(secondaries), len(fractions)), np.nan)
+    for layer, age, (s, secondary), (c, fraction) in product(
+        range(layers), range(ages), enumerate(secondaries), enumerate(fractions)
+    ):
+        held = _top(scores[0, layer], secondary)
+        size = int(round(fraction * tokens, 9))
+        values = []
+        for t in range(1, steps):
+            if t - age >= 0 and held and size:
+                then = scores[t - age, layer]
+                core = sorted(held, key=lambda k, then=then: (-then[k], k))[:size]
+                values.append(sum(scores[t, layer, k] for k in core) / scores[t, layer].sum())
+        result[layer, age, s, c] = _average(values)
+    return result
+
+
 def layer_agreement(scores: np.ndarray) -> np.ndarray:
     _, layers, _ = scores.shape
     result = np.full((layers, 3), np.nan)
@@ -478,6 +528,8 @@ OVER_STEPS = {
         core_hit_rate,
         prefill_recall,
         prefill_mass,
+        shared_coverage,
+        shared_sparsity,
         layer_agreement,
     )
 }

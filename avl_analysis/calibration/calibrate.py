@@ -6,16 +6,20 @@ their intervals.
 
     secondary   smallest share of image tokens, chosen by the last prompt row, that catches q of the
                 image attention of all decode steps together
-    core, refresh_every a core of some size catches less the longer ago it was chosen; of all pairs
-                whose core still catches q when it is oldest, the one that reads the fewest keys per
-                step
+    core, refresh_every a core, chosen among the held tokens as the policy chooses it, catches less
+                the longer ago it was chosen; of all pairs whose core still catches q of the whole
+                image attention when it is oldest, the one that reads the fewest keys per step.
+                Where what is held catches q only just, no smaller core does, and every step reads
+                all that is held
     text        smallest share of text keys, 70 % by accumulated score and 30 % newest, that catches
                 q of the text attention of all decode steps
     prefill     (on request) smallest share on which the ranking of layer `prefill_layer` agrees to
                 q with that of every later layer; usually there is none, and the filter stays off
 
 Every choice keeps its curve and says in words why it fell where it fell. Held-out questions then
-show what the chosen numbers catch there, and `compare` what the policy really does to the answers.
+show what the chosen numbers catch there, and `compare` what the policy really does to the answers;
+calibration, verification and later comparisons must not share a question (drawn scenes have a
+split for each, see `avl_analysis.scenes.samples.SPLITS`).
 Where one number serves all layers, they are taken together, each with the weight of its attention
 on the modality in question: a layer that hardly looks at the picture does not decide how much of it
 is kept. With `per_layer`, `secondary` and `core` are read layer by layer instead. Samples whose
@@ -24,6 +28,7 @@ answer is a single token say nothing about decoding.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -47,19 +52,24 @@ from avl_analysis.calibration.read_curves import (
     text_choice,
 )
 from avl_analysis.calibration.text_eviction import TextTrace, caught
-from avl_analysis.corpus.questions import Sample
+from avl_analysis.corpus.questions import Sample, describe_questions, fingerprint, shared_questions
 from avl_analysis.corpus.record_samples import record_samples
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.compare import compare
 from avl_analysis.evaluation.comparison import Comparison
 from avl_analysis.evaluation.generation import generate
-from avl_analysis.intervals import mean_interval
+from avl_analysis.intervals import LEAST_SAMPLES, mean_interval
 from avl_analysis.models.loading import VLM
 from avl_analysis.recordings.recording import Recording
-from avl_analysis.statistics.core_hits import CoreHitRate
+from avl_analysis.statistics.core_hits import HeldCoreMass
 from avl_analysis.statistics.layer_agreement import LayerAgreement
 from avl_analysis.statistics.modality_mass import ModalityMass
 from avl_analysis.statistics.prefill_recall import PrefillMass
+
+FEW = 16
+"""Samples below which intervals hold less often than they say: the chosen `secondary` or `core`
+then misses the target on new questions in up to 10 to 17 % of calibrations, not in 2.5 %.
+"""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -70,12 +80,19 @@ class Evidence:
     """Why a policy is what it is, and how it did on questions it was not chosen by.
 
     Attributes:
-        target: q; model: name and revision; samples, held_out: ids of the questions.
+        target: q, the share of the attention that is to be kept.
+        model: name and revision.
+        samples: ids of the questions that the settings were chosen by.
+        held_out: ids of the questions that they were verified with.
         choices: one per setting.
         kept: on the held-out questions, with the full cache: share of attention the chosen numbers
             catch (mean, low, high, n), by setting.
         measured: the policy on the held-out questions: metric -> mean, low, high, n, difference to
             the full cache.
+        questions: what the questions of both kinds are, in words, with the splits they are from.
+        warnings: what makes the choice less certain than its intervals say.
+        asked: fingerprints of all these questions, by which `avl compare` notices that it is to
+            judge the policy by questions it was chosen by.
     """
 
     target: float
@@ -85,14 +102,22 @@ class Evidence:
     choices: tuple[Choice, ...]
     kept: Mapping[str, Mapping[str, float | int | None]] = field(default_factory=dict)
     measured: Mapping[str, Mapping[str, float | int | None]] = field(default_factory=dict)
+    questions: str = ""
+    warnings: tuple[str, ...] = ()
+    asked: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool | None:
-        """Whether every share kept on the held-out questions is at least the target; None if none
-        could be measured.
+        """Whether the held-out questions show that the target is kept.
+
+        True if of every setting the whole interval of the share kept is at or above the target,
+        False if of one setting it is below, None where intervals hold the target or are missing.
         """
-        means = [entry["mean"] for entry in self.kept.values() if entry["mean"] is not None]
-        return all(mean >= self.target for mean in means) if means else None
+        bounds = [(entry["low"], entry["high"]) for entry in self.kept.values()]
+        if any(high is not None and high < self.target for _, high in bounds):
+            return False
+        kept = [low is not None and low >= self.target for low, _ in bounds]
+        return True if kept and all(kept) else None
 
     def _repr_html_(self) -> str:
         """What was chosen, and what of the attention it keeps on held-out questions."""
@@ -118,7 +143,7 @@ class LayerCurves:
     """The same, layer by layer."""
 
     secondary: xr.DataArray  # (sample, layer, secondary)
-    core: xr.DataArray  # (sample, layer, core_age, core)
+    core: xr.DataArray  # (sample, layer, core_age, secondary, core)
     weight: xr.DataArray  # (sample, layer): image attention of all decode steps
 
 
@@ -127,7 +152,7 @@ class Curves:
     """What was recorded of some samples, all layers taken together; dimensions as named."""
 
     secondary: xr.DataArray  # (sample, secondary)
-    core: xr.DataArray  # (sample, core_age, core)
+    core: xr.DataArray  # (sample, core_age, secondary, core)
     text: xr.DataArray  # (sample, share)
     agreement: xr.DataArray | None  # (sample, layer, p)
     layers: LayerCurves | None = None
@@ -165,8 +190,8 @@ def calibrate(
         The policy and its evidence.
 
     Raises:
-        InputError: a target out of range, too few samples, or no sample with a picture and an
-            answer of two tokens.
+        InputError: a target out of range, too few samples, questions that are in both lists, or no
+            sample with a picture and an answer of two tokens.
     """
     if not 0 < target < 1:
         raise InputError(
@@ -174,10 +199,16 @@ def calibrate(
         )
     if held_out is None:
         samples, held_out = [s for i, s in enumerate(samples) if i % 3 != 2], samples[2::3]
-    if len(samples) < 2 or not held_out:
+    if len(samples) < LEAST_SAMPLES or not held_out:
         raise InputError(
             f"{len(samples)} samples to calibrate on and {len(held_out)} to verify with: an"
-            " interval needs two, and verification one; pass more samples"
+            f" interval needs {LEAST_SAMPLES}, and verification one; pass more samples"
+        )
+    if both := shared_questions(samples, held_out):
+        raise InputError(
+            f"{len(both)} question(s) are to be calibrated on and verified with, for example"
+            f" {both[0]}; what settings are chosen by cannot show that they hold: pass held_out"
+            " questions that are not among samples, or leave it out to have a third put aside"
         )
     layer = prefill_layer if prefill else None
     curves = measure(
@@ -201,8 +232,31 @@ def calibrate(
         choices=tuple(choices),
         kept=kept(fresh, policy),
         measured=_measured(comparison),
+        questions=(
+            f"chosen by {describe_questions(samples)}; verified with {describe_questions(held_out)}"
+        ),
+        warnings=_warnings(curves),
+        asked=tuple(fingerprint(sample) for sample in (*samples, *held_out)),
     )
+    for message in evidence.warnings:
+        warnings.warn(message, stacklevel=2)
     return policy, evidence
+
+
+def _warnings(curves: Curves) -> tuple[str, ...]:
+    """What makes the choice less certain than its intervals say."""
+    usable = _usable(curves)
+    if usable >= FEW:
+        return ()
+    return (
+        f"only {usable} samples tell about decoding: with fewer than {FEW} the settings miss the"
+        " target on new questions more often than the intervals say; calibrate on more",
+    )
+
+
+def _usable(curves: Curves) -> int:
+    """Samples with a picture and a decode step."""
+    return int(curves.secondary.notnull().any("secondary").sum())
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -225,7 +279,7 @@ def measure(
     statistics: list[Any] = [
         ModalityMass(),
         PrefillMass(secondaries=SHARES),
-        CoreHitRate(fractions=SHARES, ages=MAX_REFRESH),
+        HeldCoreMass(secondaries=SHARES, fractions=SHARES, ages=MAX_REFRESH),
     ]
     if prefill_layer is not None:
         layers = describe(vlm.model).layers
@@ -264,10 +318,7 @@ def from_recording(recording: Recording, text: np.ndarray) -> Curves:
         InputError: a recording without these statistics.
     """
     try:
-        shares, hits = (
-            recording["prefill_mass"],
-            recording["core_hit_rate"].sel(hit="mass", drop=True),
-        )
+        shares, hits = recording["prefill_mass"], recording["held_core_mass"]
         mass = (
             recording["modality_mass"]
             .sel(key_modality="image", drop=True)
@@ -303,13 +354,13 @@ def choose(
     """The policy whose settings are the smallest that keep `target`, and the reason for each.
 
     Raises:
-        InputError: fewer than two samples with a decode step after a picture.
+        InputError: fewer than five samples with a decode step after a picture.
     """
-    if (usable := int(curves.secondary.notnull().any("secondary").sum())) < 2:
+    if (usable := _usable(curves)) < LEAST_SAMPLES:
         raise InputError(
             f"{usable} of the samples have a picture and an answer of at least two tokens; only"
-            " decode steps can be calibrated, and an interval needs two samples: ask questions"
-            " with longer answers, such as descriptions"
+            f" decode steps can be calibrated, and an interval needs {LEAST_SAMPLES} samples: ask"
+            " questions with longer answers, such as descriptions"
         )
     text = text_choice(curves.text, target)
     if per_layer:
@@ -319,7 +370,8 @@ def choose(
             curves.secondary, "secondary", target, "image attention of the decode steps"
         )
         assert secondary.value is not None
-        core, refresh = core_choice(curves.core, float(secondary.value), target)
+        among_held = curves.core.sel(secondary=secondary.value, drop=True)
+        core, refresh = core_choice(among_held, float(secondary.value), target)
         choices = [secondary, core, refresh]
         chosen = {choice.setting: choice.value for choice in choices}
     chosen["text"] = text.value
@@ -341,7 +393,8 @@ def _choose_by_layer(curves: Curves, target: float) -> tuple[dict[str, Any], lis
         )
     secondary = secondary_by_layer(curves.layers.secondary, target)
     held = tuple(float(choice.value or 0) for choice in secondary)
-    cores, refresh = cores_by_layer(curves.layers.core, held, target)
+    among_held = curves.layers.core.sel(secondary=_per_layer(held, curves.layers))
+    cores, refresh = cores_by_layer(among_held.drop_vars("secondary"), held, target)
     sizes = None if refresh.value == 0 else tuple(float(choice.value or 0) for choice in cores)
     chosen = {"secondary": held, "core": sizes, "refresh_every": refresh.value}
     return chosen, [*secondary, *cores, refresh]
@@ -356,9 +409,11 @@ def kept(curves: Curves, policy: AdaptivePolicy) -> dict[str, dict[str, float | 
     """
     found: dict[str, xr.DataArray] = {}
     if policy.secondary is not None:
-        found["secondary"] = _at(curves, "secondary", policy.secondary)
+        found["secondary"] = _at(curves, "secondary", secondary=policy.secondary)
     if policy.core is not None and policy.refresh_every > 1:
-        found["core"] = _at(curves, "core", policy.core).sel(core_age=policy.refresh_every - 1)
+        held = 1.0 if policy.secondary is None else policy.secondary
+        aged = _at(curves, "core", secondary=held, core=policy.core)
+        found["core"] = aged.sel(core_age=policy.refresh_every - 1)
     if policy.text is not None:
         found["text"] = curves.text.sel(share=policy.text)
     estimates: dict[str, dict[str, float | int | None]] = {}
@@ -373,14 +428,28 @@ def kept(curves: Curves, policy: AdaptivePolicy) -> dict[str, dict[str, float | 
     return estimates
 
 
-def _at(curves: Curves, setting: str, value: float | tuple[float, ...]) -> xr.DataArray:
-    """What one share of a setting catches, or one share per layer, all layers taken together."""
-    if not isinstance(value, tuple):
-        return getattr(curves, setting).sel({setting: value})
+def _at(curves: Curves, name: str, **settings: float | tuple[float, ...]) -> xr.DataArray:
+    """A curve at some settings, one share each or one per layer, all layers taken together.
+
+    Args:
+        curves: what was recorded.
+        name: "secondary" or "core".
+        settings: dimension of the curve -> its share, or shares of all layers.
+    """
+    if not any(isinstance(value, tuple) for value in settings.values()):
+        return getattr(curves, name).sel(settings)
     layers = curves.layers
     assert layers is not None
-    own = xr.DataArray(list(value), dims="layer", coords={"layer": layers.weight["layer"]})
-    return _together(getattr(layers, setting).sel({setting: own}), layers.weight)
+    own = {
+        dim: _per_layer(value, layers) if isinstance(value, tuple) else value
+        for dim, value in settings.items()
+    }
+    return _together(getattr(layers, name).sel(own), layers.weight)
+
+
+def _per_layer(values: Sequence[float], layers: LayerCurves) -> xr.DataArray:
+    """One number per layer, to select with."""
+    return xr.DataArray(list(values), dims="layer", coords={"layer": layers.weight["layer"]})
 
 
 def _measured(comparison: Comparison) -> dict[str, dict[str, float | int | None]]:

@@ -1,9 +1,10 @@
 """Reading settings off curves: which share, core or interval is the smallest that keeps a target,
 and why.
 
-A curve is a mean over samples with its interval; a number is good enough where the lower bound
-reaches the target. Every choice keeps the curve it was read from and says in words why it fell
-where it fell. Knows arrays, not models.
+A curve is a mean over samples with its two-sided 95 % interval; a number is good enough where the
+lower bound reaches the target, which a number that misses it does in 2.5 % of calibrations. Every
+choice keeps the curve it was read from and says in words why it fell where it fell. Knows arrays,
+not models.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from avl_analysis.intervals import mean_intervals
+from avl_analysis.intervals import Estimate, mean_intervals
 
 SHARES = tuple(round(0.05 * i, 2) for i in range(1, 21))
 """Shares that can be chosen: 5 % to 100 %."""
@@ -89,31 +90,24 @@ def core_choice(values: xr.DataArray, secondary: float, target: float) -> tuple[
     """Core and refresh interval that read fewest keys per step.
 
     With an interval of K a core is used 1 to K - 1 steps after it was chosen; every K-th step reads
-    all that is held.
+    all that is held. The core is chosen among the held tokens and must catch the target of the
+    attention on all image tokens when it is oldest.
+
+    Args:
+        values: share of the image attention on a core chosen among held tokens,
+            (sample, core_age, core).
+        secondary: share of image tokens that is held.
+        target: share of the image attention that is to be kept.
     """
     values = values.transpose("sample", "core_age", "core")
     found = mean_intervals(values.values)
-    mean, low, high, n = found.mean, found.low, found.high, found.n
     shares = [float(share) for share in values["core"].values]
     ages = [float(age) for age in values["core_age"].values]
-    best: tuple[float, int, int] | None = None
-    for c, share in enumerate(shares):
-        if share > secondary + 1e-9:
-            break
-        for interval in range(2, len(values["core_age"]) + 1):
-            if not low[interval - 1, c] >= target:
-                break
-            read = (secondary + (interval - 1) * share) / interval
-            if (
-                best is None
-                or read < best[0] - 1e-9
-                or (abs(read - best[0]) <= 1e-9 and interval > best[1])
-            ):
-                best = (read, interval, c)
+    best = _fewest_keys(found.low, shares, secondary, target)
     if best is None or best[0] >= secondary - 1e-9:
         largest = max(i for i, share in enumerate(shares) if share <= secondary + 1e-9)
         name = "share of the image attention on a core chosen 1 step ago, by its size"
-        young = _curve(name, shares, *(part[1] for part in (mean, low, high, n)))
+        young = _curve(name, shares, found.map(lambda part: part[1]))
         reason = (
             f"no core that reads fewer keys than the {secondary:g} held catches {target:.0%} of the"
             f" image attention one step after it was chosen (one of {shares[largest]:g}:"
@@ -124,9 +118,9 @@ def core_choice(values: xr.DataArray, secondary: float, target: float) -> tuple[
     by_age = (
         f"share of the image attention on a core of {shares[c]:g}, by steps since it was chosen"
     )
-    aged = _curve(by_age, ages, mean[:, c], low[:, c], high[:, c], n[:, c])
+    aged = _curve(by_age, ages, found.map(lambda part: part[:, c]))
     by_size = f"share of the image attention on a core chosen {interval - 1} steps ago, by its size"
-    sized = _curve(by_size, shares, *(part[interval - 1] for part in (mean, low, high, n)))
+    sized = _curve(by_size, shares, found.map(lambda part: part[interval - 1]))
     caught_last = (
         f"catches {_words(sized, c)} of the image attention when it is oldest, {interval - 1} steps"
     )
@@ -150,9 +144,45 @@ def core_choice(values: xr.DataArray, secondary: float, target: float) -> tuple[
     )
 
 
+def _fewest_keys(
+    low: np.ndarray, shares: Sequence[float], secondary: float, target: float
+) -> tuple[float, int, int] | None:
+    """Keys read per step, interval and index of the core, of the pair that reads fewest keys.
+
+    Of equal pairs the one with the longest interval; None where no core is good for one step.
+
+    Args:
+        low: (core_age, core) lower bounds of the share caught.
+        shares: sizes of the cores, ascending.
+        secondary: share of image tokens that is held.
+        target: share that must be caught.
+    """
+    best: tuple[float, int, int] | None = None
+    for c, share in enumerate(shares):
+        if share > secondary + 1e-9:
+            break
+        for interval in range(2, len(low) + 1):
+            if not low[interval - 1, c] >= target:
+                break
+            read = (secondary + (interval - 1) * share) / interval
+            fewer = best is None or read < best[0] - 1e-9
+            longer = best is not None and abs(read - best[0]) <= 1e-9 and interval > best[1]
+            if fewer or longer:
+                best = (read, interval, c)
+    return best
+
+
 def text_choice(values: xr.DataArray, target: float) -> Choice:
     """The smallest share of text keys that reaches the target; None where texts were too short to
     tell.
+
+    At least 20 text keys are always held, so on short texts several shares are one and the same
+    policy. Of shares that no sample tells apart the largest is taken: a longer text shows what the
+    smaller ones lose.
+
+    Args:
+        values: share of the text attention that is caught, (sample, share).
+        target: share of it that is to be kept.
     """
     what = "text attention of the decode steps"
     curve = curve_of(values, "share", f"share of the {what} that is caught, by text")
@@ -166,15 +196,30 @@ def text_choice(values: xr.DataArray, target: float) -> Choice:
     for index in acting:
         low = curve.low[index]
         if low is not None and low >= target:
-            return Choice(
-                "text", curve.x[index], _because(curve, index, "text", target, what), curve
-            )
+            largest = _largest_equal(values.transpose("sample", "share").values, index)
+            reason = _because(curve, index, "text", target, what)
+            if largest > index:
+                reason = (
+                    f"text = {curve.x[largest]:g} is the largest share that keeps as much as"
+                    f" {curve.x[index]:g} in every sample; these texts are too short to tell them"
+                    f" apart. {reason[:1].upper()}{reason[1:]}"
+                )
+            return Choice("text", curve.x[largest], reason, curve)
     last = acting[-1]
     reason = (
         f"the rule stays off: at {curve.x[last]:g} it catches {_words(curve, last)}, less than"
         f" {target:.0%}"
     )
     return Choice("text", None, reason, curve)
+
+
+def _largest_equal(values: np.ndarray, index: int) -> int:
+    """The last of the columns from `index` on that are equal to it in every row."""
+    while index + 1 < values.shape[1] and np.allclose(
+        values[:, index], values[:, index + 1], rtol=0, atol=1e-12, equal_nan=True
+    ):
+        index += 1
+    return index
 
 
 def prefill_choice(agreement: xr.DataArray, target: float, layer: int, secondary: float) -> Choice:
@@ -208,21 +253,12 @@ def prefill_choice(agreement: xr.DataArray, target: float, layer: int, secondary
 def curve_of(values: xr.DataArray, dim: str, name: str) -> Curve:
     """Mean over samples along `dim`, with intervals."""
     x = [float(label) for label in values[dim].values]
-    found = mean_intervals(values.transpose("sample", dim).values)
-    return _curve(name, x, found.mean, found.low, found.high, found.n)
+    return _curve(name, x, mean_intervals(values.transpose("sample", dim).values))
 
 
-def _curve(
-    name: str,
-    x: Sequence[float],
-    mean: np.ndarray,
-    low: np.ndarray,
-    high: np.ndarray,
-    n: np.ndarray,
-) -> Curve:
-    return Curve(
-        name, tuple(x), _tuple(mean), _tuple(low), _tuple(high), tuple(int(count) for count in n)
-    )
+def _curve(name: str, x: Sequence[float], found: Estimate[np.ndarray]) -> Curve:
+    counts = tuple(int(count) for count in found.n)
+    return Curve(name, tuple(x), _tuple(found.mean), _tuple(found.low), _tuple(found.high), counts)
 
 
 def _tuple(values: np.ndarray) -> tuple[float | None, ...]:
@@ -252,12 +288,17 @@ def cores_by_layer(
 ) -> tuple[list[Choice], Choice]:
     """For each layer a core, and one refresh interval for all, that read the fewest keys per step.
 
-    A layer whose cores age too fast for an interval attends to all it holds. `values`: (sample,
-    layer, core_age, core).
+    A layer whose cores age too fast for an interval attends to all it holds.
+
+    Args:
+        values: share of a layer's image attention on a core chosen among what it holds,
+            (sample, layer, core_age, core).
+        secondary: share of image tokens that each layer holds.
+        target: share of the image attention that is to be kept in every layer.
     """
     values = values.transpose("sample", "layer", "core_age", "core")
-    found = mean_intervals(values.values)
-    mean, low, high, n = found.mean, found.low, found.high, found.n
+    estimates = mean_intervals(values.values)
+    low = estimates.low
     shares = [float(share) for share in values["core"].values]
     layers = values["layer"].values.tolist()
     held = float(np.mean(secondary))
@@ -301,7 +342,7 @@ def cores_by_layer(
             f"share of layer {layers[i]}'s image attention on a core chosen {interval - 1} steps"
             " ago, by its size"
         )
-        curve = _curve(name, shares, *(part[i, interval - 1] for part in (mean, low, high, n)))
+        curve = _curve(name, shares, estimates.map(lambda part, i=i: part[i, interval - 1]))
         where = f"layer {layers[i]}"
         if c is None:
             reason = (

@@ -49,7 +49,7 @@ def ablate(
         ),
     ] = None,
     kind: Annotated[
-        str, typer.Option(help="Kind of heads: visual, sink, local, text or mixed.")
+        str, typer.Option(help="Kind of heads: visual, scanning, sink, local, text or mixed.")
     ] = "visual",
     model: Model = "scenes",
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
@@ -57,8 +57,8 @@ def ablate(
         Path | None,
         typer.Option(
             help=(
-                "Recording that tells the kinds of heads. Default: a third of the questions is"
-                " recorded."
+                "Recording that tells the kinds of heads. Default: other questions, half as many,"
+                " are recorded: of drawn scenes those of a split of their own, of a file a third."
             )
         ),
     ] = None,
@@ -92,8 +92,10 @@ def ablate(
         if out.suffix != ".json":
             raise InputError(f"--out {out}: the file's name must end in .json")
         check_target(out, force)
-    samples = read_or_draw(data, scenes, task)
+    samples, recorded = read_or_draw(data, scenes, task, "ablation"), None
     told = _recording(recording)
+    if data is None and told is None:
+        recorded = read_or_draw(None, max(1, scenes // 2), task, "heads")
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 
     from avl_analysis.heads.ablation import ablate as silence
@@ -110,6 +112,7 @@ def ablate(
             samples,
             kind=kind,
             recording=told,
+            recorded=recorded,
             draws=draws,
             seed=seed,
             same_layers=same_layers,

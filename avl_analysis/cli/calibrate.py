@@ -4,6 +4,7 @@ their evidence.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,7 +51,14 @@ def calibrate(
     model: Model = "scenes",
     out: Annotated[Path, typer.Option(help="Policy file to write.")] = Path("policy.json"),
     scenes: Annotated[
-        int, typer.Option(min=1, help="Drawn scenes per task; a third of all is held out.")
+        int,
+        typer.Option(
+            min=2,
+            help=(
+                "Drawn scenes per task: two thirds are of the split that settings are chosen by,"
+                " a third is of the split that verifies them."
+            ),
+        ),
     ] = 9,
     task: Tasks = None,
     max_new_tokens: MaxNewTokens = 64,
@@ -70,7 +78,8 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Choose A-VL's settings from a model's own attention, check them on held-out questions, and
-    save both.
+    save both. Questions of a file are parted in two thirds and one third; neither part, and no
+    split of scenes used here, is what `avl compare` asks by default.
     """
     if out.suffix != ".json":
         raise InputError(f"--out {out}: a policy file's name must end in .json")
@@ -79,17 +88,24 @@ def calibrate(
             f"--target {target}: choose a share of the attention between 0 and 1, for example 0.95"
         )
     check_target(out, force)
-    samples = read_or_draw(data, scenes, task)
+    verifying = max(1, scenes // 3)
+    if data is None:
+        samples = read_or_draw(None, scenes - verifying, task, "calibration")
+        held_out = read_or_draw(None, verifying, task, "verification")
+    else:
+        samples, held_out = read_or_draw(data, scenes, task, ""), None
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 
     from avl_analysis.calibration.calibrate import calibrate as choose
     from avl_analysis.evaluation.policy_files import save_policy
 
-    with progress("calibrating", unit="steps") as advance:
+    with progress("calibrating", unit="steps") as advance, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # printed below, with the evidence
         policy, evidence = choose(
             vlm,
             samples,
             target,
+            held_out=held_out,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             prefill=prefill,
@@ -117,11 +133,16 @@ def _show(policy: AdaptivePolicy, evidence: Evidence, out: Path) -> None:
         )
         table.add_row(setting, mean, f"[{low}, {high}]")
     console.print(table)
-    verdict = {True: "kept", False: "missed", None: "not measurable"}[evidence.holds]
+    verdict = {True: "kept", False: "missed", None: "undecided"}[evidence.holds]
     console.print(
-        f"target {evidence.target:g} on {len(evidence.held_out)} held-out questions: {verdict}",
+        f"target {evidence.target:g} on the held-out questions, by the bounds of these intervals:"
+        f" {verdict}",
         highlight=False,
+        soft_wrap=True,
     )
+    console.print(evidence.questions, markup=False, highlight=False, soft_wrap=True)
+    for warning in evidence.warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     shown = ("correct", "agreement", "kl", "kv_filled_share")
     for metric, entry in (
         (name, evidence.measured[name]) for name in shown if name in evidence.measured
@@ -134,7 +155,7 @@ def _show(policy: AdaptivePolicy, evidence: Evidence, out: Path) -> None:
                 f"{metric} on them: {entry['mean']:.3f}{bounds}", markup=False, highlight=False
             )
     console.print(
-        f"{policy}\nin {out}; try it with: avl compare -p {out}",
+        f"{policy}\nin {out}; try it on other questions with: avl compare -p {out}",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +29,7 @@ from avl_analysis.errors import InputError
 
 if TYPE_CHECKING:
     from avl import Policy
+    from avl_analysis.corpus.questions import Sample
     from avl_analysis.evaluation.comparison import Comparison
     from avl_analysis.intervals import Estimate
 
@@ -107,7 +109,8 @@ def compare(
     if out is not None:
         _check_out(out, force)
     compared = _policies(policy or DEFAULT_POLICIES)
-    samples = read_or_draw(data, scenes, task)
+    samples = read_or_draw(data, scenes, task, "comparison")
+    _warn_of_seen(policy or DEFAULT_POLICIES, samples)
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 
     from avl_analysis.evaluation.compare import compare as measure
@@ -127,6 +130,9 @@ def compare(
         {".nc": comparison.save, ".csv": comparison.to_csv, ".json": comparison.to_json}[
             out.suffix
         ](out)
+    Console().print(
+        f"asked: {comparison.dataset.attrs['questions']}", markup=False, highlight=False
+    )
     _show(comparison)
     failed = comparison.failures
     for name in comparison.policies:
@@ -170,6 +176,21 @@ def _policies(names: list[str] | tuple[str, ...]) -> dict[str, Policy]:
             )
         policies[row], written[row] = named_policy(name), name
     return policies
+
+
+def _warn_of_seen(names: Sequence[str], samples: Sequence[Sample]) -> None:
+    """Say so where a policy file was chosen or verified by some of these questions."""
+    from avl_analysis.corpus.questions import fingerprint
+    from avl_analysis.evaluation.policy_files import load_evidence
+
+    for name in (name for name in names if name.endswith(".json")):
+        seen = set((load_evidence(name) or {}).get("asked", ()))
+        if count := sum(fingerprint(sample) in seen for sample in samples):
+            typer.echo(
+                f"warning: {name} was calibrated with {count} of these {len(samples)} questions;"
+                " what it does on them says little about others",
+                err=True,
+            )
 
 
 def _check_out(out: Path, force: bool) -> None:

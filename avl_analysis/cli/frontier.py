@@ -45,6 +45,7 @@ def frontier(
     from avl_analysis.evaluation import frontier as frontiers
     from avl_analysis.evaluation.frontier_table import show as table
     from avl_analysis.scenes import TASKS
+    from avl_analysis.scenes.samples import split_of
 
     if (out is None) == (show is None):
         raise InputError("pass either --out FILE to make a frontier or --show FILE to print one")
@@ -69,9 +70,11 @@ def frontier(
     with progress("frontier", unit="parts") as advance:
         lines = frontiers.run(settings, folder, workers, advance)
     about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    frontiers.write(out, lines, {**about, "command": _command(out, settings)})
+    split = split_of(settings.seed) or f"none, seed {settings.seed}"
+    frontiers.write(out, lines, {**about, "split": split, "command": _command(out, settings)})
     typer.echo(
-        f"{len(lines)} points of {len(settings.tasks)} tasks in {out}; {folder} can be deleted now."
+        f"{len(lines)} points of {len(settings.tasks)} tasks (questions of split {split}) in {out};"
+        f" {folder} can be deleted now."
         f" Look at it with: avl frontier --show {out}"
     )
 

@@ -160,8 +160,16 @@ def check_target(out: Path, force: bool) -> None:
         raise InputError(f"{out} exists already: choose another --out, or replace it with --force")
 
 
-def read_or_draw(data: Path | None, scenes: int, task: list[str] | None) -> list[Sample]:
-    """The questions of a file, or `scenes` drawn ones of each task.
+def read_or_draw(
+    data: Path | None, scenes: int, task: list[str] | None, split: str
+) -> list[Sample]:
+    """The questions of a file, or drawn ones.
+
+    Args:
+        data: the file; None draws.
+        scenes: drawn scenes of each task.
+        task: names of tasks; None takes all.
+        split: the split that is drawn from.
 
     Raises:
         InputError: a file that cannot be read, an unknown task, a task beside a file.
@@ -169,7 +177,7 @@ def read_or_draw(data: Path | None, scenes: int, task: list[str] | None) -> list
     from avl_analysis.corpus.questions import read_samples, scene_samples
 
     if data is None:
-        return scene_samples(scenes, task)
+        return scene_samples(scenes, task, split=split)
     if task:
         raise InputError(
             f"--task chooses among drawn scenes, but the questions come from {data}: leave one out"

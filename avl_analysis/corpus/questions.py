@@ -13,11 +13,14 @@ damaged fails later, as one sample among many. Nothing here loads a model.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from avl_analysis.errors import InputError, one_line
 from avl_analysis.files import user_path
@@ -25,14 +28,10 @@ from avl_analysis.models.images import MAX_PIXELS, ImageSource
 from avl_analysis.scenes import TASKS
 from avl_analysis.scenes import Sample as SceneSample
 from avl_analysis.scenes import generate as draw_scene
+from avl_analysis.scenes.samples import SPLITS, split_of
 
 Box = tuple[int, int, int, int]
 """Half-open pixel box (left, top, right, bottom)."""
-
-COMPARE_SEED = 800_000
-"""Seed of the first task's scenes unless told otherwise; apart from those of training and of the
-model's evaluation.
-"""
 
 _KEYS = {
     "image": "path of a picture, or a list of paths",
@@ -90,27 +89,80 @@ def scene_sample(sample: SceneSample) -> Sample:
 
 
 def scene_samples(
-    count: int, tasks: Sequence[str] | None = None, seed: int = COMPARE_SEED, first: int = 0
+    count: int,
+    tasks: Sequence[str] | None = None,
+    *,
+    split: str = "comparison",
+    seed: int | None = None,
+    first: int = 0,
 ) -> list[Sample]:
     """`count` held-out scenes of each task (None: all tasks), grouped by task.
 
-    Every task draws from a seed of its own, `seed` plus the task's place in `TASKS`, indices
-    `first` and up: ranges of indices that do not overlap share no picture.
+    Every task draws from a seed of its own, that of the split plus the task's place in `TASKS`,
+    indices `first` and up: different splits, and ranges of indices that do not overlap, share no
+    picture.
+
+    Args:
+        count: scenes per task, at least 1.
+        tasks: names of tasks.
+        split: what the scenes are for, one of `scenes.samples.SPLITS`. Scenes that something is
+            chosen by must not be those that it is judged by.
+        seed: draw from this seed in place of a split's.
+        first: index of the first scene.
 
     Raises:
-        InputError: an unknown task, or fewer than one sample.
+        InputError: an unknown task or split, or fewer than one sample.
     """
     chosen = list(TASKS) if tasks is None else list(dict.fromkeys(tasks))
     for task in chosen:
         if task not in TASKS:
             raise InputError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
     if count < 1 or not chosen:
         raise InputError(f"{count} samples of {len(chosen)} tasks: ask for at least one of each")
+    base = SPLITS[split] if seed is None else seed
     return [
-        scene_sample(draw_scene(seed + TASKS.index(task), index, task))
+        scene_sample(draw_scene(base + TASKS.index(task), index, task))
         for task in chosen
         for index in range(first, first + count)
     ]
+
+
+def describe_questions(samples: Sequence[Sample]) -> str:
+    """How many questions there are and, of drawn scenes, of which splits: "36 questions (split
+    calibration)".
+    """
+    seeds = [(sample.meta or {}).get("scene", {}).get("seed") for sample in samples]
+    splits = {split_of(int(seed)) for seed in seeds if seed is not None} - {""}
+    count = f"{len(samples)} question{'' if len(samples) == 1 else 's'}"
+    if not splits:
+        return count
+    return f"{count} (split{'' if len(splits) == 1 else 's'} {', '.join(sorted(splits))})"
+
+
+def shared_questions(one: Sequence[Sample], other: Sequence[Sample]) -> list[str]:
+    """Ids, in `one`, of the questions that both lists hold: the same id, or the same prompt about
+    the same pictures.
+    """
+    ids = {sample.id for sample in other}
+    contents = {fingerprint(sample) for sample in other}
+    return [sample.id for sample in one if sample.id in ids or fingerprint(sample) in contents]
+
+
+def fingerprint(sample: Sample) -> str:
+    """16 hexadecimal digits that two questions share if they ask the same about the same pictures.
+
+    Pictures in files are told apart by their paths, others by their pixels.
+    """
+    content = hashlib.sha256(sample.prompt.encode())
+    for image in sample.images:
+        if isinstance(image, (str, Path)):
+            content.update(str(Path(image).expanduser().resolve()).encode())
+        else:
+            pixels = np.asarray(image)
+            content.update(str(pixels.shape).encode() + pixels.tobytes())
+    return content.hexdigest()[:16]
 
 
 def read_samples(path: str | Path) -> list[Sample]:

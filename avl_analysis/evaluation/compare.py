@@ -32,7 +32,7 @@ from avl import FullPolicy, Policy
 from avl.families import Family, describe
 from avl_analysis.capture.provenance import provenance
 from avl_analysis.corpus.batches import Failure, batches_of_similar_length, halve_on_failure
-from avl_analysis.corpus.questions import Sample
+from avl_analysis.corpus.questions import Sample, describe_questions
 from avl_analysis.corpus.scoring import common_prefix, correct, rouge_l
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.comparison import METRICS, Comparison, build
@@ -128,6 +128,7 @@ def compare(
         **provenance(vlm.model, job.family, ()),
         "model": vlm.name,
         "model_revision": vlm.revision or "",
+        "questions": describe_questions(samples),
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
         "metrics": " ".join(sorted(wanted)),

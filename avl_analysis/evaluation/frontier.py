@@ -2,7 +2,8 @@
 
     avl frontier --out frontier.jsonl --scenes 200 --workers 2
 
-Each policy answers the same held-out questions; what is plotted against accuracy is the share of
+Each policy answers the same questions, by default of the split `comparison`, by which no policy or
+preset was chosen; what is plotted against accuracy is the share of
 the full cache's bytes that was really in use (`bytes`: of each row when its answer ended), never
 the budget asked for. Questions are grouped by length, so that nothing is padded and all rows of a
 pass hold equally many bytes. A group is a unit of work: its results go to a file of their own,
@@ -40,7 +41,7 @@ from avl_analysis.corpus.batches import (
     images_encoded_once,
     longest_right_answer,
 )
-from avl_analysis.corpus.questions import COMPARE_SEED, Sample, scene_samples
+from avl_analysis.corpus.questions import Sample, scene_samples
 from avl_analysis.corpus.scoring import correct
 from avl_analysis.corpus.sharded_run import lock_folder
 from avl_analysis.errors import InputError
@@ -50,6 +51,7 @@ from avl_analysis.files import write_text
 from avl_analysis.intervals import paired_share_difference, share_interval
 from avl_analysis.models.loading import VLM, load_model
 from avl_analysis.scenes import TASKS
+from avl_analysis.scenes.samples import SPLITS
 
 BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.1)
 """Shares of the full cache's bytes."""
@@ -77,7 +79,7 @@ class Settings:
     samples: int = 200
     budgets: tuple[float, ...] = BUDGETS
     batch: int = 100
-    seed: int = COMPARE_SEED
+    seed: int = SPLITS["comparison"]
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ def _model(settings: Settings) -> VLM:
 
 @lru_cache(maxsize=1)
 def _samples(settings: Settings, task: str) -> list[Sample]:
-    return scene_samples(settings.samples, [task], settings.seed)
+    return scene_samples(settings.samples, [task], seed=settings.seed)
 
 
 def _work(settings: Settings, unit: Unit) -> None:

@@ -43,7 +43,7 @@ from avl_analysis.corpus.batches import (
     images_encoded_once,
     longest_right_answer,
 )
-from avl_analysis.corpus.questions import Sample
+from avl_analysis.corpus.questions import Sample, describe_questions, shared_questions
 from avl_analysis.corpus.record_samples import record_samples
 from avl_analysis.corpus.regions import recorded_regions
 from avl_analysis.corpus.scoring import correct
@@ -354,6 +354,7 @@ def ablate(
     *,
     kind: str = "visual",
     recording: Recording | None = None,
+    recorded: Sequence[Sample] | None = None,
     draws: int = 8,
     seed: int = 0,
     same_layers: bool = False,
@@ -365,27 +366,34 @@ def ablate(
     """Silence the heads of a kind, and as many others, and count right answers.
 
     Args:
+        vlm: a loaded model.
         samples: questions with known answers.
-        kind: which heads, one of `headmaps.KINDS`.
-        recording: where the kinds are read from; None records every third of `samples` for that and
-            leaves them out.
-        draws: how many random sets of other heads; seed: of these draws; same_layers: see `plan`.
+        kind: which heads, one of `taxonomy.KINDS`.
+        recording: where the kinds are read from; None records questions for that.
+        recorded: questions to record, none of them among `samples`; None takes every third of
+            `samples` for that and leaves it out of the answers.
+        draws: how many random sets of other heads.
+        seed: of these draws.
+        same_layers: see `plan`.
         max_new_tokens: longest answer, in tokens; cut earlier where all right answers are shorter.
         batch_size: questions per pass.
         command: how to make this again, kept in the result.
         progress: called with what is being done, how much of it is done, and how much there is.
 
     Raises:
-        InputError: questions without known answers, too few of them, no heads to compare.
+        InputError: questions without known answers, too few of them, questions that the heads were
+            found by, no heads to compare.
     """
     found_on = "" if recording is None else f"a recording of {len(recording)} samples"
     if recording is None:
-        recorded, samples = (
-            samples[2::3],
-            [sample for i, sample in enumerate(samples) if i % 3 != 2],
-        )
+        if recorded is None:
+            recorded = samples[2::3]
+            samples = [sample for i, sample in enumerate(samples) if i % 3 != 2]
+        _check_apart(shared_questions(samples, recorded))
         recording = _record(vlm, recorded, max_new_tokens, batch_size, progress)
-        found_on = f"{len(recorded)} other questions"
+        found_on = f"{describe_questions(recorded)} of their own"
+    else:
+        _check_apart(_recorded_scenes(recording, samples))
     if len(samples) < 2 or any(not sample.answers for sample in samples):
         raise InputError(
             f"{len(samples)} questions: at least two are needed, each with its right answer"
@@ -402,6 +410,26 @@ def ablate(
     return Ablation(
         kind, len(of_kind), total, name, ids, tasks, done, found_on, same_layers, command
     )
+
+
+def _check_apart(shared: Sequence[str]) -> None:
+    """Refuse to judge heads by the questions they were found by."""
+    if shared:
+        raise InputError(
+            f"{len(shared)} of the questions are also those the kinds of heads are read from, for"
+            f" example {shared[0]}: heads that were found by a question cannot be judged by it;"
+            " record or ask other questions"
+        )
+
+
+def _recorded_scenes(recording: Recording, samples: Sequence[Sample]) -> list[str]:
+    """Ids of the drawn scenes among the samples that the recording holds."""
+    known = [recording.facts(name).get("scene") for name in recording.samples]
+    return [
+        sample.id
+        for sample in samples
+        if (scene := (sample.meta or {}).get("scene")) and scene in known
+    ]
 
 
 def _record(

@@ -27,9 +27,9 @@ from avl_analysis.intervals import wilson
 from avl_analysis.scenes import MODEL_DIR
 from avl_analysis.scenes.language import conversation, load_processor
 from avl_analysis.scenes.questions import TASKS
-from avl_analysis.scenes.samples import Sample, samples
+from avl_analysis.scenes.samples import SPLITS, Sample, samples
 
-EVALUATION_SEED = 700_000
+EVALUATION_SEED = SPLITS["model"]
 
 
 def exact_match(prediction: str, answer: str) -> bool:

@@ -3,11 +3,16 @@
 ``generate(seed, index)`` is the only source of pictures in this package: the same two numbers give
 the same sample on every machine. Training draws from its own seeds (``TRAINING_SEED`` and up);
 whatever is asked with the small seeds people type was therefore never trained on.
+
+What is measured must not be asked about the questions something was chosen by. Every use of drawn
+scenes therefore has a split of its own (``SPLITS``), a range of seeds that no other use draws from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +23,32 @@ from avl_analysis.scenes.questions import TASKS, Question
 
 TRAINING_SEED = 1_000_000
 """Seeds from here on belong to training; everything below is held out."""
+SPLIT_WIDTH = 10_000
+"""Seeds in a split; every task draws from one of them, the split's first plus the task's place."""
+SPLITS: Mapping[str, int] = MappingProxyType(
+    {
+        "model": 700_000,  # how well the shipped model answers (`scenes.evaluate`)
+        "tuning": 800_000,  # presets and options of policies were chosen by these
+        "calibration": 820_000,  # `avl calibrate` chooses settings by these
+        "verification": 830_000,  # ... and checks them with these
+        "comparison": 840_000,  # `avl compare`, `avl frontier`: nothing is chosen by these
+        "heads": 850_000,  # `avl ablate` tells kinds of heads apart by these
+        "ablation": 860_000,  # ... and silences them on these
+        "recording": 870_000,  # the dashboard's recordings of many scenes
+        "watch": 900_000,  # progress of training
+    }
+)
+"""Split -> its first seed. A split is named after what its questions decide or show."""
+
+
+def split_of(seed: int) -> str:
+    """The name of the split a seed belongs to, "training" from `TRAINING_SEED` on, "" for seeds
+    that belong to none.
+    """
+    if seed >= TRAINING_SEED:
+        return "training"
+    names = [name for name, first in SPLITS.items() if first <= seed < first + SPLIT_WIDTH]
+    return names[0] if names else ""
 
 
 @dataclass(frozen=True, eq=False)

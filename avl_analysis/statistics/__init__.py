@@ -30,6 +30,7 @@ from avl_analysis.statistics.ppci import PPCIContinuity, PPCIHeterogeneity, PPCI
 from avl_analysis.statistics.prefill_recall import PrefillMass, PrefillRecall
 from avl_analysis.statistics.recent_text import RecentTextMass
 from avl_analysis.statistics.redundancy import KeyRedundancy
+from avl_analysis.statistics.shared_keys import SharedCoverage, SharedSparsity
 from avl_analysis.statistics.sinks import SinkRate
 from avl_analysis.statistics.sparsity import ThresholdSparsity
 from avl_analysis.statistics.spatial_entropy import SpatialEntropy
@@ -62,6 +63,8 @@ ALL: tuple[Statistic, ...] = (
     CoreHitRate(),
     PrefillRecall(),
     PrefillMass(),
+    SharedCoverage(),
+    SharedSparsity(),
     LayerAgreement(),
     SpatialEntropy(),
     KeyRedundancy(),

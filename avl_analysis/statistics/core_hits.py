@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from avl_analysis.statistics.base import Result, Trajectory, TrajectoryStatistic
-from avl_analysis.statistics.top_sets import overlap, top
+from avl_analysis.statistics.top_sets import overlap, size_of, top
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,70 @@ class CoreHitRate(TrajectoryStatistic):
                         (~np.isnan(hit)).sum(0),
                     )
         return sums, counts
+
+
+@dataclass(frozen=True)
+class HeldCoreMass(TrajectoryStatistic):
+    """Share of a decode step's image attention that falls on a core as the policy has it.
+
+    After the prompt the best `secondary` of the image tokens, by the last prompt row, are held; the
+    core is the best `core` of all image tokens that is among them, by the row `core_age` rows
+    earlier. Both are one set per layer, by mean score over heads. The share is of the attention on
+    all image tokens under the full cache, so that at most what is held can be caught. A core larger
+    than what is held is all that is held. Mean over the decode steps that have a core of this age.
+
+    It reads every pair of sizes at every age, so it is only recorded where a policy is calibrated.
+    """
+
+    name = "held_core_mass"
+    title = "image attention on a core chosen among held tokens"
+    source = "the core of Zhang et al., A-VL (AAAI 2025), chosen among its secondary tokens"
+    justifies = "C, K"
+    dims: ClassVar[tuple[str, ...]] = ("layer", "core_age")
+
+    secondaries: tuple[float, ...] = (0.5,)
+    fractions: tuple[float, ...] = (0.1, 0.3, 0.5)
+    ages: int = 32
+
+    def labels(self) -> Mapping[str, Sequence[Any]]:
+        return {"core_age": range(self.ages)}
+
+    def extra(self) -> Mapping[str, Sequence[Any]]:
+        return {"secondary": self.secondaries, "core": self.fractions}
+
+    def value(self, trajectory: Trajectory) -> Result:
+        scores = trajectory.scores  # (steps, layers, image tokens)
+        steps, layers, tokens = scores.shape
+        shape = (layers, self.ages, len(self.secondaries), len(self.fractions))
+        sums, counts = np.zeros(shape), np.zeros(shape)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            shares = scores / scores.sum(-1, keepdims=True)  # NaN without image attention
+        sizes = np.array([size_of(fraction, tokens) for fraction in self.fractions])
+        for s, secondary in enumerate(self.secondaries):
+            if not (size := size_of(secondary, tokens)):
+                continue
+            held, unknown = _members(top(scores[0], secondary), size)
+            place = np.arange(layers)[:, None], held
+            among, now = scores[:, *place], shares[:, *place]  # (steps, layers, held)
+            now[:, unknown] = np.nan
+            order = np.argsort(-among, axis=-1, kind="stable")
+            undefined = np.isnan(among).any(-1)
+            last = np.minimum(sizes, held.shape[-1]) - 1
+            for age in range(min(self.ages, steps)):
+                start = max(age, 1)  # the core is read at decode steps only
+                chosen = order[start - age : steps - age]
+                caught = np.take_along_axis(now[start:], chosen, -1).cumsum(-1)[..., last]
+                caught[..., last < 0] = np.nan
+                caught[undefined[start - age : steps - age]] = np.nan
+                sums[:, age, s] += np.nansum(caught, 0)
+                counts[:, age, s] += (~np.isnan(caught)).sum(0)
+        return sums, counts
+
+
+def _members(sets: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (layers, size) of the members of (layers, tokens) sets, and which layers' sets are
+    undefined; theirs are the first tokens.
+    """
+    unknown = np.isnan(sets).any(-1)
+    members = np.where(unknown[:, None], np.arange(sets.shape[-1]) < size, sets == 1)
+    return np.nonzero(members)[1].reshape(len(sets), size), unknown

@@ -10,10 +10,14 @@ import numpy as np
 def top(scores: np.ndarray, fraction: float) -> np.ndarray:
     """Which tokens are among the best `int(fraction * N)`.
 
-    The count is truncated, as A-VL does; of equal scores the earlier tokens are taken.
+    The count is truncated, as A-VL does; of equal scores the earlier tokens are taken. A set of
+    fewer than all tokens is undefined where fewer tokens have a score above 0 than it has members:
+    which of the others belong to it would be a matter of their order. So a layer that does not see
+    the picture, because its window is too short, has no best tokens.
 
     Args:
-        scores: (..., N); a row with a NaN in it has no defined set.
+        scores: (..., N), not negative; a row with a NaN in it has no defined set.
+        fraction: size of the set as a share of all tokens, in [0, 1].
 
     Returns:
         (..., N) float32 of 0 and 1; all NaN where the set is undefined or would be empty.
@@ -26,7 +30,9 @@ def top(scores: np.ndarray, fraction: float) -> np.ndarray:
     above, equal = scores > limit, scores == limit
     room = size - above.sum(-1, keepdims=True)
     chosen = (above | (equal & (equal.cumsum(-1) <= room))).astype(np.float32)
-    chosen[np.isnan(scores).any(-1)] = np.nan
+    undefined = np.isnan(scores).any(-1)
+    undefined |= (scores > 0).sum(-1) < (size if size < n else 1)
+    chosen[undefined] = np.nan
     return chosen
 
 

@@ -230,7 +230,7 @@ def silence_heads(
             found.append(
                 ablate(
                     vlm,
-                    scene_samples(per_task),
+                    scene_samples(per_task, split="ablation"),
                     recording=recorded,
                     draws=DRAWS,
                     same_layers=same_layers,

@@ -24,7 +24,7 @@ import torch
 import avl
 from avl import AdaptivePolicy
 from avl_analysis.corpus.batches import batches_by_length
-from avl_analysis.corpus.questions import COMPARE_SEED, scene_samples
+from avl_analysis.corpus.questions import scene_samples
 from avl_analysis.evaluation.frontier import Entry, read, run_unit, summarise, write
 from avl_analysis.models.loading import load_model
 from avl_analysis.scenes import TASKS
@@ -88,7 +88,7 @@ def measure(
     ]
     lines = []
     for task in tasks:
-        questions = scene_samples(samples, [task], COMPARE_SEED)
+        questions = scene_samples(samples, [task], split="tuning")
         for group in batches_by_length(vlm, questions, batch):
             lines += [{"task": task, **line} for line in run_unit(vlm, questions, group, points)]
             print(

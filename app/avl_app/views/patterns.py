@@ -96,7 +96,7 @@ def _scenes(context: Context) -> Recording | None:
         "Record", icon=":material/radio_button_checked:", help="Any other click stops it."
     ):
         bar = st.progress(0.0, text="Drawing scenes …")
-        samples = scene_samples(count)
+        samples = scene_samples(count, split="recording")
         made = context.bench.corpus(
             context.question.model,
             samples,

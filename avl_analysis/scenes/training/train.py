@@ -45,13 +45,13 @@ from transformers import LlavaForConditionalGeneration
 
 from avl_analysis.scenes.drawing import CHARACTERS, COLOURS
 from avl_analysis.scenes.questions import TASKS
-from avl_analysis.scenes.samples import TRAINING_SEED
+from avl_analysis.scenes.samples import SPLITS, TRAINING_SEED
 from avl_analysis.scenes.training import batches, launch, packed
 from avl_analysis.scenes.training.architecture import build_model, export
 from avl_analysis.scenes.training.batches import WORD_GROUPS, Batch
 from avl_analysis.scenes.training.muon import Muon
 
-WATCH_SEED = 900_000
+WATCH_SEED = SPLITS["watch"]
 """Held-out scenes looked at during training; evaluation uses others."""
 PATCH_CLASSES = {"colour": len(COLOURS), "look": len(batches.LOOKS), "character": len(CHARACTERS)}
 

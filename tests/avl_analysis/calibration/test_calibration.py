@@ -3,22 +3,31 @@ tiny model.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import xarray as xr
 
 import avl
-from avl_analysis.calibration.calibrate import Curves, LayerCurves, calibrate, choose, kept, measure
+from avl_analysis.calibration.calibrate import (
+    Curves,
+    Evidence,
+    LayerCurves,
+    calibrate,
+    choose,
+    kept,
+    measure,
+)
 from avl_analysis.calibration.read_curves import MAX_REFRESH, SHARES
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.corpus.record_samples import record_samples
 from avl_analysis.errors import InputError
-from avl_analysis.intervals import mean_interval, mean_intervals
 from avl_analysis.models.loading import VLM
 from tests.avl_analysis import shared
 
-NOISE = np.array([-0.01, 0.0, 0.01])  # three samples
+NOISE = np.array([-0.01, -0.005, 0.0, 0.005, 0.01])  # five samples
+NAMES = list("abcde")
 
 
 @pytest.fixture(scope="module")
@@ -26,34 +35,43 @@ def vlm() -> VLM:
     return shared.vlm()
 
 
+def _spread(values: np.ndarray) -> np.ndarray:
+    """Five samples around some values, (samples, ...)."""
+    return np.stack([np.clip(values + noise, 0, 1) for noise in NOISE])
+
+
+def _for_every_held(core: np.ndarray) -> np.ndarray:
+    """The same core curves, (..., ages, cores), whatever is held: (..., ages, held, cores)."""
+    return np.repeat(core[..., None, :], len(SHARES), -2)
+
+
 def _curves(secondary=None, core=None, text=None, agreement=None) -> Curves:
-    """Three samples around the given curves; what is left out catches everything."""
+    """Five samples around the given curves; what is left out catches everything. `core`:
+    (ages, cores), or (ages, held, cores).
+    """
     shares, ages = np.array(SHARES), np.arange(MAX_REFRESH)
     secondary = np.ones(20) if secondary is None else secondary
     core = np.ones((MAX_REFRESH, 20)) if core is None else core
+    core = core if core.ndim == 3 else _for_every_held(core)
     text = np.full(20, np.nan) if text is None else text
-
-    def spread(values: np.ndarray) -> np.ndarray:
-        return np.stack([np.clip(values + noise, 0, 1) for noise in NOISE])
-
-    labels = {"sample": list("abc")}
+    labels = {"sample": NAMES}
     layered = None
     if agreement is not None:
         layered = xr.DataArray(
-            spread(agreement),
+            _spread(agreement),
             dims=("sample", "layer", "p"),
             coords={**labels, "layer": [2, 3], "p": shares},
         )
     return Curves(
         xr.DataArray(
-            spread(secondary), dims=("sample", "secondary"), coords={**labels, "secondary": shares}
+            _spread(secondary), dims=("sample", "secondary"), coords={**labels, "secondary": shares}
         ),
         xr.DataArray(
-            spread(core),
-            dims=("sample", "core_age", "core"),
-            coords={**labels, "core_age": ages, "core": shares},
+            _spread(core),
+            dims=("sample", "core_age", "secondary", "core"),
+            coords={**labels, "core_age": ages, "secondary": shares, "core": shares},
         ),
-        xr.DataArray(spread(text), dims=("sample", "share"), coords={**labels, "share": shares}),
+        xr.DataArray(_spread(text), dims=("sample", "share"), coords={**labels, "share": shares}),
         layered,
     )
 
@@ -112,25 +130,36 @@ def test_a_core_is_never_larger_than_what_is_held() -> None:
     assert policy.core is None
 
 
+def test_a_core_is_read_from_the_curve_of_what_is_held() -> None:
+    """Chosen among all tokens a core of 0.2 would do; among the half that is held none does."""
+    core = np.full((MAX_REFRESH, 20, 20), 0.5)
+    core[:, SHARES.index(0.8) :, SHARES.index(0.2) :] = 0.98
+    policy, _ = choose(_curves(secondary=_reached(0.5), core=core), 0.95)
+    assert (policy.secondary, policy.core, policy.refresh_every) == (0.5, None, 0)
+    policy, _ = choose(_curves(secondary=_reached(0.8), core=core), 0.95)
+    assert (policy.secondary, policy.core, policy.refresh_every) == (0.8, 0.2, MAX_REFRESH)
+
+
 def _layered(secondary: list[np.ndarray], core: list[np.ndarray], weight: list[float]) -> Curves:
     """Curves of several layers around the given ones, and of all of them together."""
-    labels = {"sample": list("abc"), "layer": list(range(len(secondary)))}
-
-    def spread(values: list[np.ndarray]) -> np.ndarray:
-        return np.stack([np.clip(np.stack(values) + noise, 0, 1) for noise in NOISE])
-
+    labels = {"sample": NAMES, "layer": list(range(len(secondary)))}
     layers = LayerCurves(
         xr.DataArray(
-            spread(secondary),
+            _spread(np.stack(secondary)),
             dims=("sample", "layer", "secondary"),
             coords={**labels, "secondary": list(SHARES)},
         ),
         xr.DataArray(
-            spread(core),
-            dims=("sample", "layer", "core_age", "core"),
-            coords={**labels, "core_age": range(MAX_REFRESH), "core": list(SHARES)},
+            _spread(_for_every_held(np.stack(core))),
+            dims=("sample", "layer", "core_age", "secondary", "core"),
+            coords={
+                **labels,
+                "core_age": range(MAX_REFRESH),
+                "secondary": list(SHARES),
+                "core": list(SHARES),
+            },
         ),
-        xr.DataArray(np.tile(weight, (3, 1)), dims=("sample", "layer"), coords=labels),
+        xr.DataArray(np.tile(weight, (5, 1)), dims=("sample", "layer"), coords=labels),
     )
     together = _curves()
     together.layers = layers
@@ -167,6 +196,8 @@ def test_every_layer_gets_the_share_and_core_it_needs() -> None:
         (0.98 + 3 * 0.5) / 4, abs=0.01
     )
     assert kept(curves, lopsided)["core"]["mean"] == pytest.approx((0.98 + 3 * 0.5) / 4, abs=0.01)
+    shared_share = avl.AdaptivePolicy(secondary=0.5, core=(0.1, 0.1), refresh_every=5, text=None)
+    assert kept(curves, shared_share)["core"] == kept(curves, lopsided)["core"]
 
 
 def test_a_layer_whose_cores_age_too_fast_attends_to_all_it_holds() -> None:
@@ -186,8 +217,14 @@ def test_a_layer_whose_cores_age_too_fast_attends_to_all_it_holds() -> None:
         choose(_curves(), 0.95, per_layer=True)
 
 
+def _calibrated(vlm: VLM, *arguments, **options):
+    """Six questions to choose by and three to verify with, which is few."""
+    with pytest.warns(UserWarning, match="only 6 samples tell about decoding: with fewer than 16"):
+        return calibrate(vlm, shared.questions(9), *arguments, **options)
+
+
 def test_a_model_is_calibrated_layer_by_layer(vlm: VLM) -> None:
-    policy, evidence = calibrate(vlm, shared.questions(9), 0.8, max_new_tokens=5, per_layer=True)
+    policy, evidence = _calibrated(vlm, 0.8, max_new_tokens=5, per_layer=True)
     assert isinstance(policy.secondary, tuple)
     assert len(policy.secondary) == 2
     assert [c.setting for c in evidence.choices] == ["secondary"] * 2 + ["core"] * 2 + [
@@ -199,13 +236,22 @@ def test_a_model_is_calibrated_layer_by_layer(vlm: VLM) -> None:
 
 
 def test_text_is_read_from_its_curve_and_stays_off_where_nothing_is_known() -> None:
-    assert choose(_curves(text=_reached(0.6)), 0.95)[0].text == 0.6
+    growing = _reached(0.6) - np.linspace(0.001, 0, 20)
+    assert choose(_curves(text=growing), 0.95)[0].text == 0.6
     policy, choices = choose(_curves(), 0.95)
     assert policy.text is None
     assert "texts were too short" in choices[3].reason
     policy, choices = choose(_curves(text=np.full(20, 0.8)), 0.95)
     assert policy.text is None
     assert "less than 95%" in choices[3].reason
+
+
+def test_of_shares_that_short_texts_cannot_tell_apart_the_largest_is_taken() -> None:
+    """Twenty keys are always held, so on short texts shares up to 0.3 are one policy."""
+    curve = np.where(np.array(SHARES) <= 0.3, 0.96, 0.99)
+    policy, choices = choose(_curves(text=curve), 0.95)
+    assert policy.text == 0.3
+    assert "the largest share that keeps as much as 0.05 in every sample" in choices[3].reason
 
 
 def test_the_prefill_filter_needs_every_later_layer_to_agree() -> None:
@@ -256,10 +302,8 @@ def test_layers_count_with_their_image_attention(vlm: VLM) -> None:
 
 def test_a_model_is_calibrated_verified_and_explained(vlm: VLM) -> None:
     told: list[str] = []
-    samples = shared.questions(9)
-    policy, evidence = calibrate(
+    policy, evidence = _calibrated(
         vlm,
-        samples,
         0.8,
         max_new_tokens=5,
         progress=lambda what, done, total: told.append(f"{what} {done}/{total}"),
@@ -275,15 +319,44 @@ def test_a_model_is_calibrated_verified_and_explained(vlm: VLM) -> None:
     assert evidence.held_out == ("q2", "q5", "q8")
     assert not set(evidence.samples) & set(evidence.held_out)
     assert evidence.kept["secondary"]["n"] == 3
-    assert evidence.holds in (True, False)
+    assert evidence.holds is None  # three held-out questions have no interval
+    assert evidence.questions == "chosen by 6 questions; verified with 3 questions"
+    assert len(evidence.warnings) == 1
     assert 0 <= evidence.measured["agreement"]["mean"] <= 1
     assert evidence.measured["kv_filled_share"]["mean"] <= 1
     assert json.loads(json.dumps(evidence.to_dict(), allow_nan=False))["target"] == 0.8
     assert {line.split()[0] for line in told} == {"calibrating", "verifying", "comparing"}
 
 
+@pytest.mark.parametrize(
+    ("bounds", "verdict"),
+    [
+        ([(0.96, 0.99), (0.95, 0.97)], True),
+        ([(0.96, 0.99), (0.94, 0.97)], None),  # the mean may well be above
+        ([(0.96, 0.99), (0.90, 0.94)], False),
+        ([(0.96, 0.99), (None, None)], None),
+        ([], None),
+    ],
+)
+def test_a_target_holds_by_the_bounds_of_intervals_not_by_means(bounds, verdict) -> None:
+    kept_ = {
+        str(i): {"mean": 0.96, "low": low, "high": high, "n": 9}
+        for i, (low, high) in enumerate(bounds)
+    }
+    assert Evidence(0.95, "m", ("a",), ("b",), (), kept_).holds is verdict
+
+
+def test_held_out_questions_that_were_calibrated_on_are_refused(vlm: VLM) -> None:
+    samples = shared.questions(8)
+    with pytest.raises(InputError, match="8 question\\(s\\) are to be calibrated on and verified"):
+        calibrate(vlm, samples, held_out=samples)
+    renamed = [replace(samples[3], id="another name")]
+    with pytest.raises(InputError, match="for example q3"):
+        calibrate(vlm, samples, held_out=renamed)
+
+
 def test_the_highest_target_keeps_everything(vlm: VLM) -> None:
-    policy, evidence = calibrate(vlm, shared.questions(6), 0.9999999, max_new_tokens=4)
+    policy, evidence = _calibrated(vlm, 0.9999999, max_new_tokens=4)
     assert policy.secondary == 1.0
     assert evidence.measured["agreement"]["mean"] > 0.9
 
@@ -291,31 +364,17 @@ def test_the_highest_target_keeps_everything(vlm: VLM) -> None:
 @pytest.mark.parametrize(
     ("samples", "arguments", "message"),
     [
-        (shared.questions(6), {"target": 1.0}, "between 0 and 1"),
-        (shared.questions(2), {}, "verification one"),
-        (shared.questions(6), {"max_new_tokens": 1}, "at least two tokens"),
+        (shared.questions(9), {"target": 1.0}, "between 0 and 1"),
+        (shared.questions(6), {}, "4 samples to calibrate on and 2 to verify with"),
+        (shared.questions(9), {"max_new_tokens": 1}, "at least two tokens"),
         (
-            [Sample(f"n{i}", (), "what is red?") for i in range(6)],
+            [Sample(f"n{i}", (), "what is red?" + i * " red") for i in range(9)],
             {"max_new_tokens": 3},
             "0 of the samples have a picture",
         ),
-        (shared.questions(6), {"prefill": True, "prefill_layer": 2}, "choose 1 to 1"),
+        (shared.questions(9), {"prefill": True, "prefill_layer": 2}, "choose 1 to 1"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused(vlm: VLM, samples, arguments, message) -> None:
     with pytest.raises(InputError, match=message):
         calibrate(vlm, samples, **arguments)
-
-
-def test_many_intervals_at_once_are_those_taken_one_by_one() -> None:
-    values = np.random.default_rng(0).normal(0, 1, (30, 4, 2))
-    values[:10, 1, 1] = np.nan
-    values[:, 3, 0] = np.nan
-    mean, low, high, n = mean_intervals(values)
-    for i in range(4):
-        for j in range(2):
-            one = mean_interval(values[:, i, j])
-            assert n[i, j] == one.n
-            np.testing.assert_allclose(
-                [mean[i, j], low[i, j], high[i, j]], [one.mean, one.low, one.high], atol=0.05
-            )

@@ -407,7 +407,13 @@ def test_calibrate_writes_a_policy_that_compare_takes(
     folder: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "tuned.json"
-    questions.write_text(questions.read_text() * 2)
+    lines = [json.loads(line) for line in questions.read_text().splitlines()]
+    images = [questions.parent / (line.get("image") or line["images"][0]) for line in lines]
+    asked = [
+        {"image": str(images[i % len(images)]), "prompt": "what is red" + i * " red"}
+        for i in range(9)
+    ]
+    questions.write_text("\n".join(map(json.dumps, asked)))
     arguments = [
         "calibrate",
         questions,
@@ -421,7 +427,11 @@ def test_calibrate_writes_a_policy_that_compare_takes(
         out,
     ]
     assert _run(*arguments) == 0
-    assert "secondary = " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "secondary = " in told
+    assert "chosen by 6 questions; verified with 3 questions" in told
+    assert "by the bounds of these intervals: undecided" in told
+    assert "warning: only 6 samples tell about decoding" in told
     assert load_evidence(out)["target"] == 0.5
     assert (
         _run(
@@ -438,7 +448,27 @@ def test_calibrate_writes_a_policy_that_compare_takes(
         )
         == 0
     )
-    assert "tuned" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "tuned" in told.out
+    assert "asked: 9 questions" in told.out
+    assert "tuned.json was calibrated with 9 of these 9 questions" in told.err
+
+
+def test_calibrate_suggests_a_comparison_on_scenes_it_has_not_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole way on the embedded model, as a user goes it: calibrate, then compare as told."""
+    out = tmp_path / "tuned.json"
+    arguments = ["--scenes", "6", "--task", "ocr", "--task", "text_colour", "--target", "0.6"]
+    assert _run("calibrate", *arguments, "--out", out, "--max-new-tokens", 8) == 0
+    told = capsys.readouterr().out
+    assert "(split calibration); verified with 4 questions (split verification)" in told
+    command = told.split("with: avl ")[1].split()
+    shown = ["--scenes", "2", "--task", "ocr", "--metric", "accuracy"]
+    assert _run(*command, *shown, "--max-new-tokens", 8) == 0
+    told = capsys.readouterr()
+    assert "asked: 2 questions (split comparison)" in told.out
+    assert "was calibrated with" not in told.err
 
 
 @pytest.mark.parametrize(

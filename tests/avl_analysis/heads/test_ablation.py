@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 from avl_analysis import InputError, load_model
 from avl_analysis.capture.recorder import record
@@ -19,6 +22,7 @@ from avl_analysis.heads.ablation import (
     plan,
     silenced,
 )
+from avl_analysis.recordings.recording import Recording
 from tests import tiny
 
 LAYERS, HEADS = 3, 4
@@ -259,5 +263,22 @@ def test_a_model_is_asked_with_each_set_silenced(tmp_path, monkeypatch):
         set(group.right) == {"0"} and len(group.right) == 4 for group in result.groups
     )  # random weights
     assert (result.found, result.heads) == (2, 12)
+    unknown = [Sample(f"x{i}", (), "what?" + i * " red") for i in range(6)]
     with pytest.raises(InputError, match="right answer"):
-        ablate(vlm, [Sample("x", (), "what?")] * 6, draws=1, max_new_tokens=2)
+        ablate(vlm, unknown, draws=1, max_new_tokens=2)
+    others = [replace(one, id=f"o{one.id}", prompt="what is blue?") for one in samples[:2]]
+    result = ablate(vlm, samples, recorded=others, draws=1, max_new_tokens=2)
+    assert result.samples == tuple(one.id for one in samples)
+    assert result.found_on == "2 questions of their own"
+    with pytest.raises(InputError, match="3 of the questions are also those the kinds of heads"):
+        ablate(vlm, samples, recorded=samples[:3], draws=1, max_new_tokens=2)
+
+
+def test_heads_are_not_judged_by_scenes_they_were_found_by():
+    scene = {"seed": 5, "index": 0, "task": "colour"}
+    recording = Recording({}, {})
+    recording._data = {"tokens": xr.Dataset(coords={"sample": np.array(["a"], dtype=object)})}
+    recording.annotate("a", scene=scene)
+    asked = [Sample("q", (), "what?", ("red",), meta={"scene": scene})]
+    with pytest.raises(InputError, match="1 of the questions are also those .* for example q"):
+        ablate(None, asked, recording=recording)

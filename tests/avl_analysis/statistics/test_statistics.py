@@ -12,20 +12,23 @@ from avl_analysis.statistics import ALL, select
 from avl_analysis.statistics.ages import AGE_STARTS
 from avl_analysis.statistics.base import KeyScores, Trajectory
 from avl_analysis.statistics.concentration import EffectiveCount, Entropy, Gini
-from avl_analysis.statistics.core_hits import CoreHitRate
+from avl_analysis.statistics.core_hits import CoreHitRate, HeldCoreMass
 from avl_analysis.statistics.coverage import Coverage
 from avl_analysis.statistics.distance import PatchDistance, TextDistance
+from avl_analysis.statistics.layer_agreement import LayerAgreement
 from avl_analysis.statistics.modality_mass import Efficiency, FirstTokenMass, ModalityMass
 from avl_analysis.statistics.persistence import ImagePersistence
 from avl_analysis.statistics.position_bias import raster_fit
 from avl_analysis.statistics.ppci import PPCIContinuity, PPCIHeterogeneity, PPCIPrefill
 from avl_analysis.statistics.prefill_recall import PrefillMass, PrefillRecall
 from avl_analysis.statistics.recent_text import RecentTextMass
+from avl_analysis.statistics.shared_keys import SharedCoverage, SharedSparsity
 from avl_analysis.statistics.sinks import SinkRate
 from avl_analysis.statistics.sparsity import ThresholdSparsity
 from avl_analysis.statistics.spatial_entropy import entropy_of_places
 from avl_analysis.statistics.text_age import decay_fits
 from avl_analysis.statistics.top_sets import top
+from tests import reference
 from tests.worked import last_row, one_hot, uniform
 
 SYSTEM, IMAGE, TEXT = range(3)
@@ -151,6 +154,74 @@ def test_top_sets_have_the_truncated_size_and_prefer_earlier_tokens_on_ties():
     assert top(np.array([0.1] * 10), 0.3).sum() == 3  # 0.3 * 10 is 2.9999999999999996
     assert np.isnan(top(np.array([1.0, 2.0]), 0.1)).all()
     assert np.isnan(top(np.array([1.0, np.nan, 2.0]), 0.5)).all()
+
+
+def test_a_layer_that_does_not_see_the_picture_has_no_best_tokens():
+    """All its scores are 0 at the last prompt row; the first tokens would be as good as any."""
+    scores = np.random.default_rng(4).random((5, 3, 10))
+    scores[0, 1] = 0.0  # a window too short for the picture
+    scores[1:, 1] = np.nan  # and later the tokens are no longer in the cache
+    seen = trajectory(scores)
+    assert np.isnan(top(scores[0, 1], 0.3)).all()
+    total, count = PPCIHeterogeneity().value(seen)
+    assert count[0, 2, 0] == 5
+    assert count[0, 1].tolist() == count[1, 1].tolist() == [0, 0, 0]
+    assert not total[0, 1].any()
+    assert np.isnan(LayerAgreement(prefill_layer=1).value(seen)[0][1]).all()
+    assert np.isfinite(LayerAgreement(prefill_layer=1).value(seen)[0][2]).all()
+    assert np.isnan(PrefillMass().value(seen)[0][1]).all()
+    _, count = PrefillRecall().value(seen)
+    assert not count[1].any()
+    assert count[[0, 2], 1:].all()  # one twentieth of ten tokens is none
+
+
+def test_a_set_larger_than_the_tokens_attended_to_is_undefined_unless_it_is_all_of_them():
+    scores = np.array([0.0, 0.4, 0.0, 0.1])
+    assert top(scores, 0.5).tolist() == [0, 1, 0, 1]
+    assert np.isnan(top(scores, 0.75)).all()
+    assert top(scores, 1.0).tolist() == [1, 1, 1, 1]
+    assert np.isnan(top(np.zeros(4), 1.0)).all()
+
+
+def test_one_set_for_all_heads_needs_more_tokens_than_every_head_alone():
+    """Two heads look at one token each, so a layer needs two of ten."""
+    heads = np.stack([one_hot(10, 2), one_hot(10, 7)])
+    for head in heads:
+        assert last_row(Coverage(), only_image(head.tolist()), KINDS)[IMAGE][3] == pytest.approx(
+            0.1
+        )
+    scores = np.tile(heads.mean(0), (4, 1, 1))
+    found = SharedCoverage().value(trajectory(scores))[0]
+    assert found[0, 0] == pytest.approx([0.1, 0.2, 0.2, 0.2, 0.2])
+    assert SharedSparsity().value(trajectory(scores))[0] == pytest.approx([0.8])
+
+
+def test_a_token_is_dispensable_only_if_no_step_needs_it():
+    scores = np.zeros((11, 1, 10))
+    for step in range(1, 11):
+        scores[step, 0, step - 1] = 1.0  # every step looks at one token, each at another
+    assert SharedSparsity().value(trajectory(scores[:6]))[0] == pytest.approx([0.5])
+    assert SharedSparsity().value(trajectory(scores))[0] == pytest.approx([0.0])
+    assert np.isnan(SharedSparsity().value(trajectory(scores[:1]))[0]).all()
+
+
+def test_a_core_is_chosen_among_the_tokens_that_are_held():
+    secondaries, fractions = (0.3, 0.5, 1.0), (0.1, 0.3, 0.6)
+    scores = np.random.default_rng(5).random((7, 2, 20)) ** 4
+    scores[:, 1] = scores[::-1, 0]
+    statistic = HeldCoreMass(secondaries, fractions, ages=4)
+    total, count = statistic.value(trajectory(scores))
+    slow = reference.held_core_mass(scores, secondaries, fractions, 4)
+    assert total / count == pytest.approx(slow, rel=1e-5)
+    # with all tokens held it is the core of `core_hit_rate`
+    free, counted = CoreHitRate(fractions=fractions, ages=4).value(trajectory(scores))
+    assert (total / count)[:, :, 2] == pytest.approx((free / counted)[..., 1], rel=1e-5)
+    assert ((total / count)[:, 0, 0] < (total / count)[:, 0, 2]).all()
+    blind = scores.copy()
+    blind[0, 1] = 0.0
+    _, count = statistic.value(trajectory(blind))
+    assert not count[1].any()
+    assert (count[0] > 0).all()
 
 
 def test_overlap_of_independent_random_sets_is_p():
