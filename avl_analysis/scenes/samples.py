@@ -35,7 +35,8 @@ SPLITS: Mapping[str, int] = MappingProxyType(
         "heads": 850_000,  # `avl ablate` tells kinds of heads apart by these
         "ablation": 860_000,  # ... and silences them on these
         "recording": 870_000,  # the dashboard's recordings of many scenes
-        "watch": 900_000,  # progress of training
+        "watch": 900_000,  # progress of training the shipped model
+        "watch-large": 910_000,  # ... and of the larger one
     }
 )
 """Split -> its first seed. A split is named after what its questions decide or show."""

@@ -33,7 +33,7 @@ NEEDS_MORE = {fig_localisation, fig_policies, fig_ablation, fig_frontier}
 @pytest.fixture(scope="module")
 def recording():
     model = tiny.llava(layers=3)
-    batch = tiny.inputs(model, batch=[9, 5, 7, 6])
+    batch = tiny.inputs(model, batch=[9, 5, 7, 6, 8, 4])
     torch.manual_seed(0)
     with record(model) as recorded:
         model.generate(**batch, max_new_tokens=10, do_sample=False)
@@ -217,5 +217,5 @@ def test_the_frontier_pools_tasks_and_judges_equal_budgets_question_by_question(
 
 def test_only_long_answers_tell_whether_image_attention_lasts(recording):
     slopes, which = fig_persistence._slopes(Run(recording))
-    assert which == "4 answers of at least 8 decode steps"
-    assert slopes.sizes["sample"] == 4
+    assert which == "6 answers of at least 8 decode steps"
+    assert slopes.sizes["sample"] == 6

@@ -21,7 +21,7 @@ from avl_analysis.scenes import TASKS, generate
 from avl_analysis.scenes.samples import SPLIT_WIDTH, SPLITS, TRAINING_SEED, split_of
 from tests import tiny
 
-CHOOSING = ("tuning", "calibration", "verification", "heads", "watch")
+CHOOSING = ("tuning", "calibration", "verification", "heads", "watch", "watch-large")
 """Splits by which settings, presets, kinds of heads or the shipped weights were chosen."""
 JUDGING = ("comparison", "ablation", "model", "recording")
 
