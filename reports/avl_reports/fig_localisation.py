@@ -116,7 +116,7 @@ def _by_task(run: Run, lift: xr.DataArray, axis: Axis, title: str) -> Bars:
         estimate(lift.isel(sample=np.flatnonzero(tasks == task))).number for task in sorted(known)
     ]
     values, low, high = (
-        np.array([getattr(part, end) for part in parts]) for end in ("value", "low", "high")
+        np.array([getattr(part, end) for part in parts]) for end in ("mean", "low", "high")
     )
     bar = Bar("lift", values, low, high, slot=1)
     rules = (Rule(1.0, "uniform map"),)
