@@ -52,7 +52,12 @@ from avl_analysis.calibration.read_curves import (
     text_choice,
 )
 from avl_analysis.calibration.text_eviction import TextTrace, caught
-from avl_analysis.corpus.questions import Sample, describe_questions, fingerprint, shared_questions
+from avl_analysis.corpus.questions import (
+    Sample,
+    describe_questions,
+    question_digest,
+    shared_questions,
+)
 from avl_analysis.corpus.record_samples import record_samples
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.compare import compare
@@ -91,7 +96,7 @@ class Evidence:
             the full cache.
         questions: what the questions of both kinds are, in words, with the splits they are from.
         warnings: what makes the choice less certain than its intervals say.
-        asked: fingerprints of all these questions, by which `avl compare` notices that it is to
+        asked: digests of all these questions, by which `avl compare` notices that it is to
             judge the policy by questions it was chosen by.
     """
 
@@ -236,7 +241,7 @@ def calibrate(
             f"chosen by {describe_questions(samples)}; verified with {describe_questions(held_out)}"
         ),
         warnings=_warnings(curves),
-        asked=tuple(fingerprint(sample) for sample in (*samples, *held_out)),
+        asked=tuple(question_digest(sample) for sample in (*samples, *held_out)),
     )
     for message in evidence.warnings:
         warnings.warn(message, stacklevel=2)

@@ -180,12 +180,12 @@ def _policies(names: list[str] | tuple[str, ...]) -> dict[str, Policy]:
 
 def _warn_of_seen(names: Sequence[str], samples: Sequence[Sample]) -> None:
     """Say so where a policy file was chosen or verified by some of these questions."""
-    from avl_analysis.corpus.questions import fingerprint
+    from avl_analysis.corpus.questions import question_digest
     from avl_analysis.evaluation.policy_files import load_evidence
 
     for name in (name for name in names if name.endswith(".json")):
         seen = set((load_evidence(name) or {}).get("asked", ()))
-        if count := sum(fingerprint(sample) in seen for sample in samples):
+        if count := sum(question_digest(sample) in seen for sample in samples):
             typer.echo(
                 f"warning: {name} was calibrated with {count} of these {len(samples)} questions;"
                 " what it does on them says little about others",

@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,7 @@ def describe_questions(samples: Sequence[Sample]) -> str:
     """How many questions there are and, of drawn scenes, of which splits: "36 questions (split
     calibration)".
     """
-    seeds = [(sample.meta or {}).get("scene", {}).get("seed") for sample in samples]
+    seeds = [(sample.scene or {}).get("seed") for sample in samples]
     splits = {split_of(int(seed)) for seed in seeds if seed is not None} - {""}
     count = f"{len(samples)} question{'' if len(samples) == 1 else 's'}"
     if not splits:
@@ -146,19 +147,22 @@ def shared_questions(one: Sequence[Sample], other: Sequence[Sample]) -> list[str
     the same pictures.
     """
     ids = {sample.id for sample in other}
-    contents = {fingerprint(sample) for sample in other}
-    return [sample.id for sample in one if sample.id in ids or fingerprint(sample) in contents]
+    contents = {question_digest(sample) for sample in other}
+    return [sample.id for sample in one if sample.id in ids or question_digest(sample) in contents]
 
 
-def fingerprint(sample: Sample) -> str:
+def question_digest(sample: Sample) -> str:
     """16 hexadecimal digits that two questions share if they ask the same about the same pictures.
 
-    Pictures in files are told apart by their paths, others by their pixels.
+    Pictures in files are told apart by the files' bytes, others by their pixels.
     """
-    content = hashlib.sha256(sample.prompt.encode())
+    content = hashlib.sha256(sample.prompt.encode("utf-8", "surrogatepass"))
     for image in sample.images:
-        if isinstance(image, (str, Path)):
-            content.update(str(Path(image).expanduser().resolve()).encode())
+        if isinstance(image, (str, os.PathLike)):
+            file = Path(image).expanduser()
+            content.update(file.read_bytes() if file.is_file() else os.fsencode(file))
+        elif isinstance(image, bytes):
+            content.update(image)
         else:
             pixels = np.asarray(image)
             content.update(str(pixels.shape).encode() + pixels.tobytes())

@@ -425,11 +425,7 @@ def _check_apart(shared: Sequence[str]) -> None:
 def _recorded_scenes(recording: Recording, samples: Sequence[Sample]) -> list[str]:
     """Ids of the drawn scenes among the samples that the recording holds."""
     known = [recording.facts(name).get("scene") for name in recording.samples]
-    return [
-        sample.id
-        for sample in samples
-        if (scene := (sample.meta or {}).get("scene")) and scene in known
-    ]
+    return [sample.id for sample in samples if sample.scene and dict(sample.scene) in known]
 
 
 def _record(

@@ -41,7 +41,7 @@ def test_no_seed_belongs_to_two_splits_or_to_training_whatever_the_task() -> Non
         assert abs(one - other) >= SPLIT_WIDTH
     assert max(SPLITS.values()) + SPLIT_WIDTH <= TRAINING_SEED
     for name in SPLITS:
-        seeds = {sample.meta["scene"]["seed"] for sample in scene_samples(1, split=name)}
+        seeds = {sample.scene["seed"] for sample in scene_samples(1, split=name)}
         assert len(seeds) == len(TASKS)
         assert {split_of(seed) for seed in seeds} == {name}
     assert split_of(TRAINING_SEED + 5) == "training"

@@ -279,6 +279,6 @@ def test_heads_are_not_judged_by_scenes_they_were_found_by():
     recording = Recording({}, {})
     recording._data = {"tokens": xr.Dataset(coords={"sample": np.array(["a"], dtype=object)})}
     recording.annotate("a", scene=scene)
-    asked = [Sample("q", (), "what?", ("red",), meta={"scene": scene})]
+    asked = [Sample("q", (), "what?", ("red",), scene=scene)]
     with pytest.raises(InputError, match=r"1 of the questions are also those .* for example q"):
         ablate(None, asked, recording=recording)
