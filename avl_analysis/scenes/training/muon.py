@@ -54,7 +54,7 @@ class Muon:
     def directions(self, gradients: dict[str, Tensor]) -> Tensor:
         """This process's share of the update as a flat float32 buffer of
         ``size``, zero elsewhere."""
-        flat = torch.zeros(self.size)
+        flat = torch.zeros(self.size, device=next(iter(gradients.values())).device)
         ahead = {}
         for name, gradient in gradients.items():
             self.velocity[name].lerp_(gradient, 1 - self.momentum)

@@ -137,7 +137,8 @@ def project(weights: Weights, features: Tensor) -> Tensor:
 def angles(config: LlavaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin (..., 1, 16) of rotary angles at integer positions (...)."""
     theta = config.text_config.rope_parameters["rope_theta"]
-    speed = theta ** -(torch.arange(0, HEAD, 2, dtype=torch.float32) / HEAD)
+    pairs = torch.arange(0, HEAD, 2, dtype=torch.float32, device=positions.device)
+    speed = theta ** -(pairs / HEAD)
     angle = positions[..., None, None].float() * speed
     return angle.cos().to(dtype), angle.sin().to(dtype)
 

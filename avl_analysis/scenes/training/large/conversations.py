@@ -4,14 +4,13 @@ every token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from avl_analysis.scenes import questions, world
-from avl_analysis.scenes.language import pixel_values
+from avl_analysis.scenes import questions
 from avl_analysis.scenes.questions import Question
 from avl_analysis.scenes.training.large.language import ASSISTANT_ID, EOS_ID, USER_ID, encode
 from avl_analysis.scenes.world import Scene
@@ -42,8 +41,6 @@ MIX = {
 class Batch:
     """Packed conversations about B pictures; shapes in tokens."""
 
-    pixels: Tensor  # (B, 3, 96, 96) float32
-    scenes: list[Scene]
     ids: Tensor  # (B, R, L) int64
     offsets: Tensor  # (B, R, L) int64, position after the prefix
     branch: Tensor  # (B, R, L) int64, number of the branch within its row, -1 for padding
@@ -52,6 +49,17 @@ class Batch:
     spans: list[
         tuple[str, int, int, int, int]
     ]  # task, picture, row, first and last answering position
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        return replace(
+            self,
+            ids=self.ids.to(device),
+            offsets=self.offsets.to(device),
+            branch=self.branch.to(device),
+            weights=self.weights.to(device),
+            answering=self.answering.to(device),
+        )
 
 
 def tokens(turns: list[Question]) -> tuple[list[int], list[bool]]:
@@ -99,10 +107,17 @@ def _lay(
     return rows
 
 
-def make(rng: np.random.Generator, pictures: int, mix: dict[str, float] | None = None) -> Batch:
-    """A batch of fresh scenes with conversations drawn by ``mix`` (task -> odds)."""
-    scenes = [world.draw(rng) for _ in range(pictures)]
-    shape = (pictures, ROWS_PER_PICTURE, ROW)
+def make(
+    rng: np.random.Generator, scenes: list[Scene], mix: dict[str, float] | None = None
+) -> Batch:
+    """A batch of conversations about scenes.
+
+    Args:
+        rng: source of the questions.
+        scenes: what is asked about.
+        mix: task -> odds of being asked; None for ``MIX``.
+    """
+    shape = (len(scenes), ROWS_PER_PICTURE, ROW)
     ids, offsets, branch = (
         np.zeros(shape, np.int64),
         np.zeros(shape, np.int64),
@@ -129,8 +144,6 @@ def make(rng: np.random.Generator, pictures: int, mix: dict[str, float] | None =
                     spans.append((turns[0].task, b, r, int(places[0]), int(places[-1])))
                 at = end
     return Batch(
-        pixel_values(np.stack([scene.image for scene in scenes])),
-        scenes,
         torch.from_numpy(ids),
         torch.from_numpy(offsets),
         torch.from_numpy(branch),

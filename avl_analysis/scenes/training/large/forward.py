@@ -62,14 +62,15 @@ def layers(
     return rms_norm(x, w[DECODER + "norm.weight"], text.rms_norm_eps)
 
 
-def _causal(length: int, dtype: torch.dtype) -> Tensor:
-    return torch.full((length, length), -1e4, dtype=dtype).triu(1)
+def _causal(length: int, like: Tensor) -> Tensor:
+    """Additive causal mask of ``like``'s type and device."""
+    return like.new_full((length, length), -1e4).triu(1)
 
 
 def text_logits(weights: Weights, config: LlavaConfig, ids: Tensor, positions: Tensor) -> Tensor:
     """Logits (B, S, vocabulary) of plain rows of text (B, S)."""
     table = weights[DECODER + "embed_tokens.weight"]
-    mask = _causal(ids.shape[1], table.dtype)
+    mask = _causal(ids.shape[1], table)
     hidden = layers(
         weights,
         config,
@@ -99,28 +100,31 @@ def packed_logits(
     """
     table = weights[DECODER + "embed_tokens.weight"]
     b, r, length = batch.ids.shape
-    dtype = table.dtype
     x = torch.cat(
         [
-            F.embedding(torch.tensor(OPENING), table).expand(b, -1, -1),
+            F.embedding(torch.tensor(OPENING, device=table.device), table).expand(b, -1, -1),
             image,
             F.embedding(batch.ids.view(b, -1), table),
         ],
         1,
     )
     positions = torch.cat(
-        [torch.arange(PREFIX).expand(b, -1), PREFIX + batch.offsets.view(b, -1)], 1
+        [
+            torch.arange(PREFIX, device=table.device).expand(b, -1),
+            PREFIX + batch.offsets.view(b, -1),
+        ],
+        1,
     )
-    causal = _causal(PREFIX, dtype)
+    causal = _causal(PREFIX, table)
     same = batch.branch[..., :, None] == batch.branch[..., None, :]
-    allowed = same & torch.ones(length, length, dtype=torch.bool).tril()
-    inside = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -1e4)[:, None, :, None]
+    allowed = same & torch.ones_like(same).tril()
+    inside = table.new_zeros(allowed.shape).masked_fill_(~allowed, -1e4)[:, None, :, None]
     outer = None
     if dropped is not None:
         hidden = (
             F.pad(dropped, (len(OPENING), 0))[:, None, None] & batch.answering[..., None]
         )  # (B, R, L, P)
-        outer = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -1e4)[:, None, :, None]
+        outer = table.new_zeros(hidden.shape).masked_fill_(hidden, -1e4)[:, None, :, None]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kp, vp = (t[:, :PREFIX].transpose(1, 2).contiguous() for t in (k, v))

@@ -26,6 +26,9 @@ from avl_analysis.scenes.training.large.language import (
     OPENING,
     PREFIX,
 )
+from avl_analysis.scenes.training.large.reader import Reader, accuracy, labels
+from avl_analysis.scenes.training.packed import Weights
+from avl_analysis.scenes.world import Scene
 
 WATCH_SEED = 910_000
 SINK_THRESHOLD = 0.3  # Gu et al., When attention sink emerges (ICLR 2025), sec. 3
@@ -42,14 +45,15 @@ def text_attention(
     model: LlavaForConditionalGeneration, rows: int = 32, length: int = 224, bare: float = 0.0
 ) -> dict[str, Any]:
     """Sink rate and shares by layer on fixed rows of text."""
-    ids, positions = texts.rows(np.random.default_rng([WATCH_SEED, 0]), rows, length, bare)
+    drawn = texts.rows(np.random.default_rng([WATCH_SEED, 0]), rows, length, bare)
+    drawn = drawn.to(model.device)
     received, opening = [], []
     for part in range(0, rows, 8):
         out = model.model.language_model(
             # without a mask, a jump in the positions would be taken for the start of another text
-            attention_mask=torch.ones_like(ids[part : part + 8]),
-            input_ids=ids[part : part + 8],
-            position_ids=positions[part : part + 8],
+            attention_mask=torch.ones_like(drawn.ids[part : part + 8]),
+            input_ids=drawn.ids[part : part + 8],
+            position_ids=drawn.positions[part : part + 8],
             output_attentions=True,
             use_cache=False,
         )
@@ -70,9 +74,12 @@ def text_answers(model: LlavaForConditionalGeneration, rows: int = 32, length: i
     """Share of questions about described scenes answered exactly, teacher forced, on fixed rows."""
     rng = np.random.default_rng([WATCH_SEED, 4])
     body = length - len(OPENING)
-    ids = torch.tensor([[*OPENING, *texts.conversation(rng, body)] for _ in range(rows)])
+    ids = torch.tensor(
+        [[*OPENING, *texts.conversation(rng, body)] for _ in range(rows)],
+        device=model.device,
+    )
     weights = dict(model.named_parameters())
-    positions = torch.arange(length).expand(rows, -1)
+    positions = torch.arange(length, device=model.device).expand(rows, -1)
     logits = text_logits(weights, model.config, ids, positions)
     hit = logits[:, :-1].argmax(-1) == ids[:, 1:]
     right = []
@@ -93,58 +100,91 @@ def coverage(shares: Tensor, tau: float = 0.95) -> Tensor:
     return ((ranked < tau - 1e-6).sum(-1) + 1).float() / shares.shape[-1]
 
 
+def image_tokens(
+    weights: Weights, model: LlavaForConditionalGeneration, scenes: list[Scene]
+) -> Tensor:
+    """Projected image tokens of scenes."""
+    pixels = pixel_values(np.stack([scene.image for scene in scenes])).to(model.device)
+    return packed.project(weights, packed.vision(weights, model.config, pixels))
+
+
 @torch.no_grad()
+def reading(model: LlavaForConditionalGeneration, head: Reader) -> dict[str, float]:
+    """Share of right names by group that the reader gives 64 held-out pictures."""
+    rng = np.random.default_rng([WATCH_SEED, 3])
+    scenes = [world.draw(rng) for _ in range(64)]
+    pixels = pixel_values(np.stack([scene.image for scene in scenes])).to(model.device)
+    features = packed.vision(dict(model.named_parameters()), model.config, pixels)
+    named = {group: scores.cpu() for group, scores in head(features).items()}
+    return accuracy(named, labels(scenes))
+
+
+@torch.no_grad()
+def caption_attention(model: LlavaForConditionalGeneration, scene: Scene) -> tuple[Tensor, int]:
+    """Attention over opening, picture, question and caption (teacher forced), and which row is the
+    last of the prompt: (layers, heads, queries, keys), float32.
+    """
+    question = questions.ask(np.random.default_rng(0), scene, "caption")
+    assert question is not None  # every scene has a caption
+    words, answering = conversations.tokens([question])
+    table = model.get_input_embeddings()
+    image = image_tokens(dict(model.named_parameters()), model, [scene])
+    before, after = (
+        table(torch.tensor([ids], device=model.device)) for ids in (OPENING, words[:-1])
+    )
+    out = model.model.language_model(
+        inputs_embeds=torch.cat([before, image, after], 1), output_attentions=True, use_cache=False
+    )
+    return torch.cat(out.attentions), PREFIX + answering.index(True)
+
+
+def describe_attention(weights: Tensor, last: int) -> dict[str, Tensor]:
+    """What is read from the attention of one captioned picture; means over steps.
+
+    Args:
+        weights: (layers, heads, queries, keys) over opening, picture, question and caption.
+        last: row of the last prompt token, the first one that answers.
+
+    Returns:
+        By name, (layers, heads) for sinks (mean attention to a key of the prompt's rows that see
+        it), else (layers,).
+    """
+    picture = slice(len(OPENING), PREFIX)
+    prompt = weights[:, :, : last + 1]
+    seen = torch.ones_like(prompt[0, 0]).tril().sum(0)[picture]
+    steps, on_image = weights[:, :, last:], weights[:, :, last:, picture]
+    head_mean, size = on_image.mean(1), int(BEST * IMAGE_TOKENS)
+    best = torch.zeros_like(head_mean).scatter_(-1, head_mean.topk(size).indices, 1.0)
+    found = {
+        "sink": prompt[..., 0].mean(-1),
+        "image_sink": (prompt[..., picture].sum(2) / seen).amax(-1),
+        "first": steps[..., 0].mean((1, 2)),
+        "system": steps[..., : len(OPENING)].sum(-1).mean((1, 2)),
+        "image": on_image.sum(-1).mean((1, 2)),
+        "keys95": coverage(on_image).mean((1, 2)),
+        "keys95_head_mean": coverage(head_mean).mean(1),
+    }
+    for lag in LAGS:
+        found[f"overlap{lag}"] = ((best[:, :-lag] * best[:, lag:]).sum(-1) / size).mean(1)
+    return found
+
+
 def image_attention(model: LlavaForConditionalGeneration, samples: int = 32) -> dict[str, Any]:
     """Attention while a caption is given (teacher forced) about ``samples`` held-out pictures."""
-    collected: dict[str, list[Tensor]] = defaultdict(list)
     rng = np.random.default_rng([WATCH_SEED, 1])
-    for _ in range(samples):
-        scene = world.draw(rng)
-        question = questions.ask(rng, scene, "caption")
-        assert question is not None  # every scene has a caption
-        words, answering = conversations.tokens([question])
-        weights = dict(model.named_parameters())
-        image = packed.project(
-            weights, packed.vision(weights, model.config, pixel_values(scene.image[None]))
-        )
-        table = model.get_input_embeddings()
-        x = torch.cat([table(torch.tensor([OPENING])), image, table(torch.tensor([words[:-1]]))], 1)
-        out = model.model.language_model(inputs_embeds=x, output_attentions=True, use_cache=False)
-        stack = torch.cat(out.attentions)  # (layers, heads, queries, keys)
-        start = PREFIX + answering.index(
-            True
-        )  # the last prompt token gives the first word of the answer
-        first = stack[:, :, : start + 1, 0].mean(-1)
-        collected["sink"].append(first)
-        causal = stack[:, :, : start + 1, len(OPENING) : PREFIX]
-        rows = torch.arange(start + 1)[:, None] >= torch.arange(len(OPENING), PREFIX)
-        collected["image_sink"].append((causal.sum(2) / rows.sum(0)).amax(-1))
-        steps = stack[:, :, start:]
-        on_image = steps[..., len(OPENING) : PREFIX]
-        collected["first"].append(steps[..., 0].mean((1, 2)))
-        collected["system"].append(steps[..., : len(OPENING)].sum(-1).mean((1, 2)))
-        collected["image"].append(on_image.sum(-1).mean((1, 2)))
-        collected["keys95"].append(coverage(on_image).mean((1, 2)))
-        collected["keys95_head_mean"].append(coverage(on_image.mean(1)).mean(1))
-        best = torch.zeros(on_image.mean(1).shape).scatter_(
-            -1, on_image.mean(1).topk(int(BEST * IMAGE_TOKENS)).indices, 1.0
-        )
-        for lag in LAGS:
-            shared = (best[:, :-lag] * best[:, lag:]).sum(-1) / int(BEST * IMAGE_TOKENS)
-            collected[f"overlap{lag}"].append(shared.mean(1))
-        collected["image_norm"].append(image.norm(dim=-1).mean()[None])
-    mean = {name: torch.stack(values).mean(0) for name, values in collected.items()}
+    each = [describe_attention(*caption_attention(model, world.draw(rng))) for _ in range(samples)]
+    stacked = {name: torch.stack([one[name] for one in each]) for name in each[0]}
+    mean = {name: values.mean(0) for name, values in stacked.items()}
+
+    def share(values: Tensor) -> float:
+        return round(float(values.float().mean()), 4)
+
     found: dict[str, Any] = {
-        "sink_rate": round(
-            float((torch.stack(collected["sink"]) > SINK_THRESHOLD).float().mean()), 4
-        ),
-        "sink_heads_over_0.2": round(float((mean["sink"] > 0.2).float().mean()), 4),
-        "sink_rate_image": round(
-            float((torch.stack(collected["image_sink"]) > SINK_THRESHOLD).float().mean()), 4
-        ),
-        "keys95": round(float(mean["keys95"].mean()), 4),
-        **{f"overlap{lag}": round(float(mean[f"overlap{lag}"].mean()), 4) for lag in LAGS},
-        "image_norm": round(float(mean["image_norm"]), 2),
+        "sink_rate": share(stacked["sink"] > SINK_THRESHOLD),
+        "sink_heads_over_0.2": share(mean["sink"] > 0.2),
+        "sink_rate_image": share(stacked["image_sink"] > SINK_THRESHOLD),
+        "keys95": share(mean["keys95"]),
+        **{f"overlap{lag}": share(mean[f"overlap{lag}"]) for lag in LAGS},
     }
     by_layer = ("first", "system", "image", "keys95", "keys95_head_mean", "overlap3")
     return found | {f"{name}_by_layer": _rounded(mean[name]) for name in by_layer}
@@ -169,22 +209,22 @@ def answers(
     right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     mix = {task: 1.0 for task in questions.TASKS if task != "caption"}
     for part in range(0, pictures, 8):
-        batch = conversations.make(np.random.default_rng([WATCH_SEED, seed, part]), 8, mix)
-        image = packed.project(weights, packed.vision(weights, model.config, batch.pixels))
+        rng = np.random.default_rng([WATCH_SEED, seed, part])
+        scenes = [world.draw(rng) for _ in range(8)]
+        batch = conversations.make(rng, scenes, mix).to(model.device)
+        image = image_tokens(weights, model, scenes)
         places = torch.rand(8, IMAGE_TOKENS, generator=torch.Generator().manual_seed(part))
         shown = {
             "full": (image, None),
-            "half": (image, places > 0.5),
-            "quarter": (image, places > 0.25),
+            "half": (image, (places > 0.5).to(model.device)),
+            "quarter": (image, (places > 0.25).to(model.device)),
             "other": (image.roll(1, 0), None),
         }
         for name, (tokens, dropped) in shown.items():
-            hit = (
-                packed_logits(weights, model.config, tokens, batch, dropped)[..., :-1, :].argmax(-1)
-                == batch.ids[..., 1:]
-            )
-            for task, b, r, start, end in batch.spans:
-                right[name][task].append(bool(hit[b, r, start : end + 1].all()))
+            logits = packed_logits(weights, model.config, tokens, batch, dropped)
+            hit = (logits[..., :-1, :].argmax(-1) == batch.ids[..., 1:]).cpu()
+            for task, b, r, first, last in batch.spans:
+                right[name][task].append(bool(hit[b, r, first : last + 1].all()))
     return {
         name: {
             task: round(float(np.mean(by_task[task])), 3)

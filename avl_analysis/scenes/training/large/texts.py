@@ -13,9 +13,12 @@ to its length; the loss is on all of its tokens. The three kinds:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from avl_analysis.scenes import questions, world
 from avl_analysis.scenes.questions import TASKS, a, name
@@ -101,10 +104,27 @@ def conversation(rng: np.random.Generator, length: int) -> list[int]:
     return ids[:length]
 
 
+@dataclass
+class Rows:
+    """Rows of text, each (rows, length)."""
+
+    ids: Tensor  # int64
+    positions: Tensor  # int64
+    weights: Tensor  # float32, weight of the token that follows in the loss
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on another device."""
+        return Rows(self.ids.to(device), self.positions.to(device), self.weights.to(device))
+
+
 def rows(
-    rng: np.random.Generator, count: int, length: int, bare: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and positions, each (count, length) int64.
+    rng: np.random.Generator,
+    count: int,
+    length: int,
+    bare: float = 0.0,
+    kinds: dict[str, float] | None = None,
+) -> Rows:
+    """Rows of text; the loss is on every token.
 
     In half of the rows with the system text the positions after it jump ahead by up to the length
     of a picture, so that the distances met in conversations about pictures are not new.
@@ -114,18 +134,26 @@ def rows(
         count: number of rows.
         length: tokens per row.
         bare: share of rows that begin with ``<s>`` alone, 0 to 1. Where the system text is in every
-            row, its tokens are as constant as ``<s>`` and share what would otherwise be its sink.
+            row, its tokens are as constant as ``<s>`` and can share what it would receive.
+        kinds: odds of "scene", "chain" and "repeat"; None for ``KINDS``.
     """
     makers = {"scene": conversation, "chain": chain, "repeat": repeat}
-    kinds = rng.choice(list(KINDS), size=count, p=list(KINDS.values()))
+    odds = np.array(list((kinds or KINDS).values()))
+    drawn = rng.choice(list(kinds or KINDS), size=count, p=odds / odds.sum())
     openings = [OPENING[: 1 if alone else None] for alone in rng.random(count) < bare]
     ids = [
         [*opening, *makers[str(kind)](rng, length - len(opening))]
-        for kind, opening in zip(kinds, openings, strict=True)
+        for kind, opening in zip(drawn, openings, strict=True)
     ]
     begin = np.array([len(opening) for opening in openings])[:, None]
-    gap = (
-        rng.integers(0, IMAGE_TOKENS + 1, (count, 1)) * (rng.random((count, 1)) < 0.5) * (begin > 1)
-    )
-    positions = np.arange(length)[None] + gap * (np.arange(length) >= begin)
-    return torch.tensor(ids), torch.from_numpy(positions)
+    jump = rng.integers(0, IMAGE_TOKENS + 1, (count, 1)) * (rng.random((count, 1)) < 0.5)
+    positions = np.arange(length)[None] + jump * (begin > 1) * (np.arange(length) >= begin)
+    weights = torch.ones(count, length)
+    weights[:, -1] = 0.0
+    return Rows(torch.tensor(ids), torch.from_numpy(positions), weights)
+
+
+def answering(ids: Tensor) -> Tensor:
+    """Whether the token that follows belongs to an answer, its end mark included (rows, length)."""
+    marks = torch.where(ids == ASSISTANT_ID, 1, torch.where(ids == EOS_ID, -1, 0))
+    return marks.cumsum(-1) > 0

@@ -19,7 +19,7 @@ import json
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,43 +28,30 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from avl_analysis.scenes import world
-from avl_analysis.scenes.language import pixel_values
 from avl_analysis.scenes.samples import TRAINING_SEED
 from avl_analysis.scenes.training import launch, packed
-from avl_analysis.scenes.training.large import conversations, measure, reader, texts
+from avl_analysis.scenes.training.architecture import export
+from avl_analysis.scenes.training.large import measure, reader, texts
 from avl_analysis.scenes.training.large.forward import packed_logits, text_logits
+from avl_analysis.scenes.training.large.language import build_processor
 from avl_analysis.scenes.training.large.model import build_model
-
-STAGES = ("text", "vision", "tune")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What shapes a stage."""
-
-    rate: float = 2e-3
-    weight_decay: float = 0.1
-    warm_up: int = 100
-    text_rows: int = 16
-    text_length: int = 224
-    bare: float = 0.7
-    pictures: int = 16
-    tune_text_rows: int = 3
-    text_weight: float = 0.3
-    reader_weight: float = 0.5
-    vision_rate: float = 1e-3
-    seed: int = 0
-    processes: int = 1
-    log_seconds: float = 20.0
-    watch_seconds: float = 150.0
-    save_seconds: float = 150.0
+from avl_analysis.scenes.training.large.steps import STAGES, Settings, Step, Steps
+from avl_analysis.scenes.training.muon import Muon
 
 
-def token_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Mean cross entropy of every next token of rows (B, S)."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+def mean_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean cross entropy of each token's successor, 0 where nothing has weight.
+
+    Logits are (..., length, vocabulary), ids and weights (..., length).
+    """
+    each = F.cross_entropy(
+        logits[..., :-1, :].flatten(0, -2).float(), ids[..., 1:].flatten(), reduction="none"
+    )
+    used = weights[..., :-1].flatten()
+    return (each * used).sum() / used.sum().clamp_min(1e-6)
 
 
 class Trainer:
@@ -72,100 +59,80 @@ class Trainer:
 
     def __init__(self, stage: str, settings: Settings, rank: int, out: Path, **sizes: int) -> None:
         self.stage, self.settings, self.rank, self.out = stage, settings, rank, out
-        self.model = build_model(settings.seed, **sizes)
-        self.reader = reader.Reader(self.model.config.vision_config.hidden_size)
-        prefixes = {"text": (packed.DECODER,), "vision": (packed.VISION,), "tune": ("model.",)}[
-            stage
-        ]
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.steps = Steps(stage, settings, rank)
+        self.model = build_model(settings.seed, **sizes).to(self.device)
+        self.reader = reader.Reader(self.model.config.vision_config.hidden_size).to(self.device)
+        trained = {"text": packed.DECODER, "vision": packed.VISION, "tune": "model."}[stage]
         self.named = {
             n: p
             for n, p in self.model.named_parameters()
-            if n.startswith(prefixes) and "post_layernorm" not in n
+            if n.startswith(trained) and "post_layernorm" not in n
         }
-        extra = [] if stage == "text" else list(self.reader.parameters())
-        self.parameters = [*self.named.values(), *extra]
-        towers = [p for n, p in self.named.items() if n.startswith(packed.VISION)] + extra
-        seen = {id(p) for p in towers}
-        groups = []
-        for parameters, rate in (
-            (towers, settings.vision_rate),
-            ([p for p in self.parameters if id(p) not in seen], settings.rate),
-        ):
-            for matrices in (True, False):
-                chosen = [p for p in parameters if (p.dim() >= 2) == matrices]
-                if chosen:
-                    groups.append(
-                        {
-                            "params": chosen,
-                            "weight_decay": settings.weight_decay * matrices,
-                            "rate": rate,
-                        }
-                    )
-        self.adam = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
+        self.parameters = list(self.named.values())
+        if stage != "text":
+            self.parameters += self.reader.parameters()
+        matrices = {
+            n: p
+            for n, p in self.named.items()
+            if n.startswith(f"{packed.DECODER}layers") and p.dim() == 2
+        }
+        self.muon = Muon({n: p.data for n, p in matrices.items()}) if settings.muon_rate else None
+        self.matrices = matrices if self.muon else {}
+        self.adam = torch.optim.AdamW(self._groups(), lr=1.0, betas=(0.9, 0.95))
         self.step, self.seconds, self.processor_seconds = 0, 0.0, 0.0
-
         self.asked_to_stop = self.stop = False
 
-    def losses(self) -> dict[str, tuple[float, Tensor]]:
-        """Weight and value of each part of the loss on a fresh batch."""
-        s = self.settings
-        rng = np.random.default_rng(
-            [TRAINING_SEED + 1000 * s.seed, STAGES.index(self.stage), self.rank, self.step]
-        )
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by rate (vision tower and reader have their own) and by whether they decay."""
+        s, by_muon = self.settings, {id(p) for p in self.matrices.values()}
+        decoder = {id(p) for n, p in self.named.items() if not n.startswith(packed.VISION)}
+        groups: list[dict[str, Any]] = []
+        for in_decoder, rate in ((False, s.vision_rate), (True, s.rate)):
+            for decays in (True, False):
+                chosen = [
+                    p
+                    for p in self.parameters
+                    if ((id(p) in decoder), p.dim() >= 2) == (in_decoder, decays)
+                    and id(p) not in by_muon
+                ]
+                decay = s.weight_decay * decays
+                groups += (
+                    [{"params": chosen, "weight_decay": decay, "rate": rate}] if chosen else []
+                )
+        return groups
+
+    def losses(self, step: Step) -> dict[str, tuple[float, Tensor]]:
+        """Weight and value of each part of the loss."""
+        s, config = self.settings, self.model.config
         weights = {n: p.to(torch.bfloat16) for n, p in self.named.items()}
         found: dict[str, tuple[float, Tensor]] = {}
-        if self.stage == "text" or (self.stage == "tune" and s.tune_text_rows):
-            count = s.text_rows if self.stage == "text" else s.tune_text_rows
-            ids, positions = texts.rows(rng, count, s.text_length, s.bare)
-            loss = token_loss(text_logits(weights, self.model.config, ids, positions), ids)
+        if step.text:
+            logits = text_logits(weights, config, step.text.ids, step.text.positions)
+            loss = mean_loss(logits, step.text.ids, step.text.weights)
             found["text"] = (1.0 if self.stage == "text" else s.text_weight, loss)
-        if self.stage == "vision":
-            scenes = [world.draw(rng) for _ in range(s.pictures)]
-            pixels = pixel_values(np.stack([scene.image for scene in scenes]))
-            features = packed.vision(weights, self.model.config, pixels)
-            found["reader"] = (
-                1.0,
-                reader.loss(self.reader(features.float()), reader.labels(scenes)),
-            )
-        if self.stage == "tune":
-            batch = conversations.make(rng, s.pictures)
-            features = packed.vision(weights, self.model.config, batch.pixels)
-            if s.reader_weight:
-                loss = reader.loss(self.reader(features.float()), reader.labels(batch.scenes))
-                found["reader"] = (s.reader_weight, loss)
-            logits = packed_logits(
-                weights, self.model.config, packed.project(weights, features), batch
-            )
-            used = batch.weights > 0
-            each = F.cross_entropy(
-                logits[used].float(), batch.ids.roll(-1, -1)[used], reduction="none"
-            )
-            found["answers"] = (1.0, (each * batch.weights[used]).sum() / batch.weights.sum())
+        if step.pixels is None or step.labels is None:
+            return found
+        features = packed.vision(weights, config, step.pixels)
+        if self.stage == "vision" or s.reader_weight:
+            loss = reader.loss(self.reader(features.float()), step.labels)
+            found["reader"] = (1.0 if self.stage == "vision" else s.reader_weight, loss)
+        if step.batch:
+            image = packed.project(weights, features)
+            logits = packed_logits(weights, config, image, step.batch)
+            found["answers"] = (1.0, mean_loss(logits, step.batch.ids, step.batch.weights))
         return found
 
-    def update(self, factor: float) -> dict[str, float]:
-        """One step at ``factor`` times the set rates; the parts of the loss."""
-        found = self.losses()
+    def update(self, factor: float, step: Step | None = None) -> dict[str, float]:
+        """One step at ``factor`` times the set rates; the parts of the loss.
+
+        ``step`` is the data of the step, made here if None.
+        """
+        found = self.losses((step or self.steps[self.step]).to(self.device))
         for p in self.parameters:
             p.grad = None
         torch.stack([weight * loss for weight, loss in found.values()]).sum().backward()
-        if self.settings.processes > 1:
-            stop = torch.tensor([float(self.asked_to_stop)])
-            flat = torch.cat(
-                [
-                    torch.zeros(p.numel()) if p.grad is None else p.grad.flatten()
-                    for p in self.parameters
-                ]
-                + [stop]
-            )
-            dist.all_reduce(flat)
-            self.stop = bool(flat[-1] > 0)  # every process stops after the same step
-            flat /= self.settings.processes
-            at = 0
-            for p in self.parameters:
-                p.grad, at = flat[at : at + p.numel()].view_as(p), at + p.numel()
-        else:
-            self.stop = self.asked_to_stop
+        self._agree()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         if not torch.isfinite(norm):
             raise FloatingPointError(
@@ -174,10 +141,31 @@ class Trainer:
         for group in self.adam.param_groups:
             group["lr"] = group["rate"] * factor
         self.adam.step()
+        if self.muon:
+            gradients = {n: p.grad for n, p in self.matrices.items() if p.grad is not None}
+            directions = self.muon.directions(gradients)
+            self.muon.apply(
+                directions, self.settings.muon_rate * factor, self.settings.weight_decay
+            )
         self.step += 1
         return {name: round(float(loss.detach()), 4) for name, (_, loss) in found.items()} | {
             "norm": round(float(norm), 3)
         }
+
+    def _agree(self) -> None:
+        """Average gradients over processes, and stop them after the same step."""
+        if self.settings.processes == 1:
+            self.stop = self.asked_to_stop
+            return
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        asked = torch.tensor([float(self.asked_to_stop)], device=self.device)
+        flat = torch.cat([*(part.flatten() for part in parts), asked])
+        dist.all_reduce(flat)
+        self.stop = bool(flat[-1] > 0)
+        flat /= self.settings.processes
+        start = 0
+        for p in self.parameters:
+            p.grad, start = flat[start : start + p.numel()].view_as(p), start + p.numel()
 
     def watch(self) -> dict[str, Any]:
         """What is logged now and then; held-out samples."""
@@ -188,14 +176,7 @@ class Trainer:
                 "bare_text": measure.text_attention(self.model, bare=1.0),
             }
         if self.stage == "vision":
-            rng = np.random.default_rng([measure.WATCH_SEED, 3])
-            scenes = [world.draw(rng) for _ in range(64)]
-            weights = dict(self.named)
-            with torch.no_grad():
-                features = packed.vision(
-                    weights, self.model.config, pixel_values(np.stack([s.image for s in scenes]))
-                )
-                found = reader.accuracy(self.reader(features), reader.labels(scenes))
+            found = measure.reading(self.model, self.reader)
             return {"reader": {group: round(value, 4) for group, value in found.items()}}
         return {
             "text": measure.text_attention(self.model, rows=8),
@@ -209,20 +190,27 @@ class Trainer:
             "model": self.model.state_dict(),
             "reader": self.reader.state_dict(),
             "adam": self.adam.state_dict(),
+            "muon": self.muon.velocity if self.muon else {},
             "step": self.step,
             "seconds": self.seconds,
             "processor_seconds": self.processor_seconds,
         }
         torch.save(state, self.out / f"{self.stage}.tmp")
         os.replace(self.out / f"{self.stage}.tmp", self.out / f"{self.stage}.pt")
+        if self.stage == "tune":
+            export(self.model, self.out / "model", build_processor())
 
     def resume(self) -> None:
-        state = torch.load(self.out / f"{self.stage}.pt", weights_only=True)
+        state = torch.load(
+            self.out / f"{self.stage}.pt", weights_only=True, map_location=self.device
+        )
         self.model.load_state_dict(state["model"])
         self.reader.load_state_dict(state["reader"])
         rates = [group["rate"] for group in self.adam.param_groups]
         decays = [group["weight_decay"] for group in self.adam.param_groups]
         self.adam.load_state_dict(state["adam"])
+        if self.muon:
+            self.muon.velocity = state["muon"]
         for group, rate, decay in zip(self.adam.param_groups, rates, decays, strict=True):
             group["rate"], group["weight_decay"] = rate, decay
         self.step, self.seconds, self.processor_seconds = (
@@ -234,28 +222,30 @@ class Trainer:
     def join(self) -> None:
         """Begin tuning from the two earlier stages; image tokens enter as long as words are."""
         text, vision = (
-            torch.load(self.out / f"{stage}.pt", weights_only=True) for stage in ("text", "vision")
+            torch.load(self.out / f"{stage}.pt", weights_only=True, map_location=self.device)
+            for stage in ("text", "vision")
         )
         state = self.model.state_dict()
-        state.update(
-            {
-                n: v
-                for n, v in text["model"].items()
-                if n.startswith(packed.DECODER) or n.startswith("lm_head")
-            }
-        )
-        state.update({n: v for n, v in vision["model"].items() if n.startswith(packed.VISION)})
+        for name in state:
+            if name.startswith((packed.DECODER, "lm_head")):
+                state[name] = text["model"][name]
+            elif name.startswith(packed.VISION):
+                state[name] = vision["model"][name]
         self.model.load_state_dict(state)
         self.reader.load_state_dict(vision["reader"])
         rng = np.random.default_rng([TRAINING_SEED, 9])
-        pixels = pixel_values(np.stack([world.draw(rng).image for _ in range(8)]))
         weights = dict(self.model.named_parameters())
         with torch.no_grad():
-            image = packed.project(weights, packed.vision(weights, self.model.config, pixels))
+            image = measure.image_tokens(weights, self.model, [world.draw(rng) for _ in range(8)])
             words = self.model.get_input_embeddings().weight[texts.FIRST_WORD :]
             factor = words.pow(2).mean().sqrt() / image.pow(2).mean().sqrt()
             for part in ("weight", "bias"):
                 weights[f"{packed.PROJECTOR}linear_2.{part}"].mul_(factor)
+
+    def clock(self, began: float, worked: float) -> None:
+        """Take the time since two readings of the wall's and the processor's clock."""
+        self.seconds = time.monotonic() - began
+        self.processor_seconds = time.process_time() - worked
 
 
 def _run(
@@ -278,41 +268,43 @@ def _run(
     elif stage == "tune":
         trainer.join()
     signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "asked_to_stop", True))
-    first, began, worked = (
-        trainer.step,
-        time.monotonic() - trainer.seconds,
-        time.process_time() - trainer.processor_seconds,
-    )
+    first, last = trainer.step, trainer.step + steps
+    began = time.monotonic() - trainer.seconds
+    worked = time.process_time() - trainer.processor_seconds
     line_at, watch_at, save_at = (
-        0.0,
-        trainer.seconds + settings.watch_seconds,
-        trainer.seconds + settings.save_seconds,
+        trainer.seconds + every for every in (0.0, settings.watch_seconds, settings.save_seconds)
     )
-    while trainer.step < first + steps and not trainer.stop:
-        done = (trainer.step - first) / steps
-        factor = min(1.0, (trainer.step + 1) / settings.warm_up) * (1 - done if anneal else 1.0)
-        found: dict[str, Any] = trainer.update(factor)
-        trainer.seconds, trainer.processor_seconds = (
-            time.monotonic() - began,
-            time.process_time() - worked,
-        )
-        if rank:
-            continue
-        last = trainer.step == first + steps
-        watched = trainer.watch() if trainer.seconds >= watch_at or last else {}
-        if watched or trainer.seconds >= line_at:
+    data = DataLoader(
+        trainer.steps,
+        batch_size=None,
+        sampler=range(first, last),
+        num_workers=settings.workers,
+        multiprocessing_context="spawn" if settings.workers else None,
+    )
+    for step in data:
+        warm = min(1.0, (trainer.step + 1) / settings.warm_up)
+        factor = warm * ((last - trainer.step) / steps if anneal else 1.0)
+        found: dict[str, Any] = trainer.update(factor, step)
+        trainer.clock(began, worked)
+        ends = trainer.stop or trainer.step == last
+        if rank == 0 and (ends or trainer.seconds >= watch_at):
+            found |= trainer.watch()
+            watch_at = trainer.seconds + settings.watch_seconds
+            line_at = trainer.seconds
+        if rank == 0 and trainer.seconds >= line_at:
             line = {
                 "step": trainer.step,
                 "minutes": round(trainer.seconds / 60, 2),
                 "processor_minutes": round(trainer.processor_seconds / 60, 2),
                 "factor": round(factor, 3),
             }
-            launch.append(out / f"{stage}.jsonl", line | found | watched)
+            launch.append(out / f"{stage}.jsonl", line | found)
             line_at = trainer.seconds + settings.log_seconds
-            watch_at = trainer.seconds + settings.watch_seconds if watched else watch_at
-        if trainer.seconds >= save_at or last or trainer.stop:
+        if rank == 0 and (ends or trainer.seconds >= save_at):
             trainer.save()
             save_at = trainer.seconds + settings.save_seconds
+        if ends:
+            break
     if settings.processes > 1:
         dist.destroy_process_group()
 

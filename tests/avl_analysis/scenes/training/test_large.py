@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from avl_analysis.scenes import questions, world
+from avl_analysis.scenes.language import pixel_values
 from avl_analysis.scenes.training import packed
 from avl_analysis.scenes.training.large import (
     conversations,
@@ -35,13 +36,18 @@ def model():  # type: ignore[no-untyped-def]
 
 
 @pytest.fixture(scope="module")
-def batch() -> conversations.Batch:
-    return conversations.make(np.random.default_rng(4), 2)
+def scenes() -> list[world.Scene]:
+    rng = np.random.default_rng(4)
+    return [world.draw(rng) for _ in range(2)]
 
 
-def _image(model, batch: conversations.Batch) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    weights = dict(model.named_parameters())
-    return packed.project(weights, packed.vision(weights, model.config, batch.pixels))
+@pytest.fixture(scope="module")
+def batch(scenes: list[world.Scene]) -> conversations.Batch:
+    return conversations.make(np.random.default_rng(5), scenes)
+
+
+def _image(model, scenes: list[world.Scene]) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    return measure.image_tokens(dict(model.named_parameters()), model, scenes)
 
 
 def test_content_words_are_cut_into_their_pieces_and_come_back_whole() -> None:
@@ -100,7 +106,9 @@ def test_a_described_scene_names_every_object_and_answers_from_it() -> None:
 
 
 def test_rows_of_text_begin_alike_and_jump_over_the_length_of_a_picture_in_half_of_them() -> None:
-    ids, positions = texts.rows(np.random.default_rng(6), 64, 96)
+    drawn = texts.rows(np.random.default_rng(6), 64, 96)
+    ids, positions = drawn.ids, drawn.positions
+    assert torch.equal(drawn.weights.sum(0), torch.tensor([64.0] * 95 + [0.0]))
     assert ids.shape == positions.shape == (64, 96)
     opening = torch.tensor(language.OPENING)
     assert (ids[:, : len(opening)] == opening).all()
@@ -113,7 +121,8 @@ def test_rows_of_text_begin_alike_and_jump_over_the_length_of_a_picture_in_half_
 
 
 def test_text_logits_equal_the_modules(model) -> None:  # type: ignore[no-untyped-def]
-    ids, positions = texts.rows(np.random.default_rng(7), 3, 80)
+    drawn = texts.rows(np.random.default_rng(7), 3, 80)
+    ids, positions = drawn.ids, drawn.positions
     found = forward.text_logits(dict(model.named_parameters()), model.config, ids, positions)
     with torch.no_grad():
         hidden = model.model.language_model(
@@ -125,28 +134,28 @@ def test_text_logits_equal_the_modules(model) -> None:  # type: ignore[no-untype
         torch.testing.assert_close(found.detach(), model.lm_head(hidden), atol=2e-4, rtol=2e-4)
 
 
-def test_packed_logits_equal_the_modules_for_every_branch_alone(
-    model, batch: conversations.Batch
-) -> None:  # type: ignore[no-untyped-def]
+def test_packed_logits_equal_the_modules_for_every_branch_alone(  # type: ignore[no-untyped-def]
+    model, scenes: list[world.Scene], batch: conversations.Batch
+) -> None:
     weights = dict(model.named_parameters())
-    found = forward.packed_logits(weights, model.config, _image(model, batch), batch).detach()
+    found = forward.packed_logits(weights, model.config, _image(model, scenes), batch).detach()
     opening = [*language.OPENING, *[language.IMAGE_ID] * language.IMAGE_TOKENS]
     for b, r in np.ndindex(2, conversations.ROWS_PER_PICTURE):
         for number in range(int(batch.branch[b, r].max()) + 1):
             at = (batch.branch[b, r] == number).nonzero()[:, 0]
             ids = torch.tensor([[*opening, *batch.ids[b, r, at].tolist()]])
             with torch.no_grad():
-                alone = model(input_ids=ids, pixel_values=batch.pixels[b : b + 1]).logits[
-                    0, language.PREFIX :
-                ]
+                alone = model(
+                    input_ids=ids, pixel_values=pixel_values(scenes[b].image[None])
+                ).logits[0, language.PREFIX :]
             torch.testing.assert_close(found[b, r, at], alone, atol=3e-4, rtol=3e-4)
 
 
-def test_dropped_image_tokens_are_hidden_from_answering_tokens_only(
-    model, batch: conversations.Batch
-) -> None:  # type: ignore[no-untyped-def]
+def test_dropped_image_tokens_are_hidden_from_answering_tokens_only(  # type: ignore[no-untyped-def]
+    model, scenes: list[world.Scene], batch: conversations.Batch
+) -> None:
     weights = dict(model.named_parameters())
-    image = _image(model, batch)
+    image = _image(model, scenes)
     dropped = torch.rand(2, language.IMAGE_TOKENS, generator=torch.Generator().manual_seed(1)) > 0.5
     full = forward.packed_logits(weights, model.config, image, batch).detach()
     found = forward.packed_logits(weights, model.config, image, batch, dropped).detach()
@@ -219,6 +228,38 @@ def test_the_readers_labels_spell_the_scene() -> None:
     assert set(reader.accuracy(perfect, truth).values()) == {1.0}
 
 
+def test_described_attention_is_the_mean_over_steps_of_what_each_head_gives() -> None:
+    opening, picture, total = len(language.OPENING), language.IMAGE_TOKENS, language.PREFIX + 20
+    last = language.PREFIX + 5
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(2, 3, total, total, generator=generator) * 2
+    hidden = torch.ones(total, total, dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    weights[1, 2] = 0.0  # a head that gives everything to the first token
+    weights[1, 2, :, 0] = 1.0
+    weights[1, 2, :, opening : opening + 2] = 1e-6
+    weights = weights.masked_fill(hidden, 0.0)
+    found = measure.describe_attention(weights, last)
+    rows = weights.numpy()
+    image = slice(opening, opening + picture)
+    for layer in range(2):
+        steps = rows[layer, :, last:]
+        assert found["system"][layer] == pytest.approx(steps[..., :opening].sum(-1).mean(), 1e-5)
+        assert found["image"][layer] == pytest.approx(steps[..., image].sum(-1).mean(), 1e-5)
+        merged = steps[..., image].mean(0)
+        best = [set(np.argsort(-row)[: int(0.3 * picture)]) for row in merged]
+        shared = [len(a & b) / int(0.3 * picture) for a, b in zip(best, best[3:], strict=False)]
+        assert found["overlap3"][layer] == pytest.approx(np.mean(shared), abs=1e-5)
+        for head in range(3):
+            mean = rows[layer, head, : last + 1, 0].mean()
+            assert found["sink"][layer, head] == pytest.approx(mean, 1e-5)
+            key = max(
+                rows[layer, head, k : last + 1, k].mean() for k in range(opening, language.PREFIX)
+            )
+            assert found["image_sink"][layer, head] == pytest.approx(key, 1e-5)
+    assert found["sink"][1, 2] == 1.0
+
+
 def test_coverage_counts_the_keys_that_hold_the_share() -> None:
     weights = (
         torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 0.97, 0.03]])
@@ -243,19 +284,65 @@ def test_measures_read_the_attention_of_the_module(model) -> None:  # type: igno
     assert flat["sink_rate"] == 0.0
 
 
-def _trainer(stage: str, out: Path, **changed: int) -> train.Trainer:
+def test_the_forward_pass_stays_on_the_device_of_its_inputs(batch: conversations.Batch) -> None:
+    device = torch.device("meta")
+    model = build_model(**SIZES).to(device)
+    weights = dict(model.named_parameters())
+    rows = texts.rows(np.random.default_rng(8), 2, 64).to(device)
+    logits = forward.text_logits(weights, model.config, rows.ids, rows.positions)
+    assert train.mean_loss(logits, rows.ids, rows.weights).device == device
+    pixels = torch.zeros(2, 3, 96, 96, device=device)
+    image = packed.project(weights, packed.vision(weights, model.config, pixels))
+    dropped = torch.zeros(2, language.IMAGE_TOKENS, dtype=torch.bool, device=device)
+    logits = forward.packed_logits(weights, model.config, image, batch.to(device), dropped)
+    assert logits.device == device
+    assert logits.shape == (*batch.ids.shape, len(language.TOKENIZER))
+
+
+def test_answers_in_rows_of_text_are_what_follows_the_assistants_mark_up_to_its_end() -> None:
+    ids = torch.tensor([texts.conversation(np.random.default_rng(9), 150)])
+    mask = texts.answering(ids)[0]
+    inside, expected = False, []
+    for token in ids[0].tolist():
+        inside = token == language.ASSISTANT_ID or (inside and token != language.EOS_ID)
+        expected.append(inside)
+    assert mask.tolist() == expected
+    assert 0 < mask.sum() < 75
+
+
+def test_the_loss_is_the_weighted_mean_over_tokens_that_follow() -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(2, 5, 7, generator=generator)
+    ids = torch.randint(0, 7, (2, 5), generator=generator)
+    weights = torch.rand(2, 5, generator=generator)
+    total = sum(
+        float(-weights[b, i] * logits[b, i].log_softmax(-1)[ids[b, i + 1]])
+        for b in range(2)
+        for i in range(4)
+    )
+    expected = total / float(weights[:, :4].sum())
+    assert float(train.mean_loss(logits, ids, weights)) == pytest.approx(expected, 1e-5)
+
+
+def _trainer(stage: str, out: Path, **changed: float) -> train.Trainer:
     small = {"text_rows": 2, "text_length": 64, "pictures": 2, "tune_text_rows": 1}
     return train.Trainer(stage, train.Settings(**small | changed), 0, out, **SIZES)
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
-def test_a_resumed_stage_goes_on_exactly_where_it_stopped(stage: str, tmp_path: Path) -> None:
-    through, first = _trainer(stage, tmp_path), _trainer(stage, tmp_path)
+@pytest.mark.parametrize(
+    ("stage", "changed"),
+    [(stage, {}) for stage in train.STAGES]
+    + [("text", {"muon_rate": 0.01, "answers_only": 1, "text_length": 128})],
+)
+def test_a_resumed_stage_goes_on_exactly_where_it_stopped(
+    stage: str, changed: dict[str, float], tmp_path: Path
+) -> None:
+    through, first = _trainer(stage, tmp_path, **changed), _trainer(stage, tmp_path, **changed)
     for _ in range(2):
         through.update(1.0)
         first.update(1.0)
     first.save()
-    second = _trainer(stage, tmp_path)
+    second = _trainer(stage, tmp_path, **changed)
     second.resume()
     assert second.update(1.0) == through.update(1.0)
     for name, p in through.model.state_dict().items():
@@ -289,9 +376,10 @@ def test_tuning_joins_both_stages_with_image_tokens_as_long_as_words(tmp_path: P
             assert torch.equal(value, text[name]), name
         elif name.startswith(packed.VISION):
             assert torch.equal(value, vision[name]), name
-    batch = conversations.make(np.random.default_rng(0), 4)
+    rng = np.random.default_rng(0)
+    four = [world.draw(rng) for _ in range(4)]
     words = state[f"{packed.DECODER}embed_tokens.weight"][texts.FIRST_WORD :].pow(2).mean().sqrt()
-    assert _image(joined.model, batch).pow(2).mean().sqrt().item() == pytest.approx(
+    assert _image(joined.model, four).pow(2).mean().sqrt().item() == pytest.approx(
         words.item(), rel=0.1
     )
 

@@ -1,0 +1,96 @@
+"""What each training step is made of: a function of the stage, the settings and the step's number.
+
+A run that was stopped therefore goes on with exactly the data it would have had, and the data of
+later steps can be made by other processes ahead of time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from avl_analysis.scenes import world
+from avl_analysis.scenes.language import pixel_values
+from avl_analysis.scenes.samples import TRAINING_SEED
+from avl_analysis.scenes.training.large import conversations, reader, texts
+from avl_analysis.scenes.training.large.conversations import Batch
+
+STAGES = ("text", "vision", "tune")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What shapes a stage. Shares and weights are 0 to 1, rates are of AdamW unless named."""
+
+    rate: float = 2e-3
+    vision_rate: float = 1e-3
+    muon_rate: float = 0.0
+    """Above 0, the decoder's matrices are trained with Muon at this rate."""
+    weight_decay: float = 0.1
+    warm_up: int = 100
+    text_rows: int = 16
+    text_length: int = 224
+    bare: float = 0.7
+    """Share of the rows of text that begin with ``<s>`` alone, without the system text."""
+    answers_only: int = 0
+    """1: the text stage has described scenes only, and its loss the tokens of answers only."""
+    pictures: int = 16
+    tune_text_rows: int = 3
+    text_weight: float = 0.3
+    reader_weight: float = 0.5
+    seed: int = 0
+    processes: int = 1
+    workers: int = 0
+    """Processes that make data ahead; 0 makes it in the training process."""
+    log_seconds: float = 20.0
+    watch_seconds: float = 150.0
+    save_seconds: float = 150.0
+
+
+@dataclass
+class Step:
+    """The data of one step; what a stage does not use is None."""
+
+    text: texts.Rows | None = None
+    pixels: Tensor | None = None  # (B, 3, 96, 96) float32
+    labels: dict[str, Tensor] | None = None  # the reader's truth
+    batch: Batch | None = None
+
+    def to(self, device: torch.device) -> Step:
+        """The same data on another device."""
+        return Step(
+            self.text and self.text.to(device),
+            None if self.pixels is None else self.pixels.to(device),
+            self.labels and {group: label.to(device) for group, label in self.labels.items()},
+            self.batch and self.batch.to(device),
+        )
+
+
+class Steps(Dataset[Step]):
+    """The data of every step of a stage, by number."""
+
+    def __init__(self, stage: str, settings: Settings, rank: int) -> None:
+        self.stage, self.settings, self.rank = stage, settings, rank
+
+    def __getitem__(self, step: int) -> Step:
+        s, found = self.settings, Step()
+        rng = np.random.default_rng(
+            [TRAINING_SEED + 1000 * s.seed, STAGES.index(self.stage), self.rank, step]
+        )
+        rows = {"text": s.text_rows, "vision": 0, "tune": s.tune_text_rows}[self.stage]
+        if rows:
+            kinds = {"scene": 1.0} if s.answers_only else texts.KINDS
+            found.text = texts.rows(rng, rows, s.text_length, s.bare, kinds)
+            if s.answers_only:
+                found.text.weights *= texts.answering(found.text.ids)
+        if self.stage != "text":
+            scenes = [world.draw(rng) for _ in range(s.pictures)]
+            found.pixels = pixel_values(np.stack([scene.image for scene in scenes]))
+            found.labels = reader.labels(scenes)
+            if self.stage == "tune":
+                found.batch = conversations.make(rng, scenes)
+        return found
