@@ -36,8 +36,12 @@ class Settings:
     text_length: int = 224
     bare: float = 0.7
     """Share of the rows of text that begin with ``<s>`` alone, without the system text."""
+    chain: float = 0.2
+    repeat: float = 0.2
+    """Shares of the kinds of text; the rest are described scenes."""
     answers_only: int = 0
-    """1: the text stage has described scenes only, and its loss the tokens of answers only."""
+    """1: the loss of rows of text is on the tokens of answers only, of which only described scenes
+    have any."""
     pictures: int = 16
     tune_text_rows: int = 3
     text_weight: float = 0.3
@@ -83,7 +87,7 @@ class Steps(Dataset[Step]):
         )
         rows = {"text": s.text_rows, "vision": 0, "tune": s.tune_text_rows}[self.stage]
         if rows:
-            kinds = {"scene": 1.0} if s.answers_only else texts.KINDS
+            kinds = {"scene": 1 - s.chain - s.repeat, "chain": s.chain, "repeat": s.repeat}
             found.text = texts.rows(rng, rows, s.text_length, s.bare, kinds)
             if s.answers_only:
                 found.text.weights *= texts.answering(found.text.ids)

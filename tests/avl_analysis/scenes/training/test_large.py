@@ -12,6 +12,7 @@ from avl_analysis.scenes import questions, world
 from avl_analysis.scenes.language import pixel_values
 from avl_analysis.scenes.training import packed
 from avl_analysis.scenes.training.large import (
+    controls,
     conversations,
     forward,
     language,
@@ -402,3 +403,14 @@ def test_a_finished_call_has_logged_and_saved_and_an_annealed_one_ends_near_rate
         train.train("tune", settings, tmp_path, steps=1, sizes=SIZES)
     with pytest.raises(ValueError, match="choose one of text, vision, tune"):
         train.train("speech", settings, tmp_path, steps=1, sizes=SIZES)
+
+
+@pytest.mark.parametrize("name", ["Muon", "scenes, loss on answers"])
+def test_a_control_changes_what_it_names_and_logs_what_it_measured(
+    name: str, tmp_path: Path
+) -> None:
+    controls.run(name, steps=3, every=2, log=tmp_path / "log.jsonl")
+    lines = train.read_log(tmp_path / "log.jsonl")
+    assert [(line["control"], line["step"]) for line in lines] == [(name, 2), (name, 3)]
+    assert len(lines[0]["first_token_by_layer"]) == controls.CONTROLS[name]["text_layers"]
+    assert 0 < lines[0]["first_token_by_layer"][0] < 0.2
