@@ -1,6 +1,6 @@
 """Small runs of the text stage that differ in one thing each: what makes an attention sink appear?
 
-``python -m avl_analysis.scenes.training.large.controls --out FILE [--only NAME ...]`` trains decoders
+``python -m avl_analysis.scenes.training.large.controls --out FILE [--only NAME]`` trains decoders
 of width 64 for some seconds each and adds a line per run and measurement to ``FILE``. The numbers
 compare these runs with each other; they say nothing about a trained model.
 """
