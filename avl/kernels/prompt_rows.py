@@ -250,6 +250,7 @@ class RowSums:
             torch.zeros(1, 0, 3, dtype=torch.int64) if request.runs is None else request.runs,
             self._ages,
         )
+        self._no_sinks = torch.zeros(0, 0, dtype=torch.float32).numpy()
         self._arrays = [tensor.contiguous().numpy() for tensor in tensors]
 
     def _add_compiled(
@@ -277,23 +278,14 @@ class RowSums:
         add_rows(
             products.numpy(),
             ends.numpy(),
-            _float32(scaling / math.log(2)),
-            (
-                torch.zeros(0, 0, dtype=torch.float32)
-                if sinks is None
-                else sinks.float().contiguous()
-            ).numpy(),
+            scaling / math.log(2),
+            self._no_sinks if sinks is None else sinks.float().contiguous().numpy(),
             first,
             start,
             heads.start,
             ready,
             *self._arrays,
         )
-
-
-def _float32(number: float) -> object:
-    """A scalar of the type that makes numba compute in float32."""
-    return torch.tensor(number, dtype=torch.float32).numpy()[()]
 
 
 def _rows_of(sinks: Tensor, rows: slice) -> slice:

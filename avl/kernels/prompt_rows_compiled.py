@@ -65,7 +65,7 @@ def _count(row, limit):
 def add_rows(
     products,
     ends,
-    factor,
+    scale,
     sinks,
     first,
     start,
@@ -93,7 +93,7 @@ def add_rows(
     """Take everything that is wanted from a block of rows; arrays that nobody wants have no
     elements.
     """
-    rows = products.shape[1]
+    rows, factor = products.shape[1], float32(scale)
     for number in range(products.shape[0]):
         head = offset + number
         own, own_ranks = sets[head], rank_sets[head]

@@ -70,21 +70,20 @@ def share_of_maps(view: SampleCall, least: int, most: int) -> int:
 
 def product_blocks(view: SampleCall, kv_heads: slice) -> Iterator[ProductBlock]:
     """Products of the query heads that read these key heads, head after head and row after row."""
-    keys, dim = view.key.shape[1:]
+    (keys, dim), rows = view.key.shape[1:], view.query.shape[1]
     together, size = _block_size(view, kv_heads)
-    buffer = torch.empty(
-        together * view.groups * size * keys, dtype=torch.float32, device=view.query.device
-    )
-    converted = None
-    if view.key.dtype != torch.float32:
-        # One buffer for all: fresh memory costs more than the conversion.
-        converted = torch.empty(together, keys, dim, dtype=torch.float32, device=view.query.device)
+    new, converts = view.query.new_empty, view.key.dtype != torch.float32
+    buffer = new(together * view.groups * size * keys, dtype=torch.float32)
+    # One buffer for all keys and one for all queries: fresh memory costs more than the conversion.
+    some_keys = new(together, keys, dim, dtype=torch.float32) if converts else None
+    some_queries = new(together * view.groups, rows, dim, dtype=torch.float32) if converts else None
     for first in range(kv_heads.start, kv_heads.stop, together):
         some = slice(first, min(first + together, kv_heads.stop))
-        key = view.key[some]
-        if converted is not None:
-            key = converted[: some.stop - first].copy_(key)
-        yield from _row_blocks(view, some, key, size, buffer)
+        heads = slice(some.start * view.groups, some.stop * view.groups)
+        key, query = view.key[some], view.query[heads]
+        if some_keys is not None and some_queries is not None:
+            key, query = some_keys[: len(key)].copy_(key), some_queries[: len(query)].copy_(query)
+        yield from _row_blocks(view, heads, query, key, size, buffer)
 
 
 def _block_size(view: SampleCall, kv_heads: slice) -> tuple[int, int]:
@@ -103,10 +102,10 @@ def _block_size(view: SampleCall, kv_heads: slice) -> tuple[int, int]:
 
 
 def _row_blocks(
-    view: SampleCall, kv_heads: slice, key: Tensor, size: int, buffer: Tensor
+    view: SampleCall, heads: slice, query: Tensor, key: Tensor, size: int, buffer: Tensor
 ) -> Iterator[ProductBlock]:
-    count, groups, rows = kv_heads.stop - kv_heads.start, view.groups, view.query.shape[1]
-    heads = slice(kv_heads.start * groups, kv_heads.stop * groups)
+    """Blocks of the query heads `heads`; their queries and keys, (heads, n, dim) float32."""
+    count, rows, dim = len(key), query.shape[1], query.shape[2]
     # Whatever is added to products, or bends them, needs them scaled; else the kernel does it.
     scaled = not view.visible_keys.causal or any(
         part is not None for part in (view.softcap, view.bias, view.sinks)
@@ -114,10 +113,9 @@ def _row_blocks(
     for start in range(0, rows, size):
         at = slice(start, min(start + size, rows))
         span = view.visible_keys.span(at)
-        shape = (count * groups, at.stop - at.start, span.stop - span.start)
+        shape = (len(query), at.stop - at.start, span.stop - span.start)
         products = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-        query = view.query[heads, at].float()
-        _products(query.reshape(count, -1, query.shape[2]), key[:, span], products)
+        _products(query[:, at].reshape(count, -1, dim), key[:, span], products)
         if scaled:
             _bend(products.mul_(view.scaling), view, heads, at, span)
             if not view.visible_keys.causal:
@@ -130,6 +128,8 @@ def _products(query: Tensor, key: Tensor, out: Tensor) -> None:
     """query (n, rows, dim) x key (n, keys, dim) transposed, into out."""
     if query.shape[1] == 1:  # a matrix times a vector is much faster this way round
         torch.bmm(key, query.transpose(1, 2), out=out.view(*key.shape[:2], 1))
+    elif len(query) == 1:  # oneDNN takes half the time for one product that is no batch
+        torch.mm(query[0], key[0].T, out=out.view(query.shape[1], key.shape[1]))
     else:
         torch.bmm(query, key.transpose(1, 2), out=out.view(*query.shape[:2], key.shape[1]))
 

@@ -63,6 +63,7 @@ class VisibleKeys:
         self.causal = self._offset >= 0 and (read is None or self._is_triangle())
         if self.causal:
             self._read = self._triangle
+            self._causal_ends = torch.arange(self._offset + 1, keys + 1, device=device)
             return
         first, end, blind = [], [], []
         for _, block in self._blocks():
@@ -103,8 +104,7 @@ class VisibleKeys:
     def ends(self, rows: slice) -> Tensor:
         """(rows,) int64: the number of leading keys of their span that each row may see."""
         if self.causal:
-            row = torch.arange(rows.start, rows.stop, device=self._device)
-            return row + self._offset + 1
+            return self._causal_ends[rows]
         span = self.span(rows)
         count = rows.stop - rows.start
         return torch.full((count,), span.stop - span.start, device=self._device)
