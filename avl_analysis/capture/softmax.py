@@ -25,8 +25,12 @@ converted for it: larger ones leave the caches, in smaller ones starting an oper
 than doing it. In between it is a fiftieth of the layer's maps, so that short prompts take little
 memory beside a model, too.
 """
-COMPILED_BLOCK_BYTES = 3 << 19
-"""Most bytes of a block of the compiled kernel, which a core's own cache should hold."""
+COMPILED_BLOCK_BYTES = 3 << 20
+"""Most bytes of a block of the compiled kernel; about what a core's own cache holds."""
+COMPILED_BLOCK_ROWS = 256
+"""Most rows of such a block: oneDNN converts the keys anew for every product, so that taller ones
+pay.
+"""
 DEVICE_BLOCK_BYTES = (16 << 20, 128 << 20)
 """The same elsewhere, where starting a kernel costs more than moving data."""
 BLOCK_ROWS = 128
@@ -91,7 +95,7 @@ def _block_size(view: SampleCall, kv_heads: slice) -> tuple[int, int]:
     groups, rows, (_, keys, dim) = view.groups, view.query.shape[1], view.key.shape
     if backend_for(view.query.device) == COMPILED:
         fitting = COMPILED_BLOCK_BYTES // (4 * groups * keys)
-        return 1, max(1, min(rows, BLOCK_ROWS, max(fitting, LEAST_ROWS)))
+        return 1, max(1, min(rows, COMPILED_BLOCK_ROWS, max(fitting, LEAST_ROWS)))
     limits = BLOCK_BYTES if view.query.device.type == "cpu" else DEVICE_BLOCK_BYTES
     elements = share_of_maps(view, *limits) // 4
     size = max(1, min(rows, BLOCK_ROWS, elements // (groups * keys)))

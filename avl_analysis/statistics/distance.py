@@ -48,18 +48,22 @@ class PatchDistance(WeightStatistic):
     justifies = "T"
 
     def value(self, rows: QueryRows) -> Tensor:
+        result = rows.sums.new_full(rows.sums.shape[:2], torch.nan)
+        placed = (rows.queries.row >= 0).nonzero().flatten()  # no row of a decode step is
+        if len(placed):
+            some = rows.take(placed, rows.weights[:, placed])
+            same, distance = self._distances(some)
+            mass = some.against(same)
+            result[:, placed] = some.against(distance) / torch.where(mass > 0, mass, torch.nan)
+        return result
+
+    @staticmethod
+    def _distances(rows: QueryRows) -> tuple[Tensor, Tensor]:
+        """Which keys are in the query's picture, as numbers, and how far they are, 0 for others;
+        both (key sets, rows, keys).
+        """
         query, key = rows.queries, rows.keys
-        if not bool((query.row >= 0).any()):  # as in every decode step
-            return rows.sums.new_full(rows.sums.shape[:2], torch.nan)
-        same = (
-            (query.image[:, None] == key.image[:, None])
-            & (key.row[:, None] >= 0)
-            & (query.row >= 0)[:, None]
-        )
-        down, right = (
-            (query.row[:, None] - key.row[:, None]).float(),
-            (query.column[:, None] - key.column[:, None]).float(),
-        )
-        distance = torch.hypot(down, right)  # (key sets, rows, keys)
-        mass = rows.against(same.float())
-        return rows.against(distance * same) / torch.where(mass > 0, mass, torch.nan)
+        same = (query.image[:, None] == key.image[:, None]) & (key.row[:, None] >= 0)
+        down = (query.row[:, None] - key.row[:, None]).float()
+        right = (query.column[:, None] - key.column[:, None]).float()
+        return same.float(), torch.hypot(down, right) * same
