@@ -296,7 +296,9 @@ def _each_pair(
     def some(pairs: Tensor) -> None:
         scratch = [torch.empty(width, dtype=torch.float32).numpy()]
         if bits is not None:
-            scratch.append(torch.zeros(packed_width(width, bits) * (8 // bits)).numpy())
+            scratch.append(
+                torch.zeros(packed_width(width, bits) * (8 // bits), dtype=torch.float32).numpy()
+            )
         function(pairs.numpy(), flat.numpy(), strides, 0, at, *rest, *scratch)
 
     if index.shape[2]:
