@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from avl.policies import MixKVPolicy as MixKVPolicy
     from avl.policies import Policy as Policy
     from avl.policies import PrefixKVPolicy as PrefixKVPolicy
+    from avl.policies import QuestPolicy as QuestPolicy
     from avl.policies import RandomPolicy as RandomPolicy
     from avl.policies import SnapKVPolicy as SnapKVPolicy
     from avl.policies import StreamingPolicy as StreamingPolicy
@@ -53,6 +54,7 @@ _MODULES = {  # module -> public names that live in it
         "PrefixKVPolicy",
         "MixKVPolicy",
         "KIVIPolicy",
+        "QuestPolicy",
     ),
     "accounting": ("Usage", "StepUsage"),
     "selection": ("Selection", "State"),

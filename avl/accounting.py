@@ -4,9 +4,9 @@ cache.
 Everything allocated is counted, slack and empty slots too; keys and values apart from bookkeeping
 (positions, scores). The yardstick is what `transformers`' DynamicCache holds after the same tokens:
 every position of every row, padding included, which it stores as well. A quantised tier counts with
-what is stored of it: codes, scales, or whole keys; what of it lies in host memory while the model
-runs elsewhere is counted apart, as `host`. Only the layers a policy acts on are counted;
-sliding-window and linear layers of hybrid models keep their own caches.
+what is stored of it: codes, scales, or whole keys; so do the bounds of pages of keys. What lies in
+host memory while the model runs elsewhere is counted apart, as `host`. Only the layers a policy
+acts on are counted; sliding-window and linear layers of hybrid models keep their own caches.
 """
 
 from __future__ import annotations
@@ -193,20 +193,23 @@ def slot_bytes(buffer: KeyBuffer) -> int:
 
 def filled(buffer: KeyBuffer) -> int:
     """Bytes of a layer's keys and values in use on the model's device."""
-    return (buffer.filled - buffer.first_used_slot) * slot_bytes(buffer) + _tier_bytes(buffer)
+    slots = buffer.filled - buffer.first_used_slot
+    return slots * slot_bytes(buffer) + _bytes_beside(buffer)
 
 
 def allocated(buffer: KeyBuffer | None) -> int:
     """Bytes of a layer's key and value buffers on the model's device."""
     if buffer is None:
         return 0
-    return buffer.keys.nbytes + buffer.values.nbytes + _tier_bytes(buffer)
+    return buffer.keys.nbytes + buffer.values.nbytes + _bytes_beside(buffer)
 
 
 def by_row(buffer: KeyBuffer) -> list[float]:
     """Bytes of keys and values in use by each row, wherever they lie; empty slots are no row's."""
     each = slot_bytes(buffer) / buffer.keys.shape[0]
-    in_buffer = [count * each for count in buffer.held_in_buffer()]
+    pages = 0 if buffer.pages is None else buffer.pages.nbytes
+    shared = pages / buffer.keys.shape[0]
+    in_buffer = [count * each + shared for count in buffer.held_in_buffer()]
     if buffer.quantized is None:
         return in_buffer
     in_tier = buffer.quantized.bytes_by_row(buffer.quantized_held)
@@ -227,5 +230,9 @@ def bookkeeping(buffer: KeyBuffer) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
-def _tier_bytes(buffer: KeyBuffer) -> int:
-    return 0 if buffer.quantized is None else buffer.quantized.nbytes(host=False)
+def _bytes_beside(buffer: KeyBuffer) -> int:
+    """Bytes that stand for keys and values outside the buffer: of the quantised tier, and of the
+    bounds of pages.
+    """
+    tier = 0 if buffer.quantized is None else buffer.quantized.nbytes(host=False)
+    return tier + (0 if buffer.pages is None else buffer.pages.nbytes)

@@ -21,8 +21,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from avl.key_pages import KeyPages
 from avl.policies.base import Choice
 from avl.quantized_tier import QuantizedTier
+from avl.selection import members
 
 
 @dataclass(eq=False, kw_only=True)
@@ -41,6 +43,7 @@ class KeyBuffer:
         filled: slots in use, from the first on.
         padding_slots: empty slots per row in the secondary segment; they stand in front.
         free_slots: empty slots per row behind the secondary segment, anywhere.
+        pages: bounds of the keys page by page, where steps read some pages only; else None.
         next_free_slot: (batch, heads, 1) an empty slot behind the secondary segment in every row,
             where known; else None.
         core_spans: first slot of the core of each row, and the slot behind its last.
@@ -73,6 +76,7 @@ class KeyBuffer:
     sparse_budget: list[int]
     budget_share: list[float]
     evictable: list[int] = field(default_factory=list)
+    pages: KeyPages | None = None
     next_free_slot: Tensor | None = None
 
     @classmethod
@@ -132,6 +136,11 @@ class KeyBuffer:
                 choice.storage, keys, values, positions, choice.quantized, images
             )
             buffer.quantized_held = buffer.quantized.held()
+        if choice.page_size:
+            slots = slice(0, filled)
+            buffer.pages = KeyPages.of(
+                buffer.keys[:, :, slots], buffer.positions[:, :, slots], choice.page_size
+            )
         buffer.evictable = list(choice.evictable) or buffer.held()
         return buffer
 
@@ -295,6 +304,26 @@ class KeyBuffer:
         """Keys a row holds in the secondary segment."""
         return self.secondary_width - self.padding_slots[row]
 
+    def read_slots(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values in some slots, copied out, and their positions.
+
+        Args:
+            mask: (batch, key/value heads, slots) bool, which of the slots in use.
+
+        Returns:
+            Keys and values (batch, key/value heads, most, head dim) and positions (batch, key/value
+            heads, most), -1 in front where a head reads fewer.
+        """
+        index = members(mask, int(mask.sum(-1).amax()))
+        positions = self.positions[:, :, : self.filled].expand(-1, mask.shape[1], -1)
+        positions = positions.gather(2, index.clamp_min(0)).masked_fill(index < 0, -1)
+        copies = []
+        for tensor in (self.keys, self.values):
+            copy = tensor.new_empty(*index.shape, tensor.shape[3])
+            _take(tensor[:, :, : self.filled], index, copy)
+            copies.append(copy)
+        return copies[0], copies[1], positions
+
     # -- one key more, one key less ----------------------------------------------------------------
 
     def append(self, key: Tensor, value: Tensor, position: int, arrival: float) -> None:
@@ -307,6 +336,8 @@ class KeyBuffer:
             position: sequence index of the token.
             arrival: score its key starts with.
         """
+        if self.pages is not None:
+            self.pages.add(key, position)
         extend = min(self.free_slots) == 0
         if extend:
             if self.filled == self.keys.shape[2]:
@@ -425,6 +456,8 @@ class KeyBuffer:
             setattr(self, name, None if tensor is None else tensor.index_select(0, rows))
         if self.quantized is not None:
             self.quantized.select(rows)
+        if self.pages is not None:
+            self.pages.select(rows)
         order = rows.tolist()
         for name in _LISTS:
             values = getattr(self, name)

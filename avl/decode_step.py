@@ -18,7 +18,7 @@ from avl.attention import Attend, AttentionCall, Forward, attend_one_row, for_qu
 from avl.buffer import KeyBuffer
 from avl.cache import AdaptiveLayer, Conversation
 from avl.families import UnsupportedModelError
-from avl.policies.base import CoredPolicy, Policy
+from avl.policies.base import CoredPolicy, PagedPolicy, Policy
 from avl.selection import SelectionLog, best
 from avl.tokens import Modality
 
@@ -80,6 +80,8 @@ class DecodeStep:
                 f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave"
                 f" {positions.shape[2]}; models that change keys behind the cache cannot be adapted"
             )
+        if buffer.pages is not None:
+            return self._attend_pages(call, layer)
         hidden = positions < 0 if buffer.ragged(refresh) else None
         output, weights = self._read(call, positions, hidden)
         self.reads[layer.index] = buffer.reads(refresh=refresh)
@@ -117,6 +119,34 @@ class DecodeStep:
         call.key_positions = positions[:, 0] if positions.shape[1] == 1 else positions
         call.mask = None if hidden is None else for_query_heads(~hidden, call)[:, :, None]
         return attend_one_row(call, hidden)
+
+    def _attend_pages(self, call: AttentionCall, layer: AdaptiveLayer) -> Tensor:
+        """Attention over each row's newest page and the best others that its limit allows."""
+        buffer = layer.filled_buffer
+        pages = buffer.pages
+        assert pages is not None
+        assert isinstance(self.policy, PagedPolicy)
+        page = pages.page_of(buffer.positions[:, :, : buffer.filled])
+        bounds = pages.bounds(call.query[:, :, 0])
+        newest = pages.page_of(torch.full_like(pages.first, self.forward.start))
+        bounds.scatter_(2, newest.expand(-1, bounds.shape[1], -1), torch.inf)
+        counts = []
+        for row, row_counts in enumerate(self.conversation.counts):
+            newest_page = int(newest[row])
+            newest_keys = row_counts.tokens - newest_page * pages.size
+            others = (self.policy.read_limit(row_counts) - newest_keys) // pages.size
+            counts.append(1 + min(max(others, 0), newest_page))
+        index = best(bounds, counts)
+        read = torch.zeros(*bounds.shape[:2], pages.count + 1, dtype=torch.bool, device=page.device)
+        # Keys that are none have page -1; they look at the last column, which stays False.
+        read.scatter_(2, torch.where(index < 0, pages.count, index), True)
+        read[..., -1] = False
+        column = torch.where(page < 0, pages.count, page).expand(-1, bounds.shape[1], -1)
+        call.key, call.value, positions = buffer.read_slots(read.gather(2, column))
+        self.reads[layer.index] = (positions[:, 0] >= 0).sum(-1).tolist()
+        self.selection_log.note(layer.index, "core", positions)
+        hidden = positions < 0
+        return self._read(call, positions, hidden if bool(hidden.any()) else None)[0]
 
     def _drifted(self, buffer: KeyBuffer, weights: Tensor) -> list[bool] | None:
         """Rows whose core is outdated, by this step's weights on it; None if there are none."""

@@ -12,6 +12,7 @@ from avl.policies.h2o import H2OPolicy
 from avl.policies.kivi import KIVIPolicy
 from avl.policies.mixkv import MixKVPolicy
 from avl.policies.prefixkv import PrefixKVPolicy
+from avl.policies.quest import QuestPolicy
 from avl.policies.random_keys import RandomPolicy
 from avl.policies.snapkv import SnapKVPolicy
 from avl.policies.streaming import StreamingPolicy
@@ -34,4 +35,5 @@ __all__ = [
     "PrefixKVPolicy",
     "MixKVPolicy",
     "KIVIPolicy",
+    "QuestPolicy",
 ]

@@ -8,7 +8,8 @@ handled by buffer.py, prefill_step.py and decode_step.py, so that a policy stays
 its formula.
 
 `Policy` is all that most baselines need. `CoredPolicy` adds what a policy is asked that attends to
-some of its keys at some steps only, as A-VL does.
+some of its keys at some steps only, as A-VL does; `PagedPolicy` what one is asked that chooses the
+keys to read anew for every query.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ class Choice:
             `CoredPolicy.sparse`.
         core_scores: (batch, 1, keys) importance of image keys now, if the policy wants to be asked
             about drift.
+        page_size: tokens of a page of keys, where steps read some pages only and all keys are held;
+            0: there are no pages. See `PagedPolicy`.
     """
 
     always_attended: Sequence[Tensor]
@@ -89,6 +92,7 @@ class Choice:
     budget_share: Sequence[float] = ()
     sparse_budget: Sequence[int] = ()
     core_scores: Tensor | None = None
+    page_size: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +252,18 @@ class CoredPolicy(Policy):
             text: evictable keys the row holds.
         """
         return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedPolicy(Policy):
+    """A policy that holds all keys in pages and reads the pages a step's query may need.
+
+    Its choice holds all keys in one set of `always_attended` keys and names a `page_size`.
+    """
+
+    @abstractmethod
+    def read_limit(self, counts: Counts) -> int:
+        """Most keys a row may read at a step; its newest page is read in any case."""
 
 
 def all_keys(measure: Measure) -> Tensor:

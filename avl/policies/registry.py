@@ -20,6 +20,7 @@ from avl.policies.h2o import H2OPolicy
 from avl.policies.kivi import KIVIPolicy
 from avl.policies.mixkv import MixKVPolicy
 from avl.policies.prefixkv import PrefixKVPolicy
+from avl.policies.quest import QuestPolicy
 from avl.policies.random_keys import RandomPolicy
 from avl.policies.snapkv import SnapKVPolicy
 from avl.policies.streaming import StreamingPolicy
@@ -39,6 +40,7 @@ BUILT_IN: tuple[type[Policy], ...] = (
     PrefixKVPolicy,
     MixKVPolicy,
     KIVIPolicy,
+    QuestPolicy,
 )
 """Policies of this package, in the order in which they are listed."""
 
