@@ -24,8 +24,8 @@ import xarray as xr
 
 from avl import Policy
 from avl_analysis.corpus.questions import Sample
-from avl_analysis.errors import InputError
-from avl_analysis.files import write_text
+from avl_analysis.errors import InputError, blamed_on_input
+from avl_analysis.files import user_path, write_text
 from avl_analysis.intervals import (
     Estimate,
     mean_interval,
@@ -33,7 +33,8 @@ from avl_analysis.intervals import (
     paired_share_difference,
     share_interval,
 )
-from avl_analysis.recordings.netcdf import write_netcdf
+from avl_analysis.recordings.netcdf import read_netcdf, write_netcdf
+from avl_analysis.recordings.origin import Origin
 
 METRICS = ("fidelity", "text", "accuracy", "cost")
 """Groups of numbers; see `avl_analysis.evaluation.compare`."""
@@ -161,6 +162,11 @@ class Comparison:
                 f" {', '.join(map(str, self.dataset.data_vars))}"
             )
         return self.dataset[name]
+
+    @property
+    def origin(self) -> Origin:
+        """The model it was measured on."""
+        return Origin.of_attrs("the comparison", self.dataset.attrs)
 
     @property
     def policies(self) -> list[str]:
@@ -302,27 +308,51 @@ def load_comparison(path: str | PathLike[str]) -> Comparison:
     Raises:
         InputError: no such file, not a comparison, or of another version of the format.
     """
-    source = Path(path)
+    source = user_path(path)
     if not source.is_file():
         raise InputError(
             f"there is no comparison file {source}; make one with avl compare --out {source}"
         )
-    try:
-        with xr.open_dataset(source, engine="h5netcdf") as opened:
-            dataset = opened.load()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(
-            f"{source} is not a readable netCDF file, so not a comparison: {error}"
-        ) from error
+    with blamed_on_input(f"{source} is not a readable netCDF file, so not a comparison"):
+        dataset = read_netcdf(source, ["/"])["/"]
     if dataset.attrs.pop("format", None) != FORMAT:
         raise InputError(
             f"{source} is a netCDF file but not a comparison (no format = {FORMAT!r} in it)"
         )
-    if (version := int(dataset.attrs.pop("version", -1))) != VERSION:
+    if (version := str(dataset.attrs.pop("version", None))) != str(VERSION):
         raise InputError(
             f"{source} has comparison format {version}, this program reads {VERSION}: compare again"
         )
+    with blamed_on_input(
+        f"{source} is damaged or was changed", ": copy it again, or compare again"
+    ):
+        _check(dataset)
     return Comparison(dataset)
+
+
+def _check(dataset: xr.Dataset) -> None:
+    """Refuse a dataset that lacks what every comparison has."""
+    for name, dims in (
+        ("text", ("policy", "sample")),
+        ("failure", ("policy", "sample")),
+        ("prompt", ("sample",)),
+        ("task", ("sample",)),
+        ("answers", ("sample",)),
+        ("full_text", ("sample",)),
+    ):
+        if name not in dataset or dataset[name].dims != dims:
+            raise InputError(f"{name} is missing, or has other dimensions")
+    for name in (*VARIABLES, *BY_STEP):
+        if name in dataset and (
+            dataset[name].dims[:2] != ("policy", "sample") or dataset[name].dtype.kind not in "fiu"
+        ):
+            raise InputError(f"{name} has other dimensions, or holds other things than numbers")
+    policies = list(map(str, dataset["policy"].values))
+    if len(set(policies)) != len(policies) or dataset.attrs.get("reference") not in policies:
+        raise InputError("the policies are not told apart, or the full cache is not among them")
+    described = json.loads(str(dataset.attrs["policies"]))
+    if not isinstance(described, dict) or set(described) != set(policies):
+        raise InputError("the settings of the policies are missing")
 
 
 def build(

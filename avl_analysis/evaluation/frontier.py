@@ -44,10 +44,10 @@ from avl_analysis.corpus.batches import (
 from avl_analysis.corpus.questions import Sample, scene_samples
 from avl_analysis.corpus.scoring import correct
 from avl_analysis.corpus.sharded_run import lock_folder
-from avl_analysis.errors import InputError
+from avl_analysis.errors import InputError, blamed_on_input
 from avl_analysis.evaluation.generation import Run, decode_texts, generate
 from avl_analysis.evaluation.policy_files import with_budget
-from avl_analysis.files import write_text
+from avl_analysis.files import user_path, write_text
 from avl_analysis.intervals import paired_share_difference, share_interval
 from avl_analysis.models.loading import VLM, load_model
 from avl_analysis.scenes import TASKS
@@ -360,12 +360,27 @@ def read(path: Path) -> tuple[dict[str, Any], list[Line]]:
     Raises:
         InputError: no such file, or not one of these.
     """
+    path = user_path(path)
     if not path.is_file():
         raise InputError(f"there is no frontier {path}; make one with avl frontier --out {path}")
-    try:
-        first, *rest = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return first["about"], rest
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} is not a frontier: its first line must be an object with 'about'"
-        ) from error
+    with blamed_on_input(
+        f"{path} is not a frontier, or was changed", ": make one with avl frontier"
+    ):
+        text = path.read_text(encoding="utf-8")
+        first, *lines = [json.loads(line) for line in text.split("\n") if line]
+        about = dict(first["about"])
+        for line in lines:
+            _check(line)
+    return about, lines
+
+
+def _check(line: Line) -> None:
+    """Refuse a line that is none of `summarise`."""
+    for name in ("task", "policy", "settings"):
+        if not isinstance(line.get(name, ""), str):
+            raise ValueError(f"{name} is no text")
+    if set(line.get("right", "")) - set("01-"):
+        raise ValueError("what was right is told by other letters than 0, 1 and -")
+    for name in line.keys() - {"task", "policy", "settings", "right"}:
+        if line[name] is not None and not isinstance(line[name], (int, float)):
+            raise ValueError(f"{name} is no number")

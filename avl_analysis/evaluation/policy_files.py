@@ -18,12 +18,13 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from avl import Policy
 from avl.policies.registry import PRESETS, policies
-from avl_analysis.errors import InputError
-from avl_analysis.files import write_text
+from avl_analysis.errors import InputError, blamed_on_input
+from avl_analysis.files import user_path, write_text
 
 FORMAT, VERSION = "avl-policy", 1
 
@@ -93,9 +94,40 @@ def changed(policy: Policy, values: Mapping[str, Any]) -> Policy:
                 f" {', '.join(known) or 'none'}"
             )
     try:
-        return replace(policy, **values)
+        made = replace(policy, **values)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
+    kinds = get_type_hints(type(policy))
+    for name, value in values.items():  # what the policy itself did not refuse
+        if not _fits(value, kinds[name]):
+            kind = _said(kinds[name])
+            raise InputError(f"{name} of {type(policy).__name__} must be a {kind}; got {value!r}")
+    return made
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type, as far as that can be told; NaN and infinity are no
+    numbers here.
+    """
+    if get_origin(kind) in (Union, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 2**31
+    if kind is int:
+        return type(value) is int and abs(value) < 2**63
+    return not isinstance(kind, type) or type(value) is kind
+
+
+def _said(kind: Any) -> str:
+    """A type in words."""
+    names = {float: "number", int: "whole number", bool: "true or false", str: "text"}
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(_said(one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"list of {_said(get_args(kind)[0])}s"
+    return "none" if kind is type(None) else names.get(kind, str(kind))
 
 
 def policy_to_json(policy: Policy) -> dict[str, Any]:
@@ -126,7 +158,7 @@ def policy_from_json(content: Any, source: str = "this content") -> Policy:
         raise InputError(
             f"{source} does not describe a policy: an object with 'policy' and 'fields' is needed"
         )
-    if content.get("policy") not in classes:
+    if not isinstance(content.get("policy"), str) or content["policy"] not in classes:
         raise InputError(
             f"{source} names policy {content.get('policy')!r}; possible are {', '.join(classes)}"
         )
@@ -169,19 +201,18 @@ def load_evidence(path: str | PathLike[str]) -> dict[str, Any] | None:
     `load_policy`.
     """
     evidence = _read(path).get("evidence")
-    return None if evidence is None else dict(evidence)
+    with blamed_on_input(f"the evidence in {path} is no object"):
+        return None if evidence is None else dict(evidence)
 
 
 def _read(path: str | PathLike[str]) -> dict[str, Any]:
-    source = Path(path).expanduser()
+    source = user_path(path)
     if not source.is_file():
         raise InputError(
             f"there is no policy file {source}; make one with avl calibrate --out {source}"
         )
-    try:
+    with blamed_on_input(f"{source} is not a JSON file"):
         content = json.loads(source.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
-        raise InputError(f"{source} is not a JSON file: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f'{source} is JSON but not a policy (no "format": "{FORMAT}" in it)')
     if content.get("version") != VERSION:

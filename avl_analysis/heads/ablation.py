@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from avl.attention import Attend, AttentionCall
 from avl.families import describe
 from avl.hooks import Intervention, attached
+from avl_analysis.capture.provenance import provenance
 from avl_analysis.corpus.batches import (
     Failure,
     batches_by_length,
@@ -47,9 +48,9 @@ from avl_analysis.corpus.questions import Sample, describe_questions, shared_que
 from avl_analysis.corpus.record_samples import record_samples
 from avl_analysis.corpus.regions import recorded_regions
 from avl_analysis.corpus.scoring import correct
-from avl_analysis.errors import InputError
+from avl_analysis.errors import InputError, blamed_on_input
 from avl_analysis.evaluation.generation import decode_texts, generate
-from avl_analysis.files import write_text
+from avl_analysis.files import user_path, write_text
 from avl_analysis.heads.localisation import first_word_hits
 from avl_analysis.heads.taxonomy import KINDS, Matrix, kinds, matrix, measure
 from avl_analysis.intervals import (
@@ -59,6 +60,7 @@ from avl_analysis.intervals import (
     share_interval,
 )
 from avl_analysis.models.loading import VLM
+from avl_analysis.recordings.origin import Origin, check_same_model
 from avl_analysis.recordings.recording import Recording
 
 Head = tuple[int, int]
@@ -251,6 +253,12 @@ class Ablation:
     command: str = ""
 
     @property
+    def origin(self) -> Origin:
+        """The model it was measured on."""
+        name, _, revision = self.model.partition(" ")
+        return Origin("the ablation", name, revision)
+
+    @property
     def others(self) -> str:
         """What the random sets are, in words."""
         return "as many others of the same layers" if self.same_layers else "as many others"
@@ -320,32 +328,42 @@ def load_ablation(path: str | PathLike[str]) -> Ablation:
     Raises:
         InputError: no such file, or not one of these.
     """
-    source = Path(path).expanduser()
+    source = user_path(path)
     if not source.is_file():
         raise InputError(f"there is no ablation {source}; make one with avl ablate --out {source}")
-    try:
+    with blamed_on_input(f"{source} is not an ablation", ": make one with avl ablate"):
         content = json.loads(source.read_text(encoding="utf-8"))
         if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
             raise ValueError("another format or version")
         groups = [
             Silenced(
-                one["name"],
+                str(one["name"]),
                 tuple((int(layer), int(head)) for layer, head in one["heads"]),
-                one["right"],
+                str(one["right"]),
             )
             for one in content.pop("groups")
         ]
-        return Ablation(
-            **{
-                **content,
-                "groups": tuple(groups),
-                **{k: tuple(content[k]) for k in ("samples", "tasks")},
-            }
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{source} is not an ablation: make one with avl ablate ({error})"
-        ) from error
+        lists = {name: tuple(map(str, content[name])) for name in ("samples", "tasks")}
+        result = Ablation(**{**content, "groups": tuple(groups), **lists})
+        _check(result)
+    return result
+
+
+def _check(result: Ablation) -> None:
+    """Refuse values that no ablation has."""
+    texts = (result.model, result.found_on, result.command)
+    if not all(isinstance(text, str) for text in texts) or not result.model:
+        raise ValueError("the model, or where its heads were found, is no text")
+    if result.kind not in KINDS or type(result.same_layers) is not bool:
+        raise ValueError(f"kind of heads {result.kind!r}")
+    if not (type(result.found) is type(result.heads) is int and 0 < result.found < result.heads):
+        raise ValueError(f"{result.found!r} of {result.heads!r} heads")
+    count = len(result.samples)
+    if count < 2 or len(result.tasks) != count or len(result.groups) < 3:
+        raise ValueError(f"{count} questions, {len(result.groups)} groups")
+    for group in result.groups:
+        if len(group.right) != count or set(group.right) - set("01-"):
+            raise ValueError(f"the answers with {group.name} silenced")
 
 
 def ablate(
@@ -382,7 +400,8 @@ def ablate(
 
     Raises:
         InputError: questions without known answers, too few of them, questions that the heads were
-            found by, no heads to compare.
+            found by, no heads to compare, a
+            recording of another model.
     """
     found_on = "" if recording is None else f"a recording of {len(recording)} samples"
     if recording is None:
@@ -398,6 +417,14 @@ def ablate(
         raise InputError(
             f"{len(samples)} questions: at least two are needed, each with its right answer"
         )
+    asked = {
+        **provenance(vlm.model, describe(vlm.model), ()),
+        "model": vlm.name,
+        "model_revision": vlm.revision,
+    }
+    check_same_model(
+        Origin.of_attrs("the recording", recording.attrs), Origin.of_attrs("the model", asked)
+    )
     of_kind, others = find_heads(recording, kind)
     groups_ = plan(of_kind, others, kind, draws, seed, same_layers=same_layers)
     right = _ask_all(vlm, samples, groups_, max_new_tokens, batch_size, progress)

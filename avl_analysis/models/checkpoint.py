@@ -98,6 +98,8 @@ class Checkpoint:
         folders.
         """
         commit: str | None = getattr(model.config, "_commit_hash", None)
+        if Path(self.path).parent.name == "snapshots":  # the hub's cache names folders by commit
+            commit = Path(self.path).name
         files = sorted(Path(self.path).glob("*.safetensors"))
         if commit or not files or sum(file.stat().st_size for file in files) > _HASHED_BYTES:
             return commit
@@ -286,6 +288,8 @@ def read_weights(
             f" ({_quantization(method)}) and would load without it: remove quantization_config"
             " if the weights are not quantized, else use the transformers version that wrote them"
         )
+    # What was asked for, not where it lies on this machine: recordings say it.
+    model.name_or_path = model.config.name_or_path = name
     return model
 
 

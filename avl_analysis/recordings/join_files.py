@@ -24,7 +24,8 @@ import numpy as np
 
 from avl_analysis.errors import InputError, blamed_on_input
 from avl_analysis.files import hdf5_for_writing
-from avl_analysis.recordings.schema import GROUPS, RAGGED, RecordingError
+from avl_analysis.recordings.checks import digest
+from avl_analysis.recordings.schema import FACTS_DIGEST, GROUPS, RAGGED, RecordingError
 
 _SAMPLE = "sample"
 _SAME = ("model", "model_type", "model_revision", "statistics")
@@ -109,6 +110,9 @@ def join(
             for file, start in zip(files, plan.starts, strict=True):
                 with _opened(file) as source:
                     _fill(plan, source, joined, start)
+            if FACTS_DIGEST in joined.attrs:
+                facts = joined["tokens/facts"].asstr()[...]
+                joined.attrs[FACTS_DIGEST] = digest(map(str, facts))
 
 
 @contextmanager

@@ -21,11 +21,14 @@ from typing import Any, Protocol
 import numpy as np
 import xarray as xr
 
-from avl_analysis.errors import InputError
+from avl_analysis.errors import InputError, blamed_on_input
+from avl_analysis.files import user_path
 from avl_analysis.intervals import estimate, medians
 from avl_analysis.recordings import summary
-from avl_analysis.recordings.netcdf import write_netcdf
+from avl_analysis.recordings.checks import check_data, digest, facts_of_text
+from avl_analysis.recordings.netcdf import read_netcdf, write_netcdf
 from avl_analysis.recordings.schema import (
+    FACTS_DIGEST,
     FORMAT,
     GROUPS,
     VERSION,
@@ -270,7 +273,8 @@ class Recording:
         names = groups["tokens"]["sample"].values
         facts = [json.dumps(self._facts.get(str(name), {})) for name in names]
         groups["tokens"] = groups["tokens"].assign(facts=("sample", np.array(facts, dtype=object)))
-        root = xr.Dataset(attrs={**self.attrs, "format": FORMAT, "version": VERSION})
+        about = {"format": FORMAT, "version": VERSION, FACTS_DIGEST: digest(facts)}
+        root = xr.Dataset(attrs={**self.attrs, **about})
         encoding = {
             name: {str(v): _encoding(dataset[v]) for v in dataset.data_vars}
             for name, dataset in groups.items()
@@ -285,48 +289,56 @@ def load_recording(path: str | PathLike[str]) -> Recording:
     """Read what `Recording.save` wrote.
 
     Raises:
-        RecordingError: there is no such file, it is not a recording, or it is one of another
-            version of the format.
+        RecordingError: there is no such file, it is not a recording, it is one of another version
+            of the format, or its content was damaged or changed.
     """
-    source = Path(path)
+    source = user_path(path)
     if not source.is_file():
         raise RecordingError(
             f"there is no recording file {source}; make one with recording.save(...) or `avl record"
             " --out`"
         )
     try:
-        with xr.open_datatree(source, engine="h5netcdf") as opened:
-            tree = opened.load()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise RecordingError(
-            f"{source} is not a readable netCDF file, so not a recording: {error}"
-        ) from error
-    if tree.attrs.get("format") != FORMAT:
+        with blamed_on_input(f"{source} is not a readable netCDF file, so not a recording"):
+            groups = read_netcdf(source, ("/", *GROUPS))
+    except InputError as error:
+        raise RecordingError(str(error)) from error
+    attrs = dict(groups.pop("/").attrs)
+    if attrs.pop("format", None) != FORMAT:
         raise RecordingError(
             f"{source} is a netCDF file but not a recording of this toolkit (no format = {FORMAT!r}"
             " in it)"
         )
-    if int(tree.attrs.get("version", -1)) != VERSION:
+    if (version := str(attrs.pop("version", None))) != str(VERSION):
         raise RecordingError(
-            f"{source} has recording format {tree.attrs.get('version')}, this program reads"
-            f" {VERSION}; record again, or read the file with the version that wrote it"
+            f"{source} has recording format {version}, this program reads {VERSION}; record again,"
+            " or read the file with the version that wrote it"
         )
-    data = {
-        name: tree[name].to_dataset(inherit=False) if name in tree.children else xr.Dataset()
-        for name in GROUPS
-    }
+    try:
+        with blamed_on_input("its parts do not fit together"):
+            return _recording(groups, attrs)
+    except InputError as error:
+        raise RecordingError(
+            f"{source} is damaged or was changed ({error}): copy it again, or record again"
+        ) from error
+
+
+def _recording(data: dict[str, xr.Dataset], attrs: dict[str, Any]) -> Recording:
+    """The recording that a file's groups and attributes hold."""
+    stored = data["tokens"].get("facts")
+    texts = [] if stored is None else [str(text) for text in stored.values]
+    if attrs.pop(FACTS_DIGEST, None) not in (None, digest(texts)):
+        raise RecordingError("the facts about the samples are not those that were written")
+    data["tokens"] = data["tokens"].drop_vars("facts", errors="ignore")
+    check_data(data, attrs)
     derived = [name for name in data["sums"].data_vars if name in data["statistics"]]
     values = data["statistics"].drop_vars(derived)
     data["statistics"] = values.drop_vars(
         [dim for dim in values.coords if all(dim not in v.dims for v in values.values())]
     )
-    facts = data["tokens"].get("facts")
-    data["tokens"] = data["tokens"].drop_vars("facts", errors="ignore")
-    recording = Recording(
-        data, {k: v for k, v in tree.attrs.items() if k not in ("format", "version")}
-    )
-    for name in recording.samples if facts is not None else []:
-        recording._facts[name] = json.loads(str(facts.sel(sample=name).item()))
+    recording = Recording(data, attrs)
+    for name, text in zip(recording.samples, texts, strict=stored is not None):
+        recording._facts[name] = facts_of_text(text, name)
     return recording
 
 

@@ -54,6 +54,9 @@ VERSION = 2
 EDGES = ("left", "top", "right", "bottom")
 """Variables that hold the box of a token, as fractions of the whole image."""
 
+FACTS_DIGEST = "facts_sha256"
+"""Attribute of a file: digest of the facts of all samples."""
+
 RAGGED = frozenset({"step", "position", "token", "picture", "query", "key"})
 ROWS = ("prompt", "prompt text", "decode")
 GROUPS = ("tokens", "sums", "statistics", "maps", "attention")

@@ -7,6 +7,7 @@ letter per question, so that accuracies can be pooled and policies compared ques
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -18,6 +19,7 @@ import numpy as np
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.frontier import read
 from avl_analysis.intervals import Estimate, paired_share_difference, share_interval
+from avl_analysis.recordings.origin import Origin
 
 Point = tuple[str, float | None]
 """Policy and the budget it was given; None: its own settings."""
@@ -31,6 +33,13 @@ class Frontier:
 
     about: Mapping[str, Any]
     lines: Sequence[Mapping[str, Any]]
+
+    @property
+    def origin(self) -> Origin:
+        """The model it was measured on."""
+        named = re.search(r"\bmodel='([^']*)'", str(self.about.get("settings") or ""))
+        revision = str(self.about.get("model_revision") or "")
+        return Origin("the frontier", named[1] if named else "", revision)
 
     @property
     def tasks(self) -> list[str]:

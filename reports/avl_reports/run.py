@@ -10,7 +10,6 @@ question, the described figure, and what it finds. A figure that the recording c
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
-from PIL import Image
 
 from avl_analysis import scenes
 from avl_analysis.corpus.regions import Region, boxes_of, regions_of
@@ -29,6 +27,8 @@ from avl_analysis.evaluation.comparison import Comparison, load_comparison
 from avl_analysis.figures import Animation, Box, Caption, Figure
 from avl_analysis.heads.ablation import Ablation, load_ablation
 from avl_analysis.intervals import METHOD
+from avl_analysis.models.images import open_image
+from avl_analysis.recordings.origin import Origin, check_same_model
 from avl_analysis.recordings.recording import Recording, load_recording
 from avl_reports.findings import Finding
 from avl_reports.frontiers import Frontier, load_frontier
@@ -97,6 +97,10 @@ class Run:
         recording: of at least one sample.
         comparison: policies against the full cache; ablations: heads silenced; frontier: accuracy
             against bytes.
+
+    Raises:
+        NotMeasured: an empty recording.
+        InputError: parts that were measured on another model.
     """
 
     def __init__(
@@ -108,6 +112,10 @@ class Run:
     ) -> None:
         if not len(recording):
             raise NotMeasured("the recording holds no samples, so there is nothing to report")
+        origin = Origin.of_attrs("the recording", recording.attrs)
+        for part in (comparison, *ablations, frontier):
+            if part is not None:
+                check_same_model(origin, part.origin)
         self.recording = recording
         self._comparison, self._ablations, self._frontier = comparison, tuple(ablations), frontier
 
@@ -241,5 +249,4 @@ def _thumbnail(address: object) -> NDArray[np.uint8] | None:
     """A picture kept as a "data:" address."""
     if not isinstance(address, str) or not address.startswith("data:image/"):
         return None
-    image = Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2])))
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(open_image(base64.b64decode(address.partition(",")[2])))

@@ -60,6 +60,7 @@ def recording(
     }
     attrs = {
         "model": "made-up",
+        "model_revision": "1",
         "model_class": "LlavaForConditionalGeneration",
         "date": "2025-01-01T00:00:00+00:00",
     }
@@ -178,7 +179,7 @@ def comparison(samples: int = 240) -> Comparison:
                 "batch": 4.0,
                 "text": "a",
             }
-    attrs = {"reference": "full", "model": "made-up"}
+    attrs = {"reference": "full", "model": "made-up", "model_revision": "1"}
     return build_comparison(asked, policies, {}, results, attrs)
 
 
@@ -203,7 +204,7 @@ def ablation(*, same_layers: bool = False, hostile: bool = False) -> Ablation:
         "visual",
         3,
         12,
-        "made-up",
+        "made-up 1",
         ids,
         tasks,
         groups,
