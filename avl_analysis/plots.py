@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from avl_analysis.errors import InputError
-from avl_analysis.figures import Axis, Bar, Bars, Caption, Figure, Heat, Line, Lines, palette
+from avl_analysis.figures import Axis, Bar, Bars, Caption, Figure, Heat, Line, Lines, Rule, palette
 from avl_analysis.figures.looks import head_map
 from avl_analysis.figures.plot import Plot
 from avl_analysis.heads import taxonomy
+from avl_analysis.intervals import mean_intervals
 from avl_analysis.recordings.recording import Recording
 
 _SLOTS = {"system": palette.SYSTEM, "image": palette.IMAGE, "text": palette.TEXT}
@@ -112,6 +114,50 @@ def plot_heads(
         ),
     )
     return Plot(figure)
+
+
+def plot_knockout(result: xr.Dataset, variable: str = "log_prob_change") -> Plot:
+    """What an answer loses when a flow of attention is cut, by layer, one line per flow.
+
+    Args:
+        result: what `heads.knockout.knockout` or `load_knockout` gave.
+        variable: "log_prob_change" (nats per answer token), "probability" or "same_answer" (share
+            of answers that greedy decoding would still give).
+
+    Raises:
+        InputError: another variable.
+    """
+    titles = {
+        "log_prob_change": Axis("change of the answer's log-probability", "nats per token"),
+        "probability": Axis("probability of the answer", "share"),
+        "same_answer": Axis("answers that stay the same", "share", (0.0, 1.05)),
+    }
+    if variable not in titles:
+        raise InputError(f"unknown variable {variable!r}: choose one of {', '.join(titles)}")
+    layers = result["layer"].values.astype(float)
+    lines = []
+    for place, flow in enumerate(result["flow"].values):
+        mean, low, high, _ = mean_intervals(
+            result[variable].sel(flow=flow).transpose("sample", ...)
+        )
+        lines.append(Line(str(flow), layers, mean, low, high, slot=place + 1))
+    window = int(result.attrs.get("window", 1))
+    count = int(np.isfinite(result["plain_probability"]).sum())
+    first = "layer" if window == 1 else f"first of {window} layers"
+    caption = Caption(
+        f"{titles[variable].label} when attention from the first group of tokens to the second is"
+        f" cut in {window} layer(s); the model is led along its own answer.",
+        max(count, 1),
+        str(result.attrs.get("model", "unknown")),
+        _INTERVAL,
+    )
+    panel = Lines(Axis(first, "index"), titles[variable], tuple(lines), (Rule(0.0, "", "y"),))
+    return Plot(Figure(f"knockout_{variable}", "Attention knock-out", (panel,), caption))
+
+
+def knockout_table(result: xr.Dataset) -> pd.DataFrame:
+    """Mean change of the answer's log-probability, a row per flow and a column per layer."""
+    return result["log_prob_change"].mean("sample").to_pandas()
 
 
 def _statistic(recording: Recording, name: str) -> xr.DataArray:

@@ -1,0 +1,85 @@
+"""`avl knockout`: what is lost when attention between two groups of tokens is cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from avl_analysis.cli.options import (
+    Attention,
+    BatchSize,
+    Device,
+    Download,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Tasks,
+    check_target,
+    load,
+    progress,
+    read_or_draw,
+)
+from avl_analysis.errors import InputError
+
+EXAMPLES = """
+Examples: [bold]avl knockout --scenes 4 --out knockout.nc[/],
+[bold]avl knockout questions.jsonl --model ./my-llava --window 3 --flow image:last[/]
+"""
+
+
+def knockout(
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="JSONL file of questions. Default: drawn scenes."),
+    ] = None,
+    flow: Annotated[
+        list[str] | None,
+        typer.Option(help="SOURCE:TARGET, e.g. image:question; repeat. Default: six flows."),
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="Layers cut at once.")] = 1,
+    model: Model = "scenes",
+    out: Annotated[Path, typer.Option(help="netCDF file to write.")] = Path("knockout.nc"),
+    scenes: Annotated[int, typer.Option(min=1, help="Drawn scenes per task.")] = 4,
+    task: Tasks = None,
+    max_new_tokens: MaxNewTokens = 32,
+    batch_size: BatchSize = 16,
+    dtype: Dtype = None,
+    device: Device = None,
+    attention: Attention = "sdpa",
+    download: Download = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Cut attention between two groups of tokens, layer by layer: what does the answer lose?"""
+    if out.suffix != ".nc":
+        raise InputError(f"--out {out}: the file's name must end in .nc")
+    check_target(out, force)
+    flows = [_flow(text) for text in flow or ()]
+    samples = read_or_draw(data, scenes, task)
+    vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
+
+    from avl_analysis.heads.knockout import FLOWS, save_knockout
+    from avl_analysis.heads.knockout import knockout as cut
+    from avl_analysis.plots import knockout_table
+
+    with progress("cutting", unit="windows") as advance:
+        result = cut(
+            vlm,
+            samples,
+            flows or FLOWS,
+            window=window,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=advance,
+        )
+    save_knockout(result, out)
+    typer.echo(knockout_table(result).round(3).to_string())
+    typer.echo(f"change of the answer's log-probability, nats per token; everything in {out}")
+
+
+def _flow(text: str) -> tuple[str, str]:
+    source, colon, target = text.partition(":")
+    if not colon:
+        raise InputError(f"--flow {text!r}: write SOURCE:TARGET, for example image:question")
+    return source, target
