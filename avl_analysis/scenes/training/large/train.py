@@ -268,7 +268,7 @@ def _run(
     elif stage == "tune":
         trainer.join()
     signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "asked_to_stop", True))
-    first, last = trainer.step, trainer.step + steps
+    first, last = trainer.step, steps
     began = time.monotonic() - trainer.seconds
     worked = time.process_time() - trainer.processor_seconds
     line_at, watch_at, save_at = (
@@ -283,7 +283,7 @@ def _run(
     )
     for step in data:
         warm = min(1.0, (trainer.step + 1) / settings.warm_up)
-        factor = warm * ((last - trainer.step) / steps if anneal else 1.0)
+        factor = warm * ((last - trainer.step) / (last - first) if anneal else 1.0)
         found: dict[str, Any] = trainer.update(factor, step)
         trainer.clock(began, worked)
         ends = trainer.stop or trainer.step == last
@@ -318,15 +318,15 @@ def train(
     anneal: bool = False,
     sizes: dict[str, int] | None = None,
 ) -> None:
-    """Run ``steps`` steps of a stage; ``out`` gets ``STAGE.jsonl`` and ``STAGE.pt``.
+    """Run a stage up to step ``steps``; ``out`` gets ``STAGE.jsonl`` and ``STAGE.pt``.
 
     Args:
         stage: one of ``STAGES``; "tune" reads the checkpoints of the other two from ``out``.
         settings: rates, batch sizes, processes.
         out: the run's folder.
-        steps: how many to make in this call.
+        steps: how many the stage has in the end, those before a stop included.
         resume: continue from the stage's checkpoint in ``out``.
-        anneal: let the rates fall linearly to zero over these steps.
+        anneal: let the rates fall linearly to zero over the steps of this call.
         sizes: of the model, where they are not ``model.SIZES``.
 
     Raises:
@@ -355,11 +355,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the larger embedded model, stage by stage.")
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True, help="steps of the stage in the end")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", action="store_true", help="continue the stage in --out")
     parser.add_argument(
-        "--anneal", action="store_true", help="let the rate fall to zero over these steps"
+        "--anneal",
+        action="store_true",
+        help="let the rates fall to zero over the steps of this call",
     )
     option = launch.SettingsOption(parser, Settings)
     chosen = parser.parse_args()

@@ -392,7 +392,7 @@ def test_a_finished_call_has_logged_and_saved_and_an_annealed_one_ends_near_rate
     train.train("text", settings, tmp_path, steps=2, sizes=SIZES)
     with pytest.raises(FileExistsError, match="--resume"):
         train.train("text", settings, tmp_path, steps=2, sizes=SIZES)
-    train.train("text", settings, tmp_path, steps=4, resume=True, anneal=True, sizes=SIZES)
+    train.train("text", settings, tmp_path, steps=6, resume=True, anneal=True, sizes=SIZES)
     lines = train.read_log(tmp_path / "text.jsonl")
     assert [line["factor"] for line in lines if "step" in line] == [1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert lines[-1]["step"] == 6
