@@ -32,6 +32,8 @@ class Settings:
     """Above 0, the decoder's matrices are trained with Muon at this rate."""
     weight_decay: float = 0.1
     warm_up: int = 100
+    anneal_from: int = 0
+    """Step from which the rates fall linearly to zero at the last one; 0 keeps them constant."""
     text_rows: int = 16
     text_length: int = 224
     bare: float = 0.7
@@ -53,6 +55,12 @@ class Settings:
     log_seconds: float = 20.0
     watch_seconds: float = 150.0
     save_seconds: float = 150.0
+
+    def factor(self, step: int, last: int) -> float:
+        """What the rates are multiplied with at a step of a stage that ends at step ``last``."""
+        falling = self.anneal_from and step > self.anneal_from
+        left = (last - step) / (last - self.anneal_from) if falling else 1.0
+        return min(1.0, (step + 1) / self.warm_up) * left
 
 
 @dataclass

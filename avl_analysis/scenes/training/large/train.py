@@ -8,8 +8,8 @@ Three stages, each resumable, each with AdamW:
 * ``tune``: both joined by the projector, on packed conversations about pictures, a few rows of text
   in every step.
 
-The rate is constant after a warm-up; ``--anneal`` lets it fall linearly to zero over the steps of
-this call. SIGTERM saves and stops. No loss looks at attention weights.
+The rates are constant after a warm-up; from step ``anneal_from`` on (``--set``) they fall linearly
+to zero at the last step. SIGTERM saves and stops. No loss looks at attention weights.
 """
 
 from __future__ import annotations
@@ -255,7 +255,6 @@ def _run(
     out: Path,
     resume: bool,
     steps: int,
-    anneal: bool,
     sizes: dict[str, int],
     meet: str,
 ) -> None:
@@ -282,8 +281,7 @@ def _run(
         multiprocessing_context="spawn" if settings.workers else None,
     )
     for step in data:
-        warm = min(1.0, (trainer.step + 1) / settings.warm_up)
-        factor = warm * ((last - trainer.step) / (last - first) if anneal else 1.0)
+        factor = settings.factor(trainer.step, last)
         found: dict[str, Any] = trainer.update(factor, step)
         trainer.clock(began, worked)
         ends = trainer.stop or trainer.step == last
@@ -315,7 +313,6 @@ def train(
     out: Path,
     steps: int,
     resume: bool = False,
-    anneal: bool = False,
     sizes: dict[str, int] | None = None,
 ) -> None:
     """Run a stage up to step ``steps``; ``out`` gets ``STAGE.jsonl`` and ``STAGE.pt``.
@@ -326,7 +323,6 @@ def train(
         out: the run's folder.
         steps: how many the stage has in the end, those before a stop included.
         resume: continue from the stage's checkpoint in ``out``.
-        anneal: let the rates fall linearly to zero over the steps of this call.
         sizes: of the model, where they are not ``model.SIZES``.
 
     Raises:
@@ -341,9 +337,9 @@ def train(
     ]
     if missing:
         raise FileNotFoundError(f"{out} holds no {missing[0]}.pt: run that stage before tune")
-    line = {"resumed" if resume else "started": asdict(settings), "steps": steps, "anneal": anneal}
+    line = {"resumed" if resume else "started": asdict(settings), "steps": steps}
     launch.open_run(out / f"{stage}.pt", out / f"{stage}.jsonl", line, resume)
-    arguments = (stage, settings, out, resume, steps, anneal, sizes or {})
+    arguments = (stage, settings, out, resume, steps, sizes or {})
     launch.in_processes(_run, arguments, settings.processes, out / f"{stage}.rendezvous")
 
 
@@ -358,15 +354,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True, help="steps of the stage in the end")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", action="store_true", help="continue the stage in --out")
-    parser.add_argument(
-        "--anneal",
-        action="store_true",
-        help="let the rates fall to zero over the steps of this call",
-    )
     option = launch.SettingsOption(parser, Settings)
     chosen = parser.parse_args()
     settings = Settings(**option.read(chosen.set))
-    train(chosen.stage, settings, chosen.out, chosen.steps, chosen.resume, chosen.anneal)
+    train(chosen.stage, settings, chosen.out, chosen.steps, chosen.resume)
 
 
 if __name__ == "__main__":

@@ -388,11 +388,13 @@ def test_tuning_joins_both_stages_with_image_tokens_as_long_as_words(tmp_path: P
 def test_a_finished_call_has_logged_and_saved_and_an_annealed_one_ends_near_rate_zero(
     tmp_path: Path,
 ) -> None:
-    settings = train.Settings(text_rows=2, text_length=64, log_seconds=0.0, warm_up=1)
+    settings = train.Settings(
+        text_rows=2, text_length=64, log_seconds=0.0, warm_up=1, anneal_from=2
+    )
     train.train("text", settings, tmp_path, steps=2, sizes=SIZES)
     with pytest.raises(FileExistsError, match="--resume"):
         train.train("text", settings, tmp_path, steps=2, sizes=SIZES)
-    train.train("text", settings, tmp_path, steps=6, resume=True, anneal=True, sizes=SIZES)
+    train.train("text", settings, tmp_path, steps=6, resume=True, sizes=SIZES)
     lines = train.read_log(tmp_path / "text.jsonl")
     assert [line["factor"] for line in lines if "step" in line] == [1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert lines[-1]["step"] == 6
