@@ -6,16 +6,19 @@ in bfloat16. Nothing here is used in a loss.
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from avl_analysis.scenes import questions, world
-from avl_analysis.scenes.language import pixel_values
+from avl_analysis.scenes import MODEL_DIR, questions, world
+from avl_analysis.scenes.language import ASSISTANT, conversation, load_processor, pixel_values
 from avl_analysis.scenes.training import packed
 from avl_analysis.scenes.training.large import conversations, texts
 from avl_analysis.scenes.training.large.forward import packed_logits, text_logits
@@ -24,7 +27,6 @@ from avl_analysis.scenes.training.large.language import (
     EOS_ID,
     IMAGE_TOKENS,
     OPENING,
-    PREFIX,
 )
 from avl_analysis.scenes.training.large.reader import Reader, accuracy, labels
 from avl_analysis.scenes.training.packed import Weights
@@ -120,46 +122,61 @@ def reading(model: LlavaForConditionalGeneration, head: Reader) -> dict[str, flo
 
 
 @torch.no_grad()
-def caption_attention(model: LlavaForConditionalGeneration, scene: Scene) -> tuple[Tensor, int]:
-    """Attention over opening, picture, question and caption (teacher forced), and which row is the
-    last of the prompt: (layers, heads, queries, keys), float32.
+def caption_attention(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, scene: Scene
+) -> tuple[Tensor, range, int]:
+    """Attention over a prompt and its caption (teacher forced), of either scenes model.
+
+    Args:
+        model: with attention that returns weights ("eager").
+        processor: the model's.
+        scene: what is captioned.
+
+    Returns:
+        Weights (layers, heads, queries, keys), positions of the image tokens, row of the last
+        prompt token, which is the first one that answers.
     """
     question = questions.ask(np.random.default_rng(0), scene, "caption")
     assert question is not None  # every scene has a caption
-    words, answering = conversations.tokens([question])
-    table = model.get_input_embeddings()
-    image = image_tokens(dict(model.named_parameters()), model, [scene])
-    before, after = (
-        table(torch.tensor([ids], device=model.device)) for ids in (OPENING, words[:-1])
+    answer = {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}
+    text = processor.apply_chat_template([*conversation(question.prompt), answer])
+    inputs = processor(text=text, images=scene.image, return_tensors="pt").to(model.device)
+    ids = inputs["input_ids"][0, :-1]  # nothing is asked of the row of the end mark
+    out = model(
+        input_ids=ids[None],
+        pixel_values=inputs["pixel_values"],
+        output_attentions=True,
+        use_cache=False,
     )
-    out = model.model.language_model(
-        inputs_embeds=torch.cat([before, image, after], 1), output_attentions=True, use_cache=False
-    )
-    return torch.cat(out.attentions), PREFIX + answering.index(True)
+    image = (ids == model.config.image_token_id).nonzero()[:, 0].tolist()
+    mark = processor.tokenizer.convert_tokens_to_ids(ASSISTANT)
+    last = int((ids == mark).nonzero()[-1])
+    return torch.cat(out.attentions).float(), range(image[0], image[-1] + 1), last
 
 
-def describe_attention(weights: Tensor, last: int) -> dict[str, Tensor]:
+def describe_attention(weights: Tensor, image: range, last: int) -> dict[str, Tensor]:
     """What is read from the attention of one captioned picture; means over steps.
 
     Args:
-        weights: (layers, heads, queries, keys) over opening, picture, question and caption.
+        weights: (layers, heads, queries, keys) over prompt and caption.
+        image: positions of the image tokens.
         last: row of the last prompt token, the first one that answers.
 
     Returns:
         By name, (layers, heads) for sinks (mean attention to a key of the prompt's rows that see
         it), else (layers,).
     """
-    picture = slice(len(OPENING), PREFIX)
+    picture = slice(image.start, image.stop)
     prompt = weights[:, :, : last + 1]
     seen = torch.ones_like(prompt[0, 0]).tril().sum(0)[picture]
     steps, on_image = weights[:, :, last:], weights[:, :, last:, picture]
-    head_mean, size = on_image.mean(1), int(BEST * IMAGE_TOKENS)
+    head_mean, size = on_image.mean(1), int(BEST * len(image))
     best = torch.zeros_like(head_mean).scatter_(-1, head_mean.topk(size).indices, 1.0)
     found = {
         "sink": prompt[..., 0].mean(-1),
         "image_sink": (prompt[..., picture].sum(2) / seen).amax(-1),
         "first": steps[..., 0].mean((1, 2)),
-        "system": steps[..., : len(OPENING)].sum(-1).mean((1, 2)),
+        "system": steps[..., : image.start].sum(-1).mean((1, 2)),
         "image": on_image.sum(-1).mean((1, 2)),
         "keys95": coverage(on_image).mean((1, 2)),
         "keys95_head_mean": coverage(head_mean).mean(1),
@@ -169,10 +186,21 @@ def describe_attention(weights: Tensor, last: int) -> dict[str, Tensor]:
     return found
 
 
-def image_attention(model: LlavaForConditionalGeneration, samples: int = 32) -> dict[str, Any]:
-    """Attention while a caption is given (teacher forced) about ``samples`` held-out pictures."""
+def image_attention(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, samples: int = 32
+) -> dict[str, Any]:
+    """Attention while a caption is given (teacher forced), mean over held-out pictures.
+
+    Args:
+        model: with attention that returns weights ("eager").
+        processor: the model's.
+        samples: number of pictures, always the same ones.
+    """
     rng = np.random.default_rng([WATCH_SEED, 1])
-    each = [describe_attention(*caption_attention(model, world.draw(rng))) for _ in range(samples)]
+    each = [
+        describe_attention(*caption_attention(model, processor, world.draw(rng)))
+        for _ in range(samples)
+    ]
     stacked = {name: torch.stack([one[name] for one in each]) for name in each[0]}
     mean = {name: values.mean(0) for name, values in stacked.items()}
 
@@ -233,3 +261,20 @@ def answers(
         }
         for name, by_task in right.items()
     }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Attention of a scenes model on captions.")
+    parser.add_argument("--model", type=Path, default=MODEL_DIR, help="folder (default: shipped)")
+    parser.add_argument("--samples", type=int, default=32)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    model = LlavaForConditionalGeneration.from_pretrained(
+        chosen.model, dtype=torch.float32, attn_implementation="eager"
+    )
+    found = image_attention(model, load_processor(chosen.model), chosen.samples)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -180,7 +180,7 @@ class Trainer:
             return {"reader": {group: round(value, 4) for group, value in found.items()}}
         return {
             "text": measure.text_attention(self.model, rows=8),
-            "image": measure.image_attention(self.model),
+            "image": measure.image_attention(self.model, build_processor()),
             "answers": measure.answers(self.model),
         }
 

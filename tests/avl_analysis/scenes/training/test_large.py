@@ -240,7 +240,7 @@ def test_described_attention_is_the_mean_over_steps_of_what_each_head_gives() ->
     weights[1, 2, :, 0] = 1.0
     weights[1, 2, :, opening : opening + 2] = 1e-6
     weights = weights.masked_fill(hidden, 0.0)
-    found = measure.describe_attention(weights, last)
+    found = measure.describe_attention(weights, range(opening, language.PREFIX), last)
     rows = weights.numpy()
     image = slice(opening, opening + picture)
     for layer in range(2):
@@ -270,7 +270,7 @@ def test_coverage_counts_the_keys_that_hold_the_share() -> None:
 
 
 def test_measures_read_the_attention_of_the_module(model) -> None:  # type: ignore[no-untyped-def]
-    found = measure.image_attention(model, samples=2)
+    found = measure.image_attention(model, language.build_processor(), samples=2)
     shares = np.array(found["system_by_layer"]) + np.array(found["image_by_layer"])
     assert (shares < 1).all()
     assert (np.array(found["first_by_layer"]) <= np.array(found["system_by_layer"])).all()
