@@ -2,18 +2,17 @@
 policy changed.
 
 Three passes over the same prompt, each for its own purpose. `answer` runs free and is timed, so
-nothing else is on the model than the policy. `observe` runs again and keeps, for every token
-produced, the softmax weights of the row that produced it, for all layers and heads: a few hundred
-kilobytes for the embedded model. `disagreement` feeds a policy the full cache's own answer and
-compares the next-token distributions.
+nothing else is on the model than the policy. `observe` runs again under `record`, which keeps all
+statistics and, for every token produced, the softmax weights of the row that produced it, for all
+layers and heads: a few hundred kilobytes for the embedded model. `disagreement` feeds a policy the
+full cache's own answer and compares the next-token distributions.
+
+The weights of step t belong to the row that *produced* token t, which is the row of the token
+before it (the last prompt row for the first token). Keys a policy did not read have NaN, not zero.
 
 Everything returned is immutable and holds no tensor of the model, so that several people may look
 at it at once. The functions attach to the model and detach again; whoever shares a model between
 threads must let one run at a time.
-
-What surprises: the weights of step t belong to the row that *produced* token t, which is the row of
-the token before it (the last prompt row for the first token). Keys a policy did not read have NaN,
-not zero.
 """
 
 from __future__ import annotations
@@ -32,8 +31,6 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import avl
-from avl.attention import AttentionCall, Forward, attention_weights
-from avl.hooks import Observer, attached
 from avl.tokens import Modality
 from avl_analysis.capture.recorder import record
 from avl_analysis.corpus.questions import Sample
@@ -41,11 +38,15 @@ from avl_analysis.corpus.record_samples import facts_of
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.compare import kl_divergence
 from avl_analysis.evaluation.generation import generate
+from avl_analysis.figures.patches import Patches
 from avl_analysis.models.loading import VLM, end_tokens, greedy
+from avl_analysis.recordings.image_tokens import ImageTokens, images_of
 from avl_analysis.recordings.recording import Recording
 
-MAX_WEIGHTS = 1 << 29
-"""Bytes of weights kept per observation; 64 tokens of a 32 x 32 model at 3,000 keys take 390 MB."""
+MAX_WEIGHTS = 2 << 30
+"""Bytes that the weights of one observation may take while it runs; 64 tokens of a model of 32 x 32
+heads at 3,000 keys take 980 MB then, and 390 MB afterwards.
+"""
 
 Floats = NDArray[np.float64]
 OnToken = Callable[[str, int], None]
@@ -78,6 +79,7 @@ class Answer:
 
     @property
     def text(self) -> str:
+        """The words as one text."""
         return "".join(self.words).strip()
 
     @property
@@ -122,6 +124,7 @@ class Focus:
 
     @property
     def lift(self) -> float:
+        """How many times chance the region's share is."""
         return self.region / self.area if self.area > 0 else float("nan")
 
 
@@ -132,25 +135,19 @@ class Observation:
     Attributes:
         answer: the answer (timed while watched, so slower than free).
         tokens: text of every position of prompt and answer; image positions hold "". The last token
-            of an answer that did not end by itself was produced but never fed to the model, so the
-            arrays below have one position less.
+            of an answer that did not end by itself was produced but never fed to the model, so
+            `weights`, `modality` and `image` have one position less.
         prompt: positions of the prompt; token t of the answer stands at position `prompt` + t.
-        modality, image, row, column: what every position is, (positions,); as in
-            `avl.tokens.TokenLayout`.
-        layers: decoder layers of `weights`.
+        recording: all statistics of the answer, as `record` makes them, with the facts that
+            `facts_of` gives; treat it as read-only.
         weights: (steps, layers, heads, positions) float16, softmax weights of the row that produced
-            each token; NaN where a key was not read or did not exist yet. Fewer steps than tokens
-            if `MAX_WEIGHTS` was reached.
+            each token; NaN where a key was not read or did not exist yet.
     """
 
     answer: Answer
     tokens: tuple[str, ...]
     prompt: int
-    modality: NDArray[np.int8]
-    image: NDArray[np.int16]
-    row: NDArray[np.int16]
-    column: NDArray[np.int16]
-    layers: tuple[int, ...]
+    recording: Recording
     weights: NDArray[np.float16]
 
     @property
@@ -160,23 +157,42 @@ class Observation:
 
     @property
     def heads(self) -> int:
+        """Query heads of a layer."""
         return int(self.weights.shape[2])
 
     @cached_property
-    def grids(self) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of every picture's grid; (0, 0) where places are unknown."""
-        pictures = range(int(self.image.max(initial=-1)) + 1)
-        places = [(self.row[self.image == i], self.column[self.image == i]) for i in pictures]
-        return tuple(
-            (int(r.max()) + 1, int(c.max()) + 1) if r.min() >= 0 else (0, 0) for r, c in places
-        )
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers of `weights`."""
+        return tuple(int(layer) for layer in self.recording["modality_mass"]["layer"].values)
+
+    @cached_property
+    def modality(self) -> NDArray[np.int8]:
+        """(positions,) codes of `avl.tokens.Modality`."""
+        return _frozen(self.recording.tokens["modality"].values[0])
+
+    @cached_property
+    def image(self) -> NDArray[np.int16]:
+        """(positions,) index of the image, -1 where there is none."""
+        return _frozen(self.recording.tokens["image"].values[0])
+
+    @cached_property
+    def images(self) -> tuple[ImageTokens, ...]:
+        """The tokens of every image and the part of the image under each."""
+        return tuple(images_of(self.recording.tokens.isel(sample=0)))
+
+    @property
+    def drawable(self) -> tuple[int, ...]:
+        """Images of whose tokens it is known where they lie."""
+        return tuple(number for number, image in enumerate(self.images) if image.placed)
 
     def look(self, step: int, layer: int | None = None, head: int | None = None) -> Floats:
         """(positions,) weights of one token, mean over what is not chosen; NaN where no chosen head
         read the key.
 
         Args:
-            layer: index of a decoder layer, None for the mean over layers; head: likewise.
+            step: number of the token, from 0.
+            layer: index of a decoder layer, None for the mean over layers.
+            head: query head, None for the mean over heads.
 
         Raises:
             InputError: a step, layer or head that is not there.
@@ -221,6 +237,9 @@ class Observation:
         picture.
 
         Args:
+            step: number of the token, from 0.
+            layer: as in `look`.
+            head: as in `look`.
             region: image tokens, counted from 0 in the order of the prompt, that the token is
                 about.
         """
@@ -241,25 +260,24 @@ class Observation:
             at.size / look.size,
         )
 
-    def on_picture(self, look: Floats, picture: int = 0) -> Floats:
-        """(rows, columns) of one picture's grid from (positions,) values; NaN where a patch has no
-        token.
+    def on_image(self, values: Floats, image: int = 0) -> Patches:
+        """Values of one image's tokens, to be laid over the image.
 
-        Values of another answer to the same prompt may be given too: only prompt positions are
-        read.
+        Args:
+            values: (positions,); those of another answer to the same prompt may be given too,
+                because only positions of the prompt are read.
+            image: which image of the prompt.
 
         Raises:
-            InputError: no such picture, or its patches' places are unknown.
+            InputError: no such image, or it is not known where its tokens lie.
         """
-        if not 0 <= picture < len(self.grids) or self.grids[picture] == (0, 0):
+        if image not in self.drawable:
             raise InputError(
-                f"picture {picture} has no known grid of patches, so there is nothing to draw"
-                " over it"
+                f"image {image} has no tokens with a known place, so there is nothing to draw over"
+                f" it; images with known places: {', '.join(map(str, self.drawable)) or 'none'}"
             )
-        grid = np.full(self.grids[picture], np.nan)
-        at = np.flatnonzero(self.image == picture)
-        grid[self.row[at], self.column[at]] = look[at]
-        return grid
+        tokens = self.images[image]
+        return tokens.patches(values[tokens.position])
 
     @cached_property
     def most_telling(self) -> tuple[int, int]:
@@ -313,6 +331,9 @@ def answer(
     """Greedy answer to one question, timed.
 
     Args:
+        vlm: model and processor.
+        sample: the question.
+        max_new_tokens: longest answer, in tokens.
         policy: what to switch on; None leaves the stock cache.
         on_token: shows progress; its time is not counted.
 
@@ -350,30 +371,43 @@ def observe(
     max_new_tokens: int = 64,
     on_token: OnToken | None = None,
 ) -> Observation:
-    """As `answer`, keeping where every token looked."""
-    tap = _Rows()
-    with attached(vlm.model, tap):
+    """As `answer`, keeping all statistics and where every token looked.
+
+    Args:
+        vlm: model and processor.
+        sample: the question.
+        policy: what to switch on; None leaves the stock cache.
+        max_new_tokens: longest answer, in tokens.
+        on_token: shows progress; its time is not counted.
+
+    Raises:
+        InputError: as `answer`; weights that would take more than `MAX_WEIGHTS`.
+    """
+    # One row that is never padded: nothing that is fed to it marks it as finished.
+    with record(
+        vlm.model, keep="attention", queries="steps", limit=MAX_WEIGHTS, stop=()
+    ) as recording:
         said = answer(vlm, sample, policy, max_new_tokens=max_new_tokens, on_token=on_token)
-    assert tap.layout is not None
-    layout = tap.layout
-    modality, image, row, column = (
-        _frozen(getattr(layout, name)[0].cpu().numpy())
-        for name in ("modality", "image", "row", "column")
-    )
-    prompt = [
-        "" if m == Modality.IMAGE else p
-        for m, p in zip(modality, _pieces(vlm, tap.prompt), strict=False)
-    ]
+    recording.annotate(**facts_of(vlm, sample, said.ids))
+    recording.attrs |= {
+        "model_name": vlm.name,
+        "policy": "full cache" if policy is None else repr(policy),
+    }
+    if vlm.revision:
+        recording.attrs["model_revision"] = vlm.revision
+    raw = recording.drop_attention().isel(sample=0).transpose("query", "layer", "head", "position")
+    weights = np.where(raw["visible"].values > 0, raw["attention"].values, np.nan)
+    tokens = recording.tokens.isel(sample=0)
+    prompt = int(tokens["prompt_length"])
+    pieces = _pieces(vlm, tokens["token_id"].values[:prompt].tolist())
+    is_image = tokens["image"].values[:prompt] >= 0
+    texts = ["" if image else piece for image, piece in zip(is_image, pieces, strict=True)]
     return Observation(
         said,
-        (*prompt, *said.words),
-        len(prompt),
-        modality,
-        image,
-        row,
-        column,
-        tuple(tap.layers),
-        _frozen(tap.stack()),
+        (*texts, *said.words),
+        prompt,
+        recording,
+        _frozen(weights.astype(np.float16)),
     )
 
 
@@ -392,27 +426,6 @@ def disagreement(
     pieces = zip(preferred.tolist(), _pieces(vlm, preferred.tolist()), strict=True)
     words = tuple(END if token in ends else piece for token, piece in pieces)
     return Disagreement(_frozen(kl_divergence(full, other).numpy()), _frozen(agree.numpy()), words)
-
-
-def recorded(
-    vlm: VLM,
-    sample: Sample,
-    policy: avl.Policy | None = None,
-    *,
-    max_new_tokens: int = 64,
-    on_token: OnToken | None = None,
-) -> Recording:
-    """As `answer`, with every statistic recorded; the sample is annotated as `facts_of` says."""
-    with record(vlm.model) as recording:
-        said = answer(vlm, sample, policy, max_new_tokens=max_new_tokens, on_token=on_token)
-    recording.annotate(**facts_of(vlm, sample, said.ids))
-    recording.attrs |= {
-        "model_name": vlm.name,
-        "policy": "full cache" if policy is None else repr(policy),
-    }
-    if vlm.revision:
-        recording.attrs["model_revision"] = vlm.revision
-    return recording
 
 
 # -- running the model -----------------------------------------------------------------------------
@@ -454,62 +467,6 @@ def _predictions(
         on_logits=lambda step, logits: steps.append(logits[0].float().cpu()),
     )
     return torch.stack(steps[: len(tokens)])
-
-
-class _Rows(Observer):
-    """Keeps the weights of the row that produces each token, ordered by position."""
-
-    def __init__(self) -> None:
-        self.layout: Any = None
-        self.prompt: list[int] = []
-        self.layers: list[int] = []
-        self._now: dict[int, Tensor] = {}
-        self._steps: list[NDArray[np.float16]] = []
-        self._bytes = 0
-
-    def begin(self, forward: Forward) -> None:
-        self._now = {}
-        if forward.kind == "prefill":
-            ids = forward.inputs.get("input_ids")
-            self.prompt = [] if ids is None else ids[0].tolist()
-
-    @torch.no_grad()
-    def observe(self, call: AttentionCall, output: Tensor) -> None:
-        last = call.query.shape[2] - 1
-        weights = attention_weights(call, slice(last, last + 1))[0, :, 0]
-        self._now[call.layer] = _by_position(weights, call)
-
-    def end(self, forward: Forward) -> None:
-        self.layout, self.layers = forward.layout, sorted(self._now)
-        if self._bytes < MAX_WEIGHTS:
-            rows = torch.stack([self._now[layer] for layer in self.layers]).half().cpu().numpy()
-            self._steps.append(rows)
-            self._bytes += rows.nbytes
-
-    def stack(self) -> NDArray[np.float16]:
-        """(steps, layers, heads, positions), NaN for positions that did not exist yet."""
-        longest = self.layout.length
-        room = ((0, 0), (0, 0), (0, 0))
-        grown = [
-            np.pad(s, (*room[:2], (0, longest - s.shape[-1])), constant_values=np.nan)
-            for s in self._steps
-        ]
-        return np.stack(grown)
-
-
-def _by_position(weights: Tensor, call: AttentionCall) -> Tensor:
-    """(heads, keys) to (heads, positions), NaN where no key of that position was read."""
-    length = call.forward.start + call.forward.tokens
-    positions = call.key_positions
-    if positions is None:
-        positions = torch.arange(weights.shape[1], device=weights.device)
-    positions = positions if positions.dim() == 1 else positions[0]
-    if positions.dim() == 2 and positions.shape[0] > 1:
-        positions = positions.repeat_interleave(call.groups, 0)
-    at = positions.expand(weights.shape).long()
-    out = torch.full((weights.shape[0], length + 1), torch.nan, device=weights.device)
-    out.scatter_(1, torch.where((at < 0) | (at >= length), length, at), weights)
-    return out[:, :length]
 
 
 # -- small parts -----------------------------------------------------------------------------------

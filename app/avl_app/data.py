@@ -281,23 +281,6 @@ class ModelServer:
 
         return self._once("disagreement", question, policy, run, waiting)
 
-    def recording(
-        self,
-        question: Question,
-        policy: avl.Policy | None = None,
-        on_token: OnToken | None = None,
-        waiting: Waiting | None = None,
-    ) -> Recording:
-        """All statistics of the answer, as `avl record` makes them. Treat it as read-only."""
-        from avl_analysis import live
-
-        def run(vlm: VLM) -> Recording:
-            return live.recorded(
-                vlm, question.sample, policy, max_new_tokens=question.tokens, on_token=on_token
-            )
-
-        return self._once("recording", question, policy, run, waiting)
-
     def comparison(
         self,
         model: str,

@@ -9,15 +9,17 @@ particular; where the right answer is not known, the boxes count.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from avl_analysis import scenes
 from avl_analysis.corpus.scoring import normalised
-from avl_analysis.figures import Box
+from avl_analysis.figures import Box, Patches
+from avl_analysis.recordings.image_tokens import ImageTokens, images_of
 from avl_analysis.recordings.recording import Recording
+from avl_analysis.scenes.drawing import GRID, SIDE
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,21 @@ class Region:
     tokens: tuple[int, ...] = ()
 
 
-def regions_of(facts: Mapping[str, Any]) -> list[Region]:
-    """The region of each word of a recorded sample, from the facts annotated on it; empty where
-    nothing is known.
+def regions_of(facts: Mapping[str, Any], image: ImageTokens | None = None) -> list[Region]:
+    """The region of each word of a recorded sample; empty where nothing is known.
+
+    Args:
+        facts: what was annotated on the sample.
+        image: the tokens of its one image. Regions of drawn scenes are known in pixels; without
+            the places of the model's tokens they name no tokens.
     """
     words, answer = [str(word) for word in facts.get("words", ())], str(facts.get("answer", ""))
     answers = [str(text) for text in facts.get("answers") or [facts.get("truth") or ""] if text]
     if scene := facts.get("scene"):
         if answer.strip() not in [text.strip() for text in answers]:
             return []
-        return word_regions(
-            scenes.generate(int(scene["seed"]), int(scene["index"]), scene["task"]), words
-        )
+        drawn = scenes.generate(int(scene["seed"]), int(scene["index"]), scene["task"])
+        return [on_tokens(region, image) for region in word_regions(drawn, words)]
     tokens = tuple(int(token) for token in facts.get("region_tokens", ()))
     if not tokens or (answers and normalised(answer) not in [normalised(text) for text in answers]):
         return []
@@ -50,14 +55,45 @@ def recorded_regions(recording: Recording) -> dict[str, dict[int, tuple[int, ...
     """`localisation.Regions` of all samples of a recording: sample -> step -> image tokens."""
     found: dict[str, dict[int, tuple[int, ...]]] = {}
     for name in recording.samples:
-        regions = regions_of(recording.facts(name))
+        regions = regions_of(recording.facts(name), only_image(recording, name))
         if known := {step: region.tokens for step, region in enumerate(regions) if region.tokens}:
             found[name] = known
     return found
 
 
+def only_image(recording: Recording, sample: str) -> ImageTokens | None:
+    """The tokens of a sample's image; None where it has none or several."""
+    images = images_of(recording.tokens.sel(sample=sample))
+    return images[0] if len(images) == 1 else None
+
+
+def on_tokens(region: Region, image: ImageTokens | None) -> Region:
+    """A region of a drawn scene with the image tokens that lie on it.
+
+    Scenes know which patches of the embedded model's grid an object touches. Where a model's tokens
+    are that grid, these are the tokens; for other models they are the tokens under the region's
+    boxes.
+
+    Args:
+        region: as `word_regions` gives it.
+        image: the tokens of the image that shows the scene; None where nothing is known of them.
+    """
+    if image is None or not image.placed:
+        return replace(region, tokens=())
+    grid = Patches.grid(np.zeros((GRID, GRID))).boxes
+    if image.boxes.shape == grid.shape and np.allclose(image.boxes, grid, atol=1e-4):
+        return region
+    edges = [(b.left, b.top, b.right, b.bottom) for b in region.boxes]
+    return replace(region, tokens=tuple(tokens_in_boxes(image.boxes * SIDE, edges)))
+
+
 def word_regions(sample: scenes.Sample, words: Sequence[str]) -> list[Region]:
-    """The region of each word of a right answer; `words` are the texts of the produced tokens."""
+    """The region of each word of a right answer, with the patches of the embedded model's grid.
+
+    Args:
+        sample: the drawn scene and its question.
+        words: texts of the produced tokens.
+    """
     text = sample.scene.text
     if sample.task == "caption":
         return _caption_regions(sample, words)

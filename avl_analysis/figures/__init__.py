@@ -6,6 +6,7 @@ disagree and tests can check what would be drawn without looking at pixels. Noth
 models, recordings or web pages.
 """
 
+from avl_analysis.figures.patches import Patches
 from avl_analysis.figures.spec import (
     Animation,
     Axis,
@@ -37,6 +38,7 @@ __all__ = [
     "Lines",
     "Overlay",
     "Panel",
+    "Patches",
     "Points",
     "Rule",
     "Scatter",

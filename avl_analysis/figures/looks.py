@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from avl_analysis.figures.patches import Patches
 from avl_analysis.figures.spec import Array, Axis, Bar, Bars, Box, Heat, Line, Lines, Overlay
 from avl_analysis.figures.strip import Span, Strip, visible
 
@@ -32,16 +33,22 @@ STATES = ("minor: dropped", "secondary: held", "core: held and read")
 
 def token_overlay(
     picture: NDArray[np.uint8],
-    patches: Array,
+    patches: Patches,
     *,
     boxes: tuple[Box, ...] = (),
     title: str = "",
     top: float | None = None,
 ) -> Overlay:
-    """Attention of one token on the patches of a picture; `top` is the value drawn at full strength
-    (default: the largest).
+    """Attention of one token on the patches of a picture.
+
+    Args:
+        picture: (height, width, 3) uint8.
+        patches: attention on the picture's tokens, with their places.
+        boxes: outlines in pixels of the picture.
+        title: what stands above.
+        top: value drawn at full strength; None takes the largest.
     """
-    largest = float(np.nanmax(patches, initial=0.0))
+    largest = float(np.nanmax(patches.values, initial=0.0))
     axis = Axis(ATTENTION.label, ATTENTION.unit, (0.0, max(top or largest, 1e-6)))
     return Overlay(picture, axis, patches, boxes=boxes, title=title)
 
@@ -166,7 +173,7 @@ def head_map(values: Array, layers: Sequence[int], value: Axis, title: str = "")
     return Heat(HEAD, Axis(LAYER.label, LAYER.unit, ticks=_thin(ticks)), value, values, title=title)
 
 
-def states_overlay(picture: NDArray[np.uint8], states: Array, title: str = "") -> Overlay:
+def states_overlay(picture: NDArray[np.uint8], states: Patches, title: str = "") -> Overlay:
     """What a policy did with every patch: classes 0, 1, 2 of `STATES`; NaN where there
     is no token."""
     return Overlay(picture, Axis("state", "class"), states, classes=STATES, title=title)

@@ -69,6 +69,8 @@ SYSTEM, IMAGE, TEXT = 0, 1, 2
 
 ATTENTION = "#ffb000"
 """The hue whose opacity is the attention on a patch."""
+ATTENTION_OPACITY = 0.92
+"""Opacity of a patch at the top of the scale; a little of the image shows through."""
 BOX = "#fdfdfd"
 BOX_EDGE = "#010101"
 """Outlines are white on black, visible on any picture."""

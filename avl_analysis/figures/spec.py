@@ -7,7 +7,7 @@ without units is not a measurement. Colours are not chosen here: a series carrie
 palette.py turns the slot into colour, dash and marker together, so that a figure printed in grey
 still tells its series apart.
 
-What surprises: NaN means "not measured" and is drawn as a gap; infinities are refused.
+NaN means "not measured" and is drawn as a gap; infinities are refused.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from avl_analysis.figures.patches import Patches
 
 Array = NDArray[np.float64]
 Row = dict[str, str | float | None]
@@ -234,7 +236,7 @@ class Overlay:
     Attributes:
         picture: (height, width, 3) uint8.
         value: what the patch values are, with unit; its limits fix the colour scale.
-        patches: (rows, columns) value of each patch of the picture, NaN where none; None shows the
+        patches: value of each image token, with the part of the picture under it; None shows the
             picture alone.
         classes: names of classes if `patches` holds class numbers 0, 1, ... instead of quantities.
         boxes: outlines, e.g. where the object asked for really is.
@@ -242,7 +244,7 @@ class Overlay:
 
     picture: NDArray[np.uint8]
     value: Axis
-    patches: Array | None = None
+    patches: Patches | None = None
     classes: tuple[str, ...] = ()
     boxes: tuple[Box, ...] = ()
     title: str = ""
@@ -254,17 +256,20 @@ class Overlay:
                 f"overlay {self.title!r} needs a (height, width, 3) uint8 picture; got"
                 f" {picture.shape} {picture.dtype}"
             )
-        if self.patches is not None:
-            _series(self, "overlay", self.title, ("patches",), ())
-            if self.patches.ndim != 2:
-                raise ValueError(
-                    f"overlay {self.title!r} needs (rows, columns) patches; got"
-                    f" {self.patches.shape}"
-                )
-            if self.classes and np.nanmax(self.patches, initial=0) >= len(self.classes):
+        if self.patches is not None and self.classes:
+            largest = np.nanmax(self.patches.values, initial=0)
+            if largest >= len(self.classes):
                 raise ValueError(
                     f"overlay {self.title!r} has a class beyond its {len(self.classes)} names"
                 )
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Values drawn with none and with full strength."""
+        assert self.patches is not None
+        if self.value.limits is not None:
+            return self.value.limits
+        return 0.0, max(float(np.nanmax(self.patches.values, initial=0.0)), 1e-12)
 
 
 @dataclass(frozen=True)
@@ -398,11 +403,11 @@ def _panel_rows(panel: Panel) -> Iterator[dict[str, Any]]:
         yield from _matrix(panel.value.label, panel.values, panel.low, panel.high)
     elif isinstance(panel, Overlay):
         if panel.patches is not None:
-            yield from _matrix(panel.value.label, panel.patches, None, None)
+            yield from _patches(panel.value.label, panel.patches)
     else:
         for step, frame in zip(panel.steps, panel.frames, strict=True):
             if frame.patches is not None:
-                yield from _matrix(f"step {step}", frame.patches, None, None)
+                yield from _patches(f"step {step}", frame.patches)
 
 
 def _points(
@@ -435,6 +440,19 @@ def _matrix(
             "value": float(value),
             "low": None if low is None else float(low[row, column]),
             "high": None if high is None else float(high[row, column]),
+        }
+
+
+def _patches(name: str, patches: Patches) -> Iterator[dict[str, Any]]:
+    """One row per image token, at the centre of its box in fractions of the picture."""
+    left, top, right, bottom = patches.boxes.T
+    for index, value in enumerate(patches.values):
+        yield {
+            "series": name,
+            "x": float(left[index] + right[index]) / 2,
+            "y": float(top[index] + bottom[index]) / 2,
+            "value": float(value),
+            "label": f"image token {index}",
         }
 
 

@@ -219,6 +219,17 @@ class Recording:
 
     # -- facts about samples -----
 
+    def drop_attention(self) -> xr.Dataset:
+        """Take the raw weights out of a complete recording, to keep the rest in little memory.
+
+        Returns:
+            The group `attention` as it was; `recording["attention"]` is unknown from then on.
+        """
+        data = self.data
+        attention = data["attention"]
+        self._data = {**data, "attention": xr.Dataset()}
+        return attention
+
     def annotate(self, sample: int | str = -1, **facts: Any) -> None:
         """Remember facts about a sample: prompt, answer, task, boxes, ... (anything JSON can hold).
 

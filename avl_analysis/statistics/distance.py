@@ -1,4 +1,4 @@
-"""Attention distance: how far back a row looks, in tokens over text, in patches within a picture.
+"""Attention distance: how far back a row looks, in tokens over text, in patches within an image.
 Speaks about T.
 """
 
@@ -37,8 +37,12 @@ class TextDistance(SumStatistic):
 
 @dataclass(frozen=True)
 class PatchDistance(WeightStatistic):
-    """`sum_k p_k |place(q) - place(k)|`, euclidean, over the keys of the query's own picture, p
-    their weights divided by their sum; defined for image queries whose place in the grid is known.
+    """`sum_k p_k |place(q) - place(k)|`, euclidean, over the keys of the query's own image, p their
+    weights divided by their sum.
+
+    Places are rows and columns of the image's finest grid, the unit is one of its patches. Defined
+    for image queries that have a place there; keys without one (class and newline tokens, a coarser
+    view of the whole image) are left out.
     """
 
     name = "patch_distance"

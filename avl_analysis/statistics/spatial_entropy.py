@@ -1,5 +1,9 @@
-"""Spatial entropy: whether a head looks at one place of the picture or at many. Speaks about which
+"""Spatial entropy: whether a head looks at one place of the image or at many. Speaks about which
 heads are visual.
+
+Tokens are put into the finest grid of their image by their row and column, whatever their order:
+tiles do not come in raster order, and class tokens, newline tokens and a coarser view of the whole
+image have no place in that grid.
 """
 
 from __future__ import annotations
@@ -17,9 +21,10 @@ _NEIGHBOURS = np.ones((3, 3), int)
 
 @dataclass(frozen=True)
 class SpatialEntropy(TrajectoryStatistic):
-    """Entropy, in nats, of how the attention above the picture's mean spreads over connected
-    patches (8 neighbours), from the last prompt row; 0 = one place. Mean over the sample's pictures
-    with a known grid, NaN without one.
+    """Entropy, in nats, of how the attention above the image's mean spreads over connected patches
+    (8 neighbours), from the last prompt row; 0 = one place.
+
+    Mean over the sample's images whose grid is known, NaN without one.
     """
 
     name = "spatial_entropy"
@@ -33,34 +38,23 @@ class SpatialEntropy(TrajectoryStatistic):
     dims: ClassVar[tuple[str, ...]] = ("layer", "head")
 
     def value(self, trajectory: Trajectory) -> Result:
-        last = trajectory.last  # (layers, heads, image tokens)
-        grids = [
-            grid
-            for picture in np.unique(trajectory.image)
-            if (grid := self._grid(trajectory, picture)) is not None
-        ]
-        values = np.full((len(grids), *last.shape[:2]), np.nan)
-        for g, (places, shape) in enumerate(grids):
-            for head in np.ndindex(last.shape[:2]):
-                picture = np.zeros(shape)
-                picture[places[:, 0], places[:, 1]] = last[head][places[:, 2]]
-                values[g][head] = entropy_of_places(picture)
-        return (values.mean(0) if grids else np.full(last.shape[:2], np.nan)), None
-
-    def _grid(
-        self, trajectory: Trajectory, picture: int
-    ) -> tuple[np.ndarray, tuple[int, int]] | None:
-        """Row, column and index of the tokens of one picture, and the size of its grid."""
-        at = np.flatnonzero((trajectory.image == picture) & (trajectory.row >= 0))
-        if not len(at):
-            return None
-        places = np.stack([trajectory.row[at], trajectory.column[at], at], 1).astype(int)
-        return places, (int(places[:, 0].max()) + 1, int(places[:, 1].max()) + 1)
+        heads = trajectory.last.shape[:2]
+        values = []
+        for image in np.unique(trajectory.image):
+            placed = np.flatnonzero((trajectory.image == image) & (trajectory.row >= 0))
+            if not placed.size:
+                continue
+            row, column = trajectory.row[placed], trajectory.column[placed]
+            grid = np.zeros((*heads, int(row.max()) + 1, int(column.max()) + 1))
+            grid[..., row, column] = trajectory.last[..., placed]
+            entropies = [entropy_of_places(grid[head]) for head in np.ndindex(heads)]
+            values.append(np.reshape(entropies, heads))
+        return (np.mean(values, 0) if values else np.full(heads, np.nan)), None
 
 
-def entropy_of_places(picture: np.ndarray) -> float:
+def entropy_of_places(weights: np.ndarray) -> float:
     """Of one map, (rows, columns); NaN if it is not a number or has nothing above its mean."""
-    above = np.clip(picture - picture.mean(), 0, None)
+    above = np.clip(weights - weights.mean(), 0, None)
     if not above.sum() > 0:
         return float("nan")
     labels, count = ndimage.label(above > 0, structure=_NEIGHBOURS)

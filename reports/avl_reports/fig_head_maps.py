@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from avl_analysis.figures import Axis, Figure, Overlay, Panel
+from avl_analysis.figures import Axis, Figure, Overlay
 from avl_analysis.intervals import estimate
 from avl_reports.fig_heads import hit_rate
-from avl_reports.fig_overlay import choose, grids, short
+from avl_reports.fig_overlay import choose, drawable, missing, on_one_scale, short, views
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
 
@@ -20,26 +20,22 @@ def section(run: Run) -> Section:
     on examples.
     """
     last = run["image_score_last"]
-    places = grids(run)
+    places = drawable(run)
     shown = choose(run, places)
     if not shown:
-        raise NotMeasured(
-            "no sample of the recording keeps its picture together with maps of its heads"
-        )
+        raise NotMeasured(missing(run, "maps of its heads"))
     heads, why = _heads(run)
     value = Axis("attention on the patch", "share of the head's image attention", (0.0, 0.3))
-    panels: list[Panel] = []
+    panels: list[Overlay] = []
     for example in shown:
         assert example.picture is not None
-        grid = places[example.name]
+        image = places[example.name]
         question = short(f"{example.prompt} → {example.answer}", 52)
         panels.append(Overlay(example.picture, value, boxes=example.boxes, title=question))
         boxes = example.regions[0].boxes if example.regions else ()
         for layer, head in heads:
-            weights = last.sel(sample=example.name, layer=layer, head=head).values[
-                : grid[0] * grid[1]
-            ]
-            patches = (weights / np.nansum(weights)).reshape(grid)
+            weights = last.sel(sample=example.name, layer=layer, head=head).values[image.token]
+            patches = image.patches(weights / np.nansum(weights))
             panels.append(
                 Overlay(
                     example.picture,
@@ -52,11 +48,12 @@ def section(run: Run) -> Section:
     figure = Figure(
         "head_maps",
         "Single heads on the picture",
-        tuple(panels),
+        on_one_scale(panels),
         run.caption(
             "Share of a head's image attention that each patch draws from the last prompt row,"
             f" which produces the first word of the answer. {why} Outlined: what the question"
-            " (left) or the first word (maps) is about.",
+            " (left) or the first word (maps) is about."
+            + views(places[example.name] for example in shown),
             len(shown),
         ),
         columns=1 + len(heads),

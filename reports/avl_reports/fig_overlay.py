@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
 import numpy as np
 import xarray as xr
 
 from avl_analysis.figures import Axis, Figure, Overlay, Panel
 from avl_analysis.figures.strip import visible
 from avl_analysis.intervals import Estimate, estimate
+from avl_analysis.recordings.image_tokens import ImageTokens, images_of
 from avl_reports.fig_localisation import lifts
 from avl_reports.run import Example, NotMeasured, Run, Section
 from avl_reports.script import run_script
@@ -15,6 +19,8 @@ from avl_reports.script import run_script
 QUESTION = "Where does the model look while it produces a word?"
 EXAMPLES = 3
 MAPS_PER_EXAMPLE = 3
+MOST = 0.15
+"""Share of the attention on the picture at which the scale of the maps ends at the latest."""
 _TASKS = ("caption", "ocr", "count", "where", "colour")
 
 
@@ -22,27 +28,30 @@ def section(run: Run) -> Section:
     """Examples of maps over their pictures and, where the truth is known, the lift on the region by
     layer.
     """
-    places = grids(run)
+    places = drawable(run)
     lift = lifts(run)
     by_layer = None if lift is None else estimate(lift, ("layer",))
     layer = _layer(run, by_layer)
     shown = choose(run, places)
     if not shown:
-        raise NotMeasured(
-            "no sample of the recording keeps its picture together with a map of attention on it"
-        )
-    panels: list[Panel] = [
-        panel for example in shown for panel in _example(run, example, places[example.name], layer)
-    ]
+        raise NotMeasured(missing(run, "a map of attention on it"))
+    panels = on_one_scale(
+        [
+            panel
+            for example in shown
+            for panel in _example(run, example, places[example.name], layer)
+        ]
+    )
     figure = Figure(
         "overlay",
         "Attention on the picture",
-        tuple(panels),
+        panels,
         run.caption(
             "Share of the attention on the picture that each patch draws while the quoted word is"
             " produced, mean over heads. Examples: the first rightly answered sample of some"
             f" tasks, not chosen by their maps. Layer {layer} {_why(by_layer)}. Outlines: what the"
-            " question (left) or the word (maps) is about.",
+            " question (left) or the word (maps) is about."
+            + views(places[example.name] for example in shown),
             len(shown),
         ),
         columns=1 + MAPS_PER_EXAMPLE,
@@ -55,16 +64,64 @@ def section(run: Run) -> Section:
     )
 
 
-def grids(run: Run) -> dict[str, tuple[int, int]]:
-    """Rows and columns of the picture's grid, for samples with one picture of known grid."""
-    tokens = run.recording.tokens
-    found = {}
+def on_one_scale(panels: Sequence[Overlay]) -> tuple[Panel, ...]:
+    """Maps whose scale ends at the largest value of all, so that small patches are seen too.
+
+    The limits the maps bring are the most the scale may reach; what is above them is drawn at full
+    strength.
+    """
+    maps = [panel for panel in panels if panel.patches is not None]
+    values = [np.nanmax(panel.patches.values, initial=0.0) for panel in maps if panel.patches]
+    largest = max(values, default=0.0)
+
+    def scaled(panel: Overlay) -> Overlay:
+        low, high = panel.value.limits or (0.0, np.inf)
+        limits = (low, float(np.clip(largest, 1e-6, high)))
+        return replace(panel, value=replace(panel.value, limits=limits))
+
+    return tuple(scaled(panel) for panel in panels)
+
+
+def drawable(run: Run) -> dict[str, ImageTokens]:
+    """The tokens of the picture, for samples with one picture and known places of its tokens."""
+    tokens, found = run.recording.tokens, {}
     for name in run.recording.samples:
-        one = tokens.sel(sample=name)
-        row, column = one["row"].values, one["column"].values
-        if one["image"].values.max(initial=-1) == 0 and row.max(initial=-1) >= 0:
-            found[name] = (int(row.max()) + 1, int(column.max()) + 1)
+        images = images_of(tokens.sel(sample=name))
+        if len(images) == 1 and images[0].placed:
+            found[name] = images[0]
     return found
+
+
+def missing(run: Run, what: str) -> str:
+    """Why no sample can be drawn over its picture; `what` is what would be drawn."""
+    if not any(example.picture is not None for example in run.examples):
+        return f"no sample of the recording keeps its picture together with {what}"
+    return (
+        f"no sample of the recording has one picture, {what}, and known places of its tokens;"
+        " places are known where a family's layout is (docs/families.md) and inputs come from"
+        " vlm.prepare"
+    )
+
+
+def views(images: Iterable[ImageTokens]) -> str:
+    """What a caption says where pictures are seen in several views, or in part."""
+    shown = list(images)
+    words = ""
+    if any((image.tile > 0).any() and (image.tile == 0).any() for image in shown):
+        words += (
+            " The model sees the whole picture and parts of it in higher resolution; patches of the"
+            " latter are drawn over those of the former."
+        )
+    if any(_leaves_out(image) for image in shown):
+        words += " Where no patch is drawn, the model does not see the picture."
+    return words
+
+
+def _leaves_out(image: ImageTokens) -> bool:
+    """Whether a border of the picture lies under no token."""
+    left, top = np.nanmin(image.boxes[:, :2], axis=0)
+    right, bottom = np.nanmax(image.boxes[:, 2:], axis=0)
+    return bool(max(left, top, 1 - right, 1 - bottom) > 0.01)
 
 
 def _layer(run: Run, by_layer: Estimate | None) -> int:
@@ -85,7 +142,7 @@ def _why(by_layer: Estimate | None) -> str:
     )
 
 
-def choose(run: Run, places: dict[str, tuple[int, int]]) -> list[Example]:
+def choose(run: Run, places: dict[str, ImageTokens]) -> list[Example]:
     """The first rightly answered example of each of some tasks, then whatever else
     has a picture."""
     drawable = [e for e in run.examples if e.picture is not None and e.name in places]
@@ -96,19 +153,16 @@ def choose(run: Run, places: dict[str, tuple[int, int]]) -> list[Example]:
     return ranked[:EXAMPLES]
 
 
-def _example(run: Run, example: Example, grid: tuple[int, int], layer: int) -> list[Panel]:
+def _example(run: Run, example: Example, image: ImageTokens, layer: int) -> list[Overlay]:
     """The picture with its question, and maps at a few steps."""
     assert example.picture is not None
-    rows, columns = grid
-    value = Axis("attention on the patch", "share of image attention", (0.0, 0.15))
+    value = Axis("attention on the patch", "share of image attention", (0.0, MOST))
     question = f"{example.prompt} → {example.answer}"
-    panels: list[Panel] = [
-        Overlay(example.picture, value, boxes=example.boxes, title=short(question, 52))
-    ]
+    panels = [Overlay(example.picture, value, boxes=example.boxes, title=short(question, 52))]
     scores = run["image_score"].sel(sample=example.name)
     for step, shown in _maps(example, scores, layer):
-        weights = scores.sel(step=step, layer=shown).values[: rows * columns]
-        patches = (weights / np.nansum(weights)).reshape(rows, columns)
+        weights = scores.sel(step=step, layer=shown).values[image.token]
+        patches = image.patches(weights / np.nansum(weights))
         boxes = example.regions[step].boxes if step < len(example.regions) else ()
         word = visible(example.words[step] if step < len(example.words) else "")
         panels.append(

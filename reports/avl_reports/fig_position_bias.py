@@ -75,9 +75,8 @@ def _received(run: Run) -> xr.DataArray:
     same = np.flatnonzero(counts == counts[0])
     tokens = int(counts[0])
     values = [scores.isel(sample=s).values[positions.isel(sample=s).values[:tokens]] for s in same]
-    return xr.DataArray(
-        np.stack(values), dims=("sample", "token"), coords={"token": np.arange(tokens)}
-    )
+    coords = {"sample": scores["sample"].values[same], "token": np.arange(tokens)}
+    return xr.DataArray(np.stack(values), dims=("sample", "token"), coords=coords)
 
 
 def _raster(received: xr.DataArray) -> tuple[Line, Line]:
@@ -92,15 +91,23 @@ def _raster(received: xr.DataArray) -> tuple[Line, Line]:
 
 
 def _map(run: Run, received: xr.DataArray) -> list[Heat]:
-    """The mean map, where all pictures have one known grid."""
-    tokens = run.recording.tokens
-    grid = [int(tokens[name].max()) + 1 for name in ("row", "column")]
-    if int(np.prod(grid)) != received.sizes["token"]:
+    """The mean map, where all pictures have one known grid.
+
+    Tokens are put where their row and column say: those of a picture seen in tiles do not come in
+    raster order, and newline tokens and a second, coarser view have no place in the grid.
+    """
+    tokens = run.recording.tokens.sel(sample=received["sample"])
+    position = tokens["token_position"].isel(sample=0, token=slice(0, received.sizes["token"]))
+    row, column = (tokens[name].isel(position=position.values).values for name in ("row", "column"))
+    known = row[0] >= 0
+    if not known.any() or (row != row[0]).any() or (column != column[0]).any():
         return []
-    mean = received.mean("sample").values.reshape(grid)
-    value = Axis("attention", "times the mean", (0.0, float(max(2.0, mean.max() / mean.mean()))))
-    row, column = Axis("row", "patches"), Axis("column", "patches")
-    return [Heat(column, row, value, mean / mean.mean(), title="mean map over the picture")]
+    mean = received.mean("sample").values[known]
+    grid = np.full((int(row[0].max()) + 1, int(column[0].max()) + 1), np.nan)
+    grid[row[0][known], column[0][known]] = mean / mean.mean()
+    value = Axis("attention", "times the mean", (0.0, float(max(2.0, np.nanmax(grid)))))
+    down, across = Axis("row", "patches"), Axis("column", "patches")
+    return [Heat(across, down, value, grid, title="mean map over the picture")]
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avl_analysis.figures import Animation, Axis, Box, Figure, Overlay
+from avl_analysis.recordings.image_tokens import ImageTokens
 from avl_analysis.statistics.top_sets import size_of
-from avl_reports.fig_overlay import grids
+from avl_reports.fig_overlay import drawable, missing, views
 from avl_reports.policy_numbers import CORE, REFRESH, SECONDARY
 from avl_reports.run import Example, NotMeasured, Run, Section
 from avl_reports.script import run_script
@@ -22,18 +23,17 @@ def section(run: Run) -> Section:
     """The three sets of one layer over the decode steps of the longest answer, as pictures and as
     an animation.
     """
-    chosen, grid = _longest(run)
+    chosen, image = _longest(run)
     assert chosen.picture is not None
     scores = run["image_score"].sel(sample=chosen.name)
     layer = int(scores["layer"].values[scores.sizes["layer"] // 2])
-    tokens = grid[0] * grid[1]
-    one = scores.sel(layer=layer).isel(token=slice(0, tokens)).transpose("step", "token").values
+    one = scores.sel(layer=layer).isel(token=image.token).transpose("step", "token").values
     sets = choose_sets(one[np.isfinite(one).all(1)], SECONDARY, CORE, REFRESH)
     frames = tuple(
         Overlay(
             chosen.picture,
             _VALUE,
-            classes.reshape(grid).astype(float),
+            image.patches(classes.astype(float)),
             CLASSES,
             _outlines(chosen, step),
             title=_title(chosen, step),
@@ -50,7 +50,7 @@ def section(run: Run) -> Section:
             f" of the full model, layer {layer}, mean over heads: minor tokens are dropped after"
             " prefill, secondary ones are held and read at refresh steps, core ones are read at"
             " every step. Outlined: what the word being written is about. Question:"
-            f" “{chosen.prompt}” Answer: “{chosen.answer}”",
+            f" “{chosen.prompt}” Answer: “{chosen.answer}”." + views([image]),
             1,
         ),
         columns=4,
@@ -96,18 +96,16 @@ def _best(scores: NDArray[np.floating], among: NDArray[np.int64], count: int) ->
     return np.sort(ranked[:count])
 
 
-def _longest(run: Run) -> tuple[Example, tuple[int, int]]:
+def _longest(run: Run) -> tuple[Example, ImageTokens]:
     """The longest right answer with a drawable picture, else the longest answer."""
-    places = grids(run)
+    places = drawable(run)
     able = [
         example
         for example in run.examples
         if example.picture is not None and example.name in places
     ]
     if not able or max(len(example.words) for example in able) < 2:
-        raise NotMeasured(
-            "no sample has a picture with a known grid and an answer of at least two words"
-        )
+        raise NotMeasured(missing(run, "an answer of at least two words"))
     best = max(able, key=lambda example: (example.correct, len(example.words)))
     return best, places[best.name]
 

@@ -21,13 +21,14 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from avl_analysis import scenes
-from avl_analysis.corpus.regions import Region, boxes_of, regions_of
+from avl_analysis.corpus.regions import Region, boxes_of, only_image, regions_of
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.comparison import Comparison, load_comparison
 from avl_analysis.figures import Animation, Box, Caption, Figure
 from avl_analysis.heads.ablation import Ablation, load_ablation
 from avl_analysis.intervals import METHOD
 from avl_analysis.models.images import open_image
+from avl_analysis.recordings.image_tokens import ImageTokens
 from avl_analysis.recordings.origin import Origin, check_same_model
 from avl_analysis.recordings.recording import Recording, load_recording
 from avl_reports.findings import Finding
@@ -185,7 +186,10 @@ class Run:
     @cached_property
     def examples(self) -> list[Example]:
         """All samples, in the recording's order."""
-        return [example(name, self.recording.facts(name)) for name in self.recording.samples]
+        return [
+            example(name, self.recording.facts(name), only_image(self.recording, name))
+            for name in self.recording.samples
+        ]
 
 
 def load_run(
@@ -208,14 +212,19 @@ def load_run(
     )
 
 
-def example(name: str, facts: Mapping[str, Any]) -> Example:
-    """A sample from the facts annotated on it; unknown facts are ignored, missing
-    ones stay empty."""
+def example(name: str, facts: Mapping[str, Any], image: ImageTokens | None = None) -> Example:
+    """A sample from the facts annotated on it; unknown facts are ignored, missing ones stay empty.
+
+    Args:
+        name: of the sample.
+        facts: annotated on it.
+        image: the tokens of its one image, None where there is none or several.
+    """
     words = tuple(str(word) for word in facts.get("words", ()))
     prompt, answer, truth, task = (
         str(facts.get(key) or "") for key in ("prompt", "answer", "truth", "task")
     )
-    regions = tuple(regions_of(facts))
+    regions = tuple(regions_of(facts, image))
     found = Example(
         name, prompt, answer, truth, task, words, boxes_of(facts.get("boxes", ())), regions
     )

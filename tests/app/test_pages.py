@@ -15,7 +15,7 @@ pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
 from PIL import Image
 
 import avl
-from avl_analysis import load_model, record
+from avl_analysis import live, load_model, record
 from avl_analysis.errors import InputError
 from avl_analysis.heads.taxonomy import KINDS
 from avl_app.examples import questions
@@ -202,6 +202,27 @@ def test_heads_are_mapped_ranked_filtered_and_compared() -> None:
     assert "Layer 0, head 3" in texts(test)
     assert "Layer 2, head 1" in texts(test)
     assert address(test, "other") == "0.3"
+
+
+def test_ask_heads_and_patterns_of_one_question_run_the_model_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers: list[int] = []
+    monkeypatch.setattr(live, "answer", counted(live.answer, answers))
+    asked = {"task": "own question", "prompt": "What is the number of stars?"}
+    for view in ("ask", "heads", "patterns"):
+        assert errors(page(view=view, **asked)) == []
+    assert len(answers) == 1
+
+
+def counted(function: Any, calls: list[int]) -> Any:
+    """The function, noting every call."""
+
+    def call(*given: Any, **options: Any) -> Any:
+        calls.append(1)
+        return function(*given, **options)
+
+    return call
 
 
 def test_heads_are_of_the_kinds_the_report_names() -> None:

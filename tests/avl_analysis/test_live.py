@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import avl
 from avl_analysis import live
+from avl_analysis.capture.recorder import record
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.errors import InputError
 from avl_analysis.heads import taxonomy
@@ -92,29 +95,44 @@ def test_rows_add_up_to_one_over_system_image_and_text(seen: live.Observation) -
 
 
 def test_patches_stand_where_the_layout_says(seen: live.Observation) -> None:
-    grid = seen.on_picture(np.arange(seen.modality.size, dtype=float))
+    patches = seen.on_image(np.arange(seen.modality.size, dtype=float))
     first = int(np.flatnonzero(seen.image == 0)[0])
-    assert grid.shape == seen.grids[0] == (4, 4)
+    grid = patches.raster.take(patches.values)
+    assert seen.drawable == (0,)
+    assert grid.shape == (4, 4)
     assert grid[0, 0] == first
     assert grid[1, 2] == first + 6
-    with pytest.raises(InputError, match="picture 3 has no known grid"):
-        seen.on_picture(grid.ravel(), 3)
+    assert patches.boxes[6].tolist() == [0.5, 0.25, 0.75, 0.5]
+    with pytest.raises(InputError, match=r"image 3 has no tokens with a known place.*: 0"):
+        seen.on_image(grid.ravel(), 3)
+
+
+def test_patches_cover_the_part_of_the_image_that_the_processor_keeps(sample: Sample) -> None:
+    crops = vlm()
+    processor = crops.processor.image_processor
+    processor.do_center_crop, processor.size = True, {"shortest_edge": processor.size["height"]}
+    seen = live.observe(crops, sample, max_new_tokens=2)  # of an image of 40 x 30 pixels
+    raster = seen.on_image(np.ones(seen.modality.size)).raster
+    np.testing.assert_allclose(raster.x, np.linspace(0.125, 0.875, 5), atol=2e-5)
+    np.testing.assert_allclose(raster.y, np.linspace(0, 1, 5), atol=2e-5)
+
+
+def test_what_is_watched_is_what_a_recording_of_the_answer_holds(
+    model: VLM, sample: Sample, seen: live.Observation
+) -> None:
+    inputs = model.prepare(list(sample.images), sample.prompt)
+    with record(model.model) as recording:
+        model.model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
+    assert seen.recording.names == recording.names
+    for name in recording.names:
+        np.testing.assert_array_equal(seen.recording[name].values, recording[name].values)
+    assert not seen.recording.data["attention"].data_vars
 
 
 def test_the_focus_counts_patches_and_the_lift_of_a_region(seen: live.Observation) -> None:
     row = np.zeros((1, 1, 1, seen.modality.size), np.float16)
     row[0, 0, 0, np.flatnonzero(seen.image == 0)[:3]] = [0.5, 0.25, 0.25]
-    one = live.Observation(
-        seen.answer,
-        seen.tokens,
-        seen.prompt,
-        seen.modality,
-        seen.image,
-        seen.row,
-        seen.column,
-        (0,),
-        row,
-    )
+    one = replace(seen, weights=row)
     focus = one.focus(0, 0, 0, region=[0, 5])
     assert (focus.mass, focus.patches, focus.of) == (1.0, 3, 16)
     assert focus.region == 0.5
@@ -182,7 +200,7 @@ def test_the_model_is_free_again_after_a_reader_stops(model: VLM, sample: Sample
 def test_head_maps_cover_every_head_and_rank_them(
     model: VLM, sample: Sample, seen: live.Observation
 ) -> None:
-    recording = live.recorded(model, sample, max_new_tokens=TOKENS)
+    recording = seen.recording
     assert recording.facts()["answer"] == seen.answer.text
     image = taxonomy.measure(recording, "modality_mass/image")
     for step in range(TOKENS):

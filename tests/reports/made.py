@@ -102,6 +102,16 @@ def _tokens(names: list[str], lengths: np.ndarray, steps: int) -> xr.Dataset:
         "image": picture,
         "row": row,
         "column": column,
+        "tile": np.where(picture >= 0, 0, -1),
+        **{
+            edge: np.where(picture >= 0, (place + beyond) / GRID, np.nan)
+            for edge, place, beyond in (
+                ("left", column, 0),
+                ("top", row, 0),
+                ("right", column, 1),
+                ("bottom", row, 1),
+            )
+        },
     }
     phase = np.where(
         np.arange(steps + 1)[None] <= lengths[:, None], np.arange(steps + 1)[None] > 0, -1

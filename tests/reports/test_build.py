@@ -241,7 +241,7 @@ def test_overlays_show_the_layer_with_the_largest_lift_and_outline_the_truth(rec
     maps = [panel for panel in figure.panels if panel.patches is not None]
     assert all("layer 1" in panel.title for panel in maps[:3])
     assert all(panel.boxes for panel in maps)
-    assert all(np.nansum(panel.patches) == pytest.approx(1) for panel in maps)
+    assert all(np.nansum(panel.patches.values) == pytest.approx(1) for panel in maps)
 
 
 def test_a_figure_is_a_script_of_its_own(report, tmp_path, capsys):

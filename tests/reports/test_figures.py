@@ -7,6 +7,7 @@ import pytest
 import torch
 import xarray as xr
 
+from avl.places import remember_originals
 from avl_analysis.capture.recorder import record
 from avl_analysis.figures import Heat, Lines, Overlay
 from avl_reports import (
@@ -34,6 +35,7 @@ NEEDS_MORE = {fig_localisation, fig_policies, fig_ablation, fig_frontier}
 def recording():
     model = tiny.llava(layers=3)
     batch = tiny.inputs(model, batch=[9, 5, 7, 6, 8, 4])
+    remember_originals(batch, [[tiny.picture().size]] * 6, tiny.processor(model))
     torch.manual_seed(0)
     with record(model) as recorded:
         model.generate(**batch, max_new_tokens=10, do_sample=False)
@@ -140,7 +142,7 @@ def test_the_sets_are_animated_step_by_step():
     section = fig_sets.section(Run(made.recording()))
     assert section.moving is not None
     assert section.moving.steps == tuple(range(len(section.moving.frames)))
-    assert {0.0, 1.0, 2.0} == set(np.unique(section.moving.frames[0].patches))
+    assert {0.0, 1.0, 2.0} == set(np.unique(section.moving.frames[0].patches.values))
     assert len(section.figure.panels) <= fig_sets.SHOWN
 
 

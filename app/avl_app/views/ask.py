@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import streamlit as st
 
-from avl_analysis.corpus.regions import Region, word_regions
+from avl_analysis.corpus.regions import Region, on_tokens, word_regions
 from avl_analysis.figures import looks
 from avl_analysis.figures.spec import Lines
 from avl_analysis.live import Focus, Observation
@@ -102,7 +102,8 @@ def _region(seen: Observation, sample: Sample | None, step: int) -> Region:
     """What the token is about; empty where that is not known."""
     if sample is None or seen.answer.text != sample.answer:
         return Region()
-    return word_regions(sample, seen.answer.words)[step]
+    image = seen.images[0] if len(seen.images) == 1 else None
+    return on_tokens(word_regions(sample, seen.answer.words)[step], image)
 
 
 def _sentence(
@@ -144,12 +145,9 @@ def _pictures(
         plot(looks.plain_picture(pixels, region.boxes), "picture", height=320)
     with over:
         st.markdown(f"**Attention for “{shown_token(seen.answer.words[step])}”**")
-        pictures = [i for i, grid in enumerate(seen.grids) if grid != (0, 0)]
-        if pictures:
-            top = float(np.nanmax(look[seen.image == pictures[0]], initial=0.0))
-            overlay = looks.token_overlay(
-                pixels, seen.on_picture(look, pictures[0]), boxes=region.boxes
-            )
+        if seen.drawable:
+            top = float(np.nanmax(look[seen.image == 0], initial=0.0))
+            overlay = looks.token_overlay(pixels, seen.on_image(look), boxes=region.boxes)
             plot(overlay, "overlay", opacity=float(state.get("opacity")), height=320)
             st.caption(f"Full amber: {top:.1%} of all attention, on the patch that gets most.")
         else:

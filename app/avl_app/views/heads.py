@@ -13,7 +13,7 @@ from avl_analysis.heads.taxonomy import Measure
 from avl_analysis.live import Observation
 from avl_analysis.recordings.recording import Recording
 from avl_app import state
-from avl_app.page import Context, cells, clicked, doing, plain, plot, shown_token, streaming, strip
+from avl_app.page import Context, cells, clicked, plain, plot, shown_token, strip
 from avl_app.views.ask import observe, pick_token
 
 _FIRST = "modality_mass/image"
@@ -34,7 +34,8 @@ KIND_TEXTS = {
 
 def show(context: Context) -> None:
     """Draw the view."""
-    seen, recording = observe(context), recorded(context)
+    seen = observe(context)
+    recording = seen.recording
     step = pick_token(seen)
     chosen, single = _measure(recording)
     values = taxonomy.matrix(recording, chosen, step if single else None)
@@ -50,15 +51,6 @@ def show(context: Context) -> None:
     with right:
         _ranking(seen, values, kinds, (layer, head))
     _compare(context, seen, recording, step, (layer, head), values, kinds, chosen)
-
-
-def recorded(context: Context) -> Recording:
-    """All statistics of the present question, with progress if they are not known yet."""
-    known: Recording | None = context.bench.known("recording", context.question)
-    if known is not None:
-        return known
-    with streaming(doing(context, "recording all statistics")) as (on_token, waiting):
-        return context.bench.recording(context.question, on_token=on_token, waiting=waiting)
 
 
 def _measure(recording: Recording) -> tuple[Measure, bool]:
@@ -234,9 +226,9 @@ def _head(
     word = shown_token(seen.answer.words[step])
     with places[0]:
         st.markdown(f"**Picture, for “{word}”**")
-        if seen.grids and seen.grids[0] != (0, 0):
+        if seen.drawable:
             plot(
-                looks.token_overlay(context.question.picture.pixels, seen.on_picture(look)),
+                looks.token_overlay(context.question.picture.pixels, seen.on_image(look)),
                 f"o{name}",
                 height=210 if narrow else 280,
             )

@@ -282,7 +282,7 @@ def _keys_read(said: Answer) -> np.ndarray:
 
 def _patches(context: Context, seen: Observation, answers: dict[str, Answer]) -> None:
     """Core, secondary and minor patches on the picture, scrubbed or played over decode steps."""
-    if not seen.grids or seen.grids[0] == (0, 0):
+    if not seen.drawable:
         st.info(
             "This model does not say which patch of the picture a token stands for.",
             icon=":material/info:",
@@ -328,7 +328,7 @@ def _player(context: Context, seen: Observation, said: Answer, layer: int, playi
     left, right = st.columns([1, 1])
     with left:
         plot(
-            looks.states_overlay(context.question.picture.pixels, seen.on_picture(codes)),
+            looks.states_overlay(context.question.picture.pixels, seen.on_image(codes)),
             "states",
             height=420,
         )

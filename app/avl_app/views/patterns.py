@@ -18,7 +18,7 @@ from avl_app.page import Context, plain, plot
 from avl_app.reporting import figures, section
 from avl_app.sent import sent_files
 from avl_app.uploads import from_bytes
-from avl_app.views.heads import recorded
+from avl_app.views.ask import observe
 from avl_reports.findings import Finding, Verdict
 from avl_reports.run import NotMeasured, Section
 
@@ -84,7 +84,7 @@ def choose_recording(context: Context) -> Recording | None:
         required=True,
     )
     if source == _HERE:
-        return recorded(context)
+        return observe(context).recording
     return _scenes(context) if source == _SCENES else _from_file(context)
 
 

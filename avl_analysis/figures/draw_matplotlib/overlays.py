@@ -15,6 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, to_rgba
 from matplotlib.figure import Figure as Canvas
 from matplotlib.figure import FigureBase
+from matplotlib.image import PcolorImage
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import Normal, Stroke
 from PIL import Image
@@ -33,7 +34,14 @@ def draw_overlay(canvas: FigureBase, place: Axes, panel: Overlay, *, legend: boo
     picture = panel.picture if panel.patches is None or panel.classes else dimmed(panel.picture)
     place.imshow(picture, extent=extent, interpolation="bilinear")
     if panel.patches is not None:
-        place.imshow(_patch_colours(panel), extent=extent, interpolation="nearest")
+        raster = panel.patches.raster
+        colours = _patch_colours(panel, raster.take(panel.patches.values))
+        if colours.size:
+            # An image whose cells differ in size; unlike a mesh it has no seams between them. It
+            # does not know its extent, so layout must not ask it; the picture below has the same.
+            cells = PcolorImage(place, raster.x * width, raster.y * height, colours, zorder=1)
+            cells.set_in_layout(False)
+            place.add_image(cells)
     for box in panel.boxes:
         _box(place, box)
     place.set_title(textwrap.fill(panel.title, 28))
@@ -50,9 +58,18 @@ def draw_overlay(canvas: FigureBase, place: Axes, panel: Overlay, *, legend: boo
         )
 
 
-def _patch_colours(panel: Overlay) -> np.ndarray:
-    """RGBA of every patch: the class's fill, or the attention hue with the value as its opacity."""
-    assert panel.patches is not None
+def _patch_colours(panel: Overlay, values: np.ndarray) -> np.ndarray:
+    """RGBA of every cell: the class's fill, or the attention hue with the value as its opacity.
+
+    Args:
+        panel: what is drawn.
+        values: (rows, columns) of the raster, NaN where there is no token.
+
+    Returns:
+        (rows, columns, 4), clear where there is no token.
+    """
+    colours = np.zeros((*values.shape, 4))
+    seen = np.isfinite(values)
     if panel.classes:
         fills = np.array(
             [
@@ -60,13 +77,13 @@ def _patch_colours(panel: Overlay) -> np.ndarray:
                 for c, a in zip(palette.CLASS_COLOURS, palette.CLASS_OPACITY, strict=True)
             ]
         )
-        colours = fills[np.nan_to_num(panel.patches).astype(int)]
-        colours[np.isnan(panel.patches)] = 0
+        colours[seen] = fills[values[seen].astype(int)]
         return colours
-    low, high = panel.value.limits or (0.0, float(np.nanmax(panel.patches)))
-    colours = np.empty((*panel.patches.shape, 4))
-    colours[:] = to_rgba(palette.ATTENTION)
-    colours[..., 3] = 0.92 * np.clip(np.nan_to_num((panel.patches - low) / (high - low)), 0, 1)
+    low, high = panel.scale
+    colours[...] = to_rgba(palette.ATTENTION, 0.0)
+    colours[seen, 3] = palette.ATTENTION_OPACITY * np.clip(
+        (values[seen] - low) / (high - low), 0, 1
+    )
     return colours
 
 

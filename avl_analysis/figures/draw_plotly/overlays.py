@@ -46,21 +46,21 @@ def draw_overlay(panel: Overlay, theme: Theme) -> go.Figure:
 
 def _patches(panel: Overlay) -> go.Heatmap:
     assert panel.patches is not None
-    rows, columns = panel.patches.shape
+    patches, raster = panel.patches, panel.patches.raster
     height, width = panel.picture.shape[:2]
+    values = raster.take(patches.values)
     common: dict[str, Any] = {
-        "x": (np.arange(columns) + 0.5) * width / columns,
-        "y": (np.arange(rows) + 0.5) * height / rows,
-        "z": panel.patches,
+        "x": raster.x * width,  # edges of the cells, one more than there are columns
+        "y": raster.y * height,
+        "z": values,
         "showscale": False,
-        "customdata": np.moveaxis(np.indices((rows, columns)), 0, -1),
+        "customdata": raster.token,
+        "hoverongaps": False,
     }
-    place = "row %{customdata[0]}, column %{customdata[1]}<br>"
+    place = "image token %{customdata}<br>"
     if panel.classes:
         names = np.array([*map(literal, panel.classes), "none"], dtype=object)
-        picked = np.where(
-            np.isnan(panel.patches), len(panel.classes), np.nan_to_num(panel.patches)
-        ).astype(int)
+        picked = np.where(np.isnan(values), len(panel.classes), np.nan_to_num(values)).astype(int)
         return go.Heatmap(
             **common,
             zmin=-0.5,
@@ -69,10 +69,10 @@ def _patches(panel: Overlay) -> go.Heatmap:
             text=names[picked],
             hovertemplate=place + "%{text}<extra></extra>",
         )
-    low, high = panel.value.limits or (0.0, float(np.nanmax(panel.patches)))
+    low, high = panel.scale
     fade = [
         [0, palette.translucent(palette.ATTENTION, 0)],
-        [1, palette.translucent(palette.ATTENTION, 0.92)],
+        [1, palette.translucent(palette.ATTENTION, palette.ATTENTION_OPACITY)],
     ]
     label = literal(panel.value.label)
     return go.Heatmap(

@@ -1,7 +1,11 @@
 """What each word is about, on scenes whose truth is known."""
 
+import numpy as np
+
 from avl_analysis import scenes
-from avl_analysis.corpus.regions import word_regions
+from avl_analysis.corpus.regions import on_tokens, word_regions
+from avl_analysis.figures import Patches
+from avl_analysis.recordings.image_tokens import ImageTokens
 
 
 def test_each_character_read_is_about_that_character():
@@ -37,3 +41,32 @@ def test_other_answers_are_about_what_the_question_asks_for():
         sample.boxes[0][0],
         sample.boxes[0][3],
     )
+
+
+def tokens(side: int, box=(0.0, 0.0, 1.0, 1.0)) -> ImageTokens:
+    """One view of side x side tokens."""
+    number = np.arange(side * side)
+    boxes = Patches.grid(np.zeros((side, side)), box).boxes
+    return ImageTokens(number, number + 5, boxes, np.zeros(side * side, int))
+
+
+def test_the_patches_of_a_scene_are_tokens_of_the_embedded_model_only():
+    sample = scenes.generate(1, 0, "colour")
+    (region,) = word_regions(sample, [sample.answer])
+    assert on_tokens(region, tokens(12)).tokens == region.tokens
+    assert on_tokens(region, None).tokens == ()
+    unknown = ImageTokens(np.arange(4), np.arange(4), np.full((4, 4), np.nan), np.zeros(4, int))
+    assert on_tokens(region, unknown).tokens == ()
+
+
+def test_on_the_grid_of_another_model_a_region_holds_the_tokens_under_its_box():
+    sample = scenes.generate(1, 0, "colour")
+    (region,) = word_regions(sample, [sample.answer])
+    box, side = region.boxes[0], sample.image.shape[0]
+    chosen = on_tokens(region, tokens(24)).tokens
+    for token in range(24 * 24):
+        x, y = ((token % 24 + 0.5) / 24 * side, (token // 24 + 0.5) / 24 * side)
+        inside = min(x - box.left, box.right - x, y - box.top, box.bottom - y)
+        if abs(inside) > side / 48:  # tokens on the edge may be either
+            assert (token in chosen) == (inside > 0)
+    assert on_tokens(region, tokens(1, (0.0, 0.0, 0.01, 0.01))).tokens == ()

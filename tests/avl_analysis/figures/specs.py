@@ -14,6 +14,7 @@ from avl_analysis.figures import (
     Line,
     Lines,
     Overlay,
+    Patches,
     Points,
     Rule,
     Scatter,
@@ -121,7 +122,7 @@ def overlay(title: str = "“<image> $x$”") -> Overlay:
     return Overlay(
         picture(),
         Axis("attention", "share of image mass", (0, 1)),
-        patches,
+        Patches.grid(patches),
         boxes=(Box(8, 8, 30, 40, "star"),),
         title=title,
     )
@@ -132,7 +133,7 @@ def class_overlay(seed: int = 0) -> Overlay:
     return Overlay(
         picture(),
         Axis("set", "class"),
-        classes,
+        Patches.grid(classes),
         ("minor", "secondary", "core"),
         title=f"sets {seed}",
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from avl_analysis.figures import draw_html, draw_plotly, looks, palette
+from avl_analysis.figures import Patches, draw_html, draw_plotly, looks, palette
 from avl_analysis.figures.clickable import with_cells, with_opacity
 from avl_analysis.figures.spec import Axis
 from avl_analysis.figures.strip import Span, Strip
@@ -102,13 +102,15 @@ def test_every_cell_of_a_head_map_can_be_clicked_and_says_which_it_is() -> None:
 
 
 def test_opacity_changes_the_patches_alone() -> None:
-    overlay = looks.token_overlay(np.zeros((8, 8, 3), np.uint8), np.eye(2))
+    overlay = looks.token_overlay(np.zeros((8, 8, 3), np.uint8), Patches.grid(np.eye(2)))
     plot = with_opacity(draw_plotly.draw(overlay), 0.25)
     assert [trace.opacity for trace in plot.data if trace.type == "heatmap"] == [0.25]
 
 
 def test_states_are_drawn_as_three_named_classes() -> None:
-    overlay = looks.states_overlay(np.zeros((8, 8, 3), np.uint8), np.array([[0.0, 1], [2, np.nan]]))
+    overlay = looks.states_overlay(
+        np.zeros((8, 8, 3), np.uint8), Patches.grid([[0.0, 1], [2, np.nan]])
+    )
     names = {trace.name for trace in draw_plotly.draw(overlay).data if trace.name}
     assert names == set(looks.STATES)
 

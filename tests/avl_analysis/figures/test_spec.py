@@ -14,6 +14,7 @@ from avl_analysis.figures import (
     Line,
     Lines,
     Overlay,
+    Patches,
     Points,
 )
 from avl_analysis.figures.spec import rows
@@ -78,7 +79,12 @@ def test_a_picture_must_be_colour_bytes():
 
 def test_a_class_without_a_name_is_refused():
     with pytest.raises(ValueError, match="beyond its 2 names"):
-        Overlay(specs.picture(), specs.SHARE, np.full((2, 2), 2.0), classes=("minor", "core"))
+        Overlay(
+            specs.picture(),
+            specs.SHARE,
+            Patches.grid(np.full((2, 2), 2.0)),
+            classes=("minor", "core"),
+        )
 
 
 def test_an_empty_box_is_refused():

@@ -25,7 +25,7 @@ from avl_analysis.statistics.recent_text import RecentTextMass
 from avl_analysis.statistics.shared_keys import SharedCoverage, SharedSparsity
 from avl_analysis.statistics.sinks import SinkRate
 from avl_analysis.statistics.sparsity import ThresholdSparsity
-from avl_analysis.statistics.spatial_entropy import entropy_of_places
+from avl_analysis.statistics.spatial_entropy import SpatialEntropy, entropy_of_places
 from avl_analysis.statistics.text_age import decay_fits
 from avl_analysis.statistics.top_sets import top
 from tests import reference
@@ -284,6 +284,21 @@ def test_spatial_entropy_counts_places():
     picture[4, 4] = picture[5, 5] = 1.0  # touching corners are one place
     assert entropy_of_places(picture) == pytest.approx(math.log(2))
     assert math.isnan(entropy_of_places(np.zeros((4, 4))))
+
+
+def test_spatial_entropy_goes_by_rows_and_columns_not_by_the_order_of_tokens():
+    """Two tiles of 2 x 2 side by side, a newline token, then a coarse view of the whole image."""
+    row = np.array([0, 0, 1, 1, 0, 0, 1, 1, -1, -1, -1])
+    column = np.array([0, 1, 0, 1, 2, 3, 2, 3, -1, -1, -1])
+    weights = np.zeros((1, 1, 11), np.float32)
+    weights[0, 0, [1, 4, 8, 9]] = 0.25  # neighbours across the border of the tiles: one place
+    image = np.zeros(11, int)
+    scores = weights.transpose(1, 0, 2)
+    entropy, _ = SpatialEntropy().value(Trajectory(scores, weights, image, row, column, (0,)))
+    assert entropy == pytest.approx(0)
+    weights[0, 0, 1], weights[0, 0, 0] = 0.0, 0.25  # columns 0 and 2: two places
+    entropy, _ = SpatialEntropy().value(Trajectory(scores, weights, image, row, column, (0,)))
+    assert entropy == pytest.approx(math.log(2))
 
 
 def test_every_statistic_says_what_it_is():

@@ -1,0 +1,62 @@
+"""Where in its image each recorded image token lies, to draw it or compare it with a region."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from avl_analysis.figures.patches import Patches
+from avl_analysis.recordings.schema import EDGES
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTokens:
+    """The tokens of one image of one sample, in the order of the prompt.
+
+    Attributes:
+        token: (n,) their numbers among all image tokens of the sample, the dimension `token` of
+            maps.
+        position: (n,) their positions among all tokens of the sample.
+        boxes: (n, 4) the part of the image under each, left, top, right, bottom as fractions of the
+            whole image; NaN where there is none or it is unknown.
+        tile: (n,) view of the image, as in `recordings.schema`.
+    """
+
+    token: NDArray[np.int64]
+    position: NDArray[np.int64]
+    boxes: NDArray[np.float64]
+    tile: NDArray[np.int64]
+
+    @property
+    def placed(self) -> bool:
+        """Whether it is known of any token where it lies."""
+        return bool(np.isfinite(self.boxes).all(1).any())
+
+    def patches(self, values: NDArray[np.floating]) -> Patches:
+        """Values to be laid over the image.
+
+        Args:
+            values: (n,) one for each of these tokens, NaN where nothing was measured.
+        """
+        return Patches(values.astype(np.float64), self.boxes, self.tile)
+
+
+def images_of(tokens: xr.Dataset) -> list[ImageTokens]:
+    """The tokens of every image of a sample, image by image.
+
+    Args:
+        tokens: `recording.tokens` of one sample: variables image, left, top, right, bottom and tile
+            along `position`.
+    """
+    image = tokens["image"].values
+    position = np.flatnonzero(image >= 0)
+    boxes = np.stack([tokens[edge].values[position] for edge in EDGES], 1).astype(np.float64)
+    tile = tokens["tile"].values[position].astype(np.int64)
+    found = []
+    for number in range(int(image.max(initial=-1)) + 1):
+        of_image = np.flatnonzero(image[position] == number)
+        found.append(ImageTokens(of_image, position[of_image], boxes[of_image], tile[of_image]))
+    return found
