@@ -86,8 +86,8 @@ class Estimate(Generic[Values]):
 
         Only for changes that keep the order of numbers, for example selecting or `np.exp`.
         """
-        parts = [change(part) for part in (self.mean, self.low, self.high)]
-        return Estimate(*parts, change(self.n) if counts else self.n)
+        mean, low, high = (change(part) for part in (self.mean, self.low, self.high))
+        return Estimate(mean, low, high, change(self.n) if counts else self.n)
 
     def exp(self) -> Estimate[float]:
         """The estimate of a logarithm as a factor: a geometric mean with its interval."""
@@ -100,10 +100,11 @@ class Estimate(Generic[Values]):
         Raises:
             ValueError: there are several entries.
         """
-        if np.size(self.mean) != 1:
-            sizes = dict(self.mean.sizes) if isinstance(self.mean, xr.DataArray) else self.mean
+        parts: tuple[Any, Any, Any] = (self.mean, self.low, self.high)
+        if np.size(parts[0]) != 1:
+            sizes = dict(parts[0].sizes) if isinstance(parts[0], xr.DataArray) else parts[0]
             raise ValueError(f"an estimate over {sizes} is not one number; select first")
-        mean, low, high = (float(part) for part in (self.mean, self.low, self.high))
+        mean, low, high = (float(part) for part in parts)
         return Estimate(mean, low, high, int(self.n))
 
     @property
@@ -411,7 +412,7 @@ def _newcombe(both: int, first: int, second: int, neither: int) -> tuple[float, 
     p_low, p_high = wilson(both + first, n)
     q_low, q_high = wilson(both + second, n)
     margins = (both + first) * (second + neither) * (both + second) * (first + neither)
-    product = both * neither - first * second
+    product: float = both * neither - first * second
     if product > 0:
         product = max(product - n / 2, 0)
     phi = product / math.sqrt(margins) if margins else 0.0

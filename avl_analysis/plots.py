@@ -137,10 +137,8 @@ def plot_knockout(result: xr.Dataset, variable: str = "log_prob_change") -> Plot
     layers = result["layer"].values.astype(float)
     lines = []
     for place, flow in enumerate(result["flow"].values):
-        mean, low, high, _ = mean_intervals(
-            result[variable].sel(flow=flow).transpose("sample", ...)
-        )
-        lines.append(Line(str(flow), layers, mean, low, high, slot=place + 1))
+        means = mean_intervals(result[variable].sel(flow=flow).transpose("sample", ...))
+        lines.append(Line(str(flow), layers, means.mean, means.low, means.high, slot=place + 1))
     window = int(result.attrs.get("window", 1))
     count = int(np.isfinite(result["plain_probability"]).sum())
     first = "layer" if window == 1 else f"first of {window} layers"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import xarray as xr
@@ -342,7 +343,7 @@ def cores_by_layer(
             f"share of layer {layers[i]}'s image attention on a core chosen {interval - 1} steps"
             " ago, by its size"
         )
-        curve = _curve(name, shares, estimates.map(lambda part, i=i: part[i, interval - 1]))
+        curve = _curve(name, shares, estimates.map(itemgetter((i, interval - 1))))
         where = f"layer {layers[i]}"
         if c is None:
             reason = (

@@ -12,7 +12,7 @@ from avl_analysis.cli.options import Model, Tasks, check_target, parse_floats, p
 from avl_analysis.errors import InputError
 
 if TYPE_CHECKING:
-    from avl_analysis.evaluation.frontier import Settings
+    from avl_analysis.evaluation.frontier import FrontierSettings
 
 EXAMPLES = """
 Examples: [bold]avl frontier --out frontier.jsonl --scenes 200 --workers 2[/],
@@ -56,7 +56,7 @@ def frontier(
     check_target(out, force)
     if unknown := [name for name in task or () if name not in TASKS]:
         raise InputError(f"unknown task {unknown[0]!r}: choose among {', '.join(TASKS)}")
-    settings = frontiers.Settings(
+    settings = frontiers.FrontierSettings(
         model=model,
         tasks=tuple(task or TASKS),
         samples=scenes,
@@ -79,7 +79,7 @@ def frontier(
     )
 
 
-def _command(out: Path, settings: Settings) -> str:
+def _command(out: Path, settings: FrontierSettings) -> str:
     """The command that makes this file again."""
     tasks = " ".join(f"--task {name}" for name in settings.tasks)
     budgets = ",".join(f"{budget:g}" for budget in settings.budgets)

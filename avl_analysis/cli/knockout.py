@@ -56,7 +56,7 @@ def knockout(
         raise InputError(f"--out {out}: the file's name must end in .nc")
     check_target(out, force)
     flows = [_flow(text) for text in flow or ()]
-    samples = read_or_draw(data, scenes, task)
+    samples = read_or_draw(data, scenes, task, "ablation")
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 
     from avl_analysis.heads.knockout import FLOWS, save_knockout

@@ -60,7 +60,7 @@ Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Entry:
+class FrontierPoint:
     """One point of the plot: a policy, the budget it was asked for (None: its own settings) and its
     name.
     """
@@ -71,7 +71,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Settings:
+class FrontierSettings:
     """What a run is made of; a run can only be continued with equal settings."""
 
     model: str = "scenes"
@@ -98,22 +98,22 @@ class Unit:
         return len(self.indices) * (3 if self.task == "caption" else 1)
 
 
-def entries(budgets: Sequence[float] = BUDGETS) -> list[Entry]:
+def entries(budgets: Sequence[float] = BUDGETS) -> list[FrontierPoint]:
     """Full cache, A-VL with the paper's settings, presets, and every policy and preset at every
     budget.
     """
     found = [
-        Entry("full", None, avl.FullPolicy()),
-        Entry("A-VL (paper)", None, avl.AdaptivePolicy()),
+        FrontierPoint("full", None, avl.FullPolicy()),
+        FrontierPoint("A-VL (paper)", None, avl.AdaptivePolicy()),
     ]
     for name, preset in PRESETS.items():
         found += [
-            Entry(_shown(name), None, preset.make()),
-            *(Entry(_shown(name), b, preset.make(b)) for b in budgets),
+            FrontierPoint(_shown(name), None, preset.make()),
+            *(FrontierPoint(_shown(name), b, preset.make(b)) for b in budgets),
         ]
     for name, kind in policies().items():
         if kind is not avl.FullPolicy:
-            found += [Entry(_shown(name), b, with_budget(kind, b)) for b in budgets]
+            found += [FrontierPoint(_shown(name), b, with_budget(kind, b)) for b in budgets]
     return found
 
 
@@ -123,7 +123,7 @@ def _shown(name: str) -> str:
 
 
 def run_unit(
-    vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], points: Sequence[Entry]
+    vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], points: Sequence[FrontierPoint]
 ) -> list[Line]:
     """Every point's answers to some samples of equal length: which are right, and at what cost."""
     longest = longest_right_answer(vlm, [samples[index] for index in indices])
@@ -186,7 +186,7 @@ def _bytes(run: Run, row: int) -> float:
 # -- the run ---------------------------------------------------------------------------------------
 
 
-def summarise(lines: Iterable[Line], points: Sequence[Entry], samples: int) -> list[Line]:
+def summarise(lines: Iterable[Line], points: Sequence[FrontierPoint], samples: int) -> list[Line]:
     """One line per task and point: accuracy with its Wilson interval, paired difference to the full
     cache, bytes.
     """
@@ -246,18 +246,18 @@ def _rounded(value: float) -> float | None:
 
 
 @lru_cache(maxsize=1)
-def _model(settings: Settings) -> VLM:
+def _model(settings: FrontierSettings) -> VLM:
     """What a worker process loads once."""
     torch.set_num_threads(1)
     return load_model(settings.model)
 
 
 @lru_cache(maxsize=1)
-def _samples(settings: Settings, task: str) -> list[Sample]:
+def _samples(settings: FrontierSettings, task: str) -> list[Sample]:
     return scene_samples(settings.samples, [task], seed=settings.seed)
 
 
-def _work(settings: Settings, unit: Unit) -> None:
+def _work(settings: FrontierSettings, unit: Unit) -> None:
     lines = run_unit(
         _model(settings), _samples(settings, unit.task), unit.indices, entries(settings.budgets)
     )
@@ -266,7 +266,7 @@ def _work(settings: Settings, unit: Unit) -> None:
 
 
 def run(
-    settings: Settings,
+    settings: FrontierSettings,
     folder: Path,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
@@ -310,7 +310,9 @@ def run(
     return summarise(lines, points, settings.samples)
 
 
-def describe(settings: Settings, points: Sequence[Entry], vlm: VLM) -> dict[str, Any]:
+def describe(
+    settings: FrontierSettings, points: Sequence[FrontierPoint], vlm: VLM
+) -> dict[str, Any]:
     """What makes two runs the same one."""
     return {
         "settings": repr(settings),
@@ -330,7 +332,7 @@ def note_settings(folder: Path, described: Mapping[str, Any]) -> None:
     write_text(note, json.dumps(described, indent=1) + "\n")
 
 
-def _do(missing: Sequence[Unit], settings: Settings, workers: int) -> Iterator[Unit]:
+def _do(missing: Sequence[Unit], settings: FrontierSettings, workers: int) -> Iterator[Unit]:
     """Let worker processes do the missing units, yielding each when it is done."""
     if not missing:
         return

@@ -23,7 +23,7 @@ KEPT = 0.95
 
 
 @dataclass(frozen=True)
-class Row:
+class PolicyRow:
     """One policy at one budget (None: its own settings), over all tasks.
 
     Attributes:
@@ -55,7 +55,7 @@ class Beaten:
     high: float
 
 
-def rows(lines: Sequence[Line]) -> list[Row]:
+def rows(lines: Sequence[Line]) -> list[PolicyRow]:
     """One row per policy and budget, in the file's order."""
     full = {line["task"]: line["accuracy"] for line in lines if line["policy"] == FULL}
     cells: dict[tuple[str, float | None], list[Line]] = {}
@@ -68,7 +68,7 @@ def rows(lines: Sequence[Line]) -> list[Row]:
         size = [line["bytes"] for line in cell]
         accuracy = float(np.mean([line["accuracy"] for line in cell]))
         found.append(
-            Row(policy, budget, float(np.mean(size)), max(size), accuracy, kept[worst], worst)
+            PolicyRow(policy, budget, float(np.mean(size)), max(size), accuracy, kept[worst], worst)
         )
     return found
 

@@ -25,7 +25,7 @@ class TallyError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerCost:
     """The cost of one call of `generate`.
 
     Attributes:
@@ -68,7 +68,7 @@ class Tally:
 
     def __init__(self, model: nn.Module, policy: Policy | None) -> None:
         self.model, self.policy = model, policy
-        self.answers: list[Answer] = []
+        self.answers: list[AnswerCost] = []
         self.failures: list[Exception] = []
         self._session: avl.AdaptiveSession | None = None
         self._stack = ExitStack()
@@ -125,7 +125,7 @@ class Tally:
         return summarise(self.answers)
 
 
-def summarise(answers: Sequence[Answer]) -> dict[str, float]:
+def summarise(answers: Sequence[AnswerCost]) -> dict[str, float]:
     """Number of questions, summed bytes, share of bytes, mean share of keys read, mean times."""
     full, filled = sum(a.full for a in answers), sum(a.filled for a in answers)
     later = [answer.tpot for answer in answers if answer.tpot is not None]
@@ -141,9 +141,9 @@ def summarise(answers: Sequence[Answer]) -> dict[str, float]:
     return found | ({"avl_tpot_seconds": sum(later) / len(later)} if later else {})
 
 
-def _answer(rows: int, usage: Usage | None, times: Sequence[float], started: float) -> Answer:
+def _answer(rows: int, usage: Usage | None, times: Sequence[float], started: float) -> AnswerCost:
     ttft = times[0] - started if times else float("nan")
     tpot = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
     if usage is None:
-        return Answer(rows, 0, 0, 1.0, ttft, tpot)
-    return Answer(rows, usage.filled, usage.full, usage.attended_share, ttft, tpot)
+        return AnswerCost(rows, 0, 0, 1.0, ttft, tpot)
+    return AnswerCost(rows, usage.filled, usage.full, usage.attended_share, ttft, tpot)

@@ -25,7 +25,7 @@ import avl
 from avl import AdaptivePolicy
 from avl_analysis.corpus.batches import batches_by_length
 from avl_analysis.corpus.questions import scene_samples
-from avl_analysis.evaluation.frontier import Entry, read, run_unit, summarise, write
+from avl_analysis.evaluation.frontier import FrontierPoint, read, run_unit, summarise, write
 from avl_analysis.models.loading import load_model
 from avl_analysis.scenes import TASKS
 
@@ -82,7 +82,7 @@ def measure(
     on every task."""
     vlm = load_model("scenes", dtype=dtype)
     points = [
-        Entry(name, None, policy)
+        FrontierPoint(name, None, policy)
         for name, policy in options().items()
         if name == "full" or only in name
     ]

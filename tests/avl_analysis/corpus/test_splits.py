@@ -16,7 +16,7 @@ from avl_analysis.corpus.questions import (
     shared_questions,
 )
 from avl_analysis.errors import InputError
-from avl_analysis.evaluation.frontier import Settings
+from avl_analysis.evaluation.frontier import FrontierSettings
 from avl_analysis.scenes import TASKS, generate
 from avl_analysis.scenes.samples import SPLIT_WIDTH, SPLITS, TRAINING_SEED, split_of
 from tests import tiny
@@ -67,7 +67,7 @@ def test_no_question_of_a_comparison_is_in_a_split_that_chooses_something(split)
 def test_comparisons_and_frontiers_ask_the_split_that_nothing_was_chosen_by() -> None:
     by_command = read_or_draw(None, 2, None, "comparison")
     assert [sample.id for sample in scene_samples(2)] == [sample.id for sample in by_command]
-    assert split_of(Settings().seed) == "comparison"
+    assert split_of(FrontierSettings().seed) == "comparison"
     assert describe_questions(by_command) == f"{2 * len(TASKS)} questions (split comparison)"
 
 

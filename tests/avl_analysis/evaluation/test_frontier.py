@@ -22,9 +22,9 @@ from tests import tiny
 from tests.avl_analysis import shared
 
 POINTS = [
-    frontier.Entry("full", None, avl.FullPolicy()),
-    frontier.Entry("random", 0.5, avl.RandomPolicy(budget=0.5)),
-    frontier.Entry("A-VL", 0.5, avl.AdaptivePolicy.for_budget(0.5)),
+    frontier.FrontierPoint("full", None, avl.FullPolicy()),
+    frontier.FrontierPoint("random", 0.5, avl.RandomPolicy(budget=0.5)),
+    frontier.FrontierPoint("A-VL", 0.5, avl.AdaptivePolicy.for_budget(0.5)),
 ]
 
 
@@ -130,7 +130,7 @@ def test_a_summary_counts_right_answers_with_intervals_and_differences() -> None
 
 
 @pytest.fixture
-def small(tmp_path: Path, vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> frontier.Settings:
+def small(tmp_path: Path, vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> frontier.FrontierSettings:
     """A run in this process with few points, so that tests need not start others."""
     monkeypatch.setattr(frontier, "load_model", lambda name: vlm)
     monkeypatch.setattr(frontier, "entries", lambda budgets: POINTS)
@@ -143,17 +143,17 @@ def small(tmp_path: Path, vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> frontier
             yield unit
 
     monkeypatch.setattr(frontier, "_do", here)
-    return frontier.Settings(tasks=("colour", "size"), samples=4, batch=2)
+    return frontier.FrontierSettings(tasks=("colour", "size"), samples=4, batch=2)
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(
-    small: frontier.Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: frontier.FrontierSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = frontier.run(small, tmp_path / "whole")
     done: list[str] = []
     work = frontier._work
 
-    def dying(settings: frontier.Settings, unit: frontier.Unit) -> None:
+    def dying(settings: frontier.FrontierSettings, unit: frontier.Unit) -> None:
         if len(done) == 2:
             raise KeyboardInterrupt
         work(settings, unit)
@@ -171,10 +171,14 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     assert len(done) == len(set(done))
 
 
-def test_a_folder_of_another_run_is_refused(small: frontier.Settings, tmp_path: Path) -> None:
+def test_a_folder_of_another_run_is_refused(
+    small: frontier.FrontierSettings, tmp_path: Path
+) -> None:
     frontier.run(small, tmp_path / "work")
     with pytest.raises(InputError, match="other settings"):
-        frontier.run(frontier.Settings(tasks=("colour",), samples=4, batch=2), tmp_path / "work")
+        frontier.run(
+            frontier.FrontierSettings(tasks=("colour",), samples=4, batch=2), tmp_path / "work"
+        )
 
 
 def test_what_was_written_is_read_and_anything_else_refused(tmp_path: Path) -> None:
@@ -191,7 +195,7 @@ def test_what_was_written_is_read_and_anything_else_refused(tmp_path: Path) -> N
 @pytest.mark.timeout(900)
 def test_worker_processes_find_what_one_process_finds(tmp_path: Path) -> None:
     folder = tiny.save_folder(tmp_path / "model", tiny.llava(kv_heads=2))
-    settings = frontier.Settings(
+    settings = frontier.FrontierSettings(
         str(folder), ("colour", "size"), samples=4, budgets=(0.5,), batch=2
     )
     whole = frontier.run(settings, tmp_path / "two", workers=2)
