@@ -18,6 +18,7 @@ from torch import Tensor
 
 from avl.buffer import KeyBuffer
 from avl.cache import AdaptiveLayer
+from avl.kernels import backend_for
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,14 @@ class Usage:
         steps: one record per pass, the prompt first.
         peak: most bytes of keys and values at any moment, the prompt's own keys while it ran
             included.
+        kernels: which version of the kernels attends to keys in few bits (`avl.kernels`): "numba"
+            or "torch"; empty where no keys are in few bits.
     """
 
     layers: tuple[int, ...]
     steps: tuple[StepUsage, ...]
     peak: int
+    kernels: str = ""
 
     def __repr__(self) -> str:
         decoded = sum(step.step > 0 for step in self.steps)
@@ -144,6 +148,7 @@ class UsageLog:
     layers: tuple[int, ...]
     steps: list[StepUsage] = field(default_factory=list)
     peak: int = 0
+    kernels: str = ""
 
     def hold(self, layers: Iterable[AdaptiveLayer], passing: Iterable[Tensor]) -> None:
         """Note a moment at which `passing` tensors exist beside the layers' buffers."""
@@ -163,6 +168,8 @@ class UsageLog:
         buffers = [layer.filled_buffer for layer in layers]
         total = sum(map(allocated, buffers))
         self.peak = max(self.peak, total)
+        coded = [buffer for buffer in buffers if buffer.coded_tier(True) is not None]
+        self.kernels = backend_for(coded[0].keys.device) if coded else ""
         self.steps.append(
             StepUsage(
                 step=step,
@@ -183,7 +190,7 @@ class UsageLog:
         )
 
     def usage(self) -> Usage:
-        return Usage(self.layers, tuple(self.steps), self.peak)
+        return Usage(self.layers, tuple(self.steps), self.peak, self.kernels)
 
 
 def slot_bytes(buffer: KeyBuffer) -> int:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from avl.tokens import TokenLayout
+
+if TYPE_CHECKING:
+    from avl.quantized_tier import QuantizedTier
 
 
 @dataclass(eq=False)
@@ -64,6 +67,8 @@ class AttentionCall:
         key_positions: sequence index of every key, -1 for a slot that holds nothing; shape (keys,),
             (batch, keys) or (batch, key/value heads, keys). None means key j is position j.
         module: the attention module; `options` all further keyword arguments of the call.
+        coded_keys: reads the keys and values that were attended to as they are stored, in few bits,
+            and that `key` and `value` leave out in front; None if there are none. See `decode`.
     """
 
     forward: Forward
@@ -76,6 +81,15 @@ class AttentionCall:
     scaling: float
     options: dict[str, Any]
     key_positions: Tensor | None = None
+    coded_keys: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+    def decode(self) -> None:
+        """Put keys and values that were left out in front of `key` and `value`."""
+        if self.coded_keys is not None:
+            keys, values = self.coded_keys()
+            self.key = torch.cat([keys, self.key], 2)
+            self.value = torch.cat([values, self.value], 2)
+            self.coded_keys = None
 
     @property
     def groups(self) -> int:
@@ -184,41 +198,73 @@ def attention_weights(
     return softmax_weights(attention_logits(call, rows, keys), sinks)
 
 
-def attend_one_row(call: AttentionCall, empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Output and weights of a decode step, reading every key and value once.
+def row_logits(call: AttentionCall, tier: QuantizedTier | None = None) -> Tensor:
+    """Scaled and capped products of a decode step, reading every key once.
 
-    The products are in the keys' own dtype (as in transformers' eager attention), the softmax in
-    float32. The kernels' own single-row path is slower on CPU and keeps the weights to itself.
+    The products are in the keys' own dtype (as in transformers' eager attention); those with
+    quantised keys are in float32.
 
     Args:
         call: one query row per row of the batch; its mask is not read.
-        empty: (batch, 1 or key/value heads, keys) bool, slots that hold nothing; None if there are
-            none.
+        tier: keys in few bits in front of the call's.
+
+    Returns:
+        (batch, key/value heads, groups, keys) float32.
+    """
+    batch, heads, _, dim = call.query.shape
+    shape = (batch, heads // call.groups, call.groups, -1)
+    query = call.query.reshape(-1, call.groups, dim).transpose(1, 2)
+    logits = _products(call.key.flatten(0, 1), query).transpose(1, 2).float().view(shape)
+    if tier is not None:
+        logits = torch.cat([tier.products(call.query[:, :, 0]).view(shape), logits], -1)
+    logits.mul_(call.scaling)
+    if (cap := call.options.get("softcap")) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def attend_with(
+    call: AttentionCall,
+    logits: Tensor,
+    empty: Tensor | None = None,
+    tier: QuantizedTier | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output and weights of a decode step from its logits, reading every value once.
+
+    The softmax is in float32. The kernels' own single-row path is slower on CPU and keeps the
+    weights to itself.
+
+    Args:
+        call: one query row per row of the batch; its mask is not read.
+        logits: as `row_logits` gives them, unchanged.
+        empty: (batch, 1 or key/value heads, keys) bool, slots that hold nothing, or that this step
+            leaves out; None if there are none.
+        tier: as given to `row_logits`.
 
     Returns:
         Output (batch, 1, query heads, head dim) and weights (batch, key/value heads, groups, keys)
             float32.
     """
-    batch, heads, _, dim = call.query.shape
-    shape = (batch, heads // call.groups, call.groups, call.key.shape[2])
-    query = call.query.reshape(-1, call.groups, dim).transpose(1, 2)
-    logits = (
-        _products(call.key.flatten(0, 1), query)
-        .transpose(1, 2)
-        .float()
-        .mul_(call.scaling)
-        .view(shape)
-    )
-    if (cap := call.options.get("softcap")) is not None:
-        logits = torch.tanh(logits / cap) * cap
+    batch, heads = call.query.shape[:2]
     if empty is not None:
-        logits.masked_fill_(empty[:, :, None], -torch.inf)
+        logits = logits.masked_fill(empty[:, :, None], -torch.inf)
     if (sinks := call.options.get("s_aux")) is None:
         weights = torch.softmax(logits, -1)
     else:
-        weights = softmax_weights(logits.reshape(batch, heads, 1, -1), sinks).view(shape)
-    output = _products(weights.to(call.value.dtype).flatten(0, 1), call.value.flatten(0, 1))
-    return output.reshape(batch, 1, heads, call.value.shape[-1]), weights
+        sunk = softmax_weights(logits.reshape(batch, heads, 1, -1), sinks)
+        weights = sunk.view(logits.shape)
+    coded = 0 if tier is None else tier.width
+    own = weights[..., coded:].to(call.value.dtype).flatten(0, 1)
+    output = _products(own, call.value.flatten(0, 1)).reshape(batch, 1, heads, -1)
+    if tier is not None:
+        few = tier.weighted_values(weights[..., :coded].reshape(batch, heads, coded))
+        output = (output.float() + few[:, None]).to(call.value.dtype)
+    return output, weights
+
+
+def attend_one_row(call: AttentionCall, empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Output and weights of a decode step; see `attend_with` for what is given and returned."""
+    return attend_with(call, row_logits(call), empty)
 
 
 _COPIED_BYTES = 2**24

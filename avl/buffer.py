@@ -23,7 +23,7 @@ from torch import Tensor
 
 from avl.key_pages import KeyPages
 from avl.policies.base import Choice
-from avl.quantized_tier import QuantizedTier
+from avl.quantized_tier import QuantizedTier, Storage
 from avl.selection import members
 
 
@@ -72,7 +72,7 @@ class KeyBuffer:
     core_scores_at_refresh: Tensor | None
     quantized: QuantizedTier | None
     quantized_held: list[int]
-    storage: int | str
+    storage: Storage
     sparse_budget: list[int]
     budget_share: list[float]
     evictable: list[int] = field(default_factory=list)
@@ -207,18 +207,28 @@ class KeyBuffer:
         )
         return any(self.free_slots) or (refresh and uneven)
 
+    def coded_tier(self, refresh: bool) -> QuantizedTier | None:
+        """The tier of codes that a step attends to without decoding it, None if there is none."""
+        tier = self.quantized
+        return tier if refresh and tier is not None and tier.bits is not None else None
+
     def attended(self, *, refresh: bool) -> tuple[Tensor, Tensor]:
         """Keys and values that a step reads, (batch, key/value heads, keys, head dim); views where
-        nothing is quantised.
+        nothing is held in host memory.
+
+        Those of a `coded_tier`, which would come first, are left out.
 
         Args:
             refresh: whether the step reads everything held, or the core and what is always
                 attended.
         """
-        return self._read_from(self.first_slot_read(refresh), refresh)
+        first, coded = self.first_slot_read(refresh), self.coded_tier(refresh) is not None
+        return self._read_from(first, refresh and not coded)
 
     def attended_positions(self, *, refresh: bool) -> Tensor:
-        """(batch, heads, keys) sequence index of what `attended` returns, -1 for empty slots."""
+        """(batch, heads, keys) sequence index of what a step reads, a tier's keys first, -1 for
+        empty slots.
+        """
         return self._positions_from(self.first_slot_read(refresh), refresh)
 
     def everything(self) -> tuple[Tensor, Tensor]:

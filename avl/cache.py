@@ -97,7 +97,8 @@ class AdaptiveLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take in new keys and values; returns what this pass attends to, held keys first.
+        """Take in new keys and values; returns what this pass attends to, held keys first. Keys in
+        few bits are left out of a decode step's, which attends to them as they are stored.
 
         Args:
             key_states: (batch, key/value heads, new tokens, head dim).

@@ -14,11 +14,19 @@ import torch
 from torch import Tensor
 
 from avl import segments
-from avl.attention import Attend, AttentionCall, Forward, attend_one_row, for_query_heads
+from avl.attention import (
+    Attend,
+    AttentionCall,
+    Forward,
+    attend_with,
+    for_query_heads,
+    row_logits,
+)
 from avl.buffer import KeyBuffer
 from avl.cache import AdaptiveLayer, Conversation
 from avl.families import UnsupportedModelError
 from avl.policies.base import CoredPolicy, PagedPolicy, Policy
+from avl.quantized_tier import QuantizedTier
 from avl.selection import SelectionLog, best
 from avl.tokens import Modality
 
@@ -74,25 +82,28 @@ class DecodeStep:
         if layer is None:
             return inner(call)
         buffer, refresh = layer.filled_buffer, self.conversation.is_refresh
-        positions = buffer.attended_positions(refresh=refresh)
-        if call.key.shape[2] != positions.shape[2]:
+        positions, tier = buffer.attended_positions(refresh=refresh), buffer.coded_tier(refresh)
+        given = positions.shape[2] - (0 if tier is None else tier.width)
+        if call.key.shape[2] != given:
             raise UnsupportedModelError(
                 f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave"
-                f" {positions.shape[2]}; models that change keys behind the cache cannot be adapted"
+                f" {given}; models that change keys behind the cache cannot be adapted"
             )
         if buffer.pages is not None:
             return self._attend_pages(call, layer)
         hidden = positions < 0 if buffer.ragged(refresh) else None
-        output, weights = self._read(call, positions, hidden)
+        logits = row_logits(call, tier)
+        output, weights = self._read(call, positions, hidden, logits, tier)
         self.reads[layer.index] = buffer.reads(refresh=refresh)
         if not refresh and (rows := self._drifted(buffer, weights)) is not None:
             refresh = True
-            output, weights = self._refresh(call, layer, rows)
+            output, weights, logits = self._refresh(call, layer, rows)
         if refresh and buffer.has_secondary and self._ranks_at_refresh:
             assert self.cored is not None
             self._ranks[layer.index] = self.cored.core_scores(weights.detach())
             if self.cored.sparse:
-                output, weights = self._narrow(call, layer)
+                tier = buffer.coded_tier(True)
+                output, weights = self._narrow(call, layer, logits, tier)
         self._slots_before_core[layer.index] = buffer.slots_before_core(refresh)
         if self.policy.accumulates:
             self._weights[layer.index] = weights.detach()
@@ -104,21 +115,29 @@ class DecodeStep:
         return self.cored is not None and (self.cored.rotates or self.cored.sparse)
 
     def _read(
-        self, call: AttentionCall, positions: Tensor, hidden: Tensor | None
+        self,
+        call: AttentionCall,
+        positions: Tensor,
+        hidden: Tensor | None,
+        logits: Tensor,
+        tier: QuantizedTier | None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of one row.
 
         Args:
-            call: with the keys to read.
-            positions: (batch, heads, keys) of these keys.
+            call: with the keys to read, but for those of the tier.
+            positions: (batch, heads, keys) of all keys, the tier's first.
             hidden: (batch, heads, keys) bool, keys that are not attended; None: all are.
+            logits: of all keys, as of `row_logits`.
+            tier: keys that are attended to as they are stored, or None.
 
         Returns:
-            Output and weights, as of `attend_one_row`.
+            Output and weights, as of `attend_with`.
         """
+        call.coded_keys = None if tier is None else tier.read
         call.key_positions = positions[:, 0] if positions.shape[1] == 1 else positions
         call.mask = None if hidden is None else for_query_heads(~hidden, call)[:, :, None]
-        return attend_one_row(call, hidden)
+        return attend_with(call, logits, hidden, tier)
 
     def _attend_pages(self, call: AttentionCall, layer: AdaptiveLayer) -> Tensor:
         """Attention over each row's newest page and the best others that its limit allows."""
@@ -145,8 +164,9 @@ class DecodeStep:
         call.key, call.value, positions = buffer.read_slots(read.gather(2, column))
         self.reads[layer.index] = (positions[:, 0] >= 0).sum(-1).tolist()
         self.selection_log.note(layer.index, "core", positions)
-        hidden = positions < 0
-        return self._read(call, positions, hidden if bool(hidden.any()) else None)[0]
+        empty = positions < 0
+        hidden = empty if bool(empty.any()) else None
+        return self._read(call, positions, hidden, row_logits(call), None)[0]
 
     def _drifted(self, buffer: KeyBuffer, weights: Tensor) -> list[bool] | None:
         """Rows whose core is outdated, by this step's weights on it; None if there are none."""
@@ -159,7 +179,7 @@ class DecodeStep:
 
     def _refresh(
         self, call: AttentionCall, layer: AdaptiveLayer, rows: list[bool]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The step once more, some rows reading everything they hold.
 
         Args:
@@ -168,10 +188,11 @@ class DecodeStep:
             rows: which rows.
 
         Returns:
-            Output and weights, as of `attend_one_row`.
+            Output and weights, as of `attend_with`, and the logits of all keys.
         """
         buffer = layer.filled_buffer
         call.key, call.value = buffer.attended(refresh=True)
+        tier = buffer.coded_tier(True)
         positions = buffer.attended_positions(refresh=True)
         hidden = positions < 0
         others = ~torch.tensor(rows, device=hidden.device)
@@ -182,10 +203,28 @@ class DecodeStep:
             a if row else b for a, b, row in zip(all_read, core_read, rows, strict=True)
         ]
         everything_visible = all(rows) and not buffer.ragged(True)
-        return self._read(call, positions, None if everything_visible else hidden)
+        logits = row_logits(call, tier)
+        hidden = None if everything_visible else hidden
+        return *self._read(call, positions, hidden, logits, tier), logits
 
-    def _narrow(self, call: AttentionCall, layer: AdaptiveLayer) -> tuple[Tensor, Tensor]:
-        """The step once more, over the image keys that rank best and all that is no image key."""
+    def _narrow(
+        self,
+        call: AttentionCall,
+        layer: AdaptiveLayer,
+        logits: Tensor,
+        tier: QuantizedTier | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The step once more, over the image keys that rank best and all that is no image key.
+
+        Args:
+            call: of the layer, with the keys a refresh reads.
+            layer: whose keys were ranked.
+            logits: of all keys, from the first time.
+            tier: keys that are attended to as they are stored, or None.
+
+        Returns:
+            Output and weights, as of `attend_with`.
+        """
         buffer, ranks = layer.filled_buffer, self._ranks[layer.index]
         positions = buffer.attended_positions(refresh=True)
         image = buffer.image_slots() & (positions[:, :1] >= 0)
@@ -199,7 +238,7 @@ class DecodeStep:
         core_positions = positions[:, :1].gather(2, core.clamp_min(0))
         self._sparse_core[layer.index] = core_positions.masked_fill(core < 0, -1)
         self.reads[layer.index] = (~hidden[:, 0]).sum(1).tolist()
-        return self._read(call, positions, hidden)
+        return self._read(call, positions, hidden, logits, tier)
 
     # -- afterwards --------------------------------------------------------------------------------
 

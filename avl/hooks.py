@@ -449,6 +449,7 @@ class AttentionHooks:
         call.key_positions = _newest(call)
         output = inner(call) if self.intervention is None else self.intervention.attend(call, inner)
         if self.observer is not None:
+            call.decode()
             self.observer.observe(call, output)
         return output
 

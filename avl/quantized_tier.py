@@ -5,11 +5,11 @@ A refresh step, which reads everything held, reads them too.
 Quantised as in KIVI (Liu et al., ICML 2024, arXiv 2402.02750): keys per channel, because some
 channels of keys are large in all tokens; values per token. That the less salient tokens of a
 vision-language model bear few bits is AKVQ-VL's point (arXiv 2501.15021, which rotates outliers
-away first; that is not done here). A number is stored as `round((x - low) / step)` in `bits` bits
-with one `low` and one `step`, in half precision, per group. A group of keys is `KEY_GROUP`
-consecutive image tokens of one channel; a group of values is `VALUE_GROUP` channels of one token
-(all channels where that does not divide them). KIVI takes 32 and 32; longer key groups cost less
-and lost nothing measurable on the embedded model.
+away first; that is not done here). How numbers are stored in few bits, and how a step attends to
+them without decoding them, is the business of `avl.kernels.codes`; here is which keys share limits.
+A group of keys is `KEY_GROUP` consecutive image tokens of one channel; a group of values is
+`VALUE_GROUP` channels of one token (all channels where that does not divide them). KIVI takes 32
+and 32; longer key groups cost less and lost nothing measurable on the embedded model.
 
 The limits of a key group are taken over all its image tokens, wherever they are held, so that a key
 that leaves the tier and comes back is stored as it was. A tier in host memory saves nothing while
@@ -24,20 +24,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from avl.kernels import codes
+
 KEY_GROUP = 128
 """Image tokens that share the limits of a key's channel."""
 VALUE_GROUP = 32
 """Channels that share the limits of a value."""
-BITS = (8, 4, 2)
-"""How few bits a stored number may have."""
 HOST, PLAIN = "host", 16
 """Kept as they are: in host memory, or (for comparison) beside the others."""
 
 _NONE = torch.iinfo(torch.int32).max  # where a row has fewer image keys; sorts behind all positions
-_LARGEST = torch.finfo(torch.float16).max
-_BLOCK = (
-    64  # keys decoded at once; what lies between codes and numbers stays in the processor's cache
-)
+_BLOCK = 64  # keys decoded at once, so that what lies in between stays in the processor's cache
+
+Storage = int | str | tuple[int, int]
+"""How a tier keeps what it holds: in 8, 4 or 2 bits (or in so many for keys and for values),
+`PLAIN` or `HOST`.
+"""
+
+
+def code_bits(storage: Storage) -> tuple[int, int] | None:
+    """Bits of a stored number of a key and of a value; None where nothing is coded."""
+    if storage in (PLAIN, HOST) or isinstance(storage, str):
+        return None
+    return storage if isinstance(storage, tuple) else (storage, storage)
 
 
 @dataclass(eq=False)
@@ -45,7 +54,8 @@ class QuantizedTier:
     """Keys and values of one layer that are not in its buffer.
 
     Attributes:
-        kind: 8, 4 or 2 bits, `PLAIN` or `HOST`.
+        kind: see `Storage`.
+        bits: of a key's and of a value's numbers; None if not coded.
         positions: (batch, 1 or heads, n) int32 sequence index of each key, -1 (in front) where a
             row has fewer.
         groups: same shape, number of the key's group.
@@ -59,7 +69,7 @@ class QuantizedTier:
         dtype, device: of the keys that are read.
     """
 
-    kind: int | str
+    kind: Storage
     positions: Tensor
     groups: Tensor
     image: Tensor
@@ -72,7 +82,7 @@ class QuantizedTier:
     @classmethod
     def hold(
         cls,
-        kind: int | str,
+        kind: Storage,
         keys: Tensor,
         values: Tensor,
         positions: Tensor,
@@ -105,10 +115,15 @@ class QuantizedTier:
             keys.dtype,
             keys.device,
         )
-        if kind not in (PLAIN, HOST):
-            tier.limits = tier._limits(keys, everywhere)
-        tier.moving = tier._encode(_taken(keys, at), _taken(values, at), tier.groups)
+        if tier.bits is not None:
+            index = everywhere.masked_fill(everywhere == _NONE, -1)
+            tier.limits = codes.key_limits(keys, index, KEY_GROUP, tier.bits[0])
+        tier.moving = tier._encode(keys, values, at, tier.groups, tier.limits)
         return tier
+
+    @property
+    def bits(self) -> tuple[int, int] | None:
+        return code_bits(self.kind)
 
     # -- what there is -----------------------------------------------------------------------------
 
@@ -158,6 +173,22 @@ class QuantizedTier:
             )
         return keys, values
 
+    def products(self, query: Tensor) -> Tensor:
+        """Products of queries, (batch, query heads, width), with the keys of all slots of a tier of
+        codes: (batch, query heads, n) float32. Those of empty slots mean nothing.
+        """
+        assert self.bits is not None
+        assert self.limits is not None
+        return codes.key_products(query, self.moving[0], self.groups, self.limits, self.bits[0])
+
+    def weighted_values(self, weights: Tensor) -> Tensor:
+        """Values of all slots of a tier of codes, summed by weights, (batch, query heads, n):
+        (batch, query heads, width) float32.
+        """
+        assert self.bits is not None
+        _, stored, limits = self.moving
+        return codes.weighted_values(weights, stored, limits, self.bits[1], self.widths[1])
+
     def take(self, row: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values in some slots, (n,), of a row: (heads, n, width)."""
         stored = [
@@ -182,7 +213,8 @@ class QuantizedTier:
         positions = positions[: self.positions.shape[1]].contiguous()
         groups = _groups(self.image[row], positions)
         limits = None if self.limits is None else self.limits[row : row + 1]
-        encoded = self._encode(keys[None], values[None], groups[None], limits)
+        every = torch.arange(len(slots), device=keys.device).view(1, 1, -1)
+        encoded = self._encode(keys[None], values[None], every, groups[None], limits)
         for part, new in zip(self.moving, encoded, strict=True):
             part[row].index_copy_(1, slots.to(part.device), new[0])
         self.positions[row].index_copy_(1, slots, positions)
@@ -212,69 +244,53 @@ class QuantizedTier:
 
     # -- codes -------------------------------------------------------------------------------------
 
-    def _limits(self, keys: Tensor, index: Tensor) -> Tensor:
-        """(batch, heads, groups, 2, width): low and step of each channel over the keys at `index`,
-        `_NONE` for none.
-        """
-        assert isinstance(self.kind, int)
-        empty = (index == _NONE).expand(-1, keys.shape[1], -1)[..., None]
-        taken = _taken(keys, index.masked_fill(index == _NONE, -1)).float()
-        parts = zip(taken.split(KEY_GROUP, 2), empty.split(KEY_GROUP, 2), strict=True)
-        ends = [
-            (t.masked_fill(e, torch.inf).amin(2), t.masked_fill(e, -torch.inf).amax(2))
-            for t, e in parts
-        ]
-        low, high = (torch.stack(end, 2).nan_to_num(0, 0, 0) for end in zip(*ends, strict=True))
-        return _low_and_step(low, high, self.kind, 3)
-
     def _encode(
-        self, keys: Tensor, values: Tensor, group: Tensor, limits: Tensor | None = None
+        self, keys: Tensor, values: Tensor, index: Tensor, groups: Tensor, limits: Tensor | None
     ) -> list[Tensor]:
-        """(batch, heads, n, width) keys and values as what is stored of them."""
-        if self.kind == HOST:
-            return [keys.cpu(), values.cpu()]
-        if self.kind == PLAIN:
-            return [keys.clone(), values.clone()]
-        assert isinstance(self.kind, int)
-        limits = self.limits if limits is None else limits
+        """What is stored of some keys and values.
+
+        Args:
+            keys: (batch, heads, keys, width).
+            values: (batch, heads, keys, width).
+            index: (batch, 1 or heads, n) which of them, -1 for an empty slot.
+            groups: (batch, 1 or heads, n) of these keys.
+            limits: of the groups, None if not coded.
+        """
+        if self.bits is None:
+            taken = codes.taken_at(keys, index), codes.taken_at(values, index)
+            return [part.cpu() if self.kind == HOST else part for part in taken]
         assert limits is not None
-        grouped = _by_group(values.float())
-        own = _low_and_step(grouped.amin(-1), grouped.amax(-1), self.kind, 3)
-        value_codes = _codes(
-            grouped, own[..., 0, :, None], own[..., 1, :, None], self.kind
-        ).flatten(-2)
-        low, step = _of_tokens(limits, group, keys.shape[1])
-        key_codes = _codes(keys.float(), low, step, self.kind)
-        return [_pack(key_codes, self.kind), _pack(value_codes, self.kind), own]
+        own = codes.value_limits(values, index, _value_groups(self.widths[1]), self.bits[1])
+        return [
+            codes.store_keys(keys, index, groups, limits, self.bits[0]),
+            codes.store_values(values, index, own, self.bits[1]),
+            own,
+        ]
 
     def _decode(
-        self, stored: list[Tensor], group: Tensor, limits: Tensor | None
+        self, stored: list[Tensor], groups: Tensor, limits: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if self.kind in (HOST, PLAIN):
+        if self.bits is None:
             return stored[0], stored[1]
-        assert isinstance(self.kind, int)
         assert limits is not None
-        low, step = _of_tokens(limits, group, stored[0].shape[1])
-        keys = _unpack(stored[0], self.kind, self.widths[0]).float().mul_(step).add_(low)
-        own = stored[2].float()
-        grouped = _by_group(_unpack(stored[1], self.kind, self.widths[1]).float())
-        values = grouped.mul_(own[..., 1, :, None]).add_(own[..., 0, :, None]).flatten(-2)
+        keys = codes.read_keys(stored[0], groups, limits, self.bits[0])
+        values = codes.read_values(stored[1], stored[2], self.bits[1], self.widths[1])
         return keys.to(self.dtype), values.to(self.dtype)
 
 
 def quantized_cost(
-    kind: int | str, count: int, image: int, widths: tuple[int, int], itemsize: int
+    kind: Storage, count: int, image: int, widths: tuple[int, int], itemsize: int
 ) -> float:
     """What `count` of `image` keys of a head cost in the tier, in full keys and values of
     `itemsize` bytes a number.
     """
-    if kind in (HOST, PLAIN):
+    if (bits := code_bits(kind)) is None:
         return float(count)
-    assert isinstance(kind, int)
     key, value = widths
-    codes = (_packed(key, kind) + _packed(value, kind) + 4 * _value_groups(value)) * count
+    packed = codes.packed_width(key, bits[0]) + codes.packed_width(value, bits[1])
+    of_keys = (packed + 4 * _value_groups(value)) * count
     limits = 4 * key * -(-image // KEY_GROUP)
-    return (codes + limits * (count > 0)) / ((key + value) * itemsize)
+    return (of_keys + limits * (count > 0)) / ((key + value) * itemsize)
 
 
 def _positions(positions: Tensor, index: Tensor, nothing: int) -> Tensor:
@@ -292,66 +308,5 @@ def _groups(image: Tensor, positions: Tensor) -> Tensor:
     )
 
 
-def _low_and_step(low: Tensor, high: Tensor, bits: int, dim: int) -> Tensor:
-    """Limits of groups as stored, stacked along `dim`; a group of equal numbers has step 0."""
-    low = low.clamp(-_LARGEST, _LARGEST).half()
-    step = ((high - low.float()) / (2**bits - 1)).clamp_max(_LARGEST).half()
-    return torch.stack([low, step], dim)
-
-
-def _of_tokens(limits: Tensor, group: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Low and step of each key's channels, (batch, heads, n, width) float32."""
-    if limits.shape[2] == 1:
-        return limits[..., 0, :].float(), limits[..., 1, :].float()
-    at = group.long().expand(-1, heads, -1)[..., None]
-    low, step = (
-        limits[..., which, :].gather(2, at.expand(-1, -1, -1, limits.shape[-1])) for which in (0, 1)
-    )
-    return low.float(), step.float()
-
-
-def _codes(numbers: Tensor, low: Tensor, step: Tensor, bits: int) -> Tensor:
-    return ((numbers - low) / step.clamp_min(1e-12)).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-
-
 def _value_groups(width: int) -> int:
     return width // VALUE_GROUP if width % VALUE_GROUP == 0 else 1
-
-
-def _by_group(values: Tensor) -> Tensor:
-    """(..., width) -> (..., groups, channels of a group)."""
-    return values.unflatten(-1, (_value_groups(values.shape[-1]), -1))
-
-
-def _packed(width: int, bits: int) -> int:
-    """Bytes of `width` codes."""
-    return -(-width * bits // 8)
-
-
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    """(..., width) uint8 codes, several to a byte: (..., ceil(width * bits / 8)); neighbours lie in
-    different bytes.
-    """
-    each = 8 // bits
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (each, -1))
-    packed = codes[..., 0, :].clone()
-    for place in range(1, each):
-        packed |= codes[..., place, :] << (bits * place)
-    return packed
-
-
-def _unpack(packed: Tensor, bits: int, width: int) -> Tensor:
-    """The inverse of `_pack`."""
-    each = 8 // bits
-    codes = packed.new_empty(*packed.shape[:-1], each, packed.shape[-1])
-    for place in range(each):
-        torch.bitwise_right_shift(packed, bits * place, out=codes[..., place, :])
-    if each > 1:
-        codes &= 2**bits - 1
-    return codes.flatten(-2)[..., :width]
-
-
-def _taken(source: Tensor, index: Tensor) -> Tensor:
-    """source[b, h, index[b, h, i]], (batch, heads, n, width); any finite entry where index < 0."""
-    at = index.clamp_min(0).expand(-1, source.shape[1], -1)[..., None]
-    return source.gather(2, at.expand(-1, -1, -1, source.shape[3]))

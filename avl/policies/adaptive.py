@@ -27,10 +27,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from avl.kernels.codes import BITS
 from avl.policies.base import PROTECTED, Choice, CoredPolicy, Measure, sizes
 from avl.policies.checks import check_choice, check_count, check_share, check_switch
 from avl.policies.prompt import Counts, Prompt
-from avl.quantized_tier import BITS, HOST, PLAIN, quantized_cost
+from avl.quantized_tier import HOST, PLAIN, Storage, quantized_cost
 from avl.selection import best, between, members, newest_and_best
 from avl.tokens import Modality
 
@@ -67,8 +68,8 @@ class AdaptivePolicy(CoredPolicy):
             core is beside it, and as many image keys are held after the prompt as the budget
             leaves. See `for_budget` and `with_cold_tier`.
         cold: what becomes of the image keys that are not secondary. None: dropped. 8, 4 or 2: kept
-            in that many bits; "host": kept in host memory; 16: kept as they are. Refreshes attend
-            to them, and bring back the best.
+            in that many bits, two numbers being those of keys and of values; "host": kept in host
+            memory; 16: kept as they are. Refreshes attend to them, and bring back the best.
         sparse_refresh: a refresh ranks all keys held and attends to the new core alone, not to all
             it ranked.
         drift: refresh a row at any step at which the cosine between its core keys' weights now and
@@ -91,15 +92,13 @@ class AdaptivePolicy(CoredPolicy):
     prefill: float | None = None
     prefill_layer: int = 2
     budget: float | None = None
-    cold: int | str | None = None
+    cold: Storage | None = None
     sparse_refresh: bool = False
     drift: float | None = None
 
     def __post_init__(self) -> None:
         if self.cold is not None:
-            check_choice(
-                "cold", self.cold, (*BITS, PLAIN, HOST), "bits of a number; None drops minor keys"
-            )
+            _check_storage("cold", self.cold)
         for name in ("text", "prefill", "budget", "drift"):
             check_share(name, getattr(self, name), optional=True)
         for name in ("secondary", "core"):
@@ -436,6 +435,16 @@ class AdaptivePolicy(CoredPolicy):
             return members(text, max(kept, default=0))
         scores = measure.extra.masked_fill(~text, -torch.inf)
         return newest_and_best(scores, measure.positions, kept, [self.recent(k) for k in kept])
+
+
+def _check_storage(name: str, value: Any) -> None:
+    """Refuse what is no way of storing keys that `quantized_tier.Storage` lists."""
+    if isinstance(value, tuple) and len(value) == 2:
+        for bits, whose in zip(value, ("keys", "values"), strict=True):
+            check_choice(f"{name}, of {whose},", bits, BITS, "bits of a number")
+        return
+    why = "bits of a number, or a pair of bits for keys and values; None drops minor keys"
+    check_choice(name, value, (*BITS, PLAIN, HOST), why)
 
 
 def _most(top: int, fits: Callable[[int], bool]) -> int:

@@ -22,6 +22,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from avl.policies.prompt import Counts, Prompt
+from avl.quantized_tier import Storage
 from avl.selection import members
 from avl.tokens import Modality
 
@@ -66,7 +67,8 @@ class Choice:
         secondary: image keys that are attended at refresh steps only, or None.
         core: image keys that are attended at every step until the next refresh, or None.
         quantized: keys that go to a `QuantizedTier`, or None; attended at refresh steps.
-        storage: how that tier stores them: 8, 4 or 2 bits, 16 (as they are) or "host".
+        storage: how that tier stores them: 8, 4 or 2 bits (or as many for keys and for values), 16
+            (as they are) or "host".
         scores: (batch, heads, keys) worth of the keys in `always_attended` when one must go,
             `PROTECTED` for never; None if nothing is dropped while decoding.
         secondary_scores: (batch, 1, keys) worth of the keys in `secondary`, if the policy drops
@@ -85,7 +87,7 @@ class Choice:
     secondary: Tensor | None = None
     core: Tensor | None = None
     quantized: Tensor | None = None
-    storage: int | str = 16
+    storage: Storage = 16
     scores: Tensor | None = None
     secondary_scores: Tensor | None = None
     evictable: Sequence[int] = ()

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from avl.kernels.codes import BITS
 from avl.policies.base import Choice, Measure, Policy, sizes
 from avl.policies.checks import check_choice, check_count, check_share, warn_if_longer
 from avl.policies.prompt import Counts, Prompt
-from avl.quantized_tier import BITS
 from avl.selection import members
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 import avl
 from avl import quantized_tier
-from avl.quantized_tier import KEY_GROUP, QuantizedTier
+from avl.buffer import KeyBuffer
+from avl.kernels import backend_for
+from avl.quantized_tier import KEY_GROUP, QuantizedTier, Storage
 from tests import tiny
 from tests.avl.generating import check_rows_alone, difference, generate, rows_alone
 from tests.avl.masked import masked_avl
@@ -20,7 +22,7 @@ UNEVEN: dict[str, Any] = {"batch": [25, 50, 40, 8], "images": [1, 0, 2, 3], "bet
 
 
 def tier(
-    bits: int | str, tokens: int = 300, width: int = 24, **changes: Any
+    bits: Storage, tokens: int = 300, width: int = 24, **changes: Any
 ) -> tuple[QuantizedTier, Tensor, Tensor]:
     """A tier of two rows and heads with all of some keys, and these keys; channels differ in size
     and offset.
@@ -57,17 +59,6 @@ def test_each_number_is_stored_to_half_a_step_of_its_own_group(bits: int) -> Non
             ((part - read).abs() <= 0.51 * step + 2e-3 * part.abs().amax(-1, keepdim=True)).all()
         )
     assert not torch.equal(keys, read_keys)
-
-
-@pytest.mark.parametrize("bits", [8, 4, 2])
-@pytest.mark.parametrize("width", [8, 7, 1])
-def test_codes_survive_packing(bits: int, width: int) -> None:
-    codes = torch.randint(
-        0, 2**bits, (3, 5, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
-    packed = quantized_tier._pack(codes, bits)
-    assert packed.shape[-1] == -(-width * bits // 8)
-    assert torch.equal(quantized_tier._unpack(packed, bits, width), codes)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2, 16, "host"])
@@ -300,3 +291,59 @@ def test_states_tell_what_is_cold_and_what_is_attended() -> None:
     with avl.adaptive(model, Policy.with_cold_tier()) as session:
         generate(model, inputs, 5)
     assert session.selection.images(avl.State.CORE, 0)[0] == list(range(3, 39))
+
+
+AS_STORED: dict[str, avl.Policy] = {
+    **COLD,
+    "keys in 8 bits, values in 2": Policy.with_cold_tier(cold=(8, 2)),
+    "everything but the newest": avl.KIVIPolicy(bits=2, newest=4),
+}
+
+
+@pytest.mark.parametrize("name", AS_STORED)
+@pytest.mark.parametrize(
+    ("batch", "options"),
+    [(UNEVEN, {}), ({"batch": [9, 4]}, {"num_beams": 3})],
+    ids=["unequal rows", "beams"],
+)
+def test_a_step_attends_to_codes_as_it_would_to_what_they_stand_for(
+    name: str, batch: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.llava(kv_heads=2)
+    inputs = tiny.inputs(model, **batch)
+    decoded = []
+    read = QuantizedTier.read
+    monkeypatch.setattr(QuantizedTier, "read", lambda tier: decoded.append(1) or read(tier))
+    with avl.adaptive(model, AS_STORED[name]):
+        tokens, logits = generate(model, inputs, 8, **options)
+    assert not decoded  # no observer asks for keys in full
+    monkeypatch.setattr(KeyBuffer, "coded_tier", lambda buffer, refresh: None)
+    with avl.adaptive(model, AS_STORED[name]):
+        same, same_logits = generate(model, inputs, 8, **options)
+    assert decoded
+    assert torch.equal(tokens, same)
+    assert difference(logits, same_logits) < 1e-4
+
+
+def test_keys_and_values_may_have_bits_of_their_own() -> None:
+    both, keys, values = tier((8, 2))
+    read_keys, read_values = both.read()
+    eight, two = tier(8)[0].read(), tier(2)[0].read()
+    assert torch.equal(read_keys, eight[0])
+    assert torch.equal(read_values, two[1])
+    cost = quantized_tier.quantized_cost((8, 2), 300, 300, (24, 64), 4)
+    full = (keys[:, :, :1].nbytes + values[:, :, :1].nbytes) / 4
+    assert both.nbytes(host=False) / 4 == pytest.approx(cost * full)
+
+
+@pytest.mark.parametrize("cold", [(8,), (8, 3), (True, 4), 3, [8, 4]])
+def test_a_number_of_bits_that_there_is_not_is_refused(cold: Any) -> None:
+    with pytest.raises(ValueError, match="must be one of"):
+        Policy(cold=cold)
+
+
+def test_usage_says_which_kernels_ran() -> None:
+    model = tiny.llava()
+    with avl.adaptive(model, Policy.with_cold_tier()) as session:
+        generate(model, tiny.inputs(model, [9]), 2)
+    assert session.usage().kernels == backend_for("cpu")

@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import torch
 
-from avl.quantized_tier import BITS, QuantizedTier
+from avl.kernels.codes import BITS
+from avl.quantized_tier import QuantizedTier
 
 HEADS, TOKENS, WIDTH = 32, 2880, 128
 
