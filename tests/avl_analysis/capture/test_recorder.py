@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import avl
+from avl import decode_step
 from avl.attention import AttentionCall, attention_weights
 from avl.hooks import HookError, Observer, attached
 from avl.kernels import backend, prompt_rows
@@ -412,6 +413,29 @@ class Watch(Observer):
         full = torch.zeros(batch, heads, rows, total + 1)
         full.scatter_(3, at[:, :, None].expand(-1, -1, rows, -1), found)
         self.rows.setdefault((call.forward.step, call.layer), []).append(full[..., :total])
+
+
+def test_a_recording_holds_the_weights_with_which_keys_in_few_bits_were_attended(sdpa, monkeypatch):
+    batch, taken = tiny.inputs(sdpa, [12]), []
+    attend = decode_step.attend_with
+
+    def watched(call, *arguments):
+        output, weights = attend(call, *arguments)
+        positions = call.key_positions[0].long()
+        taken.append(torch.zeros(4, int(positions.max()) + 1))
+        taken[-1][:, positions] = weights[0].flatten(0, 1)
+        return output, weights
+
+    monkeypatch.setattr(decode_step, "attend_with", watched)
+    policy = avl.AdaptivePolicy.with_cold_tier()
+    with avl.adaptive(sdpa, policy), record(sdpa, keep="attention", queries="decode") as recording:
+        generate(sdpa, batch, steps=3)
+    assert len(taken) == 3 * 3
+    for step in range(3):
+        for layer in range(3):
+            row = taken[3 * step + layer]
+            found = recording["attention"][0].isel(layer=layer, query=step).values
+            close(found[:, : row.shape[1]], row, 1e-5)
 
 
 @pytest.mark.parametrize(
