@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from avl.policies import AdaptivePolicy as AdaptivePolicy
     from avl.policies import BudgetPolicy as BudgetPolicy
     from avl.policies import CoredPolicy as CoredPolicy
+    from avl.policies import DivPrunePolicy as DivPrunePolicy
+    from avl.policies import DownsamplePolicy as DownsamplePolicy
     from avl.policies import FastVPolicy as FastVPolicy
     from avl.policies import FullPolicy as FullPolicy
     from avl.policies import H2OPolicy as H2OPolicy
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from avl.policies import PrefixKVPolicy as PrefixKVPolicy
     from avl.policies import QuestPolicy as QuestPolicy
     from avl.policies import RandomPolicy as RandomPolicy
+    from avl.policies import SCOPEPolicy as SCOPEPolicy
     from avl.policies import SnapKVPolicy as SnapKVPolicy
     from avl.policies import StreamingPolicy as StreamingPolicy
     from avl.policies import StridePolicy as StridePolicy
@@ -55,6 +58,9 @@ _MODULES = {  # module -> public names that live in it
         "MixKVPolicy",
         "KIVIPolicy",
         "QuestPolicy",
+        "SCOPEPolicy",
+        "DivPrunePolicy",
+        "DownsamplePolicy",
     ),
     "accounting": ("Usage", "StepUsage"),
     "selection": ("Selection", "State"),

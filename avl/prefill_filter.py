@@ -1,10 +1,10 @@
 """Dropping image tokens on the way through a prompt: hooks on decoder layers.
 
-After the filter layer a prompt's hidden states lose some rows, and everything the later layers are
-handed with them (mask, positions, rotary tables) loses the same rows. What is left stays in its
-order and keeps its positions. The last layer's output gets its full length back, with NaN in the
-rows that were not computed: the last row, which `generate` reads, is there, every row stands at its
-position, and a row that is missing cannot be mistaken for a result.
+After the filter layer (or before the first layer) a prompt's hidden states lose some rows, and
+everything the later layers are handed with them (mask, positions, rotary tables) loses the same
+rows. What is left stays in its order and keeps its positions. The last layer's output gets its full
+length back, with NaN in the rows that were not computed: the last row, which `generate` reads, is
+there, every row stands at its position, and a row that is missing cannot be mistaken for a result.
 
 Rows of a batch that lose different numbers of tokens get fillers in front (row index -1), which the
 mask hides from all tokens. The filter acts on prompts only; a later turn's images pass in full.
@@ -12,6 +12,7 @@ mask hides from all tokens. The filter acts on prompts only; a later turn's imag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -22,12 +23,19 @@ from avl.attention import Forward
 from avl.families import Family, UnsupportedModelError
 from avl.selection import members
 
+ChooseInput = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Hidden states -> positions that go on, and hidden states."""
+
 _PER_TOKEN = ("position_ids", "cache_position")
 _TABLES = "position_embeddings"
 
 
 class PrefillFilter:
-    """The hooks of one session; `drop` is called during the filter layer's attention."""
+    """The hooks of one session; `drop` is called during the filter layer's attention.
+
+    With `layer` 0, tokens leave before the first layer, by what the function that was passed to
+    `begin` says about the hidden states that enter it.
+    """
 
     def __init__(self, family: Family, layer: int) -> None:
         layers = decoder_layers(family)
@@ -42,9 +50,18 @@ class PrefillFilter:
         self._next: Tensor | None = None
         self._rows: Tensor | None = None
         self._hooks: list[Any] = []
+        self._decoder = family.decoder
+        self._name = family.name
+        self._choose: ChooseInput | None = None
 
     def connect(self) -> None:
-        self._hooks.append(self._layers[self.layer].register_forward_hook(self._cut))
+        self._hooks.append(
+            self._decoder.register_forward_pre_hook(self._check_decoder, with_kwargs=True)
+        )
+        if self.layer < 0:
+            self._hooks.append(self._layers[0].register_forward_pre_hook(self._cut_input))
+        else:
+            self._hooks.append(self._layers[self.layer].register_forward_hook(self._cut))
         for module in self._layers[self.layer + 1 :]:
             self._hooks.append(module.register_forward_pre_hook(self._select, with_kwargs=True))
         self._hooks.append(self._layers[-1].register_forward_hook(self._restore))
@@ -55,9 +72,15 @@ class PrefillFilter:
         self._hooks.clear()
         self.begin(None)
 
-    def begin(self, forward: Forward | None) -> None:
-        """A pass starts (or, with None, is over)."""
-        self._forward, self._next, self._rows = forward, None, None
+    def begin(self, forward: Forward | None, choose: ChooseInput | None = None) -> None:
+        """A pass starts (or, with None, is over).
+
+        Args:
+            forward: the pass, if tokens may leave it.
+            choose: given the hidden states that enter the first layer, says which positions go on,
+                (batch, tokens) bool, and with which hidden states.
+        """
+        self._forward, self._next, self._rows, self._choose = forward, None, None, choose
 
     def drop(self, keep: Tensor) -> None:
         """Say which positions go on, (batch, tokens) bool; takes effect when the filter layer is
@@ -67,6 +90,30 @@ class PrefillFilter:
             self._next = members(keep[:, None], int(keep.sum(1).amax()))[:, 0]
 
     # -- hooks -------------------------------------------------------------------------------------
+
+    def _check_decoder(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Refuse decoders that add image features to layers behind the filter (Qwen3-VL)."""
+        added = kwargs.get("deepstack_visual_embeds")
+        if self._forward is not None and added is not None and self.layer < len(added):
+            raise UnsupportedModelError(
+                f"{self._name} adds image features to the output of its first {len(added)} decoder"
+                f" layers; image tokens can leave its prompt after layer {len(added) + 1} at the"
+                " earliest. Pass prefill_layer of at least that, or use a policy that drops keys"
+                " only"
+            )
+
+    def _cut_input(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if self._forward is None or self._choose is None:
+            return None
+        keep, hidden = self._choose(args[0])
+        self.drop(keep)
+        if self._next is None:
+            return (hidden, *args[1:])
+        self._rows, self._next = self._next, None
+        self._forward.rows = self._rows
+        return (_take(hidden, self._rows, -2), *args[1:])
 
     def _cut(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._forward is None or self._next is None:

@@ -18,7 +18,9 @@ from avl.attention import Attend, AttentionCall, Forward, attention_weights, for
 from avl.buffer import KeyBuffer
 from avl.cache import AdaptiveLayer, Conversation
 from avl.families import UnsupportedModelError
+from avl.image_encoder import EncoderAttention
 from avl.policies.base import CoredPolicy, Measure, Policy
+from avl.policies.before_decoder import BeforeDecoderPolicy, ImageTokens
 from avl.policies.prompt import Prompt
 from avl.prefill_filter import PrefillFilter
 from avl.selection import SelectionLog, best
@@ -35,6 +37,7 @@ class PrefillStep:
         usage_log: told about the keys that exist while the policy chooses.
         selection_log: told what each layer holds.
         filter: takes image tokens out of the prompt on its way, or None.
+        encoder: reads the image encoder's attention, or None.
         reads: keys the newest token of each row attended to, by layer.
     """
 
@@ -43,8 +46,10 @@ class PrefillStep:
     usage_log: UsageLog
     selection_log: SelectionLog
     filter: PrefillFilter | None
+    encoder: EncoderAttention | None = None
     reads: dict[int, list[int]] = field(default_factory=dict)
     _measures: dict[int, tuple[Measure, Tensor, Tensor]] = field(default_factory=dict)
+    _filter_ranks: Tensor | None = None
 
     def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
         """Attention over the prompt as it is; then the policy chooses, now or at the end of the
@@ -117,7 +122,53 @@ class PrefillStep:
             row_modality=_by_position(modality, rows[:, None], int(Modality.PADDING))[:, 0],
             counts=self.conversation.counts,
             earlier_scores=_earlier_scores(layer.buffer, call.key.shape[2]),
+            filter_ranks=None
+            if self._filter_ranks is None
+            else _by_position(self._filter_ranks.to(positions.device), positions, 0),
         )
+
+    @torch.no_grad()
+    def choose_input(self, forward: Forward, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Which tokens of a prompt go on before the first layer, and with which hidden states.
+
+        Args:
+            forward: the pass.
+            hidden: (batch, tokens, width) that enters the first layer.
+
+        Returns:
+            (batch, tokens) bool, and hidden states like those given.
+        """
+        policy = self.policy
+        assert isinstance(policy, BeforeDecoderPolicy)
+        layout = forward.layout.to(hidden.device)
+        image = layout.mask(Modality.IMAGE)
+        keep, hidden = layout.valid & ~image, hidden.clone()
+        ranks = torch.zeros(image.shape, device=hidden.device)
+        counts = image.sum(1).tolist()
+        saliency: list[Tensor | None] = [None] * len(counts)
+        if self.encoder is not None and sum(counts):
+            saliency = list(self.encoder.received(sum(counts)).cpu().split(counts))
+        for row, row_counts in enumerate(self.conversation.counts):
+            places = image[row].nonzero()[:, 0]
+            count = policy.filter_count(row_counts)
+            if not count:
+                continue
+            tokens = ImageTokens(
+                features=hidden[row, places].float().cpu(),
+                image=layout.image[row, places].cpu().long(),
+                row=layout.row[row, places].cpu().long(),
+                column=layout.column[row, places].cpu().long(),
+                saliency=saliency[row],
+            )
+            index = policy.select(tokens, count)
+            features = policy.replaced(tokens, index, count).to(hidden)
+            chosen = places[index.to(places.device)]
+            hidden[row, chosen] = features
+            keep[row, chosen] = True
+            # The token chosen first gets the highest rank; ranks of image tokens start at 1.
+            ranks[row, chosen] = torch.arange(len(index), 0, -1, device=hidden.device).float()
+        self._filter_ranks = ranks
+        return keep, hidden
 
     def _filter_tokens(self, call: AttentionCall) -> None:
         """Decide which image tokens leave the prompt, if this is the layer after which they do."""

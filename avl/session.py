@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,7 +29,9 @@ from avl.cache import AdaptiveLayer, Conversation
 from avl.decode_step import DecodeStep
 from avl.families import UnsupportedModelError
 from avl.hooks import AttentionHooks, HookError, Intervention, attach
+from avl.image_encoder import EncoderAttention
 from avl.policies.base import CoredPolicy, Policy
+from avl.policies.before_decoder import BeforeDecoderPolicy
 from avl.policies.prompt import Counts
 from avl.prefill_filter import PrefillFilter
 from avl.prefill_step import PrefillStep
@@ -48,6 +51,7 @@ class AdaptiveSession(Intervention):
         self.policy = policy
         self._hooks: AttentionHooks | None = None
         self._filter: PrefillFilter | None = None
+        self._encoder: EncoderAttention | None = None
         self._hook: Any = None
         self._conversations: WeakKeyDictionary[Cache, Conversation] = WeakKeyDictionary()
         self._pass: PrefillStep | DecodeStep | None = None
@@ -76,6 +80,9 @@ class AdaptiveSession(Intervention):
             if self.policy.filter_layer is not None:
                 self._filter = PrefillFilter(hooks.family, self.policy.filter_layer)
                 self._filter.connect()
+            if isinstance(self.policy, BeforeDecoderPolicy) and self.policy.reads_image_encoder:
+                self._encoder = EncoderAttention(self.model, hooks.family)
+                self._encoder.connect()
         except BaseException:
             self._disconnect(hooks)
             raise
@@ -96,7 +103,9 @@ class AdaptiveSession(Intervention):
             self._filter.disconnect()
         for conversation in self._conversations.values():
             conversation.forward = None
-        self._hook = self._filter = self._pass = None
+        if self._encoder is not None:
+            self._encoder.disconnect()
+        self._hook = self._filter = self._pass = self._encoder = None
 
     # -- what happened -----------------------------------------------------------------------------
 
@@ -146,9 +155,12 @@ class AdaptiveSession(Intervention):
         conversation.is_refresh = True
         if forward.kind == "decode" and isinstance(self.policy, CoredPolicy):
             conversation.is_refresh = self.policy.is_refresh(forward.step)
-        if self._filter is not None:
-            self._filter.begin(forward if forward.kind == "prefill" else None)
-        self._pass = self._step_for(conversation, forward)
+        self._pass = step = self._step_for(conversation, forward)
+        if self._filter is not None and isinstance(step, PrefillStep):
+            if forward.kind == "prefill":
+                self._filter.begin(forward, partial(step.choose_input, forward))
+            else:
+                self._filter.begin(None)
 
     def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
         assert self._pass is not None
@@ -261,7 +273,12 @@ class AdaptiveSession(Intervention):
         if forward.kind == "decode":
             return DecodeStep(self.policy, conversation, forward, self._selection_log)
         return PrefillStep(
-            self.policy, conversation, self._usage_log, self._selection_log, self._filter
+            self.policy,
+            conversation,
+            self._usage_log,
+            self._selection_log,
+            self._filter,
+            self._encoder,
         )
 
 

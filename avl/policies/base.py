@@ -191,7 +191,7 @@ class Policy(ABC):
     @property
     def filter_layer(self) -> int | None:
         """Number of decoder layers a prompt passes in full; after them image tokens leave it. None:
-        all layers.
+        all layers; 0: before the first (see before_decoder.py).
         """
         return None
 

@@ -130,6 +130,11 @@ class BudgetPolicy(Policy):
             for share, row in zip(shares_of_all, counts, strict=True)
         ]
 
+    def images_beside_text(self, counts: Counts) -> int:
+        """Image tokens of a row that fit into its budget beside all system and text tokens."""
+        left = self.limit(counts, self.mean_share) - counts.system - counts.text
+        return min(max(left, 0), counts.image)
+
     def arrival(self, position: int) -> float:
         return 2 * TIER + position
 

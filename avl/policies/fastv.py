@@ -49,9 +49,7 @@ class FastVPolicy(BudgetPolicy):
         return self.prefill_layer
 
     def filter_count(self, counts: Counts) -> int:
-        return min(
-            max(self.limit(counts, self.mean_share) - counts.system - counts.text, 0), counts.image
-        )
+        return self.images_beside_text(counts)
 
     def importance(self, prompt: Prompt) -> Tensor:
         return tiered(self.rank(prompt.last_row())[:, None], prompt)

@@ -55,6 +55,8 @@ class Prompt:
         counts: true tokens of each row of the batch.
         earlier_scores: (batch, key/value heads, keys) scores so far of keys held from earlier
             turns, 0 for new ones; or None.
+        filter_ranks: (batch, 1, keys) order in which a policy chose image tokens before the
+            decoder, higher = earlier, 0 for other keys; or None.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Prompt:
         row_modality: Tensor,
         counts: Sequence[Counts],
         earlier_scores: Tensor | None,
+        filter_ranks: Tensor | None = None,
     ) -> None:
         self._call = call
         self.layer = call.layer
@@ -80,6 +83,7 @@ class Prompt:
         self.row_modality = row_modality
         self.counts = counts
         self.earlier_scores = earlier_scores
+        self.filter_ranks = filter_ranks
 
     @property
     def keys(self) -> Tensor:

@@ -14,6 +14,8 @@ from functools import lru_cache
 from avl.plugins import POLICIES, left_out, plugins
 from avl.policies.adaptive import AdaptivePolicy
 from avl.policies.base import Policy
+from avl.policies.divprune import DivPrunePolicy
+from avl.policies.downsample import DownsamplePolicy
 from avl.policies.fastv import FastVPolicy
 from avl.policies.full import FullPolicy
 from avl.policies.h2o import H2OPolicy
@@ -22,6 +24,7 @@ from avl.policies.mixkv import MixKVPolicy
 from avl.policies.prefixkv import PrefixKVPolicy
 from avl.policies.quest import QuestPolicy
 from avl.policies.random_keys import RandomPolicy
+from avl.policies.scope import SCOPEPolicy
 from avl.policies.snapkv import SnapKVPolicy
 from avl.policies.streaming import StreamingPolicy
 from avl.policies.stride import StridePolicy
@@ -41,6 +44,9 @@ BUILT_IN: tuple[type[Policy], ...] = (
     MixKVPolicy,
     KIVIPolicy,
     QuestPolicy,
+    SCOPEPolicy,
+    DivPrunePolicy,
+    DownsamplePolicy,
 )
 """Policies of this package, in the order in which they are listed."""
 

@@ -121,11 +121,15 @@ def longest_right_answer(vlm: VLM, samples: Sequence[Sample]) -> int:
 
 
 @contextmanager
-def images_encoded_once(model: nn.Module) -> Iterator[None]:
-    """Inside, a vision tower that is shown the same pixels as last time repeats its last output."""
+def images_encoded_once(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Inside, a vision tower that is shown the same pixels as last time repeats its last output.
+
+    Yields:
+        A function that makes it forget the last output, for policies that watch the tower.
+    """
     tower = getattr(getattr(model, "base_model", model), "vision_tower", None)
     if tower is None:
-        yield
+        yield lambda: None
         return
     forward = tower.forward
     last: dict[str, Any] = {}
@@ -143,6 +147,6 @@ def images_encoded_once(model: nn.Module) -> Iterator[None]:
 
     tower.forward = remembered
     try:
-        yield
+        yield last.clear
     finally:
         del tower.forward

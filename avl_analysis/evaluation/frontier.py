@@ -33,6 +33,7 @@ import torch
 
 import avl
 from avl import Policy
+from avl.policies.before_decoder import BeforeDecoderPolicy
 from avl.policies.registry import PRESETS, policies
 from avl_analysis.corpus.batches import (
     Failure,
@@ -128,10 +129,12 @@ def run_unit(
     """Every point's answers to some samples of equal length: which are right, and at what cost."""
     longest = longest_right_answer(vlm, [samples[index] for index in indices])
     lines: list[Line] = []
-    with images_encoded_once(vlm.model):
+    with images_encoded_once(vlm.model) as forget:
         for point in points:
 
             def ask(part: Sequence[int], policy: Policy = point.policy) -> list[Line]:
+                if isinstance(policy, BeforeDecoderPolicy) and policy.reads_image_encoder:
+                    forget()
                 return _ask(vlm, [samples[i] for i in part], part, policy, longest)
 
             for index, found in zip(indices, halve_on_failure(ask, indices), strict=True):

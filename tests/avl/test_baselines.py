@@ -20,6 +20,8 @@ BASELINES = [
     avl.VLCachePolicy,
     avl.PrefixKVPolicy,
     avl.MixKVPolicy,
+    avl.SCOPEPolicy,
+    avl.DivPrunePolicy,
 ]
 
 
@@ -45,7 +47,7 @@ def test_bytes_held_are_the_budget_after_the_prompt_and_after_every_step(
         assert step.full == step.seen * key
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("baseline", [*BASELINES, avl.DownsamplePolicy])
 @pytest.mark.parametrize("budget", [0.5, 0.1])
 def test_every_row_of_a_padded_batch_equals_that_row_alone(baseline: Any, budget: float) -> None:
     model = tiny.llava(kv_heads=2, layers=3, grid=5)
@@ -53,7 +55,7 @@ def test_every_row_of_a_padded_batch_equals_that_row_alone(baseline: Any, budget
     check_rows_alone(model, *rows, baseline(budget=budget), steps=16, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("baseline", [*BASELINES, avl.DownsamplePolicy])
 def test_the_whole_budget_changes_nothing(baseline: Any) -> None:
     model = tiny.llava(kv_heads=2, layers=3, grid=5)
     inputs = tiny.inputs(model, [25, 8], images=[1, 2], between=3)
