@@ -198,3 +198,25 @@ def test_a_prompt_whose_image_does_not_pass_the_encoder_is_refused() -> None:
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
             )
+
+
+@pytest.mark.parametrize("policy", [avl.DivPrunePolicy(), avl.FastVPolicy(prefill_layer=2)])
+def test_a_decoder_that_adds_image_features_behind_the_filter_is_refused(
+    policy: avl.Policy,
+) -> None:
+    model = tiny.llava(layers=4)
+    # As Qwen3-VL's decoder is called: features for the outputs of its first three layers.
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            args,
+            {**kwargs, "deepstack_visual_embeds": [torch.zeros(16, 64)] * 3},
+        ),
+        with_kwargs=True,
+        prepend=True,
+    )
+    with (
+        avl.adaptive(model, policy),
+        pytest.raises(UnsupportedModelError, match="after layer 4 at the earliest"),
+    ):
+        model(**tiny.inputs(model, [9]))
+    hook.remove()
