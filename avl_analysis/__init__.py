@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from avl_analysis.models.loading import VLM as VLM
     from avl_analysis.models.loading import load_model as load_model
     from avl_analysis.plots import plot as plot
+    from avl_analysis.plots import plot_frontier as plot_frontier
     from avl_analysis.plots import plot_heads as plot_heads
+    from avl_analysis.plots import plot_overlay as plot_overlay
+    from avl_analysis.plots import plot_patches as plot_patches
     from avl_analysis.recordings.recording import Recording as Recording
     from avl_analysis.recordings.recording import load_recording as load_recording
     from avl_analysis.recordings.recording import merge as merge
@@ -45,6 +48,9 @@ _HOME = {  # public name -> module it lives in; no module may have the name of s
     "load_recording": "recordings.recording",
     "merge": "recordings.recording",
     "plot": "plots",
+    "plot_overlay": "plots",
+    "plot_patches": "plots",
+    "plot_frontier": "plots",
     "plot_heads": "plots",
     "read_samples": "corpus.questions",
     "record": "capture.recorder",
@@ -67,6 +73,9 @@ __all__ = [
     "load_recording",
     "merge",
     "plot",
+    "plot_overlay",
+    "plot_patches",
+    "plot_frontier",
     "plot_heads",
     "read_samples",
     "record",

@@ -10,20 +10,45 @@ verdicts are the business of the report.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import xarray as xr
+from numpy.typing import NDArray
 
+from avl import AdaptiveSession
+from avl.places import token_boxes, token_tiles
 from avl_analysis.errors import InputError
-from avl_analysis.figures import Axis, Bar, Bars, Caption, Figure, Heat, Line, Lines, Rule, palette
-from avl_analysis.figures.looks import head_map
+from avl_analysis.evaluation.frontier import read as read_frontier
+from avl_analysis.figures import (
+    Axis,
+    Bar,
+    Bars,
+    Caption,
+    Figure,
+    Heat,
+    Line,
+    Lines,
+    Points,
+    Rule,
+    Scatter,
+    palette,
+)
+from avl_analysis.figures.looks import head_map, states_overlay, token_overlay
+from avl_analysis.figures.patches import Patches
 from avl_analysis.figures.plot import Plot
 from avl_analysis.heads import taxonomy
-from avl_analysis.intervals import mean_intervals
+from avl_analysis.intervals import mean_intervals, wilson
+from avl_analysis.models.images import ImageSource, open_image
+from avl_analysis.recordings.image_tokens import images_of
 from avl_analysis.recordings.recording import Recording
+from avl_analysis.scenes import generate as draw_scene
 
 _SLOTS = {"system": palette.SYSTEM, "image": palette.IMAGE, "text": palette.TEXT}
 _AXES = {
@@ -114,6 +139,186 @@ def plot_heads(
         ),
     )
     return Plot(figure)
+
+
+def plot_overlay(
+    recording: Recording,
+    image: ImageSource | None = None,
+    *,
+    sample: int | str = -1,
+    step: int = 0,
+    layer: int | None = None,
+    head: int | None = None,
+    number: int = 0,
+) -> Plot:
+    """Attention on each image token while one answer token is produced, laid over the image.
+
+    Args:
+        recording: what `record` or `load_recording` gave.
+        image: the image that was asked about. None takes the one that was kept with the sample,
+            which recordings of many questions do for samples with one image.
+        sample: name, or place in `recording.samples`.
+        step: the answer token, 0 for the first.
+        layer: a decoder layer; None for the mean over layers.
+        head: a query head, which needs a recording made with maps="heads"; None for the mean.
+        number: which of the sample's images, 0 for the first.
+
+    Raises:
+        InputError: nothing recorded, no maps, an unknown sample, step, layer or head, no image, or
+            image tokens whose places are not known.
+    """
+    name = "image_score" if head is None else "image_score_heads"
+    array = _statistic(recording, name)
+    sample_name = _sample(recording, sample)
+    labels = {
+        "sample": sample_name, "step": step,
+        **({} if layer is None else {"layer": layer}), **({} if head is None else {"head": head}),
+    }  # fmt: skip
+    _labels(array, labels, None)
+    images = images_of(recording.tokens.sel(sample=sample_name))
+    if not 0 <= number < len(images):
+        raise InputError(f"sample {sample_name} has {len(images)} image(s); there is no {number}")
+    if not images[number].placed:
+        raise InputError(
+            f"where the image tokens of sample {sample_name} lie is not known, so they cannot be"
+            " drawn over the image; docs/families.md says of which families it is"
+        )
+    values = array.sel(labels)
+    values = values.mean("layer") if layer is None else values
+    pixels = _picture(recording, sample_name, image)
+    where = "mean over layers" if layer is None else f"layer {layer}"
+    who = "mean over heads" if head is None else f"head {head}"
+    panel = token_overlay(pixels, images[number].patches(values.values[images[number].token]))
+    figure = Figure(
+        "overlay",
+        f"Attention for answer token {step}, {where}, {who}",
+        (panel,),
+        Caption(
+            "Softmax weight of each image token, as a share of the whole row's attention, while"
+            f" answer token {step} of sample {sample_name} was produced; {where}, {who}.",
+            1,
+            str(recording.attrs.get("model", "unknown")),
+            "one answer has no interval",
+        ),
+    )
+    return Plot(figure)
+
+
+def plot_patches(
+    session: AdaptiveSession,
+    image: ImageSource,
+    *,
+    layer: int,
+    step: int | None = None,
+    row: int = 0,
+    number: int = 0,
+) -> Plot:
+    """What A-VL did with each image token: core, secondary or minor, laid over the image.
+
+    Args:
+        session: what `avl.adaptive` gave, after an answer.
+        image: the image that was asked about.
+        layer: a decoder layer that the policy acted on.
+        step: decode step, 0 for the prompt; None for the latest.
+        row: row of the batch.
+        number: which of the row's images, 0 for the first.
+
+    Raises:
+        InputError: no answer yet, an unknown layer, step, row or image, or unknown places.
+    """
+    selection = session.selection
+    try:
+        states = selection.state(layer, step)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    layout = selection.layout
+    if not 0 <= row < layout.batch or not 0 <= number < layout.images()[row]:
+        raise InputError(f"there is no image {number} in row {row} of the batch")
+    of_image = (layout.image[row] == number).nonzero().flatten().cpu()
+    boxes, tile = token_boxes(layout, row)[of_image], token_tiles(layout, row)[of_image]
+    if not bool(torch.isfinite(boxes).all(1).any()):
+        raise InputError("where the image tokens lie is not known, so they cannot be drawn")
+    # Where key/value heads differ, a token counts as what it is to the head that treats it best.
+    codes = states[row].amax(0).cpu()[of_image].double()
+    patches = Patches(codes.numpy(), boxes.double().numpy(), tile.long().numpy())
+    panel = states_overlay(np.asarray(open_image(image)), patches)
+    when = "the latest step" if step is None else f"decode step {step}" if step else "the prompt"
+    caption = Caption(
+        f"What layer {layer} holds and reads of the image after {when}.",
+        1,
+        type(session.model).__name__,
+        "one answer has no interval",
+    )
+    return Plot(Figure("patches", f"Image keys in layer {layer}", (panel,), caption))
+
+
+def plot_frontier(path: str | PathLike[str], tasks: Sequence[str] | None = None) -> Plot:
+    """Share of right answers against bytes in use, one line per policy.
+
+    Args:
+        path: what `avl frontier` wrote.
+        tasks: tasks to pool; None for all. Tasks answered in one token show little of what a cache
+            policy loses.
+
+    Raises:
+        InputError: no such file, or a task that is not in it.
+    """
+    about, lines = read_frontier(Path(path))
+    known = list(dict.fromkeys(line["task"] for line in lines))
+    if unknown := [task for task in tasks or () if task not in known]:
+        raise InputError(f"no task {unknown[0]!r} in {path}; it holds {', '.join(known)}")
+    chosen = [line for line in lines if tasks is None or line["task"] in tasks]
+    series = []
+    for place, policy in enumerate(dict.fromkeys(line["policy"] for line in chosen)):
+        by_budget: dict[float | None, list[dict[str, Any]]] = {}
+        for line in chosen:
+            if line["policy"] == policy:
+                by_budget.setdefault(line["budget"], []).append(line)
+        points = sorted(_frontier_point(cell) for cell in by_budget.values())
+        x, y, low, high = (np.array(column) for column in zip(*points, strict=True))
+        series.append(Points(policy, x, y, low, high, slot=place, joined=len(points) > 1))
+    panel = Scatter(
+        Axis("bytes of keys and values in use", "share of the full cache", (0.0, 1.08)),
+        Axis("right answers", "share", (0.0, 1.05)),
+        tuple(series),
+    )
+    caption = Caption(
+        f"Tasks: {', '.join(tasks or known)}. Bytes are those really in use when answers ended.",
+        sum(line["samples"] for line in chosen if line["policy"] == chosen[0]["policy"]),
+        str(about.get("model", about.get("settings", "unknown")))[:80],
+        "bars: 95 % Wilson intervals over questions",
+        of="answers",
+    )
+    return Plot(Figure("frontier", "Accuracy against bytes", (panel,), caption))
+
+
+def _frontier_point(cell: Sequence[Mapping[str, Any]]) -> tuple[float, float, float, float]:
+    """Bytes, accuracy and its interval over the pooled questions of one policy and budget."""
+    right = "".join(line["right"] for line in cell).replace("-", "")
+    asked, correct = len(right), right.count("1")
+    bytes_in_use = float(np.mean([line["bytes"] for line in cell]))
+    return (bytes_in_use, correct / asked, *wilson(correct, asked))
+
+
+def _sample(recording: Recording, sample: int | str) -> str:
+    names = recording.samples
+    if isinstance(sample, str) and sample in names:
+        return sample
+    if isinstance(sample, int) and -len(names) <= sample < len(names):
+        return names[sample]
+    raise InputError(f"there is no sample {sample!r}; there are {len(names)}, {names[0]} onwards")
+
+
+def _picture(recording: Recording, sample: str, image: ImageSource | None) -> NDArray[np.uint8]:
+    """The image that was passed, or the one kept with the sample."""
+    if image is not None:
+        return np.asarray(open_image(image))
+    facts = recording.facts(sample)
+    if scene := facts.get("scene"):
+        return np.asarray(draw_scene(int(scene["seed"]), int(scene["index"]), scene["task"]).image)
+    if "picture" in facts:
+        return np.asarray(open_image(base64.b64decode(str(facts["picture"]).partition(",")[2])))
+    raise InputError(f"sample {sample} keeps no image; pass the image that was asked about")
 
 
 def plot_knockout(result: xr.Dataset, variable: str = "log_prob_change") -> Plot:

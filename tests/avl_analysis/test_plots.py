@@ -6,11 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from avl_analysis import plot, plot_heads
+import avl
+from avl_analysis import (
+    load_model,
+    plot,
+    plot_frontier,
+    plot_heads,
+    plot_overlay,
+    plot_patches,
+    record,
+    scene_samples,
+)
 from avl_analysis.cli.main import main
+from avl_analysis.corpus.record_samples import record_samples
 from avl_analysis.errors import InputError
-from avl_analysis.figures import Bars, Heat, Lines
+from avl_analysis.evaluation import frontier
+from avl_analysis.figures import Bars, Heat, Lines, Overlay, Scatter
 from avl_analysis.figures.plot import SUFFIXES
 from avl_analysis.recordings.recording import Recording
 from avl_analysis.statistics import ALL, catalogue
@@ -118,3 +131,63 @@ def test_the_command_lists_the_statistics(capsys: pytest.CaptureFixture[str]) ->
     assert not done.value.code
     printed = capsys.readouterr().out
     assert all(statistic.name in printed for statistic in ALL)
+
+
+def test_an_overlay_is_the_recorded_score_on_the_boxes_of_the_image_tokens() -> None:
+    vlm = load_model("scenes")
+    many = record_samples(vlm, scene_samples(2, ["colour"]), max_new_tokens=3)
+    drawn = plot_overlay(many, sample=1, step=0, layer=2)
+    (panel,) = drawn.figure.panels
+    assert isinstance(panel, Overlay)
+    assert panel.patches is not None
+    expected = many["image_score"].isel(sample=1).sel(step=0, layer=2)
+    np.testing.assert_allclose(panel.patches.values, expected[: panel.patches.values.size])
+    edges = many.tokens.isel(sample=1)["left"].values
+    np.testing.assert_allclose(panel.patches.boxes[:, 0], edges[np.isfinite(edges)], atol=1e-6)
+    assert drawn._repr_html_().startswith("<figure")
+    with pytest.raises(InputError, match="layer has no label 99"):
+        plot_overlay(many, layer=99)
+    with pytest.raises(InputError, match="holds no 'image_score_heads'"):
+        plot_overlay(many, head=1)
+
+
+def test_a_wide_image_is_drawn_with_the_boxes_of_its_own_shape(tmp_path: Path) -> None:
+    vlm = load_model("scenes")
+    wide = Image.fromarray(np.zeros((60, 120, 3), np.uint8))
+    inputs = vlm.prepare(wide, "what is it?")
+    with record(vlm.model) as one:
+        vlm.model.generate(**inputs, max_new_tokens=2)
+    with pytest.raises(InputError, match="keeps no image; pass the image"):
+        plot_overlay(one)
+    panel = plot_overlay(one, wide).figure.panels[0]
+    assert panel.picture.shape == (60, 120, 3)
+    assert plot_overlay(one, wide).save(tmp_path / "o.png").stat().st_size > 1000
+
+
+def test_patches_show_what_the_policy_did_with_each_image_token() -> None:
+    vlm = load_model("scenes")
+    sample = scene_samples(1, ["colour"])[0]
+    inputs = vlm.prepare([list(sample.images)], [sample.prompt])
+    with avl.adaptive(vlm.model, avl.AdaptivePolicy()) as session:
+        vlm.model.generate(**inputs, max_new_tokens=3)
+    panel = plot_patches(session, sample.images[0], layer=1, step=1).figure.panels[0]
+    counts = [int((panel.patches.values == code).sum()) for code in range(3)]
+    for state in avl.State:
+        if state >= 0:
+            held = session.selection.images(state, 1, 1)[0]
+            assert counts[int(state)] == len(held)
+    with pytest.raises(InputError, match="no policy acted on layer 77"):
+        plot_patches(session, sample.images[0], layer=77)
+
+
+def test_a_frontier_is_drawn_from_its_file() -> None:
+    filed = Path(__file__).parents[2] / "reports" / "reference" / "frontier.jsonl"
+    (panel,) = plot_frontier(filed, ["ocr"]).figure.panels
+    assert isinstance(panel, Scatter)
+    _, lines = frontier.read(filed)
+    by_name = {points.name: points for points in panel.points}
+    (full,) = [x for x in lines if (x["task"], x["policy"]) == ("ocr", "full")]
+    assert by_name["full"].y.tolist() == [pytest.approx(full["accuracy"], abs=1e-3)]
+    assert by_name["h2o"].x.size == len({x["budget"] for x in lines if x["policy"] == "h2o"})
+    with pytest.raises(InputError, match="no task 'smell'"):
+        plot_frontier(filed, ["smell"])
