@@ -12,6 +12,7 @@ mathematical typesetting is off, and log axes get plain numbers.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -45,6 +46,8 @@ __all__ = [
 ]
 
 FORMATS = ("png", "svg", "pdf")
+TITLE_LETTERS = 10.5
+"""Letters of a title that fit into an inch."""
 _UNDATED: dict[str, dict[str, None]] = {
     "png": {},
     "svg": {"Date": None},
@@ -56,12 +59,14 @@ _UNDATED: dict[str, dict[str, None]] = {
 def draw(figure: Figure, *, titled: bool = True) -> Canvas:
     """The figure as a matplotlib canvas of its own size, panels row by row."""
     width, height = size_of(figure)
+    title = textwrap.fill(figure.title, int(TITLE_LETTERS * width))
+    above = 0.18 + 0.17 * len(title.splitlines()) if titled else 0.0
     with matplotlib.rc_context(RC):
-        canvas = Canvas(figsize=(width, height + (0.35 if titled else 0.0)), layout="constrained")
+        canvas = Canvas(figsize=(width, height + above), layout="constrained")
         FigureCanvasAgg(canvas)
         fill(canvas, figure)
         if titled:
-            canvas.suptitle(figure.title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+            canvas.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     return canvas
 
 

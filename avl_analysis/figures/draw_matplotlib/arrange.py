@@ -21,12 +21,15 @@ from avl_analysis.figures.spec import Animation, Bars, Figure, Heat, Lines, Over
 
 PANEL_WIDTH, PANEL_HEIGHT = 3.5, 2.65
 """Inches of one chart panel; two of them fill a text width of 7 inches."""
+ALONE_WIDTH = 4.8
+"""Inches of a figure with one panel, which has room for its title and its legend."""
 
 
 def size_of(figure: Figure) -> tuple[float, float]:
     """Width and height of a figure in inches, without a title."""
     columns = min(figure.columns, len(figure.panels))
-    return columns * _panel_size(figure.panels)[0], sum(_heights(figure))
+    width = ALONE_WIDTH if len(figure.panels) == 1 else columns * _panel_size(figure.panels)[0]
+    return width, sum(_heights(figure))
 
 
 def fill(canvas: FigureBase, figure: Figure) -> None:
@@ -103,7 +106,7 @@ def _panel_size(panels: Sequence[Panel]) -> tuple[float, float]:
         if isinstance(p, Overlay | Animation)
     ]
     if _pictures(panels):
-        width = 2.1 if len(panels) > 1 else 3.2
+        width = 2.1 if len(panels) > 1 else 3.6
         return width, 0.94 * width * max(
             p.picture.shape[0] / p.picture.shape[1] for p in pictures
         ) + 0.42
@@ -111,8 +114,14 @@ def _panel_size(panels: Sequence[Panel]) -> tuple[float, float]:
     bars = max(
         (len(p.categories) for p in panels if isinstance(p, Bars) and p.horizontal), default=0
     )
-    legend = 0.16 * max(len(handles_of(panel)) // 4 for panel in panels)
+    legend = 0.16 * max(_legend_rows(panel) for panel in panels)
     return PANEL_WIDTH, min(6.0, max(PANEL_HEIGHT + legend, 0.9 + 0.17 * rows, 0.9 + 0.26 * bars))
+
+
+def _legend_rows(panel: Panel) -> int:
+    """Rows of a panel's legend beyond the first."""
+    handles = handles_of(panel)
+    return -(-len(handles) // legend_columns(handles)) - 1 if handles else 0
 
 
 def _draw_panel(canvas: FigureBase, place: Axes, panel: Panel, *, legend: bool) -> None:
@@ -136,9 +145,11 @@ def _draw_panel(canvas: FigureBase, place: Axes, panel: Panel, *, legend: bool) 
         draw_overlay(canvas, place, panel.frames[0], legend=legend)
     handles = handles_of(panel)
     if legend and len(handles) > 1 and not isinstance(panel, Overlay | Animation):
+        # Clear of the axis label, which may have several lines.
+        lines = 1 + place.get_xlabel().count("\n")
         below = place.transAxes + ScaledTranslation(
-            0, -32 / 72, canvas.dpi_scale_trans
-        )  # clear of the axis label
+            0, -(21 + 11 * lines) / 72, canvas.dpi_scale_trans
+        )
         place.legend(
             handles=handles,
             ncols=legend_columns(handles),
