@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from avl_analysis.capture.accumulator import MAX_TRAJECTORY
 from avl_analysis.figures import Axis, Figure, Line, Lines, Rule
 from avl_analysis.intervals import Estimate, estimate, per_sample
-from avl_reports.findings import Finding, judge_within
+from avl_reports.findings import Finding, Verdict, judge, judge_all, judge_within
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
 from avl_reports.shapes import LAYER, curve, least, reached
@@ -66,16 +67,64 @@ def section(run: Run) -> Section:
             f" steps of an answer, divided by its mean ({measured})."
         ),
     )
-    fades = estimate(slope).number
-    finding = Finding(
-        "Image attention lasts while decoding, unlike text attention",
-        f"Per decode step the attention on the picture changes by {fades.words('%')} ({measured}).",
-        f"between -{100 * STEADY:.0f} % and +{100 * STEADY:.0f} %",
-        judge_within(fades, STEADY),
-    )
+    total = change_in_all_layers(run, slope)
     return Section(
-        QUESTION, figure, (finding,), "A-VL assumes it; later work saw it fall on long outputs."
+        QUESTION,
+        figure,
+        (finding(total, text_decay(run), measured),),
+        "A-VL assumes it; later work saw it fall on long outputs.",
     )
+
+
+def finding(image: xr.DataArray, text: xr.DataArray, measured: str) -> Finding:
+    """Whether image attention lasts, and text attention does not.
+
+    Image attention lasts if its change per decode step is not below 0 beyond the interval, and not
+    further from 0 than `STEADY`; text attention falls if its power of age is above 0.
+
+    Args:
+        image: relative change of the image mass per decode step, (sample,).
+        text: fitted power with which a text token's weight falls with its age, (sample,).
+        measured: which answers the image part is of, in words.
+    """
+    change, power = estimate(image).number, estimate(text).number
+    falls = change.known and change.high < 0
+    lasts = Verdict.NOT_SUPPORTED if falls else judge_within(change, STEADY)
+    return Finding(
+        "Image attention lasts while decoding, unlike text attention",
+        f"Per decode step the attention on the picture changes by {change.words('%')} ({measured},"
+        f" all layers together), and a text token's falls with the power {power.words()} of its"
+        " age.",
+        f"image: not below 0 and within ±{100 * STEADY:.0f} % per step; text: power above 0",
+        judge_all([lasts, judge(power, "at least", 0.0)]),
+    )
+
+
+def change_in_all_layers(run: Run, slope: xr.DataArray) -> xr.DataArray:
+    """Relative change per decode step of the image mass of all layers together, (sample,).
+
+    The slopes of the layers' masses add up, so that a layer that hardly looks at the picture does
+    not count as much as one that does.
+
+    Args:
+        run: the recording.
+        slope: relative changes (sample, layer) of the samples that count, as `_slopes` gives them.
+    """
+    of_mass = run["image_persistence"].sel(slope_of="mass", sample=slope["sample"])
+    mass = run.decode("modality_mass").sel(key_modality="image", sample=slope["sample"])
+    # slopes are of the first `MAX_TRAJECTORY` steps, so the mean they are relative to is, too
+    mean = mass.sel(step=slice(1, MAX_TRAJECTORY - 1)).mean(("head", "step"))
+    known = np.isfinite(of_mass) & np.isfinite(mean)
+    total = mean.where(known).sum("layer")
+    return of_mass.where(known).sum("layer") / total.where(total > 0)
+
+
+def text_decay(run: Run) -> xr.DataArray:
+    """Power of age with which a text token's weight falls at decode steps, mean over layers,
+    (sample,); NaN where nothing could be fitted.
+    """
+    fit = run["text_age_fit"].sel(age_phase="decode", decay="power", decay_parameter="rate")
+    return fit.mean("layer")
 
 
 def _slopes(run: Run) -> tuple[xr.DataArray, str]:

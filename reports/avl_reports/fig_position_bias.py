@@ -8,7 +8,7 @@ import xarray as xr
 from avl_analysis.figures import Axis, Figure, Line, Lines, Rule
 from avl_analysis.figures.spec import Heat
 from avl_analysis.intervals import estimate
-from avl_reports.findings import Finding, judge_within
+from avl_reports.findings import Finding, Verdict, judge_all, judge_within
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
 from avl_reports.shapes import LAYER, curve, log_share
@@ -51,15 +51,37 @@ def section(run: Run) -> Section:
             " logarithm."
         ),
     )
-    trend = estimate(sigma).number
-    finding = Finding(
+    return Section(QUESTION, figure, (finding(run["position_bias"]),), "")
+
+
+def finding(bias: xr.DataArray) -> Finding:
+    """Whether every layer ranks image tokens without a strong trend over the raster.
+
+    A-VL ranks within a layer, so a layer counts by itself: opposite trends do not cancel. Supported
+    if the intervals of all layers lie within the bound, not supported if that of one lies outside.
+
+    Args:
+        bias: the statistic `position_bias`, (sample, layer, bias_parameter).
+    """
+    bound = float(np.log(FACTOR))
+    trends = estimate(bias.sel(bias_parameter="sigma"), ("layer",))
+    layers = [int(layer) for layer in trends.mean["layer"].values]
+    each = [trends.at(layer=layer).number for layer in layers]
+    verdicts = [judge_within(one, bound) for one in each]
+    inside, outside = (verdicts.count(v) for v in (Verdict.SUPPORTED, Verdict.NOT_SUPPORTED))
+    size = [abs(one.mean) if np.isfinite(one.mean) else -1.0 for one in each]
+    strongest = int(np.argmax(size))
+    explained = estimate(bias.sel(bias_parameter="r2")).number
+    return Finding(
         "Scores rank image tokens without correcting for their place",
-        f"From the first to the last image token the trend is sigma = {trend.words()} "
-        f"(a factor of {np.exp(trend.mean):.2f}).",
-        f"sigma within ±{np.log(FACTOR):.2f}, a factor of {FACTOR:g}",
-        judge_within(trend, float(np.log(FACTOR))),
+        f"From the first to the last image token the trend sigma is within the bound in {inside} of"
+        f" {len(layers)} layers and outside in {outside}; the strongest is layer"
+        f" {layers[strongest]}'s, {each[strongest].words()} (a factor of"
+        f" {np.exp(each[strongest].mean):.2f}). The fits explain {explained.words('%')} of the"
+        " variance of the log weight.",
+        f"sigma within ±{bound:.2f}, a factor of {FACTOR:g}, in every layer by itself",
+        judge_all(verdicts),
     )
-    return Section(QUESTION, figure, (finding,), "")
 
 
 def _received(run: Run) -> xr.DataArray:
