@@ -42,7 +42,7 @@ SHOWN = (
     "agreement",
     "same_text",
     "rouge_l",
-    "kv_filled_share",
+    "kv_row_share",
     "keys_attended",
     "ttft",
     "tpot",
@@ -208,24 +208,15 @@ def _show(comparison: Comparison) -> None:
     console = Console()
     for metric in (name for name in SHOWN if name in comparison.metrics):
         unit = "" if VARIABLES[metric].unit == "1" else f" [{VARIABLES[metric].unit}]"
-        console.print(
-            f"{metric}: {VARIABLES[metric].meaning}{unit}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        table = Table(
-            "policy", "mean", f"less {plain(comparison.reference)}", box=None, pad_edge=False
-        )
-        for name in comparison.policies:
-            change = (
-                ""
-                if name == comparison.reference
-                else _cell(comparison.difference(metric, name), sign="+")
+        for asked, which in _questions_of(metric, comparison):
+            console.print(
+                f"{metric}: {VARIABLES[metric].meaning}{unit}{which}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
             )
-            table.add_row(plain(name), _cell(comparison.mean(metric, name)), change)
-        console.print(table)
-        console.print()
+            console.print(_means(asked, metric))
+            console.print()
     failures = comparison.failures
     if len(failures):
         reason = f"{failures.iloc[0]['sample']}: {failures.iloc[0]['reason']}"
@@ -233,6 +224,39 @@ def _show(comparison: Comparison) -> None:
             printable(f"{failures['sample'].nunique()} sample(s) could not be measured; {reason}"),
             markup=False,
         )
+
+
+def _questions_of(metric: str, comparison: Comparison) -> list[tuple[Comparison, str]]:
+    """The questions a number is printed of, and what to say about them.
+
+    Right answers of one token are counted apart: that token comes from the prompt's own pass, so
+    they cannot show what a policy loses while decoding.
+    """
+    alone = comparison.one_token_tasks
+    if metric != "correct" or not alone:
+        return [(comparison, "")]
+    listed = ", ".join(name or "unnamed" for name in alone)
+    apart = f"; tasks answered in one token, which cannot show a loss: {listed}"
+    if not comparison.telling:
+        return [(comparison, apart)]
+    return [
+        (comparison.pooled(), "; tasks with longer answers"),
+        (comparison.select_tasks(alone), apart),
+    ]
+
+
+def _means(comparison: Comparison, metric: str) -> Table:
+    """One row per policy: a number's mean, and its paired difference to the full cache."""
+    reference = comparison.reference
+    table = Table("policy", "mean", f"minus {plain(reference)}", box=None, pad_edge=False)
+    for name in comparison.policies:
+        change = comparison.difference(metric, name)
+        table.add_row(
+            plain(name),
+            _cell(comparison.mean(metric, name)),
+            "" if name == reference else _cell(change, sign="+"),
+        )
+    return table
 
 
 def _cell(estimate: Estimate, sign: str = "") -> str:

@@ -37,7 +37,12 @@ from avl_analysis.corpus.scoring import common_prefix, correct, rouge_l
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.comparison import METRICS, Comparison, build
 from avl_analysis.evaluation.flops import attention_flops, linear_flops
-from avl_analysis.evaluation.generation import Run, decode_texts, generate
+from avl_analysis.evaluation.generation import (
+    Run,
+    bytes_share_of_row,
+    decode_texts,
+    generate,
+)
 from avl_analysis.models.loading import VLM
 
 Values = dict[str, Any]
@@ -319,6 +324,7 @@ def _cost(run: Run, row: int, family: Family, linear: float) -> Values:
     ]  # where this row ended; others of the batch may have gone on
     values["keys_held"] = float(np.mean([layer[row] for layer in end.held]))
     values["keys_held_share"] = values["keys_held"] / (run.prompt_tokens[row] + len(decode))
+    values["kv_row_share"] = bytes_share_of_row(run, row)
     if decode:
         keys = np.array([[layer[row] for layer in step.attended] for step in decode], dtype=float)
         attention = attention_flops(family, keys.sum(1).mean())

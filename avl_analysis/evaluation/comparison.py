@@ -93,6 +93,13 @@ VARIABLES: Mapping[str, Variable] = {
     ),
     "kv_filled_share": Variable("cost", "1", "bytes in use / bytes of the stock cache", -1),
     "kv_allocated_share": Variable("cost", "1", "bytes allocated / bytes of the stock cache", -1),
+    "kv_row_share": Variable(
+        "cost",
+        "1",
+        "bytes of a row's keys and values when its answer ended / bytes of the stock cache then,"
+        " whatever the rest of the batch held",
+        -1,
+    ),
     "keys_held": Variable("cost", "keys", "keys held when the answer ends, mean over layers", -1),
     "keys_held_share": Variable(
         "cost", "1", "keys held / tokens seen then: the share of bytes of this row alone", -1
@@ -190,13 +197,60 @@ class Comparison:
         return found[["policy", "sample", "reason"]]
 
     def select_task(self, task: str) -> Comparison:
-        """Only the samples of one task."""
-        tasks = self.dataset["task"].values
-        if task not in tasks:
+        """Only the samples of one task.
+
+        Raises:
+            InputError: a task that no sample is of.
+        """
+        return self.select_tasks([task])
+
+    def select_tasks(self, names: Sequence[str]) -> Comparison:
+        """Only the samples of some tasks.
+
+        Raises:
+            InputError: a task that no sample is of.
+        """
+        tasks = [str(task) for task in self.dataset["task"].values]
+        if unknown := [name for name in names if name not in tasks]:
             raise InputError(
-                f"no samples of task {task!r}; there are {', '.join(sorted(set(map(str, tasks))))}"
+                f"no samples of task {unknown[0]!r}; there are {', '.join(sorted(set(tasks)))}"
             )
-        return Comparison(self.dataset.isel(sample=np.flatnonzero(tasks == task)))
+        keep = [task in names for task in tasks]
+        return Comparison(self.dataset.isel(sample=np.flatnonzero(keep)))
+
+    @property
+    def one_token_tasks(self) -> list[str]:
+        """Tasks to which the full cache gives answers of one token only (and its end), in order.
+
+        The first token comes from the prompt's own pass, so such a task cannot show what a policy
+        loses while decoding. Unknown lengths count as longer.
+        """
+        if int(self.dataset.attrs.get("max_new_tokens", 0)) < 3:
+            return []  # cut so short that the length is not known
+        if "full_tokens" in self.dataset:
+            lengths = self.dataset["full_tokens"].values
+        elif "tokens" in self.dataset:
+            lengths = self.dataset["tokens"].sel(policy=self.reference).values
+        else:
+            return []
+        tasks = self.dataset["task"].values
+        names = dict.fromkeys(str(task) for task in tasks)
+        return [name for name in names if (lengths[tasks == name] <= 2).all()]
+
+    @property
+    def telling(self) -> bool:
+        """Whether there is a task that can show what a policy loses while decoding."""
+        return not set(map(str, self.dataset["task"].values)) <= set(self.one_token_tasks)
+
+    def pooled(self) -> Comparison:
+        """Only the samples of tasks that can show what a policy loses while decoding; all samples
+        where there are none.
+        """
+        alone = self.one_token_tasks
+        if not alone or not self.telling:
+            return self
+        tasks = dict.fromkeys(str(task) for task in self.dataset["task"].values)
+        return self.select_tasks([task for task in tasks if task not in alone])
 
     # -- means -------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from avl import Policy
 from avl.policies.before_decoder import BeforeDecoderPolicy
 from avl.policies.registry import PRESETS, policies
 from avl_analysis.corpus.batches import (
+    ANSWER_SLACK,
     Failure,
     batches_by_length,
     halve_on_failure,
@@ -46,7 +47,12 @@ from avl_analysis.corpus.questions import Sample, scene_samples
 from avl_analysis.corpus.scoring import correct
 from avl_analysis.corpus.sharded_run import lock_folder
 from avl_analysis.errors import InputError, blamed_on_input
-from avl_analysis.evaluation.generation import Run, decode_texts, generate
+from avl_analysis.evaluation.generation import (
+    Run,
+    bytes_share_of_row,
+    decode_texts,
+    generate,
+)
 from avl_analysis.evaluation.policy_files import with_budget
 from avl_analysis.files import user_path, write_text
 from avl_analysis.intervals import paired_share_difference, share_interval
@@ -56,6 +62,9 @@ from avl_analysis.scenes.samples import SPLITS
 
 BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.1)
 """Shares of the full cache's bytes."""
+
+EQUAL_BYTES = 0.02
+"""Relative difference of bytes up to which two policies count as using equally many."""
 
 Line = dict[str, Any]
 
@@ -128,6 +137,7 @@ def run_unit(
 ) -> list[Line]:
     """Every point's answers to some samples of equal length: which are right, and at what cost."""
     longest = longest_right_answer(vlm, [samples[index] for index in indices])
+    right = {index: longest_right_answer(vlm, [samples[index]]) - ANSWER_SLACK for index in indices}
     lines: list[Line] = []
     with images_encoded_once(vlm.model) as forget:
         for point in points:
@@ -140,7 +150,13 @@ def run_unit(
             for index, found in zip(indices, halve_on_failure(ask, indices), strict=True):
                 answer = {"failed": found.reason} if isinstance(found, Failure) else found
                 lines.append(
-                    {"policy": point.name, "budget": point.budget, "sample": index, **answer}
+                    {
+                        "policy": point.name,
+                        "budget": point.budget,
+                        "sample": index,
+                        "answer_tokens": right[index],
+                        **answer,
+                    }
                 )
     return lines
 
@@ -162,7 +178,7 @@ def _ask(
         {
             "right": int(correct(text, sample)),
             "held": _held(run, row),
-            "bytes": _bytes(run, row),
+            "bytes": bytes_share_of_row(run, row),
             **shares,
         }
         for row, (text, sample) in enumerate(zip(texts, samples, strict=True))
@@ -178,15 +194,18 @@ def _held(run: Run, row: int) -> float:
     )
 
 
-def _bytes(run: Run, row: int) -> float:
-    """Bytes of keys and values a row filled when its answer ended / those of the full cache."""
-    assert run.usage is not None
-    end = run.usage.steps[len(run.tokens[row]) - 1]
-    of_token = end.full / (end.seen * len(end.by_row))
-    return end.by_row[row] / (of_token * (run.prompt_tokens[row] + len(run.tokens[row]) - 1))
-
-
 # -- the run ---------------------------------------------------------------------------------------
+
+
+def one_token_tasks(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Tasks whose right answers are all one token long, in the order of the lines; unknown lengths
+    count as longer.
+
+    The first token of an answer comes from the prompt's own pass, so such a task cannot show what a
+    policy loses while decoding.
+    """
+    longest = {str(line["task"]): line.get("answer_tokens") for line in lines}
+    return [task for task, tokens in longest.items() if tokens == 1]
 
 
 def summarise(lines: Iterable[Line], points: Sequence[FrontierPoint], samples: int) -> list[Line]:
@@ -221,6 +240,7 @@ def summarise(lines: Iterable[Line], points: Sequence[FrontierPoint], samples: i
                     key: _rounded(_mean(cell, key))
                     for key in ("bytes", "held", "filled", "allocated", "attended", "bookkeeping")
                 },
+                "answer_tokens": max((line["answer_tokens"] for line in cell), default=None),
                 "settings": repr(policy),
                 "right": "".join("-" if np.isnan(value) else str(int(value)) for value in right),
             }

@@ -214,3 +214,17 @@ def _now(model: nn.Module) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def bytes_share_of_row(run: Run, row: int) -> float:
+    """Bytes that a row's keys and values took when its answer ended, as a share of what the stock
+    cache would hold of the same tokens; whatever its neighbours in the batch held or did later.
+
+    Args:
+        run: answers under a policy, with their usage.
+        row: which of the batch.
+    """
+    assert run.usage is not None
+    end = run.usage.steps[len(run.tokens[row]) - 1]
+    of_token = end.full / (end.seen * len(end.by_row))
+    return end.by_row[row] / (of_token * (run.prompt_tokens[row] + len(run.tokens[row]) - 1))

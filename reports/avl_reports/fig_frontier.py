@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from avl.policies.registry import label_of
+from avl_analysis.evaluation.frontier import EQUAL_BYTES
 from avl_analysis.figures import Axis, Figure, Heat, Panel, Points, Rule, Scatter
-from avl_reports.findings import Finding, judge
+from avl_analysis.scenes.samples import split_of
+from avl_reports.findings import Finding, Verdict, judge
 from avl_reports.frontiers import Frontier, Point
 from avl_reports.policy_numbers import LOSS, PAPER, color_slot
 from avl_reports.run import Run, Section
@@ -25,50 +29,84 @@ _SHOWN = 3
 
 
 def section(run: Run) -> Section:
-    """Accuracy against bytes for every policy and budget: all tasks together, those that differ
-    most, and a table.
+    """Accuracy against bytes for every policy and budget: the pooled tasks, those that differ most,
+    and a table.
     """
     frontier = run.frontier
-    tasks = _telling(frontier)
+    pooled = "tasks with answers of several tokens" if frontier.one_token_tasks else "all tasks"
     panels: list[Panel] = [
-        _scatter(frontier, None, "all tasks"),
-        *(_scatter(frontier, [t], t) for t in tasks),
+        _scatter(frontier, None, pooled if frontier.telling else "all tasks"),
+        *(_scatter(frontier, [task], task) for task in _differing(frontier)),
     ]
+    if frontier.telling and frontier.one_token_tasks:
+        panels.append(_scatter(frontier, frontier.one_token_tasks, "tasks answered in one token"))
     panels.append(_heat(frontier))
     figure = Figure(
         "frontier",
         "Accuracy against bytes",
         tuple(panels),
         run.caption(
-            "Right free-running answers (Wilson intervals) against the bytes of keys and values"
-            " really in use when answers ended, relative to the stock cache; every point is the"
-            " same held-out questions under one policy and budget. Shown apart: the tasks on which"
-            f" policies differ most. {_of(frontier)}",
+            "Right free-running answers (Wilson intervals) against the bytes that the keys and"
+            " values of a question took when its answer ended, relative to the stock cache; every"
+            f" point is the same questions{_split(frontier)} under one policy and budget."
+            f"{_apart(frontier)} Shown by themselves: the tasks on which policies differ most."
+            f" {_of(frontier)}",
             frontier.questions,
         ),
     )
     return Section(QUESTION, figure, findings(frontier), "", None, table(frontier))
 
 
+def _apart(frontier: Frontier) -> str:
+    """What is not pooled, and why, as a sentence."""
+    alone = frontier.one_token_tasks
+    if not alone:
+        return ""
+    listed = ", ".join(alone)
+    if not frontier.telling:
+        return (
+            f" Every answer here is one token long ({listed}); that token comes from the prompt's"
+            " own pass, so these questions cannot show what a policy loses while decoding."
+        )
+    return (
+        f" Tasks whose answers are one token long ({listed}) are shown apart: that token comes from"
+        " the prompt's own pass, so they cannot show what a policy loses while decoding."
+    )
+
+
+def _split(frontier: Frontier) -> str:
+    """Which split the questions are of, in brackets; "" where the file does not say."""
+    split = str(frontier.about.get("split") or "")
+    if not split:
+        seed = re.search(r"seed=(\d+)", str(frontier.about.get("settings", "")))
+        split = split_of(int(seed[1])) if seed else ""
+    if split == "tuning":
+        return " (of the split that presets were chosen by, so not held out from them)"
+    return f" (split {split})" if split else ""
+
+
 def findings(frontier: Frontier) -> tuple[Finding, ...]:
     """Whether A-VL keeps accuracy with the paper's settings, and beats random selection at each
-    budget they share.
+    budget they share. Nothing can be said where every answer is one token long, or, against random
+    selection, where the two do not use equally many bytes.
     """
     points = frontier.points
     found = []
     full = (_FULL, None)
+    asked = f"{frontier.questions} questions, paired"
     for name, choice in _OWN:
         own = (name, None)
         if own not in points or full not in points:
             continue
         change = frontier.difference(own, full)
+        verdict = judge(change, "at least", LOSS)
         found.append(
             Finding(
                 choice,
                 f"At {100 * frontier.bytes(own):.0f} % of the bytes accuracy changes by"
-                f" {change.words('%')} (paired).",
+                f" {change.words('%')} ({asked}).",
                 f"at least {100 * LOSS:.0f} points",
-                judge(change, "at least", LOSS),
+                verdict if frontier.telling else Verdict.UNDECIDED,
             )
         )
     for budget in sorted(
@@ -78,23 +116,28 @@ def findings(frontier: Frontier) -> tuple[Finding, ...]:
         if rival not in points:
             continue
         gain = frontier.difference(ours, rival)
+        fair = frontier.telling and frontier.equal_bytes(ours, rival)
+        sizes = f"{100 * frontier.bytes(ours):.1f} %", f"{100 * frontier.bytes(rival):.1f} %"
         found.append(
             Finding(
                 f"Choosing by attention beats choosing at random, at {100 * budget:.0f} % of the"
                 " bytes",
-                f"Accuracy of A-VL (using {100 * frontier.bytes(ours):.0f} %) less that of random"
-                f" selection (using {100 * frontier.bytes(rival):.0f} %): {gain.words('%')}"
-                " (paired).",
-                "above 0",
-                judge(gain, "at least", 0.0),
+                f"Accuracy of A-VL (using {sizes[0]}) minus that of random selection (using"
+                f" {sizes[1]}): {gain.words('%')} ({asked}).",
+                f"above 0, at bytes that differ by at most {100 * EQUAL_BYTES:.0f} % of themselves",
+                judge(gain, "at least", 0.0) if fair else Verdict.UNDECIDED,
             )
         )
     return tuple(found)
 
 
 def table(frontier: Frontier) -> tuple[tuple[str, ...], ...]:
-    """Bytes and accuracy of every point, and its difference to the full cache."""
-    rows = [("policy", "budget", "bytes in use / full", "right answers", "less full cache")]
+    """Bytes and accuracy of every point on the pooled tasks, its difference to the full cache, and
+    its accuracy on the tasks answered in one token where these are shown apart.
+    """
+    apart = frontier.one_token_tasks if frontier.telling else []
+    header = ("policy", "budget", "bytes in use / full", "right answers", "minus full cache")
+    rows = [(*header, "answered in one token") if apart else header]
     for point in frontier.points:
         name, budget = point
         change = "" if name == _FULL else frontier.difference(point, (_FULL, None)).words("%")
@@ -106,6 +149,7 @@ def table(frontier: Frontier) -> tuple[tuple[str, ...], ...]:
                 f"{frontier.bytes(point):.2f}",
                 accuracy,
                 change,
+                *((frontier.accuracy(point, apart).words("%"),) if apart else ()),
             )
         )
     return tuple(rows)
@@ -152,12 +196,13 @@ def _heat(frontier: Frontier) -> Heat:
     )
 
 
-def _telling(frontier: Frontier) -> list[str]:
+def _differing(frontier: Frontier) -> list[str]:
     """The tasks on which accuracies spread most over policies and budgets, in the order of the
     file.
     """
     spread = {
-        t: np.std([frontier.accuracy(p, [t]).mean for p in frontier.points]) for t in frontier.tasks
+        t: np.std([frontier.accuracy(p, [t]).mean for p in frontier.points])
+        for t in frontier.pooled
     }
     chosen = sorted(spread, key=lambda task: -spread[task])[:_SHOWN] if len(spread) > 1 else []
     return [task for task in frontier.tasks if task in chosen]

@@ -8,9 +8,10 @@ import numpy as np
 
 from avl.policies.registry import label_of_class
 from avl_analysis.evaluation.comparison import Comparison
+from avl_analysis.evaluation.frontier import EQUAL_BYTES
 from avl_analysis.figures import Axis, Figure, Heat, Panel, Points, Rule, Scatter
 from avl_analysis.intervals import Estimate
-from avl_reports.findings import Finding, judge
+from avl_reports.findings import Finding, Verdict, judge
 from avl_reports.policy_numbers import LOSS, color_slot
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
@@ -20,6 +21,7 @@ QUESTION = "What do policies lose, and what do they save?"
 SAVED = 0.75
 """Share of the full cache's bytes below which a policy saves something worth the trouble."""
 _COLUMNS = (
+    ("kv_row_share", "bytes in use / full", 100.0, " %"),
     ("kv_filled_share", "bytes in use / full", 100.0, " %"),
     ("keys_attended", "keys read per step", 1.0, ""),
     ("attention_flops", "attention per step (kFLOP)", 1e-3, ""),
@@ -38,21 +40,21 @@ def section(run: Run) -> Section:
     table.
     """
     compared = run.comparison
-    if "kv_filled_share" not in compared.metrics:
+    if _size(compared) not in compared.metrics:
         raise NotMeasured("the comparison holds no cost; compare with --metric cost too")
     size = Axis("keys and values in use", "share of the full cache's bytes", (0.0, 1.08))
     panels: list[Panel] = []
-    for metric, axis in (
-        ("correct", share("accuracy")),
-        ("kl", Axis("KL from the full cache", "nats")),
+    for metric, axis, asked in (
+        ("correct", share("accuracy"), compared.pooled()),
+        ("kl", Axis("KL from the full cache", "nats"), compared),
     ):
         if metric in compared.metrics:
-            full = (Rule(compared.mean(metric, compared.reference).mean, "full cache", "y"),)
+            full = (Rule(asked.mean(metric, compared.reference).mean, "full cache", "y"),)
             panels.append(
                 Scatter(
                     size,
                     axis,
-                    _frontiers(compared, metric),
+                    _frontiers(asked, metric),
                     full,
                     title=f"{axis.label} against bytes",
                 )
@@ -63,22 +65,45 @@ def section(run: Run) -> Section:
         "Policies: quality against bytes",
         tuple(panels),
         run.caption(
-            "Accuracy: free-running answers against the truth (Wilson intervals). KL: next-token"
-            " distribution along the full cache's own answer. Bytes of keys and values in use at"
-            f" the end of an answer, relative to the stock cache. Batches of {_batch(compared)},"
-            " times of this machine.",
+            "Accuracy: free-running answers against the truth (Wilson intervals)."
+            f"{_apart(compared)} KL: next-token distribution along the full cache's own answer. Bytes of keys and"
+            " values of a question when its answer ended, relative to the stock cache. Questions:"
+            f" {compared.dataset.attrs.get('questions', 'of unknown origin')}. Batches of"
+            f" {_batch(compared)}, times of this machine.",
             compared.dataset.sizes["sample"],
         ),
     )
     return Section(QUESTION, figure, findings(compared), "", None, table(compared))
 
 
+def _size(compared: Comparison) -> str:
+    """The number that says how many bytes a question takes; older files know only the batch's."""
+    return "kv_row_share" if "kv_row_share" in compared.metrics else "kv_filled_share"
+
+
+def _apart(compared: Comparison) -> str:
+    """Which tasks the accuracy leaves out, and why, as a sentence."""
+    alone = compared.one_token_tasks
+    if not alone:
+        return ""
+    listed = ", ".join(name or "unnamed" for name in alone)
+    why = "that token comes from the prompt's own pass, so they cannot show what a policy loses"
+    if not compared.telling:
+        return f" All answers here are one token long ({listed}); {why}."
+    return f" Tasks answered in one token ({listed}) are left out of it and of the verdicts; {why}."
+
+
 def findings(compared: Comparison) -> tuple[Finding, ...]:
-    """Whether A-VL keeps accuracy, saves bytes, and beats random selection of as many bytes."""
+    """Whether A-VL keeps accuracy, saves bytes, and beats random selection of as many bytes.
+
+    Accuracy is that of the tasks that can show a loss; if there are none, it decides nothing, and
+    neither does a comparison with a random policy that uses other bytes.
+    """
     ours = next((name for name in compared.policies if family(compared, name) == "A-VL"), None)
     if ours is None:
         return ()
-    saved = compared.mean("kv_filled_share", ours)
+    size = _size(compared)
+    saved = compared.mean(size, ours)
     found = [
         Finding(
             "A-VL saves memory",
@@ -89,24 +114,29 @@ def findings(compared: Comparison) -> tuple[Finding, ...]:
     ]
     if "correct" not in compared.metrics:
         return tuple(found)
-    change = compared.difference("correct", ours)
+    asked, telling = compared.pooled(), compared.telling
+    change = asked.difference("correct", ours)
     found.append(
         Finding(
             "A-VL keeps the answers right",
-            f"Under “{ours}” accuracy changes by {change.words('%')} (paired).",
+            f"Under “{ours}” accuracy changes by {change.words('%')} ({change.n} questions,"
+            " paired).",
             f"at least {100 * LOSS:.0f} points",
-            judge(change, "at least", LOSS),
+            judge(change, "at least", LOSS) if telling else Verdict.UNDECIDED,
         )
     )
-    if (rival := _rival(compared, ours)) is not None:
-        gain = compared.difference("correct", ours, rival)
+    if (rival := _rival(asked, ours)) is not None:
+        gain = asked.difference("correct", ours, rival)
+        sizes = [asked.mean(size, name).mean for name in (ours, rival)]
+        fair = telling and max(sizes) <= (1 + EQUAL_BYTES) * min(sizes)
         found.append(
             Finding(
                 "Choosing by attention beats choosing at random",
-                f"Accuracy under “{ours}” less that under “{rival}”, at like bytes:"
-                f" {gain.words('%')} (paired).",
-                "above 0",
-                judge(gain, "at least", 0.0),
+                f"Accuracy under “{ours}” (using {100 * sizes[0]:.1f} % of the bytes) minus that"
+                f" under “{rival}” (using {100 * sizes[1]:.1f} %): {gain.words('%')} ({gain.n}"
+                " questions, paired).",
+                f"above 0, at bytes that differ by at most {100 * EQUAL_BYTES:.0f} % of themselves",
+                judge(gain, "at least", 0.0) if fair else Verdict.UNDECIDED,
             )
         )
     return tuple(found)
@@ -115,10 +145,14 @@ def findings(compared: Comparison) -> tuple[Finding, ...]:
 def table(compared: Comparison) -> tuple[tuple[str, ...], ...]:
     """The cost table as text: a header and a row per policy, means with intervals."""
     columns = [column for column in _COLUMNS if column[0] in compared.metrics]
+    if _size(compared) == "kv_row_share":
+        columns = [column for column in columns if column[0] != "kv_filled_share"]
     rows = [("policy", *(heading for _, heading, _, _ in columns))]
+    asked = compared.pooled()
     for name in compared.policies:
         cells = [
-            _cell(compared.mean(metric, name), scale, unit) for metric, _, scale, unit in columns
+            _cell((asked if metric == "correct" else compared).mean(metric, name), scale, unit)
+            for metric, _, scale, unit in columns
         ]
         rows.append((name, *cells))
     return tuple(rows)
@@ -140,7 +174,7 @@ def _frontiers(compared: Comparison, metric: str) -> tuple[Points, ...]:
     series = []
     for kind in kinds:
         names = [name for name in compared.policies if family(compared, name) == kind]
-        held = np.array([compared.mean("kv_filled_share", name).mean for name in names])
+        held = np.array([compared.mean(_size(compared), name).mean for name in names])
         order = np.argsort(held)
         found = [compared.mean(metric, names[i]) for i in order]
         y, low, high = (
@@ -177,19 +211,10 @@ def _by_task(compared: Comparison) -> list[Heat]:
 
 
 def _rival(compared: Comparison, ours: str) -> str | None:
-    """The random policy whose bytes are nearest to ours; None if it uses clearly more or fewer."""
-    size = compared.mean("kv_filled_share", ours).mean
+    """The random policy whose bytes are nearest to ours; None if there is none."""
+    size = {name: compared.mean(_size(compared), name).mean for name in compared.policies}
     rivals = [name for name in compared.policies if family(compared, name) == "random"]
-    best = min(
-        rivals,
-        key=lambda name: abs(compared.mean("kv_filled_share", name).mean - size),
-        default=None,
-    )
-    return (
-        best
-        if best is not None and abs(compared.mean("kv_filled_share", best).mean - size) < 0.1
-        else None
-    )
+    return min(rivals, key=lambda name: abs(size[name] - size[ours]), default=None)
 
 
 def _batch(compared: Comparison) -> str:

@@ -1,8 +1,9 @@
-"""A frontier file as numbers: accuracy and bytes of every policy at every budget, pooled over
-tasks.
+"""A frontier file as numbers: accuracy and bytes of every policy and budget, pooled over tasks.
 
-The file (`avl frontier`) holds one line per task and point with a
-letter per question, so that accuracies can be pooled and policies compared question by question.
+The file (`avl frontier`) holds one line per task and point with a letter per question, so that
+accuracies can be pooled and policies compared question by question. Pooled are only tasks that can
+show what a policy loses: the first token of an answer comes from the prompt's own pass, which reads
+every key under every policy that drops none before it, so an answer of one token says nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from avl_analysis.errors import InputError
-from avl_analysis.evaluation.frontier import read
+from avl_analysis.evaluation.frontier import EQUAL_BYTES, one_token_tasks, read
 from avl_analysis.intervals import Estimate, paired_share_difference, share_interval
 from avl_analysis.recordings.origin import Origin
 
@@ -51,36 +52,67 @@ class Frontier:
         return list(dict.fromkeys((str(line["policy"]), line["budget"]) for line in self.lines))
 
     @property
+    def one_token_tasks(self) -> list[str]:
+        """Tasks that cannot show what a policy loses while decoding; see `frontier`."""
+        return one_token_tasks(self.lines)
+
+    @property
+    def pooled(self) -> list[str]:
+        """The tasks that are taken together: those with longer answers, or all if there are
+        none.
+        """
+        alone = self.one_token_tasks
+        return [task for task in self.tasks if task not in alone] or self.tasks
+
+    @property
+    def telling(self) -> bool:
+        """Whether the pooled tasks can show what a policy loses."""
+        return len(self.one_token_tasks) < len(self.tasks)
+
+    @property
     def questions(self) -> int:
-        """How many questions each point was asked."""
+        """How many questions of the pooled tasks each point was asked."""
         first = self.points[0]
-        return int(sum(np.isfinite(self.right(first, [task])).sum() for task in self.tasks))
+        return int(sum(np.isfinite(self.right(first, [task])).sum() for task in self.pooled))
 
     def right(self, point: Point, tasks: Sequence[str] | None = None) -> np.ndarray:
-        """(questions,) 1 right, 0 wrong, NaN not measured, task after task."""
+        """(questions,) 1 right, 0 wrong, NaN not measured, task after task; None: pooled tasks."""
         letters = "".join(str(line["right"]) for line in self._cells(point, tasks))
         return np.array([{"1": 1.0, "0": 0.0}.get(letter, np.nan) for letter in letters])
 
-    def accuracy(self, point: Point, tasks: Sequence[str] | None = None) -> Estimate:
-        """Share of right answers with its Wilson interval."""
+    def accuracy(self, point: Point, tasks: Sequence[str] | None = None) -> Estimate[float]:
+        """Share of right answers with its Wilson interval; None: pooled tasks."""
         return share_interval(self.right(point, tasks))
 
     def bytes(self, point: Point, tasks: Sequence[str] | None = None) -> float:
-        """Bytes in use when answers ended, as a share of the full cache's, mean over tasks. Keys
-        kept in few bits count with the bytes they take.
-        """
-        return float(
-            np.mean(
-                [line["filled"] for line in self._cells(point, tasks) if line["filled"] is not None]
-            )
-        )
+        """Bytes that a row's keys and values took when its answer ended, as a share of those of the
+        full cache, mean over tasks (None: pooled ones); NaN where nothing was measured.
 
-    def difference(self, point: Point, to: Point) -> Estimate:
-        """Accuracy of one point less that of another, paired by question."""
-        return paired_share_difference(self.right(point), self.right(to))
+        Keys kept in few bits count with the bytes they take. What other rows of the batch held, and
+        empty slots, do not count.
+        """
+        known = [line["bytes"] for line in self._cells(point, tasks) if line["bytes"] is not None]
+        return float(np.mean(known)) if known else float("nan")
+
+    def difference(
+        self, point: Point, to: Point, tasks: Sequence[str] | None = None
+    ) -> Estimate[float]:
+        """Accuracy of `point` minus that of `to`, paired by question (Newcombe's interval).
+
+        Args:
+            point: a policy and its budget.
+            to: what it is compared with.
+            tasks: which tasks; None takes the pooled ones.
+        """
+        return paired_share_difference(self.right(point, tasks), self.right(to, tasks))
+
+    def equal_bytes(self, one: Point, other: Point) -> bool:
+        """Whether two points use equally many bytes, to within `EQUAL_BYTES` of the smaller."""
+        sizes = sorted((self.bytes(one), self.bytes(other)))
+        return sizes[1] <= (1 + EQUAL_BYTES) * sizes[0]
 
     def _cells(self, point: Point, tasks: Sequence[str] | None) -> list[Mapping[str, Any]]:
-        wanted = self.tasks if tasks is None else tasks
+        wanted = self.pooled if tasks is None else tasks
         cells = {
             line["task"]: line for line in self.lines if (line["policy"], line["budget"]) == point
         }
@@ -94,7 +126,7 @@ def load_frontier(path: str | PathLike[str]) -> Frontier:
         InputError: no such file, not a frontier, or one without lines.
     """
     about, lines = read(Path(path))
-    needed = {"task", "policy", "budget", "right", "filled"}
+    needed = {"task", "policy", "budget", "right", "bytes"}
     if not lines or not all(needed <= set(line) for line in lines):
         raise InputError(f"{path} holds no points with {', '.join(sorted(needed))}: make it again")
     return Frontier(about, lines)

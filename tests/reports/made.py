@@ -159,9 +159,16 @@ def _maps(
     )
 
 
-def comparison(samples: int = 240) -> Comparison:
+def comparison(
+    samples: int = 240, *, random_size: float = 0.62, one_token: tuple[str, ...] = ()
+) -> Comparison:
     """A comparison with known means: A-VL at 60 % of the bytes answers all rightly, random at 62 %
     every second. Bytes differ a little between samples, as they do between prompts.
+
+    Args:
+        samples: how many questions.
+        random_size: share of the bytes that "random:0.6" uses.
+        one_token: tasks to which the full cache's answers are one token and its end.
     """
     policies = {
         "full": avl.FullPolicy(),
@@ -172,7 +179,7 @@ def comparison(samples: int = 240) -> Comparison:
     known = {
         "full": (1.0, 1.0, 0.0),
         "a-vl": (0.6, 1.0, 0.01),
-        "random:0.6": (0.62, 0.5, 0.4),
+        "random:0.6": (random_size, 0.5, 0.4),
         "random:0.3": (0.3, 0.25, 2.0),
     }
     asked = [
@@ -189,8 +196,11 @@ def comparison(samples: int = 240) -> Comparison:
                 "batch": 4.0,
                 "text": "a",
             }
-    attrs = {"reference": "full", "model": "made-up", "model_revision": "1"}
-    return build_comparison(asked, policies, {}, results, attrs)
+    attrs = {"reference": "full", "model": "made-up", "model_revision": "1", "max_new_tokens": 8}
+    facts = {
+        i: {"full_tokens": 2 if sample.task in one_token else 5} for i, sample in enumerate(asked)
+    }
+    return build_comparison(asked, policies, facts, results, attrs)
 
 
 _EVIL = "</script><img src=x onerror=alert(1)>"
@@ -225,8 +235,11 @@ def ablation(*, same_layers: bool = False, hostile: bool = False) -> Ablation:
 
 
 def frontier(*, hostile: bool = False) -> Frontier:
-    """Eight questions of two tasks: all right with the full cache and with A-VL's own settings; at
-    half the bytes A-VL keeps six and random selection two, at a quarter both keep four.
+    """Eight questions of two tasks with answers of several tokens, four of one answered in one.
+
+    All are right with the full cache and with A-VL's own settings; at half the bytes A-VL keeps six
+    of the eight and random selection two, at a quarter both keep four. Batches hold more than the
+    rows themselves at their ends.
     """
     right = {
         ("full", None): ("1111", "1111", 1.0),
@@ -237,8 +250,18 @@ def frontier(*, hostile: bool = False) -> Frontier:
         ("random", 0.25): ("0011", "0011", 0.26),
     }
     lines = [
-        {"task": task, "policy": name, "budget": budget, "right": letters, "filled": held}
+        {
+            "task": task,
+            "policy": name,
+            "budget": budget,
+            "right": letters,
+            "bytes": held,
+            "filled": min(1.0, held + 0.1),
+            "answer_tokens": 1 if task == "shape" else 3,
+        }
         for (name, budget), (*both, held) in right.items()
-        for task, letters in zip(("colour" + _EVIL * hostile, "count"), both, strict=True)
+        for task, letters in zip(
+            ("colour" + _EVIL * hostile, "count", "shape"), (*both, "1110"), strict=True
+        )
     ]
-    return Frontier({"command": "avl frontier --out f.jsonl"}, lines)
+    return Frontier({"command": "avl frontier --out f.jsonl", "split": "comparison"}, lines)

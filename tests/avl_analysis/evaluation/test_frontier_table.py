@@ -21,6 +21,7 @@ def line(
         "right": right,
         "accuracy": accuracy,
         "bytes": size,
+        "answer_tokens": 3,
     }
 
 
@@ -53,6 +54,21 @@ def test_only_rivals_beyond_the_interval_beat_the_preset() -> None:
     assert frontier_table.beaten(LINES[:6]) == []
 
 
+def test_a_rival_that_uses_more_bytes_does_not_beat_the_preset() -> None:
+    larger = [
+        {**one, "bytes": 0.103} if one["policy"] == "h2o" else one for one in LINES if one["budget"]
+    ]
+    assert frontier_table.beaten(larger) == []
+    equal = [{**one, "bytes": 0.101} if one["policy"] == "h2o" else one for one in larger]
+    assert [loss.rival for loss in frontier_table.beaten(equal)] == ["h2o"]
+
+
+def test_means_leave_out_tasks_answered_in_one_token() -> None:
+    mixed = [{**one, "answer_tokens": 1} if one["task"] == "count" else one for one in LINES]
+    preset = frontier_table.rows(mixed)[1]
+    assert (preset.bytes, preset.accuracy) == (0.3, 0.95)
+
+
 def test_the_verdicts_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "f.jsonl", LINES, {})
     with pytest.raises(SystemExit):
@@ -61,7 +77,9 @@ def test_the_verdicts_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "| A-VL cold |  | 35 % | 0.875 | 0.95, ocr |" in said
     assert "A-VL cold keeps 0.95" in said
     assert "- h2o beats A-VL cold at 10 % on ocr by 60.0 points" in said
-    assert "No baseline beats" in frontier_table.show(LINES[:6])
+    assert "No baseline beats A-VL cold with no more bytes (0 comp" in frontier_table.show(
+        LINES[:6]
+    )
     with pytest.raises(SystemExit) as done:
         main(["frontier", "--show", str(tmp_path / "g.jsonl")])
     assert done.value.code == 2
