@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from avl import AdaptiveSession
 from avl.places import token_boxes, token_tiles
 from avl_analysis.errors import InputError
+from avl_analysis.evaluation.frontier import one_token_tasks
 from avl_analysis.evaluation.frontier import read as read_frontier
 from avl_analysis.figures import (
     Axis,
@@ -44,7 +45,7 @@ from avl_analysis.figures.looks import head_map, states_overlay, token_overlay
 from avl_analysis.figures.patches import Patches
 from avl_analysis.figures.plot import Plot
 from avl_analysis.heads import taxonomy
-from avl_analysis.intervals import mean_intervals, wilson
+from avl_analysis.intervals import METHOD, mean_intervals, wilson
 from avl_analysis.models.images import ImageSource, open_image
 from avl_analysis.recordings.image_tokens import images_of
 from avl_analysis.recordings.recording import Recording
@@ -57,7 +58,7 @@ _AXES = {
     "step": Axis("decode step", "tokens"),
     "age": Axis("age of the text token", "tokens"),
 }
-_INTERVAL = "bands: 95 % intervals over samples"
+
 _MOST_SERIES = 8
 """Labels of a further dimension up to which each becomes a line of its own."""
 
@@ -257,8 +258,8 @@ def plot_frontier(path: str | PathLike[str], tasks: Sequence[str] | None = None)
 
     Args:
         path: what `avl frontier` wrote.
-        tasks: tasks to pool; None for all. Tasks answered in one token show little of what a cache
-            policy loses.
+        tasks: tasks to pool; None takes those with answers of several tokens (all if there are
+            none), because a task answered in one token cannot show what a policy loses.
 
     Raises:
         InputError: no such file, or a task that is not in it.
@@ -267,7 +268,10 @@ def plot_frontier(path: str | PathLike[str], tasks: Sequence[str] | None = None)
     known = list(dict.fromkeys(line["task"] for line in lines))
     if unknown := [task for task in tasks or () if task not in known]:
         raise InputError(f"no task {unknown[0]!r} in {path}; it holds {', '.join(known)}")
-    chosen = [line for line in lines if tasks is None or line["task"] in tasks]
+    if tasks is None:
+        alone = one_token_tasks(lines)
+        tasks = [task for task in known if task not in alone] or known
+    chosen = [line for line in lines if line["task"] in tasks]
     series = []
     for place, policy in enumerate(dict.fromkeys(line["policy"] for line in chosen)):
         by_budget: dict[float | None, list[dict[str, Any]]] = {}
@@ -283,7 +287,7 @@ def plot_frontier(path: str | PathLike[str], tasks: Sequence[str] | None = None)
         tuple(series),
     )
     caption = Caption(
-        f"Tasks: {', '.join(tasks or known)}. Bytes are those really in use when answers ended.",
+        f"Tasks: {', '.join(tasks)}. Bytes are those really in use when answers ended.",
         sum(line["samples"] for line in chosen if line["policy"] == chosen[0]["policy"]),
         str(about.get("model", about.get("settings", "unknown")))[:80],
         "bars: 95 % Wilson intervals over questions",
@@ -352,7 +356,7 @@ def plot_knockout(result: xr.Dataset, variable: str = "log_prob_change") -> Plot
         f" cut in {window} layer(s); the model is led along its own answer.",
         max(count, 1),
         str(result.attrs.get("model", "unknown")),
-        _INTERVAL,
+        METHOD,
     )
     panel = Lines(Axis(first, "index"), titles[variable], tuple(lines), (Rule(0.0, "", "y"),))
     return Plot(Figure(f"knockout_{variable}", "Attention knock-out", (panel,), caption))
@@ -474,7 +478,7 @@ def _stem(name: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else "_" for c in name.lower()).strip("_")
 
 
-def _caption(recording: Recording, what: str, interval: str = _INTERVAL) -> Caption:
+def _caption(recording: Recording, what: str, interval: str = METHOD) -> Caption:
     one = len(recording) == 1
     return Caption(
         what,

@@ -75,7 +75,7 @@ def of_rows(
         for modality in range(3):
             queries = [q for q in range(seen.n) if seen.modality[q] == modality]
             if sampled and len(queries) > 32:
-                queries = [queries[i * (len(queries) - 1) // 31] for i in range(32)]
+                queries = [queries[int((i + 0.5) * len(queries) / 32)] for i in range(32)]
             values = [
                 formula(seen, layer, head, q, seen.prompt[layer, head, q, : q + 1]) for q in queries
             ]

@@ -86,6 +86,6 @@ def build_report(
                 if path.is_file():
                     file.write(path, Path("report") / path.relative_to(made.folder))
         pdf = next((path.read_bytes() for path in sorted(made.folder.glob("*.pdf"))), None)
-        model = recording.attrs.get("model_name") or recording.attrs.get("model") or "unknown"
+        model = recording.attrs.get("model") or "unknown"
         about = f"Report on model {model}, {len(recording)} sample{'s' * (len(recording) != 1)}"
         return Built(made.page.read_bytes(), archive.getvalue(), pdf, dict(made.missing), about)

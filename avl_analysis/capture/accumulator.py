@@ -92,7 +92,7 @@ class SampleAccumulator:
     last: np.ndarray | None = None  # (layers, heads, image tokens)
     head_scores: list[np.ndarray] = field(
         default_factory=list
-    )  # (layers, heads, image tokens) float16 each
+    )  # (layers, heads, image tokens) each
     cache: dict[str, list[Tensor | None]] = field(default_factory=dict)
     produced: list[int] = field(
         default_factory=list
@@ -181,7 +181,7 @@ class SampleAccumulator:
         if self.last is None:
             self.last = np.stack(scores)
         if self.maps == "heads":
-            self.head_scores.append(np.stack(scores).astype(np.float16))
+            self.head_scores.append(np.stack(scores))
 
     def _add_raw(self, passes: Sequence[LayerResult | None]) -> None:
         rows = next((p.raw_rows for p in passes if p is not None), None)
@@ -285,7 +285,7 @@ class SampleAccumulator:
             "image_score_last": (Field(("layer", "head", "token"), attrs=last), self.last),
         }
         if self.head_scores:
-            each = {"long_name": "attention weight of an image token", "precision": "float16"}
+            each = {"long_name": "attention weight of an image token"}
             dims = ("step", "layer", "head", "token")
             maps["image_score_heads"] = (Field(dims, attrs=each), np.stack(self.head_scores))
         return maps

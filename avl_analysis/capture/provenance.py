@@ -1,5 +1,8 @@
 """Where a recording comes from, as flat attributes that fit into a file: model, libraries, date,
 settings.
+
+This is the only place that names the model in a recording, a comparison or an ablation, so that
+what was recorded of one model by different ways can be merged.
 """
 
 from __future__ import annotations
@@ -18,18 +21,20 @@ from torch import nn
 
 from avl.families import Family
 from avl.kernels import backend_for
+from avl_analysis.models.loading import name_and_revision
 from avl_analysis.statistics import Statistic
 
 
 def provenance(model: nn.Module, family: Family, statistics: Sequence[Statistic]) -> dict[str, str]:
     """Attributes of a recording of `model` made now."""
     config: Any = getattr(model, "config", None)
+    name, revision = name_and_revision(model)
     parameters = next(model.parameters(), None)
     return {
-        "model": str(getattr(model, "name_or_path", "") or type(model).__name__),
+        "model": name,
         "model_class": type(model).__name__,
         "model_type": str(getattr(config, "model_type", "")),
-        "model_revision": str(getattr(config, "_commit_hash", None) or ""),
+        "model_revision": revision,
         "attention_backend": str(
             getattr(config.get_text_config(decoder=True), "_attn_implementation", "")
         ).removeprefix("avl_"),

@@ -404,8 +404,8 @@ def record(
         limit: bytes that raw weights may take together, default 4 GiB; more is refused before it is
             computed.
         maps: image-token scores to keep of every step (the first 512), from which overlays are
-            drawn: "mean" over heads, "heads" (every head as well, float16: layers x heads x image
-            tokens x 2 bytes a step), or "none"; True and False mean the first and the last.
+            drawn: "mean" over heads, "heads" (every head as well: layers x heads x image
+            tokens x 4 bytes a step), or "none"; True and False mean the first and the last.
         require_image: refuse prompts without a picture instead of leaving the image statistics
             undefined.
         stop: token ids that mark a row as finished when fed in a decode step; None takes padding

@@ -116,9 +116,14 @@ def _places(rows: Tensor, count: int) -> Tensor:
 
 
 def evenly_spaced(count: int, most: int) -> Tensor:
-    """Indices of at most `most` of `count` things, the first and the last among them."""
+    """Indices of at most `most` of `count` things: the middle ones of as many equal parts.
+
+    First and last things are not favoured, so that a mean over them is that over all but for the
+    draw; the first rows of a prompt see the fewest keys, and the last column of a picture is no
+    place like others.
+    """
     wanted = min(count, most)
-    return torch.arange(wanted) * (count - 1) // max(1, wanted - 1)
+    return (2 * torch.arange(wanted) + 1) * count // max(1, 2 * wanted)
 
 
 def reduce_prompt(

@@ -77,7 +77,6 @@ def record_samples(
                 recording.annotate(
                     start + row, **facts_of(vlm, sample, out[row, length:].tolist()), **about
                 )
-    recording.attrs |= {"model": vlm.name, "model_revision": vlm.revision or ""}
     return recording
 
 

@@ -131,8 +131,6 @@ def compare(
         )
     attrs = {
         **provenance(vlm.model, job.family, ()),
-        "model": vlm.name,
-        "model_revision": vlm.revision or "",
         "questions": describe_questions(samples),
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,

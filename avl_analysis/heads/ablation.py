@@ -417,11 +417,7 @@ def ablate(
         raise InputError(
             f"{len(samples)} questions: at least two are needed, each with its right answer"
         )
-    asked = {
-        **provenance(vlm.model, describe(vlm.model), ()),
-        "model": vlm.name,
-        "model_revision": vlm.revision,
-    }
+    asked = provenance(vlm.model, describe(vlm.model), ())
     check_same_model(
         Origin.of_attrs("the recording", recording.attrs), Origin.of_attrs("the model", asked)
     )

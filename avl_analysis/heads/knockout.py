@@ -276,8 +276,6 @@ def knockout(
         {"flow": names, "layer": starts, "sample": [sample.id for sample in samples]},
         {
             **provenance(vlm.model, family, ()),
-            "model": vlm.name,
-            "model_revision": vlm.revision or "",
             "window": window,
             "max_new_tokens": max_new_tokens,
         },

@@ -36,8 +36,8 @@ def localise(recording: Recording, regions: Regions) -> xr.Dataset:
 
     Returns:
         Variables lift and visual_head_score, means over the rows with a region, NaN where a sample
-            has none; and rows, their number. Dimensions sample, layer, head; attribute
-            random_baseline of each.
+            has none (lift also where a head does not look at the picture in any of them); and rows,
+            their number. Dimensions sample, layer, head; attribute random_baseline of each.
 
     Raises:
         InputError: the recording holds no maps per head, or a region names a sample, step or token
@@ -63,7 +63,7 @@ def localise(recording: Recording, regions: Regions) -> xr.Dataset:
             int((recording.tokens["phase"].sel(sample=name) >= 0).sum()),
         )
         found = [_row(scores, name, step, tokens, steps, inside) for step, inside in about.items()]
-        lift.append(np.mean([one for one, _ in found], 0) if found else np.full(shape, np.nan))
+        lift.append(_mean_of_known([one for one, _ in found], shape))
         hits.append(np.mean([hit for _, hit in found], 0) if found else np.full(shape, np.nan))
         rows.append(len(found))
     dims, coords = (
@@ -87,6 +87,16 @@ def localise(recording: Recording, regions: Regions) -> xr.Dataset:
         },
         coords=coords,
     )
+
+
+def _mean_of_known(values: Sequence[np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """Mean over rows of what is known; NaN where nothing is."""
+    if not values:
+        return np.full(shape, np.nan)
+    stacked = np.stack(values)
+    known = ~np.isnan(stacked)
+    total = np.where(known, stacked, 0.0).sum(0)
+    return np.divide(total, known.sum(0), out=np.full(shape, np.nan), where=known.any(0))
 
 
 def first_word_hits(recording: Recording, regions: Regions) -> xr.DataArray | None:
@@ -142,16 +152,27 @@ def _row(
     return region_lift(weights.values, inside), in_region(weights.values, inside)
 
 
+LOOKS = 1e-3
+"""Share of a row's attention on the picture from which on a head is said to look at it. Where it
+looks with less than that, rounding and a single token decide.
+"""
+
+
 def region_lift(weights: np.ndarray, inside: Sequence[int]) -> np.ndarray:
     """Share of the weights, (..., image tokens), on the tokens `inside`, over these tokens' share
-    of all.
+    of all; NaN for a head that does not look at the picture (`LOOKS`).
 
-    A weight that is NaN was not attended. NaN where there is no weight at all.
+    Args:
+        weights: softmax weights on image tokens; one that is NaN was not attended.
+        inside: the tokens of the region.
     """
     known = np.nan_to_num(weights.astype(np.float64))
     total = known.sum(-1)
     share = np.divide(
-        known[..., list(inside)].sum(-1), total, out=np.full(total.shape, np.nan), where=total > 0
+        known[..., list(inside)].sum(-1),
+        total,
+        out=np.full(total.shape, np.nan),
+        where=total >= LOOKS,
     )
     return share * weights.shape[-1] / len(inside)
 

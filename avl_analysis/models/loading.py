@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -40,6 +41,21 @@ DTYPES = ("float32", "bfloat16", "float16")
 """Floating types a model can be loaded in by name."""
 
 
+_LOADED: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
+
+
+def name_and_revision(model: nn.Module) -> tuple[str, str]:
+    """What a model is called wherever it is named, and its revision ("" if unknown).
+
+    A model of a `VLM` has that name, whoever records it; any other is called what transformers read
+    it from, or else by its class.
+    """
+    if model in _LOADED:
+        return _LOADED[model]
+    name = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    return name, str(getattr(getattr(model, "config", None), "_commit_hash", None) or "")
+
+
 @dataclass(frozen=True)
 class VLM:
     """A loaded vision-language model with what is needed to ask it something.
@@ -60,6 +76,9 @@ class VLM:
     path: str
     revision: str | None
     description: str
+
+    def __post_init__(self) -> None:
+        _LOADED[self.model] = (self.name, self.revision or "")
 
     def prepare(
         self,

@@ -3,7 +3,8 @@
 * `SumStatistic`: from sums of weights, a number (or small vector) per query row and head, for
   every row.
 * `WeightStatistic`: the same from the weights themselves (sorting, arg-max), for the last prompt
-  row, every decode step and at most 32 evenly spaced prompt rows of each query modality.
+  row, every decode step and at most 32 prompt rows of each query modality, the middle ones of as
+  many equal parts.
 * `KeyStatistic`: once per sample, from the attention every key received (`KeyScores`).
 * `TrajectoryStatistic`: once per sample, from the scores of the image tokens at every step
   (`Trajectory`).

@@ -66,10 +66,10 @@ def section(run: Run) -> Section:
         tuple(panels),
         run.caption(
             "Accuracy: free-running answers against the truth (Wilson intervals)."
-            f"{_apart(compared)} KL: next-token distribution along the full cache's own answer. Bytes of keys and"
-            " values of a question when its answer ended, relative to the stock cache. Questions:"
-            f" {compared.dataset.attrs.get('questions', 'of unknown origin')}. Batches of"
-            f" {_batch(compared)}, times of this machine.",
+            f"{_apart(compared)} KL: next-token distribution along the full cache's own answer."
+            " Bytes of keys and values of a question when its answer ended, relative to the stock"
+            f" cache. Questions: {compared.dataset.attrs.get('questions', 'of unknown origin')}."
+            f" Batches of {_batch(compared)}, times of this machine.",
             compared.dataset.sizes["sample"],
         ),
     )

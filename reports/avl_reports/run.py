@@ -162,11 +162,7 @@ class Run:
 
     @property
     def model(self) -> str:
-        return str(
-            self.recording.attrs.get("model_name")
-            or self.recording.attrs.get("model")
-            or "unknown model"
-        )
+        return str(self.recording.attrs.get("model") or "unknown model")
 
     def decode(self, name: str) -> xr.DataArray:
         """A statistic at the decode steps alone (step 1 and later). Raises NotMeasured if nothing

@@ -392,7 +392,11 @@ def test_statistics_over_rows_look_at_evenly_spaced_rows():
     assert reduce_prompt.evenly_spaced(1, 32).tolist() == [0]
     assert reduce_prompt.evenly_spaced(0, 32).tolist() == []
     picked = reduce_prompt.evenly_spaced(100, 4).tolist()
-    assert picked == [0, 33, 66, 99]
+    assert picked == [12, 37, 62, 87]  # the middle of every quarter
+    for count in (33, 64, 100, 144, 576):
+        rows = reduce_prompt.evenly_spaced(count, 32)
+        assert len(set(rows.tolist())) == 32
+        assert abs(float(rows.double().mean()) - (count - 1) / 2) <= 0.5  # neither end is favoured
 
 
 class Watch(Observer):

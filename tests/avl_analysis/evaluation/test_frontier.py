@@ -111,6 +111,7 @@ def test_a_summary_counts_right_answers_with_intervals_and_differences() -> None
     budgets = {"full": None, "random": 0.5, "A-VL": 0.5}
     lines = [
         {"task": "colour", "policy": name, "budget": budgets[name], "sample": index}
+        | {"answer_tokens": 1 + index}
         | (
             {"failed": "no memory"}
             if right is None
@@ -120,6 +121,7 @@ def test_a_summary_counts_right_answers_with_intervals_and_differences() -> None
         for index, right in enumerate(cell)
     ]
     full, random, adaptive = frontier.summarise(lines, POINTS, 4)
+    assert full["answer_tokens"] == 4  # the longest of the task
     assert (full["accuracy"], random["accuracy"], adaptive["accuracy"]) == (0.75, 0.25, 0.6667)
     assert random["low"] < 0.25 < random["high"]
     assert random["difference"] == -0.5

@@ -34,6 +34,20 @@ def test_attention_only_on_the_region_has_the_largest_lift_there_is():
     assert np.isnan(region_lift(np.zeros(4), [1]))
 
 
+def test_a_head_that_does_not_look_at_the_picture_has_no_lift():
+    """In float16 these weights would partly vanish, and the lift be that of what is left."""
+    weights = np.array([[2e-8, 3e-8, 9e-8, 1e-8], [0.02, 0.03, 0.09, 0.01]])
+    faint, clear = region_lift(weights, [2])
+    assert np.isnan(faint)
+    assert clear == pytest.approx(0.09 / 0.15 * 4)
+
+
+def test_maps_of_heads_are_kept_as_precise_as_maps_of_layers(recording):
+    heads, mean = recording["image_score_heads"], recording["image_score"]
+    assert heads.dtype == np.float32
+    close(heads.mean("head"), mean, 1e-6)
+
+
 def test_a_hit_is_the_most_attended_token_inside():
     weights = np.array([[0.1, 0.5, np.nan], [0.4, 0.2, np.nan]])
     assert in_region(weights, [1]).tolist() == [1, 0]
