@@ -32,7 +32,7 @@ def test_every_way_of_measuring_names_the_model_alike():
     vlm = shared.vlm()
     sample = shared.questions(2)[1]
     names = {
-        live.recorded(vlm, sample, max_new_tokens=2).attrs["model"],
+        live.observe(vlm, sample, max_new_tokens=2).recording.attrs["model"],
         record_samples(vlm, [sample], max_new_tokens=2, statistics=STATISTICS).attrs["model"],
         compare(
             vlm, [sample], {"full": avl.FullPolicy()}, max_new_tokens=2, metrics=["accuracy"]
