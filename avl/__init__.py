@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from avl.families import UnsupportedModelError as UnsupportedModelError
     from avl.hooks import HookError as HookError
     from avl.policies import AdaptivePolicy as AdaptivePolicy
+    from avl.policies import AdaSnapKVPolicy as AdaSnapKVPolicy
     from avl.policies import BudgetPolicy as BudgetPolicy
     from avl.policies import CoredPolicy as CoredPolicy
     from avl.policies import DivPrunePolicy as DivPrunePolicy
@@ -54,6 +55,7 @@ _MODULES = {  # module -> public names that live in it
         "SnapKVPolicy",
         "FastVPolicy",
         "VLCachePolicy",
+        "AdaSnapKVPolicy",
         "PrefixKVPolicy",
         "MixKVPolicy",
         "KIVIPolicy",

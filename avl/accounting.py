@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from avl.buffer import KeyBuffer
 from avl.cache import AdaptiveLayer
 from avl.kernels import backend_for
 
@@ -30,7 +29,8 @@ class StepUsage:
             2, ...
         seen: tokens per row seen so far, padding included.
         attended: keys that each row's newest token attended to; one tuple over rows per layer.
-        held: keys (per key/value head) that each row held after the pass; likewise.
+        held: keys (per key/value head; their mean, rounded down, where heads differ) that each row
+            held after the pass; likewise.
         filled: bytes of keys and values in use after the pass on the model's device, all layers.
         allocated: bytes of all key and value buffers on the model's device after the pass.
         host: bytes of keys and values in host memory, where that is not the model's device.
@@ -152,8 +152,9 @@ class UsageLog:
 
     def hold(self, layers: Iterable[AdaptiveLayer], passing: Iterable[Tensor]) -> None:
         """Note a moment at which `passing` tensors exist beside the layers' buffers."""
-        buffers = sum(allocated(layer.buffer) for layer in layers)
-        self.peak = max(self.peak, buffers + sum(tensor.nbytes for tensor in passing))
+        buffers = [layer.buffer for layer in layers if layer.buffer is not None]
+        allocated = sum(buffer.bytes_allocated() for buffer in buffers)
+        self.peak = max(self.peak, allocated + sum(tensor.nbytes for tensor in passing))
 
     def write(
         self, step: int, layers: Sequence[AdaptiveLayer], attended: Sequence[Sequence[int]]
@@ -166,8 +167,9 @@ class UsageLog:
             attended: keys each row attended to, by layer.
         """
         buffers = [layer.filled_buffer for layer in layers]
-        total = sum(map(allocated, buffers))
-        self.peak = max(self.peak, total)
+        allocated = sum(buffer.bytes_allocated() for buffer in buffers)
+        self.peak = max(self.peak, allocated)
+        by_row = zip(*(buffer.bytes_by_row() for buffer in buffers), strict=True)
         coded = [buffer for buffer in buffers if buffer.coded_tier(True) is not None]
         self.kernels = backend_for(coded[0].keys.device) if coded else ""
         self.steps.append(
@@ -176,70 +178,18 @@ class UsageLog:
                 seen=max(layer.seen for layer in layers),
                 attended=tuple(map(tuple, attended)),
                 held=tuple(tuple(buffer.held()) for buffer in buffers),
-                filled=sum(map(filled, buffers)),
-                allocated=total,
-                bookkeeping=sum(map(bookkeeping, buffers)),
-                full=sum(layer.seen * slot_bytes(layer.filled_buffer) for layer in layers),
+                filled=sum(buffer.bytes_in_use() for buffer in buffers),
+                allocated=allocated,
+                bookkeeping=sum(t.nbytes for buffer in buffers for t in buffer.bookkeeping()),
+                full=sum(layer.seen * layer.filled_buffer.position_bytes for layer in layers),
                 host=sum(
                     buffer.quantized.nbytes(host=True)
                     for buffer in buffers
                     if buffer.quantized is not None
                 ),
-                by_row=tuple(map(sum, zip(*map(by_row, buffers), strict=True))),
+                by_row=tuple(map(sum, by_row)),
             )
         )
 
     def usage(self) -> Usage:
         return Usage(self.layers, tuple(self.steps), self.peak, self.kernels)
-
-
-def slot_bytes(buffer: KeyBuffer) -> int:
-    """Bytes of one position in all rows and heads of a layer."""
-    return (buffer.keys.nbytes + buffer.values.nbytes) // int(buffer.keys.shape[2])
-
-
-def filled(buffer: KeyBuffer) -> int:
-    """Bytes of a layer's keys and values in use on the model's device."""
-    slots = buffer.filled - buffer.first_used_slot
-    return slots * slot_bytes(buffer) + _bytes_beside(buffer)
-
-
-def allocated(buffer: KeyBuffer | None) -> int:
-    """Bytes of a layer's key and value buffers on the model's device."""
-    if buffer is None:
-        return 0
-    return buffer.keys.nbytes + buffer.values.nbytes + _bytes_beside(buffer)
-
-
-def by_row(buffer: KeyBuffer) -> list[float]:
-    """Bytes of keys and values in use by each row, wherever they lie; empty slots are no row's."""
-    each = slot_bytes(buffer) / buffer.keys.shape[0]
-    pages = 0 if buffer.pages is None else buffer.pages.nbytes
-    shared = pages / buffer.keys.shape[0]
-    in_buffer = [count * each + shared for count in buffer.held_in_buffer()]
-    if buffer.quantized is None:
-        return in_buffer
-    in_tier = buffer.quantized.bytes_by_row(buffer.quantized_held)
-    return [a + b for a, b in zip(in_buffer, in_tier, strict=True)]
-
-
-def bookkeeping(buffer: KeyBuffer) -> int:
-    """Bytes of positions, scores and numbers of groups."""
-    tensors = [
-        buffer.positions,
-        buffer.scores,
-        buffer.secondary_scores,
-        buffer.core_scores_at_refresh,
-    ]
-    if buffer.quantized is not None:
-        tier = buffer.quantized
-        tensors += [tier.positions, tier.groups, tier.image]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def _bytes_beside(buffer: KeyBuffer) -> int:
-    """Bytes that stand for keys and values outside the buffer: of the quantised tier, and of the
-    bounds of pages.
-    """
-    tier = 0 if buffer.quantized is None else buffer.quantized.nbytes(host=False)
-    return tier + (0 if buffer.pages is None else buffer.pages.nbytes)

@@ -334,6 +334,57 @@ class KeyBuffer:
             copies.append(copy)
         return copies[0], copies[1], positions
 
+    # -- bytes -------------------------------------------------------------------------------------
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one position's keys and values in all rows and heads."""
+        return (self.keys.nbytes + self.values.nbytes) // int(self.keys.shape[2])
+
+    def bytes_in_use(self) -> int:
+        """Bytes of keys and values in use on the model's device, empty slots between them
+        included.
+        """
+        slots = self.filled - self.first_used_slot
+        return slots * self.position_bytes + self._bytes_beside()
+
+    def bytes_allocated(self) -> int:
+        """Bytes of the key and value buffers on the model's device."""
+        return self.keys.nbytes + self.values.nbytes + self._bytes_beside()
+
+    def bytes_by_row(self) -> list[float]:
+        """Bytes of keys and values that each row holds, wherever they lie; empty slots are no
+        row's.
+        """
+        rows = len(self.free_slots)
+        shared = 0.0 if self.pages is None else self.pages.nbytes / rows
+        each = self.position_bytes / rows
+        in_buffer = [count * each + shared for count in self.held_in_buffer()]
+        if self.quantized is None:
+            return in_buffer
+        in_tier = self.quantized.bytes_by_row(self.quantized_held)
+        return [a + b for a, b in zip(in_buffer, in_tier, strict=True)]
+
+    def bookkeeping(self) -> list[Tensor]:
+        """Everything kept about the keys: positions, scores and numbers of groups."""
+        tensors = [
+            self.positions,
+            self.scores,
+            self.secondary_scores,
+            self.core_scores_at_refresh,
+        ]
+        if self.quantized is not None:
+            tier = self.quantized
+            tensors += [tier.positions, tier.groups, tier.image]
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def _bytes_beside(self) -> int:
+        """Bytes that stand for keys and values outside the buffer: of the quantised tier, and of
+        the bounds of pages.
+        """
+        tier = 0 if self.quantized is None else self.quantized.nbytes(host=False)
+        return tier + (0 if self.pages is None else self.pages.nbytes)
+
     # -- one key more, one key less ----------------------------------------------------------------
 
     def append(self, key: Tensor, value: Tensor, position: int, arrival: float) -> None:
@@ -461,13 +512,17 @@ class KeyBuffer:
 
     def select(self, rows: Tensor) -> None:
         """Row i of the batch now is what was row rows[i]."""
-        for name in _TENSORS:
-            tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else tensor.index_select(0, rows))
+        self._select_rows(rows, _TENSORS)
         if self.quantized is not None:
             self.quantized.select(rows)
         if self.pages is not None:
             self.pages.select(rows)
+
+    def _select_rows(self, rows: Tensor, names: Sequence[str]) -> None:
+        """Take rows of some tensors, and of everything that has one number per row."""
+        for name in names:
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.index_select(0, rows))
         order = rows.tolist()
         for name in _LISTS:
             values = getattr(self, name)

@@ -157,12 +157,12 @@ class AdaptiveLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.buffer is not None:
-            rows = torch.arange(self.buffer.keys.shape[0], device=self.device)
+            rows = torch.arange(self.buffer.positions.shape[0], device=self.device)
             self._take_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.buffer is not None:
-            rows = torch.arange(self.buffer.keys.shape[0], device=self.device)
+            rows = torch.arange(self.buffer.positions.shape[0], device=self.device)
             self._take_rows(rows[indices.to(self.device)])
 
     def _take_rows(self, rows: Tensor) -> None:

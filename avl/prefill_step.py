@@ -23,6 +23,7 @@ from avl.policies.base import CoredPolicy, Measure, Policy
 from avl.policies.before_decoder import BeforeDecoderPolicy, ImageTokens
 from avl.policies.prompt import Prompt
 from avl.prefill_filter import PrefillFilter
+from avl.ragged_buffer import RaggedBuffer
 from avl.selection import SelectionLog, best
 from avl.tokens import Modality
 
@@ -196,7 +197,8 @@ class PrefillStep:
             measure, keys, values = measures[index]
             layer = self.conversation.layers[index]
             heads = keys.shape[1] if self.policy.per_head else 1
-            layer.buffer = KeyBuffer.from_choice(keys, values, measure.positions, choice, heads)
+            kind = RaggedBuffer if choice.ragged_heads else KeyBuffer
+            layer.buffer = kind.from_choice(keys, values, measure.positions, choice, heads)
             waiting = [tensor for _, *pair in measures.values() for tensor in pair]
             self.usage_log.hold(self.conversation.layers.values(), waiting)
             del measures[index], keys, values

@@ -3,6 +3,7 @@
 base.py says what a policy is asked; registry.py lists all of them.
 """
 
+from avl.policies.ada_snapkv import AdaSnapKVPolicy
 from avl.policies.adaptive import AdaptivePolicy
 from avl.policies.base import CoredPolicy, Policy
 from avl.policies.budget import BudgetPolicy
@@ -35,6 +36,7 @@ __all__ = [
     "SnapKVPolicy",
     "FastVPolicy",
     "VLCachePolicy",
+    "AdaSnapKVPolicy",
     "PrefixKVPolicy",
     "MixKVPolicy",
     "KIVIPolicy",

@@ -81,6 +81,8 @@ class Choice:
             about drift.
         page_size: tokens of a page of keys, where steps read some pages only and all keys are held;
             0: there are no pages. See `PagedPolicy`.
+        ragged_heads: whether key/value heads hold different numbers of keys. Then there is one set
+            of `always_attended` keys and nothing else, and `evictable` is the mean over heads.
     """
 
     always_attended: Sequence[Tensor]
@@ -95,6 +97,7 @@ class Choice:
     sparse_budget: Sequence[int] = ()
     core_scores: Tensor | None = None
     page_size: int = 0
+    ragged_heads: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

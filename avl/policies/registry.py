@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from avl.plugins import POLICIES, left_out, plugins
+from avl.policies.ada_snapkv import AdaSnapKVPolicy
 from avl.policies.adaptive import AdaptivePolicy
 from avl.policies.base import Policy
 from avl.policies.divprune import DivPrunePolicy
@@ -40,6 +41,7 @@ BUILT_IN: tuple[type[Policy], ...] = (
     SnapKVPolicy,
     FastVPolicy,
     VLCachePolicy,
+    AdaSnapKVPolicy,
     PrefixKVPolicy,
     MixKVPolicy,
     KIVIPolicy,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
+import torch
 from torch import Tensor
 
 import avl
@@ -306,3 +307,76 @@ def test_prefixkv_gives_every_layer_the_keys_that_reach_one_common_share() -> No
             assert held(session, layer, number, 0) == {row.positions[k] for k in expected}
         differing.add(len(set(sizes)))
     assert max(differing) > 1  # layers differ
+
+
+def test_ada_snapkv_guarantees_each_head_a_fifth_and_divides_the_rest_by_score() -> None:
+    watch, session = run(avl.AdaSnapKVPolicy(budget=0.4, window=8))
+    differing = set()
+    for layer, rows in watch.prompt.items():
+        for number, row in enumerate(rows):
+            tokens = len(row.positions)
+            count = int(0.4 * tokens)
+            scores = {}
+            for head in range(HEADS):
+                received = row.received(head, range(tokens - 8, tokens))
+                for k in range(tokens):
+                    pooled = sum(received[max(k - 2, 0) : k + 3]) / 5
+                    scores[head, k] = 1000 * k if k >= tokens - 8 else pooled
+            by_score = sorted(scores, key=lambda entry: -scores[entry])
+            expected: list[tuple[int, int]] = []
+            for head in range(HEADS):
+                own = [entry for entry in by_score if entry[0] == head]
+                expected += own[: int(0.2 * count)]
+            others = [entry for entry in by_score if entry not in expected]
+            expected += others[: HEADS * count - len(expected)]
+            for head in range(HEADS):
+                keys = {row.positions[k] for h, k in expected if h == head}
+                assert held(session, layer, number, head) == keys
+            differing.add(len({sum(h == head for h, _ in expected) for head in range(HEADS)}))
+    assert max(differing) > 1  # heads hold different numbers of keys
+
+
+def test_heads_of_different_lengths_take_no_more_memory_than_their_keys() -> None:
+    model = tiny.llava(grid=8, kv_heads=HEADS, layers=LAYERS)
+    policy = avl.AdaSnapKVPolicy(budget=0.3, window=8)
+    for batch, images in (([13], [1]), ([25, 40, 9], [1, 2, 0])):
+        with avl.adaptive(model, policy) as session:
+            out = model.generate(
+                **tiny.inputs(model, batch, images=images),
+                max_new_tokens=80,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
+        usage = session.usage()
+        buffers = [layer.buffer for layer in out.past_key_values.layers]
+        entry = 2 * 16 * 4  # bytes of a key and its value
+        counts = [(b.positions[:, :, : b.filled] >= 0).sum((0, 2)).tolist() for b in buffers]
+        assert len({tuple(c) for c in counts}) > 1
+        assert any(len(set(c)) > 1 for c in counts)
+        in_use = sum(b.entries * entry for b in buffers)
+        assert usage.filled == in_use
+        slack = len(batch) * HEADS * LAYERS * entry  # a slot of each head that was just freed
+        assert sum(map(sum, counts)) * entry <= in_use <= sum(map(sum, counts)) * entry + slack
+        assert usage.allocated == sum(b.keys.nbytes + b.values.nbytes for b in buffers)
+        assert sum(usage.steps[-1].by_row) == sum(map(sum, counts)) * entry
+
+
+def test_heads_of_different_lengths_follow_beams_and_are_continued() -> None:
+    model = tiny.llava(kv_heads=HEADS, layers=2, grid=5)
+    inputs = tiny.inputs(model, [30, 22])
+    policy = avl.AdaSnapKVPolicy(budget=1)
+    with avl.adaptive(model, policy):
+        beams, _ = generate(model, inputs, 12, num_beams=3)
+    assert torch.equal(beams, generate(model, inputs, 12, num_beams=3)[0])
+    with avl.adaptive(model, avl.AdaSnapKVPolicy(budget=0.4, window=6)) as session:
+        out = model.generate(
+            **inputs, max_new_tokens=8, num_beams=3, do_sample=False, return_dict_in_generate=True
+        )
+    layer = out.past_key_values.layers[0]
+    state = session.selection.state(0)
+    state = state if layer.conversation.moved is None else state[layer.conversation.moved]
+    for row in range(6):
+        for head in range(HEADS):
+            positions = layer.buffer.positions[row, head, : layer.buffer.filled]
+            kept = (state[row, head] > avl.State.MINOR).nonzero()[:, 0].tolist()
+            assert kept == sorted(positions[positions >= 0].tolist())

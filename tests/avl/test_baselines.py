@@ -20,6 +20,7 @@ BASELINES = [
     avl.VLCachePolicy,
     avl.PrefixKVPolicy,
     avl.MixKVPolicy,
+    avl.AdaSnapKVPolicy,
     avl.SCOPEPolicy,
     avl.DivPrunePolicy,
 ]
