@@ -66,6 +66,17 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             unfinished.unlink(missing_ok=True)
 
 
+def check_folder_writable(folder: str | os.PathLike[str]) -> None:
+    """Make a folder if it is not there, and try to write a file in it.
+
+    Raises:
+        InputError: a file in its place, no permission, a full disk.
+    """
+    with _said(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    check_writable(Path(folder) / "index.html")
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A name to write to, in the folder of `path` and with its suffix; what is there when the

@@ -154,6 +154,8 @@ def record(
             on_token=lambda done, token: advance(done * max_new_tokens + token, total),
             **options,
         )
+    if kept:
+        _check_kept(recording, queries)
     recording.save(out)
     for index in range(min(len(samples), 3)):
         answer = recording.facts(index)["answer"] or "(an empty answer)"
@@ -223,6 +225,17 @@ def _raw(keep: bool, heads: str | None, queries: str | None) -> dict[str, Any]:
         "heads": None if heads is None else parse_numbers(heads, "--heads"),
         "queries": queries if named else parse_numbers(str(queries), "--queries"),
     }
+
+
+def _check_kept(recording: Recording, queries: str | None) -> None:
+    """Refuse rows that no prompt has."""
+    if any(array.size for array in recording.data["attention"].values()):
+        return
+    longest = int(recording.tokens["prompt_length"].max())
+    raise InputError(
+        f"--queries {queries} names no row that was computed: the longest prompt has {longest}"
+        f" tokens, counted from 0 to {longest - 1}"
+    )
 
 
 def _samples(image: list[str], scenes: int, task: str | None, seed: int) -> list[Sample]:

@@ -73,6 +73,7 @@ class _Plan:
     variables: dict[str, dict[str, _Variable]] = field(default_factory=dict)
     sizes: dict[str, dict[str, int]] = field(default_factory=dict)
     starts: list[int] = field(default_factory=list)
+    names: set[str] = field(default_factory=set)
     samples: int = 0
 
 
@@ -139,12 +140,19 @@ def _look(plan: _Plan, source: h5py.File, name: str) -> None:
                 f"cannot join: {name} was recorded with another {key} ({found.get(key)}, not"
                 f" {plan.attrs.get(key)}); delete the parts and record again"
             )
-    count = 0
+    count, names = 0, list[str]()
     for group in [group for group in GROUPS if group in source]:
         for variable, stored in _variables(source[group]):
             _note(plan, group, variable, stored, name)
             if variable == _SAMPLE:
                 count = stored.shape[0]
+                names = [_text(label) for label in stored[...]]
+    if twice := plan.names & set(names):
+        raise RecordingError(
+            f"cannot join: {name} holds sample {min(twice)} again; delete it and its note, and"
+            " record again"
+        )
+    plan.names |= set(names)
     plan.starts.append(plan.samples)
     plan.samples += count
 

@@ -15,6 +15,7 @@ import typer
 
 from avl_analysis.cli.options import Attention, Device, Download, Dtype, Model, load, progress
 from avl_analysis.errors import InputError
+from avl_analysis.files import check_folder_writable
 
 if TYPE_CHECKING:
     from avl_analysis.corpus.questions import Sample
@@ -90,6 +91,7 @@ def report(
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a folder to write the report into")
+    check_folder_writable(out)
 
     from avl_analysis.evaluation.comparison import load_comparison
     from avl_analysis.heads.ablation import load_ablation

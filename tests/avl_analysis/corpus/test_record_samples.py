@@ -2,6 +2,7 @@
 needs.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +116,44 @@ def test_a_missing_picture_and_an_empty_batch_are_refused(vlm: VLM) -> None:
         record_samples(vlm, [Sample("x", (Path("nothing.png"),), "what?")])
     with pytest.raises(InputError, match="batch_size 0"):
         record_samples(vlm, SAMPLES, batch_size=0)
+
+
+def test_facts_of_the_user_never_take_the_place_of_what_was_recorded(vlm: VLM) -> None:
+    meta = {"answer": "GOLD", "prompt": "other", "scene": "kitchen", "picture": 3, "id": "x"}
+    sample = Sample("a", (tiny.picture(),), "what is this?", ("red",), meta=meta)
+    facts = record_samples(vlm, [sample], max_new_tokens=2).facts(0)
+    plain = record_samples(vlm, [replace(sample, meta=None)], max_new_tokens=2).facts(0)
+    assert facts.pop("meta") == meta
+    assert facts == plain
+
+
+def test_an_empty_answer_is_an_answer(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model ends at once."""
+    end = 2
+    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", end)
+    every_other = [token for token in range(tiny.VOCABULARY) if token != end]
+    monkeypatch.setattr(vlm.model.generation_config, "suppress_tokens", every_other)
+    facts = record_samples(vlm, [Sample("a", (tiny.picture(),), "what?")]).facts(0)
+    assert facts["answer"] == ""
+    assert "words" not in facts
+
+
+@pytest.mark.parametrize("box", [(40, 0, 50, 9), (0, 30, 9, 40), (100, 100, 200, 200)])
+def test_a_region_outside_the_picture_is_refused(vlm: VLM, box: tuple[int, ...]) -> None:
+    sample = Sample("a", (tiny.picture((40, 30)),), "what?", regions=(box,))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="outside its picture of 40 x 30"):
+        record_samples(vlm, [sample], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_beams": 3}, {"use_cache": False}, {"return_dict_in_generate": True}]
+)
+def test_one_question_is_one_sample_whatever_the_model_says_about_generation(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch, values: dict
+) -> None:
+    plain = record_samples(vlm, SAMPLES[:1], max_new_tokens=3)
+    for name, value in values.items():
+        monkeypatch.setattr(vlm.model.generation_config, name, value)
+    recording = record_samples(vlm, SAMPLES[:1], max_new_tokens=3)
+    assert len(recording) == 1
+    assert recording.facts(0) == plain.facts(0)

@@ -4,10 +4,13 @@ the same.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from avl_analysis.corpus.questions import Sample
 from avl_analysis.corpus.record_samples import record_samples
 from avl_analysis.corpus.sharded_run import Failed, fingerprint, record_corpus
 from avl_analysis.errors import InputError
-from avl_analysis.models.loading import load_model
+from avl_analysis.models.loading import VLM, load_model
 from avl_analysis.recordings.join_files import join
 from avl_analysis.recordings.recording import Recording, load_recording, merge
 from tests import tiny
@@ -285,6 +288,153 @@ def test_a_fingerprint_changes_with_anything_that_matters(tmp_path: Path) -> Non
     ]
     assert len({fingerprint([sample]) for sample in [base, *others]}) == 7
     assert fingerprint([base]) == fingerprint([Sample("a", (path,), "what?", ("red",))])
+
+
+def _stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
+    """Let the next runs end when that many shards are done."""
+    record_shard, done = sharded_run.record_shard, []
+
+    def stop(vlm: VLM, shard: sharded_run.Shard, job: sharded_run.Job) -> None:
+        if len(done) == shards:
+            raise KeyboardInterrupt
+        record_shard(vlm, shard, job)
+        done.append(shard.start)
+
+    monkeypatch.setattr(sharded_run, "record_shard", stop)
+
+
+@pytest.fixture(scope="module")
+def unfinished(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two shards that was stopped after the first."""
+    out = tmp_path_factory.mktemp("unfinished") / "run.nc"
+    with pytest.MonkeyPatch.context() as patched:
+        _stop_after(patched, 1)
+        with pytest.raises(KeyboardInterrupt):
+            record_corpus(folder, _samples(4), out, shard=2, **OPTIONS)
+    return out.with_name("run.nc.parts")
+
+
+@pytest.fixture
+def stopped(unfinished: Path, tmp_path: Path) -> Path:
+    """The name of the result of a run that was stopped after the first of two shards."""
+    shutil.copytree(unfinished, tmp_path / "run.nc.parts")
+    return tmp_path / "run.nc"
+
+
+@pytest.fixture(scope="module")
+def both(folder: str) -> Recording:
+    """What that run gives when it is not stopped."""
+    return record_samples(load_model(folder), _samples(4), **OPTIONS)
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda parts: (parts / "00000000.nc").unlink(),
+        lambda parts: (parts / "00000000.nc").write_bytes(b""),
+        lambda parts: _flip(parts / "00000000.nc"),
+        lambda parts: (parts / "00000000.json").write_text(""),
+        lambda parts: (parts / "00000000.json").write_text("[]"),
+        lambda parts: (parts / "00000000.json").write_text('{"failed": [{"index": 0}]}'),
+        lambda parts: (parts / "00000000.json").write_text("[" * 100_000),
+    ],
+)
+def test_a_shard_that_was_lost_or_damaged_is_recorded_again(
+    folder: str, both: Recording, stopped: Path, damage: Callable[[Path], object]
+) -> None:
+    damage(stopped.with_name("run.nc.parts"))
+    result = record_corpus(folder, _samples(4), stopped, shard=2, **OPTIONS)
+    assert result.recorded == 4
+    _same(load_recording(stopped), both)
+
+
+def test_a_shard_in_the_place_of_another_is_recorded_again(
+    folder: str, both: Recording, stopped: Path
+) -> None:
+    parts = stopped.with_name("run.nc.parts")
+    for kind in ("nc", "json"):
+        shutil.copy(parts / f"00000000.{kind}", parts / f"00000002.{kind}")
+    with pytest.raises(InputError, match="sample"):
+        record_corpus(folder, _samples(4), stopped, shard=2, **OPTIONS)
+    (parts / "00000002.json").unlink()
+    record_corpus(folder, _samples(4), stopped, shard=2, **OPTIONS)
+    _same(load_recording(stopped), both)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", '{"model": "x"}', "[" * 100_000])
+def test_a_damaged_description_of_a_run_is_refused_with_what_to_do(
+    folder: str, stopped: Path, content: str
+) -> None:
+    (stopped.with_name("run.nc.parts") / "run.json").write_text(content)
+    with pytest.raises(InputError, match="delete the folder"):
+        record_corpus(folder, _samples(4), stopped, shard=2, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "load", [{"dtype": "bfloat16"}, {"attn_implementation": "eager"}, {"dtype": "float16"}]
+)
+def test_a_run_is_not_continued_with_another_type_or_attention(
+    folder: str, stopped: Path, load: dict
+) -> None:
+    with pytest.raises(InputError, match="other loading"):
+        record_corpus(folder, _samples(4), stopped, shard=2, load=load, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "chat_template.jinja",
+        "processor_config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "model.safetensors",
+    ],
+)
+def test_a_run_is_not_continued_with_another_file_of_the_model_folder(
+    folder: str, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The files are compared before they are used, so any change will do."""
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    vlm = replace(load_model(folder), path=str(changed))
+    described = sharded_run.check_same_run
+    parts = stopped.with_name("run.nc.parts")
+    assert described(parts, vlm, _samples(4), 2, OPTIONS)
+    with open(changed / name, "ab") as file:
+        file.write(b" ")
+    with pytest.raises(InputError, match="other model folder"):
+        described(parts, vlm, _samples(4), 2, OPTIONS)
+
+
+def test_a_run_is_not_continued_with_a_picture_of_other_content_and_equal_size(
+    folder: str, tmp_path: Path
+) -> None:
+    picture, vlm = tmp_path / "p.bmp", load_model(folder)
+    samples = [Sample("a", (picture,), "what?")]
+    tiny.picture(seed=0).save(picture)
+    size = picture.stat().st_size
+    (tmp_path / "parts").mkdir()
+    sharded_run.check_same_run(tmp_path / "parts", vlm, samples, 2, {})
+    tiny.picture(seed=1).save(picture)
+    assert picture.stat().st_size == size
+    with pytest.raises(InputError, match="other samples"):
+        sharded_run.check_same_run(tmp_path / "parts", vlm, samples, 2, {})
+
+
+def test_one_question_that_no_tokenizer_takes_is_left_out_and_the_others_are_recorded(
+    folder: str, tmp_path: Path
+) -> None:
+    samples = _samples(3)
+    samples[1] = replace(samples[1], prompt="what is \ud800?")
+    result = record_corpus(folder, samples, tmp_path / "run.nc", **OPTIONS)
+    assert result.recorded == 2
+    assert [failed.id for failed in result.failed] == ["s1"]
 
 
 _SCRIPT = """
