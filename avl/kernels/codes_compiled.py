@@ -73,6 +73,15 @@ def channel_extremes(pairs, source, strides, offset, index, group_size, low, hig
 
 
 @exact
+def _extremes_of_32(numbers):
+    """Like `_extremes`; why there is one for 32 numbers, `_add_32_codes` says."""
+    low, high = numbers[0], numbers[0]
+    for place in range(32):
+        low, high = smaller(low, numbers[place]), larger(high, numbers[place])
+    return low, high
+
+
+@exact
 def _extremes(numbers):
     low, high = numbers[0], numbers[0]
     for place in range(numbers.shape[0]):
@@ -93,7 +102,8 @@ def value_extremes(pairs, source, strides, offset, index, low, high, scratch):
             place = start + max(index[row, own, at], 0) * strides[2]
             _load(scratch, source[place : place + width])
             for group in range(groups):
-                ends = _extremes(scratch[group * size : (group + 1) * size])
+                some = scratch[group * size : (group + 1) * size]
+                ends = _extremes_of_32(some) if size == 32 else _extremes(some)
                 low[row, head, at, group], high[row, head, at, group] = ends
 
 
@@ -101,6 +111,15 @@ def value_extremes(pairs, source, strides, offset, index, low, high, scratch):
 def _round(codes, numbers, low, step, most):
     for channel in range(numbers.shape[0]):
         code = nearest((numbers[channel] - low[channel]) / larger(step[channel], float32(1e-12)))
+        codes[channel] = smaller(larger(code, float32(0.0)), most)
+
+
+@exact
+def _round_32(codes, numbers, low, step, most):
+    """Like `_round_alike`; why there is one for 32 numbers, `_add_32_codes` says."""
+    divisor = larger(step, float32(1e-12))
+    for channel in range(32):
+        code = nearest((numbers[channel] - low) / divisor)
         codes[channel] = smaller(larger(code, float32(0.0)), most)
 
 
@@ -160,8 +179,11 @@ def store_values(pairs, source, strides, offset, index, limits, bits, stored, sc
             _load(scratch, source[place : place + width])
             for group in range(groups):
                 some = slice(group * size, (group + 1) * size)
-                own_limits = limits[row, head, at, group]
-                _round_alike(codes[some], scratch[some], own_limits[0], own_limits[1], most)
+                low, step = limits[row, head, at, group]
+                if size == 32:
+                    _round_32(codes[some], scratch[some], low, step, most)
+                else:
+                    _round_alike(codes[some], scratch[some], low, step, most)
             _pack(stored[row, head, at], codes, bits)
 
 
@@ -201,6 +223,30 @@ def _dot_two(stored, first, second, third, fourth):
 
 
 @compiled
+def _dot_two_32(stored, first, second, third, fourth):
+    """Like `_dot_two`, for 32 bytes; see `_add_32_codes`."""
+    total = float32(0.0)
+    for byte in range(32):
+        four = int32(stored[byte])
+        total += float32(int32(four & int32(3))) * first[byte]
+        total += float32(int32((four >> int32(2)) & int32(3))) * second[byte]
+        total += float32(int32((four >> int32(4)) & int32(3))) * third[byte]
+        total += float32(int32(four >> int32(6))) * fourth[byte]
+    return total
+
+
+@compiled
+def _dot_four_32(stored, one, other):
+    """Like `_dot_four`, for 32 bytes; see `_add_32_codes`."""
+    total = float32(0.0)
+    for byte in range(32):
+        pair = int32(stored[byte])
+        low, high = float32(int32(pair & int32(15))), float32(int32(pair >> int32(4)))
+        total += low * one[byte] + high * other[byte]
+    return total
+
+
+@compiled
 def _fold(query, low, step, folded):
     """Fold a group's limits into a query: returns query . low, and writes query * step."""
     total = float32(0.0)
@@ -208,6 +254,41 @@ def _fold(query, low, step, folded):
         total += query[channel] * low[channel]
         folded[channel] = query[channel] * step[channel]
     return total
+
+
+@compiled
+def _score_eight(numbers, of_key, folded, constants, result):
+    for key in range(numbers.shape[0]):
+        group = of_key[key]
+        result[key] = constants[group] + _dot_eight(numbers[key], folded[group])
+
+
+@compiled
+def _score_four(numbers, of_key, folded, constants, result):
+    half = numbers.shape[1]
+    for key in range(numbers.shape[0]):
+        group = of_key[key]
+        query = folded[group]
+        if half == 32:
+            total = _dot_four_32(numbers[key], query[:half], query[half:])
+        else:
+            total = _dot_four(numbers[key], query[:half], query[half:])
+        result[key] = constants[group] + total
+
+
+@compiled
+def _score_two(numbers, of_key, folded, constants, result):
+    part = numbers.shape[1]
+    for key in range(numbers.shape[0]):
+        group = of_key[key]
+        query = folded[group]
+        one, two = query[:part], query[part : 2 * part]
+        three, four = query[2 * part : 3 * part], query[3 * part :]
+        if part == 32:
+            total = _dot_two_32(numbers[key], one, two, three, four)
+        else:
+            total = _dot_two(numbers[key], one, two, three, four)
+        result[key] = constants[group] + total
 
 
 @compiled
@@ -219,40 +300,135 @@ def scores(pairs, query, stored, groups, limits, bits, result, folded, constants
         stored: (batch, key/value heads, n, bytes); groups (batch, 1 or key/value heads, n).
         limits: (batch, key/value heads, groups, 2, width), low and step.
         result: (batch, query heads, n).
-        folded: (groups, bytes * codes per byte), 0 behind `width`; constants (groups,); both
-            scratch.
+        folded: (groups, bytes * codes per byte), 0 behind `width`; constants (groups,); scratch.
     """
-    bytes_, width, shared = stored.shape[3], query.shape[2], query.shape[1] // stored.shape[1]
+    width, shared = query.shape[2], query.shape[1] // stored.shape[1]
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
         own = head // shared
         for group in range(limits.shape[2]):
-            low, step = limits[row, own, group, 0], limits[row, own, group, 1]
+            low, step = limits[row, own, group]
             constants[group] = _fold(query[row, head], low, step, folded[group, :width])
         numbers, of_key = stored[row, own], groups[row, min(own, groups.shape[1] - 1)]
-        scored = result[row, head]
-        for key in range(numbers.shape[0]):
-            group = of_key[key]
-            parts = folded[group]
-            if bits == 8:
-                total = _dot_eight(numbers[key], parts)
-            elif bits == 4:
-                total = _dot_four(numbers[key], parts[:bytes_], parts[bytes_:])
-            else:
-                total = _dot_two(
-                    numbers[key],
-                    parts[:bytes_],
-                    parts[bytes_ : 2 * bytes_],
-                    parts[2 * bytes_ : 3 * bytes_],
-                    parts[3 * bytes_ :],
-                )
-            scored[key] = constants[group] + total
+        if bits == 8:
+            _score_eight(numbers, of_key, folded, constants, result[row, head])
+        elif bits == 4:
+            _score_four(numbers, of_key, folded, constants, result[row, head])
+        else:
+            _score_two(numbers, of_key, folded, constants, result[row, head])
+
+
+# A code that does not begin at a byte's first bit is taken with a mask, as a number that is too
+# large by a power of two, and its factor is smaller by the same: numba shifts by a number that is
+# not known when it compiles in 64 bits, which takes three times as long.
 
 
 @compiled
-def _add_codes(target, stored, shift, mask, factor):
+def _add_codes(target, stored, mask, factor):
     for byte in range(stored.shape[0]):
-        target[byte] += factor * float32(int32((int32(stored[byte]) >> shift) & mask))
+        target[byte] += factor * float32(int32(int32(stored[byte]) & mask))
+
+
+@compiled
+def _add_32_codes(target, one, two, three, four, mask, first, second, third, fourth):
+    """Add 32 codes of each of four values. The loop's length is written out: LLVM takes 64 steps of
+    a loop of unknown length at once, and would do 32 one by one.
+    """
+    for byte in range(32):
+        target[byte] += (
+            first * float32(int32(int32(one[byte]) & mask))
+            + second * float32(int32(int32(two[byte]) & mask))
+            + third * float32(int32(int32(three[byte]) & mask))
+            + fourth * float32(int32(int32(four[byte]) & mask))
+        )
+
+
+@compiled
+def _sum_32_channels(weights, numbers, limits, group, unit, mask, total):
+    """Sums of one group of 32 channels, over the leading values that make up fours.
+
+    Args:
+        weights: (n,) of the values.
+        numbers: (n, 32) bytes with the group's codes.
+        limits: (n, groups, 2).
+        group: which group.
+        unit: factor on codes taken with `mask`.
+        mask: the group's bits in a byte.
+        total: (32,) where codes are added.
+
+    Returns:
+        What is to be added to every channel.
+    """
+    constant = float32(0.0)
+    for key in range(0, weights.shape[0] - 3, 4):
+        one, two, three, four = weights[key], weights[key + 1], weights[key + 2], weights[key + 3]
+        if one == float32(0.0) and two == one and three == one and four == one:  # not attended
+            continue
+        constant += (
+            one * limits[key, group, 0]
+            + two * limits[key + 1, group, 0]
+            + three * limits[key + 2, group, 0]
+            + four * limits[key + 3, group, 0]
+        )
+        _add_32_codes(
+            total,
+            numbers[key],
+            numbers[key + 1],
+            numbers[key + 2],
+            numbers[key + 3],
+            mask,
+            one * unit * limits[key, group, 1],
+            two * unit * limits[key + 1, group, 1],
+            three * unit * limits[key + 2, group, 1],
+            four * unit * limits[key + 3, group, 1],
+        )
+    return constant
+
+
+@compiled
+def _sum_by_four(weights, numbers, limits, bits, total, constants):
+    """Sums of values in groups of 32 channels, whose codes lie in 32 bytes in a row; of the leading
+    values that make up fours. Returns how many these are.
+    """
+    bytes_, most = numbers.shape[1], (1 << bits) - 1
+    for group in range(limits.shape[1]):
+        channel = group * 32
+        place = channel // bytes_
+        start, shift = channel - place * bytes_, bits * place
+        constants[group] += _sum_32_channels(
+            weights,
+            numbers[:, start : start + 32],
+            limits,
+            group,
+            float32(1.0 / (1 << shift)),
+            int32(most << shift),
+            total[channel : channel + 32],
+        )
+    return weights.shape[0] - weights.shape[0] % 4
+
+
+@compiled
+def _sum_one_by_one(weights, numbers, limits, bits, total, constants):
+    """Sums of values in groups of any number of channels."""
+    bytes_, most, groups = numbers.shape[1], (1 << bits) - 1, limits.shape[1]
+    size = total.shape[0] // groups
+    for key in range(numbers.shape[0]):
+        weight = weights[key]
+        if weight == float32(0.0):  # not attended
+            continue
+        for group in range(groups):
+            constants[group] += weight * limits[key, group, 0]
+            factor = weight * limits[key, group, 1]
+            channel, stop = group * size, (group + 1) * size
+            # The codes of a group's channels may lie in two places of their bytes.
+            while channel < stop:
+                place = channel // bytes_
+                end = min(stop, (place + 1) * bytes_)
+                some = numbers[key, channel - place * bytes_ : end - place * bytes_]
+                shift = bits * place
+                scaled = factor * float32(1.0 / (1 << shift))
+                _add_codes(total[channel:end], some, int32(most << shift), scaled)
+                channel = end
 
 
 @compiled
@@ -266,31 +442,17 @@ def weighted_values(pairs, weights, stored, limits, bits, result, constants):
         result: (batch, query heads, width), zeros; constants (groups of channels,) scratch.
     """
     bytes_, width, groups = stored.shape[3], result.shape[2], limits.shape[3]
-    size, shared, mask = (
-        width // groups,
-        weights.shape[1] // stored.shape[1],
-        int32((1 << bits) - 1),
-    )
+    size, shared = width // groups, weights.shape[1] // stored.shape[1]
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
         own = head // shared
-        mine, numbers, total = weights[row, head], stored[row, own], result[row, head]
+        mine, numbers, ends = weights[row, head], stored[row, own], limits[row, own]
+        total = result[row, head]
         constants[:] = float32(0.0)
-        for key in range(numbers.shape[0]):
-            weight = mine[key]
-            if weight == float32(0.0):  # not attended
-                continue
-            for group in range(groups):
-                factor = weight * limits[row, own, key, group, 1]
-                constants[group] += weight * limits[row, own, key, group, 0]
-                channel, stop = group * size, (group + 1) * size
-                # The codes of a group's channels may lie in two places of their bytes.
-                while channel < stop:
-                    place = channel // bytes_
-                    end = min(stop, (place + 1) * bytes_)
-                    some = numbers[key, channel - place * bytes_ : end - place * bytes_]
-                    _add_codes(total[channel:end], some, int32(bits * place), mask, factor)
-                    channel = end
+        done = 0
+        if size == 32 and bytes_ % 32 == 0:
+            done = _sum_by_four(mine, numbers, ends, bits, total, constants)
+        _sum_one_by_one(mine[done:], numbers[done:], ends[done:], bits, total, constants)
         for group in range(groups):
             for channel in range(group * size, (group + 1) * size):
                 total[channel] += constants[group]
