@@ -1,10 +1,10 @@
-"""Devices that do not exist: tensors that say they are on "lazy:1" and keep their numbers on the CPU.
+"""Devices that do not exist: tensors that say they are on "lazy:1" and keep numbers on the CPU.
 
     with pretended_devices():
         there = pretend(tensor, "lazy:1")
 
 `there` computes like `tensor`. An operation over tensors of two devices raises, as PyTorch's own
-would, unless one of them is a number without dimensions; so does taking it to numpy before `.cpu()`.
+would, unless one of them is a number without dimensions; so does `numpy` before `.cpu()`.
 """
 
 from __future__ import annotations
