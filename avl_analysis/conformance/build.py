@@ -132,6 +132,18 @@ class Case:
         return prompt(self.model, self.picture_inputs)
 
     @cached_property
+    def defect(self) -> str:
+        """Why the installed transformers cannot run the model with nothing attached; empty if it
+        can (version 5.24.0 cannot run Llama 4).
+        """
+        try:
+            with torch.no_grad():
+                self.model(**self.inputs)
+        except AttributeError as error:
+            return f"transformers {transformers.__version__} cannot run it: {error}"
+        return ""
+
+    @cached_property
     def batch(self) -> dict[str, Tensor]:
         """Two prompts with the same picture, the second shorter and padded on the left."""
         return prompt(self.model, self.picture_inputs, after=(6, 2))

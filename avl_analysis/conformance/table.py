@@ -69,6 +69,8 @@ def check(model_type: str) -> Row:
     if not family.image_token_ids:
         raise Mismatch(f"{model_type} is neither described nor refused")
     try:
+        if case.defect:
+            return Row(model_type, f"{NOT_CHECKED}: {case.defect}", "-", "-", "-")
         check_recording(case)
     except LookupError as missing:
         return Row(model_type, f"{NOT_CHECKED}: {missing}", "-", "-", "-")
