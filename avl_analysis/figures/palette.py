@@ -12,7 +12,7 @@ opacity is the value, because a picture brings its own colours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ STYLES: tuple[Style, ...] = (
     Style("#6f4aa8", "#b39ddb", (0, (4, 1, 1, 1, 1, 1)), "h", "6px,2px,2px,2px", "hexagon"),
     Style("#a5304c", "#e8788a", (0, (1, 0.8)), "p", "2px,2px", "pentagon"),
 )
-"""Slots 0, 1, 2 stand for system, image and text wherever modalities are drawn; any slot beyond the
-last repeats.
+"""Slots 0, 1, 2 stand for system, image and text wherever modalities are drawn; slots beyond the
+last repeat the colours with other dashes and markers.
 """
 
 BUTTON, ON_BUTTON = "#eef2f6", "#16191d"
@@ -83,8 +83,24 @@ CLASS_OPACITY: tuple[float, ...] = (0.72, 0.45, 0.60)
 
 
 def style(slot: int) -> Style:
-    """Style of a series; slots beyond the palette start again."""
-    return STYLES[slot % len(STYLES)]
+    """Style of a series.
+
+    Beyond the palette colours start again, with the dash and the marker of other slots. The two are
+    moved by different distances, so that no pair of them repeats in the first two rounds, and a
+    grey print still tells all series apart.
+    """
+    again, index = divmod(slot, len(STYLES))
+    if not again:
+        return STYLES[index]
+    dash = STYLES[(index + 3 * again) % len(STYLES)]
+    marker = STYLES[(index + 7 * again) % len(STYLES)]
+    return replace(
+        STYLES[index],
+        dash=dash.dash,
+        plotly_dash=dash.plotly_dash,
+        marker=marker.marker,
+        plotly_marker=marker.plotly_marker,
+    )
 
 
 def rgb(colour: str) -> tuple[int, int, int]:

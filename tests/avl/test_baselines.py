@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import avl
+from avl.policies import registry
 from avl.policies.checks import PolicyWarning
 from tests import tiny
 from tests.avl.generating import check_rows_alone, difference, generate, rows_alone
@@ -166,3 +167,17 @@ def test_a_filter_behind_the_last_layer_is_refused_when_switched_on() -> None:
         avl.adaptive(model, avl.FastVPolicy()),
     ):
         pass
+
+
+def test_every_policy_has_a_name_a_label_and_a_style_of_its_own() -> None:
+    kinds = list(registry.policies().values())
+    assert [kind.name for kind in kinds] == list(registry.policies())
+    labels = [kind.label for kind in kinds] + [p.label for p in registry.PRESETS.values()]
+    assert all(labels)
+    assert len(set(labels)) == len(labels)
+    slots = registry.color_slots()
+    drawn = [slot for label, slot in slots.items() if label != avl.FullPolicy.label]
+    assert len(set(drawn)) == len(drawn)  # the full cache is a line across
+    assert max(drawn) < 20  # as many as can be told apart
+    for kind in kinds:
+        assert getattr(avl, kind.__name__) is kind

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from avl_analysis.figures import palette
-from avl_analysis.figures.palette import DARK, LIGHT, STYLES, lightness
+from avl_analysis.figures.palette import DARK, LIGHT, STYLES, lightness, style
 
 # Viénot, Brettel & Mollon (1999): linear RGB as seen without long- or middle-wave cones.
 BLIND = {
@@ -77,3 +77,10 @@ def test_exchanging_light_for_dark_is_unambiguous():
 
 def test_slots_beyond_the_palette_start_again():
     assert palette.style(len(STYLES)) is STYLES[0]
+
+
+def test_twenty_series_differ_in_dash_and_marker_and_ten_in_colour() -> None:
+    styles = [style(slot) for slot in range(20)]
+    assert len({(s.dash, s.marker) for s in styles}) == 20
+    assert len({(s.plotly_dash, s.plotly_marker) for s in styles}) == 20
+    assert [s.light for s in styles[10:]] == [s.light for s in styles[:10]]
