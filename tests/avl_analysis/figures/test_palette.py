@@ -37,7 +37,7 @@ def test_lightness_runs_from_black_to_white():
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_modalities_differ_in_lightness(dark):
-    values = sorted(lightness(style.colour(dark)) for style in STYLES[:3])
+    values = sorted(lightness(s.colour(dark)) for s in STYLES[:3])
     assert min(b - a for a, b in pairwise(values)) >= (14 if not dark else 4)
 
 
@@ -59,7 +59,7 @@ def test_the_first_three_series_stay_apart_for_colour_blind_readers(matrix, dark
 @pytest.mark.parametrize(("theme", "dark"), [(LIGHT, False), (DARK, True)])
 def test_series_and_words_stand_out_from_the_paper(theme, dark):
     paper = lightness(theme.paper)
-    for colour in [style.colour(dark) for style in STYLES] + [theme.ink, theme.muted]:
+    for colour in [s.colour(dark) for s in STYLES] + [theme.ink, theme.muted]:
         assert abs(lightness(colour) - paper) > 25
 
 
@@ -73,10 +73,6 @@ def test_exchanging_light_for_dark_is_unambiguous():
     light = [pair[0] for pair in palette.dark_pairs()]
     assert len(set(light)) == len(light)
     assert not {palette.BOX, palette.BOX_EDGE, palette.ATTENTION} & set(light)
-
-
-def test_slots_beyond_the_palette_start_again():
-    assert palette.style(len(STYLES)) is STYLES[0]
 
 
 def test_twenty_series_differ_in_dash_and_marker_and_ten_in_colour() -> None:
