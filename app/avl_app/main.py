@@ -15,16 +15,12 @@ import streamlit as st
 from PIL import Image
 
 from avl_analysis.errors import InputError
-from avl_app import sidebar, state
+from avl_app import sidebar, state, style
 from avl_app.data import ModelServer
-from avl_app.page import Context, plain, problem
+from avl_app.page import Context, is_dark, plain, problem
 from avl_app.settings import Settings, settings
 
 _LOG = logging.getLogger("avl.app")
-_STYLE = """<style>
-.stMainBlockContainer { padding-top: 3.2rem; padding-bottom: 3rem; }
-[data-testid="stSidebarHeader"] { height: 2rem; }
-</style>"""
 TITLES = {
     "ask": ":material/visibility: Ask",
     "heads": ":material/grid_on: Heads",
@@ -67,7 +63,7 @@ def _for_visitors(error: Exception) -> bool:
 def main() -> None:
     """Draw the page."""
     st.set_page_config("avl: attention of vision-language models", _icon(), layout="wide")
-    st.html(_STYLE)
+    st.html(style.sheet(dark=is_dark()))
     state.begin()
     view = st.segmented_control(
         "View",

@@ -15,6 +15,8 @@ from avl_analysis.figures import palette
 from avl_analysis.figures.strip import Span, Strip, visible
 
 _BOX = "border-radius:4px;padding:1px 2px;margin:0 1px;white-space:pre-wrap;"
+_STRONGEST = 0.75
+"""Opacity of the shade of a token with the largest value."""
 _NOTED = 5
 """Slot whose colour frames tokens with a note."""
 
@@ -43,19 +45,19 @@ def _token(strip: Strip, at: int, dark: bool) -> str:
     low, high = strip.value.limits or (0.0, float(np.nanmax(strip.values, initial=0.0)) or 1.0)
     known = np.isfinite(value)
     share = float(np.clip((value - low) / (high - low), 0, 1)) if known else 0.0
-    style = (
-        _BOX
-        + f"background:{palette.translucent(palette.style(strip.slot).colour(dark), 0.75 * share)};"
-    )
+    colour = palette.style(strip.slot).colour(dark)
+    opacity = _STRONGEST * share
+    style = _BOX + f"background:{palette.translucent(colour, opacity)};"
+    if share > 0:
+        style += f"color:{palette.ink_on(colour, opacity, theme.paper)};"
     if share > 0.5:
-        style += f"color:{palette.LIGHT.ink};" if dark else ""  # the dark theme's colours are light
         style += "text-decoration:underline;text-decoration-color:currentColor;"
     if at == strip.marked:
         style += f"outline:2px solid {theme.ink};"
     if at in strip.notes:
         style += f"outline:2px dashed {palette.style(_NOTED).colour(dark)};"
     if not known:
-        style += "opacity:0.45;"
+        style += f"color:{theme.muted};"
     said = f"{strip.value.label}: {value:.4f}" if known else "not read"
     shown = escape(visible(text))
     note = ""

@@ -113,13 +113,42 @@ def translucent(colour: str, opacity: float) -> str:
     return "rgba({},{},{},{:g})".format(*rgb(colour), opacity)
 
 
-def lightness(colour: str) -> float:
-    """CIE 1976 lightness L*, 0 (black) to 100 (white): what is left of a colour in a grey print."""
+def luminance(colour: str) -> float:
+    """Relative luminance of an sRGB colour, 0 (black) to 1 (white); IEC 61966-2-1."""
     linear = [
         c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
         for c in (v / 255 for v in rgb(colour))
     ]
-    y = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio of two colours, 1 to 21 (WCAG 2.1); text needs 4.5."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def over(colour: str, opacity: float, paper: str) -> str:
+    """The colour that is seen where `colour` with an opacity in 0-1 lies on `paper`."""
+    mixed = (
+        round(opacity * top + (1 - opacity) * below)
+        for top, below in zip(rgb(colour), rgb(paper), strict=True)
+    )
+    return "#{:02x}{:02x}{:02x}".format(*mixed)
+
+
+def ink_on(colour: str, opacity: float, paper: str) -> str:
+    """Black or white, whichever is read better on `colour` with an opacity on `paper`.
+
+    One of the two always has a contrast of at least 4.58, the root of 21.
+    """
+    seen = over(colour, opacity, paper)
+    return max(("#000000", "#ffffff"), key=lambda ink: contrast(ink, seen))
+
+
+def lightness(colour: str) -> float:
+    """CIE 1976 lightness L*, 0 (black) to 100 (white): what is left of a colour in a grey print."""
+    y = luminance(colour)
     return 116 * y ** (1 / 3) - 16 if y > (6 / 29) ** 3 else y * (29 / 3) ** 3
 
 

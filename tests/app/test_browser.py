@@ -5,6 +5,7 @@ console error.
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import avl
 from avl_analysis import load_model
@@ -65,9 +67,21 @@ def browser() -> Iterator[Any]:
 class Visitor:
     """A browser window of its own, with everything the page complained about."""
 
-    def __init__(self, browser: Any, address: str) -> None:
+    def __init__(
+        self,
+        browser: Any,
+        address: str,
+        *,
+        width: int = 1400,
+        height: int = 1000,
+        theme: str = "light",
+    ) -> None:
         self.context = browser.new_context(
-            viewport={"width": 1400, "height": 1000}, accept_downloads=True
+            viewport={"width": width, "height": height},
+            accept_downloads=True,
+            color_scheme=theme,
+            has_touch=width < 500,
+            is_mobile=width < 500,
         )
         self.context.set_default_timeout(LONG)
         self.page, self.address, self.complaints = self.context.new_page(), address, []
@@ -223,11 +237,9 @@ def test_a_report_is_built_previewed_and_downloaded(visitor: Visitor, tmp_path: 
         assert (tmp_path / "report").read_bytes().lstrip()[:15].lower().startswith(start)
     preview = page.frame_locator("iframe").first
     preview.locator("h1", has_text="onerror").wait_for()
-    for name in ("numbers (CSV)", "as SVG", "as PNG"):  # and the preview stays what it is
+    for name in ("numbers (CSV)", "SVG", "PNG"):  # and the preview stays what it is
         with page.expect_download() as download:
-            preview.locator(".files").first.get_by_text(name.split()[-1], exact=True).or_(
-                preview.get_by_text(name, exact=True)
-            ).first.click()
+            preview.locator(".files").first.get_by_text(name, exact=True).click()
         assert download.value.path().stat().st_size > 100
         assert preview.locator("h1", has_text="onerror").count() == 1
     assert sum(frame.locator(FOREIGN).count() for frame in page.frames) == 0
@@ -286,6 +298,129 @@ def test_two_visitors_at_once_get_the_answers_they_get_alone(browser: Any, addre
     assert letters(together[0]) == letters(alone)
     assert letters(together[1]) == letters(alone)
     assert letters(together[2]) == letters(adapted)
+
+
+# -- what hands do --------------------------------------------------------------------------------
+
+
+def test_a_repeated_word_is_chosen_where_it_is_clicked(visitor: Visitor) -> None:
+    page = visitor.go("task=caption&token=5", "The words it looked at").page
+    pills = page.locator(".st-key-token [role=radio]")
+    words = [letters(text) for text in pills.all_inner_texts()]
+    repeated = [place for place, word in enumerate(words) if words.count(word) > 1]
+    assert len(repeated) > 4
+    for place in (repeated[0], repeated[1]):
+        click(pills.nth(place), lambda place=place: f"token={place}" in page.url)
+        settled(page, LONG)
+        assert pills.nth(place).get_attribute("aria-checked") == "true"
+        assert f"To write “{words[place]}”" in page.locator("h4").first.inner_text()
+
+
+def test_keys_pressed_quickly_all_move_a_setting(visitor: Visitor) -> None:
+    page = visitor.go("view=live&task=colour", "What happens to every patch").page
+    page.get_by_text("Every setting").click()
+    slider = page.locator(".st-key-secondary [role=slider]")
+    slider.focus()
+    for _ in range(5):
+        page.keyboard.press("ArrowLeft")
+    visitor.links("secondary=0.45")
+    settled(page, LONG)
+    assert slider.get_attribute("aria-valuenow") == "0.45"
+    assert "secondary=0.45" in page.url
+
+
+def test_back_and_forward_lead_through_what_was_looked_at(visitor: Visitor) -> None:
+    page = visitor.go("task=colour", "The words it looked at").page
+    for view, text in (("Heads", "Compare with"), ("Patterns", "How is attention divided")):
+        click(page.get_by_role("radio", name=view), lambda view=view: view.lower() in page.url)
+        visitor.sees(text)
+        settled(page, LONG)
+    page.go_back()
+    visitor.sees("Compare with")
+    settled(page, LONG)
+    assert "view=heads" in page.url
+    page.go_back()
+    visitor.sees("The words it looked at")
+    settled(page, LONG)
+    assert "view=" not in page.url
+    page.go_forward()
+    visitor.sees("Compare with")
+
+
+def test_on_a_telephone_the_picture_comes_early_and_nothing_is_covered(
+    browser: Any, address: str
+) -> None:
+    visitor = Visitor(browser, address, width=390, height=844)
+    page = visitor.go("task=caption", "The words it looked at").page
+    header = page.locator('[data-testid="stHeader"]').bounding_box()
+    views = page.locator(".st-key-view").bounding_box()
+    assert views["y"] >= header["y"] + header["height"]
+    assert views["x"] + views["width"] <= 390
+    picture = page.locator(".st-key-picture").bounding_box()
+    assert picture["y"] + 100 < 844
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    visitor.go("view=live&task=ocr", "What happens to every patch")
+    assert page.locator('[data-testid="stElementToolbar"]:visible').count() == 0
+    assert visitor.complaints == []
+    visitor.context.close()
+
+
+CONTRASTS = """() => {
+    const parse = (text) => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+    const lum = (c) => {
+        const [r, g, b] = c.map((v) => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const over = (top, below) => { const a = top[3] === undefined ? 1 : top[3]; return [0, 1, 2].map((i) => a * top[i] + (1 - a) * below[i]); };
+    const paper = (element) => {
+        const chain = [];
+        for (let e = element; e; e = e.parentElement) chain.push(parse(getComputedStyle(e).backgroundColor));
+        return chain.reverse().reduce((below, top) => over(top, below), [255, 255, 255]);
+    };
+    const found = [];
+    const walker = document.createTreeWalker(document.querySelector('[data-testid="stApp"]'), NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const element = walker.currentNode.parentElement, text = walker.currentNode.textContent.trim();
+        const style = getComputedStyle(element), box = element.getBoundingClientRect();
+        if (!text || element.closest('svg, style, script, [data-testid="stIconMaterial"], [disabled], [aria-disabled="true"]')
+            || style.visibility === 'hidden' || !box.width || !element.checkVisibility({opacityProperty: true})) continue;
+        const back = paper(element), ink = over(parse(style.color), back);
+        const [low, high] = [lum(ink), lum(back)].sort((a, b) => a - b);
+        const ratio = (high + 0.05) / (low + 0.05);
+        if (ratio < 4.5) found.push([text.slice(0, 40), ratio.toFixed(2), style.color, element.outerHTML.slice(0, 160)]);
+    }
+    return found;
+}"""
+"""Every visible text whose contrast with what lies behind it is below 4.5."""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_word_can_be_read(browser: Any, address: str, theme: str) -> None:
+    visitor = Visitor(browser, address, theme=theme)
+    for link, text in {
+        "task=caption": "The words it looked at",
+        "view=heads&task=ocr": "Compare with",
+        "view=live&task=ocr&secondary=0.2&core=0.05&preset=custom": "What happens to every patch",
+        "view=benchmark": "Nothing is compared yet",
+        "view=report": "Build the report",
+    }.items():
+        visitor.go(link, text)
+        assert visitor.page.evaluate(CONTRASTS) == [], link
+    visitor.context.close()
+
+
+def test_a_flat_picture_and_a_tall_one_are_asked_about(visitor: Visitor) -> None:
+    page = visitor.go("source=upload&longest=3", "Send a picture").page
+    for size in ((4000, 10), (10, 3000)):
+        file = io.BytesIO()
+        Image.new("RGB", size, "red").save(file, "PNG")
+        page.locator('[data-testid="stFileUploaderDropzoneInput"]').set_input_files(
+            {"name": f"{size[0]}.png", "mimeType": "image/png", "buffer": file.getvalue()}
+        )
+        visitor.sees(f"{size[0]}.png")
+        visitor.sees("The words it looked at")
+        settled(page, LONG)
+        assert page.get_by_text("could not be drawn").count() == 0
 
 
 def letters(text: str) -> str:

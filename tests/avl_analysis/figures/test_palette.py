@@ -80,3 +80,21 @@ def test_twenty_series_differ_in_dash_and_marker_and_ten_in_colour() -> None:
     assert len({(s.dash, s.marker) for s in styles}) == 20
     assert len({(s.plotly_dash, s.plotly_marker) for s in styles}) == 20
     assert [s.light for s in styles[10:]] == [s.light for s in styles[:10]]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_words_on_any_shade_of_any_colour_can_be_read(dark: bool) -> None:
+    theme = palette.DARK if dark else palette.LIGHT
+    for style in palette.STYLES:
+        for opacity in (0.0, 0.2, 0.5, 0.75, 1.0):
+            colour = style.colour(dark)
+            ink = palette.ink_on(colour, opacity, theme.paper)
+            assert palette.contrast(ink, palette.over(colour, opacity, theme.paper)) >= 4.5
+    assert palette.contrast(theme.muted, theme.paper) >= 4.5
+    assert palette.contrast(palette.ON_BUTTON, palette.BUTTON) >= 4.5
+
+
+def test_contrast_is_that_of_the_standard() -> None:
+    assert palette.contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert palette.contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+    assert palette.over("#000000", 0.25, "#ffffff") == "#bfbfbf"

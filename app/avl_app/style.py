@@ -1,0 +1,47 @@
+"""What Streamlit's own theme cannot say: room under the header, contrast, long answers, telephones.
+
+Contrast is at least 4.5 to 1 for every text (WCAG 2.1, criterion 1.4.3); a browser test measures it
+in both themes.
+"""
+
+from __future__ import annotations
+
+from avl_analysis.figures import palette
+
+_ALWAYS = """
+.stMainBlockContainer { padding-top: 3.2rem; padding-bottom: 3rem; max-width: 1680px; }
+[data-testid="stSidebarHeader"] { height: 2rem; }
+/* A long answer scrolls instead of pushing the picture off the screen. */
+.st-key-token [role="radiogroup"] { max-height: 8.6rem; overflow-y: auto; padding: 2px; }
+/* Tables: without a pointer that hovers, their tool bar would cover the page for good. */
+@media (hover: none) { [data-testid="stElementToolbar"] { display: none; } }
+@media (max-width: 640px) {
+  .stMainBlockContainer { padding-top: 4.6rem; }
+  .st-key-token [role="radiogroup"] { max-height: 5.6rem; }
+  /* The picture comes before the controls that change it. */
+  .st-key-ask > *:has(> .st-key-ask_controls) { order: 1; }
+  .st-key-ask > *:has(> .st-key-ask_words) { order: 2; }
+}
+"""
+_COLOURS = """
+[data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] p,
+[data-testid="stMarkdownContainer"] small { color: MUTED; }
+[data-testid="stMarkdownContainer"] code { color: INK; font-size: 0.8125rem; }
+"""
+_DARK = """
+/* The primary colour carries white words on buttons; as the colour of words it is too dark here. */
+[data-testid^="stBaseButton-segmented_controlActive"], [data-testid^="stBaseButton-pillsActive"],
+[data-testid="stSliderThumbValue"] { color: LINK !important; }
+[data-testid^="stBaseButton-segmented_controlActive"] *,
+[data-testid^="stBaseButton-pillsActive"] * { color: LINK !important; }
+"""
+_LINK = "#86ccf5"
+
+
+def sheet(*, dark: bool) -> str:
+    """The page's own style sheet, in a theme's colours."""
+    theme = palette.DARK if dark else palette.LIGHT
+    rules = _ALWAYS + _COLOURS + (_DARK if dark else "")
+    for name, colour in (("MUTED", theme.muted), ("INK", theme.ink), ("LINK", _LINK)):
+        rules = rules.replace(name, colour)
+    return f"<style>{rules}</style>"
