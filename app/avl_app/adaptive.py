@@ -38,6 +38,10 @@ PRESETS: Mapping[str, tuple[str, avl.AdaptivePolicy]] = {
 CUSTOM, FILE = "custom", "file"
 OWN = {CUSTOM: "own settings", FILE: "a policy file"}
 """Where settings come from that are no preset."""
+_OPENED = "settings_opened"
+"""Session key of whether A-VL's settings are shown from the start."""
+_MOVED = "setting_moved"
+"""Session key that says that a control was moved since the last run."""
 _TAKEN = "preset_taken"
 """Session key of the preset that the controls were last set to."""
 
@@ -88,13 +92,18 @@ def choose_preset(*, disabled: bool) -> None:
     """Where A-VL's settings come from."""
     options = [*presets(), *OWN]
     state.within("preset", options, "paper")
-    if st.session_state.get(_TAKEN) != state.get("preset"):
+    if st.session_state.pop(_MOVED, False):
+        # Settled here rather than in the control's callback: while controls are moved quickly, the
+        # browser goes on sending the preset it was last told.
+        st.session_state[_TAKEN] = CUSTOM
+        if state.get("preset") != CUSTOM:
+            state.put("preset", CUSTOM)
+    elif st.session_state.get(_TAKEN) != state.get("preset"):
         _take_preset()
     st.selectbox(
         "A-VL's settings",
         options,
         key="preset",
-        on_change=_take_preset,
         disabled=disabled,
         format_func=_label,
     )
@@ -102,9 +111,10 @@ def choose_preset(*, disabled: bool) -> None:
 
 def by_controls() -> avl.Policy | None:
     """A-VL as its controls say; None, with the reason said, if that is no policy."""
-    with st.expander(
-        "Every setting", icon=":material/tune:", expanded=state.get("preset") == CUSTOM
-    ):
+    # Decided once: an expander that opens by itself while its sliders are moved is drawn anew in the
+    # browser, and the sliders in it start again from where they were.
+    opened = st.session_state.setdefault(_OPENED, state.get("preset") == CUSTOM)
+    with st.expander("Every setting", icon=":material/tune:", expanded=opened):
         columns = st.columns(4)
         with columns[0]:
             st.markdown("**Held**")
@@ -233,13 +243,22 @@ def _take_preset() -> None:
 
 def _own() -> None:
     """A control moved: no longer the preset."""
-    state.put("preset", CUSTOM)
+    st.session_state[_MOVED] = True
 
 
 def _share(
     label: str, key: str, *, least: float = 0.01, disabled: bool = False, help: str | None = None
 ) -> None:
-    st.slider(label, least, 1.0, step=0.01, key=key, on_change=_own, disabled=disabled, help=help)
+    st.slider(
+        label,
+        least,
+        1.0,
+        step=0.01,
+        key=key,
+        on_change=_own,
+        disabled=disabled,
+        help=help,
+    )
 
 
 def _choice(

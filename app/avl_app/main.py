@@ -65,6 +65,16 @@ def main() -> None:
     st.set_page_config("avl: attention of vision-language models", _icon(), layout="wide")
     st.html(style.sheet(dark=is_dark()))
     state.begin()
+    try:
+        _draw()
+    except BaseException:
+        state.note_drawn(complete=False)  # a run that the next choice has ended
+        raise
+    state.finish()
+
+
+def _draw() -> None:
+    """Draw the view's frame, the sidebar and the view; what goes wrong is said in one sentence."""
     view = st.segmented_control(
         "View",
         state.VIEWS,
@@ -92,7 +102,6 @@ def main() -> None:
                 " the server's log; reload the page or choose another view.",
                 icon=":material/error:",
             )
-    state.finish()
 
 
 main()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import streamlit as st
+from streamlit.errors import StreamlitAPIException
 
 Value = TypeVar("Value")
 ALL = "all"
@@ -126,6 +127,8 @@ FIELDS: dict[str, Field] = {
 
 _KEPT = "kept_choices"
 """Session key of the last value of every choice, also of those whose widget is not on the page."""
+_DRAWN = "drawn_choices"
+"""Session key of the choices whose widget is on the page."""
 _WRITTEN = "written_address"
 """Session key of the address as this page wrote it last."""
 _ASKED = "asked"
@@ -148,15 +151,16 @@ def begin() -> None:
     if went_back:
         # the choices that belong to another question are in the address as well
         st.session_state.pop(_ASKED, None)
+    drawn = st.session_state.get(_DRAWN, frozenset())
     for name, field in FIELDS.items():
         if first or went_back:
             text = st.query_params.get(name)
             value = None if text is None else field.read(text)
             put(name, copy(field.default if value is None else value))
-        elif name in st.session_state:
+        elif name in drawn and name in st.session_state:
             kept[name] = st.session_state[name]
         else:
-            st.session_state[name] = kept.get(name, copy(field.default))
+            st.session_state[name] = kept[name]
 
 
 def _went_back(kept: dict[str, Any]) -> bool:
@@ -168,9 +172,32 @@ def _went_back(kept: dict[str, Any]) -> bool:
     written = st.session_state.get(_WRITTEN)
     if written is None or dict(st.query_params.items()) == written:
         return False
+    drawn = st.session_state.get(_DRAWN, frozenset())
     return all(
-        name not in st.session_state or st.session_state[name] == kept.get(name) for name in FIELDS
+        name not in st.session_state or st.session_state[name] == kept[name] for name in drawn
     )
+
+
+def note_drawn(*, complete: bool) -> None:
+    """Note which choices have their widget on the page, at the end of a run.
+
+    Streamlit keeps what a script once wrote under a widget's key and shows it again when the widget
+    is gone, so whether a value is the visitor's own depends on whether its widget was there. That
+    much is public: the value of a widget that was drawn in this run cannot be written any more.
+
+    Args:
+        complete: whether the run came to its end; one that was interrupted has left the other
+            widgets on the page.
+    """
+    drawn = set() if complete else set(st.session_state.get(_DRAWN, ()))
+    kept = st.session_state[_KEPT]
+    for name in FIELDS:
+        try:
+            st.session_state[name] = kept[name]
+        except StreamlitAPIException:
+            drawn.add(name)
+            kept[name] = st.session_state[name]
+    st.session_state[_DRAWN] = frozenset(drawn)
 
 
 def finish() -> None:
@@ -179,10 +206,8 @@ def finish() -> None:
     Not in a run that took its choices from the address: writing there would add an entry to the
     browser's history, and Back would lead to the same page for ever.
     """
+    note_drawn(complete=True)
     kept = st.session_state[_KEPT]
-    for name in FIELDS:
-        if name in st.session_state:
-            kept[name] = st.session_state[name]
     if not st.session_state[_ADOPTED]:
         wanted = {
             name: _written(kept[name])

@@ -28,20 +28,19 @@ _COLOURS = """
 [data-testid="stMarkdownContainer"] small { color: MUTED; }
 [data-testid="stMarkdownContainer"] code { color: INK; font-size: 0.8125rem; }
 """
-_DARK = """
-/* The primary colour carries white words on buttons; as the colour of words it is too dark here. */
-[data-testid^="stBaseButton-segmented_controlActive"], [data-testid^="stBaseButton-pillsActive"],
-[data-testid="stSliderThumbValue"] { color: LINK !important; }
-[data-testid^="stBaseButton-segmented_controlActive"] *,
-[data-testid^="stBaseButton-pillsActive"] * { color: LINK !important; }
+_CHOSEN = """
+/* The primary colour carries white words on buttons; words in it are too dark on black, and too
+   pale on the tint of a chosen button. */
+button[data-selected="true"] p, button[data-selected="true"] span,
+[data-testid="stSliderThumbValue"] p { color: CHOSEN; }
 """
-_LINK = "#86ccf5"
 
 
 def sheet(*, dark: bool) -> str:
     """The page's own style sheet, in a theme's colours."""
     theme = palette.DARK if dark else palette.LIGHT
-    rules = _ALWAYS + _COLOURS + (_DARK if dark else "")
-    for name, colour in (("MUTED", theme.muted), ("INK", theme.ink), ("LINK", _LINK)):
+    rules = _ALWAYS + _COLOURS + _CHOSEN
+    chosen = "#86ccf5" if dark else "#00568a"
+    for name, colour in (("MUTED", theme.muted), ("INK", theme.ink), ("CHOSEN", chosen)):
         rules = rules.replace(name, colour)
     return f"<style>{rules}</style>"
