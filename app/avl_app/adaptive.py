@@ -111,8 +111,8 @@ def choose_preset(*, disabled: bool) -> None:
 
 def by_controls() -> avl.Policy | None:
     """A-VL as its controls say; None, with the reason said, if that is no policy."""
-    # Decided once: an expander that opens by itself while its sliders are moved is drawn anew in the
-    # browser, and the sliders in it start again from where they were.
+    # Decided once: an expander that opens by itself while its sliders are moved is drawn anew in
+    # the browser, and the sliders in it start again from where they were.
     opened = st.session_state.setdefault(_OPENED, state.get("preset") == CUSTOM)
     with st.expander("Every setting", icon=":material/tune:", expanded=opened):
         columns = st.columns(4)
