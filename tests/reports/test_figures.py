@@ -13,13 +13,16 @@ from avl_analysis.figures import Heat, Lines, Overlay
 from avl_reports import (
     fig_ablation,
     fig_core_age,
+    fig_coverage,
     fig_frontier,
     fig_localisation,
     fig_persistence,
     fig_policies,
+    fig_position_bias,
     fig_ppci,
     fig_prefill_recall,
     fig_sets,
+    fig_sparsity,
 )
 from avl_reports.build import FIGURES
 from avl_reports.findings import Verdict
@@ -65,12 +68,13 @@ def test_every_figure_can_be_made_of_any_recording(recording, module):
     assert section.question.endswith("?")
     assert section.figure.caption.n >= 1
     for panel in section.figure.panels:
-        values = {
-            Lines: lambda p: p.lines[0].y,
-            Heat: lambda p: p.values,
-            Overlay: lambda p: np.ones(1),
-        }
-        assert np.isfinite(values[type(panel)](panel)).any()
+        if isinstance(panel, Lines | Heat):
+            shown = panel.lines[0].y if isinstance(panel, Lines) else panel.values
+            assert np.isfinite(shown).any()
+    overlays = [panel for panel in section.figure.panels if isinstance(panel, Overlay)]
+    drawn = [panel.patches for panel in overlays if panel.patches is not None]
+    assert bool(drawn) == bool(overlays)  # a picture alone may stand beside those drawn over
+    assert all(np.isfinite(patches.values).any() for patches in drawn)
     for finding in section.findings:
         assert finding.measured.endswith(".")
         assert finding.verdict in Verdict
@@ -149,6 +153,75 @@ def test_the_sets_are_animated_step_by_step():
 @pytest.fixture(scope="module")
 def compared():
     return made.comparison()
+
+
+def _samples(values: np.ndarray, *dims: str, **coords) -> xr.DataArray:
+    """Made-up values, (samples, *dims), of nine samples that differ a little."""
+    noise = np.random.default_rng(0).normal(0, 1e-3, (9, *values.shape))
+    return xr.DataArray(values + noise, dims=("sample", *dims), coords=coords)
+
+
+def test_a_significant_fall_of_image_attention_does_not_last():
+    fell = _samples(np.array(-0.005))  # half a per cent per step, a quarter over 60 steps
+    steady, decaying = _samples(np.array(0.0)), _samples(np.array(0.4))
+    judged = fig_persistence.finding(fell, decaying, "9 answers")
+    assert "by -0.5 % [-0.5, -0.4] (9 answers" in judged.measured
+    assert judged.verdict is Verdict.NOT_SUPPORTED
+    assert fig_persistence.finding(steady, decaying, "").verdict is Verdict.SUPPORTED
+    assert fig_persistence.finding(steady * 100, decaying, "").verdict is Verdict.UNDECIDED
+    rising = _samples(np.array(0.05))
+    assert fig_persistence.finding(rising, decaying, "").verdict is Verdict.NOT_SUPPORTED
+
+
+def test_text_that_keeps_its_attention_contradicts_the_claim_about_both():
+    steady = _samples(np.array(0.0))
+    growing, unknown = _samples(np.array(-0.3)), xr.full_like(steady, np.nan)
+    assert fig_persistence.finding(steady, growing, "").verdict is Verdict.NOT_SUPPORTED
+    assert fig_persistence.finding(steady, unknown, "").verdict is Verdict.UNDECIDED
+
+
+def test_the_change_of_all_layers_counts_each_with_its_attention(recording):
+    run = Run(recording)
+    slope, _ = fig_persistence._slopes(run)
+    found = fig_persistence.change_in_all_layers(run, slope)
+    mass = recording["modality_mass"].sel(key_modality="image", step=slice(1, None)).mean("head")
+    for index in range(found.sizes["sample"]):
+        total = mass.isel(sample=index).sum("layer", skipna=False).dropna("step").values
+        steps = np.arange(total.size)
+        expected = np.polyfit(steps, total, 1)[0] / total.mean()
+        assert float(found[index]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_opposite_trends_of_layers_do_not_cancel():
+    bias = np.array([[0.1, -0.84, 0.5], [0.1, 1.16, 0.5], [0.1, 0.0, 0.5]])
+    labels = {"bias_parameter": ["mu", "sigma", "r2"], "layer": [0, 1, 2]}
+    judged = fig_position_bias.finding(_samples(bias, "layer", "bias_parameter", **labels))
+    assert judged.verdict is Verdict.NOT_SUPPORTED  # the mean over layers is 0.11
+    assert "within the bound in 1 of 3 layers and outside in 2" in judged.measured
+    assert "the strongest is layer 1's, 1.16 [" in judged.measured
+    assert "explain 50 % [" in judged.measured
+    bias[:, 1] = [-0.3, 0.3, 0.0]
+    judged = fig_position_bias.finding(_samples(bias, "layer", "bias_parameter", **labels))
+    assert judged.verdict is Verdict.SUPPORTED
+
+
+def test_coverage_is_judged_by_one_set_of_image_keys_per_layer():
+    """Every head alone would need 40 % of the keys, the heads of a layer together 60 %."""
+    taus = {"tau": [0.5, 0.95], "key_modality": ["system", "image", "text"]}
+    heads = _samples(np.full((3, 2), 0.4), "key_modality", "tau", **taus)
+    shared = _samples(np.array([0.2, 0.6]), "tau", tau=[0.5, 0.95])
+    core, held, text = fig_coverage.findings(heads, shared, shared)
+    assert (core.verdict, held.verdict) == (Verdict.NOT_SUPPORTED,) * 2
+    assert "One set of image keys for all heads of a layer needs 60 % [" in held.measured
+    assert "A head needs 40 % [" in text.measured
+    assert text.verdict is Verdict.SUPPORTED
+
+
+def test_sparsity_is_judged_by_tokens_that_no_step_needs():
+    judged = fig_sparsity.finding(_samples(np.full(3, 0.055), "layer"))
+    assert judged.verdict is Verdict.NOT_SUPPORTED
+    assert "5.5 % [" in judged.measured
+    assert fig_sparsity.finding(_samples(np.full(3, 0.6), "layer")).verdict is Verdict.SUPPORTED
 
 
 def test_policies_are_judged_by_paired_differences(compared):
