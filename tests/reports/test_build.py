@@ -5,9 +5,10 @@ outside becomes markup.
 import base64
 import csv
 import gzip
-import inspect
 import json
 import re
+import runpy
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -253,9 +254,16 @@ def test_a_figure_is_a_script_of_its_own(report, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("module", FIGURES, ids=lambda module: module.__name__)
-def test_every_figure_module_runs_as_a_script(module):
-    text = inspect.getsource(module)
-    assert text.endswith('if __name__ == "__main__":\n    run_script(section)\n')
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_every_figure_module_runs_as_a_script(module, tmp_path, monkeypatch, capsys):
+    """`python -m avl_reports.fig_...` reads its arguments and refuses a recording that is not
+    there, which an import alone does not do.
+    """
+    monkeypatch.setattr(sys, "argv", [module.__name__, str(tmp_path / "none.nc")])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(module.__name__, run_name="__main__")
+    assert stopped.value.code == 2
+    assert "there is no recording file" in capsys.readouterr().err
     assert module.QUESTION.endswith("?")
 
 

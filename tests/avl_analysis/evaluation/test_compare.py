@@ -2,6 +2,8 @@
 every number.
 """
 
+import math
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -175,9 +177,29 @@ def test_operations_are_counted_from_the_keys_read(vlm: VLM, result) -> None:
     np.testing.assert_allclose(result["step_flops"] - result["attention_flops"], 2 * weights)
 
 
-def test_times_are_positive_and_add_up(result) -> None:
-    for name in ("ttft", "tpot", "attention_seconds"):
-        assert (result[name] > 0).all(), name
+def test_times_are_those_between_the_passes_and_inside_attention(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that ticks when it is read: at the start, after each pass, and where attention is
+    entered or left, around its linear projections.
+    """
+    sample = shared.questions(1)
+
+    def ticking() -> None:
+        ticks = count()
+        monkeypatch.setattr("avl_analysis.evaluation.generation._now", lambda _: float(next(ticks)))
+
+    ticking()
+    run = generate(vlm, sample, None, max_new_tokens=5)
+    assert (run.ttft, run.tpot) == (1.0, 1.0)
+    ticking()
+    timed = generate(vlm, sample, None, max_new_tokens=5, time_attention=True)
+    layers, projections = 2, 4
+    # four projections leave five spans outside them, each one tick long
+    assert timed.attention == [layers * (projections + 1)] * 5
+    reads = layers * 2 * (projections + 1)
+    assert timed.tpot == reads + 1
+    assert math.isnan(generate(vlm, sample, None, max_new_tokens=1).tpot)
 
 
 def test_rows_that_stop_early_are_measured_up_to_their_end() -> None:
