@@ -17,8 +17,10 @@ from avl_analysis.statistics.base import KeyScores, KeyStatistic, Result
 
 @dataclass(frozen=True)
 class PositionBias(KeyStatistic):
-    """Fit `mu exp(sigma i / N)` to the mean weight of the i-th of N image tokens in raster order, i
-    = 0 ... N - 1.
+    """Fit `mu exp(sigma i / N)` to the mean weight of the i-th of N image tokens, i = 0 ... N - 1.
+
+    The order is that of the prompt: the raster of an image, all images and views of a sample one
+    after another.
 
     Weights are means over heads and over the text rows of the prompt. The fit is least squares on
     the logarithm, so that one much attended patch does not bend the curve. r2 is the share of the

@@ -41,7 +41,8 @@ class TextAgeProfile(KeyStatistic):
 class TextAgeFit(KeyStatistic):
     """Decay of the profile, mean over heads: `a exp(-b age)` and `a (1 + age)^-b`, fitted to its
     logarithm by least squares, every bin weighted with the number of weights in it; age 0, a
-    token's attention to itself, is left out.
+    token's attention to itself, is left out. Ages from 128 on share bins, which enter with their
+    smallest age (at most 8 % below the largest).
 
     half_life: age at which the fitted weight is half that of age 0, in tokens, infinite without
     decay. r2: share of the variance of the log weight that the fit explains. NaN with fewer than

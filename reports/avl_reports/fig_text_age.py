@@ -54,7 +54,7 @@ def section(run: Run) -> Section:
     finding = Finding(
         "Recent text is kept by age (30 % of the text budget)",
         f"While decoding, the weight of a text token falls with the power {rate.words()} of its"
-        " age.",
+        " age (mean over layers).",
         "power above 0",
         judge(rate, "at least", 0.0),
     )
@@ -88,7 +88,8 @@ def _fits(run: Run, phase: str, ages: np.ndarray, weights: np.ndarray) -> list[L
     ):
         if np.isfinite(rate):
             level = np.exp(np.mean(np.log(weights) + rate * x))
-            life = f"half-life {half_life:.3g} tokens, " if np.isfinite(half_life) else ""
+            decays = np.isfinite(half_life)
+            life = f"half-life {half_life:.3g} tokens, " if decays else "no decay, "
             label = f"{name}: {life}R² {r2:.2f}"
             lines.append(
                 Line(label, ages.astype(float), level * np.exp(-rate * x), slot=slot, role="fit")

@@ -128,6 +128,14 @@ def test_the_report_keeps_the_recording_and_rebuilds_from_it(report, tmp_path):
         assert section.findings == other.findings
 
 
+def test_page_and_document_say_how_many_findings_were_tested(report):
+    count = sum(len(section.findings) for section in report.sections)
+    page = report.page.read_text("utf-8")
+    assert count > 5
+    assert f"{count} findings were tested, each by itself" in page
+    assert "resample samples (questions), not heads, layers or steps" in page
+
+
 def test_the_page_is_whole_and_loads_nothing(page):
     assert len(page) < 15_000_000
     outside = page.replace("http://www.w3.org", "")
