@@ -19,8 +19,8 @@ class ImagePersistence(TrajectoryStatistic):
     against the decode step.
 
     Per decode step; 0 = the picture keeps its attention, negative = it fades. relative: slope of
-    the mass divided by its mean, so -0.01 is one per cent less with every token. Read from the first
-    512 steps of an answer, the prompt's last row included. NaN with fewer than three decode steps.
+    the mass divided by its mean, so -0.01 is one per cent less with every token. Read from the
+    first 512 steps of an answer, the prompt's last row included. NaN with fewer than three decode steps.
     """
 
     name = "image_persistence"
