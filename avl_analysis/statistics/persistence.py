@@ -20,7 +20,8 @@ class ImagePersistence(TrajectoryStatistic):
 
     Per decode step; 0 = the picture keeps its attention, negative = it fades. relative: slope of
     the mass divided by its mean, so -0.01 is one per cent less with every token. Read from the
-    first 512 steps of an answer, the prompt's last row included. NaN with fewer than three decode steps.
+    first 512 steps of an answer, the last prompt row included. NaN with fewer than three decode
+    steps.
     """
 
     name = "image_persistence"
