@@ -55,6 +55,10 @@ class AdaptiveSession(Intervention):
         self._hook: Any = None
         self._conversations: WeakKeyDictionary[Cache, Conversation] = WeakKeyDictionary()
         self._pass: PrefillStep | DecodeStep | None = None
+        self._logs: WeakKeyDictionary[Conversation, tuple[UsageLog, SelectionLog]] = (
+            WeakKeyDictionary()
+        )
+        # those of the conversation that ran last, kept after its cache is gone
         self._usage_log: UsageLog | None = None
         self._selection_log: SelectionLog | None = None
 
@@ -261,10 +265,8 @@ class AdaptiveSession(Intervention):
         """What acts on this pass, with the conversation's logs opened for it."""
         if forward.kind == "prefill":
             layers = tuple(conversation.layers)
-            self._usage_log = UsageLog(layers)
-            self._selection_log = SelectionLog(forward.layout, layers)
-        assert self._usage_log is not None
-        assert self._selection_log is not None
+            self._logs[conversation] = UsageLog(layers), SelectionLog(forward.layout, layers)
+        self._usage_log, self._selection_log = self._logs[conversation]
         if conversation.moved is not None:
             for layer in self._selection_log.layers:
                 self._selection_log.note(layer, "rows", conversation.moved)

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import avl
+from avl.arguments import cache_parameter
 from avl.attention import AttentionCall, attention_weights
 from avl.cache import AdaptiveLayer
 from avl.hooks import Observer, attached
@@ -242,3 +244,37 @@ def test_buffers_grow_without_changing_what_they_hold() -> None:
     assert torch.equal(tokens, grown)
     assert len({step.allocated for step in session.usage().steps}) == 2
     assert session.usage().allocated_share < 1.7
+
+
+def test_conversations_in_turns_keep_their_own_usage_and_selection() -> None:
+    model = tiny.llava()
+    prompts = [tiny.inputs(model, [length], seed=length) for length in (24, 40)]
+    name = cache_parameter(model.get_decoder())
+
+    def say(cache: DynamicCache, **inputs: Any) -> None:
+        with torch.no_grad():
+            model(**inputs, **{name: cache}, use_cache=True)
+
+    def token(i: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.tensor([[i]])}
+
+    expected = []
+    for prompt, count in zip(prompts, (3, 1), strict=True):
+        with avl.adaptive(model, avl.AdaptivePolicy()) as session:
+            cache = DynamicCache(config=model.config.text_config)
+            say(cache, **prompt)
+            for step in range(count):
+                say(cache, **token(20 + step))
+        expected.append((session.usage(), session.selection.state(0)))
+    with avl.adaptive(model, avl.AdaptivePolicy()) as session:
+        one, other = (DynamicCache(config=model.config.text_config) for _ in prompts)
+        say(one, **prompts[0])
+        say(one, **token(20))
+        say(other, **prompts[1])
+        say(one, **token(21))
+        say(other, **token(20))
+        assert session.usage() == expected[1][0]
+        assert torch.equal(session.selection.state(0), expected[1][1])
+        say(one, **token(22))
+        assert session.usage() == expected[0][0]
+        assert torch.equal(session.selection.state(0), expected[0][1])
