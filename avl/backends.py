@@ -43,8 +43,7 @@ share one config, so the last one restores it.
 
 
 class _Name(str):
-    """The name of our function for a backend; it looks itself up under its own name and equals the
-    backend's, too.
+    """The name of our function for a backend, which equals the backend's own name, too.
 
     DeepSeek-style sparse attention, Gemma 4 and others ask `config._attn_implementation == "sdpa"`
     to decide what they pass on; with a name of another make they would compute something else. The

@@ -1,5 +1,4 @@
-"""What differs between model families: where the decoder is, which ids are image tokens, which
-cannot be followed.
+"""What differs between model families: the decoder, ids of image tokens, what cannot be followed.
 
 One `Family` describes a loaded model. The generic description (config field names, `get_decoder`)
 serves most of transformers; how a family's tokens lie in a picture is one entry in `avl.grids`, and

@@ -1,5 +1,4 @@
-"""How each model family lays a picture out as tokens: one small function per way of doing it, one
-line per family.
+"""How model families lay a picture out as tokens: a function per way, a line per family.
 
 A function gets a `Prompt` (one row of a batch, and what the model was called with) and yields the
 pictures of that row, each as its `View`s. Numbers come from the model's config and inputs wherever
@@ -137,15 +136,15 @@ def unknown(prompt: Prompt) -> Pictures:
 
 
 def latent(prompt: Prompt) -> Pictures:
-    """Learned queries that look at the whole picture (Q-Former, perceiver): no token
-    has a place."""
+    """Learned queries that look at the whole picture (Q-Former, perceiver); none has a place."""
     for _, length in prompt.runs:
         yield nowhere(length)
 
 
 def _whole(prompt: Prompt, length: int) -> range:
-    """Numbers of the row's pictures, each of `length` tokens; none if the runs do not hold whole
-    pictures.
+    """Numbers of the row's pictures, each of `length` tokens.
+
+    None if the runs do not hold whole pictures.
     """
     if any(run % length for _, run in prompt.runs):
         return range(0)
@@ -164,8 +163,9 @@ def fixed(prompt: Prompt) -> Pictures:
 
 
 def clip(prompt: Prompt) -> Pictures:
-    """LLaVA-1.5, ViP-LLaVA: patches of a CLIP tower over the picture's centre square, at times
-    behind a class token.
+    """LLaVA-1.5, ViP-LLaVA: patches of a CLIP tower over the picture's centre square.
+
+    A class token may come before them.
     """
     if prompt.vision("model_type") == "pixtral":
         yield from pixtral(prompt)
@@ -182,8 +182,9 @@ def clip(prompt: Prompt) -> Pictures:
 
 
 def _kept(size: Size | None, processor: Any) -> Box | None:
-    """What a processor keeps of a picture; without one, as CLIP's: shortest side resized, centre
-    cropped.
+    """What a processor keeps of a picture.
+
+    Without a processor, what CLIP's keeps: the shortest side is resized, the centre cropped.
     """
     if size is None:
         return None
@@ -217,8 +218,7 @@ def _squared(width: int, height: int) -> Box:
 
 
 def padded(prompt: Prompt) -> Pictures:
-    """DeepSeek-VL, Janus: a square grid over the picture resized to fit a square
-    and padded there."""
+    """DeepSeek-VL, Janus: a square grid over the picture resized to fit a square and padded."""
     side, edge = prompt.patches, prompt.vision("image_size")
     for index in _whole(prompt, side * side):
         if (size := prompt.size(index)) is None:
@@ -230,8 +230,9 @@ def padded(prompt: Prompt) -> Pictures:
 
 
 def grid_thw(prompt: Prompt) -> Pictures:
-    """Qwen-VL and kin: `image_grid_thw` patches, merged `merge` x `merge`; a view per frame, where
-    an image has several.
+    """Qwen-VL and kin: `image_grid_thw` patches, merged `merge` x `merge`.
+
+    An image of several frames has a view for each.
     """
     names = ("spatial_merge_size", "merge_size", "merge_kernel_size")
     default = next((merge for name in names if (merge := prompt.vision(name))), 1)
@@ -250,8 +251,9 @@ def grid_thw(prompt: Prompt) -> Pictures:
 
 
 def newlines(prompt: Prompt) -> Pictures:
-    """HunYuan-VL: merged patches with a newline token after each row, between a begin and an end
-    token.
+    """HunYuan-VL: merged patches with a newline token after each row.
+
+    A token before and one behind the picture count as image tokens, too.
     """
     merge = prompt.vision("spatial_merge_size")
     done = 0
@@ -262,8 +264,9 @@ def newlines(prompt: Prompt) -> Pictures:
 
 
 def pixtral(prompt: Prompt) -> Pictures:
-    """Pixtral, Mistral 3: rows of merged patches, a text token between rows; `image_sizes` are
-    those after resizing.
+    """Pixtral, Mistral 3: rows of merged patches with a text token between rows.
+
+    `image_sizes` are those after resizing.
     """
     cell = prompt.vision("patch_size") * (getattr(prompt.config, "spatial_merge_size", None) or 1)
     done = 0
@@ -274,8 +277,9 @@ def pixtral(prompt: Prompt) -> Pictures:
 
 
 def positions(prompt: Prompt) -> Pictures:
-    """Gemma 4: `image_position_ids` give column and row of every patch (-1 in padding), which are
-    pooled after that.
+    """Gemma 4: `image_position_ids` give column and row of every patch, -1 in padding.
+
+    Patches are pooled after that.
     """
     pooled = (
         prompt.vision("pooling_kernel_size") if prompt.vision("model_patch_size") is None else 1
@@ -291,8 +295,7 @@ def positions(prompt: Prompt) -> Pictures:
 
 
 def anyres(prompt: Prompt) -> Pictures:
-    """LLaVA-NeXT, LLaVA-OneVision: a base grid, then unpadded tiles in one grid, one newline after
-    each of its rows.
+    """LLaVA-NeXT, LLaVA-OneVision: a base grid, then unpadded tiles in one grid with newlines.
 
     Granite 4 Vision makes fewer tokens of the patches, `downsample_rate` ("1/2") of them along each
     side.
@@ -313,8 +316,9 @@ def anyres(prompt: Prompt) -> Pictures:
 
 
 def _tiles(prompt: Prompt, base: int, width: int, height: int) -> View:
-    """The grid of an anyres picture's tiles: resized into the best canvas, padded, and cut back by
-    whole cells.
+    """The grid of an anyres picture's tiles.
+
+    The picture is resized into the best canvas, padded, and cut back by whole cells.
     """
     canvas_high, canvas_wide = select_best_resolution(
         (height, width), prompt.config.image_grid_pinpoints
@@ -350,9 +354,7 @@ def _tiles(prompt: Prompt, base: int, width: int, height: int) -> View:
 
 
 def _tile_grid(side: int, rows: int, columns: int) -> Picture:
-    """`rows` x `columns` tiles of side x side tokens in raster order, then a view of the whole
-    picture.
-    """
+    """Tiles of side x side tokens in raster order, then a view of the whole picture."""
     tiles = [
         View(
             side,
@@ -368,8 +370,9 @@ def _tile_grid(side: int, rows: int, columns: int) -> Picture:
 
 
 def internvl(prompt: Prompt) -> Pictures:
-    """InternVL: tiles in raster order, then the whole picture; their grid follows from the
-    picture's size.
+    """InternVL: tiles in raster order, then the whole picture.
+
+    The grid of the tiles follows from the picture's size.
     """
     side = int(prompt.patches * prompt.config.downsample_ratio)
     for index, (_, run) in enumerate(prompt.runs):
@@ -386,8 +389,9 @@ def internvl(prompt: Prompt) -> Pictures:
 
 
 def _canvas(size: Size | None, tiles: int, pixels: int, processor: Any) -> tuple[int, int] | None:
-    """Rows and columns of the tile grid that InternVL's processor chose; None if the picture's size
-    is not known.
+    """Rows and columns of the tile grid that InternVL's processor chose.
+
+    None if the picture's size is not known, or the grid has another number of tiles.
     """
     if size is None:
         return None
@@ -482,7 +486,13 @@ def describe_rows(
     elsewhere), each run of image tokens counts as a picture without places.
 
     Args:
-        rows: token ids; `runs` the unbroken runs of image tokens in them.
+        name: transformers' `model_type`.
+        config: the model's config.
+        rows: token ids of every row.
+        runs: (start, length) of the unbroken runs of image tokens of every row.
+        inputs: the other arguments of the model call, of the whole batch.
+        sizes: (width, height) in pixels of the original pictures of every row, None if unknown.
+        processor: the image processor, None if unknown.
     """
     supply, batch_runs = _supply(inputs), sum(map(len, runs))
     found: list[list[Picture]] = []

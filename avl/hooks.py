@@ -54,8 +54,9 @@ class Generation:
     arguments: dict[str, Any] = field(repr=False)
 
     def setting(self, name: str) -> Any:
-        """A setting as `generate` will see it: the argument, or that of the generation config
-        given, or of the model's own; None where nobody says.
+        """A setting as `generate` will see it; None where nobody says.
+
+        That is the argument, or that of the generation config given, or of the model's own.
         """
         own = getattr(self.model, "generation_config", None)
         given = (self.arguments.get("generation_config"), own)
@@ -143,6 +144,7 @@ class AttentionHooks:
     """What is attached to one model. Made by `attach`; one per model."""
 
     def __init__(self, model: nn.Module) -> None:
+        """Look at the model; nothing is connected yet."""
         self.model = model
         self.family: Family = describe(model)
         self.intervention: Intervention | None = None
@@ -553,8 +555,9 @@ def attached(model: nn.Module, hook: Observer | Intervention) -> Iterator[Attent
 
 
 def _newest(call: AttentionCall) -> Tensor | None:
-    """Positions of keys that are not simply 0, 1, ...: a sliding window's cache hands out the
-    newest keys only.
+    """Positions of keys that are not simply 0, 1, ...
+
+    A sliding window's cache hands out the newest keys only.
     """
     forward, count = call.forward, call.key.shape[2]
     if forward.rows is not None and forward.rows.shape[1] == count:

@@ -67,8 +67,7 @@ class View:
         return self.before + self.rows * (self.columns + self.breaks) + self.after
 
     def places(self) -> list[Place]:
-        """Row and column of every token in the picture's finest grid, (-1, -1) where
-        there is none."""
+        """Row and column of every token in the picture's finest grid, (-1, -1) without one."""
         if self.origin is None:
             return [(-1, -1)] * self.count
         row, column = self.origin
@@ -130,8 +129,10 @@ def token_boxes(layout: TokenLayout, row: int) -> Tensor:
 
 
 def token_tiles(layout: TokenLayout, row: int) -> Tensor:
-    """Number of the view that every token of one row of a batch belongs to, (length,) int16:
-    `View.tile`, and -1 for everything that is no image token.
+    """Number of the view that every token of one row of a batch belongs to.
+
+    Returns:
+        (length,) int16: `View.tile`, and -1 for everything that is no image token.
     """
     tiles = torch.full((layout.length,), -1, dtype=torch.int16)
     for index, picture in enumerate(layout.pictures[row]):
@@ -235,6 +236,7 @@ def map_pictures(
         layout: of the prompts.
         pictures: views of every picture of every row.
         sizes: (width, height) in pixels of every picture of every row.
+        assumption: what the views take for granted.
 
     Raises:
         ValueError: the numbers of pictures and sizes differ.

@@ -1,5 +1,4 @@
-"""Which position of a prompt is what: system, image or text token, padding, and where in the
-picture.
+"""Which position of a prompt is what: system, image, text or padding, and where in its picture.
 
 Everything else in the project asks this module and never looks at token ids itself. It knows ids
 and nothing about models: families.py supplies the ids that stand for image features, and how one
@@ -26,9 +25,7 @@ from avl.places import Picture, count, nowhere
 
 
 class Modality(IntEnum):
-    """Codes stored in `TokenLayout.modality`; the fixed vocabulary `system image text` plus
-    padding.
-    """
+    """Codes stored in `TokenLayout.modality`: the vocabulary `system image text`, and padding."""
 
     PADDING = -1
     SYSTEM = 0
@@ -62,10 +59,12 @@ class TokenLayout:
 
     @property
     def batch(self) -> int:
+        """Number of rows."""
         return self.modality.shape[0]
 
     @property
     def length(self) -> int:
+        """Number of positions, padding included."""
         return self.modality.shape[1]
 
     @property
@@ -90,9 +89,7 @@ class TokenLayout:
         return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors()})
 
     def select(self, rows: Tensor) -> TokenLayout:
-        """Layout of rows `rows` of the batch, in that order, repetitions allowed (beam search,
-        contrastive search).
-        """
+        """Layout of rows `rows` of the batch, in that order; repetitions are allowed."""
         chosen = {
             name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in self._tensors()
         }

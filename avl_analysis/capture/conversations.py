@@ -76,6 +76,7 @@ class Conversations:
     """
 
     def __init__(self, first: int, make: Callable[[str], SampleAccumulator]) -> None:
+        """Nothing has begun yet."""
         self._first, self._make = first, make
         self._all: list[Conversation] = []
         self._mark = 0

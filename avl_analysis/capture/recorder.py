@@ -71,13 +71,12 @@ class Recorder(Observer):
         statistics: what to compute.
         layers: decoder layers to watch, in the order they will have in the recording.
         heads: query heads per layer.
-        require_image: refuse prompts without a picture instead of leaving the image statistics
-            undefined.
-        stop: token ids that mark a finished row when fed in a decode step.
+        stop: token ids that mark a finished row of a batch when fed in a decode step.
         maps: which image-token scores to keep of every step, one of `MAPS`.
         first: number of the first sample; names are numbers of six digits.
         kept: which raw weights to keep.
-        require_image: refuse prompts without a picture.
+        require_image: refuse prompts without a picture instead of leaving the image statistics
+            undefined.
     """
 
     def __init__(
@@ -91,6 +90,7 @@ class Recorder(Observer):
         kept: Raw | None = None,
         require_image: bool = False,
     ) -> None:
+        """Record nothing yet; see the class."""
         self.statistics, self.plan = tuple(statistics), plan(statistics, maps, kept)
         self.require_image, self._raw_bytes = require_image, 0
         self.layers = {layer: index for index, layer in enumerate(layers)}
@@ -210,6 +210,7 @@ class Recorder(Observer):
 
     @torch.inference_mode()
     def observe(self, call: AttentionCall, output: Tensor) -> None:
+        """Reduce the weights of one call, or keep those of a decode step until the pass is over."""
         if call.layer not in self.layers:
             return
         for b, tokens in enumerate(self._tokens):
@@ -230,8 +231,9 @@ class Recorder(Observer):
                 raise _not_numbers(f"{error} in layer {call.layer}", call.forward) from error
 
     def _value_norm(self, seen: SampleCall, layer: int, b: int) -> Tensor:
-        """(key heads, keys) norms of the value vectors; those of keys met before are remembered, by
-        rank.
+        """Norms of the value vectors, (key heads, keys).
+
+        Those of keys met before are remembered, by rank.
         """
         rank, heads = seen.keys.rank, seen.value.shape[0]
         known, count = self._norms.get((b, layer)) or (
@@ -255,6 +257,7 @@ class Recorder(Observer):
 
     @torch.inference_mode()
     def end(self, forward: Forward) -> None:
+        """Add what was reduced to the samples of the pass."""
         if forward.kind == "prefill":
             self._current = self._conversations.begin(forward.layout.batch, forward.cache)
             self._current.norms = self._norms
@@ -285,8 +288,9 @@ class Recorder(Observer):
         return int(ids[sample, -1]) in self.stop
 
     def _reduce_steps(self, b: int, forward: Forward) -> None:
-        """Reduce the decode rows of one sample, together for the layers that have equally many
-        keys.
+        """Reduce the decode rows of one sample.
+
+        Layers of one device with equally many keys are reduced together.
         """
         together: dict[tuple[Any, ...], list[int]] = {}
         for layer in self.layers:
@@ -352,8 +356,9 @@ def _check_layers(layers: Sequence[int] | None, count: int) -> list[int]:
 
 
 def _norms(vectors: Tensor, out: Tensor) -> None:
-    """Lengths of vectors, (key heads, keys, dim), in float32; many are taken head by head, as they
-    may be converted.
+    """Lengths of vectors, (key heads, keys, dim), in float32.
+
+    Many are taken head by head, as they may be converted.
     """
     together = len(vectors) if vectors.shape[1] == 1 else 1
     for first in range(0, len(vectors), together):
@@ -387,9 +392,14 @@ def record(
     """Record the attention of `model` while the `with` block runs.
 
     Every prefill (a call with an empty cache) begins new samples, one per row of the batch; decode
-    steps and later turns belong to the samples of their cache. Logits stay bit-identical to those
-    without recording, and the model is restored on leaving the block, also by an exception. Works
-    on an adapted model (inside `avl.adaptive`) as well.
+    steps and later turns belong to the samples of their cache, so conversations may take turns. A
+    `generate` that raised leaves no sample. Logits stay bit-identical to those without recording,
+    and the model is restored on leaving the block, also by an exception. Works on an adapted model
+    (inside `avl.adaptive`) as well, and on a compiled one.
+
+    Where an image token lies in its image is recorded with it (`recording.tokens`). For families
+    that crop or tile by the original image's size, the size must be known: `VLM.prepare` remembers
+    it, and `avl.places.remember_originals` does for inputs prepared otherwise.
 
     Args:
         model: a loaded vision-language model (see `avl.families`).
@@ -421,8 +431,9 @@ def record(
             no picture where one is required.
         ValueError: weights that are not numbers.
         avl.families.UnsupportedModelError: the model is not a vision-language decoder.
-        avl.hooks.HookError: a recorder is on this model already, or its cache cannot be followed
-            (beam search).
+        avl.hooks.HookError: a recorder is on this model already; or, inside the block, the model is
+            used in a way that cannot be followed: from a second thread, without a KV cache, with
+            beam search, a prompt in chunks, a cache filled elsewhere, other attention than before.
     """
     chosen = select(statistics)
     family = describe(model)

@@ -1,5 +1,4 @@
-"""Does a policy that keeps everything change nothing, and does the default policy keep what it
-says?
+"""Does keeping everything change nothing, and does the default policy keep what it says?
 
 Two identities (the full policy, and A-VL with every share at one) against plain generation, for one
 prompt and for a left-padded batch. Then twenty steps of the default policy, whose record of bytes

@@ -56,8 +56,9 @@ class Case:
 
     @property
     def sees_ahead(self) -> bool:
-        """Whether prompt tokens attend to later ones, so that a prompt is more than its tokens one
-        by one.
+        """Whether prompt tokens attend to later ones.
+
+        A prompt is then more than its tokens one by one.
         """
         return entry(self.model_type).prefix
 
@@ -68,10 +69,12 @@ class Case:
 
     @cached_property
     def config(self) -> PreTrainedConfig:
+        """The tiny configuration."""
         return shrink(CONFIG_MAPPING[self.model_type](), entry(self.model_type).override)
 
     @property
     def model_class(self) -> Any:
+        """The class that is registered for the type."""
         name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[self.model_type]
         return getattr(transformers, name if isinstance(name, str) else name[0])
 
@@ -123,6 +126,7 @@ class Case:
 
     @cached_property
     def picture_inputs(self) -> dict[str, Any]:
+        """Pixel inputs of one picture."""
         with quiet():
             return pixels(self.model_type, self.config, [picture()])
 
@@ -133,8 +137,9 @@ class Case:
 
     @cached_property
     def defect(self) -> str:
-        """Why the installed transformers cannot run the model with nothing attached; empty if it
-        can (version 5.24.0 cannot run Llama 4).
+        """Why the installed transformers cannot run the model with nothing attached, or nothing.
+
+        Version 5.24.0 cannot run Llama 4.
         """
         try:
             with torch.no_grad():
@@ -150,8 +155,9 @@ class Case:
 
 
 def _fill_zeros(model: nn.Module) -> None:
-    """Random numbers in place of matrices that start as zeros (gates, projectors) and would hide
-    what they multiply.
+    """Put random numbers in place of matrices that start as zeros (gates, projectors).
+
+    They would hide what they multiply.
     """
     draw = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -163,9 +169,7 @@ def _fill_zeros(model: nn.Module) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Mute transformers' advice (missing torchvision, unusual configurations) while tiny models are
-    built.
-    """
+    """Mute transformers' advice while tiny models are built (missing torchvision, odd configs)."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

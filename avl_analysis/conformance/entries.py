@@ -448,4 +448,5 @@ ENTRIES: dict[str, Entry] = {
 
 
 def entry(model_type: str) -> Entry:
+    """The help for a model type; one without content where none is needed."""
     return ENTRIES.get(model_type, Entry())

@@ -90,8 +90,9 @@ def _first(value: Any) -> Any:
 def pixels(
     model_type: str, config: PreTrainedConfig, pictures: Sequence[Image.Image]
 ) -> dict[str, Any]:
-    """Pixel inputs of some pictures, by the family's image processor or at random, as its entry
-    says.
+    """Pixel inputs of some pictures.
+
+    They come from the family's image processor or are random, as its entry says.
     """
     help = entry(model_type)
     if help.pixels is not None:
@@ -117,8 +118,9 @@ def image_features(model: nn.Module, given: Mapping[str, Any]) -> Any:
 
 
 def parts(output: Any) -> Iterator[Tensor]:
-    """The image features `get_image_features` returned, (tokens, width) each, whatever it wraps
-    them in.
+    """The image features that `get_image_features` returned, (tokens, width) each.
+
+    Families wrap them differently.
     """
     if hasattr(output, "last_hidden_state"):
         found = (
@@ -146,13 +148,15 @@ def prompt(
     after: Sequence[int] = (6,),
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Arguments of a model call: prompts that show the picture of `given`, one per entry of
-    `after`.
+    """Arguments of a model call: prompts that show the picture of `given`.
 
     Args:
+        model: the tiny model.
         given: pixels and their descriptions, of one picture.
-        before, after: text tokens before and (per prompt) after the picture; shorter prompts are
-            padded on the left.
+        before: text tokens before the picture.
+        after: text tokens after the picture, one number per prompt; shorter prompts are padded on
+            the left.
+        seed: of the text.
     """
     config = model.config
     help = entry(config.model_type)
@@ -184,14 +188,14 @@ def prompt(
 
 
 def _id(config: Any, *names: str) -> list[int]:
-    """The first special id a configuration names among `names`, as a list of one, or
-    an empty list."""
+    """The first special id a configuration names among `names`, in a list; empty without one."""
     return [i for i in (getattr(config, name, None) for name in names) if isinstance(i, int)][:1]
 
 
 def _repeat(given: Mapping[str, Any], times: int, along: int) -> dict[str, Any]:
-    """The same picture for several prompts, laid one after another as processors do; `along` is for
-    the pixels.
+    """The same picture for several prompts, laid one after another as processors do.
+
+    `along` is the dimension for the pixels.
     """
 
     def repeat(name: str, value: Any) -> Any:

@@ -97,8 +97,9 @@ def check_places(case: Case) -> Painted:
 
 
 def _reach(case: Case, size: tuple[int, int]) -> float:
-    """Pixels of the original over which resampling spreads a change: the more, the smaller the
-    processor makes it.
+    """Pixels of the original over which resampling spreads a change.
+
+    The smaller the processor makes the picture, the more.
     """
     return entry(case.model_type).reach * max(1.0, max(size) / (2 * SIDE))
 
@@ -164,8 +165,9 @@ def _paint(picture: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Im
 
 
 def _sides(boxes: Tensor, part: tuple[int, int, int, int], reach: float) -> tuple[Tensor, Tensor]:
-    """Which tokens lie within a part, and which beyond it, as do newlines beside tokens with a
-    place.
+    """Which tokens lie within a part, and which beyond it.
+
+    Tokens without a place (newlines) beside tokens with one count as beyond.
     """
     left, top, right, bottom = boxes.unbind(-1)
     wide, high = right - left, bottom - top

@@ -1,5 +1,4 @@
-"""Random pixel inputs, for types whose image processor needs torchvision; and ids between the image
-tokens of some.
+"""Random pixel inputs where the image processor needs torchvision; ids between image tokens.
 
 Shapes are those the types' `forward` methods document; the numbers mean nothing.
 """
@@ -92,6 +91,7 @@ def molmo(config: Any) -> dict[str, Any]:
 
 
 def inkling(config: Any) -> dict[str, Any]:
+    """Twelve patches of several frames (Inkling)."""
     vision = config.vision_config
     return {
         "pixel_values": _noise(
@@ -101,19 +101,23 @@ def inkling(config: Any) -> dict[str, Any]:
 
 
 def inkling2(config: Any) -> dict[str, Any]:
+    """Merged patches as small pictures and their grid (Inkling 2)."""
     side = 2 * config.vision_config.patch_size
     return {"pixel_values": _noise(12, side, side, 3), "image_grid_thw": torch.tensor([[1, 3, 4]])}
 
 
 def radio(config: Any) -> dict[str, Any]:
+    """Flattened patches and their grid (Nemotron-H Omni)."""
     return {"pixel_values": _noise(24, 3 * PATCH * PATCH), "image_grid_hw": torch.tensor([[4, 6]])}
 
 
 def large_square(config: Any) -> dict[str, Any]:
+    """One square picture of 64 pixels (DeepSeek-OCR 2)."""
     return {"pixel_values": _noise(1, 3, 64, 64)}
 
 
 def frames(config: Any) -> dict[str, Any]:
+    """Four frames and the text for the Q-Former (InstructBLIP for video)."""
     ids = torch.tensor([[5, 6, 7]])
     return {
         "pixel_values": _noise(1, 4, 3, SIDE, SIDE),
@@ -123,6 +127,7 @@ def frames(config: Any) -> dict[str, Any]:
 
 
 def qformer(config: Any) -> dict[str, Any]:
+    """One square picture and the text for the Q-Former (InstructBLIP)."""
     ids = torch.tensor([[5, 6, 7]])
     return {
         **square(config),
@@ -132,10 +137,12 @@ def qformer(config: Any) -> dict[str, Any]:
 
 
 def fuyu(config: Any) -> dict[str, Any]:
+    """Twelve flattened patches (Fuyu)."""
     return {"pixel_values": _noise(1, 12, 3 * config.patch_size**2)}
 
 
 def emu(config: Any) -> dict[str, Any]:
+    """One square picture and its size (Emu 3)."""
     return {**square(config), "image_sizes": torch.tensor([[SIDE, SIDE]])}
 
 
@@ -152,9 +159,7 @@ def broken_rows(config: Any, given: Mapping[str, Any], image: int) -> list[int]:
 
 
 def marked_tiles(config: Any, given: Mapping[str, Any], image: int) -> list[int]:
-    """Tiles behind a token for row and column, a line break after each row, the whole picture last
-    (Idefics3).
-    """
+    """Tiles behind a token for row and column, line breaks, the whole picture last (Idefics3)."""
     vision = config.vision_config
     view = [image] * (vision.image_size // vision.patch_size // config.scale_factor) ** 2
     rows, columns = int(given["rows"][0][0]), int(given["cols"][0][0])

@@ -48,10 +48,12 @@ class Watch(Observer):
     last: dict[int, Tensor] = field(default_factory=dict)
 
     def begin(self, forward: Forward) -> None:
+        """Begin a list of weights."""
         self.passes.append(forward)
         self.weights.append([])
 
     def observe(self, call: AttentionCall, output: Tensor) -> None:
+        """Keep the weights of one call."""
         weights = attention_weights(call)
         self.weights[-1].append((call.layer, weights))
         total = call.forward.start + call.forward.tokens
@@ -130,8 +132,9 @@ def _attentions(output: Any) -> list[Tensor]:
 
 
 def _eager_weights(case: Case, inputs: dict[str, Any], sdpa: Watch | None) -> float | None:
-    """Largest difference between the weights the hooks see (of SDPA, too, if given) and
-    those that eager returns.
+    """Largest difference between the weights the hooks see and those that eager returns.
+
+    Those of SDPA are compared, too, if they are given.
     """
     watch = Watch()
     with attached(case.eager, watch):
@@ -166,9 +169,7 @@ def _eager_weights(case: Case, inputs: dict[str, Any], sdpa: Watch | None) -> fl
 
 
 def _generation(case: Case) -> None:
-    """Prefill and decode steps: same scores bit for bit, same weights as eager's, one pass per
-    token.
-    """
+    """Prefill and decode steps: same scores bit for bit, eager's weights, one pass per token."""
     options = {
         "max_new_tokens": STEPS,
         "do_sample": False,
@@ -217,8 +218,9 @@ def _recorder(case: Case, watch: Watch, options: dict[str, Any]) -> None:
 
 
 def _positions(case: Case, stepwise: Watch, sequence: Tensor) -> None:
-    """The last decode step attended to the positions it says: the same row of the whole sequence as
-    one prompt.
+    """The last decode step attended to the positions it says.
+
+    It is compared with the same row of the whole sequence as one prompt.
     """
     fed, length = sequence[:, :-1], case.inputs["input_ids"].shape[1]
     inputs = {**case.inputs, "input_ids": fed}

@@ -1,5 +1,4 @@
-"""A tiny version of any transformers configuration, made from its defaults by the names of its
-fields.
+"""A tiny version of any transformers configuration, made by the names of its fields.
 
 A default configuration describes a model of several gigabytes. `shrink` keeps every choice that
 decides *what* is computed (layer kinds, rotary sections, expert routing, bidirectional masks) and
@@ -124,9 +123,7 @@ def _shrink(
 
 
 def _few(kinds: list[Any], layers: int) -> list[Any]:
-    """`layers` entries in which every kind that occurs is kept if there is room, in the original
-    order.
-    """
+    """`layers` entries in the original order, with every kind that occurs if there is room."""
     distinct = list(dict.fromkeys(kinds))[:layers]
     return (distinct * layers)[:layers] if len(distinct) < layers else distinct
 
@@ -152,8 +149,9 @@ def _small(name: str, value: Any, ids: Mapping[int, int]) -> Any:
 
 
 def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Multi-dimensional rotary sections cut to half a small head; nested per layer type in some
-    families.
+    """Multi-dimensional rotary sections cut to half a small head.
+
+    They are nested per layer type in some families.
     """
     result = {}
     for name, value in parameters.items():

@@ -44,10 +44,12 @@ class Row:
 
     @property
     def is_recorded(self) -> bool:
+        """Whether recording is exact."""
         return self.recorded == YES
 
     @property
     def is_adapted(self) -> bool:
+        """Whether a policy acts on any layer."""
         return re.fullmatch(r"\d+ of \d+ layers?", self.adapted) is not None
 
 

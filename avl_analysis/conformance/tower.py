@@ -19,23 +19,25 @@ from avl_analysis.conformance.shrink import PATCH, VOCABULARY, WIDTH
 
 
 class ToyTowerConfig(Gemma3nVisionConfig):
+    """Configuration of the stand-in."""
+
     model_type = "avl_toy_tower"
 
 
 class ToyTower(PreTrainedModel):
-    """One convolution: (pictures, 3, h, w) to a feature map (pictures, width, h / patch, w /
-    patch).
-    """
+    """One convolution: (pictures, 3, h, w) to (pictures, width, h / patch, w / patch)."""
 
     config_class = ToyTowerConfig
     main_input_name = "pixel_values"
 
     def __init__(self, config: ToyTowerConfig) -> None:
+        """Random weights."""
         super().__init__(config)
         self.convolution = nn.Conv2d(3, config.hidden_size, PATCH, PATCH)
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """The feature map."""
         return BaseModelOutputWithPooling(
             last_hidden_state=torch.tanh(self.convolution(pixel_values))
         )
@@ -45,4 +47,5 @@ AutoModel.register(ToyTowerConfig, ToyTower, exist_ok=True)
 
 
 def toy_tower() -> ToyTowerConfig:
+    """Configuration of a tiny stand-in."""
     return ToyTowerConfig(hidden_size=WIDTH, vocab_size=16, vocab_offset=VOCABULARY)
