@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -34,16 +33,21 @@ def backend_for(device: torch.device | str) -> str:
 
 @cache
 def compiled_available() -> bool:
-    """Whether numba is installed; warns, once, where it is not."""
-    if importlib.util.find_spec("numba") is not None:
-        return True
-    warnings.warn(
-        "numba is not installed, so recording and quantised keys run on plain torch operations,"
-        " several times slower on a processor; `pip install numba` brings the compiled kernels",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return False
+    """Whether numba can be imported; warns, once, where it cannot."""
+    try:
+        import numba  # noqa: F401 -- imported by the compiled kernels, too; takes a while
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        # Not only where it is missing: numba refuses versions of NumPy it does not know, and
+        # looks into other packages, which may be broken.
+        warnings.warn(
+            f"numba cannot be imported ({error}), so recording and quantised keys run on plain"
+            " torch operations, several times slower on a processor; `pip install numba` brings"
+            " the compiled kernels",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def on_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

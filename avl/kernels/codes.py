@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from avl.kernels.backend import COMPILED, backend_for, on_threads
+from avl.kernels.memory import flat_view
 
 BITS = (8, 4, 2)
 """How few bits a stored number may have."""
@@ -283,15 +284,8 @@ def _each_pair(
     from avl.kernels import codes_compiled
 
     function = getattr(codes_compiled, name)
-    if source.dtype not in (torch.float32, torch.bfloat16) or source.stride(3) != 1:
-        source = source.float().contiguous()
-    # A tensor's memory from its first number on, whatever its strides.
-    length = 1 + sum(
-        (size - 1) * stride for size, stride in zip(source.shape, source.stride(), strict=True)
-    )
-    flat = source.detach().as_strided((max(length, 0),), (1,))
-    flat = flat.view(torch.uint16) if source.dtype == torch.bfloat16 else flat
-    strides, at = torch.tensor(source.stride()).numpy(), index.long().contiguous().numpy()
+    flat, strides = flat_view(source)
+    at = index.long().contiguous().numpy()
 
     def some(pairs: Tensor) -> None:
         scratch = [torch.empty(width, dtype=torch.float32).numpy()]
@@ -299,7 +293,7 @@ def _each_pair(
             scratch.append(
                 torch.zeros(packed_width(width, bits) * (8 // bits), dtype=torch.float32).numpy()
             )
-        function(pairs.numpy(), flat.numpy(), strides, 0, at, *rest, *scratch)
+        function(pairs.numpy(), flat, strides, at, *rest, *scratch)
 
     if index.shape[2]:
         on_threads(some, _shares(source.shape[0], source.shape[1], index.shape[2] * width))

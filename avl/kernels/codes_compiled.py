@@ -54,7 +54,7 @@ def _widen(low, high, numbers):
 
 
 @exact
-def channel_extremes(pairs, source, strides, offset, index, group_size, low, high, scratch):
+def channel_extremes(pairs, source, strides, index, group_size, low, high, scratch):
     """Smallest and largest number of each channel in each group of `group_size` keys; `index` is -1
     for no key.
     """
@@ -62,7 +62,7 @@ def channel_extremes(pairs, source, strides, offset, index, group_size, low, hig
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
         own = min(head, index.shape[1] - 1)
-        start = offset + row * strides[0] + head * strides[1]
+        start = row * strides[0] + head * strides[1]
         for at in range(index.shape[2]):
             key = index[row, own, at]
             if key >= 0:
@@ -90,14 +90,14 @@ def _extremes(numbers):
 
 
 @exact
-def value_extremes(pairs, source, strides, offset, index, low, high, scratch):
+def value_extremes(pairs, source, strides, index, low, high, scratch):
     """Smallest and largest number of each token in each group of channels."""
     width, groups = scratch.shape[0], low.shape[3]
     size = width // groups
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
         own = min(head, index.shape[1] - 1)
-        start = offset + row * strides[0] + head * strides[1]
+        start = row * strides[0] + head * strides[1]
         for at in range(index.shape[2]):
             place = start + max(index[row, own, at], 0) * strides[2]
             _load(scratch, source[place : place + width])
@@ -144,13 +144,13 @@ def _pack(stored, codes, bits):
 
 
 @exact
-def store_keys(pairs, source, strides, offset, index, groups, limits, bits, stored, scratch, codes):
+def store_keys(pairs, source, strides, index, groups, limits, bits, stored, scratch, codes):
     """Codes of keys; `codes` is longer than a key where the last byte is not full, and 0 there."""
     width, most = scratch.shape[0], float32((1 << bits) - 1)
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
         own = min(head, index.shape[1] - 1)
-        start = offset + row * strides[0] + head * strides[1]
+        start = row * strides[0] + head * strides[1]
         for at in range(index.shape[2]):
             place = start + max(index[row, own, at], 0) * strides[2]
             _load(scratch, source[place : place + width])
@@ -166,14 +166,14 @@ def store_keys(pairs, source, strides, offset, index, groups, limits, bits, stor
 
 
 @exact
-def store_values(pairs, source, strides, offset, index, limits, bits, stored, scratch, codes):
+def store_values(pairs, source, strides, index, limits, bits, stored, scratch, codes):
     """Codes of values."""
     width, groups, most = scratch.shape[0], limits.shape[3], float32((1 << bits) - 1)
     size = width // groups
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
         own = min(head, index.shape[1] - 1)
-        start = offset + row * strides[0] + head * strides[1]
+        start = row * strides[0] + head * strides[1]
         for at in range(index.shape[2]):
             place = start + max(index[row, own, at], 0) * strides[2]
             _load(scratch, source[place : place + width])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from avl.kernels.backend import COMPILED, backend_for
+from avl.kernels.row_products import row_products
 from avl_analysis.capture.sample_call import SampleCall
 
 BLOCK_BYTES = (3 << 20, 8 << 20)
@@ -39,9 +40,6 @@ of that is hidden from the others.
 """
 LEAST_ROWS = 16
 """Rows below which a matrix product is slow, however long they are."""
-
-ROW_BYTES = 6 << 20
-"""Bytes of keys converted to float32 at a time for the one row of a decode step."""
 
 
 @dataclass(frozen=True)
@@ -165,17 +163,11 @@ def row_weights(view: SampleCall) -> Tensor:
     if view.weights is not None:
         return view.weights.clone()
     kv_heads, keys, dim = view.key.shape
-    query = view.query.float().mul(view.scaling).view(kv_heads, -1, dim)
-    logits = torch.empty(*query.shape[:2], keys, dtype=torch.float32, device=query.device)
-    if view.key.dtype == torch.float32:
-        _products(query, view.key, logits)
-    else:  # one buffer for all: fresh memory costs more than the conversion
-        limits = ROW_BYTES if query.device.type == "cpu" else DEVICE_BLOCK_BYTES[1]
-        together = max(1, min(kv_heads, limits // (keys * dim * 4)))
-        buffer = torch.empty(together, keys, dim, dtype=torch.float32, device=query.device)
-        for first in range(0, kv_heads, together):
-            some = slice(first, min(first + together, kv_heads))
-            _products(query[some], buffer[: some.stop - first].copy_(view.key[some]), logits[some])
-    logits = logits.view(view.query.shape[0], view.query.shape[1], keys)
+    query = view.query.float().mul(view.scaling)
+    if query.shape[1] == 1:
+        logits = row_products(query[:, 0], view.key)[:, None]
+    else:
+        grouped = query.reshape(kv_heads, -1, dim)
+        logits = (grouped @ view.key.float().transpose(1, 2)).view(len(query), -1, keys)
     _softmax(logits, view)
     return logits

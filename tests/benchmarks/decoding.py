@@ -428,7 +428,7 @@ def main() -> None:
         "--cycles", type=int, help="refresh cycles to time (default 10; 3 with --quick)"
     )
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--key-heads", nargs="+", type=int, default=[32, 8])
+    parser.add_argument("--kv-heads", nargs="+", type=int, default=[32, 8])
     parser.add_argument(
         "--images",
         nargs="+",
