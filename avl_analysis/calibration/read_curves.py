@@ -16,7 +16,7 @@ from operator import itemgetter
 import numpy as np
 import xarray as xr
 
-from avl_analysis.intervals import Estimate, mean_intervals
+from avl_analysis.intervals import LEAST_SAMPLES, Estimate, mean_intervals
 
 SHARES = tuple(round(0.05 * i, 2) for i in range(1, 21))
 """Shares that can be chosen: 5 % to 100 %."""
@@ -187,11 +187,11 @@ def text_choice(values: xr.DataArray, target: float) -> Choice:
     """
     what = "text attention of the decode steps"
     curve = curve_of(values, "share", f"share of the {what} that is caught, by text")
-    acting = [i for i, count in enumerate(curve.n) if count > 1]
+    acting = [i for i, low in enumerate(curve.low) if low is not None]
     if not acting:
         reason = (
             "the rule stays off: texts were too short for it to drop a key (20 are always held), or"
-            " too few"
+            f" fewer than {LEAST_SAMPLES} were long enough"
         )
         return Choice("text", None, reason, curve)
     for index in acting:

@@ -143,7 +143,7 @@ def _show(policy: AdaptivePolicy, evidence: Evidence, out: Path) -> None:
     console.print(evidence.questions, markup=False, highlight=False, soft_wrap=True)
     for warning in evidence.warnings:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-    shown = ("correct", "agreement", "kl", "kv_filled_share")
+    shown = ("correct", "agreement", "kl", "kv_row_share")
     for metric, entry in (
         (name, evidence.measured[name]) for name in shown if name in evidence.measured
     ):
