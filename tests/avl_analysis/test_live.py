@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from avl_analysis.capture.recorder import record
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.errors import InputError
 from avl_analysis.heads import taxonomy
-from avl_analysis.models.loading import VLM
+from avl_analysis.models.loading import VLM, load_model
 from tests import tiny
+from tests.avl_analysis.models import folders
 
 TOKENS = 7
 
@@ -115,6 +117,21 @@ def test_patches_cover_the_part_of_the_image_that_the_processor_keeps(sample: Sa
     raster = seen.on_image(np.ones(seen.modality.size)).raster
     np.testing.assert_allclose(raster.x, np.linspace(0.125, 0.875, 5), atol=2e-5)
     np.testing.assert_allclose(raster.y, np.linspace(0, 1, 5), atol=2e-5)
+
+
+@pytest.mark.parametrize("model_type", ["smolvlm", "internvl", "llava_next", "qwen2_5_vl"])
+def test_a_watched_answer_can_be_drawn_over_an_image_seen_in_tiles_or_in_its_own_shape(
+    model_type: str, tmp_path: Path
+) -> None:
+    loaded = load_model(folders.save_folder(tmp_path, model_type))
+    asked = Sample("one", (tiny.picture((640, 427)),), "what is red?")
+    seen = live.observe(loaded, asked, max_new_tokens=2)
+    token = seen.on_image(seen.look(0)).raster.pixels(80, 120)
+    assert seen.drawable == (0,)
+    assert (token >= 0).all()  # every part of the image is seen
+    tile = seen.images[0].tile
+    # In tiles nearly everywhere: LLaVA-NeXT cuts whole rows of cells off beside its padding.
+    assert (tile[token] > 0).mean() > 0.9 or tile.max() == 0
 
 
 def test_what_is_watched_is_what_a_recording_of_the_answer_holds(

@@ -122,7 +122,8 @@ def attention_bar(canvas: FigureBase, axes: list[Axes], panels: Sequence[Panel])
     bar = canvas.colorbar(
         ScalarMappable(Normalize(*limits), _ATTENTION), ax=axes, shrink=0.55, pad=0.01, aspect=28
     )
-    bar.set_label(text)
+    # The bar of a single row of pictures is shorter than the words beside it.
+    bar.set_label(textwrap.fill(text, 28))
     bar.outline.set_visible(False)
 
 
