@@ -39,6 +39,7 @@ class Forward:
             rows) or None. Set by a policy that removes hidden states on the way; read it at the
             time of an attention call.
         inputs: keyword arguments of the top-level model call (attention_mask, image grids, ...).
+        changed_by: description of the intervention on the model, "" without one.
     """
 
     kind: str
@@ -49,6 +50,7 @@ class Forward:
     cache: Any
     rows: Tensor | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
+    changed_by: str = ""
 
 
 @dataclass(eq=False)

@@ -96,6 +96,11 @@ class Observer(Hook):
 class Intervention(Hook):
     """Computes attention in the model's place; may exchange `forward.cache.layers` in `begin`."""
 
+    @property
+    def description(self) -> str:
+        """What it does to the model, as a recording made meanwhile says it."""
+        return type(self).__name__
+
     def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
         """The output of one call, (batch, rows, query heads, head dim).
 
@@ -349,6 +354,8 @@ class AttentionHooks:
         said = {name: value for name, value in (inputs or given).items() if value is not None}
         self._calls = 0
         self.forward = self._place(cache, int(new.shape[1]), ids, {**shown, **said})
+        if self.intervention is not None:
+            self.forward.changed_by = self.intervention.description
         for hook in self._attached():
             hook.begin(self.forward)
 

@@ -44,6 +44,11 @@ class AdaptiveSession(Intervention):
     fit.
     """
 
+    @property
+    def description(self) -> str:
+        """The policy, as its `repr` states it."""
+        return repr(self.policy)
+
     def __init__(self, model: nn.Module, policy: Policy) -> None:
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a policy such as avl.AdaptivePolicy(); got {policy!r}")

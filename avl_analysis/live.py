@@ -389,7 +389,6 @@ def observe(
     ) as recording:
         said = answer(vlm, sample, policy, max_new_tokens=max_new_tokens, on_token=on_token)
     recording.annotate(**facts_of(vlm, sample, said.ids))
-    recording.attrs["policy"] = "full cache" if policy is None else repr(policy)
     raw = recording.drop_attention().isel(sample=0).transpose("query", "layer", "head", "position")
     weights = np.where(raw["visible"].values > 0, raw["attention"].values, np.nan)
     tokens = recording.tokens.isel(sample=0)

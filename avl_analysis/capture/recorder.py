@@ -34,7 +34,7 @@ from avl_analysis.capture.sample_call import SampleCall, SampleSlice, view
 from avl_analysis.capture.softmax import row_weights
 from avl_analysis.errors import InputError
 from avl_analysis.recordings import schema
-from avl_analysis.recordings.recording import Recording
+from avl_analysis.recordings.recording import FULL_CACHE, Recording
 from avl_analysis.statistics import (
     CacheStatistic,
     KeyStatistic,
@@ -99,6 +99,7 @@ class Recorder(Observer):
         self._conversations = Conversations(first, self._new_sample)
         self._current: Conversation | None = None
         self._last_prompt: Tensor | None = None
+        self.policies: dict[str, None] = {}  # of the samples' prompts, in order
         self._begin_pass([])
 
     def _new_sample(self, name: str) -> SampleAccumulator:
@@ -153,6 +154,7 @@ class Recorder(Observer):
             self._conversations.close(every=False)
             self._check_prompt(forward)
             self._check_repeated(forward)
+            self.policies[forward.changed_by or FULL_CACHE] = None
             self._current = None
         else:
             self._current = self._conversations.of(forward.cache)
@@ -463,4 +465,5 @@ def record(
     finally:
         hooks.detach(recorder)
         recorder.close()
+        recording.attrs["policy"] = " | ".join(recorder.policies) or FULL_CACHE
         recorder.running = False

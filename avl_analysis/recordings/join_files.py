@@ -28,7 +28,7 @@ from avl_analysis.recordings.checks import digest
 from avl_analysis.recordings.schema import FACTS_DIGEST, GROUPS, RAGGED, RecordingError
 
 _SAMPLE = "sample"
-_SAME = ("model", "model_type", "model_revision", "statistics")
+_SAME = ("model", "model_type", "model_revision", "statistics", "policy")
 _INTERNAL = frozenset(
     [
         "CLASS",

@@ -38,6 +38,9 @@ from avl_analysis.recordings.schema import (
     stack,
 )
 
+FULL_CACHE = "full cache"
+"""Attribute `policy` of a recording of the model as it is, without a policy on it."""
+
 
 class Source(Protocol):
     """What a recording in the making is read from."""
@@ -369,8 +372,14 @@ def merge(recordings: Sequence[Recording]) -> Recording:
             f"cannot merge: samples {', '.join(twice[:5])} are in more than one recording; number"
             " them apart with record(..., first_sample=...)"
         )
-    for key in ("model", "model_type", "statistics"):
-        if len(values := {str(recording.attrs.get(key)) for recording in filled}) > 1:
+    for key, usual in (
+        ("model", ""),
+        ("model_type", ""),
+        ("statistics", ""),
+        ("policy", FULL_CACHE),
+    ):
+        values = {str(recording.attrs.get(key) or usual) for recording in filled}
+        if len(values) > 1:
             raise RecordingError(
                 f"cannot merge: the recordings differ in {key}: {' | '.join(sorted(values))}"
             )

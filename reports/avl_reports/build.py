@@ -51,6 +51,7 @@ from avl_reports import (
     fig_sparsity,
     fig_text_age,
     fig_values,
+    pair,
 )
 from avl_reports.document import write_document
 from avl_reports.facts import provenance
@@ -103,6 +104,8 @@ def build(
     comparison: Comparison | None = None,
     ablations: Sequence[Ablation] = (),
     frontier: Frontier | None = None,
+    beside: Recording | None = None,
+    names: Sequence[str] = ("first", "second"),
     title: str = "",
     commands: Sequence[str] = (),
     figures: Sequence[ModuleType] = FIGURES,
@@ -115,6 +118,8 @@ def build(
     Args:
         comparison, ablations, frontier: what else was measured of the same model; a figure without
             its numbers is left out.
+        beside: another recording, to be shown to the right of the first one, panel by panel.
+        names: files of the two, which name them where their models and policies are the same.
         title: heading of the page; by default it names the model.
         commands: command lines that reproduce the report, as printed on the page.
         figures: which figure modules to ask.
@@ -126,6 +131,9 @@ def build(
         NotMeasured: the recording is empty or answers none of the figures.
     """
     run = Run(recording, comparison, ablations, frontier)
+    runs = [run] if beside is None else [run, Run(beside)]
+    called = pair.labels(runs, names) if len(runs) > 1 else []
+    title = title or (f"Attention report: {' and '.join(called)}" if called else "")
     parts = [
         *(module.__name__.rpartition(".")[2] for module in figures),
         "recording",
@@ -145,7 +153,9 @@ def build(
         name = module.__name__.rpartition(".")[2]
         say(name)
         try:
-            sections[name] = module.section(run)
+            sections[name] = (
+                module.section(run) if len(runs) == 1 else pair.section(module, runs, called)
+            )
         except NotMeasured as error:
             missing[name] = str(error)
             continue
@@ -156,6 +166,8 @@ def build(
         )
     say("recording")
     recording.save(folder / "run.nc")
+    if beside is not None:
+        beside.save(folder / "beside.nc")
     if comparison is not None:
         comparison.save(folder / "compare.nc")
     for number, ablation in enumerate(ablations, 1):

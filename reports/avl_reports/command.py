@@ -42,15 +42,19 @@ MAX_NEW_TOKENS = 96
 EXAMPLES = """
 Examples: [bold]avl report[/], [bold]avl report --model ./my-llava --samples 48[/],
 [bold]avl report run.nc --comparison compare.nc --ablation ablation.json --out paper[/]
-(no model needed)
+(no model needed),
+[bold]avl report one.nc other.nc --out both[/] (two models or policies side by side)
 """
 
 
 def report(
     recording: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Argument(
-            help="A recording made before; without one, the model is recorded on drawn scenes now."
+            help=(
+                "A recording made before, or two to set side by side; without one, the model is"
+                " recorded on drawn scenes now."
+            )
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write into; made if needed.")] = Path(
@@ -107,9 +111,13 @@ def report(
         *(part for path in ablation or () for part in ("--ablation", path)),
     ]
     given += _option("--frontier", frontier)
-    if recording is not None:
-        recorded = load_recording(recording)
-        commands = [_line("avl report", recording, *given, "--out", out)]
+    beside = None
+    if recording:
+        if len(recording) > 2:
+            raise InputError(f"{len(recording)} recordings: pass one, or two to set side by side")
+        recorded = load_recording(recording[0])
+        beside = load_recording(recording[1]) if len(recording) > 1 else None
+        commands = [_line("avl report", *recording, *given, "--out", out)]
     else:
         vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
         recorded = record_scenes(vlm, samples, seed)
@@ -119,6 +127,7 @@ def report(
         commands = [_line("avl report", "--model", model, *numbers, *given, "--out", out)]
         if not silenced and ablate:
             silenced = silence_heads(vlm, recorded, ablate, commands[0])
+    own = [out / "run.nc", *([out / "beside.nc"] if beside is not None else [])]
     again = _option("--comparison", out / "compare.nc" if compared is not None else None)
     for number, _ in enumerate(silenced, 1):
         again += [
@@ -127,8 +136,7 @@ def report(
         ]
     again += _option("--frontier", out / "frontier.jsonl" if held is not None else None)
     commands.append(
-        _line("avl report", out / "run.nc", *again)
-        + "    # the same figures from the same recording"
+        _line("avl report", *own, *again) + "    # the same figures from the same recording"
     )
     commands.append(
         _line("python -m avl_reports.fig_modality", out / "run.nc") + "    # one figure alone"
@@ -140,6 +148,8 @@ def report(
             comparison=compared,
             ablations=silenced,
             frontier=held,
+            beside=beside,
+            names=[str(path) for path in recording or ()],
             title=title,
             commands=commands,
             progress=lambda done, total, name: advance(done, total, name),

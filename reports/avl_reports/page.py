@@ -59,6 +59,7 @@ def render(
         verdicts=verdicts(len(findings)),
         reading=READING,
         facts=facts(run),
+        glance=_glance(sections),
         sections=[_view(name, section, svgs) for name, section in sections.items()],
         findings=findings,
         missing=[(name.removeprefix("fig_"), reason) for name, reason in missing.items()],
@@ -76,6 +77,30 @@ def render(
         svgs=svgs,
         colours=json.dumps(_colours()),
     )
+
+
+GLANCE = ("modality", "overlay", "frontier", "policies", "coverage")
+"""Figures of the summary on top, in the order in which they are looked for."""
+GLANCED = 3
+
+
+def _glance(sections: Mapping[str, Section]) -> list[dict[str, Any]]:
+    """The first panel, of pictures one with a map, of the first figures of `GLANCE` there are."""
+    figures = {section.figure.name: section for section in sections.values()}
+    found: list[dict[str, Any]] = []
+    for name in GLANCE:
+        if name not in figures or len(found) == GLANCED:
+            continue
+        section = figures[name]
+        panels = [
+            panel
+            for panel in section.figure.panels
+            if not isinstance(panel, Overlay) or panel.patches is not None
+        ]
+        if panels:
+            plot = _plot(panels[0], f"glance-{name}")
+            found.append({"plot": plot, "question": section.question, "name": name})
+    return found
 
 
 def _packed(data: bytes) -> str:

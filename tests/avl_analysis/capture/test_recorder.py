@@ -17,6 +17,8 @@ from avl_analysis.capture import reduce_prompt, softmax
 from avl_analysis.capture.recorder import record
 from avl_analysis.capture.replay import replay
 from avl_analysis.errors import InputError
+from avl_analysis.recordings.recording import merge
+from avl_analysis.recordings.schema import RecordingError
 from tests import tiny
 from tests.avl_analysis.recorded import CASES, close, model, run
 
@@ -481,3 +483,20 @@ def test_an_adapted_model_is_recorded_by_what_its_keys_are_not_by_where_they_lie
         for name in recording.names:
             if name != "text_age_fit":
                 close(recording[name], plain[name], 1e-4)
+
+
+def test_a_recording_says_which_policy_was_on_the_model() -> None:
+    model = tiny.llava()
+    inputs = tiny.inputs(model, **CASES["one picture"])
+    policy = avl.RandomPolicy(budget=0.5)
+    with record(model) as plain:
+        generate(model, inputs, steps=1)
+    with avl.adaptive(model, policy), record(model, first_sample=5) as inside:
+        generate(model, inputs, steps=1)
+    with record(model, first_sample=9) as outside, avl.adaptive(model, policy):
+        generate(model, inputs, steps=1)
+    assert plain.attrs["policy"] == "full cache"
+    assert inside.attrs["policy"] == outside.attrs["policy"] == repr(policy)
+    assert len(merge([inside, outside])) == 2
+    with pytest.raises(RecordingError, match="differ in policy: RandomPolicy"):
+        merge([plain, inside])

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from avl_analysis.figures import Patches, draw_html, draw_plotly, looks, palette
+from avl_analysis.figures import Patches, draw_html, draw_plotly, looks
 from avl_analysis.figures.clickable import with_cells, with_opacity
 from avl_analysis.figures.spec import Axis
 from avl_analysis.figures.strip import Span, Strip

@@ -85,9 +85,9 @@ def test_twenty_series_differ_in_dash_and_marker_and_ten_in_colour() -> None:
 @pytest.mark.parametrize("dark", [False, True])
 def test_words_on_any_shade_of_any_colour_can_be_read(dark: bool) -> None:
     theme = palette.DARK if dark else palette.LIGHT
-    for style in palette.STYLES:
+    for look in palette.STYLES:
         for opacity in (0.0, 0.2, 0.5, 0.75, 1.0):
-            colour = style.colour(dark)
+            colour = look.colour(dark)
             ink = palette.ink_on(colour, opacity, theme.paper)
             assert palette.contrast(ink, palette.over(colour, opacity, theme.paper)) >= 4.5
     assert palette.contrast(theme.muted, theme.paper) >= 4.5
