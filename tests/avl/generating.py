@@ -27,13 +27,13 @@ def generate(
 
 
 def difference(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Largest absolute difference of two sets of logits, where both are finite; infinite if shapes
-    differ.
+    """Largest absolute difference of two sets of logits where they are finite; infinite if shapes
+    differ, or what is not finite in one is anything else in the other. NaN differs from everything.
     """
-    if first.shape != second.shape:
+    finite = torch.isfinite(first)
+    if first.shape != second.shape or not torch.equal(first[~finite], second[~finite]):
         return float("inf")
-    finite = torch.isfinite(first) & torch.isfinite(second)
-    return float((first - second)[finite].abs().max())
+    return float((first - second)[finite].abs().max().nan_to_num(float("inf")))
 
 
 def rows_alone(

@@ -212,9 +212,15 @@ def test_statistics_can_be_recorded_in_bfloat16_close_to_float32(sdpa):
     half.load_state_dict(sdpa.state_dict())
     with record(half, keep="attention") as low:
         half(**{**batch, "pixel_values": batch["pixel_values"].bfloat16()})
+    with record(sdpa, keep="attention") as full:
+        sdpa(**batch)
     first_layer = low["attention"].isel(layer=0).values
+    wanted = full["attention"].isel(layer=0).values
     assert first_layer.dtype == np.float32
     assert np.allclose(np.asarray(first_layer).sum(-1), 1, atol=1e-5)  # not rounded to 8 bits
+    assert np.isfinite(wanted).any()
+    assert np.nanmax(np.abs(first_layer - wanted)) < 0.05
+    assert np.nanmax(np.abs(first_layer[:, ::-1] - wanted)) > 0.1  # another head's are not close
 
 
 def test_the_model_is_restored_after_an_exception(sdpa):
