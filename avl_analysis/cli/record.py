@@ -239,11 +239,12 @@ def _check_kept(recording: Recording, queries: str | None) -> None:
 
 
 def _samples(image: list[str], scenes: int, task: str | None, seed: int) -> list[Sample]:
-    from avl_analysis.corpus.questions import Sample, scene_sample
+    from avl_analysis.corpus.questions import Sample, check_count, scene_sample
     from avl_analysis.scenes import TASKS, generate
 
     if scenes < 0 or seed < 0:
         raise InputError(f"--scenes {scenes} and --seed {seed}: both must be 0 or more")
+    check_count(scenes)
     if task is not None and task not in TASKS:
         raise InputError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
     if scenes:

@@ -34,6 +34,9 @@ from avl_analysis.scenes.samples import SPLITS, split_of
 Box = tuple[int, int, int, int]
 """Half-open pixel box (left, top, right, bottom)."""
 
+MOST_SCENES = 200_000
+"""Scenes that are drawn at once; their pictures take 36 kB each."""
+
 _KEYS = {
     "image": "path of a picture, or a list of paths",
     "images": "list of paths",
@@ -89,6 +92,17 @@ def scene_sample(sample: SceneSample) -> Sample:
     )
 
 
+def check_count(scenes: int) -> None:
+    """Refuse more drawn scenes at once than memory holds.
+
+    Raises:
+        InputError: more than `MOST_SCENES`.
+    """
+    if scenes > MOST_SCENES:
+        shown = f"{scenes}" if scenes < 10**12 else "far too many"
+        raise InputError(f"{shown} drawn scenes: at most {MOST_SCENES} are drawn at once")
+
+
 def scene_samples(
     count: int,
     tasks: Sequence[str] | None = None,
@@ -122,6 +136,7 @@ def scene_samples(
         raise InputError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
     if count < 1 or not chosen:
         raise InputError(f"{count} samples of {len(chosen)} tasks: ask for at least one of each")
+    check_count(count * len(chosen))
     base = SPLITS[split] if seed is None else seed
     return [
         scene_sample(draw_scene(base + TASKS.index(task), index, task))

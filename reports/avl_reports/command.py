@@ -182,9 +182,10 @@ def draw_samples(count: int, seed: int) -> list[Sample]:
     """`count` held-out scenes with the tasks in turn, sorted by task: answers of one batch are then
     about as long.
     """
-    from avl_analysis.corpus.questions import scene_sample
+    from avl_analysis.corpus.questions import check_count, scene_sample
     from avl_analysis.scenes import TASKS, generate
 
+    check_count(count)
     drawn = [generate(seed, index, TASKS[index % len(TASKS)]) for index in range(count)]
     return [
         scene_sample(sample)

@@ -20,7 +20,7 @@ from avl_analysis.evaluation.policy_files import save_policy
 from tests import tiny
 from tests.avl_analysis.cli.malformed import Call, Given, calls
 
-LONGEST = 60
+LONGEST = 20
 """Seconds of the process's own computing after which a call counts as hanging."""
 
 
