@@ -11,6 +11,7 @@ import xarray as xr
 
 from avl_analysis import InputError, load_model
 from avl_analysis.capture.recorder import record
+from avl_analysis.cli.main import main
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.evaluation.generation import attention_modules
 from avl_analysis.heads.ablation import (
@@ -22,6 +23,7 @@ from avl_analysis.heads.ablation import (
     plan,
     silenced,
 )
+from avl_analysis.heads.taxonomy import KINDS
 from avl_analysis.recordings.recording import Recording
 from tests import tiny
 
@@ -272,6 +274,15 @@ def test_a_model_is_asked_with_each_set_silenced(tmp_path, monkeypatch):
     assert result.found_on == "2 questions of their own"
     with pytest.raises(InputError, match="3 of the questions are also those the kinds of heads"):
         ablate(vlm, samples, recorded=samples[:3], draws=1, max_new_tokens=2)
+
+
+def test_the_help_of_the_command_lists_every_kind_of_head(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["ablate", "--help"])
+    assert done.value.code == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    described = told.split("Kind of heads:")[1].split(".")[0]
+    assert [kind for kind in KINDS if kind not in described] == []
 
 
 def test_heads_are_not_judged_by_scenes_they_were_found_by():
