@@ -98,6 +98,7 @@ def ablate(
         recorded = read_or_draw(None, max(1, scenes // 2), task, "heads")
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 
+    from avl_analysis.corpus.questions import describe_questions
     from avl_analysis.heads.ablation import ablate as silence
 
     questions = (
@@ -139,6 +140,7 @@ def ablate(
         )
     if out is not None:
         result.save(out)
+    typer.echo(f"asked: {describe_questions([s for s in samples if s.id in result.samples])}")
     _show(result)
 
 

@@ -59,6 +59,7 @@ def knockout(
     samples = read_or_draw(data, scenes, task, "ablation")
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 
+    from avl_analysis.corpus.questions import describe_questions
     from avl_analysis.heads.knockout import FLOWS, save_knockout
     from avl_analysis.heads.knockout import knockout as cut
     from avl_analysis.plots import knockout_table
@@ -75,6 +76,7 @@ def knockout(
         )
     save_knockout(result, out)
     typer.echo(knockout_table(result).round(3).to_string())
+    typer.echo(f"asked: {describe_questions(samples)}")
     typer.echo(f"change of the answer's log-probability, nats per token; everything in {out}")
 
 

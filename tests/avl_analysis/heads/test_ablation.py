@@ -285,6 +285,16 @@ def test_the_help_of_the_command_lists_every_kind_of_head(capsys):
     assert [kind for kind in KINDS if kind not in described] == []
 
 
+def test_the_command_finds_heads_by_other_scenes_than_it_asks_and_says_so(capsys):
+    arguments = ["--scenes", "4", "--task", "colour", "--draws", "1", "--max-new-tokens", "4"]
+    with pytest.raises(SystemExit) as done:
+        main(["ablate", *arguments])
+    assert not done.value.code
+    told = " ".join(capsys.readouterr().out.split())
+    assert "asked: 4 questions (split ablation)" in told
+    assert "read from 2 questions (split heads) of their own" in told
+
+
 def test_heads_are_not_judged_by_scenes_they_were_found_by():
     scene = {"seed": 5, "index": 0, "task": "colour"}
     recording = Recording({}, {})

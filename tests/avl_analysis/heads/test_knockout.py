@@ -180,7 +180,9 @@ def test_the_command_prints_a_table_and_refuses_mistakes(
         main(["knockout", "--scenes", "1", "--task", "colour", "--flow", "image:last",
               "--max-new-tokens", "2", "--out", str(out)])  # fmt: skip
     assert not done.value.code
-    assert "image -> last" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "image -> last" in said
+    assert "asked: 1 question (split ablation)" in said
     assert len(load_knockout(out)["layer"]) == 5
     for arguments, message in (
         (["--flow", "image"], "write SOURCE:TARGET"),
