@@ -12,11 +12,12 @@ from avl_analysis.capture.recorder import record
 from avl_analysis.capture.replay import replay
 from avl_analysis.conformance.build import Case, picture
 from avl_analysis.conformance.inputs import prompt
-from avl_analysis.models.loading import VLM
+from avl_analysis.models.loading import VLM, load_model
 from avl_analysis.recordings.join_files import join
 from avl_analysis.recordings.recording import load_recording, merge
 from avl_analysis.recordings.schema import EDGES
 from tests import tiny
+from tests.avl_analysis.models.folders import KINDS, save_folder
 
 HAS_ALL_PROCESSORS = Version(transformers.__version__) >= Version("5.23")
 
@@ -134,6 +135,24 @@ def test_break_tokens_of_pixtral_are_text_and_its_rows_fill_the_image():
     tokens = generated(Case("mistral3"), (48, 24))
     rows, columns = int(tokens["row"].max()) + 1, int(tokens["column"].max()) + 1
     assert np.allclose(boxes(tokens), cells(rows, columns), atol=1e-6)
+
+
+@pytest.mark.skipif(not HAS_ALL_PROCESSORS, reason="older versions need torchvision for these")
+@pytest.mark.parametrize("model_type", [kind for kind in KINDS if kind != "mistral3"])
+def test_images_of_a_batch_have_places_in_every_family_loaded_from_a_folder(model_type, tmp_path):
+    vlm = load_model(save_folder(tmp_path, model_type))
+    sizes = [(96, 48), (40, 80)]
+    inputs = vlm.prepare([picture(*size) for size in sizes], ["what is red"] * 2)
+    with record(vlm.model, statistics=["modality_mass"]) as recording:
+        vlm.model.generate(**inputs, max_new_tokens=2, do_sample=False, eos_token_id=None)
+    for sample in range(2):
+        tokens = recording.tokens.isel(sample=sample)
+        box, tile = boxes(tokens), tokens["tile"].values
+        left, top, right, bottom = box[tile > 0 if tile.max() > 0 else tile == 0].T
+        assert np.nanmin(left) == pytest.approx(0.0, abs=0.1)
+        assert np.nanmax(right) == pytest.approx(1.0, abs=0.1)
+        assert np.nanmax(bottom) == pytest.approx(1.0, abs=0.1)
+        assert np.nansum((right - left) * (bottom - top)) == pytest.approx(1.0, abs=0.15)
 
 
 @pytest.fixture
