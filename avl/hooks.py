@@ -132,6 +132,7 @@ class _Pending(threading.local):
     Attributes:
         inputs: arguments of the outer model's call.
         shown: arguments of the latest encoding of images and of videos.
+        shown_first: whether that was before the outer model was called.
         embedded: what the embedding layer was last asked for.
     """
 
@@ -142,6 +143,7 @@ class _Pending(threading.local):
         """Forget it."""
         self.inputs: dict[str, Any] = {}
         self.shown: dict[str, Any] = {}
+        self.shown_first = False
         self.embedded: _Embedded | None = None
 
 
@@ -162,6 +164,7 @@ class AttentionHooks:
         self._calls = 0
         self._thread: threading.Thread | None = None
         self._generating = False
+        self._copies = 1
         self._handles: list[Any] = []
         self._watched: list[tuple[nn.Module, str]] = []
         self._modules = [
@@ -267,14 +270,18 @@ class AttentionHooks:
             return
         self._claim()
         self._generating, failed = True, True
+        generation = Generation(model, arguments)
+        self._copies = max(
+            generation.setting(name) or 1 for name in ("num_beams", "num_return_sequences")
+        )
         hooks = self._attached()
         try:
             for hook in hooks:
-                hook.begin_generation(Generation(model, arguments))
+                hook.begin_generation(generation)
             yield
             failed = False
         finally:
-            self._generating = False
+            self._generating, self._copies = False, 1
             self._release()
             self._pending.clear()
             for hook in hooks:
@@ -317,6 +324,7 @@ class AttentionHooks:
         given = named_arguments(module, args, kwargs)
         if given.get("input_ids") is not None or module is self.model:
             self._pending.inputs = given
+            self._pending.shown_first = bool(self._pending.shown)
 
     def _remember_ids(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -336,6 +344,7 @@ class AttentionHooks:
         inputs, shown, embedded = (
             getattr(self._pending, name) for name in ("inputs", "shown", "embedded")
         )
+        copies = self._copies if self._pending.shown_first else 1
         self._pending.clear()
         new = _first(given, "input_ids", "inputs_embeds")
         if new is None:
@@ -353,7 +362,7 @@ class AttentionHooks:
             ids = self._ids_behind(new, embedded)
         said = {name: value for name, value in (inputs or given).items() if value is not None}
         self._calls = 0
-        self.forward = self._place(cache, int(new.shape[1]), ids, {**shown, **said})
+        self.forward = self._place(cache, int(new.shape[1]), ids, {**shown, **said}, copies)
         if self.intervention is not None:
             self.forward.changed_by = self.intervention.description
         for hook in self._attached():
@@ -382,13 +391,13 @@ class AttentionHooks:
             )
 
     def _place(
-        self, cache: Any, tokens: int, ids: Tensor | None, inputs: dict[str, Any]
+        self, cache: Any, tokens: int, ids: Tensor | None, inputs: dict[str, Any], copies: int
     ) -> Forward:
-        """Where this pass stands in its sequence."""
+        """Where this pass stands in its sequence; `copies` as in `_layout`."""
         held = int(cache.get_seq_length()) if cache is not None else 0
         stream = self._streams.get(cache) if cache is not None else None
         if held == 0:
-            layout = self._layout(ids, inputs, tokens)
+            layout = self._layout(ids, inputs, tokens, copies=copies)
             stream = _Stream(layout, tokens, 0)
             forward = Forward("prefill", 0, 0, tokens, layout, cache, inputs=inputs)
         else:
@@ -418,8 +427,26 @@ class AttentionHooks:
         return forward
 
     def _layout(
-        self, ids: Tensor | None, inputs: dict[str, Any], tokens: int, held: int = 0
+        self,
+        ids: Tensor | None,
+        inputs: dict[str, Any],
+        tokens: int,
+        held: int = 0,
+        copies: int = 1,
     ) -> TokenLayout:
+        """Layout of the new tokens of a pass.
+
+        Args:
+            ids: (batch, tokens or more), the last of which are new.
+            inputs: arguments of the outer call, and what images were encoded from.
+            tokens: number of new tokens.
+            held: tokens that the cache held before.
+            copies: how often `generate` repeated every row after the images were encoded, so that
+                grids and sizes in `inputs` are those of every so many rows.
+
+        Raises:
+            HookError: the ids are not known.
+        """
         if ids is None:
             raise HookError(
                 "cannot tell image from text tokens without input_ids; call the model with"
@@ -432,7 +459,11 @@ class AttentionHooks:
             mask = mask[:, -tokens:]
         else:
             mask = None
-        return self.family.layout(ids, mask, inputs)
+        once = ids[::copies]
+        if copies == 1 or not torch.equal(once.repeat_interleave(copies, 0), ids):
+            return self.family.layout(ids, mask, inputs)
+        layout = self.family.layout(once, None if mask is None else mask[::copies], inputs)
+        return layout.select(torch.arange(len(ids)) // copies)
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module is not self.family.decoder:

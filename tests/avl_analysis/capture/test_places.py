@@ -8,6 +8,7 @@ import torch
 import transformers
 from packaging.version import Version
 
+from avl.places import remember_originals
 from avl_analysis.capture.recorder import record
 from avl_analysis.capture.replay import replay
 from avl_analysis.conformance.build import Case, picture
@@ -106,6 +107,25 @@ def test_llava_next_has_a_view_of_the_whole_image_then_tiles_with_newlines_witho
     newlines = (tile == 1) & ~has_box
     assert newlines.sum() == rows
     assert np.allclose(boxes(tokens)[(tile == 1) & has_box][-1, 2:], (1.0, 1.0), atol=0.05)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "llava", "llava_next"])
+def test_every_one_of_several_sampled_answers_has_the_places_of_its_image(model_type):
+    case = Case(model_type)
+    first, second = (case.asking(picture(*size)) for size in ((96, 24), (96, 24)))
+    inputs = {name: torch.cat([first[name], second[name]]) for name in first}
+    remember_originals(inputs, [[(96, 24)]] * 2, case.processor)
+    with record(case.model, statistics=["modality_mass"]) as recording:
+        case.model.generate(**inputs, max_new_tokens=2, do_sample=True, num_return_sequences=3)
+    expected = generated(case, (96, 24))
+    assert len(recording) == 6
+    for sample in range(6):
+        tokens = recording.tokens.isel(sample=sample)
+        found = tokens.isel(position=tokens["image"].values >= 0)
+        for name in ("row", "column", "tile"):
+            assert np.array_equal(found[name], expected[name])
+        if HAS_ALL_PROCESSORS:  # older versions copy the pixels, whose size is then not known
+            assert np.array_equal(boxes(found), boxes(expected), equal_nan=True)
 
 
 def test_a_class_token_has_no_place():
