@@ -17,13 +17,16 @@ from typing import Any
 
 from transformers import (
     AutoFeatureExtractor,
-    AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     ProcessorMixin,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+
+# Older versions put a stand-in that asks for torchvision at the top of the package, though the
+# class itself works without.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
 from transformers.utils import is_torchvision_available
 

@@ -27,6 +27,7 @@ from avl_analysis.recordings.recording import Recording
 from avl_reports import fig_head_maps, fig_overlay, fig_sets
 from avl_reports.run import Run
 from tests.avl_analysis.figures import specs
+from tests.avl_analysis.models.folders import skipped_without_processor
 
 LARGE = {"image_size": 168, "patch_size": 14}
 SMALL = {"image_size": 56, "patch_size": 7}
@@ -126,7 +127,8 @@ class Lit:
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def lit(request: pytest.FixtureRequest) -> Lit:
-    return Lit(request.param)
+    with skipped_without_processor():
+        return Lit(request.param)
 
 
 def drawn_on_paper(panel: Overlay) -> np.ndarray:

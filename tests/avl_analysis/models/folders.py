@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
@@ -121,6 +125,19 @@ KINDS = {
 }
 
 
+@contextmanager
+def skipped_without_processor() -> Iterator[None]:
+    """Skip the test where an older transformers cannot make an image processor without torchvision,
+    which some of its Pillow processors ask for themselves.
+    """
+    try:
+        yield
+    except LookupError as missing:
+        if Version(transformers.__version__) >= Version("5.23"):
+            raise
+        pytest.skip(str(missing))
+
+
 def save_folder(path: Path, model_type: str, *, video: bool = True) -> Path:
     """Write a tiny model of a family with its processor's settings.
 
@@ -130,9 +147,10 @@ def save_folder(path: Path, model_type: str, *, video: bool = True) -> Path:
         video: whether the settings have a video part; families without one ignore it.
     """
     kind, case = KINDS[model_type], Case(model_type)
+    with skipped_without_processor():
+        made = image_processor(model_type, case.config, kind.options)
     with quiet():
         case.model.save_pretrained(path)
-        made = image_processor(model_type, case.config, kind.options)
     tokens = {
         getattr(case.config, key) if isinstance(key, str) else key: token
         for key, token in kind.tokens.items()
