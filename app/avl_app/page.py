@@ -5,17 +5,23 @@ one-line errors.
 from __future__ import annotations
 
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import streamlit as st
+from numpy.typing import NDArray
 
 from avl_analysis.figures import draw_html, draw_plotly
 from avl_analysis.figures.clickable import with_cells, with_opacity
-from avl_analysis.figures.spec import Heat, Overlay, Panel
+from avl_analysis.figures.plot import Plot
+from avl_analysis.figures.spec import Figure, Heat, Overlay, Panel
 from avl_analysis.figures.strip import Strip, visible
 from avl_app.data import ModelServer, Question
 from avl_app.settings import Settings
@@ -111,6 +117,57 @@ def plot(
         drawn.update_layout(height=height)
     config = {**_CONFIG, "staticPlot": isinstance(panel, Overlay) and panel.patches is None}
     st.plotly_chart(drawn, key=key, theme=None, config=config)
+
+
+_KINDS = {
+    "svg": "image/svg+xml",
+    "png": "image/png",
+    "pdf": "application/pdf",
+    "csv": "text/csv",
+}
+"""What a figure can be downloaded as."""
+
+
+def keep(figure: Figure | None, code: str, key: str) -> None:
+    """What a visitor can take away: the figure as files, and the Python that gives it.
+
+    Args:
+        figure: what the view shows; None where there is nothing to download.
+        code: Python that gives the same.
+        key: tells this figure's buttons from others on the page.
+    """
+    with st.container(horizontal=True, key=f"keep_{key}"):
+        if figure is not None:
+            with st.popover("Download", icon=":material/download:", type="tertiary"):
+                for suffix, kind in _KINDS.items():
+                    st.download_button(
+                        suffix.upper(),
+                        partial(_written, figure, suffix),
+                        f"{figure.name}.{suffix}",
+                        kind,
+                        key=f"{key}_{suffix}",
+                        on_click="ignore",
+                        width="stretch",
+                    )
+        with st.popover("Show code", icon=":material/code:", type="tertiary"):
+            st.code(code, language="python")
+
+
+def _written(figure: Figure, suffix: str) -> bytes:
+    """A figure as a file in memory; drawn only when it is downloaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        return Plot(figure).save(Path(folder) / f"{figure.name}.{suffix}").read_bytes()
+
+
+def picture_height(pixels: NDArray[np.uint8], wide: int = 340) -> int:
+    """Pixels a picture of this shape needs when it is drawn `wide` pixels wide, within reason.
+
+    Args:
+        pixels: (height, width, 3).
+        wide: expected width of the column.
+    """
+    height, width = pixels.shape[:2]
+    return int(np.clip(round(wide * height / width), 90, 420))
 
 
 def cells(

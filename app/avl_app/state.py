@@ -112,6 +112,8 @@ FIELDS: dict[str, Field] = {
     "drawn_policy": Field("", _text),
     "step": Field(0, _number(0, 4096)),
     "single_token": Field(False, _flag),
+    "all_heads": Field(False, _flag),
+    "over_answer": Field(False, _flag),
     "kinds": Field([], _several),
     "pattern": Field("", _text),
     "recording_of": Field("answer", _one_of(*RECORDINGS)),

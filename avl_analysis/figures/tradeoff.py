@@ -12,13 +12,17 @@ from avl_analysis.figures.spec import Axis, Points, Scatter
 
 @dataclass(frozen=True)
 class Place:
-    """One policy: its share of the full cache's bytes, and a quality with its interval."""
+    """One policy: its share of the full cache's bytes, a quality with its interval, and its style.
+
+    `slot` is the number of the style in the palette; None takes the next one.
+    """
 
     name: str
     share: float
     value: float
     low: float
     high: float
+    slot: int | None = None
 
 
 def tradeoff(places: Sequence[Place], quality: Axis, title: str = "") -> Scatter:
@@ -26,7 +30,10 @@ def tradeoff(places: Sequence[Place], quality: Axis, title: str = "") -> Scatter
     left out.
     """
     known = [place for place in places if np.isfinite(place.value)]
-    points = tuple(_point(place, slot) for slot, place in enumerate(known, start=1))
+    points = tuple(
+        _point(place, number if place.slot is None else place.slot)
+        for number, place in enumerate(known, start=1)
+    )
     share = Axis("bytes of keys and values held", "share of the full cache", (0.0, 1.08))
     return Scatter(share, quality, points, title=title)
 

@@ -5,14 +5,26 @@ from __future__ import annotations
 import numpy as np
 import streamlit as st
 
+from avl_analysis.answer_plots import plot_over_answer, plot_token
 from avl_analysis.corpus.regions import Region, on_tokens, word_regions
-from avl_analysis.figures import looks
-from avl_analysis.figures.spec import Lines
-from avl_analysis.live import Focus, Observation
+from avl_analysis.figures import Box, Figure, looks
+from avl_analysis.live import FOCUS, Focus, Observation
 from avl_analysis.scenes import Sample
-from avl_app import state
+from avl_analysis.scenes.drawing import SIDE
+from avl_app import code, state
 from avl_app.examples import asked_scene
-from avl_app.page import Context, distinct, doing, plain, plot, shown_token, streaming, strip
+from avl_app.page import (
+    Context,
+    distinct,
+    doing,
+    keep,
+    picture_height,
+    plain,
+    plot,
+    shown_token,
+    streaming,
+    strip,
+)
 
 
 def show(context: Context) -> None:
@@ -21,20 +33,40 @@ def show(context: Context) -> None:
     seen = observe(context)
     sample = asked_scene(context.question.picture, context.question.prompt)
     step = pick_token(seen, sample)
-    layer, head = _layer_and_head(seen, step)
-    region = _region(seen, sample, step)
-    st.markdown(f"#### {_sentence(seen, step, layer, head, region)}")
-    _pictures(context, seen, step, layer, head, region)
-    st.markdown("**The words it looked at**")
-    strip(
-        looks.token_strip(
-            seen.tokens,
-            seen.look(step, layer, head),
-            seen.modality,
-            seen.prompt,
-            seen.prompt + step,
-        )
+    if step is None:
+        return
+    with st.container(key="ask"):
+        with st.container(key="ask_controls"):
+            layer, head = _layer_and_head(seen)
+        region = _region(seen, sample, step)
+        with st.container(key="ask_pictures"):
+            st.markdown(f"#### {_sentence(seen, step, layer, head, region)}")
+            figure = _pictures(context, seen, step, layer, head, region)
+            framed = patch_frames(seen, region)
+            keep(figure, code.token(context.question, step, layer, head, framed), "ask")
+        with st.container(key="ask_words"):
+            _words(seen, step, layer, head)
+        _over_answer(context, seen, layer, head)
+
+
+def _words(seen: Observation, step: int, layer: int | None, head: int | None) -> None:
+    """The words the token looked at, and what their shade means."""
+    shown = looks.token_strip(
+        seen.tokens, seen.look(step, layer, head), seen.modality, seen.prompt, seen.prompt + step
     )
+    most = float(np.nanmax(shown.values, initial=0.0))
+    assert shown.value.limits is not None
+    full = f"full shade: {shown.value.limits[1]:.1%} of all attention"
+    st.markdown(f"**The words it looked at** · at most {most:.1%} on one word; {full}")
+    strip(shown)
+
+
+def _over_answer(context: Context, seen: Observation, layer: int | None, head: int | None) -> None:
+    """The attention moving over the picture while the answer is written, when asked for."""
+    if seen.drawable and st.toggle("Play over the answer", key="over_answer"):
+        moving = plot_over_answer(seen, context.question.picture.pixels, layer, head).figure
+        plot(moving.panels[0], "over_answer_plot")
+        keep(moving, code.over_answer(context.question, layer, head), "moving")
 
 
 def observe(context: Context) -> Observation:
@@ -46,15 +78,20 @@ def observe(context: Context) -> Observation:
         return context.bench.observation(context.question, on_token=on_token, waiting=waiting)
 
 
-def pick_token(seen: Observation, sample: Sample | None = None) -> int:
-    """The answer as tokens one can choose from; returns the chosen one."""
+def pick_token(seen: Observation, sample: Sample | None = None) -> int | None:
+    """The answer as tokens one can choose from; returns the chosen one, None where there is none.
+
+    Args:
+        seen: the answer, watched.
+        sample: the question with its truth, which is then said too.
+    """
     words = seen.answer.words[: seen.steps]
     if not words:
         st.info(
             "The model ended its answer at once, without a word; ask something else.",
             icon=":material/info:",
         )
-        st.stop()
+        return None
     if state.get("token") not in range(len(words)):
         state.put("token", seen.most_telling[0])
     truth = ""
@@ -79,7 +116,7 @@ def pick_token(seen: Observation, sample: Sample | None = None) -> int:
     return int(state.get("token"))
 
 
-def _layer_and_head(seen: Observation, step: int) -> tuple[int | None, int | None]:
+def _layer_and_head(seen: Observation) -> tuple[int | None, int | None]:
     """Controls for layer, head and opacity, in one row."""
     layers, heads = state.indices(seen.layers), state.indices(seen.heads)
     state.within("layer", layers, str(seen.most_telling[1]))
@@ -117,14 +154,14 @@ def _sentence(
     if focus.of == 0:
         return f"To write {word}, {who} had no picture to look at."
     said = (
-        f"To write {word}, {who} gives {focus.mass:.0%} of its attention to the picture, most of it"
-        f" to {focus.patches} of {focus.of} patches"
+        f"To write {word}, {who} gives {focus.mass:.0%} of its attention to the picture,"
+        f" {FOCUS:.0%} of that to {focus.patches} of {focus.of} patches"
     )
     if not np.isfinite(focus.lift):
         return f"{said}."
     return (
-        f"{said}; {focus.region:.0%} of that falls on what the word is about, {focus.lift:.1f}"
-        " times chance."
+        f"{said}; {focus.region:.0%} of its attention to the picture falls on the framed patches,"
+        f" which show what the word is about: {focus.lift:.1f} times chance."
     )
 
 
@@ -135,20 +172,35 @@ def _pictures(
     layer: int | None,
     head: int | None,
     region: Region,
-) -> None:
-    """The picture as it is, with the attention over it, and how layers divide their attention."""
+) -> Figure:
+    """The picture as it is, with the attention over it, and how layers divide their attention.
+
+    Args:
+        seen: the answer, watched.
+        step: number of the chosen token.
+        layer, head: the chosen ones; None for the mean.
+        region: what the token is about.
+    """
     pixels = context.question.picture.pixels
-    look = seen.look(step, layer, head)
+    framed = patch_frames(seen, region)
+    figure = plot_token(seen, pixels, step, layer, head, boxes=framed).figure
+    height = picture_height(pixels)
     plainly, over, lines = st.columns([1, 1, 1])
     with plainly:
-        st.markdown("**The picture**" + (" and what the word is about" if region.boxes else ""))
-        plot(looks.plain_picture(pixels, region.boxes), "picture", height=320)
+        st.markdown("**The picture**" + (" and what the word is about" if framed else ""))
+        plot(figure.panels[0], "picture", height=height)
     with over:
         st.markdown(f"**Attention for “{shown_token(seen.answer.words[step])}”**")
         if seen.drawable:
-            top = float(np.nanmax(look[seen.image == 0], initial=0.0))
-            overlay = looks.token_overlay(pixels, seen.on_image(look), boxes=region.boxes)
-            plot(overlay, "overlay", opacity=float(state.get("opacity")), height=320)
+            overlay = figure.panels[1]
+            plot(
+                overlay,
+                "overlay",
+                titled=False,
+                opacity=float(state.get("opacity")),
+                height=height,
+            )
+            top = float(np.nanmax(seen.look(step, layer, head)[seen.image == 0], initial=0.0))
             st.caption(f"Full amber: {top:.1%} of all attention, on the patch that gets most.")
         else:
             st.info(
@@ -157,12 +209,31 @@ def _pictures(
             )
     with lines:
         st.markdown("**Picture or text, layer by layer**")
-        plot(by_layer(seen, step, head), "by_layer", titled=False, height=320)
+        plot(figure.panels[-1], "by_layer", titled=False, height=320)
+    return figure
 
 
-def by_layer(seen: Observation, step: int, head: int | None) -> Lines:
-    """How every layer divides this token's attention."""
-    masses = [seen.mass(step, layer, head) for layer in seen.layers]
-    return looks.mass_by_layer(
-        seen.layers, {name: [mass[name] for mass in masses] for name in masses[0]}
-    )
+def patch_frames(seen: Observation, region: Region) -> tuple[Box, ...]:
+    """Frames around the patches that count as what a word is about, in pixels of the scene.
+
+    A patch counts as soon as it touches the object, so the frame reaches beyond the object's edge.
+    Without known places of patches the object's own frame is all there is.
+    """
+    if not region.tokens or len(seen.images) != 1 or not seen.images[0].placed:
+        return region.boxes
+    patches = seen.images[0].boxes[list(region.tokens)] * SIDE
+    frames = []
+    for box in region.boxes:
+        touched = patches[
+            (patches[:, 0] < box.right)
+            & (patches[:, 2] > box.left)
+            & (patches[:, 1] < box.bottom)
+            & (patches[:, 3] > box.top)
+        ]
+        if len(touched):
+            low, high = touched[:, :2].min(0), touched[:, 2:].max(0)
+            edges = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
+            frames.append(Box(*edges, box.label))
+        else:
+            frames.append(box)
+    return tuple(frames)

@@ -16,8 +16,8 @@ from avl_analysis.evaluation.comparison import Comparison, load_comparison
 from avl_analysis.figures.spec import Axis
 from avl_analysis.figures.tradeoff import Place, tradeoff
 from avl_analysis.scenes import TASKS
-from avl_app import adaptive, examples, policies, state
-from avl_app.page import Context, doing, plain, plot, problem
+from avl_app import adaptive, code, examples, policies, state
+from avl_app.page import Context, doing, keep, plain, plot, problem
 from avl_app.sent import sent_files
 from avl_app.uploads import from_bytes, sent_samples
 
@@ -75,6 +75,9 @@ def show(context: Context) -> None:
             and ask is not None
         ):
             st.session_state["comparison"] = _run(context, ask, chosen)
+            st.session_state["comparison_code"] = code.compared(
+                context.question.model, _samples_code(), chosen, context.question.tokens
+            )
     comparison: Comparison | None = st.session_state.get("comparison")
     if comparison is None:
         st.info(
@@ -85,6 +88,13 @@ def show(context: Context) -> None:
         st.markdown(_WHAT)
         return
     _result(comparison)
+
+
+def _samples_code() -> str:
+    """The expression that gives the questions compared."""
+    if state.get("bench_source") == _SCENES:
+        return f"scene_samples({int(state.get('count'))}, {list(state.get('tasks'))!r})"
+    return 'read_samples("samples.jsonl")  # the list that was sent'
 
 
 def _scenes() -> Asking | None:
@@ -177,6 +187,10 @@ def _load() -> None:
     )
     if sent is not None:
         st.session_state["comparison"] = sent.value
+        st.session_state["comparison_code"] = (
+            "from avl_analysis import load_comparison\n\n"
+            f"result = load_comparison({sent.name!r})\nprint(result.table())\n"
+        )
 
 
 def _named(files: Mapping[str, bytes]) -> tuple[bytes, str]:
@@ -207,6 +221,8 @@ def _result(comparison: Comparison) -> None:
     if len(failures := comparison.failures):
         with st.expander(f"{len(failures)} samples could not be measured"):
             st.dataframe(failures, hide_index=True)
+    if shown_code := st.session_state.get("comparison_code"):
+        keep(None, shown_code, "benchmark")
     with tempfile.TemporaryDirectory() as folder:
         data = comparison.save(Path(folder) / "compare.nc").read_bytes()
     left, right, _ = st.columns([1, 1, 3])
@@ -249,5 +265,6 @@ def _tradeoff(comparison: Comparison, metric: str) -> None:
     places = []
     for name in comparison.policies:
         share, value = comparison.mean("kv_filled_share", name), comparison.mean(metric, name)
-        places.append(Place(name, share.mean, value.mean, value.low, value.high))
+        slot = policies.slot(name)
+        places.append(Place(name, share.mean, value.mean, value.low, value.high, slot))
     plot(tradeoff(places, Axis(label, unit, limits)), f"tradeoff_{metric}", titled=False)

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import streamlit as st
 
+from avl_analysis.answer_plots import plot_head_overlays, plot_mass
 from avl_analysis.figures import looks
 from avl_analysis.figures.spec import Axis
 from avl_analysis.heads import taxonomy
 from avl_analysis.heads.ablation import visual_head_score
 from avl_analysis.heads.taxonomy import Measure
 from avl_analysis.live import Observation
+from avl_analysis.plots import plot_heads
 from avl_analysis.recordings.recording import Recording
-from avl_app import state
-from avl_app.page import Context, cells, clicked, plain, plot, shown_token, strip
+from avl_app import code, state
+from avl_app.page import (
+    Context,
+    cells,
+    clicked,
+    keep,
+    picture_height,
+    plain,
+    plot,
+    shown_token,
+    strip,
+)
 from avl_app.views.ask import observe, pick_token
 
 _FIRST = "modality_mass/image"
@@ -37,6 +51,8 @@ def show(context: Context) -> None:
     seen = observe(context)
     recording = seen.recording
     step = pick_token(seen)
+    if step is None:
+        return
     chosen, single = _measure(recording)
     values = taxonomy.matrix(recording, chosen, step if single else None)
     _, kinds = _known(recording)
@@ -50,7 +66,32 @@ def show(context: Context) -> None:
         _by_keys(seen, layer, head)
     with right:
         _ranking(seen, values, kinds, (layer, head))
+    single_step = step if single else None
+    keep(
+        plot_heads(recording, chosen.key, single_step).figure,
+        code.head_map(context.question, chosen.key, single_step),
+        "heads",
+    )
     _compare(context, seen, recording, step, (layer, head), values, kinds, chosen)
+    _all_heads(context, seen, step, layer)
+
+
+def _all_heads(context: Context, seen: Observation, step: int, layer: int) -> None:
+    """Every head of the layer over the picture, on one scale, when asked for."""
+    if not seen.drawable or not st.toggle(
+        f"All heads of layer {layer} over the picture", key="all_heads"
+    ):
+        return
+    pixels = context.question.picture.pixels
+    figure = plot_head_overlays(seen, pixels, step, layer).figure
+    columns = st.columns(min(6, len(figure.panels)))
+    for head, panel in enumerate(figure.panels):
+        with columns[head % len(columns)]:
+            st.markdown(f"**Head {head}**")
+            height = picture_height(pixels, 170)
+            plot(panel, f"grid{layer}_{head}", titled=False, height=height)
+    st.caption(plain(figure.caption.what))
+    keep(figure, code.head_overlays(context.question, step, layer), "head_overlays")
 
 
 def _measure(recording: Recording) -> tuple[Measure, bool]:
@@ -197,6 +238,7 @@ def _compare(
     if second:
         layer, _, number = str(second).partition(".")
         shown.append((int(layer), int(number)))
+    tops = [_most(seen, step, row, head) for row, head in shown]
     for column, (row, head) in zip(
         st.columns(2) if len(shown) == 2 else [st.container()], shown, strict=True
     ):
@@ -206,7 +248,31 @@ def _compare(
                 f"#### Layer {row}, head {head}: a {kinds[at, head]} head\n"
                 f"{KIND_TEXTS[str(kinds[at, head])]} · {plain(chosen.title)} {values[at, head]:.3f}"
             )
-            _head(context, seen, recording, step, row, head, narrow=len(shown) == 2)
+            _head(
+                context,
+                seen,
+                recording,
+                step,
+                row,
+                head,
+                narrow=len(shown) == 2,
+                top=max(tops),
+                ages=_age_limits(recording, shown),
+            )
+
+
+def _most(seen: Observation, step: int, layer: int, head: int) -> float:
+    """Attention on the patch of the first image that gets most."""
+    return float(np.nanmax(seen.look(step, layer, head)[seen.image == 0], initial=1e-6))
+
+
+def _age_limits(recording: Recording, shown: list[tuple[int, int]]) -> tuple[float, float] | None:
+    """The scale of text ages that the heads shown share; None where nothing was measured."""
+    if "text_age_profile" not in recording.names:
+        return None
+    profile = recording["text_age_profile"].mean("sample")
+    top = max(float(profile.sel(layer=row, head=head).max()) for row, head in shown)
+    return (0.0, 1.05 * top) if top > 0 else None
 
 
 def _head(
@@ -218,8 +284,16 @@ def _head(
     head: int,
     *,
     narrow: bool,
+    top: float,
+    ages: tuple[float, float] | None,
 ) -> None:
-    """One head: where it looked for the token, over the answer, and how far back in the text."""
+    """One head: where it looked for the token, over the answer, and how far back in the text.
+
+    Args:
+        narrow: whether another head stands beside it.
+        top: attention on a patch drawn at full strength, the same for both heads.
+        ages: scale of the attention by age, the same for both heads.
+    """
     name = f"{layer}_{head}"
     look = seen.look(step, layer, head)
     places = list(st.columns(2)) + list(st.columns(1)) if narrow else list(st.columns(3))
@@ -228,25 +302,26 @@ def _head(
         st.markdown(f"**Picture, for “{word}”**")
         if seen.drawable:
             plot(
-                looks.token_overlay(context.question.picture.pixels, seen.on_image(look)),
+                looks.token_overlay(context.question.picture.pixels, seen.on_image(look), top=top),
                 f"o{name}",
-                height=210 if narrow else 280,
+                height=picture_height(context.question.picture.pixels, 210 if narrow else 280),
             )
+            st.caption(f"Full amber: {top:.1%} of all attention" + ", in both heads." * narrow)
     with places[1]:
         st.markdown("**Over the answer**")
-        masses = [seen.mass(t, layer, head) for t in range(seen.steps)]
-        series = {key: np.array([m[key] for m in masses]) for key in ("image", "text")}
-        axis = Axis("attention", "share of the row", (0.0, 1.0))
-        plot(looks.evolution("over the answer", series, axis), f"e{name}", titled=False, height=280)
+        mass = plot_mass(seen, layer, head).figure.panels[0]
+        plot(mass, f"e{name}", titled=False, height=280)
     with places[2]:
         st.markdown("**How far back in the text**")
-        _ages(recording, layer, head, name)
+        _ages(recording, layer, head, name, ages)
     place = seen.prompt + step
     strip(looks.token_strip(seen.tokens, look, seen.modality, seen.prompt, place))
 
 
-def _ages(recording: Recording, layer: int, head: int, name: str) -> None:
-    """The head's mean attention on text by age."""
+def _ages(
+    recording: Recording, layer: int, head: int, name: str, limits: tuple[float, float] | None
+) -> None:
+    """The head's mean attention on text by age; `limits` is the scale."""
     if "text_age_profile" not in recording.names:
         st.info("The recording holds no profile of text ages.", icon=":material/info:")
         return
@@ -256,4 +331,6 @@ def _ages(recording: Recording, layer: int, head: int, name: str) -> None:
         st.info("No text token was old enough to measure.", icon=":material/info:")
         return
     weights = {str(phase): kept.sel(age_phase=phase).values for phase in kept["age_phase"].values}
-    plot(looks.age_profile(kept["age"].values, weights), f"a{name}", titled=False, height=280)
+    panel = looks.age_profile(kept["age"].values, weights)
+    panel = replace(panel, y=replace(panel.y, limits=limits))
+    plot(panel, f"a{name}", titled=False, height=280)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
@@ -15,12 +16,12 @@ import streamlit as st
 import avl
 from avl.tokens import Modality
 from avl_analysis.figures import looks
-from avl_analysis.figures.spec import Axis
+from avl_analysis.figures.spec import Axis, Caption, Figure, Lines
 from avl_analysis.figures.strip import visible
 from avl_analysis.live import Answer, Disagreement, Observation
-from avl_app import policies, state
+from avl_app import code, policies, state
 from avl_app.data import Timings
-from avl_app.page import Context, doing, plain, plot, shown_token, streaming, strip
+from avl_app.page import Context, doing, keep, plain, plot, shown_token, streaming, strip
 from avl_app.views.ask import observe
 
 _TICK = 0.6  # seconds a step is shown while playing
@@ -33,6 +34,7 @@ def show(context: Context) -> None:
     full = answers[policies.FULL]
     off = _disagreements(context, chosen, full)
     _table(answers, off)
+    keep(_divergence(off) if off else None, code.policies(context.question, chosen), "live")
     _times(context, chosen)
     if off:
         _patches(context, observe(context), {name: answers[name] for name in off})
@@ -250,14 +252,34 @@ def _curves(answers: dict[str, Answer], off: dict[str, Disagreement]) -> None:
     left, right = st.columns(2)
     with left:
         st.markdown("**Divergence from the full cache, token by token**")
-        axis = Axis("KL(full || policy)", "nats")
-        series = {name: differs.kl for name, differs in off.items()}
-        plot(looks.evolution("divergence", series, axis, slot=2), "kl", titled=False, height=280)
+        plot(_divergence(off).panels[0], "kl", titled=False, height=280)
     with right:
         st.markdown("**Keys read, step by step**")
         read = {name: _keys_read(said) for name, said in answers.items()}
-        keys = looks.evolution("keys read", read, Axis("keys read, mean over layers", "keys"))
-        plot(keys, "keys", titled=False, height=280)
+        keys = looks.evolution("keys read", read, Axis("keys read", "mean over layers"))
+        plot(_coloured(keys), "keys", titled=False, height=280)
+
+
+def _divergence(off: dict[str, Disagreement]) -> Figure:
+    """Divergence of every policy from the full cache, token by token."""
+    axis = Axis("KL(full || policy)", "nats")
+    lines = looks.evolution("divergence", {name: d.kl for name, d in off.items()}, axis)
+    caption = Caption(
+        "KL(full || policy) at every token of the full cache's answer.",
+        1,
+        "the one shown",
+        "one answer has no interval",
+    )
+    title = "Divergence from the full cache, token by token"
+    return Figure("divergence", title, (_coloured(lines),), caption, columns=1)
+
+
+def _coloured(lines: Lines) -> Lines:
+    """Every policy in the colour it has in all views and reports."""
+    return replace(
+        lines,
+        lines=tuple(replace(line, slot=policies.slot(line.name)) for line in lines.lines),
+    )
 
 
 def _fidelity(full: Answer, off: dict[str, Disagreement]) -> None:
@@ -269,9 +291,9 @@ def _fidelity(full: Answer, off: dict[str, Disagreement]) -> None:
         f" from it (full from {looks.UNLIKE:g} nat), frame: it would write another token, which"
         " follows the arrow"
     )
-    for slot, (name, differs) in enumerate(off.items(), start=2):
+    for name, differs in off.items():
         other = {int(at): visible(differs.preferred[at]) for at in np.flatnonzero(~differs.agree)}
-        strip(looks.fidelity_strip(name, full.words, differs.kl, other, slot))
+        strip(looks.fidelity_strip(name, full.words, differs.kl, other, policies.slot(name)))
 
 
 def _keys_read(said: Answer) -> np.ndarray:

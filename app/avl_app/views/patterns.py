@@ -13,8 +13,8 @@ from avl_analysis.errors import InputError
 from avl_analysis.evaluation.comparison import Comparison
 from avl_analysis.figures import Animation, Overlay
 from avl_analysis.recordings.recording import Recording, load_recording
-from avl_app import state
-from avl_app.page import Context, plain, plot
+from avl_app import code, state
+from avl_app.page import Context, keep, plain, plot
 from avl_app.reporting import figures, section
 from avl_app.sent import sent_files
 from avl_app.uploads import from_bytes
@@ -55,10 +55,22 @@ def show(context: Context) -> None:
         wrap=True,
     )
     try:
-        _section(_made(recording, str(name), st.session_state.get("comparison")))
+        made = _made(recording, str(name), st.session_state.get("comparison"))
+        _section(made)
+        keep(made.figure, code.pattern(_source(context), str(name)), "pattern")
     except NotMeasured as error:
         st.markdown(f"#### {plain(questions[str(name)])}")
         st.info(f"This figure cannot be drawn here: {plain(str(error))}.", icon=":material/info:")
+
+
+def _source(context: Context) -> str:
+    """Code that gives the recording shown."""
+    source = state.get("recording_of")
+    if source == _SCENES:
+        return code.scenes_recorded(context.question.model, int(state.get("per_task")), _LONGEST)
+    if source == _FILE:
+        return code.file_read(st.session_state["recording_file_held"].name)
+    return code.recorded(context.question)
 
 
 def _made(recording: Recording, name: str, comparison: Comparison | None) -> Section:

@@ -1,0 +1,119 @@
+"""The Python that the pages show gives the very figures and numbers that they show."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
+
+from PIL import Image
+from streamlit.testing.v1 import AppTest
+
+from avl_analysis.figures.spec import Figure, rows
+from avl_app import page as parts
+from tests.app.pages import ONE_WORD, errors, page
+
+PAIRS: list[tuple[Figure | None, str]] = []
+"""Figure and code that the pages have offered since the last test began."""
+
+
+@pytest.fixture(autouse=True)
+def offered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    PAIRS.clear()
+    keep = parts.keep
+
+    def noted(figure: Figure | None, code: str, key: str) -> None:
+        PAIRS.append((figure, code))
+        keep(figure, code, key)
+
+    for view in ("ask", "heads", "patterns", "live", "benchmark"):
+        monkeypatch.setattr(f"avl_app.views.{view}.keep", noted)
+    monkeypatch.chdir(tmp_path)  # where the code saves
+
+
+def run(code: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(compile(code, "shown code", "exec"), names)
+    return names
+
+
+def same(one: Figure, other: Figure) -> bool:
+    """Whether two figures show the same numbers in the same places."""
+    left, right = rows(one), rows(other)
+    assert len(left) == len(right) > 0
+    for row, twin in zip(left, right, strict=True):
+        for key in ("x", "y", "value"):
+            a, b = row[key], twin[key]
+            assert (a is None) == (b is None)
+            if a is not None:
+                np.testing.assert_allclose(float(a), float(b), atol=1e-6)
+        assert row["series"] == twin["series"]
+    return True
+
+
+def check(test: AppTest, count: int) -> None:
+    assert errors(test) == []
+    assert len(PAIRS) == count
+    for figure, code in PAIRS:
+        assert figure is not None
+        assert same(figure, run(code)["plot"].figure)
+
+
+def test_ask_gives_the_code_of_its_figure_and_of_its_animation() -> None:
+    check(page(**ONE_WORD, token="0", layer="3", head="2", over_answer="1"), 2)
+
+
+def test_heads_give_the_code_of_the_map_and_of_the_grid_of_heads() -> None:
+    check(page(view="heads", **ONE_WORD, layer="2", head="1", all_heads="1"), 2)
+
+
+def test_patterns_give_the_code_of_every_figure() -> None:
+    check(page(view="patterns", **ONE_WORD, pattern="modality"), 1)
+
+
+def test_an_own_picture_is_named_in_the_code(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (48, 32), "red").save(file, "PNG")
+    Path("mine.png").write_bytes(file.getvalue())
+    test = page(source="upload", task="own question", longest="3")
+    test.file_uploader(key="file").set_value(("mine.png", file.getvalue(), "image/png")).run()
+    check(test, 1)
+
+
+def test_a_vl_live_gives_code_that_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    test = page(view="live", **ONE_WORD, rivals="h2o")
+    assert errors(test) == []
+    table = test.dataframe[0].value
+    ((_, code),) = PAIRS
+    capsys.readouterr()
+    run(code)
+    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    shares = [float(line[-3]) for line in printed]
+    assert shares == pytest.approx(list(table["of full cache"]), abs=1e-6)
+
+
+def test_benchmark_gives_code_that_compares_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    test = page(view="benchmark", tasks="colour", count="2", bench_policies="paper", longest="6")
+    next(b for b in test.button if b.label == "Compare").click().run()
+    assert errors(test) == []
+    result = run(PAIRS[-1][1])["result"]
+    shown = test.session_state["comparison"]
+    assert result.policies == shown.policies
+    for policy in shown.policies:
+        assert result.mean("kv_filled_share", policy).mean == pytest.approx(
+            shown.mean("kv_filled_share", policy).mean
+        )
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png", "pdf", "csv"])
+def test_a_figure_is_written_as_every_kind_of_file(suffix: str) -> None:
+    page(**ONE_WORD, token="0")
+    figure = PAIRS[0][0]
+    assert figure is not None
+    starts = {"svg": b"<?xml", "png": b"\x89PNG", "pdf": b"%PDF", "csv": b"panel,"}
+    assert parts._written(figure, suffix).startswith(starts[suffix])
