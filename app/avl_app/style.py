@@ -25,7 +25,7 @@ _ALWAYS = """
 """
 _COLOURS = """
 [data-testid="stCaptionContainer"], [data-testid="stCaptionContainer"] p,
-[data-testid="stMarkdownContainer"] small { color: MUTED; }
+[data-testid="stMarkdownContainer"] small { color: MUTED; opacity: 1; }
 [data-testid="stMarkdownContainer"] code { color: INK; font-size: 0.8125rem; }
 """
 _CHOSEN = """

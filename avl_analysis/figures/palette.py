@@ -82,6 +82,13 @@ CLASS_OPACITY: tuple[float, ...] = (0.72, 0.45, 0.60)
 """
 
 
+def class_colours(count: int) -> list[str]:
+    """Light colours for classes without an order, as fills under dark words; beyond the palette
+    they start again.
+    """
+    return [over(STYLES[slot % len(STYLES)].light, 0.5, "#ffffff") for slot in range(count)]
+
+
 def style(slot: int) -> Style:
     """Style of a series.
 

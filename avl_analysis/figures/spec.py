@@ -317,10 +317,13 @@ class Caption:
     def text(self) -> str:
         """The whole caption; every figure says what, n, model and interval."""
         of = self.of.removesuffix("s") if self.n == 1 else self.of
+        # one of anything has no interval, and a reader needs no folder of another machine
+        interval = f"; {self.interval}" if self.n > 1 else ""
+        model = self.model.rstrip("/").rpartition("/")[2] if self.model[:1] in "/.~" else self.model
         parts = [
             self.what,
             self.finding,
-            f"n = {self.n} {of}; model: {self.model}; {self.interval}.",
+            f"n = {self.n} {of}; model: {model}{interval}.",
         ]
         return " ".join(part for part in parts if part)
 

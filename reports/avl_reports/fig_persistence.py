@@ -138,7 +138,7 @@ def _slopes(run: Run) -> tuple[xr.DataArray, str]:
         slope
     ).any("layer").values
     if long.sum() < 2:
-        return slope, f"all answers, none of {LONG} decode steps or more"
+        return slope, f"all answers; fewer than two have {LONG} decode steps or more"
     return (
         slope.isel(sample=np.flatnonzero(long)),
         f"{long.sum()} answers of at least {LONG} decode steps",

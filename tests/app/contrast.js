@@ -30,7 +30,11 @@
     if (!element.getBoundingClientRect().width) continue;
     if (!element.checkVisibility({ opacityProperty: true })) continue;
     const back = behind(element);
-    const [low, high] = [luminance(over(numbers(style.color), back)), luminance(back)].sort((a, b) => a - b);
+    let opacity = 1;
+    for (let e = element; e; e = e.parentElement) opacity *= Number(getComputedStyle(e).opacity);
+    const [r, g, b, alpha = 1] = numbers(style.color);
+    const ink = over([r, g, b, alpha * opacity], back);
+    const [low, high] = [luminance(ink), luminance(back)].sort((x, y) => x - y);
     const ratio = (high + 0.05) / (low + 0.05);
     if (ratio < 4.5) found.push([text.slice(0, 40), ratio.toFixed(2), style.color, element.outerHTML.slice(0, 200)]);
   }

@@ -124,13 +124,19 @@ def _legend_rows(panel: Panel) -> int:
     return -(-len(handles) // legend_columns(handles)) - 1 if handles else 0
 
 
+_TITLE_LETTER = 0.066
+"""Inches of a bold letter of a title, 8.5 points of DejaVu Sans on average."""
+
+
+def _letters(canvas: FigureBase, place: Axes) -> int:
+    """Letters of a title that fit above a panel, so that titles side by side never touch."""
+    spec = place.get_subplotspec()
+    columns = 1 if spec is None else spec.get_gridspec().ncols
+    inches = canvas.bbox.width / canvas.get_figure(root=True).dpi / columns
+    return max(12, int((inches - 0.1) / _TITLE_LETTER))
+
+
 def _draw_panel(canvas: FigureBase, place: Axes, panel: Panel, *, legend: bool) -> None:
-    if panel.title:
-        crowned = any(
-            rule.axis == "x" for rule in getattr(panel, "rules", ())
-        )  # rule labels stand above the frame
-        width = 28 if isinstance(panel, Overlay | Animation) else 46
-        place.set_title(textwrap.fill(panel.title, width), pad=15 if crowned else None)
     if isinstance(panel, Lines):
         draw_lines(place, panel)
     elif isinstance(panel, Heat):
@@ -143,6 +149,12 @@ def _draw_panel(canvas: FigureBase, place: Axes, panel: Panel, *, legend: bool) 
         draw_overlay(canvas, place, panel, legend=legend)
     else:
         draw_overlay(canvas, place, panel.frames[0], legend=legend)
+    if panel.title:
+        crowned = any(
+            rule.axis == "x" for rule in getattr(panel, "rules", ())
+        )  # rule labels stand above the frame
+        width = min(28 if isinstance(panel, Overlay | Animation) else 46, _letters(canvas, place))
+        place.set_title(textwrap.fill(panel.title, width), pad=15 if crowned else None)
     handles = handles_of(panel)
     if legend and len(handles) > 1 and not isinstance(panel, Overlay | Animation):
         # Clear of the axis label, which may have several lines.

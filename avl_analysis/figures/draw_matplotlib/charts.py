@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, ListedColormap, Normalize
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -39,8 +39,10 @@ def draw_heat(canvas: FigureBase, place: Axes, panel: Heat) -> None:
     limits = panel.value.limits or (float(np.nanmin(panel.values)), float(np.nanmax(panel.values)))
     norm = Normalize(*limits)
     named = panel.value.ticks
-    colours = (
-        colormaps["cividis"].resampled(len(named)) if named is not None else colormaps["cividis"]
+    colours: Colormap = (
+        ListedColormap(palette.class_colours(len(named)))
+        if named is not None
+        else colormaps["cividis"]
     )
     place.set_facecolor(LIGHT.grid)
     place.imshow(
@@ -52,17 +54,19 @@ def draw_heat(canvas: FigureBase, place: Axes, panel: Heat) -> None:
     )
     place.grid(False)
     bar = canvas.colorbar(ScalarMappable(norm, colours), ax=place, pad=0.02)
-    bar.set_label(_two_lines(panel.value))
     bar.outline.set_visible(False)
+    if named is None:  # the names of classes say what they are, and need the room
+        bar.set_label(_two_lines(panel.value))
     if named is not None:
         bar.set_ticks([at for at, _ in named], labels=[name for _, name in named])
     if panel.annotate:
         middle = (limits[0] + limits[1]) / 2
         for (row, column), value in np.ndenumerate(panel.values):
             if np.isfinite(value):
-                colour = LIGHT.ink if value > middle else LIGHT.paper
+                dark = named is not None or value > middle
+                colour = LIGHT.ink if dark else LIGHT.paper
                 text = f"{value:.2f}" if named is None else dict(named).get(float(value), "")
-                size = 6.5 if named is None else 5.5
+                size = 6.5 if named is None else 5.0
                 place.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
     rows, columns = panel.values.shape
     _category_ticks(place.xaxis, panel.x, columns)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.colors import sample_colorscale
 
 from avl_analysis.figures import palette
 from avl_analysis.figures.draw_plotly.look import (
@@ -142,7 +141,7 @@ def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
             if panel.value.ticks is not None
             else "%{z:.2f}"
         ),
-        textfont={"size": 10},
+        textfont={"size": 10} | ({"color": "#000000"} if panel.value.ticks is not None else {}),
         xgap=1 if columns <= 40 else 0,
         ygap=1,
     )
@@ -166,14 +165,15 @@ def _names(panel: Heat) -> list[list[str]] | None:
 
 
 def _flat(count: int) -> list[list[Any]]:
-    """Cividis in as many flat steps as there are classes."""
-    colours = sample_colorscale("Cividis", [i / max(count - 1, 1) for i in range(count)])
+    """A flat step for each class; the colours have no order, because the classes have none."""
+    colours = palette.class_colours(count)
     return [[at / count, colour] for i, colour in enumerate(colours) for at in (i, i + 1)]
 
 
 def _colour_bar(value: Axis) -> dict[str, Any]:
     bar: dict[str, Any] = {
-        "title": {"text": literal(value.text), "side": "right"},
+        # the names of classes say what they are, and need the room
+        "title": {"text": "" if value.ticks is not None else literal(value.text), "side": "right"},
         "outlinewidth": 0,
         "thickness": 14,
     }

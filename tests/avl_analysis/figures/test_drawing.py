@@ -1,13 +1,25 @@
 """Both drawings show the numbers, words and outlines of the spec, and text from
 outside stays text."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
-from avl_analysis.figures import Axis, Line, Lines, draw_matplotlib, draw_plotly, palette
+from avl_analysis.figures import (
+    Axis,
+    Caption,
+    Figure,
+    Line,
+    Lines,
+    Overlay,
+    draw_matplotlib,
+    draw_plotly,
+    palette,
+)
 from avl_analysis.figures.pictures import dimmed
 from tests.avl_analysis.figures import specs
 
@@ -262,3 +274,23 @@ def test_a_logarithmic_axis_without_limits_gets_plain_ticks_on_screen():
     plot = draw_plotly.draw(curve)
     assert list(plot.layout.xaxis.ticktext) == ["1", "2", "5", "10", "20", "50"]
     assert list(plot.layout.yaxis.ticktext) == ["0.02", "0.05", "0.1", "0.2", "0.5"]
+
+
+@pytest.mark.parametrize("page", [True, False])
+def test_titles_of_pictures_side_by_side_never_touch(page):
+    picture = np.zeros((40, 40, 3), np.uint8)
+    axis = Axis("attention", "share", (0.0, 1.0))
+    title = "step 23, layer 14: “diamonds and hearts”"
+    panels = tuple(Overlay(picture, axis, title=title) for _ in range(4))
+    figure = Figure("side", "side by side", panels, Caption("x", 2, "m", "none"), columns=4)
+    canvas = draw_matplotlib.figure_pages(figure)[0] if page else draw_matplotlib.draw(figure)
+    canvas.canvas.draw()
+    boxes = [
+        text.get_window_extent()
+        for text in canvas.findobj(Text)
+        if text.get_text().startswith("step 23")
+    ]
+    assert len(boxes) == 4
+    boxes.sort(key=lambda box: box.x0)
+    for left, right in itertools.pairwise(boxes):
+        assert left.x1 < right.x0

@@ -98,8 +98,11 @@ def test_an_empty_matrix_is_refused():
 
 
 def test_a_caption_says_n_model_and_interval():
-    text = Caption("What.", 1, "scenes", "95 % intervals", "It holds.").text
-    assert text == "What. It holds. n = 1 sample; model: scenes; 95 % intervals."
+    text = Caption("What.", 2, "scenes", "95 % intervals", "It holds.").text
+    assert text == "What. It holds. n = 2 samples; model: scenes; 95 % intervals."
+    one = Caption("What.", 1, "/home/me/my-llava", "95 % intervals").text
+    assert one == "What. n = 1 sample; model: my-llava."
+    assert "model: org/name;" in Caption("What.", 2, "org/name", "95 % intervals").text
     with pytest.raises(ValueError, match="n = 0"):
         Caption("What.", 0, "scenes", "95 % intervals")
 
