@@ -19,7 +19,7 @@ The bootstrap interval of a mean is BCa (Efron 1987) at levels widened for small
 Hesterberg (2015) does for percentiles: the bootstrap's own normal quantile z is replaced by
 t sqrt(n / (n - 1)), t the quantile of Student's distribution, because resampling n values
 underestimates the spread of their mean by sqrt((n - 1) / n). Simulated coverage of the nominal
-95 % (`python -m tests.benchmarks.coverage`, 4,000 draws each):
+95 % (`python -m tests.benchmarks.interval_coverage`, 4,000 draws each):
 
     n                          5     8    12    20    30    50   200
     normal                  .920  .939  .945  .943  .944  .951  .950

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from avl.tokens import Modality
+from avl_analysis.capture.decode_sums import DecodeSums, LayerArrays, by_rank
 from avl_analysis.capture.plan import CapturePlan, LayerResult
 from avl_analysis.recordings.schema import EDGES, TOKEN_FIELDS, Field, Part
 from avl_analysis.statistics.ages import AGE_STARTS
@@ -31,7 +32,7 @@ from avl_analysis.statistics.base import (
     Trajectory,
     TrajectoryStatistic,
 )
-from avl_analysis.statistics.inputs import TokenInfo, as_slice, for_heads
+from avl_analysis.statistics.inputs import TokenInfo, as_slice
 
 MAX_TRAJECTORY = 512
 """Steps whose image-token scores are held (the first ones); bounds memory at 512 x layers x image
@@ -83,21 +84,22 @@ class SampleAccumulator:
     phases: list[str] = field(default_factory=list)
     sums: np.ndarray | float = 0.0  # (layers, heads, 3, values)
     counts: np.ndarray | float = 0.0
-    steps: list[np.ndarray] = field(default_factory=list)  # (layers, heads, values) each
+    steps: LayerArrays = field(default_factory=LayerArrays)  # (layers, heads, values) each
     received: np.ndarray | None = None  # (layers, heads, 3, positions)
     queries: np.ndarray | None = None  # (layers, 1 or heads, 3, positions)
     ages: np.ndarray | None = None  # (layers, heads, 2, ages)
     pairs: np.ndarray | None = None
-    scores: list[np.ndarray] = field(default_factory=list)  # (layers, image tokens) each
-    last: np.ndarray | None = None  # (layers, heads, image tokens)
-    head_scores: list[np.ndarray] = field(
-        default_factory=list
-    )  # (layers, heads, image tokens) each
+    scores: LayerArrays = field(default_factory=LayerArrays)  # (layers, image tokens) each
+    # (layers, heads, image tokens) each: of the last prompt row, of every step
+    last_scores: LayerArrays = field(default_factory=LayerArrays)
+    head_scores: LayerArrays = field(default_factory=LayerArrays)
+    decoded: dict[int, DecodeSums] = field(default_factory=dict)  # of decode steps, by layer
     cache: dict[str, list[Tensor | None]] = field(default_factory=dict)
     produced: list[int] = field(
         default_factory=list
     )  # position of the row that produces a token, per step
     raw: list[RawRows] = field(default_factory=list)
+    _image_places: dict[torch.device, Tensor] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -123,9 +125,7 @@ class SampleAccumulator:
         self.phases.append(kind)
         self.produced.append(self.length - 1)
         size = max((place.stop for place, _ in self.plan.places.values()), default=0)
-        self.steps.append(
-            _stack([p and p.step for p in passes], (self.heads, size), np.nan).astype(np.float32)
-        )
+        self.steps.append([p and p.step for p in passes], (self.heads, size))
         if kind != "decode":
             shape = (self.heads, 3, size)
             self.sums = self.sums + _stack([p and p.sums for p in passes], shape, 0.0)
@@ -142,46 +142,76 @@ class SampleAccumulator:
             self.cache[statistic.name] = [p and p.cache[statistic.name].cpu() for p in passes]
 
     def _add_received(self, kind: str, passes: Sequence[LayerResult | None]) -> None:
-        rows = slice(2, 3) if kind == "decode" else slice(0, 2)
-        lead = max(
-            (len(p.queries) for p in passes if p is not None and p.queries is not None), default=1
-        )
+        for layer, one in enumerate(passes):
+            if one is None or one.received is None or one.queries is None:
+                continue
+            if kind == "decode":
+                self._decoded(layer).add_received(one, self.length)
+                continue
+            received = by_rank(one.received, one.keys, self.length, 0.0).cpu().numpy()
+            queries = by_rank(one.queries, one.keys, self.length, 0.0).cpu().numpy()
+            self._make_room(len(queries))
+            assert self.received is not None
+            assert self.queries is not None
+            self.received[layer, :, :2, : self.length] += received
+            self.queries[layer, :, :2, : self.length] += queries
+
+    def _make_room(self, lead: int) -> None:
+        """Room for all positions; `lead` is 1 if all heads see the same keys, else their number."""
         self.received = _room(self.received, (len(self.layers), self.heads, 3), self.length)
         self.queries = _room(self.queries, (len(self.layers), lead, 3), self.length)
-        for layer, one in enumerate(passes):
-            if one is not None and one.received is not None and one.queries is not None:
-                self.received[layer, :, rows, : self.length] += by_rank(
-                    one.received, one.keys, self.length, 0.0
-                )
-                self.queries[layer, :, rows, : self.length] += by_rank(
-                    one.queries, one.keys, self.length, 0.0
-                )
+
+    def _decoded(self, layer: int) -> DecodeSums:
+        return self.decoded.setdefault(layer, DecodeSums())
 
     def _add_ages(self, kind: str, passes: Sequence[LayerResult | None]) -> None:
-        row = 1 if kind == "decode" else 0
         if self.ages is None or self.pairs is None:
             self.ages, self.pairs = (
                 np.zeros((len(self.layers), self.heads, 2, len(AGE_STARTS))) for _ in range(2)
             )
         for layer, one in enumerate(passes):
-            if one is not None and one.ages is not None and one.pairs is not None:
-                self.ages[layer, :, row] += one.ages.numpy()
-                self.pairs[layer, :, row] += one.pairs.numpy()
+            if one is None or one.ages is None or one.pairs is None:
+                continue
+            if kind == "decode":
+                self._decoded(layer).add_ages(one)
+            else:
+                self.ages[layer, :, 0] += one.ages.cpu().numpy()
+                self.pairs[layer, :, 0] += one.pairs.cpu().numpy()
+
+    def _take_decoded(self) -> None:
+        """Bring what decode steps added up to from the layers' devices."""
+        for layer, sums in self.decoded.items():
+            if sums.received is not None and sums.queries is not None:
+                self._make_room(len(sums.queries))
+                assert self.received is not None
+                assert self.queries is not None
+                self.received[layer, :, 2, : self.length] = _host(sums.received, self.length)
+                self.queries[layer, :, 2, : self.length] = _host(sums.queries, self.length)
+            if sums.ages is not None and sums.pairs is not None:
+                assert self.ages is not None
+                assert self.pairs is not None
+                self.ages[layer, :, 1] = sums.ages.cpu().numpy()
+                self.pairs[layer, :, 1] = sums.pairs.cpu().numpy()
 
     def _add_scores(self, passes: Sequence[LayerResult | None]) -> None:
-        positions = self.image_positions
-        at = as_slice(positions)  # of one picture; much faster to take than a list of places
-        scores = [
-            np.full((self.heads, len(positions)), np.nan, np.float32)
-            if p is None
-            else by_rank(p.weights[:, None], p.keys, self.length, np.nan)[:, 0, at]
-            for p in passes
-        ]
-        self.scores.append(np.stack([_mean_of_present(of_heads) for of_heads in scores]))
-        if self.last is None:
-            self.last = np.stack(scores)
+        scores = [p and self._image_scores(p) for p in passes]
+        count = len(self.image_positions)
+        means = [None if s is None else _mean_of_present(s) for s in scores]
+        self.scores.append(means, (count,))
+        if not len(self.last_scores):
+            self.last_scores.append(scores, (self.heads, count))
         if self.maps == "heads":
-            self.head_scores.append(np.stack(scores))
+            self.head_scores.append(scores, (self.heads, count))
+
+    def _image_scores(self, result: LayerResult) -> Tensor:
+        """(heads, image tokens) weights of a row, NaN where a token is not attended."""
+        placed = by_rank(result.weights[:, None], result.keys, self.length, np.nan)[:, 0]
+        at = as_slice(self.image_positions)  # of one image; much faster than a list of places
+        if not isinstance(at, slice):
+            if placed.device not in self._image_places:
+                self._image_places[placed.device] = torch.from_numpy(at).to(placed.device)
+            return placed[:, self._image_places[placed.device]]
+        return placed[:, at].clone()  # not a view, which would keep all weights
 
     def _add_raw(self, passes: Sequence[LayerResult | None]) -> None:
         rows = next((p.raw_rows for p in passes if p is not None), None)
@@ -193,10 +223,9 @@ class SampleAccumulator:
         visible = np.zeros(weights.shape, np.int8)
         for layer, one in enumerate(passes):
             if one is not None and one.raw is not None and one.raw_visible is not None:
-                weights[layer] = by_rank(one.raw, one.keys, self.length, 0.0)
-                visible[layer] = by_rank(
-                    one.raw_visible.to(torch.int8).expand(one.raw.shape), one.keys, self.length, 0
-                )
+                weights[layer] = by_rank(one.raw, one.keys, self.length, 0.0).cpu().numpy()
+                seen = one.raw_visible.to(torch.int8).expand(one.raw.shape)
+                visible[layer] = by_rank(seen, one.keys, self.length, 0).cpu().numpy()
         self.raw.append(RawRows(rows.cpu().numpy(), weights, visible))
 
     # -- as arrays -----
@@ -251,7 +280,10 @@ class SampleAccumulator:
         )
         if isinstance(self.sums, np.ndarray) and isinstance(self.counts, np.ndarray):
             _put_sum(f"{name}_prefill", prompt, own(self.sums), own(self.counts), sums)
-        values[name] = (statistic.field("layer", "head", "step"), own(np.stack(self.steps, 2)))
+        values[name] = (
+            statistic.field("layer", "head", "step"),
+            own(np.stack(self.steps.arrays(), 2)),
+        )
 
     def _cache_values(self, statistic: CacheStatistic) -> np.ndarray:
         held = self.cache[statistic.name]
@@ -276,18 +308,27 @@ class SampleAccumulator:
         return fields
 
     def _map_fields(self) -> dict[str, tuple[Field, np.ndarray]]:
-        if self.maps == "none" or self.last is None:
+        if self.maps == "none" or not len(self.last_scores):
             return {}
         mean = {"long_name": "attention weight of an image token, mean over heads"}
         last = {"long_name": "attention weight of an image token from the last prompt row"}
         maps = {
-            "image_score": (Field(("step", "layer", "token"), attrs=mean), np.stack(self.scores)),
-            "image_score_last": (Field(("layer", "head", "token"), attrs=last), self.last),
+            "image_score": (
+                Field(("step", "layer", "token"), attrs=mean),
+                np.stack(self.scores.arrays()),
+            ),
+            "image_score_last": (
+                Field(("layer", "head", "token"), attrs=last),
+                self.last_scores.arrays()[0],
+            ),
         }
-        if self.head_scores:
+        if len(self.head_scores):
             each = {"long_name": "attention weight of an image token"}
             dims = ("step", "layer", "head", "token")
-            maps["image_score_heads"] = (Field(dims, attrs=each), np.stack(self.head_scores))
+            maps["image_score_heads"] = (
+                Field(dims, attrs=each),
+                np.stack(self.head_scores.arrays()),
+            )
         return maps
 
     def _raw_fields(self) -> dict[str, tuple[Field, np.ndarray]]:
@@ -317,6 +358,7 @@ class SampleAccumulator:
         }
 
     def _key_scores(self) -> KeyScores | None:
+        self._take_decoded()
         if self.received is None or self.queries is None:
             return None
         received = self.received[..., : self.length]
@@ -325,39 +367,30 @@ class SampleAccumulator:
         return KeyScores(received, queries, self.tokens["modality"], prompt, self.ages, self.pairs)
 
     def _trajectory(self) -> Trajectory | None:
-        if self.last is None or not self.last.shape[-1]:
+        if not len(self.last_scores) or not len(self.image_positions):
             return None
         at = self.image_positions
         image, row, column = (self.tokens[name][at] for name in ("image", "row", "column"))
-        return Trajectory(np.stack(self.scores), self.last, image, row, column, self.layers)
+        return Trajectory(
+            np.stack(self.scores.arrays()),
+            self.last_scores.arrays()[0],
+            image,
+            row,
+            column,
+            self.layers,
+        )
 
 
-def _mean_of_present(scores: np.ndarray) -> np.ndarray:
-    """(heads, keys): mean over the heads that hold a key, NaN where none does."""
-    mean: np.ndarray = scores.mean(0)
-    if np.isnan(mean).any():
-        present = ~np.isnan(scores)
-        mean = np.where(present.any(0), np.where(present, scores, 0.0).mean(0), np.float32(np.nan))
-    return mean
+def _mean_of_present(scores: Tensor) -> Tensor:
+    """(heads, tokens): mean over the heads that hold a token's key, NaN where none does."""
+    present = ~scores.isnan()
+    return scores.where(present, 0.0).sum(0) / present.sum(0)  # 0 / 0 is NaN
 
 
-def by_rank(values: Tensor, keys: TokenInfo, length: int, fill: float) -> np.ndarray:
-    """Values per key, (heads, n, keys), put where the keys' tokens stand: (heads, n, length),
-    `fill` where there is none.
-    """
-    heads, n, count = values.shape
-    if keys.in_order and count == length:
-        return values.cpu().numpy()
-    rank = keys.rank
-    placed = values.new_full(
-        (heads, n, length + 1), fill
-    )  # the last place takes what belongs nowhere
-    if len(rank) == 1:
-        placed[:, :, rank[0].where(rank[0] >= 0, length)] = values
-    else:
-        at = for_heads(rank.where(rank >= 0, length), heads)
-        placed.scatter_(2, at[:, None].expand(heads, n, count), values)
-    return placed[..., :length].cpu().numpy()
+def _host(sums: Tensor, length: int) -> np.ndarray:
+    """(heads, length) of sums that may have room for more positions, or hold fewer."""
+    values = sums[:, :length].cpu().numpy()
+    return np.pad(values, ((0, 0), (0, length - values.shape[1])))
 
 
 def token_arrays(

@@ -197,6 +197,7 @@ class Recorder(Observer):
         self._tokens = tokens
         self._tokens_on: dict[tuple[int, torch.device], TokenInfo] = {}
         self._parts: dict[torch.device, dict[tuple[int, ...], SampleSlice | None]] = {}
+        self._lengths: dict[int, int] = {}
         self._passes: dict[tuple[int, int], LayerResult] = {}  # (sample, layer)
         self._steps: dict[tuple[int, int], StepRow] = {}
         self._norms = {} if self._current is None else self._current.norms
@@ -242,7 +243,9 @@ class Recorder(Observer):
             seen.value.new_empty((heads, 0), dtype=torch.float32),
             0,
         )
-        length = int(seen.queries.rank[-1]) + 1
+        if b not in self._lengths:  # a number that every layer of a pass agrees on
+            self._lengths[b] = int(seen.queries.rank[-1]) + 1
+        length = self._lengths[b]
         if length > known.shape[1]:
             known = torch.cat(
                 [known, known.new_full((heads, length + 256 - known.shape[1]), torch.nan)], 1

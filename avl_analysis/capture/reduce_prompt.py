@@ -296,7 +296,7 @@ def _pairs(view: SampleCall, rows: Tensor, keys: Tensor) -> Tensor:
         queries = view.queries.rank[at]
         earlier = for_heads(rank, len(visible))[:, None] <= queries[:, None]
         counted = (visible & earlier).float()
-        total = total + by_age(counted, queries, for_heads(rank, len(visible)))
+        total = total + by_age(counted, queries, for_heads(rank, len(visible))).cpu()
     return total
 
 

@@ -8,6 +8,8 @@ diagonals become columns.
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,7 +44,7 @@ def by_age(block: Tensor, query_rank: Tensor, key_rank: Tensor) -> Tensor:
         query_rank: (rows,); key_rank: (key sets, keys).
 
     Returns:
-        (heads, bins) float64 on the CPU.
+        (heads, bins) float64; on the CPU where rows and keys are in order.
     """
     several = (
         block.shape[1] > 1 and key_rank.shape[0] == 1
@@ -88,11 +90,16 @@ def _bin(sums: np.ndarray, first: int) -> np.ndarray:
     return binned
 
 
+@cache
+def _starts(device: torch.device) -> Tensor:
+    return torch.from_numpy(AGE_STARTS).to(device)
+
+
 def _by_age_anyhow(block: Tensor, query_rank: Tensor, key_rank: Tensor) -> Tensor:
-    starts = torch.from_numpy(AGE_STARTS).to(block.device)
+    starts = _starts(block.device)
     age = (query_rank[:, None] - key_rank[:, None, :]).clamp_min(0)  # (key sets, rows, keys)
     bins = torch.searchsorted(starts, age, right=True) - 1
     heads = block.shape[0]
     sums = block.new_zeros(heads, len(AGE_STARTS), dtype=torch.float64)
     places = for_heads(bins, heads).expand(heads, -1, -1).flatten(1)
-    return sums.scatter_add_(1, places, block.double().flatten(1)).cpu()
+    return sums.scatter_add_(1, places, block.double().flatten(1))

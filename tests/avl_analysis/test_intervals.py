@@ -24,7 +24,7 @@ from avl_analysis.intervals import (
     share_interval,
     wilson,
 )
-from tests.benchmarks.coverage import coverage
+from tests.benchmarks.interval_coverage import coverage
 
 NAN, INF = math.nan, math.inf
 

@@ -1,6 +1,6 @@
 """How often the intervals of `avl_analysis.intervals` hold the truth, by simulation.
 
-    python -m tests.benchmarks.coverage
+    python -m tests.benchmarks.interval_coverage
 
 Prints, per distribution and number of samples, the share of 4,000 repetitions whose interval holds
 the true mean; the docstring of `avl_analysis.intervals` quotes it. Takes half a minute on one
