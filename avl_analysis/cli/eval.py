@@ -13,6 +13,7 @@ import typer
 
 from avl_analysis.cli.options import Tasks
 from avl_analysis.errors import InputError
+from avl_analysis.files import check_folder_writable, write_text
 
 EXAMPLES = """
 Examples: [bold]avl eval ./my-llava --wrapper llava_hf --benchmark mme -p a-vl -p random:0.5[/],
@@ -63,7 +64,14 @@ def evaluate(
             " its own if it asks for other versions"
         )
     names = [*dict.fromkeys([STOCK, *(policy or [])])]
-    out.mkdir(parents=True, exist_ok=True)
+    folders: dict[str, str] = {}
+    for name in names:
+        if (other := folders.setdefault(_file_name(name), name)) != name:
+            raise InputError(
+                f"policies {other} and {name} would share the folder {out / _file_name(name)}:"
+                " rename one"
+            )
+    check_folder_writable(out)
     tasks, include = _tasks(benchmark, include, scenes, task, max_new_tokens, out)
     files = {}
     for name in names:
@@ -73,7 +81,7 @@ def evaluate(
             arguments, folder, download,
         )  # fmt: skip
     frame = results.table(files, reference=STOCK)
-    frame.to_csv(out / "table.csv", index_label="policy")
+    write_text(out / "table.csv", frame.to_csv(index_label="policy"))
     typer.echo(frame.round(4).to_string())
     typer.echo(f"results and table.csv in {out}")
 

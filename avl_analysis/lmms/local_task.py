@@ -13,6 +13,7 @@ from typing import Any
 
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.errors import InputError
+from avl_analysis.files import atomic_write, write_text
 from avl_analysis.models.images import open_image
 
 _YAML = """\
@@ -90,17 +91,14 @@ def write_task(
         names = []
         for place, source in enumerate(sample.images):
             names.append(f"{number:05d}-{place}.png")
-            open_image(source).save(folder / names[-1])
+            with atomic_write(folder / names[-1]) as unfinished:
+                open_image(source).save(unfinished)
         lines.append(_document(sample, names))
     questions = folder / f"{name}.jsonl"
-    questions.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    (folder / "utils.py").write_text(_UTILS, encoding="utf-8")
-    task = folder / f"{name}.yaml"
-    task.write_text(
-        _YAML.format(name=name, questions=questions.resolve(), max_new_tokens=max_new_tokens),
-        encoding="utf-8",
-    )
-    return task
+    write_text(questions, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(folder / "utils.py", _UTILS)
+    text = _YAML.format(name=name, questions=questions.resolve(), max_new_tokens=max_new_tokens)
+    return write_text(folder / f"{name}.yaml", text)
 
 
 def _document(sample: Sample, images: list[str]) -> dict[str, Any]:

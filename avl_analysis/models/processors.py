@@ -32,6 +32,7 @@ from transformers.utils import is_torchvision_available
 
 from avl_analysis.errors import InputError, one_line
 from avl_analysis.models.checkpoint import Checkpoint
+from avl_analysis.models.safety import check_processor, read_json
 
 EXTRA = "pip install 'avl-analysis[vlm]'"
 """Installs every package of `PACKAGES`."""
@@ -61,6 +62,9 @@ def read_processor(
         InputError: no processor, only a tokenizer, or one that needs a package that is not
             installed; then the message names the package and how to install it.
     """
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        if (path := checkpoint.file(file)) is not None:
+            check_processor(read_json(path, f"{file} of {checkpoint.name}"), checkpoint.name)
     with checkpoint.network():
         return _read_processor(checkpoint, config)
 

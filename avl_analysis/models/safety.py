@@ -28,10 +28,15 @@ MOST_PLACES = 2**24
 """Places of a picture's grid that a config may ask for: the side of the picture / that of a
 patch, squared.
 """
+MOST_TOKENS = 2**18
+"""Tokens a processor may make of a picture."""
+MOST_SIDE = 2**16
+"""Pixels of a picture's side after resizing."""
 MOST_JSON = 64 * 2**20
 """Bytes of a JSON file that is read."""
 
 _COUNTED = re.compile(r"(^|_)(n_?layers?|layers?|depth|depths|blocks?|experts)($|_)")
+_TOKENS = re.compile(r"(tokens|seq_len|seq_length|patches|tiles|crops)")
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ".safetensors"
 
@@ -114,6 +119,28 @@ def check_config(content: Any, name: str) -> None:
                 f"the config.json of {name} asks for {place}image_size = {part['image_size']} in"
                 f" patches of {part.get('patch_size')}: more than {MOST_PLACES} places"
             )
+
+
+def check_processor(content: Any, name: str) -> None:
+    """Refuse settings of a processor that would make a prompt or a picture of any size.
+
+    Args:
+        content: of processor_config.json or preprocessor_config.json.
+        name: the model's, for the message.
+
+    Raises:
+        InputError: more than `MOST_TOKENS` tokens for a picture, or sides of more than `MOST_SIDE`
+            pixels.
+    """
+    for place, part in _objects(content if isinstance(content, dict) else {}):
+        for key, value in part.items():
+            tokens = _TOKENS.search(key) is not None and _largest(value) > MOST_TOKENS
+            side = key in ("height", "width", "patch_size") and _largest(value) > MOST_SIDE
+            if tokens or side:
+                raise InputError(
+                    f"the processor of {name} has {place}{key} = {str(value)[:40]}; at most"
+                    f" {MOST_TOKENS if tokens else MOST_SIDE} is possible"
+                )
 
 
 def check_weight_files(folder: Path, name: str, *, fetched: bool = True) -> None:

@@ -5,10 +5,12 @@ code 2, never with a traceback, and none hangs.
 import json
 import os
 import random
+import resource
 import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import pytest
@@ -60,6 +62,19 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     }  # fmt: skip
     given.ablation.write_text(json.dumps(content))
     return given
+
+
+@pytest.fixture(autouse=True)
+def _little_memory() -> Iterator[None]:
+    """What asks for more than 6 GB beyond what is in use fails, so that the machine does not."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = Path("/proc/self/statm")
+    if not used.exists():
+        pytest.skip("how much memory is in use cannot be told here")
+    most = int(used.read_text().split()[0]) * resource.getpagesize() + 6 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @contextmanager

@@ -225,3 +225,21 @@ def test_an_adapter_beside_a_model_is_not_loaded_with_it(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
     with pytest.raises(InputError, match="holds a PEFT adapter"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_additional_image_tokens": 10**9},
+        {"num_additional_image_tokens": 1e300},
+        {"image_processor": {"size": {"height": 10**9, "width": 10}}},
+        {"image_processor": {"max_tiles": 10**12}},
+    ],
+)
+def test_a_processor_that_makes_prompts_or_pictures_of_any_size_is_refused(
+    folder: Path, values: dict
+) -> None:
+    _change(folder / "processor_config.json", **values)
+    for read in (load_model, lambda path: inspect_model(str(path))):
+        with pytest.raises(InputError, match="is possible"):
+            read(folder)
