@@ -90,13 +90,13 @@ def _attention(model: nn.Module, family: Family) -> nn.Module:
     decoder = set(map(id, family.decoder.modules()))
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and id(module) not in decoder and len(module):
-            found = [
+            attentions = [
                 [part for part in layer.modules() if _projects(part)]
                 for layer in module
                 if id(layer) not in decoder
             ]
-            if found and all(len(parts) == 1 for parts in found):
-                return found[max(len(found) - 2, 0)][0]
+            if attentions and all(len(parts) == 1 for parts in attentions):
+                return attentions[max(len(attentions) - 2, 0)][0]
     raise UnsupportedModelError(
         f"{family.name}: no image encoder whose layers have an attention with q_proj and k_proj, as"
         " CLIP's and SigLIP's have; its attention cannot be read. The policy divprune does without"

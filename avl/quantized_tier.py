@@ -97,13 +97,13 @@ class QuantizedTier:
             image: index sets of all image keys that are held anywhere, likewise.
         """
         heads = max(chosen.shape[1], positions.shape[1])
-        at = chosen.expand(-1, heads, -1)
+        chosen = chosen.expand(-1, heads, -1)
         everywhere = torch.cat([part.expand(-1, heads, -1) for part in (*image, chosen)], 2)
         everywhere = everywhere.masked_fill(everywhere < 0, _NONE).sort(-1).values
         all_positions = _positions(
             positions, everywhere.masked_fill(everywhere == _NONE, -1), _NONE
         )
-        where = _positions(positions, at, -1)
+        where = _positions(positions, chosen, -1)
         tier = cls(
             kind,
             where,
@@ -118,7 +118,7 @@ class QuantizedTier:
         if tier.bits is not None:
             index = everywhere.masked_fill(everywhere == _NONE, -1)
             tier.limits = codes.key_limits(keys, index, KEY_GROUP, tier.bits[0])
-        tier.moving = tier._encode(keys, values, at, tier.groups, tier.limits)
+        tier.moving = tier._encode(keys, values, chosen, tier.groups, tier.limits)
         return tier
 
     @property
@@ -295,8 +295,8 @@ def quantized_cost(
 
 def _positions(positions: Tensor, index: Tensor, nothing: int) -> Tensor:
     """Positions at `index`, (batch, heads, n) int32; `nothing` where it is negative."""
-    found = positions.expand(-1, index.shape[1], -1).gather(2, index.clamp_min(0)).int()
-    return found.masked_fill(index < 0, nothing)
+    taken = positions.expand(-1, index.shape[1], -1).gather(2, index.clamp_min(0)).int()
+    return taken.masked_fill(index < 0, nothing)
 
 
 def _groups(image: Tensor, positions: Tensor) -> Tensor:

@@ -53,9 +53,11 @@ class RaggedBuffer(KeyBuffer):
         flat_values = values.new_empty(roomy(entries), values.shape[3])
         flat_keys[:entries] = keys[row, head, index[owned]]
         flat_values[:entries] = values[row, head, index[owned]]
-        held = torch.full((batch, heads, capacity), -1, dtype=torch.int32, device=keys.device)
+        held_positions = torch.full(
+            (batch, heads, capacity), -1, dtype=torch.int32, device=keys.device
+        )
         taken = positions.expand(-1, heads, -1).gather(2, index.clamp_min(0))
-        held[:, :, :slots] = taken.masked_fill(~owned, -1)
+        held_positions[:, :, :slots] = taken.masked_fill(~owned, -1)
         scores = None
         if choice.scores is not None:
             scores = torch.zeros(batch, heads, capacity, device=keys.device)
@@ -64,7 +66,7 @@ class RaggedBuffer(KeyBuffer):
         return cls(
             keys=flat_keys,
             values=flat_values,
-            positions=held,
+            positions=held_positions,
             scores=scores,
             secondary_width=0,
             filled=slots,
@@ -118,8 +120,8 @@ class RaggedBuffer(KeyBuffer):
         return self.entries * self._entry_bytes
 
     def bytes_by_row(self) -> list[float]:
-        held = (self.positions[:, :, : self.filled] >= 0).sum((1, 2)).tolist()
-        return [float(count * self._entry_bytes) for count in held]
+        counts = (self.positions[:, :, : self.filled] >= 0).sum((1, 2)).tolist()
+        return [float(count * self._entry_bytes) for count in counts]
 
     def bookkeeping(self) -> list[Tensor]:
         return [*super().bookkeeping(), self.table]

@@ -60,10 +60,10 @@ class KIVIPolicy(Policy):
         return Measure(prompt.layer, prompt.positions, prompt.modality, prompt.positions)
 
     def choose(self, measure: Measure, counts: Sequence[Counts]) -> Choice:
-        held = measure.positions >= 0
+        keys = measure.positions >= 0
         # Number of each key among those of its row, the newest being 0.
-        age = held.flip(-1).long().cumsum(-1).flip(-1) - 1
-        newest, older = held & (age < self.newest), held & (age >= self.newest)
+        age = keys.flip(-1).long().cumsum(-1).flip(-1) - 1
+        newest, older = keys & (age < self.newest), keys & (age >= self.newest)
         return Choice(
             always_attended=[members(newest, max(sizes(newest)))],
             quantized=members(older, max(sizes(older))),
