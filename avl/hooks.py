@@ -7,8 +7,8 @@ sees what was computed (a recorder). A model takes one of each at a time, in any
 not know what either does with what it sees.
 
 How it works. `backends` puts a function of ours between a decoder and its attention backend. Module
-hooks learn where in the sequence a pass stands. Three methods of the model (`generate`, and those
-that encode images and videos) are watched for their arguments. All of that is done to the one
+hooks learn where in the sequence a pass stands. `watched_methods` tells what `generate` and the
+methods that encode images and videos are called with. All of that is done to the one
 model, when something is attached to it, and undone when the last is detached. The delegated call
 gets the very arguments the model passed, so with an observer alone the logits stay bit-identical.
 """
@@ -16,12 +16,9 @@ gets the very arguments the model passed, so with an observer alone the logits s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import wraps
-from inspect import signature
-from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,6 +30,7 @@ from avl.arguments import find_cache, named_arguments, uses_cache
 from avl.attention import Attend, AttentionCall, Forward
 from avl.families import Family, UnsupportedModelError, describe
 from avl.tokens import TokenLayout
+from avl.watched_methods import unwatch, watch
 
 _LOCK = threading.RLock()
 
@@ -195,7 +193,7 @@ class AttentionHooks:
                 backends.rename(config)
             for module in self._modules:
                 backends.OWNERS[module] = self
-            self._watch_methods()
+            self._watched = watch(self.model, self)
             disable = torch.compiler.disable  # see backends
             for module in {id(m): m for m in self._outer}.values():
                 self._handles.append(
@@ -222,24 +220,12 @@ class AttentionHooks:
             self._disconnect()
             raise
 
-    def _watch_methods(self) -> None:
-        """See what the model's watched methods are called with."""
-        for module in self.model.modules():
-            for name, watch in _WATCHED.items():
-                function = getattr(type(module), name, None)
-                if callable(function) and name not in vars(module):
-                    setattr(module, name, MethodType(watch(function), module))
-                    self._watched.append((module, name))
-                    _WATCHING[module] = self
-
     def _disconnect(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for module, name in self._watched:
-            vars(module).pop(name, None)
-            _WATCHING.pop(module, None)
-        self._watched.clear()
+        unwatch(self._watched)
+        self._watched = []
         for module in self._modules:
             backends.OWNERS.pop(module, None)
         for config in self._configs:
@@ -495,59 +481,6 @@ class AttentionHooks:
 
 
 _HOOKS: WeakKeyDictionary[nn.Module, AttentionHooks] = WeakKeyDictionary()
-_WATCHING: WeakKeyDictionary[nn.Module, AttentionHooks] = WeakKeyDictionary()
-"""Module with watched methods -> the hooks that watch it.
-
-The methods find their hooks here when they are called and keep neither hooks nor module, so those
-of a copy of the model work on the copy.
-"""
-
-
-def _watch_encoding(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A method that encodes images and tells the hooks of its module from what."""
-
-    @wraps(function)  # transformers reads the signature
-    def encode(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _tell_shown(function, module, args, kwargs)
-        return function(module, *args, **kwargs)
-
-    return encode
-
-
-@torch.compiler.disable
-def _tell_shown(
-    function: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    if (hooks := _WATCHING.get(module)) is not None:
-        hooks.remember_shown(_bound(function, args, kwargs))
-
-
-def _watch_generate(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A `generate` that tells the hooks of its module when it begins and ends."""
-
-    @wraps(function)
-    def generate(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if (hooks := _WATCHING.get(module)) is None:
-            return function(module, *args, **kwargs)
-        with hooks.generation(module, _bound(function, args, kwargs)):
-            return function(module, *args, **kwargs)
-
-    return generate
-
-
-_WATCHED: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "generate": _watch_generate,
-    "get_image_features": _watch_encoding,
-    "get_video_features": _watch_encoding,
-}
-
-
-def _bound(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Arguments of a method by name, the module itself left out."""
-    names = list(signature(function).parameters)[1:] if args else []
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def attach(model: nn.Module, hook: Observer | Intervention) -> AttentionHooks:

@@ -8,7 +8,7 @@ import pytest
 import transformers
 from packaging.version import Version
 
-from avl import grids, hooks
+from avl import grids, watched_methods
 from avl.places import View
 from avl_analysis.conformance.build import Case, model_types
 from avl_analysis.conformance.entries import ENTRIES, entry
@@ -57,7 +57,7 @@ def test_pictures_painted_are_wide_high_and_square_and_one_is_several_tiles_larg
 
 @pytest.mark.skipif(not HAS_ALL_PROCESSORS, reason="older versions encode images in the model call")
 def test_places_that_get_lost_under_generate_are_found_out(monkeypatch):
-    monkeypatch.delitem(hooks._WATCHED, "get_image_features")
+    monkeypatch.delitem(watched_methods.WATCHED, "get_image_features")
     with pytest.raises(Mismatch, match="places recorded under generate differ"):
         check_places(Case("qwen2_vl"))
 
