@@ -159,6 +159,9 @@ class RaggedBuffer(KeyBuffer):
         added = torch.arange(self.entries, self.entries + count, device=self.table.device)
         self.table[:, :, self.filled] = added.view(batch, heads)
         self.positions[:, :, self.filled] = -1
+        # A slot may stay empty in some rows, and what is read there must be finite.
+        self.keys[self.entries : self.entries + count] = 0
+        self.values[self.entries : self.entries + count] = 0
         self.entries += count
         self.filled += 1
         self.free_slots = [free + 1 for free in self.free_slots]

@@ -14,6 +14,8 @@ from torch import Tensor
 import avl
 from avl.attention import AttentionCall, attention_weights
 from avl.hooks import Observer, attached
+from avl.policies.base import Choice
+from avl.ragged_buffer import RaggedBuffer
 from avl.tokens import Modality
 from tests import tiny
 from tests.avl.generating import generate
@@ -380,3 +382,29 @@ def test_heads_of_different_lengths_follow_beams_and_are_continued() -> None:
             positions = layer.buffer.positions[row, head, : layer.buffer.filled]
             kept = (state[row, head] > avl.State.MINOR).nonzero()[:, 0].tolist()
             assert kept == sorted(positions[positions >= 0].tolist())
+
+
+def test_an_empty_slot_of_a_head_holds_finite_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2, 2, 4, 3, generator=generator)
+    index = torch.tensor([[[0, 1, 2], [-1, 1, 3]], [[-1, -1, 2], [-1, 0, 1]]])
+    choice = Choice(
+        always_attended=[index],
+        scores=torch.zeros(2, 2, 4),
+        evictable=[2, 1],
+        ragged_heads=True,
+    )
+    positions = torch.arange(4).expand(2, 1, -1)
+    buffer = RaggedBuffer.from_choice(keys, keys.clone(), positions, choice, 2)
+    for tensor in (buffer.keys, buffer.values):
+        tensor[buffer.entries :] = torch.nan  # what memory may hold that was never written
+    new = torch.ones(2, 2, 1, 3)
+    buffer.append(new, new, 4, 0.0)
+    buffer.evict([True, False], newest=4)
+    buffer.append(new, new, 5, 0.0)  # row 0 takes its free slot, row 1 a new one
+    read_keys, read_values = buffer.attended(refresh=True)
+    assert bool(read_keys.isfinite().all() & read_values.isfinite().all())
+    assert buffer.held() == [3, 3]
+    held = buffer.positions[:, :, : buffer.filled]
+    assert bool((read_keys[held >= 4] == 1).all())
+    assert torch.equal(read_keys[0, 1][held[0, 1] == 3], keys[0, 1, 3:])
