@@ -41,6 +41,8 @@ class Settings:
     chain: float = 0.2
     repeat: float = 0.2
     """Shares of the kinds of text; the rest are described scenes."""
+    chains_until: int = 0
+    """Step up to which the text stage has chains only."""
     answers_only: int = 0
     """1: the loss of rows of text is on the tokens of answers only, of which only described scenes
     have any."""
@@ -96,6 +98,8 @@ class Steps(Dataset[Step]):
         rows = {"text": s.text_rows, "vision": 0, "tune": s.tune_text_rows}[self.stage]
         if rows:
             kinds = {"scene": 1 - s.chain - s.repeat, "chain": s.chain, "repeat": s.repeat}
+            if self.stage == "text" and step < s.chains_until:
+                kinds = {"chain": 1.0}
             found.text = texts.rows(rng, rows, s.text_length, s.bare, kinds)
             if s.answers_only:
                 found.text.weights *= texts.answering(found.text.ids)
