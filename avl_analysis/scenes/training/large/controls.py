@@ -52,8 +52,13 @@ CONTROLS: dict[str, dict[str, Any]] = {
     },
     "Muon, system text in every row": {"text_layers": 1, "muon_rate": 0.02, "bare": 0.0},
     "no weight decay": {"text_layers": 1, "weight_decay": 0.0},
-    "scenes, loss on all tokens": {"text_layers": 3, "chain": 0.0},
-    "scenes, loss on answers": {"text_layers": 3, "chain": 0.0, "answers_only": 1},
+    "Muon, scenes, loss on all tokens": {"text_layers": 3, "muon_rate": 0.02, "chain": 0.0},
+    "Muon, scenes, loss on answers": {
+        "text_layers": 3,
+        "muon_rate": 0.02,
+        "chain": 0.0,
+        "answers_only": 1,
+    },
 }
 
 

@@ -19,6 +19,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from avl_analysis.scenes import MODEL_DIR, questions, world
 from avl_analysis.scenes.language import ASSISTANT, conversation, load_processor, pixel_values
+from avl_analysis.scenes.samples import SPLITS
 from avl_analysis.scenes.training import packed
 from avl_analysis.scenes.training.large import conversations, texts
 from avl_analysis.scenes.training.large.forward import packed_logits, text_logits
@@ -32,7 +33,7 @@ from avl_analysis.scenes.training.large.reader import Reader, accuracy, labels
 from avl_analysis.scenes.training.packed import Weights
 from avl_analysis.scenes.world import Scene
 
-WATCH_SEED = 910_000
+WATCH_SEED = SPLITS["watch-large"]
 SINK_THRESHOLD = 0.3  # Gu et al., When attention sink emerges (ICLR 2025), sec. 3
 LAGS = (1, 3, 10)
 BEST = 0.3

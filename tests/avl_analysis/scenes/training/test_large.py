@@ -407,7 +407,7 @@ def test_a_finished_call_has_logged_and_saved_and_an_annealed_one_ends_near_rate
         train.train("speech", settings, tmp_path, steps=1, sizes=SIZES)
 
 
-@pytest.mark.parametrize("name", ["Muon", "scenes, loss on answers"])
+@pytest.mark.parametrize("name", ["Muon", "Muon, scenes, loss on answers"])
 def test_a_control_changes_what_it_names_and_logs_what_it_measured(
     name: str, tmp_path: Path
 ) -> None:
