@@ -31,9 +31,7 @@ COMMON: dict[str, Any] = {
 }
 CONTROLS: dict[str, dict[str, Any]] = {
     "one layer": {"text_layers": 1},
-    "two layers": {"text_layers": 2},
     "three layers": {"text_layers": 3},
-    "three layers, rate 1e-2": {"text_layers": 3, "rate": 1e-2},
     "system text in every row": {"text_layers": 1, "bare": 0.0},
     "Muon": {"text_layers": 1, "muon_rate": 0.02},
     "Muon, three layers": {"text_layers": 3, "muon_rate": 0.02},
