@@ -256,12 +256,11 @@ class AttentionHooks:
             return
         self._claim()
         self._generating, failed = True, True
-        generation = Generation(model, arguments)
-        self._copies = max(
-            generation.setting(name) or 1 for name in ("num_beams", "num_return_sequences")
-        )
-        hooks = self._attached()
+        generation, hooks = Generation(model, arguments), self._attached()
         try:
+            self._copies = max(
+                generation.setting(name) or 1 for name in ("num_beams", "num_return_sequences")
+            )
             for hook in hooks:
                 hook.begin_generation(generation)
             yield

@@ -79,7 +79,7 @@ class Conversations:
         """Nothing has begun yet."""
         self._first, self._make = first, make
         self._all: list[Conversation] = []
-        self._mark = 0
+        self._mark: int | None = None
 
     def begin(self, rows: int, cache: Any) -> Conversation:
         """Begin a conversation with the samples of one prefill."""
@@ -123,11 +123,14 @@ class Conversations:
         """Remember where a generation begins."""
         self._mark = len(self._all)
 
-    def drop_marked(self) -> None:
-        """Forget the conversations that began since `mark`."""
-        for conversation in self._all[self._mark :]:
+    def end_marked(self, *, drop: bool) -> None:
+        """Forget the mark, and with `drop` the conversations that began since."""
+        start, self._mark = self._mark, None
+        if start is None or not drop:
+            return
+        for conversation in self._all[start:]:
             conversation.close()
-        del self._all[self._mark :]
+        del self._all[start:]
 
 
 def _refuse_moves(cache: Any) -> None:

@@ -142,9 +142,8 @@ class Recorder(Observer):
     def end_generation(self, failed: bool) -> None:
         """An answer that broke off is no sample."""
         self._last_prompt = None
-        if failed:
-            self._conversations.drop_marked()
-            self._current = None
+        self._conversations.end_marked(drop=failed)
+        self._current = None
 
     # -- passes -----
 

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, StoppingCriteria
 
 from avl.arguments import cache_parameter
-from avl.hooks import HookError
+from avl.hooks import HookError, Intervention, attached
 from avl_analysis.capture.recorder import record
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.corpus.record_samples import record_samples
@@ -195,6 +195,21 @@ def test_a_generation_that_broke_off_leaves_no_sample(llava, error):
         llava.generate(**batch, max_new_tokens=3)
     assert recording.samples == ["000000", "000001", "000002", "000003"]
     close(recording["modality_mass"][:2], recording["modality_mass"][2:])
+
+
+def test_a_generation_refused_by_somebody_else_leaves_earlier_samples_alone(llava):
+    class Refuses(Intervention):
+        def begin_generation(self, generation):
+            raise HookError("not like this")
+
+    batch = tiny.inputs(llava)
+    with record(llava) as recording:
+        llava.generate(**batch, max_new_tokens=3)
+        with attached(llava, Refuses()), pytest.raises(HookError, match="not like this"):
+            llava.generate(**batch, max_new_tokens=3)
+        assert len(recording) == 1
+        llava.generate(**batch, max_new_tokens=3)
+    assert len(recording) == 2
 
 
 def test_a_prompt_in_several_parts_is_refused(llava):
