@@ -9,12 +9,14 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from avl_analysis.errors import InputError
 from avl_analysis.evaluation.comparison import load_comparison
 from avl_analysis.heads.ablation import load_ablation
 from avl_analysis.recordings.recording import load_recording
@@ -22,7 +24,7 @@ from avl_reports import fig_localisation, fig_modality, fig_overlay
 from avl_reports.build import FIGURES, build
 from avl_reports.findings import Verdict
 from avl_reports.frontiers import load_frontier
-from avl_reports.run import NotMeasured, Run
+from avl_reports.run import NotMeasured, Run, example
 from avl_reports.script import run_script
 from tests.reports import made
 
@@ -280,3 +282,25 @@ def test_a_figure_script_without_a_recording_says_so_in_one_line(tmp_path, capsy
         run_script(fig_modality.section, [str(tmp_path / "none.nc")])
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_parts_that_were_measured_on_another_model_are_refused():
+    recording, comparison = made.recording(), made.comparison()
+    Run(recording, comparison, [made.ablation()], made.frontier())
+    other = made.comparison()
+    other.dataset.attrs["model_revision"] = "2"
+    frontier = made.frontier()
+    for parts in (
+        {"comparison": other},
+        {"ablations": [made.ablation(), replace(made.ablation(), model="made-up 2")]},
+        {"frontier": replace(frontier, about={**frontier.about, "model_revision": "2"})},
+    ):
+        with pytest.raises(InputError, match=r"are of different models \(revision 1 and 2\)"):
+            Run(recording, **parts)
+
+
+def test_a_thumbnail_of_a_strangers_recording_is_decoded_by_the_few_safe_formats_only():
+    eps = base64.b64encode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n").decode()
+    facts = {"picture": f"data:image/eps;base64,{eps}", "words": ["a"]}
+    with pytest.raises(InputError, match="is not an image this program reads"):
+        example("000000", facts)

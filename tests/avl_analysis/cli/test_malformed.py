@@ -3,7 +3,6 @@ code 2, never with a traceback, and none hangs.
 """
 
 import json
-import os
 import random
 import resource
 import signal
@@ -134,19 +133,19 @@ def _report(wrong: list[str]) -> str:
     return f"{len(wrong)} calls ended wrongly\n" + "\n\n".join(wrong[:20])
 
 
-def test_sixty_malformed_calls_are_one_line_each(
+def test_a_malformed_call_of_every_kind_is_one_line(
     given: Given, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(given.work)
-    wrong = check(given, 60, 1, capsys)
+    wrong = check(given, 12, 1, capsys)
     assert not wrong, _report(wrong)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_twelve_hundred_malformed_calls_are_one_line_each(
+def test_a_thousand_malformed_calls_are_one_line_each(
     given: Given, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(given.work)
-    wrong = check(given, int(os.environ.get("AVL_MALFORMED_CALLS", "1200")), 0, capsys)
+    wrong = check(given, 1008, 0, capsys)
     assert not wrong, _report(wrong)
