@@ -9,7 +9,7 @@ Three stages, each resumable, each with AdamW:
   in every step.
 
 The rates are constant after a warm-up; from step ``anneal_from`` on (``--set``) they fall linearly
-to zero at the last step. SIGTERM saves and stops. No loss looks at attention weights.
+to zero at the last step. SIGTERM and SIGINT save and stop. No loss looks at attention weights.
 """
 
 from __future__ import annotations
@@ -266,7 +266,12 @@ def _run(
         trainer.resume()
     elif stage == "tune":
         trainer.join()
-    signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "asked_to_stop", True))
+
+    def ask(*_: Any) -> None:
+        trainer.asked_to_stop = True
+
+    # SIGINT, too: it is what the processes of a run get when the one that started them has ended.
+    before = {name: signal.signal(name, ask) for name in (signal.SIGTERM, signal.SIGINT)}
     first, last = trainer.step, steps
     began = time.monotonic() - trainer.seconds
     worked = time.process_time() - trainer.processor_seconds
@@ -286,7 +291,7 @@ def _run(
         trainer.clock(began, worked)
         ends = trainer.stop or trainer.step == last
         if rank == 0 and (ends or trainer.seconds >= watch_at):
-            found |= trainer.watch()
+            found["held_out"] = trainer.watch()
             watch_at = trainer.seconds + settings.watch_seconds
             line_at = trainer.seconds
         if rank == 0 and trainer.seconds >= line_at:
@@ -303,6 +308,8 @@ def _run(
             save_at = trainer.seconds + settings.save_seconds
         if ends:
             break
+    for name, handler in before.items():
+        signal.signal(name, handler)
     if settings.processes > 1:
         dist.destroy_process_group()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -398,7 +401,8 @@ def test_a_finished_call_has_logged_and_saved_and_an_annealed_one_ends_near_rate
     lines = train.read_log(tmp_path / "text.jsonl")
     assert [line["factor"] for line in lines if "step" in line] == [1.0, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert lines[-1]["step"] == 6
-    assert "sink_rate" in lines[-1]["text"]
+    assert "sink_rate" in lines[-1]["held_out"]["text"]
+    assert lines[-1]["text"] > 0
     with pytest.raises(FileNotFoundError, match="without --resume"):
         train.train("vision", settings, tmp_path, steps=1, resume=True, sizes=SIZES)
     with pytest.raises(FileNotFoundError, match="run that stage before tune"):
@@ -416,3 +420,22 @@ def test_a_control_changes_what_it_names_and_logs_what_it_measured(
     assert [(line["control"], line["step"]) for line in lines] == [(name, 2), (name, 3)]
     assert len(lines[0]["first_token_by_layer"]) == controls.CONTROLS[name]["text_layers"]
     assert 0 < lines[0]["first_token_by_layer"][0] < 0.2
+
+
+def test_a_run_told_to_stop_saves_and_logs_its_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = train.Trainer.update
+
+    def told(trainer: train.Trainer, *arguments: Any) -> dict[str, float]:
+        if trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(trainer, *arguments)
+
+    monkeypatch.setattr(train.Trainer, "update", told)
+    before = signal.getsignal(signal.SIGTERM)
+    settings = train.Settings(text_rows=2, text_length=64)
+    train.train("text", settings, tmp_path, steps=50, sizes=SIZES)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert train.read_log(tmp_path / "text.jsonl")[-1]["step"] == 2
+    assert torch.load(tmp_path / "text.pt", weights_only=True)["step"] == 2
