@@ -29,6 +29,19 @@ SAMPLES = 204
 COMPARED = 4
 """Scenes per task on which policies are compared unless told otherwise."""
 BUDGETS = (0.6, 0.3)
+RIVALS = (
+    "a-vl",
+    "random",
+    "stride",
+    "streaming",
+    "h2o",
+    "snapkv",
+    "fastv",
+    "vl-cache",
+    "kivi",
+    "quest",
+)
+"""Policies that a report compares by itself; `avl compare` and `--comparison` show any others."""
 """Shares of the full cache's bytes at which policies are compared, beside A-VL with the paper's
 settings.
 """
@@ -194,9 +207,7 @@ def draw_samples(count: int, seed: int) -> list[Sample]:
 
 
 def compare_policies(vlm: VLM, per_task: int) -> Comparison:
-    """Every policy at every budget, and A-VL with the paper's settings, against the full cache;
-    with a bar.
-    """
+    """`RIVALS` at every budget, and A-VL with the paper's settings, against the full cache."""
     import avl
     from avl.policies import registry
     from avl_analysis.corpus.questions import scene_samples
@@ -208,7 +219,7 @@ def compare_policies(vlm: VLM, per_task: int) -> Comparison:
         "A-VL (paper)": avl.AdaptivePolicy(),
     }
     for name, kind in registry.policies().items():
-        if kind is not avl.FullPolicy:
+        if name in RIVALS:
             policies |= {f"{name}:{budget:g}": with_budget(kind, budget) for budget in BUDGETS}
     with progress("comparing policies", unit="answers") as advance:
         return compare(
