@@ -29,6 +29,9 @@ SAMPLES = 204
 COMPARED = 4
 """Scenes per task on which policies are compared unless told otherwise."""
 BUDGETS = (0.6, 0.3)
+"""Shares of the full cache's bytes at which policies are compared, beside A-VL with the paper's
+settings.
+"""
 RIVALS = (
     "a-vl",
     "random",
@@ -42,9 +45,6 @@ RIVALS = (
     "quest",
 )
 """Policies that a report compares by itself; `avl compare` and `--comparison` show any others."""
-"""Shares of the full cache's bytes at which policies are compared, beside A-VL with the paper's
-settings.
-"""
 ABLATED = 17
 """Scenes per task that are asked with heads silenced unless told otherwise."""
 DRAWS = 6
