@@ -64,14 +64,21 @@ def check_data(data: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> None
             fixed = FIXED.get(dim)
             if fixed is not None and list(values) != list(fixed):
                 raise RecordingError(f"{dim} in {group} has other labels than {', '.join(fixed)}")
-            if dim in ("sample", "layer", "head") and not np.array_equal(
-                labels.setdefault(dim, values), values
+            if dim in ("sample", "layer", "head") and not _agree(
+                labels.setdefault(dim, values), values, group
             ):
                 raise RecordingError(f"{dim} is labelled differently in {group}")
     for name, total in data["sums"].data_vars.items():
         count = data["sums"].get(f"{name}_count")
         if count is not None and count.dims != total.dims:
             raise RecordingError(f"{name} and its count differ in their dimensions")
+
+
+def _agree(known: np.ndarray, labels: np.ndarray, group: str) -> bool:
+    """Whether a group labels a dimension as the others do; raw attention may be of some heads."""
+    if group == "attention":
+        return bool(np.isin(labels, known).all())
+    return np.array_equal(known, labels)
 
 
 def facts_of_text(text: str, sample: str) -> dict[str, Any]:
