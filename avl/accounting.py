@@ -1,5 +1,6 @@
-"""What a policy costs and saves, counted physically: bytes of buffers, keys read, against the stock
-cache.
+"""What a policy costs and saves, counted physically.
+
+Bytes of buffers, keys read, against the stock cache.
 
 Everything allocated is counted, slack and empty slots too; keys and values apart from bookkeeping
 (positions, scores). The yardstick is what `transformers`' DynamicCache holds after the same tokens:
@@ -107,8 +108,10 @@ class Usage:
 
     @property
     def host(self) -> int:
-        """Bytes of keys and values in host memory at the end, where that is not
-        the model's device."""
+        """Bytes of keys and values in host memory at the end.
+
+        Only where that is not the model's device.
+        """
         return self.steps[-1].host
 
     @property
@@ -128,8 +131,9 @@ class Usage:
 
     @property
     def attended_share(self) -> float:
-        """Keys attended / keys seen, mean over decode steps, layers and rows; 1.0 before the first
-        decode step.
+        """Keys attended / keys seen, mean over decode steps, layers and rows.
+
+        1.0 before the first decode step.
         """
         shares = [
             keys / step.seen

@@ -95,15 +95,17 @@ class AttentionCall:
 
     @property
     def groups(self) -> int:
-        """Query heads per key/value head (1 = multi-head attention, more = grouped-query
-        attention).
+        """Query heads per key/value head.
+
+        1 is multi-head attention, more is grouped-query attention.
         """
         return self.query.shape[1] // self.key.shape[1]
 
     @property
     def causal(self) -> bool:
-        """Whether a missing mask means causal attention; SDPA's `is_causal` compares row i with key
-        i.
+        """Whether a missing mask means causal attention.
+
+        SDPA's `is_causal` compares row i with key i.
         """
         wanted = self.options.get("is_causal")
         wanted = getattr(self.module, "is_causal", True) if wanted is None else wanted
@@ -190,8 +192,9 @@ def softmax_weights(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
 def attention_weights(
     call: AttentionCall, rows: slice = slice(None), keys: int | None = None
 ) -> Tensor:
-    """Softmax weights of some query rows: (batch, query heads, rows, keys) float32, each row
-    summing to 1 (or 0).
+    """Softmax weights of some query rows.
+
+    (batch, query heads, rows, keys) float32, each row summing to 1 (or 0).
     """
     sinks: Tensor | None = call.options.get("s_aux")
     by_row: Tensor | None = call.options.get("sinks")

@@ -213,8 +213,9 @@ class KeyBuffer:
         return tier if refresh and tier is not None and tier.bits is not None else None
 
     def attended(self, *, refresh: bool) -> tuple[Tensor, Tensor]:
-        """Keys and values that a step reads, (batch, key/value heads, keys, head dim); views where
-        nothing is held in host memory.
+        """Keys and values that a step reads, (batch, key/value heads, keys, head dim).
+
+        Views where nothing is held in host memory.
 
         Those of a `coded_tier`, which would come first, are left out.
 
@@ -226,8 +227,9 @@ class KeyBuffer:
         return self._read_from(first, refresh and not coded)
 
     def attended_positions(self, *, refresh: bool) -> Tensor:
-        """(batch, heads, keys) sequence index of what a step reads, a tier's keys first, -1 for
-        empty slots.
+        """(batch, heads, keys) sequence index of what a step reads.
+
+        A tier's keys come first; -1 stands for empty slots.
         """
         return self._positions_from(self.first_slot_read(refresh), refresh)
 
@@ -273,8 +275,9 @@ class KeyBuffer:
         return [self.filled - self.secondary_width - free for free in self.free_slots]
 
     def image_slots(self) -> Tensor:
-        """(batch, 1, keys) bool: which slots that a refresh reads may hold quantised, secondary or
-        core keys.
+        """Which slots that a refresh reads may hold quantised, secondary or core keys.
+
+        (batch, 1, keys) bool.
         """
         # Slot numbers of the buffer become numbers among what a refresh reads.
         offset = self.quantized_width - self.first_used_slot
@@ -342,8 +345,9 @@ class KeyBuffer:
         return (self.keys.nbytes + self.values.nbytes) // int(self.keys.shape[2])
 
     def bytes_in_use(self) -> int:
-        """Bytes of keys and values in use on the model's device, empty slots between them
-        included.
+        """Bytes of keys and values in use on the model's device.
+
+        Empty slots between them are included.
         """
         slots = self.filled - self.first_used_slot
         return slots * self.position_bytes + self._bytes_beside()
@@ -353,8 +357,9 @@ class KeyBuffer:
         return self.keys.nbytes + self.values.nbytes + self._bytes_beside()
 
     def bytes_by_row(self) -> list[float]:
-        """Bytes of keys and values that each row holds, wherever they lie; empty slots are no
-        row's.
+        """Bytes of keys and values that each row holds, wherever they lie.
+
+        Empty slots are no row's.
         """
         rows = len(self.free_slots)
         shared = 0.0 if self.pages is None else self.pages.nbytes / rows
@@ -379,8 +384,9 @@ class KeyBuffer:
         return [tensor for tensor in tensors if tensor is not None]
 
     def _bytes_beside(self) -> int:
-        """Bytes that stand for keys and values outside the buffer: of the quantised tier, and of
-        the bounds of pages.
+        """Bytes that stand for keys and values outside the buffer.
+
+        Of the quantised tier, and of the bounds of pages.
         """
         tier = 0 if self.quantized is None else self.quantized.nbytes(host=False)
         return tier + (0 if self.pages is None else self.pages.nbytes)
@@ -388,8 +394,9 @@ class KeyBuffer:
     # -- one key more, one key less ----------------------------------------------------------------
 
     def append(self, key: Tensor, value: Tensor, position: int, arrival: float) -> None:
-        """Write one new key and value per row into a free slot, or behind the last slot where a
-        row has none.
+        """Write one new key and value per row into a free slot.
+
+        Where a row has none, behind the last slot.
 
         Args:
             key: (batch, key/value heads, 1, head dim).

@@ -97,8 +97,9 @@ class AdaptiveLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take in new keys and values; returns what this pass attends to, held keys first. Keys in
-        few bits are left out of a decode step's, which attends to them as they are stored.
+        """Take in new keys and values; returns what this pass attends to, held keys first.
+
+        Keys in few bits are left out of a decode step's, which attends to them as they are stored.
 
         Args:
             key_states: (batch, key/value heads, new tokens, head dim).
@@ -133,8 +134,9 @@ class AdaptiveLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks of transformers cover the new tokens only; what is held is masked by us, layer by
-        layer.
+        """Masks of transformers cover the new tokens only.
+
+        What is held is masked by us, layer by layer.
         """
         return query_length, self.seen
 

@@ -83,8 +83,9 @@ class PrefillFilter:
         self._forward, self._next, self._rows, self._choose = forward, None, None, choose
 
     def drop(self, keep: Tensor) -> None:
-        """Say which positions go on, (batch, tokens) bool; takes effect when the filter layer is
-        through.
+        """Say which positions go on, (batch, tokens) bool.
+
+        Takes effect when the filter layer is through.
         """
         if not bool(keep.all()):
             self._next = members(keep[:, None], int(keep.sum(1).amax()))[:, 0]
@@ -202,8 +203,9 @@ def decoder_layers(family: Family) -> nn.ModuleList:
 
 
 def _take(tensor: Tensor, rows: Tensor, dim: int) -> Tensor:
-    """Rows of a per-token tensor: its token axis is `dim` (-1 or -2), its batch axis (1 or batch)
-    left of that.
+    """Rows of a per-token tensor.
+
+    Its token axis is `dim` (-1 or -2), its batch axis (1 or batch) left of that.
     """
     shape = list(tensor.shape)
     shape[dim - 1] = rows.shape[0]

@@ -53,8 +53,9 @@ class PrefillStep:
     _filter_ranks: Tensor | None = None
 
     def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
-        """Attention over the prompt as it is; then the policy chooses, now or at the end of the
-        pass.
+        """Attention over the prompt as it is.
+
+        Then the policy chooses, now or at the end of the pass.
 
         Args:
             call: of the layer.

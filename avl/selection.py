@@ -37,8 +37,9 @@ def best(scores: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def between(order: Tensor, first: Sequence[int], last: Sequence[int]) -> Tensor:
-    """Entries first[b] .. last[b] - 1 of each row of `order`, moved to the end; -1 in front of
-    shorter rows.
+    """Entries first[b] .. last[b] - 1 of each row of `order`, moved to the end.
+
+    -1 in front of shorter rows.
 
     Args:
         order: (batch, heads, n) as `best` returns it.

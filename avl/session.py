@@ -40,8 +40,9 @@ from avl.tokens import Modality
 
 
 class AdaptiveSession(Intervention):
-    """A policy on a model. Use `adaptive`, or `attach` and `detach` where a `with` block does not
-    fit.
+    """A policy on a model.
+
+    Use `adaptive`, or `attach` and `detach` where a `with` block does not fit.
     """
 
     @property
@@ -192,8 +193,10 @@ class AdaptiveSession(Intervention):
     def _supply_cache(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """The cache a decoder would make for itself, made where its layers can
-        still be exchanged."""
+        """The cache a decoder would make for itself.
+
+        Made where its layers can still be exchanged.
+        """
         given = named_arguments(module, args, kwargs)
         if not uses_cache(module, given) or find_cache(given) is not None:
             return None
@@ -314,8 +317,9 @@ def adaptive(model: nn.Module, policy: Policy) -> Iterator[AdaptiveSession]:
 
 
 def _shares_keys(config: Any) -> bool:
-    """Whether layers attend to the keys of other layers; older versions of transformers only say
-    how many.
+    """Whether layers attend to the keys of other layers.
+
+    Older versions of transformers only say how many.
     """
     modes = getattr(config, "kv_sharing_modes", None) or ()
     return "reuse" in modes or bool(getattr(config, "num_kv_shared_layers", 0))

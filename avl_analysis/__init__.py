@@ -1,5 +1,4 @@
-"""Observe attention: load a model, record what its heads look at, and reduce that to labelled
-numbers.
+"""Observe attention: load a model, record its heads, reduce that to labelled numbers.
 
 Everything here looks on from outside; whatever changes a model's computation lives in `avl`. The
 public names are imported when first used, so that `avl --help`, the statistics and the figures

@@ -104,8 +104,9 @@ def plot_head_overlays(seen: Observation, image: Pixels, token: int, layer: int)
 def plot_over_answer(
     seen: Observation, image: Pixels, layer: int | None = None, head: int | None = None
 ) -> Plot:
-    """Attention over the image while the answer is written, one frame per answer token, on one
-    scale.
+    """Attention over the image while the answer is written, one frame per token.
+
+    All frames are on one scale.
 
     Args:
         seen: the answer, watched.

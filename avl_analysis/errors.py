@@ -1,5 +1,6 @@
-"""The one exception for input that a person can correct: a path, a picture, a prompt, a model name,
-a number.
+"""The one exception for input that a person can correct.
+
+A path, a picture, a prompt, a model name, a number.
 
 Its message is meant to be read alone, without a traceback: the value received, what is possible,
 the next step. The command line prints exactly that line and exits with code 2; the dashboard shows
@@ -13,8 +14,9 @@ from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """Input that cannot be used as it is; the message says what was received, what is possible, and
-    what to do.
+    """Input that cannot be used as it is.
+
+    The message says what was received, what is possible, and what to do.
     """
 
 

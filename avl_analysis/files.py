@@ -46,8 +46,9 @@ def user_path(name: str | os.PathLike[str]) -> Path:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Try what `atomic_write` needs, before anything is computed: a new file of one block beside
-    `path`.
+    """Try what `atomic_write` needs, before anything is computed.
+
+    A new file of one block beside `path`.
 
     Raises:
         InputError: no such folder, a folder or a special file in place of the file, no permission,
@@ -79,8 +80,10 @@ def check_folder_writable(folder: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name to write to, in the folder of `path` and with its suffix; what is there when the
-    block ends becomes `path` at once. If the block raises, `path` stays as it was.
+    """A name to write to, in the folder of `path` and with its suffix.
+
+    What is there when the block ends becomes `path` at once. If the block raises, `path` stays as
+    it was.
 
     A symbolic link is followed: the file it names is replaced, and the link stays.
 
@@ -138,8 +141,9 @@ def hdf5_for_writing(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 class _Forgiving(io.RawIOBase):
-    """A file whose writes never fail: what could not be written is kept in memory and read back
-    from there.
+    """A file whose writes never fail.
+
+    What could not be written is kept in memory and read back from there.
     """
 
     def __init__(self, raw: io.FileIO) -> None:
@@ -225,8 +229,9 @@ def _target(path: Path) -> Path:
 
 
 def _new_name(target: Path) -> Path:
-    """A name for an unfinished file of this process. It ends in the suffix of `target`, since some
-    libraries choose the format by it.
+    """A name for an unfinished file of this process.
+
+    It ends in the suffix of `target`, since some libraries choose the format by it.
     """
     return target.with_name(f".{_mark(target)}-{os.getpid()}-{next(_counter)}{_ending(target)}")
 

@@ -1,5 +1,6 @@
-"""One question answered while somebody watches: tokens as they come, where each looked, and what a
-policy changed.
+"""One question answered while somebody watches.
+
+Tokens as they come, where each looked, and what a policy changed.
 
 Three passes over the same prompt, each for its own purpose. `answer` runs free and is timed, so
 nothing else is on the model than the policy. `observe` runs again under `record`, which keeps all
@@ -186,8 +187,9 @@ class Observation:
         return tuple(number for number, image in enumerate(self.images) if image.placed)
 
     def look(self, step: int, layer: int | None = None, head: int | None = None) -> Floats:
-        """(positions,) weights of one token, mean over what is not chosen; NaN where no chosen head
-        read the key.
+        """(positions,) weights of one token, mean over what is not chosen.
+
+        NaN where no chosen head read the key.
 
         Args:
             step: number of the token, from 0.
@@ -233,8 +235,9 @@ class Observation:
         head: int | None = None,
         region: Sequence[int] | None = None,
     ) -> Focus:
-        """How much of a token's attention is on the picture and how concentrated; zeros without a
-        picture.
+        """How much of a token's attention is on the picture and how concentrated.
+
+        Zeros without a picture.
 
         Args:
             step: number of the token, from 0.
@@ -281,8 +284,9 @@ class Observation:
 
     @cached_property
     def most_telling(self) -> tuple[int, int]:
-        """Token and layer whose attention says most about the picture: much of it there, and on few
-        patches.
+        """Token and layer whose attention says most about the picture.
+
+        Much of it there, and on few patches.
 
         The score is image mass x (1 - H / ln N), H the entropy of the mean over heads on the N
         image tokens of its row.
@@ -305,8 +309,9 @@ class Observation:
 
 @dataclass(frozen=True, eq=False)
 class Disagreement:
-    """How a policy's next-token distributions differ from the full cache's, both fed the full
-    cache's answer.
+    """How a policy's next-token distributions differ from the full cache's.
+
+    Both are fed the full cache's answer.
 
     Attributes:
         kl: (tokens,) KL(full || policy) in nats.
@@ -448,8 +453,9 @@ class _Watch(StoppingCriteria):
 def _predictions(
     vlm: VLM, sample: Sample, policy: avl.Policy | None, tokens: Sequence[int]
 ) -> Tensor:
-    """(tokens, vocabulary) logits of the model's own predictions along given tokens, float32 on the
-    CPU.
+    """(tokens, vocabulary) logits of the model's own predictions along given tokens.
+
+    float32 on the CPU.
     """
     steps: list[Tensor] = []
     generate(
@@ -478,8 +484,9 @@ def _states(selection: avl.Selection) -> tuple[NDArray[np.int8], tuple[int, ...]
 
 
 def _words(vlm: VLM, ids: Sequence[int], ends: Sequence[int]) -> list[str]:
-    """Text of each token such that together they are the answer; a token that completes a character
-    carries it.
+    """Text of each token such that together they are the answer.
+
+    A token that completes a character carries it.
     """
     decode = vlm.processor.tokenizer.decode
     words, before = [], ""

@@ -18,8 +18,9 @@ from avl.selection import members
 
 @dataclass(frozen=True, kw_only=True)
 class AdaSnapKVPolicy(SnapKVPolicy):
-    """SnapKV's scores, and a budget that the heads of a layer share (Ada-SnapKV, Feng et al.,
-    NeurIPS 2025, arXiv 2407.11550).
+    """SnapKV's scores, and a budget that the heads of a layer share (Ada-SnapKV).
+
+    Feng et al., NeurIPS 2025, arXiv 2407.11550.
 
     Each key/value head holds its best keys up to a guaranteed part of the mean budget; the rest of
     the layer's budget goes to the best of all other keys, whatever their head. Heads whose

@@ -1,5 +1,6 @@
-"""A-VL: Adaptive Attention for Large Vision-Language Models (Zhang et al., AAAI 2025, arXiv
-2409.14846).
+"""A-VL: Adaptive Attention for Large Vision-Language Models.
+
+Zhang et al., AAAI 2025, arXiv 2409.14846.
 
 Three rules, each switched off by `None`. *Vision*: after the prompt a layer keeps the best
 `secondary` of the image keys, attends to the best `core` of them, and at every `refresh_every`-th
@@ -155,8 +156,9 @@ class AdaptivePolicy(CoredPolicy):
 
     @classmethod
     def for_budget(cls, budget: float, **changes: Any) -> AdaptivePolicy:
-        """The paper's policy scaled so that a layer holds at most `budget` of the full cache's keys
-        at every moment.
+        """The paper's policy scaled to at most `budget` of the full cache's keys.
+
+        It holds for every layer, at every moment.
 
         The text rule keeps at most the share `budget`, and image keys outside the core give way,
         worst first, when the text needs their place. System keys, 20 text keys and the core never
@@ -169,8 +171,9 @@ class AdaptivePolicy(CoredPolicy):
 
     @classmethod
     def with_cold_tier(cls, budget: float | None = None, **changes: Any) -> AdaptivePolicy:
-        """Every image key kept in 4 bits and attended at every step, all text kept: the preset
-        beyond the paper.
+        """Every image key kept in 4 bits and attended at every step, all text kept.
+
+        The preset beyond the paper.
 
         With a budget a layer holds at most that share of the full cache's bytes at every moment:
         image keys in 8 bits from 0.75 on, in 4 from 0.5 on, in 2 below. What is left beside room
@@ -248,8 +251,9 @@ class AdaptivePolicy(CoredPolicy):
         return max(int(self.budget * counts.tokens) - counts.system - text, 0)
 
     def measure(self, prompt: Prompt) -> Measure:
-        """Image keys: the last row's weights. Text keys: weights summed over text rows, earlier
-        turns included.
+        """Image keys: the last row's weights.
+
+        Text keys: weights summed over text rows, earlier turns included.
         """
         text = None
         if self.accumulates:

@@ -150,8 +150,9 @@ class Policy(ABC):
     # Optional, for policies that need them.
 
     def choices(self, measures: Sequence[Measure], counts: Sequence[Counts]) -> list[Choice]:
-        """Say which keys to hold in each of some layers: all of them if `deferred`, else one at a
-        time.
+        """Say which keys to hold in each of some layers.
+
+        All of them if `deferred`, else one at a time.
         """
         return [self.choose(measure, counts) for measure in measures]
 
@@ -175,8 +176,10 @@ class Policy(ABC):
 
     @property
     def newest_in_full(self) -> int | None:
-        """How many of the newest keys stay in full precision while older ones are quantised, block
-        by block, in the tier's own way; None: nothing is quantised while decoding.
+        """How many of the newest keys stay in full precision.
+
+        Older ones are quantised, block by block, in the tier's own way. None: nothing is quantised
+        while decoding.
         """
         return None
 
@@ -193,8 +196,9 @@ class Policy(ABC):
 
     @property
     def filter_layer(self) -> int | None:
-        """Number of decoder layers a prompt passes in full; after them image tokens leave it. None:
-        all layers; 0: before the first (see before_decoder.py).
+        """Number of decoder layers a prompt passes in full; after them image tokens leave it.
+
+        None: all layers; 0: before the first (see before_decoder.py).
         """
         return None
 
@@ -218,8 +222,9 @@ class CoredPolicy(Policy):
 
     @property
     def sparse(self) -> bool:
-        """Whether a refresh ranks all image keys held but attends to the best `sparse_budget` of
-        them only.
+        """Whether a refresh attends only to the best `sparse_budget` of the image keys held.
+
+        It ranks all of them first.
         """
         return False
 
@@ -239,8 +244,9 @@ class CoredPolicy(Policy):
         return self.rank(weights.flatten(1, 2))[:, None]
 
     def drifted(self, before: Tensor, now: Tensor) -> Tensor | None:
-        """Rows whose core is outdated, (batch,) bool; None: the core is renewed by `is_refresh`
-        alone.
+        """Rows whose core is outdated, (batch,) bool.
+
+        None: the core is renewed by `is_refresh` alone.
 
         Args:
             before: (batch, 1, core keys) importance of the core's keys when it was chosen; 0 where

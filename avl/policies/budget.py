@@ -1,5 +1,6 @@
-"""Baselines under one byte budget: of the keys the stock cache would hold, each row keeps a given
-share.
+"""Baselines under one byte budget.
+
+Of the keys the stock cache would hold, each row keeps a given share.
 
 `budget` covers *all* keys, the prompt's and the generated ones, and holds at every moment: with n
 true tokens seen (no padding), every row holds `int(budget * n)` keys per layer and key/value head,
@@ -63,8 +64,9 @@ class BudgetPolicy(Policy):
 
     @abstractmethod
     def importance(self, prompt: Prompt) -> Tensor:
-        """(batch, 1 or key/value heads, keys), higher = more important; what is no key may have any
-        value.
+        """Importance of every key, (batch, 1 or key/value heads, keys); higher is kept longer.
+
+        What is no key may have any value.
         """
 
     def measure(self, prompt: Prompt) -> Measure:
@@ -140,8 +142,9 @@ class BudgetPolicy(Policy):
 
 
 def tiered(scores: Tensor, prompt: Prompt) -> Tensor:
-    """Ranks instead of scores: image keys below all other keys of the prompt, so that they go
-    first.
+    """Ranks instead of scores.
+
+    Image keys below all other keys of the prompt, so that they go first.
     """
     scores = scores.expand(-1, prompt.positions.shape[1], -1)
     rank = scores.argsort(dim=-1, stable=True).argsort(dim=-1).float()

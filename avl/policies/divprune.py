@@ -13,8 +13,9 @@ from avl.policies.before_decoder import BeforeDecoderPolicy, ImageTokens, cosine
 
 @dataclass(frozen=True, kw_only=True)
 class DivPrunePolicy(BeforeDecoderPolicy):
-    """Image tokens as different from each other as possible (DivPrune, Alvar et al., CVPR 2025,
-    arXiv 2503.02175).
+    """Image tokens as different from each other as possible (DivPrune).
+
+    Alvar et al., CVPR 2025, arXiv 2503.02175.
 
     Distance is one minus the cosine of two tokens' features behind the projector. The first token
     is the one whose nearest neighbour is farthest; then, again and again, the one whose distance to

@@ -15,8 +15,9 @@ from avl.policies.before_decoder import BeforeDecoderPolicy, ImageTokens
 
 @dataclass(frozen=True, kw_only=True)
 class DownsamplePolicy(BeforeDecoderPolicy):
-    """The image's grid of features resized to fewer tokens: what costs nothing and has to be beaten
-    by methods that choose.
+    """The image's grid of features resized to fewer tokens.
+
+    What costs nothing and has to be beaten by methods that choose.
 
     Each image's grid is divided into as many equal cells as its part of the budget allows, in about
     the proportions of the grid. A cell goes on as the mean of its tokens, at the position of the

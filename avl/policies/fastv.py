@@ -16,8 +16,9 @@ from avl.policies.prompt import Counts, Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class FastVPolicy(BudgetPolicy):
-    """Image tokens leave the prompt after an early layer (FastV, Chen et al., ECCV 2024, arXiv
-    2403.06764).
+    """Image tokens leave the prompt after an early layer (FastV).
+
+    Chen et al., ECCV 2024, arXiv 2403.06764.
 
     Ranked by the last row's weights in that layer, mean over heads, as in the released program.
     Deviations: the early layers' caches are cut to the tokens that go on, too, so that a budget

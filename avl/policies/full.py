@@ -12,8 +12,9 @@ from avl.policies.prompt import Counts, Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class FullPolicy(Policy):
-    """Everything held, everything attended: the neutral element, with this package's buffers
-    instead of stock ones.
+    """Everything held, everything attended.
+
+    The neutral element, with this package's buffers instead of stock ones.
     """
 
     name: ClassVar[str] = "full"

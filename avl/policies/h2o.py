@@ -14,8 +14,9 @@ from avl.tokens import Modality
 
 @dataclass(frozen=True, kw_only=True)
 class H2OPolicy(BudgetPolicy):
-    """Keys that gathered most attention, and the newest (heavy hitters, Zhang et al., NeurIPS 2023,
-    arXiv 2306.14048).
+    """Keys that gathered most attention, and the newest (H2O, heavy hitters).
+
+    Zhang et al., NeurIPS 2023, arXiv 2306.14048.
 
     Per key/value head; scores are weights summed over all query rows so far, and of a row's keys
     half are the newest, as in the paper. Deviation: with grouped-query attention the heads of a

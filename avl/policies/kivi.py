@@ -15,8 +15,9 @@ from avl.selection import members
 
 @dataclass(frozen=True, kw_only=True)
 class KIVIPolicy(Policy):
-    """The full cache in few bits; only the newest keys are in full precision (KIVI, Liu et al.,
-    ICML 2024, arXiv 2402.02750).
+    """The full cache in few bits.
+
+    Only the newest keys are in full precision (KIVI, Liu et al., ICML 2024, arXiv 2402.02750).
 
     Nothing is dropped and everything is attended at every step. Keys are quantised per channel,
     values per token, as quantized_tier.py describes.
@@ -44,8 +45,10 @@ class KIVIPolicy(Policy):
 
     @classmethod
     def for_budget(cls, budget: float) -> KIVIPolicy:
-        """As many bits as a share of a cache of 16 bits leaves: 8 from 0.5 on, 4 from 0.25 on, else
-        2. What is really held also has limits of groups and the newest keys.
+        """As many bits as a share of a cache of 16 bits leaves.
+
+        8 from 0.5 on, 4 from 0.25 on, else 2. What is really held also has limits of groups and the
+        newest keys.
         """
         check_share("budget", budget)
         return cls(bits=8 if budget >= 0.5 else 4 if budget >= 0.25 else 2)

@@ -14,8 +14,9 @@ from avl.policies.snapkv import SnapKVPolicy
 
 @dataclass(frozen=True, kw_only=True)
 class MixKVPolicy(SnapKVPolicy):
-    """Importance mixed with diversity, head by head, by how redundant a head's keys are (MixKV, Liu
-    et al., ICLR 2026, arXiv 2510.20707).
+    """Importance mixed with diversity, head by head, by how redundant its keys are (MixKV).
+
+    Liu et al., ICLR 2026, arXiv 2510.20707.
 
     Importance is SnapKV's pooled weights plus the length of the key's value vector; diversity is
     minus the cosine between a key and the head's mean key. Lengths and diversity are brought to

@@ -20,8 +20,9 @@ _HALVINGS = 40  # of the interval of the common share; more than float32 can tel
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixKVPolicy(BudgetPolicy):
-    """Every layer holds the keys that carry one common share of its attention (PrefixKV, Wang et
-    al., 2024, arXiv 2412.03409).
+    """Every layer holds the keys of one common share of its attention (PrefixKV).
+
+    Wang et al., 2024, arXiv 2412.03409.
 
     A key's importance in a layer is its weights summed over all query rows, mean over heads. Each
     layer holds the shortest prefix of its ranking whose importance reaches a share of the sum that

@@ -123,8 +123,9 @@ class Prompt:
                 yield slice(start, stop), attention_weights(call, slice(start, stop), visible)
 
     def row_sums(self, rows: Tensor) -> Tensor:
-        """Softmax weights summed over some query rows and over the query heads that share a
-        key/value head.
+        """Softmax weights summed over query rows and over the query heads of a group.
+
+        A group is the query heads that share a key/value head.
 
         Args:
             rows: (batch, rows) bool, which query rows to sum.

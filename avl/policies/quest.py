@@ -13,8 +13,9 @@ from avl.policies.prompt import Counts, Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class QuestPolicy(PagedPolicy):
-    """Everything held, and at each step the pages read whose keys the query may need (Quest, Tang
-    et al., ICML 2024, arXiv 2406.10774).
+    """Everything held; each step reads the pages its query may need (Quest).
+
+    Tang et al., ICML 2024, arXiv 2406.10774.
 
     A page is `page_size` consecutive tokens; its worth is the largest product the query can have
     with keys between the page's smallest and largest numbers, channel by channel. At every decode

@@ -13,8 +13,9 @@ from avl.policies.before_decoder import BeforeDecoderPolicy, ImageTokens, cosine
 
 @dataclass(frozen=True, kw_only=True)
 class SCOPEPolicy(BeforeDecoderPolicy):
-    """Image tokens that cover the others, weighted by the image encoder's attention (SCOPE, Deng et
-    al., 2025, arXiv 2510.24214).
+    """Image tokens that cover the others, weighted by the encoder's attention (SCOPE).
+
+    Deng et al., 2025, arXiv 2510.24214.
 
     How well a set covers a token is the largest cosine between it and a member of the set. Again
     and again the token is selected whose gain is largest: what it adds to the cover of all tokens,

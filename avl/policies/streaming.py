@@ -15,8 +15,9 @@ from avl.policies.prompt import Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingPolicy(BudgetPolicy):
-    """The first tokens and the newest ones (StreamingLLM, Xiao et al., ICLR 2024, arXiv
-    2309.17453).
+    """The first tokens and the newest ones (StreamingLLM).
+
+    Xiao et al., ICLR 2024, arXiv 2309.17453.
 
     Deviation: keys keep the rotary position they were computed at, where the paper renumbers them
     within the cache.

@@ -17,8 +17,9 @@ from avl.policies.prompt import Counts, Prompt
 
 @dataclass(frozen=True, kw_only=True)
 class VLCachePolicy(BudgetPolicy):
-    """More keys for denser layers, chosen by what the text sees (VL-Cache, Tu et al., ICLR 2025,
-    arXiv 2410.23317).
+    """More keys for denser layers, chosen by what the text sees (VL-Cache).
+
+    Tu et al., ICLR 2025, arXiv 2410.23317.
 
     A layer's share is in proportion to its density, one minus the share of causal weights below
     `threshold` times the row's largest, over the text rows (post-vision attention), between 1 % and
@@ -65,8 +66,9 @@ class VLCachePolicy(BudgetPolicy):
         ]
 
     def _density(self, prompt: Prompt) -> Tensor:
-        """(batch,) share of causal weights of the text rows that reach `threshold` times their
-        row's largest.
+        """(batch,) share of weights that reach `threshold` times their row's largest.
+
+        Over causal weights of the text rows.
         """
         rows, keys = prompt.text_rows(), prompt.positions[:, 0]
         visible = ((keys[:, None] <= prompt.rows[..., None]) & (keys[:, None] >= 0)).sum(2)

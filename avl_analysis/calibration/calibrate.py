@@ -1,5 +1,6 @@
-"""From recorded attention to a policy: A-VL's numbers, read from curves at the lower bounds of
-their intervals.
+"""From recorded attention to a policy.
+
+A-VL's numbers, read from curves at the lower bounds of their intervals.
 
 `calibrate` lets the model answer calibration questions with the full cache and asks, for a target q
 (0.95: keep 95 % of the attention), what the smallest settings are that would have kept it:
@@ -316,8 +317,9 @@ def measure(
 
 
 def from_recording(recording: Recording, text: np.ndarray) -> Curves:
-    """Curves of a recording with the statistics of `measure`, and of `text_rule.caught`, (samples,
-    shares).
+    """Curves of a recording with the statistics of `measure`, and of text eviction.
+
+    The latter is (samples, shares).
 
     Raises:
         InputError: a recording without these statistics.
@@ -409,8 +411,9 @@ def _choose_by_layer(curves: Curves, target: float) -> tuple[dict[str, Any], lis
 
 
 def kept(curves: Curves, policy: AdaptivePolicy) -> dict[str, dict[str, float | int | None]]:
-    """What a policy's numbers catch of the attention of these samples under the full cache, by
-    setting.
+    """What a policy's numbers keep of these samples' attention, by setting.
+
+    Attention is that under the full cache.
     """
     found: dict[str, xr.DataArray] = {}
     if policy.secondary is not None:

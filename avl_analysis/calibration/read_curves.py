@@ -1,5 +1,6 @@
-"""Reading settings off curves: which share, core or interval is the smallest that keeps a target,
-and why.
+"""Reading settings off curves.
+
+Which share, core or interval is the smallest that keeps a target, and why.
 
 A curve is a mean over samples with its two-sided 95 % interval; a number is good enough where the
 lower bound reaches the target, which a number that misses it does in 2.5 % of calibrations. Every
@@ -44,8 +45,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Choice:
-    """One number of the policy: its value, the curve it was read from, and why, in words; `place`
-    says where it holds if not everywhere.
+    """One number of the policy: its value, the curve it was read from, and why, in words.
+
+    `place` says where it holds if not everywhere.
     """
 
     setting: str
@@ -174,8 +176,9 @@ def _fewest_keys(
 
 
 def text_choice(values: xr.DataArray, target: float) -> Choice:
-    """The smallest share of text keys that reaches the target; None where texts were too short to
-    tell.
+    """The smallest share of text keys that reaches the target.
+
+    None where texts were too short to tell.
 
     At least 20 text keys are always held, so on short texts several shares are one and the same
     policy. Of shares that no sample tells apart the largest is taken: a longer text shows what the
@@ -270,8 +273,10 @@ def _tuple(values: np.ndarray) -> tuple[float | None, ...]:
 
 
 def secondary_by_layer(values: xr.DataArray, target: float) -> list[Choice]:
-    """For each layer the smallest share that catches the target, from
-    (sample, layer, secondary)."""
+    """For each layer the smallest share that catches the target.
+
+    From values (sample, layer, secondary).
+    """
     return [
         smallest_choice(
             values.sel(layer=layer, drop=True),
@@ -305,8 +310,10 @@ def cores_by_layer(
     held = float(np.mean(secondary))
 
     def cores(interval: int) -> list[int | None]:
-        """Per layer the smallest core that is still good when it is oldest; None: all
-        that is held."""
+        """Per layer the smallest core that is still good when it is oldest.
+
+        None: all that is held.
+        """
         good = [low[i, 1:interval].min(0) >= target for i in range(len(layers))]
         return [
             next(

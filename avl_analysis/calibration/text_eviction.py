@@ -1,5 +1,6 @@
-"""What A-VL's text rule would keep: text attention caught by heavy hitters and recent keys, for any
-share of keys.
+"""What A-VL's text rule would keep.
+
+Text attention caught by heavy hitters and recent keys, for any share of keys.
 
 `TextTrace` observes one answer under the full cache and remembers, per key/value head, the weights
 on text keys; `caught` then plays the rule through for many shares at once, without running the
@@ -73,8 +74,9 @@ class TextTrace(Observer):
 
 
 def _grouped(weights: Tensor, call: AttentionCall) -> Tensor:
-    """(1, query heads, rows, keys) summed over rows and over the query heads of a group: (key/value
-    heads, keys).
+    """Weights summed over rows and over the query heads of a group.
+
+    (1, query heads, rows, keys) to (key/value heads, keys).
     """
     return weights.sum(2)[0].view(call.key.shape[1], call.groups, -1).sum(1)
 
@@ -97,8 +99,9 @@ def caught(trace: TextTrace, shares: Sequence[float]) -> np.ndarray:
 
 
 def _play(prompt: np.ndarray, steps: Sequence[np.ndarray], share: float) -> tuple[float, bool]:
-    """One layer's weights on held keys, all steps together, and whether a key was dropped in time
-    to matter.
+    """One layer's weights on held keys, all steps together.
+
+    And whether a key was dropped in time to matter.
     """
     heads, count = prompt.shape
     total = count + len(steps)
@@ -116,8 +119,9 @@ def _play(prompt: np.ndarray, steps: Sequence[np.ndarray], share: float) -> tupl
 
 
 def _drop(scores: np.ndarray, held: np.ndarray, seen: int, share: float) -> bool:
-    """Reduce every head's held keys to the budget: the newest ones, and the best-scored of the
-    others.
+    """Reduce every head's held keys to the budget.
+
+    The newest ones, and the best-scored of the others.
     """
     budget = max(round(share * seen), TEXT_FLOOR)
     if int(held[0].sum()) <= budget:

@@ -161,8 +161,9 @@ class _Job:
         self.linear = linear_flops(vlm.model) if "cost" in wanted else 0.0
 
     def references(self, part: Sequence[int]) -> list[Reference]:
-        """The unadapted model's answers to some samples; empty ones where nothing is compared with
-        them.
+        """The unadapted model's answers to some samples.
+
+        Empty ones where nothing is compared with them.
         """
         if not self.wanted & {"fidelity", "text"}:
             return [Reference([], "", None, None) for _ in part]
@@ -286,8 +287,9 @@ def _fidelity(
 
 
 def kl_divergence(full: Tensor, other: Tensor) -> Tensor:
-    """KL(full || other) in nats of log-probabilities or logits (rows, vocabulary); >= 0, exact
-    zeros for equal rows.
+    """KL(full || other) in nats of log-probabilities or logits (rows, vocabulary).
+
+    At least 0, exact zeros for equal rows.
 
     Normalised and summed in float64: normalisers rounded to float32 alone would show as 1e-8 nats.
     A token the full cache rules out (-inf) contributes nothing.
@@ -298,8 +300,9 @@ def kl_divergence(full: Tensor, other: Tensor) -> Tensor:
 
 
 def _cost(run: Run, row: int, family: Family, linear: float) -> Values:
-    """Seconds of the batch; bytes per row of it; keys the row's own decode steps attended to, mean
-    over layers.
+    """Seconds of the batch.
+
+    Bytes per row of it; keys the row's own decode steps attended to, mean over layers.
     """
     usage = run.usage
     assert usage is not None
@@ -391,8 +394,10 @@ def _with_full(policies: Mapping[str, Policy]) -> dict[str, Policy]:
 
 
 def _warm_up(vlm: VLM, samples: Sequence[Sample]) -> None:
-    """Pay once, and outside the clocks, for what happens only the first time;
-    failures show later."""
+    """Pay once, and outside the clocks, for what happens only the first time.
+
+    Failures show later.
+    """
     halve_on_failure(
         lambda part: generate(vlm, part, FullPolicy(), max_new_tokens=2).tokens, list(samples[:1])
     )

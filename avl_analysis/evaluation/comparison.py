@@ -47,8 +47,9 @@ FORMAT, VERSION = "avl-comparison", 1
 
 @dataclass(frozen=True)
 class Variable:
-    """What a number is: group, unit, meaning, and whether it is better small (-1), large (1) or
-    neither (0).
+    """What a number is: group, unit, meaning, direction.
+
+    Better small (-1), large (1) or neither (0).
     """
 
     group: str
@@ -243,8 +244,9 @@ class Comparison:
         return not set(map(str, self.dataset["task"].values)) <= set(self.one_token_tasks)
 
     def pooled(self) -> Comparison:
-        """Only the samples of tasks that can show what a policy loses while decoding; all samples
-        where there are none.
+        """Only the samples of tasks that can show what a policy loses while decoding.
+
+        All samples where there are none.
         """
         alone = self.one_token_tasks
         if not alone or not self.telling:
@@ -278,8 +280,9 @@ class Comparison:
         return paired_difference(values, baseline)
 
     def table(self, metrics: Sequence[str] | None = None) -> pd.DataFrame:
-        """One row per policy and metric: mean, low, high, n; difference, its low and high; unit and
-        meaning.
+        """One row per policy and metric: mean, low, high, n.
+
+        Difference, its low and high; unit and meaning.
 
         Raises:
             InputError: a metric that was not measured.
@@ -332,8 +335,9 @@ class Comparison:
         return write_text(path, self.table().to_csv(index=False))
 
     def to_json(self, path: str | PathLike[str]) -> Path:
-        """Write provenance, `table()`, every sample's numbers and texts, and the failures; NaN
-        becomes null.
+        """Write provenance, `table()`, every sample's numbers and texts, and the failures.
+
+        NaN becomes null.
 
         Raises:
             InputError: the file cannot be written.

@@ -21,8 +21,9 @@ _NOT_LINEAR = ("bmm", "baddbmm", "scaled_dot_product", "flash", "efficient", "co
 
 
 def attention_flops(family: Family, keys: float) -> float:
-    """Operations of one query row against `keys` keys (summed over layers): q k^T and weights times
-    values.
+    """Operations of one query row against `keys` keys, summed over layers.
+
+    q k^T, and weights times values.
 
     2 (multiply, add) x 2 (products) x query heads x head dimension, per key.
     """
@@ -37,8 +38,9 @@ def head_dim(family: Family) -> int:
 
 @torch.no_grad()
 def linear_flops(model: nn.Module) -> float:
-    """Operations of one decode step of one row outside attention: projections, feed-forward layers,
-    output head.
+    """Operations of one decode step of one row outside attention.
+
+    Projections, feed-forward layers, output head.
     """
     family = describe(model)
     ids = torch.tensor([[_plain_token(family)]], device=next(model.parameters()).device)

@@ -71,8 +71,9 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One point of the plot: a policy, the budget it was asked for (None: its own settings) and its
-    name.
+    """One point of the plot.
+
+    A policy, the budget it was asked for (None: its own settings) and its name.
     """
 
     name: str
@@ -102,15 +103,17 @@ class Unit:
 
     @property
     def size(self) -> int:
-        """Roughly how long it takes; captions have ten times the tokens of other answers. Large
-        ones go first.
+        """Roughly how long it takes; captions have ten times the tokens of other answers.
+
+        Large ones go first.
         """
         return len(self.indices) * (3 if self.task == "caption" else 1)
 
 
 def entries(budgets: Sequence[float] = BUDGETS) -> list[FrontierPoint]:
-    """Full cache, A-VL with the paper's settings, presets, and every policy and preset at every
-    budget.
+    """Full cache, A-VL with the paper's settings, presets, and every policy by budget.
+
+    Presets stand at every budget, too.
     """
     found = [
         FrontierPoint("full", None, avl.FullPolicy()),
@@ -198,8 +201,9 @@ def _held(run: Run, row: int) -> float:
 
 
 def one_token_tasks(lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Tasks whose right answers are all one token long, in the order of the lines; unknown lengths
-    count as longer.
+    """Tasks whose right answers are all one token long, in the order of the lines.
+
+    Unknown lengths count as longer.
 
     The first token of an answer comes from the prompt's own pass, so such a task cannot show what a
     policy loses while decoding.
@@ -209,8 +213,9 @@ def one_token_tasks(lines: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def summarise(lines: Iterable[Line], points: Sequence[FrontierPoint], samples: int) -> list[Line]:
-    """One line per task and point: accuracy with its Wilson interval, paired difference to the full
-    cache, bytes.
+    """One line per task and point.
+
+    Accuracy with its Wilson interval, paired difference to the full cache, bytes.
     """
     by_cell: dict[tuple[str, str, float | None], list[Line]] = {}
     for line in lines:

@@ -27,8 +27,9 @@ KEPT = 0.95
 
 @dataclass(frozen=True)
 class PolicyRow:
-    """One policy at one budget (None: its own settings), over the tasks with answers of several
-    tokens, or over all tasks where there are none.
+    """One policy at one budget (None: its own settings).
+
+    Over the tasks with answers of several tokens, or over all tasks where there are none.
 
     Attributes:
         policy: its name in the file.
@@ -51,8 +52,10 @@ class PolicyRow:
 
 @dataclass(frozen=True)
 class Beaten:
-    """A rival that is better than the preset on a task with no more bytes, with the difference of
-    exact match and its interval; `budget` is the preset's (None: its own settings).
+    """A rival that is better than the preset on a task with no more bytes.
+
+    With the difference of exact match and its interval; `budget` is the preset's (None: its own
+    settings).
     """
 
     rival: str

@@ -1,5 +1,6 @@
-"""One batch, generated once: freely or along given tokens, under a policy or without, with its
-times and logits.
+"""One batch, generated once.
+
+Freely or along given tokens, under a policy or without, with its times and logits.
 
 Teacher forcing goes through `generate()` too: a logits processor leaves only the next given token
 possible, so that every pass (positions, masks, cache, a policy's decode step per token) is exactly
@@ -124,8 +125,10 @@ def _until_end(row: list[int], model: nn.Module) -> list[int]:
 
 
 class _Forced(LogitsProcessor):
-    """Leaves one token possible at every step: the given one (rows that are through
-    may take any)."""
+    """Leaves one token possible at every step.
+
+    The given one (rows that are through may take any).
+    """
 
     def __init__(self, tokens: Sequence[Sequence[int]], prompt: int, device: torch.device) -> None:
         longest = max(map(len, tokens))
@@ -161,8 +164,9 @@ class _Watch:
 
 @contextmanager
 def _attention_clock(model: nn.Module) -> Iterator[list[float]]:
-    """Seconds inside attention modules but outside their linear projections, one number per pass
-    through the model.
+    """Seconds inside attention modules but outside their linear projections.
+
+    One number per pass through the model.
     """
     passes: list[float] = []
     current = [0.0]
@@ -207,8 +211,9 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _now(model: nn.Module) -> float:
-    """Seconds on a clock that only runs forward, after all work given to the model's device is
-    done.
+    """Seconds on a clock that only runs forward.
+
+    Taken after all work given to the model's device is done.
     """
     device = next(model.parameters()).device
     if device.type == "cuda":
@@ -217,8 +222,9 @@ def _now(model: nn.Module) -> float:
 
 
 def bytes_share_of_row(run: Run, row: int) -> float:
-    """Bytes that a row's keys and values took when its answer ended, as a share of what the stock
-    cache would hold of the same tokens; whatever its neighbours in the batch held or did later.
+    """Bytes of a row when its answer ended, as a share of the stock cache's.
+
+    Of keys and values, for the same tokens; whatever its neighbours in the batch held or did later.
 
     Args:
         run: answers under a policy, with their usage.

@@ -106,8 +106,9 @@ def changed(policy: Policy, values: Mapping[str, Any]) -> Policy:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's type, as far as that can be told; NaN and infinity are no
-    numbers here.
+    """Whether a value is of a field's type, as far as that can be told.
+
+    NaN and infinity are no numbers here.
     """
     if get_origin(kind) in (Union, UnionType):
         return any(_fits(value, one) for one in get_args(kind))
@@ -197,8 +198,9 @@ def load_policy(path: str | PathLike[str]) -> Policy:
 
 
 def load_evidence(path: str | PathLike[str]) -> dict[str, Any] | None:
-    """What the policy in a file was chosen by; None if the file does not say. Raises as
-    `load_policy`.
+    """What the policy in a file was chosen by; None if the file does not say.
+
+    Raises as `load_policy`.
     """
     evidence = _read(path).get("evidence")
     with blamed_on_input(f"the evidence in {path} is no object"):

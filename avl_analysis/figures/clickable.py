@@ -1,5 +1,6 @@
-"""Small changes to plots already drawn by draw_plotly: cells one can click, a cell that is marked,
-opacity.
+"""Small changes to plots already drawn by draw_plotly.
+
+Cells one can click, a cell that is marked, opacity.
 
 Plotly does not report clicks on a heat map as a selection, only clicks on points. `with_cells`
 therefore lays one invisible square over every cell, which carries row and column and is what a page
@@ -62,8 +63,9 @@ def with_cells(
 
 
 def with_opacity(plot: Any, opacity: float) -> Any:
-    """Let more or less of a picture shine through what is drawn over it; 0 hides the patches, 1 is
-    as drawn.
+    """Let more or less of a picture shine through what is drawn over it.
+
+    0 hides the patches, 1 is as drawn.
     """
     plot.update_traces(opacity=opacity, selector={"type": "heatmap"})
     return plot

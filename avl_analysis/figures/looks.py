@@ -100,8 +100,7 @@ def token_strip(
 def fidelity_strip(
     name: str, words: Sequence[str], kl: Array, other: Mapping[int, str], slot: int = 1
 ) -> Strip:
-    """An answer of the full cache, shaded by how far a policy's prediction is from the full
-    cache's.
+    """An answer of the full cache, shaded by how far a policy's prediction is from it.
 
     Args:
         kl: (tokens,) divergence in nats; `UNLIKE` is drawn at full strength.
@@ -138,8 +137,9 @@ def mass_by_token(
 def evolution(
     name: str, values: Mapping[str, Array], axis: Axis, title: str = "", *, slot: int = 1
 ) -> Lines:
-    """Curves over answer tokens; NaN where nothing was measured. `slot` is the palette's slot of
-    the first.
+    """Curves over answer tokens; NaN where nothing was measured.
+
+    `slot` is the palette's slot of the first.
     """
     lines = tuple(
         Line(
@@ -174,8 +174,10 @@ def head_map(values: Array, layers: Sequence[int], value: Axis, title: str = "")
 
 
 def states_overlay(picture: NDArray[np.uint8], states: Patches, title: str = "") -> Overlay:
-    """What a policy did with every patch: classes 0, 1, 2 of `STATES`; NaN where there
-    is no token."""
+    """What a policy did with every patch: classes 0, 1, 2 of `STATES`.
+
+    NaN where there is no token.
+    """
     return Overlay(picture, Axis("state", "class"), states, classes=STATES, title=title)
 
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Style:
-    """How one series looks: colours as "#rrggbb", plotly's and matplotlib's names of dash and
-    marker.
+    """How one series looks.
+
+    Colours as "#rrggbb", plotly's and matplotlib's names of dash and marker.
     """
 
     light: str
@@ -83,8 +84,9 @@ CLASS_OPACITY: tuple[float, ...] = (0.72, 0.45, 0.60)
 
 
 def class_colours(count: int) -> list[str]:
-    """Light colours for classes without an order, as fills under dark words; beyond the palette
-    they start again.
+    """Light colours for classes without an order, as fills under dark words.
+
+    Beyond the palette they start again.
     """
     return [over(STYLES[slot % len(STYLES)].light, 0.5, "#ffffff") for slot in range(count)]
 
@@ -160,8 +162,9 @@ def lightness(colour: str) -> float:
 
 
 def dark_pairs() -> list[tuple[str, str]]:
-    """(light, dark) for every colour a light figure is made of, as a page needs them to change its
-    theme.
+    """(light, dark) for every colour that a light figure is made of.
+
+    A page needs them to change its theme.
     """
     pairs = [(s.light, s.dark) for s in STYLES]
     pairs += [

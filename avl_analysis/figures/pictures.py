@@ -25,8 +25,10 @@ def dimmed(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def data_uri(picture: NDArray[np.uint8], longest: int = 512) -> str:
-    """The picture as a "data:" address holding a PNG, reduced to at most `longest`
-    pixels a side."""
+    """The image as a "data:" address holding a PNG.
+
+    Reduced to at most `longest` pixels a side.
+    """
     image = Image.fromarray(picture)
     image.thumbnail((longest, longest))
     buffer = io.BytesIO()

@@ -70,8 +70,9 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One curve: `y` at `x`, both (points,), with an optional interval `low <= y <= high` of the
-    same shape.
+    """One curve: `y` at `x`, both (points,), with an optional interval of the same shape.
+
+    `low <= y <= high`.
     """
 
     name: str
@@ -88,8 +89,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Rule:
-    """A straight reference line across a panel, `at` in units of the axis it stands on (`axis`, "x"
-    or "y").
+    """A straight reference line across a panel.
+
+    `at` is in units of the axis it stands on (`axis`, "x" or "y").
     """
 
     at: float
@@ -114,8 +116,9 @@ class Lines:
 
 @dataclass(frozen=True, eq=False)
 class Heat:
-    """A matrix of values, (rows, columns), row 0 at the top unless `upward`; `value` is the colour
-    bar's axis.
+    """A matrix of values, (rows, columns), row 0 at the top unless `upward`.
+
+    `value` is the colour bar's axis.
 
     `low` and `high` (same shape) are shown on hover and exported; `annotate` writes each value into
     its cell.
@@ -155,8 +158,9 @@ class Bar:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars side by side for each of `categories`; lying down when `horizontal` (long category
-    names).
+    """Bars side by side for each of `categories`.
+
+    Lying down when `horizontal` (long category names).
     """
 
     category: Axis
@@ -178,8 +182,9 @@ class Bars:
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """Points of one series: `x`, `y` (points,), optional intervals in y and labels; `joined` draws
-    a frontier.
+    """Points of one series.
+
+    `x`, `y` (points,), optional intervals in y and labels; `joined` draws a frontier.
     """
 
     name: str
@@ -212,9 +217,7 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle in picture pixels, from the left/top edge to the right/bottom edge, with its
-    name.
-    """
+    """A named rectangle in pixels, from the left/top edge to the right/bottom edge."""
 
     left: float
     top: float
@@ -274,8 +277,9 @@ class Overlay:
 
 @dataclass(frozen=True)
 class Animation:
-    """The same picture over time: one overlay per decode step, `steps` their numbers, `seconds`
-    each is shown.
+    """The same picture over time.
+
+    One overlay per decode step, `steps` their numbers, `seconds` each is shown.
     """
 
     frames: tuple[Overlay, ...]
@@ -296,8 +300,9 @@ Panel = Lines | Heat | Bars | Scatter | Overlay | Animation
 
 @dataclass(frozen=True)
 class Caption:
-    """The words below a figure. `n` counts `of` (samples unless said otherwise); `interval` says
-    what bands are.
+    """The words below a figure.
+
+    `n` counts `of` (samples unless said otherwise); `interval` says what bands are.
     """
 
     what: str
@@ -355,8 +360,9 @@ class Figure:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Ticks of a logarithmic axis: powers of ten, with their doubles and halves where there is room
-    for them.
+    """Ticks of a logarithmic axis.
+
+    Powers of ten, with their doubles and halves where there is room for them.
     """
     decades = range(int(np.floor(np.log10(low))) - 1, int(np.ceil(np.log10(high))) + 1)
     steps = (1, 2, 5) if high < 300 * low else (1,)
@@ -366,8 +372,9 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def repeated(panel: Lines, line: Line) -> bool:
-    """Whether a baseline of the same name stands before this one, so that the legend needs no
-    second entry.
+    """Whether a baseline of the same name stands before this one.
+
+    Then the legend needs no second entry.
     """
     before = panel.lines[: panel.lines.index(line)]
     return line.role == "baseline" and any(
@@ -376,8 +383,9 @@ def repeated(panel: Lines, line: Line) -> bool:
 
 
 def rows(figure: Figure) -> list[Row]:
-    """Every number of a figure in long form: one row per value with panel, series, place and
-    interval.
+    """Every number of a figure in long form.
+
+    One row per value with panel, series, place and interval.
 
     Keys: panel, series, x, y, value, low, high, label. What a kind does not have is None; NaN stays
     NaN.
@@ -462,8 +470,9 @@ def _patches(name: str, patches: Patches) -> Iterator[dict[str, Any]]:
 def _series(
     spec: Any, kind: str, name: str, required: tuple[str, ...], optional: tuple[str, ...]
 ) -> None:
-    """Turn the array fields of `spec` into read-only float64 of one shape and check the interval
-    around the value.
+    """Turn the array fields of `spec` into read-only float64 of one shape.
+
+    The interval must lie around the value.
     """
     arrays = {key: _floats(getattr(spec, key)) for key in required}
     arrays |= {

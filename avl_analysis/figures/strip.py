@@ -16,8 +16,9 @@ _SIGNS = {"\n": "↵", "\t": "⇥", " ": "␣", "": "∅"}
 
 
 def visible(token: str) -> str:
-    """A token's text as every page and figure shows it: without blanks around it, and never
-    empty.
+    """A token's text as every page and figure shows it.
+
+    Without blanks around it, and never empty.
     """
     if token in _SIGNS:
         return _SIGNS[token]
@@ -26,8 +27,10 @@ def visible(token: str) -> str:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of tokens that is set apart, e.g. "question" or "answer"; `last`
-    is not included."""
+    """A stretch of tokens that is set apart, e.g. "question" or "answer".
+
+    `last` is not included.
+    """
 
     name: str
     first: int

@@ -26,8 +26,9 @@ class Place:
 
 
 def tradeoff(places: Sequence[Place], quality: Axis, title: str = "") -> Scatter:
-    """Quality against bytes, one point with its interval per policy; places without a value are
-    left out.
+    """Quality against bytes, one point with its interval per policy.
+
+    Places without a value are left out.
     """
     known = [place for place in places if np.isfinite(place.value)]
     points = tuple(

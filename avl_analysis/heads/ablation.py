@@ -1,5 +1,6 @@
-"""Do heads do what their kind says? Silence the heads of one kind, and as many others, and ask the
-same questions.
+"""Do heads do what their kind says?
+
+Silence the heads of one kind, and as many others, and ask the same questions.
 
 The taxonomy of `headmaps.kinds` is read from attention weights, and weights are not contributions.
 So the claim behind "visual head" is tested by taking such heads away: a silenced head's output
@@ -161,8 +162,9 @@ def find_heads(recording: Recording, kind: str = "visual") -> tuple[list[Head], 
 
 
 def visual_head_score(recording: Recording) -> Matrix | None:
-    """(layers, heads) share of samples whose first word's region a head's strongest patch is on;
-    None where no region is known.
+    """Share of samples whose first word's region a head's strongest patch is on.
+
+    (layers, heads); None where no region is known.
     """
     regions = recorded_regions(recording)
     hits = first_word_hits(recording, regions) if regions else None
@@ -178,8 +180,9 @@ def plan(
     *,
     same_layers: bool = False,
 ) -> list[Silenced]:
-    """Nothing, the kind's heads, and up to `draws` different sets of as many others (all there are,
-    if fewer).
+    """Nothing, the kind's heads, and up to `draws` different sets of as many others.
+
+    All there are, if fewer.
 
     Args:
         same_layers: take equally many of both from every layer.
@@ -282,15 +285,17 @@ class Ablation:
 
     @property
     def random_loss(self) -> Estimate:
-        """Change of accuracy by silencing as many others: mean over draws, resampling questions and
-        draws.
+        """Change of accuracy by silencing as many others.
+
+        Mean over draws, resampling questions and draws.
         """
         return crossed(np.array([group.values for group in self.random]) - self.nothing.values)
 
     @property
     def contrast(self) -> Estimate:
-        """Accuracy with others silenced less accuracy with the kind silenced: above 0, the kind
-        matters more.
+        """Accuracy with others silenced less accuracy with the kind silenced.
+
+        Above 0, the kind matters more.
 
         Questions and draws are both resampled, since another run would draw both anew.
         """
@@ -483,8 +488,9 @@ def _ask_all(
     batch_size: int,
     progress: Callable[[str, int, int], None] | None,
 ) -> list[str]:
-    """Per group one letter per sample. Questions of equal length share a pass and see their
-    pictures once.
+    """Per group one letter per sample.
+
+    Questions of equal length share a pass and see their pictures once.
     """
     letters = np.full((len(plans), len(samples)), "-", dtype="<U1")
     total, done = len(plans) * len(samples), 0

@@ -1,5 +1,6 @@
-"""Does a head look at what the current word is about? Needs recordings with `maps="heads"` and
-regions from outside.
+"""Does a head look at what the current word is about?
+
+Needs recordings with `maps="heads"` and regions from outside.
 
 Three numbers per head, all from the image-token weights of rows that produce a token:
 
@@ -100,8 +101,9 @@ def _mean_of_known(values: Sequence[np.ndarray], shape: tuple[int, int]) -> np.n
 
 
 def first_word_hits(recording: Recording, regions: Regions) -> xr.DataArray | None:
-    """1 where a head's most attended image token of the last prompt row lies in the region the
-    first word is about.
+    """1 where a head's most attended image token lies in the first word's region.
+
+    At the last prompt row.
 
     Its mean over samples is the visual-head score of SparseMM (Wang et al., 2025) for first words;
     chance is the region's share of the picture. Needs no maps per head beyond what every recording
@@ -159,8 +161,9 @@ looks with less than that, rounding and a single token decide.
 
 
 def region_lift(weights: np.ndarray, inside: Sequence[int]) -> np.ndarray:
-    """Share of the weights, (..., image tokens), on the tokens `inside`, over these tokens' share
-    of all; NaN for a head that does not look at the picture (`LOOKS`).
+    """Share of the weights on the tokens `inside`, over these tokens' share of all.
+
+    Weights are (..., image tokens). NaN for a head that does not look at the picture (`LOOKS`).
 
     Args:
         weights: softmax weights on image tokens; one that is NaN was not attended.
@@ -178,8 +181,9 @@ def region_lift(weights: np.ndarray, inside: Sequence[int]) -> np.ndarray:
 
 
 def in_region(weights: np.ndarray, inside: Sequence[int]) -> np.ndarray:
-    """1 where the most attended of the image tokens, (..., image tokens), is one of `inside`, else
-    0.
+    """1 where the most attended of the image tokens is one of `inside`, else 0.
+
+    Weights are (..., image tokens).
     """
     top = np.where(np.isnan(weights), -np.inf, weights).argmax(-1)
     return np.isin(top, list(inside)).astype(np.float64)

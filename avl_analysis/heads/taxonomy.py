@@ -1,5 +1,6 @@
-"""Layers x heads: every statistic that tells heads apart, as a matrix, a ranking, and a coarse
-taxonomy.
+"""Layers x heads.
+
+Every statistic that tells heads apart, as a matrix, a ranking, and a coarse taxonomy.
 
 Reads recordings; knows neither models nor pages. A statistic with further dimensions (modality of
 the key, tau of coverage) becomes one `Measure` per label. Means run over the samples and, where a

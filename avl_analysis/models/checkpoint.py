@@ -1,5 +1,6 @@
-"""Find a checkpoint and read its config and weights, refusing at the door what would otherwise fail
-late or silently.
+"""Find a checkpoint and read its config and weights.
+
+Refuses first what would otherwise fail late or silently.
 
 The embedded model, a local folder and a hub id go through the same `from_pretrained` calls. Weights
 are read from safetensors only; no code from a repository is ever run; the network is used only on
@@ -79,8 +80,9 @@ class Checkpoint:
         return no_network() if self.local else nullcontext()
 
     def file(self, name: str) -> Path | None:
-        """Where the file `name` is on this machine, fetched first where that is allowed; None if
-        there is none.
+        """Where the file `name` is on this machine, fetched first where that is allowed.
+
+        None if there is none.
         """
         with self.network():
             path = cached_file(
@@ -94,8 +96,9 @@ class Checkpoint:
         return None if path is None else Path(path)
 
     def revision(self, model: PreTrainedModel) -> str | None:
-        """Hub commit of a loaded model, or a hash of a local folder's weights; None for large local
-        folders.
+        """Hub commit of a loaded model, or a hash of a local folder's weights.
+
+        None for large local folders.
         """
         commit: str | None = getattr(model.config, "_commit_hash", None)
         if Path(self.path).parent.name == "snapshots":  # the hub's cache names folders by commit
@@ -110,8 +113,9 @@ class Checkpoint:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A digest of everything in a model folder that can change an answer: config, processor,
-    tokenizer, chat template, generation settings, weights.
+    """A digest of everything in a model folder that can change an answer.
+
+    Config, processor, tokenizer, chat template, generation settings, weights.
 
     Small files count in full, weight files by their size, their beginning and `_BLOCKS` blocks
     spread over them: another training changes every block. Of a hub id that is no folder here the

@@ -1,5 +1,6 @@
-"""Pictures from anywhere (path, bytes, array, PIL) as RGB images, or an error that says what is
-wrong with them.
+"""Images from anywhere (path, bytes, array, PIL) as RGB images.
+
+Or an error that says what is wrong with them.
 
 Files are judged by their content, not their name, and decoded by a short list of raster formats
 only, so that a picture from a stranger can neither start an interpreter (as EPS does) nor fill the

@@ -1,5 +1,6 @@
-"""What a model is, before anything is recorded: size, layers, heads, image tokens, and whether it
-can be recorded.
+"""What a model is, before anything is recorded.
+
+Size, layers, heads, image tokens, and whether it can be recorded.
 
 Answers from the config and the processor alone. The model is built on torch's meta device, where
 weights have shapes but no memory, and the attention hooks are attached to it for a

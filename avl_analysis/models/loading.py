@@ -286,8 +286,9 @@ _GREEDY: Mapping[str, Any] = {
 
 
 def greedy(model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of `model.generate` that make it answer greedily, one row for each question, with a
-    cache, whatever the model's generation_config.json says (beams, samples, no cache).
+    """Arguments of `model.generate` for greedy answers, one row a question, with a cache.
+
+    They hold whatever the model's generation_config.json says (beams, samples, no cache).
 
     Penalties, token limits and suppressed tokens of that file stay: they belong to the model.
     """

@@ -1,5 +1,7 @@
-"""The processor of a checkpoint: tokenizer, image processor and chat template, and what to install
-where a part of it asks for a package that is not there.
+"""The processor of a checkpoint.
+
+Tokenizer, image processor and chat template, and what to install where a part of it asks for a
+package that is not there.
 
 Images are always preprocessed by the PIL backend: the torchvision one resizes slightly differently,
 so the same picture would give other numbers on machines with and without torchvision.
@@ -129,8 +131,9 @@ def _whole_or_without_video(
 def _processor_class(
     checkpoint: Checkpoint, config: PreTrainedConfig
 ) -> type[ProcessorMixin] | None:
-    """The class the checkpoint names, else that of its model type; None if it cannot be imported
-    here or has no video part.
+    """The class the checkpoint names, else that of its model type.
+
+    None if it cannot be imported here or has no video part.
     """
     options = checkpoint.options
     settings, _ = ProcessorMixin.get_processor_dict(checkpoint.path, **options)

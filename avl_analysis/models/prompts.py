@@ -65,8 +65,9 @@ def render(processor: Any, conversation: Conversation) -> str:
 
 
 def placeholder(processor: Any) -> str | None:
-    """The text that stands for a picture in a prompt (`<image>` for LLaVA); None where the family
-    has none.
+    """The text that stands for an image in a prompt (`<image>` for LLaVA).
+
+    None where the family has none.
     """
     token = getattr(processor, "image_token", None)
     return None if token is None else str(token)
@@ -108,8 +109,9 @@ def _listed(images: Any) -> list[ImageSource]:
 
 
 def _place(questions: list[str], pictures: int, mark: str | None) -> Sequence[Sequence[Piece]]:
-    """Each question as pieces; pictures stand where the placeholders are, or before the first
-    question.
+    """Each question as pieces.
+
+    Pictures stand where the placeholders are, or before the first question.
     """
     written = sum(question.count(mark) for question in questions) if mark else 0
     if not written or mark is None:

@@ -1,5 +1,6 @@
-"""What is checked of a model folder before transformers reads it, and the switch that keeps the
-network off.
+"""What is checked of a model folder before transformers reads it.
+
+And the switch that keeps the network off.
 
 A model folder may come from anywhere. Its config can ask for a billion layers, name a kernel of the
 hub as its attention, or list weight files outside the folder or in formats that can hold code. None
@@ -183,8 +184,9 @@ def check_weight_files(folder: Path, name: str, *, fetched: bool = True) -> None
 
 
 def without_attention(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config without the attention backend it names for itself or its parts: a name like
-    org/kernel would be fetched and run.
+    """The config without the attention backend it names for itself or its parts.
+
+    A name like org/kernel would be fetched and run.
     """
     config._attn_implementation = None
     for part in vars(config).values():
@@ -194,8 +196,9 @@ def without_attention(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def check_attention(name: str) -> None:
-    """Refuse the name of a kernel of the hub, and flash attention where its package is missing:
-    transformers would look for a kernel of the hub in its place.
+    """Refuse the name of a kernel of the hub, and flash attention where its package is missing.
+
+    Transformers would look for a kernel of the hub in its place.
 
     Raises:
         InputError: see above.

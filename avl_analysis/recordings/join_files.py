@@ -45,8 +45,10 @@ _NO_VARIABLE = "This is a netCDF dimension but not a netCDF variable"
 
 @dataclass(eq=False)
 class _Variable:
-    """How a variable is stored: names of its dimensions, type, attributes, chunks of a shape,
-    compression; and its values where they are the same in every shard.
+    """How a variable is stored.
+
+    Names of its dimensions, type, attributes, chunks of a shape, compression; and its values where
+    they are the same in every shard.
     """
 
     dims: tuple[str, ...]

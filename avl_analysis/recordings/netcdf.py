@@ -69,8 +69,9 @@ def read_netcdf(path: Path, groups: Iterable[str]) -> dict[str, xr.Dataset]:
 
 
 def check_hdf5(path: Path, most_bytes: int) -> None:
-    """Refuse an HDF5 file whose arrays unpack to more than `most_bytes`, that takes its content
-    from other files, or whose groups contain each other.
+    """Refuse an HDF5 file that is too large, takes content from other files, or loops.
+
+    Too large: its arrays unpack to more than `most_bytes`. Loops: its groups contain each other.
 
     Raises:
         InputError: any of these.

@@ -1,5 +1,6 @@
-"""A recording: labelled arrays of many samples, with where they come from; saved, loaded, merged,
-estimated.
+"""A recording: labelled arrays of many samples, with where they come from.
+
+Saved, loaded, merged, estimated.
 
     recording["modality_mass"]           per sample, layer, head and step (step 0: the last prompt
     row) recording["modality_mass_prefill"]   mean over prompt rows, by query modality
@@ -76,8 +77,9 @@ class Recording:
 
     @property
     def data(self) -> dict[str, xr.Dataset]:
-        """Group -> dataset, as in `schema.GROUPS`. While the model still runs, of the samples as
-        they stand.
+        """Group -> dataset, as in `schema.GROUPS`.
+
+        While the model still runs, of the samples as they stand.
         """
         source = self._source
         if source is None:
@@ -270,8 +272,9 @@ class Recording:
     # -- files -----
 
     def save(self, path: str | PathLike[str]) -> Path:
-        """Write one netCDF file. The estimates of `dataset` are written too, for readers that know
-        only netCDF.
+        """Write one netCDF file.
+
+        The estimates of `dataset` are written too, for readers that know only netCDF.
 
         Raises:
             RecordingError: nothing was recorded, or the file cannot be written; what it held before
@@ -403,8 +406,9 @@ LEAST_CHUNK = 1 << 16
 
 
 def _encoding(variable: xr.DataArray) -> dict[str, Any]:
-    """Compressed; arrays per head and key are cut so that one head can be read alone, if that is
-    worth a chunk.
+    """How a variable is compressed and cut.
+
+    Arrays per head and key are cut so that one head can be read alone, if that is worth a chunk.
     """
     if variable.dtype == object or variable.ndim < 2 or variable.size == 0:
         return {}

@@ -1,5 +1,6 @@
-"""Names, dimensions and labels of everything a recording holds; the one vocabulary of statistics,
-files and figures.
+"""Names, dimensions and labels of everything a recording holds.
+
+The one vocabulary of statistics, files and figures.
 
 Arrays are described by `Field`s: the dimensions in words, unit, range and meaning. Dimensions in
 `RAGGED` differ in length between samples; stacking pads them with the field's fill value (NaN where
@@ -134,8 +135,9 @@ Part = dict[str, dict[str, tuple[Field, np.ndarray]]]
 def stack(
     parts: Sequence[Part], names: Sequence[str], coords: Mapping[str, Sequence[Any]]
 ) -> dict[str, xr.Dataset]:
-    """Datasets of several samples, padded where they differ in length; `coords` labels the
-    dimensions all share.
+    """Datasets of several samples, padded where they differ in length.
+
+    `coords` labels the dimensions all share.
 
     Raises:
         ValueError: two statistics give one dimension different labels (xarray would silently join
@@ -197,8 +199,9 @@ def _stack_arrays(
 
 
 def concatenate(datasets: Sequence[xr.Dataset], what: str) -> xr.Dataset:
-    """Samples of several datasets behind one another; exact, everything but ragged dimensions must
-    agree.
+    """Samples of several datasets behind one another.
+
+    Exact, everything but ragged dimensions must agree.
 
     Raises:
         RecordingError: if they hold different variables, layers, heads or labels.

@@ -43,8 +43,9 @@ class LayerTable:
 
 
 def layer_tables(recording: Recording, names: Sequence[str] | None = None) -> list[LayerTable]:
-    """Tables of the named statistics; None takes every one that has layers and few values per
-    layer.
+    """Tables of the named statistics.
+
+    None takes every one that has layers and few values per layer.
 
     Raises:
         InputError: a name the recording does not hold, or that has no layers.
@@ -66,8 +67,9 @@ def layer_tables(recording: Recording, names: Sequence[str] | None = None) -> li
 
 
 def _own(array: xr.DataArray) -> list[str]:
-    """Dimensions that are neither averaged over nor rows: the last becomes columns, the others
-    tables of their own.
+    """Dimensions that are neither averaged over nor rows.
+
+    The last becomes columns, the others tables of their own.
     """
     return [str(dim) for dim in array.dims if dim not in ("sample", "layer", "head", "step")]
 

@@ -1,5 +1,7 @@
-"""Every statistic, one small file each; `ALL` is what a recording computes
-unless told otherwise."""
+"""Every statistic, one small file each.
+
+`ALL` is what a recording computes unless told otherwise.
+"""
 
 from __future__ import annotations
 

@@ -10,8 +10,9 @@ from avl_analysis.statistics.base import KeyScores, KeyStatistic, Result
 
 @dataclass(frozen=True)
 class AccumulatedScore(KeyStatistic):
-    """`sum_q A[q,k]` over the query rows named in `schema.ROWS`, and the number of those rows that
-    could see k.
+    """`sum_q A[q,k]` over the query rows named in `schema.ROWS`.
+
+    With the number of those rows that could see k.
 
     `recording["accumulated_score"]` is the quotient, in [0, 1];
     `recording.total("accumulated_score")` the raw sum of H2O.

@@ -54,14 +54,17 @@ class Statistic(ABC):
     justifies: ClassVar[str] = ""
 
     def extra(self) -> Mapping[str, Sequence[Any]]:
-        """Dimensions of one value and their labels, e.g. {"tau": (0.5, 0.9)}; empty for a plain
-        number.
+        """Dimensions of one value and their labels, e.g. {"tau".
+
+        (0.5, 0.9)}; empty for a plain number.
         """
         return {}
 
     def labels(self) -> Mapping[str, Sequence[Any]]:
-        """Labels of dimensions in `dims` that only this statistic has, e.g.
-        {"lag": range(1, 33)}."""
+        """Labels of dimensions in `dims` that only this statistic has, e.g. {"lag".
+
+        Range(1, 33)}.
+        """
         return {}
 
     def field(self, *dims: str, **attrs: Any) -> Field:
@@ -102,8 +105,9 @@ class RowStatistic(Statistic):
 
 @dataclass(frozen=True)
 class SumStatistic(RowStatistic):
-    """From `rows.sum`, `rows.mass`, `rows.counts` and `rows.above` of `thresholds`; `rows.weights`
-    is not there.
+    """From `rows.sum`, `rows.mass`, `rows.counts` and `rows.above` of `thresholds`.
+
+    `rows.weights` is not there.
     """
 
     @property
@@ -123,8 +127,9 @@ class CacheStatistic(Statistic):
 
     @abstractmethod
     def value(self, key: Tensor, value: Tensor, tokens: TokenInfo) -> Tensor:
-        """`(kv heads, *extra)` from key and value, (key heads, keys, head dim) float32, and tokens,
-        (key sets, keys).
+        """`(kv heads, *extra)` from keys and values.
+
+        Key and value are (key heads, keys, head dim) float32, tokens (key sets, keys).
         """
 
 
@@ -147,8 +152,9 @@ class KeyStatistic(Statistic):
 
 @dataclass(frozen=True)
 class TrajectoryStatistic(Statistic):
-    """Derived from the image-token scores of one sample over its steps; not called for samples
-    without a picture.
+    """Derived from the image-token scores of one sample over its steps.
+
+    Not called for samples without a picture.
 
     Attributes:
         dims: dimensions of the result before `extra`.

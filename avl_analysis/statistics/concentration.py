@@ -1,5 +1,6 @@
-"""Gini coefficient, entropy and effective count: how unequally a row's attention is spread over the
-keys of a modality.
+"""Gini coefficient, entropy and effective count.
+
+How unequally a row's attention is spread over the keys of a modality.
 
 p are the weights on the keys of one modality divided by their sum, n the number of these keys the
 row may attend to.
@@ -29,8 +30,9 @@ class _Concentration(WeightStatistic):
 
 @dataclass(frozen=True)
 class Gini(_Concentration):
-    """`1 + 1/n - (2/n) sum_i (n + 1 - i) p_(i)`, p ascending; 0 = all equal, 1 - 1/n = all on one
-    key.
+    """`1 + 1/n - (2/n) sum_i (n + 1 - i) p_(i)`, p ascending.
+
+    0 = all equal, 1 - 1/n = all on one key.
 
     Keys the row may not attend to come first, with p = 0, so n + 1 - i is counted from the end.
     """
@@ -46,8 +48,9 @@ class Gini(_Concentration):
 
     @staticmethod
     def _from_end(shares: Tensor) -> Tensor:
-        """(heads, rows): mean place of the attention among the keys, the last and largest being the
-        first.
+        """(heads, rows): mean place of the attention among the keys.
+
+        The last and largest is the first.
         """
         return shares @ torch.arange(
             shares.shape[-1], 0, -1, device=shares.device, dtype=shares.dtype

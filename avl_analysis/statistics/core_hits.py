@@ -121,8 +121,9 @@ class HeldCoreMass(TrajectoryStatistic):
 
 
 def _members(sets: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (layers, size) of the members of (layers, tokens) sets, and which layers' sets are
-    undefined; theirs are the first tokens.
+    """Indices (layers, size) of the members of (layers, tokens) sets.
+
+    And which layers' sets are undefined; theirs are the first tokens.
     """
     unknown = np.isnan(sets).any(-1)
     members = np.where(unknown[:, None], np.arange(sets.shape[-1]) < size, sets == 1)

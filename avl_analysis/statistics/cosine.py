@@ -1,5 +1,6 @@
-"""Consecutive cosine: how little the picture's attention changes from one step to the next. Speaks
-about K.
+"""Consecutive cosine: how little the picture's attention changes from one step to the next.
+
+Speaks about K.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""Coverage: which share of the keys holds a given share of the attention. Speaks about S,
-C and T."""
+"""Coverage: which share of the keys holds a given share of the attention.
+
+Speaks about S, C and T.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,10 @@ reaches 0.5.
 
 @dataclass(frozen=True)
 class Coverage(WeightStatistic):
-    """`k(tau) / n` with `k(tau) = min{k : p(1) + ... + p(k) >= tau}`, p the weights on the keys of
-    one modality divided by their sum, in descending order, n the number of these keys that the row
-    may attend to; in (0, 1], smaller = sparser.
+    """`k(tau) / n` with `k(tau) = min{k : p(1) + ... + p(k) >= tau}`.
+
+    p are the weights on the keys of one modality divided by their sum, in descending order, n the
+    number of these keys that the row may attend to. In (0, 1], smaller = sparser.
     """
 
     name = "coverage"
@@ -50,8 +53,6 @@ class Coverage(WeightStatistic):
 
     @staticmethod
     def _needed(shares: Tensor, rest: Tensor) -> Tensor:
-        """(heads, rows, taus): number of keys but for the most that together hold no more than
-        `rest`.
-        """
+        """(heads, rows, taus): keys but for the most that together hold no more than `rest`."""
         spared = torch.searchsorted(shares.cumsum(-1), rest, right=True)
         return (shares.shape[-1] - spared).clamp_min(1)

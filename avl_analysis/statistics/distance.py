@@ -1,4 +1,5 @@
 """Attention distance: how far back a row looks, in tokens over text, in patches within an image.
+
 Speaks about T.
 """
 
@@ -16,8 +17,9 @@ from avl_analysis.statistics.inputs import QueryRows, last_rank
 
 @dataclass(frozen=True)
 class TextDistance(SumStatistic):
-    """`sum_k p_k (q - k)` over text keys, p their weights divided by their sum; NaN without text
-    mass.
+    """`sum_k p_k (q - k)` over text keys, p their weights divided by their sum.
+
+    NaN without text mass.
     """
 
     name = "text_distance"
@@ -37,8 +39,9 @@ class TextDistance(SumStatistic):
 
 @dataclass(frozen=True)
 class PatchDistance(WeightStatistic):
-    """`sum_k p_k |place(q) - place(k)|`, euclidean, over the keys of the query's own image, p their
-    weights divided by their sum.
+    """`sum_k p_k |place(q) - place(k)|`, euclidean, over the query's own image.
+
+    p are the weights of its keys divided by their sum.
 
     Places are rows and columns of the image's finest grid, the unit is one of its patches. Defined
     for image queries that have a place there; keys without one (class and newline tokens, a coarser
@@ -63,8 +66,9 @@ class PatchDistance(WeightStatistic):
 
     @staticmethod
     def _distances(rows: QueryRows) -> tuple[Tensor, Tensor]:
-        """Which keys are in the query's picture, as numbers, and how far they are, 0 for others;
-        both (key sets, rows, keys).
+        """Which keys are in the query's picture, as numbers, and how far they are, 0 for others.
+
+        Both (key sets, rows, keys).
         """
         query, key = rows.queries, rows.keys
         same = (query.image[:, None] == key.image[:, None]) & (key.row[:, None] >= 0)

@@ -1,5 +1,6 @@
-"""What a statistic sees of one sample: query rows, what their queries and keys are, and sums of
-their weights.
+"""What a statistic sees of one sample.
+
+Query rows, what their queries and keys are, and sums of their weights.
 
 Positions are *ranks* here: the place of a token among the valid tokens of its sample, so a sample
 in a padded batch gives the numbers it would give alone. Key j is not assumed to be token j: under a
@@ -27,8 +28,9 @@ from avl.tokens import Modality, TokenLayout
 
 @dataclass(eq=False)
 class TokenInfo:
-    """What a set of tokens is; five tensors of one shape, e.g. (rows,) for queries, (key sets,
-    keys) for keys.
+    """What a set of tokens is.
+
+    Five tensors of one shape, e.g. (rows,) for queries, (key sets, keys) for keys.
 
     Attributes:
         rank: int64 place among the sample's valid tokens; -1 for padding and empty cache slots.
@@ -50,8 +52,9 @@ class TokenInfo:
 
     @cached_property
     def kinds(self) -> tuple[Tensor | slice, ...]:
-        """Of keys that are the same for all heads: which are system, image and text, as slices
-        where these have no gaps.
+        """Of keys that are the same for all heads.
+
+        Which are system, image and text, as slices where these have no gaps.
         """
         return tuple(
             as_slice((self.modality[0] == code).nonzero().flatten()) for code in range(len(KINDS))
@@ -63,8 +66,9 @@ class TokenInfo:
         )
 
     def at(self, index: Tensor) -> TokenInfo:
-        """The tokens of one sample, (length,), at sequence indices `index` of any shape; negative
-        ones give padding.
+        """The tokens of one sample, (length,), at sequence indices `index` of any shape.
+
+        Negative ones give padding.
         """
         place, nowhere = index.clamp_min(0), index < 0
         return self.map(lambda source: source[place].masked_fill(nowhere, -1))
@@ -84,8 +88,9 @@ def sample_tokens(layout: TokenLayout, sample: int) -> TokenInfo:
 
 
 def last_rank(keys: TokenInfo) -> Tensor:
-    """(key sets, 1): rank of the newest key; distances are counted from there, so that recent ones
-    stay exact.
+    """(key sets, 1): rank of the newest key.
+
+    Distances are counted from there, so that recent ones stay exact.
     """
     return keys.rank.amax(-1, keepdim=True)
 
@@ -117,11 +122,11 @@ def key_columns(keys: TokenInfo, names: tuple[str, ...]) -> Tensor:
 
 @dataclass(eq=False)
 class QueryRows:
-    """Query rows of one sample. `heads` are query heads of one layer, or of several layers one
-    after another.
+    """Query rows of one sample.
+
+    `heads` are query heads of one layer, or of several layers one after another.
 
     Attributes:
-
         queries: what the queries are, (rows,). keys: what the keys are, (key sets, keys).
         counts: (1 or heads, rows, 3) float32, number of system, image and text keys the row may
         attend to. sums: (heads, rows, columns) weighted sums of the key columns named in `columns`.
@@ -185,8 +190,9 @@ class QueryRows:
         ].T  # one product per row, of all heads
 
     def on(self, modality: Modality) -> tuple[Tensor, Tensor]:
-        """The weights on keys of one modality, (heads, rows, n), and the ranks of these n keys,
-        (key sets, n).
+        """The weights on keys of one modality, (heads, rows, n), and these keys' ranks.
+
+        The ranks are (key sets, n).
 
         Other keys are left out, or their weights are zero.
         """
@@ -198,7 +204,8 @@ class QueryRows:
 
     @cached_property
     def shares(self) -> tuple[Tensor, ...]:
-        """Of each modality (heads, rows, n): `on(modality)` divided by its sum, in ascending order;
+        """Of each modality (heads, rows, n): `on(modality)` divided by its sum, ascending.
+
         NaN where the sum is 0.
         """
         ascending = [_ascending(self.on(Modality(code))[0]) for code in range(len(KINDS))]
@@ -208,8 +215,9 @@ class QueryRows:
 
     @cached_property
     def entropy(self) -> Tensor:
-        """(heads, rows, 3): `-sum p ln p` of the shares of each modality, in nats; NaN where they
-        are undefined.
+        """(heads, rows, 3): `-sum p ln p` of the shares of each modality, in nats.
+
+        NaN where they are undefined.
         """
         return torch.stack([self._entropy(shares) for shares in self.shares], -1)
 
@@ -241,8 +249,9 @@ def as_slice(at: Places) -> Places | slice:
 
 
 def _ascending(values: Tensor) -> Tensor:
-    """A copy sorted along the last axis; numpy sorts with vector instructions, torch does not on a
-    CPU.
+    """A copy sorted along the last axis.
+
+    Numpy sorts with vector instructions, torch does not on a CPU.
     """
     if values.device.type != "cpu":
         return values.sort(-1).values

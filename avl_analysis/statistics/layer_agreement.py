@@ -1,5 +1,6 @@
-"""Layer agreement: whether the ranking of one early layer speaks for the later ones. Speaks about
-P.
+"""Layer agreement: whether the ranking of one early layer speaks for the later ones.
+
+Speaks about P.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from avl_analysis.statistics.top_sets import overlap, top
 
 @dataclass(frozen=True)
 class LayerAgreement(TrajectoryStatistic):
-    """PPCI between the prefill filter's layer and every layer behind it, both at the last prompt
-    row; baseline p.
+    """PPCI between the prefill filter's layer and every layer behind it.
+
+    Both at the last prompt row; baseline p.
 
     `prefill_layer` counts as the policy's does: 2 is the second layer, number 1. NaN for it and the
     layers before, and everywhere if it was not recorded.

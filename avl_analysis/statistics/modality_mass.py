@@ -1,5 +1,6 @@
-"""Modality mass: how much of a query's attention goes to system, image and text. Justifies treating
-them apart.
+"""Modality mass: how much of a query's attention goes to system, image and text.
+
+Justifies treating them apart.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class FirstTokenMass(SumStatistic):
 
 @dataclass(frozen=True)
 class Efficiency(SumStatistic):
-    """Mass per token: `sum_{k in M} A[q,k] / |M|`, with |M| the keys of M that row q can see; NaN
-    if there is none.
+    """Mass per token: `sum_{k in M} A[q,k] / |M|`, with |M| the keys of M that row q can see.
+
+    NaN if there is none.
     """
 
     name = "efficiency"

@@ -1,5 +1,6 @@
-"""Image persistence: whether the picture keeps its attention while the text grows. Tested here, not
-assumed.
+"""Image persistence: whether the picture keeps its attention while the text grows.
+
+Tested here, not assumed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from avl_analysis.statistics.base import Result, Trajectory, TrajectoryStatistic
 
 @dataclass(frozen=True)
 class ImagePersistence(TrajectoryStatistic):
-    """Least-squares slope of the image mass (head mean), and of the mean weight of an image token,
-    against the decode step.
+    """Least-squares slope of the image mass against the decode step.
+
+    Of the head mean, and of the mean weight of an image token.
 
     Per decode step; 0 = the picture keeps its attention, negative = it fades. relative: slope of
     the mass divided by its mean, so -0.01 is one per cent less with every token. Read from the

@@ -1,5 +1,6 @@
-"""Position bias: whether image tokens late in the raster get more attention than early ones. Speaks
-about debiasing.
+"""Position bias: whether image tokens late in the raster get more attention than early ones.
+
+Speaks about debiasing.
 """
 
 from __future__ import annotations
@@ -45,8 +46,10 @@ class PositionBias(KeyStatistic):
 
 
 def raster_fit(total: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """mu, sigma and R^2 through total / seen; NaN with fewer than 3 tokens
-    that received anything."""
+    """mu, sigma and R^2 through total / seen.
+
+    NaN with fewer than 3 tokens that received anything.
+    """
     use = (seen > 0) & (total > 0)
     if use.sum() < 3:
         return np.full(3, np.nan)

@@ -48,9 +48,10 @@ class PrefillRecall(TrajectoryStatistic):
 
 @dataclass(frozen=True)
 class PrefillMass(TrajectoryStatistic):
-    """Share of all image attention of the decode steps together that falls on the best `secondary`
-    image tokens of the last prompt row, in [0, 1]; random baseline: secondary. NaN without decode
-    steps.
+    """Share of the decode steps' image attention on the prompt's best `secondary` tokens.
+
+    All decode steps together; the best image tokens of the last prompt row. In [0, 1]; random
+    baseline: secondary. NaN without decode steps.
     """
 
     name = "prefill_mass"

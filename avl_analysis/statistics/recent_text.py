@@ -16,8 +16,9 @@ from avl_analysis.statistics.inputs import QueryRows
 
 @dataclass(frozen=True)
 class RecentTextMass(WeightStatistic):
-    """`sum_{k in T, q - k < w} A[q,k] / sum_{k in T} A[q,k]`, the row's own token included; in [0,
-    1].
+    """`sum_{k in T, q - k < w} A[q,k] / sum_{k in T} A[q,k]`, the row's own token included.
+
+    In [0, 1].
     """
 
     name = "recent_text_mass"

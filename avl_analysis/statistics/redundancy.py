@@ -16,9 +16,10 @@ from avl_analysis.statistics.inputs import TokenInfo
 
 @dataclass(frozen=True)
 class KeyRedundancy(CacheStatistic):
-    """`(n |mean khat|^2 - 1) / (n - 1)`, khat the unit keys (after rotary embedding) of one
-    modality: their mean cosine over all pairs; 1 = all alike, 0 = orthogonal on average; NaN with
-    fewer than two keys.
+    """`(n |mean khat|^2 - 1) / (n - 1)`, khat the unit keys of one modality.
+
+    After rotary embedding: their mean cosine over all pairs. 1 = all alike, 0 = orthogonal on
+    average; NaN with fewer than two keys.
     """
 
     name = "key_redundancy"

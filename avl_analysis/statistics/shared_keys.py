@@ -19,8 +19,9 @@ from avl_analysis.statistics.coverage import SLACK, Coverage
 
 @dataclass(frozen=True)
 class SharedCoverage(TrajectoryStatistic):
-    """`k(tau) / N`: the smallest share of the N image tokens that holds tau of a layer's image
-    attention, summed over heads, at one token-producing row; in (0, 1].
+    """`k(tau) / N`: smallest share of image tokens that holds tau of image attention.
+
+    Of a layer, summed over heads, at one token-producing row; in (0, 1].
 
     NaN for a layer without image attention, and where an image token is not in the cache.
     """
@@ -48,9 +49,10 @@ class SharedCoverage(TrajectoryStatistic):
 
 @dataclass(frozen=True)
 class SharedSparsity(TrajectoryStatistic):
-    """Share of the image tokens that a layer could do without for a whole answer: their weight,
-    mean over heads, is below `threshold` times the layer's largest on an image token at every
-    decode step; in [0, 1].
+    """Share of the image tokens that a layer could do without for a whole answer.
+
+    Their weight, mean over heads, is below `threshold` times the layer's largest on an image token
+    at every decode step; in [0, 1].
 
     The longer an answer, the fewer tokens are negligible throughout. NaN without decode steps, and
     for a layer that has no image attention at one of them.

@@ -1,5 +1,6 @@
-"""Sink rate: heads that park their attention on one token. Justifies keeping system tokens;
-debiasing.
+"""Sink rate: heads that park their attention on one token.
+
+Justifies keeping system tokens; debiasing.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from avl_analysis.statistics.base import KeyScores, KeyStatistic, Result
 
 @dataclass(frozen=True)
 class SinkRate(KeyStatistic):
-    """1 for a head with `sum_q A[q,k] / (n - k) > threshold` over the n prompt rows, else 0; its
-    mean is the share of heads.
+    """1 for a head with `sum_q A[q,k] / (n - k) > threshold` over n prompt rows, else 0.
+
+    Its mean is the share of heads.
 
     For k the first token, and for whichever image token received most (NaN without one).
     """

@@ -1,5 +1,6 @@
-"""Threshold sparsity: how many weights are negligible beside the row's largest. Speaks about S and
-C.
+"""Threshold sparsity: how many weights are negligible beside the row's largest.
+
+Speaks about S and C.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from avl_analysis.statistics.inputs import QueryRows
 
 @dataclass(frozen=True)
 class ThresholdSparsity(SumStatistic):
-    """Share of the keys a row may attend to with `A[q,k] < threshold * max_k' A[q,k']`;
-    in [0, 1]."""
+    """Share of the keys a row may attend to with `A[q,k] < threshold * max_k' A[q,k']`.
+
+    In [0, 1].
+    """
 
     name = "threshold_sparsity"
     title = "share of negligible weights"

@@ -1,5 +1,6 @@
-"""Spatial entropy: whether a head looks at one place of the image or at many. Speaks about which
-heads are visual.
+"""Spatial entropy: whether a head looks at one place of the image or at many.
+
+Speaks about which heads are visual.
 
 Tokens are put into the finest grid of their image by their row and column, whatever their order:
 tiles do not come in raster order, and class tokens, newline tokens and a coarser view of the whole
@@ -21,8 +22,9 @@ _NEIGHBOURS = np.ones((3, 3), int)
 
 @dataclass(frozen=True)
 class SpatialEntropy(TrajectoryStatistic):
-    """Entropy, in nats, of how the attention above the image's mean spreads over connected patches
-    (8 neighbours), from the last prompt row; 0 = one place.
+    """Entropy, in nats, of attention above the image's mean over connected patches.
+
+    Patches have 8 neighbours; from the last prompt row; 0 = one place.
 
     Mean over the sample's images whose grid is known, NaN without one.
     """

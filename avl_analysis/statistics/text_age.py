@@ -1,5 +1,6 @@
-"""Text age profile: how the attention on a text token falls as it gets older, and how fast. Speaks
-about T.
+"""Text age profile: how the attention on a text token falls as it gets older, and how fast.
+
+Speaks about T.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ PHASES = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class TextAgeProfile(KeyStatistic):
-    """Mean weight `A[q,k]` of a text key for a text query as a function of its age `q - k` (bins:
-    `AGE_STARTS`).
+    """Mean weight `A[q,k]` of a text key for a text query by its age `q - k`.
+
+    Bins: `AGE_STARTS`.
     """
 
     name = "text_age_profile"
@@ -39,10 +41,12 @@ class TextAgeProfile(KeyStatistic):
 
 @dataclass(frozen=True)
 class TextAgeFit(KeyStatistic):
-    """Decay of the profile, mean over heads: `a exp(-b age)` and `a (1 + age)^-b`, fitted to its
-    logarithm by least squares, every bin weighted with the number of weights in it; age 0, a
-    token's attention to itself, is left out. Ages from 128 on share bins, which enter with their
-    smallest age (at most 8 % below the largest).
+    """Decay of the profile, mean over heads.
+
+    `a exp(-b age)` and `a (1 + age)^-b`, fitted to its logarithm by least squares, every bin
+    weighted with the number of weights in it; age 0, a token's attention to itself, is left out.
+    Ages from 128 on share bins, which enter with their smallest age (at most 8 % below the
+    largest).
 
     half_life: age at which the fitted weight is half that of age 0, in tokens, infinite without
     decay. r2: share of the variance of the log weight that the fit explains. NaN with fewer than
@@ -78,8 +82,9 @@ class TextAgeFit(KeyStatistic):
 def decay_fits(
     ages: np.ndarray, total: np.ndarray, pairs: np.ndarray, least: int = 4
 ) -> np.ndarray:
-    """Half-life, rate and R^2, (2, 3), of an exponential and a power law through total / pairs at
-    `ages`.
+    """Half-life, rate and R^2, (2, 3), of two fits through total / pairs at `ages`.
+
+    An exponential and a power law.
     """
     use = (ages > 0) & (pairs > 0) & (total > 0)
     if use.sum() < least:

@@ -1,5 +1,6 @@
-"""Sets of the best-scored image tokens, which the overlap statistics compare. Not a statistic
-itself.
+"""Sets of the best-scored image tokens, which the overlap statistics compare.
+
+Not a statistic itself.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def size_of(fraction: float, n: int) -> int:
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """`|one & other| / |one|` over the last axis of two sets as `top` gives them; NaN if either is
-    undefined.
+    """`|one & other| / |one|` over the last axis of two sets as `top` gives them.
+
+    NaN if either is undefined.
     """
     return (one * other).sum(-1) / one.sum(-1)

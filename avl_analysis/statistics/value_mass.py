@@ -1,5 +1,6 @@
-"""Value-weighted mass: attention times the length of what is read. A warning that attention is not
-contribution.
+"""Value-weighted mass: attention times the length of what is read.
+
+A warning that attention is not contribution.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from avl_analysis.statistics.inputs import QueryRows
 
 @dataclass(frozen=True)
 class ValueWeightedMass(SumStatistic):
-    """`sum_{k in M} A[q,k] |v_k| / sum_k A[q,k] |v_k|` for M in system, image, text; in [0, 1],
-    adds up to 1.
+    """`sum_{k in M} A[q,k] |v_k| / sum_k A[q,k] |v_k|` for M in system, image, text.
+
+    In [0, 1], adds up to 1.
     """
 
     name = "value_weighted_mass"

@@ -87,8 +87,9 @@ FIGURES: tuple[ModuleType, ...] = (
 
 @dataclass(frozen=True)
 class Report:
-    """What was built: the page, the folder, the figures' sections, and why others are missing (name
-    -> reason).
+    """What was built.
+
+    The page, the folder, the figures' sections, and why others are missing (name -> reason).
     """
 
     page: Path

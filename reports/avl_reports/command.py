@@ -1,5 +1,4 @@
-"""`avl report`: record the model on drawn scenes, or take a recording made before, and build the
-report.
+"""`avl report`: record a model on drawn scenes, or take a recording, and build the report.
 
 Registered with the command line through the entry point group "avl.commands", since `avl_analysis`
 may not import the packages above it.
@@ -103,8 +102,9 @@ def report(
     attention: Attention = "sdpa",
     download: Download = False,
 ) -> None:
-    """Figures and findings about a model's attention: one page, one PDF, and a folder of figures
-    and numbers.
+    """Figures and findings about a model's attention.
+
+    One page, one PDF, and a folder of figures and numbers.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a folder to write the report into")
@@ -192,8 +192,9 @@ def record_scenes(vlm: VLM, count: int, seed: int) -> Recording:
 
 
 def draw_samples(count: int, seed: int) -> list[Sample]:
-    """`count` held-out scenes with the tasks in turn, sorted by task: answers of one batch are then
-    about as long.
+    """`count` held-out scenes with the tasks in turn, sorted by task.
+
+    Answers of one batch are then about as long.
     """
     from avl_analysis.corpus.questions import check_count, scene_sample
     from avl_analysis.scenes import TASKS, generate
@@ -235,8 +236,9 @@ def compare_policies(vlm: VLM, per_task: int) -> Comparison:
 def silence_heads(
     vlm: VLM, recorded: Recording, per_task: int, command: str = ""
 ) -> list[Ablation]:
-    """Visual heads silenced against as many others of all layers and of the same layers, where both
-    can be found.
+    """Visual heads silenced against as many others.
+
+    Others of all layers and of the same layers, where both can be found.
     """
     from avl_analysis.corpus.questions import scene_samples
     from avl_analysis.heads.ablation import ablate, find_heads, plan

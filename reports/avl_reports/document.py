@@ -1,5 +1,6 @@
-"""The report for print: findings, every figure on a page of its own with its caption, provenance;
-one PDF.
+"""The report for print: findings, every figure on a page of its own with its caption, provenance.
+
+One PDF.
 """
 
 from __future__ import annotations

@@ -18,8 +18,10 @@ _AGE = Axis("age of the core", "decode steps")
 
 
 def section(run: Run) -> Section:
-    """What a core chosen some steps ago still catches: attention mass, and tokens of
-    the true core."""
+    """What a core chosen some steps ago still catches.
+
+    Attention mass, and tokens of the true core.
+    """
     hits = run["core_hit_rate"]
     if not bool(np.isfinite(hits).any()):
         raise NotMeasured("nothing was decoded, so no core could age")
@@ -56,9 +58,7 @@ def section(run: Run) -> Section:
 
 
 def finding(hits: xr.DataArray) -> Finding:
-    """Whether a core of the paper's size, K steps old, still catches nearly what a fresh one
-    catches.
-    """
+    """Whether a core of the paper's size, K steps old, catches nearly what a fresh one does."""
     mass = per_sample(hits.sel(core=CORE, hit="mass"), ("core_age",))
     kept = estimate(mass.isel(core_age=REFRESH) / mass.isel(core_age=0)).number
     now = estimate(mass.isel(core_age=REFRESH)).number

@@ -21,8 +21,9 @@ _TAU = Axis("share of the attention to be held", "share", (0.5, 1.0))
 
 
 def section(run: Run) -> Section:
-    """Coverage curves of image and text keys at decode steps and at the last prompt row, and by
-    layer; image keys also as one set for all heads of a layer.
+    """Coverage curves of image and text keys, and by layer.
+
+    At decode steps and at the last prompt row; image keys also as one set for all heads of a layer.
     """
     decode, last = run.decode("coverage"), run["coverage"].sel(step=0)
     shared, shared_last = run.decode("shared_coverage"), run["shared_coverage"].sel(step=0)

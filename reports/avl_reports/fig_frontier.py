@@ -29,8 +29,9 @@ _SHOWN = 3
 
 
 def section(run: Run) -> Section:
-    """Accuracy against bytes for every policy and budget: the pooled tasks, those that differ most,
-    and a table.
+    """Accuracy against bytes for every policy and budget.
+
+    The pooled tasks, those that differ most, and a table.
     """
     frontier = run.frontier
     pooled = "tasks with answers of several tokens" if frontier.one_token_tasks else "all tasks"
@@ -86,9 +87,10 @@ def _split(frontier: Frontier) -> str:
 
 
 def findings(frontier: Frontier) -> tuple[Finding, ...]:
-    """Whether A-VL keeps accuracy with the paper's settings, and beats random selection at each
-    budget they share. Nothing can be said where every answer is one token long, or, against random
-    selection, where the two do not use equally many bytes.
+    """Whether A-VL keeps accuracy with the paper's settings, and beats random selection.
+
+    At each budget the two share. Nothing can be said where every answer is one token long, or,
+    against random selection, where the two do not use equally many bytes.
     """
     points = frontier.points
     found = []
@@ -132,8 +134,10 @@ def findings(frontier: Frontier) -> tuple[Finding, ...]:
 
 
 def table(frontier: Frontier) -> tuple[tuple[str, ...], ...]:
-    """Bytes and accuracy of every point on the pooled tasks, its difference to the full cache, and
-    its accuracy on the tasks answered in one token where these are shown apart.
+    """Bytes and accuracy of every point on the pooled tasks.
+
+    Its difference to the full cache, and its accuracy on the tasks answered in one token where
+    these are shown apart.
     """
     apart = frontier.one_token_tasks if frontier.telling else []
     header = ("policy", "budget", "bytes in use / full", "right answers", "minus full cache")
@@ -197,8 +201,9 @@ def _heat(frontier: Frontier) -> Heat:
 
 
 def _differing(frontier: Frontier) -> list[str]:
-    """The tasks on which accuracies spread most over policies and budgets, in the order of the
-    file.
+    """The tasks on which accuracies spread most over policies and budgets.
+
+    In the order of the file.
     """
     spread = {
         t: np.std([frontier.accuracy(p, [t]).mean for p in frontier.points])

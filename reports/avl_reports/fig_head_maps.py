@@ -16,8 +16,9 @@ HEADS = 3
 
 
 def section(run: Run) -> Section:
-    """Maps of the heads that hit the region most often (else of those with most image attention),
-    on examples.
+    """Maps of the heads that hit the region most often, on examples.
+
+    Else of those with most image attention.
     """
     last = run["image_score_last"]
     places = drawable(run)

@@ -18,9 +18,7 @@ QUESTION = "Which heads read the picture, and which of them look at the right pl
 
 
 def section(run: Run) -> Section:
-    """The kind of every head, its attention on the picture, how often it hits the region asked
-    about, its spread.
-    """
+    """The kind of every head, its image attention, how often it hits the region, its spread."""
     for name in ("modality_mass", "first_token_mass", "recent_text_mass"):
         run.decode(name)
     hits = hit_rate(run)

@@ -71,8 +71,9 @@ def section(run: Run) -> Section:
 
 
 def lifts(run: Run) -> xr.DataArray | None:
-    """Share of image attention on the region over the region's share of the picture, (sample,
-    layer); 1 is chance.
+    """Share of image attention on the region over the region's share of the image.
+
+    (sample, layer); 1 is chance.
 
     Mean over the produced words whose region is known; None if the recording knows no regions.
     """

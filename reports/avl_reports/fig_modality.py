@@ -1,6 +1,4 @@
-"""How much attention goes to the picture, to the text and to the system tokens, in which layer and
-at which step?
-"""
+"""How is attention divided between image, text and system tokens, by layer and step?"""
 
 from __future__ import annotations
 
@@ -63,8 +61,9 @@ def section(run: Run) -> Section:
 
 
 def findings(mass: xr.DataArray, efficiency: xr.DataArray) -> tuple[Finding, ...]:
-    """Whether modalities differ enough to be treated apart, and whether the picture still matters
-    while decoding.
+    """Whether modalities differ enough to be treated apart.
+
+    And whether the image still matters while decoding.
     """
     tokens = per_sample(efficiency, ("key_modality",))
     ratio = tokens.sel(key_modality="text") / tokens.sel(key_modality="image")

@@ -25,8 +25,9 @@ _TASKS = ("caption", "ocr", "count", "where", "colour")
 
 
 def section(run: Run) -> Section:
-    """Examples of maps over their pictures and, where the truth is known, the lift on the region by
-    layer.
+    """Examples of maps over their images.
+
+    Where the truth is known, the lift on the region by layer.
     """
     places = drawable(run)
     lift = lifts(run)
@@ -143,8 +144,10 @@ def _why(by_layer: Estimate | None) -> str:
 
 
 def choose(run: Run, places: dict[str, ImageTokens]) -> list[Example]:
-    """The first rightly answered example of each of some tasks, then whatever else
-    has a picture."""
+    """The first rightly answered example of each of some tasks.
+
+    Then whatever else has an image.
+    """
     drawable = [e for e in run.examples if e.picture is not None and e.name in places]
     ranked = [
         e for task in _TASKS for e in [e for e in drawable if e.task == task and e.correct][:1]
@@ -178,8 +181,9 @@ def _example(run: Run, example: Example, image: ImageTokens, layer: int) -> list
 
 
 def _maps(example: Example, scores: xr.DataArray, layer: int) -> list[tuple[int, int]]:
-    """Steps and layers worth showing: words spread over the answer; for a short answer its first
-    word in more layers.
+    """Steps and layers worth showing: words spread over the answer.
+
+    For a short answer its first word in more layers.
     """
     measured = np.flatnonzero(np.isfinite(scores).any(("token", "layer")).values)
     steps = [int(t) for t in measured if t < max(1, len(example.words))]
@@ -202,6 +206,7 @@ def _spread(count: int) -> list[int]:
 
 
 def short(text: str, length: int) -> str:
+    """The text, cut to a number of letters."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 

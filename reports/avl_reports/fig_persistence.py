@@ -24,8 +24,9 @@ _RELATIVE = Axis("attention per token", "times the mean", log=True)
 
 
 def section(run: Run) -> Section:
-    """Attention on an image token by decode step against attention on a text token by age, and the
-    slope by layer.
+    """Attention on an image token by step against that on a text token by age.
+
+    And the slope by layer.
     """
     slope, measured = _slopes(run)
     image, text = _image(run), _text(run)
@@ -120,16 +121,18 @@ def change_in_all_layers(run: Run, slope: xr.DataArray) -> xr.DataArray:
 
 
 def text_decay(run: Run) -> xr.DataArray:
-    """Power of age with which a text token's weight falls at decode steps, mean over layers,
-    (sample,); NaN where nothing could be fitted.
+    """Power of age with which a text token's weight falls at decode steps, (sample,).
+
+    Mean over layers; NaN where nothing could be fitted.
     """
     fit = run["text_age_fit"].sel(age_phase="decode", decay="power", decay_parameter="rate")
     return fit.mean("layer")
 
 
 def _slopes(run: Run) -> tuple[xr.DataArray, str]:
-    """Relative change per decode step, (sample, layer), of long answers where there are two, and
-    which they are.
+    """Relative change per decode step, (sample, layer), of long answers.
+
+    Where there are two of them, and which they are.
     """
     slope = run["image_persistence"].sel(slope_of="relative")
     if not bool(np.isfinite(slope).any()):
@@ -163,8 +166,10 @@ def _text(run: Run) -> tuple[Estimate, str]:
 
 
 def _relative(array: xr.DataArray, along: str) -> xr.DataArray:
-    """Sample means over layers and heads along one dimension, divided by the mean of
-    all of them."""
+    """Sample means over layers and heads along one dimension.
+
+    Divided by the mean of all of them.
+    """
     samples = per_sample(array, (along,))
     return samples / float(samples.mean())
 

@@ -36,8 +36,9 @@ _COLUMNS = (
 
 
 def section(run: Run) -> Section:
-    """Accuracy and KL divergence against bytes for every policy, accuracy by task, and the cost
-    table.
+    """Accuracy and KL divergence against bytes for every policy.
+
+    Accuracy by task, and the cost table.
     """
     compared = run.comparison
     if _size(compared) not in compared.metrics:

@@ -20,8 +20,9 @@ FACTOR = 2.0
 
 
 def section(run: Run) -> Section:
-    """Mean attention by place in the raster with the exponential fit, the fitted trend by layer,
-    and the mean map.
+    """Mean attention by place in the raster with the exponential fit.
+
+    The fitted trend by layer, and the mean map.
     """
     sigma = run["position_bias"].sel(bias_parameter="sigma")
     received = _received(run)

@@ -20,8 +20,9 @@ _VALUE = Axis("set of the image token", "class")
 
 
 def section(run: Run) -> Section:
-    """The three sets of one layer over the decode steps of the longest answer, as pictures and as
-    an animation.
+    """The three sets of one layer over the decode steps of the longest answer.
+
+    As pictures and as an animation.
     """
     chosen, image = _longest(run)
     assert chosen.picture is not None
@@ -68,8 +69,9 @@ def section(run: Run) -> Section:
 def choose_sets(
     scores: NDArray[np.floating], secondary: float, core: float, refresh: int
 ) -> NDArray[np.int64]:
-    """Classes (0 minor, 1 secondary, 2 core) of every image token at every step, (steps, tokens),
-    by A-VL's rules.
+    """Classes of every image token at every step, (steps, tokens), by A-VL's rules.
+
+    0 minor, 1 secondary, 2 core.
 
     Args:
         scores: (steps, tokens), step 0 the last prompt row.

@@ -18,8 +18,9 @@ SPARSE = 1 - SECONDARY
 
 
 def section(run: Run) -> Section:
-    """Maps over layers and heads at decode steps and the last prompt row, and how many keys
-    attention amounts to.
+    """Maps over layers and heads at decode steps and the last prompt row.
+
+    And how many keys attention amounts to.
     """
     decode = run.decode("threshold_sparsity")
     last = run["threshold_sparsity"].sel(step=0)
@@ -61,8 +62,9 @@ def section(run: Run) -> Section:
 
 
 def finding(unused: xr.DataArray) -> Finding:
-    """Whether a layer could do without as many image tokens as A-VL drops, for a whole answer and
-    for all its heads.
+    """Whether a layer could do without as many image tokens as A-VL drops.
+
+    For a whole answer and for all its heads.
     """
     mean = estimate(unused).number
     return Finding(

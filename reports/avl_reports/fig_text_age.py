@@ -18,8 +18,9 @@ _AGE = Axis("age of the text token", "tokens", log=True)
 
 
 def section(run: Run) -> Section:
-    """The age profile with its fits, at decode steps and in the prompt, and the fitted decay by
-    layer.
+    """The age profile with its fits, at decode steps and in the prompt.
+
+    And the fitted decay by layer.
     """
     decode, prompt = _profile(run, "decode"), _profile(run, "prefill")
     figure = Figure(
@@ -73,8 +74,9 @@ def _profile(run: Run, phase: str) -> tuple[Line, ...]:
 
 
 def _fits(run: Run, phase: str, ages: np.ndarray, weights: np.ndarray) -> list[Line]:
-    """Fits through all weights of the recording; the height is set so that the mean logarithm
-    agrees with the curve.
+    """Fits through all weights of the recording.
+
+    The height is set so that the mean logarithm agrees with the curve.
     """
     sums = run.recording.data["sums"]
     parts = [

@@ -12,8 +12,9 @@ QUESTION = "Is what is attended to also what is read?"
 
 
 def section(run: Run) -> Section:
-    """Attention mass with and without the length of the values, and how alike the keys are, by
-    layer.
+    """Attention mass with and without the length of the values.
+
+    And how alike the keys are, by layer.
     """
     weighted, plain = run.decode("value_weighted_mass"), run.decode("modality_mass")
     both: list[Line] = []

@@ -22,6 +22,8 @@ from avl_analysis.intervals import Estimate
 
 
 class Verdict(StrEnum):
+    """What an interval says about a threshold."""
+
     SUPPORTED = "supported"
     NOT_SUPPORTED = "not supported"
     UNDECIDED = "undecided"

@@ -28,8 +28,9 @@ Point = tuple[str, float | None]
 
 @dataclass(frozen=True)
 class Frontier:
-    """What a frontier file says. `about`: where it comes from; `lines`: one per task, policy and
-    budget.
+    """What a frontier file says.
+
+    `about`: where it comes from; `lines`: one per task, policy and budget.
     """
 
     about: Mapping[str, Any]
@@ -58,8 +59,9 @@ class Frontier:
 
     @property
     def pooled(self) -> list[str]:
-        """The tasks that are taken together: those with longer answers, or all if there are
-        none.
+        """The tasks that are taken together.
+
+        Those with longer answers, or all if there are none.
         """
         alone = self.one_token_tasks
         return [task for task in self.tasks if task not in alone] or self.tasks
@@ -85,8 +87,9 @@ class Frontier:
         return share_interval(self.right(point, tasks))
 
     def bytes(self, point: Point, tasks: Sequence[str] | None = None) -> float:
-        """Bytes that a row's keys and values took when its answer ended, as a share of those of the
-        full cache, mean over tasks (None: pooled ones); NaN where nothing was measured.
+        """Bytes of a row when its answer ended, as a share of those of the full cache.
+
+        Of keys and values, mean over tasks (None: pooled ones); NaN where nothing was measured.
 
         Keys kept in few bits count with the bytes they take. What other rows of the batch held, and
         empty slots, do not count.

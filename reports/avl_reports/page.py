@@ -134,8 +134,9 @@ def _view(name: str, section: Section, svgs: Mapping[str, str]) -> dict[str, Any
 
 
 def _plot(panel: Panel, name: str) -> dict[str, str]:
-    """One plot: its place on the page and its data. Pictures keep their proportions, charts their
-    height.
+    """One plot: its place on the page and its data.
+
+    Pictures keep their proportions, charts their height.
     """
     plot = draw_plotly.draw(panel, titled=False)
     if isinstance(panel, Overlay) and panel.classes:

@@ -1,5 +1,6 @@
-"""The numbers of A-VL that figures are held against: the paper's evaluation setting (Zhang et al.,
-AAAI 2025).
+"""The numbers of A-VL that figures are held against.
+
+The paper's evaluation setting (Zhang et al., AAAI 2025).
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ def condense(source: Path, target: Path = FOLDER, frontier: Path | None = None) 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Renew the reference report from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m avl_reports.reference", description="Renew the reference report."
     )

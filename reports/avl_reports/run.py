@@ -1,5 +1,6 @@
-"""A recording as the figures see it: which model, how many samples, what was asked, what the
-picture looked like.
+"""A recording as the figures see it.
+
+Which model, how many samples, what was asked, what the picture looked like.
 
 Everything a figure needs is in the one recording file; pictures either lie in it as thumbnails or,
 for drawn scenes, are drawn again from their seed. `Section` is what a figure module hands back: the
@@ -165,8 +166,9 @@ class Run:
         return str(self.recording.attrs.get("model") or "unknown model")
 
     def decode(self, name: str) -> xr.DataArray:
-        """A statistic at the decode steps alone (step 1 and later). Raises NotMeasured if nothing
-        was decoded.
+        """A statistic at the decode steps alone (step 1 and later).
+
+        Raises NotMeasured if nothing was decoded.
         """
         steps = self[name].sel(step=slice(1, None))
         if not steps.sizes["step"] or not bool(np.isfinite(steps).any()):
@@ -233,8 +235,9 @@ def example(name: str, facts: Mapping[str, Any], image: ImageTokens | None = Non
 
 
 def _reduced(found: Example, size: Any) -> Example:
-    """The example with its boxes where they are on the thumbnail; `size` is that of the picture
-    they were given for.
+    """The example with its boxes where they are on the thumbnail.
+
+    `size` is that of the picture they were given for.
     """
     if found.picture is None or not size:
         return found

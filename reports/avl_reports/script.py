@@ -1,5 +1,6 @@
-"""What every figure script does when it is run alone: `python -m avl_reports.fig_modality run.nc
-[--out folder]`.
+"""What every figure script does when it is run alone.
+
+`python -m avl_reports.fig_modality run.nc [--out folder]`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ MOVING = ("gif", "webp")
 
 
 def write_section(section: Section, folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
-    """Write a section's figure into `folder`: drawn, as numbers (CSV), its caption, its table and
-    its animation.
+    """Write a section's figure into `folder`.
+
+    Drawn, as numbers (CSV), its caption, its table and its animation.
     """
     figure = section.figure
     paths = save(figure, folder, formats)

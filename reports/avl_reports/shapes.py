@@ -23,8 +23,9 @@ def share(label: str) -> Axis:
 
 
 def log_share(label: str, lines: Iterable[Line]) -> Axis:
-    """A logarithmic axis over the values of some lines; intervals that reach towards zero do not
-    stretch it.
+    """A logarithmic axis over the values of some lines.
+
+    Intervals that reach towards zero do not stretch it.
     """
     values = np.concatenate([line.y[np.isfinite(line.y) & (line.y > 0)] for line in lines])
     if not values.size:
@@ -33,15 +34,18 @@ def log_share(label: str, lines: Iterable[Line]) -> Axis:
 
 
 def least(run: Run) -> int:
-    """Samples that must reach a step, lag or age for it to be drawn: a tenth of them, between 2 and
-    10.
+    """Samples that must reach a step, lag or age for it to be drawn.
+
+    A tenth of them, between 2 and 10.
     """
     return max(2, min(10, run.n // 10)) if run.n > 1 else 1
 
 
 def curve(name: str, one: Estimate, along: str, slot: int = 0, first: float = 0.0) -> Line:
-    """An estimate over one dimension as a line with its interval; `first` is added
-    to the places."""
+    """An estimate over one dimension as a line with its interval.
+
+    `first` is added to the places.
+    """
     x = np.asarray(one.mean[along].values, dtype=float) + first
     return Line(name, x, one.mean.values, one.low.values, one.high.values, slot=slot)
 

@@ -1,5 +1,6 @@
-"""Draws figure specs on paper: PNG, SVG and PDF files through matplotlib, and animated pictures as
-GIF or WebP.
+"""Draws figure specs on paper.
+
+PNG, SVG and PDF files through matplotlib, and animated pictures as GIF or WebP.
 
 The only module that imports matplotlib. It decides nothing about content; a spec that passes its
 own checks can be drawn. No pyplot and no global state but an rc context around each drawing, so
@@ -73,8 +74,9 @@ def draw(figure: Figure, *, titled: bool = True) -> Canvas:
 def save(
     figure: Figure, folder: Path, formats: Iterable[str] = FORMATS, *, dpi: int = 200
 ) -> list[Path]:
-    """Write `folder/name.<format>` for each format and return the paths; the folder is made if
-    needed.
+    """Write `folder/name.<format>` for each format and return the paths.
+
+    The folder is made if needed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     canvas = draw(figure)

@@ -1,5 +1,6 @@
-"""Charts on paper: curves with bands, heat maps, bars and points with intervals, their axes and
-reference lines.
+"""Charts on paper.
+
+Curves with bands, heat maps, bars and points with intervals, their axes and reference lines.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from avl_analysis.figures.spec import Axis, Bars, Heat, Lines, Rule, Scatter, lo
 
 
 def draw_lines(place: Axes, panel: Lines) -> None:
+    """Draw curves with their bands and reference lines onto axes."""
     for line in panel.lines:
         look = line_look(line)
         every = max(1, line.x.size // 9)
@@ -36,6 +38,7 @@ def draw_lines(place: Axes, panel: Lines) -> None:
 
 
 def draw_heat(canvas: FigureBase, place: Axes, panel: Heat) -> None:
+    """Draw a matrix with its colour bar onto axes."""
     limits = panel.value.limits or (float(np.nanmin(panel.values)), float(np.nanmax(panel.values)))
     norm = Normalize(*limits)
     named = panel.value.ticks
@@ -87,6 +90,7 @@ def _category_ticks(axis: Any, spec: Axis, count: int) -> None:
 
 
 def draw_bars(place: Axes, panel: Bars) -> None:
+    """Draw bars with their intervals onto axes."""
     at = np.arange(len(panel.categories), dtype=float)
     width = 0.8 / len(panel.bars)
     for number, bar in enumerate(panel.bars):
@@ -127,6 +131,7 @@ def draw_bars(place: Axes, panel: Bars) -> None:
 
 
 def draw_scatter(place: Axes, panel: Scatter) -> None:
+    """Draw points with their intervals onto axes."""
     for points in panel.points:
         style = palette.style(points.slot)
         if points.low is not None and points.high is not None:

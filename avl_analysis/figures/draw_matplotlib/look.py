@@ -57,6 +57,7 @@ HATCHES = ("", "///", "...", "xxx")
 
 
 def line_look(line: Line) -> dict[str, Any]:
+    """Colour, dash, marker and width of a curve, as arguments of `Axes.plot`."""
     style = palette.style(line.slot)
     if line.role == "baseline":
         return {

@@ -1,5 +1,6 @@
-"""Pictures on paper: patches of attention or of classes over them, outlines, and frames of
-animations.
+"""Pictures on paper.
+
+Patches of attention or of classes over them, outlines, and frames of animations.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _ATTENTION = LinearSegmentedColormap.from_list("attention", ["#3a3a3a", palette.
 
 
 def draw_overlay(canvas: FigureBase, place: Axes, panel: Overlay, *, legend: bool) -> None:
+    """Draw an image with its patches and outlines onto axes."""
     height, width = panel.picture.shape[:2]
     extent = (0.0, float(width), float(height), 0.0)
     picture = panel.picture if panel.patches is None or panel.classes else dimmed(panel.picture)
@@ -128,6 +130,7 @@ def attention_bar(canvas: FigureBase, axes: list[Axes], panels: Sequence[Panel])
 
 
 def raster(frame: Overlay, dpi: int) -> Image.Image:
+    """An overlay as pixels, as an animation needs its frames."""
     with matplotlib.rc_context(RC):
         canvas = Canvas(figsize=(3.2, 3.6), dpi=dpi)
         agg = FigureCanvasAgg(canvas)

@@ -1,5 +1,6 @@
-"""Draws figure specs on the screen: one interactive plotly figure per panel, for the report page
-and the dashboard.
+"""Draws figure specs on the screen.
+
+One interactive plotly figure per panel, for the report page and the dashboard.
 
 The only module that imports plotly. One plot per panel, not subplots, so that a page can lay the
 panels out by its width. Whatever text a spec carries is escaped, because plotly renders a little
@@ -24,8 +25,9 @@ from avl_analysis.figures.spec import Bars, Heat, Lines, Overlay, Panel, Scatter
 
 
 def draw(panel: Panel, *, dark: bool = False, titled: bool = True) -> go.Figure:
-    """One panel as a plotly figure in the light or the dark theme; `titled=False` leaves the title
-    to the page.
+    """One panel as a plotly figure in the light or the dark theme.
+
+    `titled=False` leaves the title to the page.
     """
     theme = DARK if dark else LIGHT
     if isinstance(panel, Lines):

@@ -35,6 +35,7 @@ from avl_analysis.figures.spec import (
 
 
 def draw_lines(panel: Lines, theme: Theme, dark: bool) -> go.Figure:
+    """Curves with their bands and reference lines as a plot."""
     plot = go.Figure()
     for number, line in enumerate(panel.lines):
         look = line_look(line, theme, dark)
@@ -77,8 +78,9 @@ def draw_lines(panel: Lines, theme: Theme, dark: bool) -> go.Figure:
 
 
 def _bounded(axis: Axis, values: Sequence[Array]) -> Axis:
-    """A logarithmic axis with limits a little beyond its values: plotly's own ticks crowd between
-    powers of ten.
+    """A logarithmic axis with limits a little beyond its values.
+
+    Plotly's own ticks crowd between powers of ten.
     """
     known = np.concatenate([v[np.isfinite(v) & (v > 0)] for v in values])
     if not axis.log or axis.limits is not None or not known.size:
@@ -87,6 +89,7 @@ def _bounded(axis: Axis, values: Sequence[Array]) -> Axis:
 
 
 def line_look(line: Line, theme: Theme, dark: bool) -> dict[str, Any]:
+    """Colour, dash and marker of a curve, as arguments of a plotly trace."""
     style = palette.style(line.slot)
     if line.role == "baseline":
         return {"color": theme.muted, "dash": "dot", "width": 1.5}
@@ -120,6 +123,7 @@ def _band(plot: go.Figure, x: Array, low: Array, high: Array, fill: str, group: 
 
 
 def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
+    """A matrix with its colour bar as a plot."""
     low, high = panel.value.limits or (
         float(np.nanmin(panel.values)),
         float(np.nanmax(panel.values)),
@@ -192,6 +196,7 @@ def _index_ticks(axis: Axis, count: int) -> dict[str, Any]:
 
 
 def draw_bars(panel: Bars, theme: Theme, dark: bool) -> go.Figure:
+    """Bars with their intervals as a plot."""
     plot = go.Figure()
     names = [literal(name) for name in panel.categories]
     for number, bar in enumerate(panel.bars):
@@ -237,6 +242,7 @@ def draw_bars(panel: Bars, theme: Theme, dark: bool) -> go.Figure:
 
 
 def draw_scatter(panel: Scatter, theme: Theme, dark: bool) -> go.Figure:
+    """Points with their intervals as a plot."""
     plot = go.Figure()
     for points in panel.points:
         plot.add_trace(_point_trace(points, panel, dark))

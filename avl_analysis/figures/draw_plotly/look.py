@@ -1,5 +1,7 @@
-"""What every plot on the screen shares: frame, axes, reference lines, hover
-texts, escaped words."""
+"""What every plot on the screen shares.
+
+Frame, axes, reference lines, hover texts, escaped words.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif
 
 
 def frame(plot: go.Figure, x: Axis, y: Axis, theme: Theme, rules: tuple[Rule, ...]) -> None:
+    """Give a plot its axes, limits and reference lines."""
     dress(plot, theme)
     plot.update_xaxes(**_axis(x, theme))
     plot.update_yaxes(**_axis(y, theme))
@@ -28,8 +31,9 @@ def frame(plot: go.Figure, x: Axis, y: Axis, theme: Theme, rules: tuple[Rule, ..
 
 
 def _rule(plot: go.Figure, rule: Rule, axis: Axis, theme: Theme) -> None:
-    """A line across the panel with its name at the end; on a log axis notes, unlike lines, are
-    placed by logarithm.
+    """A line across the panel with its name at the end.
+
+    On a log axis notes, unlike lines, are placed by logarithm.
     """
     other = "y" if rule.axis == "x" else "x"
     line = {"color": theme.muted, "width": 1.2, "dash": "5px,3px"}
@@ -96,6 +100,7 @@ def whole_ticks(values: Sequence[Array]) -> dict[str, Any]:
 
 
 def dress(plot: go.Figure, theme: Theme) -> None:
+    """Give a plot the colours, fonts and margins of a theme."""
     plot.update_layout(
         template="none",
         height=HEIGHT,
@@ -113,6 +118,7 @@ def dress(plot: go.Figure, theme: Theme) -> None:
 
 
 def interval_of(low: Array | None, high: Array | None) -> Array | None:
+    """Bounds as plotly takes them for hover texts, (points, 2); None without an interval."""
     return (
         None
         if low is None or high is None
@@ -121,6 +127,7 @@ def interval_of(low: Array | None, high: Array | None) -> Array | None:
 
 
 def range_text(interval: bool) -> str:
+    """The part of a hover text that says the interval."""
     return " [%{customdata[0]:.4g}, %{customdata[1]:.4g}]" if interval else ""
 
 

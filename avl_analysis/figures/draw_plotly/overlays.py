@@ -1,5 +1,6 @@
-"""Pictures on the screen: patches of attention or of classes over them, outlines, and animations
-with a slider.
+"""Pictures on the screen.
+
+Patches of attention or of classes over them, outlines, and animations with a slider.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from avl_analysis.figures.spec import Animation, Box, Overlay
 
 
 def draw_overlay(panel: Overlay, theme: Theme) -> go.Figure:
+    """An image with its patches and outlines as a plot."""
     height, width = panel.picture.shape[:2]
     plot = go.Figure()
     if panel.patches is not None:
@@ -128,6 +130,7 @@ def _box(plot: go.Figure, box: Box) -> None:
 
 
 def draw_animation(panel: Animation, theme: Theme) -> go.Figure:
+    """Overlays over time as a plot with a slider and a play button."""
     plot = draw_overlay(panel.frames[0], theme)
     plot.frames = [
         go.Frame(
