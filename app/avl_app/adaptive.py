@@ -16,7 +16,7 @@ import avl
 from avl.policies import registry
 from avl_analysis.evaluation.policy_files import load_evidence, load_policy, named_policy
 from avl_app import state
-from avl_app.page import plain, problem
+from avl_app.page import problem
 from avl_app.sent import sent_files
 from avl_app.uploads import from_bytes
 
@@ -186,10 +186,29 @@ def by_controls() -> avl.Policy | None:
         try:
             policy = from_state()
         except (TypeError, ValueError) as error:
-            problem(f"These settings contradict each other: {error}.")
+            problem(f"These settings contradict each other: {_contradiction() or error}.")
             return None
-        st.caption(plain(repr(policy)))
+        st.code(repr(policy), language=None, wrap_lines=True)
         return policy
+
+
+def _contradiction() -> str:
+    """What is wrong with the controls, in their own names; empty if it is something else."""
+    held, read = float(state.get("secondary")), float(state.get("core"))
+    passed = float(state.get("prefill"))
+    if state.get("use_core") and read > held:
+        return (
+            f"the image keys read at ordinary steps (C = {read:g}) are more than those held whole"
+            f" (S = {held:g}); lower C, raise S, or switch the core off"
+        )
+    if passed < 1 and held > passed:
+        return (
+            f"the image keys held whole (S = {held:g}) are more than the prefill filter passes on"
+            f" (P = {passed:g}); lower S or raise P"
+        )
+    if held == 0 and state.get("cold") == "dropped":
+        return "no image key is held (S = 0) and those that are not held are dropped"
+    return ""
 
 
 def present() -> avl.Policy:

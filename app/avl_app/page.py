@@ -53,6 +53,16 @@ def plain(text: str) -> str:
     return _MARKUP.sub(r"\\\1", parted)
 
 
+def prose(text: str) -> str:
+    """A message of the toolkit for places that read Markdown: what stands between backticks is set
+    as code, all else as it is.
+    """
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # a backtick that closes nothing
+        return plain(text)
+    return "".join(f"`{part}`" if number % 2 else plain(part) for number, part in enumerate(parts))
+
+
 def shown_token(token: str) -> str:
     """A token's text such that one sees there is one, for places that read Markdown."""
     return plain(visible(token))

@@ -116,7 +116,8 @@ def _others() -> dict[str, avl.Policy]:
     )
     found = {names[name]: at_budget(name, float(state.get("budget"))) for name in picked}
     try:
-        found |= written(str(state.get("more")))
+        for name, policy in written(str(state.get("more"))).items():
+            found[f"{name} (as written)" if name in found else name] = policy
     except InputError as error:
         problem(error)
     if len(found) > MOST_RIVALS:
@@ -139,4 +140,7 @@ def written(text: str) -> dict[str, avl.Policy]:
             f"{files[0]} is a file on the server; choose the preset “{adaptive.OWN[adaptive.FILE]}”"
             " and send it"
         )
-    return {part: named_policy(part) for part in parts}
+    try:
+        return {part: named_policy(part) for part in parts}
+    except InputError as error:  # a file would have to lie on the server
+        raise InputError(str(error).removesuffix(", or name a .json file")) from error

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from avl_analysis.errors import InputError
+
 if TYPE_CHECKING:
     from avl_analysis.evaluation.comparison import Comparison
+    from avl_analysis.heads.ablation import Ablation
     from avl_analysis.recordings.recording import Recording
+    from avl_reports.frontiers import Frontier
     from avl_reports.run import Section
 
 
@@ -26,8 +30,39 @@ def figures() -> dict[str, str]:
     return {module.__name__.rpartition(".fig_")[2]: str(module.QUESTION) for module in FIGURES}
 
 
-def section(recording: Recording, name: str, comparison: Comparison | None = None) -> Section:
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What else was measured of the model, beside a recording.
+
+    Attributes:
+        comparison: policies compared on many questions.
+        ablations: what switching heads off changed.
+        frontier: quality against bytes over many budgets.
+    """
+
+    comparison: Comparison | None = None
+    ablations: tuple[Ablation, ...] = ()
+    frontier: Frontier | None = None
+
+
+def fitting(recording: Recording, measured: Measured) -> tuple[Measured, str]:
+    """What can stand beside a recording, and why the rest cannot: it is of another model."""
+    from avl_reports.run import Run
+
+    try:
+        Run(recording, measured.comparison, measured.ablations, measured.frontier)
+    except InputError as error:
+        return Measured(), str(error)
+    return measured, ""
+
+
+def section(recording: Recording, name: str, measured: Measured | None = None) -> Section:
     """One figure of the report of a recording.
+
+    Args:
+        recording: what the figure is drawn from.
+        name: one of `figures`.
+        measured: what else was measured of the same model.
 
     Raises:
         NotMeasured: the recording cannot answer it; the message says what is missing.
@@ -36,7 +71,9 @@ def section(recording: Recording, name: str, comparison: Comparison | None = Non
 
     from avl_reports.run import Run
 
-    made: Section = import_module(f"avl_reports.fig_{name}").section(Run(recording, comparison))
+    more = measured or Measured()
+    run = Run(recording, more.comparison, more.ablations, more.frontier)
+    made: Section = import_module(f"avl_reports.fig_{name}").section(run)
     return made
 
 
@@ -63,20 +100,29 @@ def build_report(
     recording: Recording,
     title: str,
     progress: Callable[[int, int, str], None],
-    comparison: Comparison | None = None,
+    measured: Measured | None = None,
 ) -> Built:
-    """The report of a recording, with the policies of a comparison where there is one.
+    """The report of a recording, with what else was measured of the same model.
+
+    Args:
+        recording: what the report is about.
+        title: heading; by default it names the model.
+        progress: called with (parts done, parts in all, name of the next part).
+        measured: comparison, ablations and frontier.
 
     Raises:
         InputError: the recording answers none of the report's questions.
     """
     from avl_reports.build import build
 
+    more = measured or Measured()
     with tempfile.TemporaryDirectory() as folder:
         made = build(
             recording,
             Path(folder) / "report",
-            comparison=comparison,
+            comparison=more.comparison,
+            ablations=more.ablations,
+            frontier=more.frontier,
             title=title,
             progress=progress,
         )

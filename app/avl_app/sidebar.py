@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avl_analysis.errors import InputError
-from avl_app import examples, state
+from avl_app import examples, history, state
 from avl_app.data import ModelServer, Question
 from avl_app.page import plain, problem, short_names
 from avl_app.pictures import Picture
@@ -50,6 +50,7 @@ def show(given: Settings, bench: ModelServer) -> Question | None:
                 help="Answers are remembered; asking again is immediate.",
             )
         _more(given)
+        listed = st.container()
     # Said in the page rather than here: on a telephone the sidebar is closed.
     if model not in given.models:
         allowed(model, given)
@@ -65,7 +66,36 @@ def show(given: Settings, bench: ModelServer) -> Question | None:
             f"The question has {len(prompt)} characters; at most {state.MOST_TEXT} are accepted:"
             " shorten it"
         )
-    return Question(model, picture, prompt, int(state.get("longest")))
+    question = Question(model, picture, prompt, int(state.get("longest")))
+    history.note(question)
+    with listed:
+        history.show(question)
+        _card(bench, question)
+    return question
+
+
+def _card(bench: ModelServer, question: Question) -> None:
+    """What the model is, once it is in memory."""
+    vlm = bench.loaded(question.model)
+    if vlm is None:
+        return
+    with st.expander("About this model"):
+        config = vlm.model.config.get_text_config()
+        weights = next(vlm.model.parameters())
+        facts = {
+            "class": type(vlm.model).__name__,
+            "decoder layers": config.num_hidden_layers,
+            "query heads": config.num_attention_heads,
+            "key/value heads": getattr(config, "num_key_value_heads", None),
+            "parameters": f"{sum(p.numel() for p in vlm.model.parameters()):,}",
+            "numbers": str(weights.dtype).removeprefix("torch."),
+            "device": str(weights.device),
+        }
+        seen = bench.known("observation", question)
+        if seen is not None:
+            facts["image tokens here"] = int((seen.image >= 0).sum())
+        lines = [f"{name}: **{plain(str(value))}**" for name, value in facts.items() if value]
+        st.markdown("  \n".join(lines))
 
 
 def _model(given: Settings) -> str:

@@ -94,7 +94,8 @@ def from_bytes(read: Callable[[Path], Result], data: bytes, name: str) -> Result
     """
     with tempfile.TemporaryDirectory() as folder:
         netcdf = name.lower().endswith(".nc")
-        path = Path(folder) / ("sent.nc" if netcdf else "sent.json")
+        suffix = Path(name).suffix.lower()
+        path = Path(folder) / f"sent{suffix if suffix in ('.nc', '.jsonl') else '.json'}"
         path.write_bytes(data)
         try:
             if netcdf:

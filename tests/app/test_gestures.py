@@ -267,3 +267,62 @@ def test_an_own_picture_is_kept_while_an_example_is_looked_at() -> None:
     assert errors(test) == []
     assert len(test.pills(key="token").options) <= 2
     assert any("red" in caption.value for caption in test.caption)
+
+
+# -- questions of a visit -------------------------------------------------------------------------
+
+
+def test_questions_are_listed_asked_again_and_set_beside_each_other() -> None:
+    test = page(**ONE_WORD)
+    test.selectbox(key="task").set_value("ocr").run()
+    assert any("Asked before" in e.label for e in test.expander)
+    test.selectbox(key="beside").select_index(1).run()
+    assert errors(test) == []
+    assert any(c.value.endswith("in both.") for c in test.caption)
+    test.selectbox(key="beside").select_index(0).run()
+    next(b for b in test.button if b.key == "history_0").click().run()
+    assert errors(test) == []
+    assert test.session_state["task"] == "colour"
+    assert address(test, "task") == "colour"
+
+
+def test_the_model_says_what_it_is() -> None:
+    test = page(**ONE_WORD)
+    test.run()
+    card = next(m.value for m in test.markdown if "decoder layers" in m.value)
+    assert "query heads: **6**" in card
+    assert "image tokens here: **144**" in card
+
+
+# -- messages -------------------------------------------------------------------------------------
+
+
+def test_settings_that_contradict_each_other_are_named_as_their_controls() -> None:
+    test = page(view="live", **ONE_WORD, preset="custom", secondary="0.2", core="0.5")
+    assert "(C = 0.5)" in errors(test)[0].replace("\\", "")
+    assert "core=None" not in errors(test)[0]
+
+
+def test_the_box_for_policies_does_not_ask_for_files() -> None:
+    test = page(view="live", **ONE_WORD, more="nonsense")
+    assert len(errors(test)) == 1
+    assert "json" not in errors(test)[0]
+
+
+def test_figures_that_need_more_say_what_to_do_here() -> None:
+    for name, words in (
+        ("policies", "Benchmark"),
+        ("ablation", "avl ablate"),
+        ("frontier", "Send"),
+    ):
+        test = page(view="patterns", **ONE_WORD, pattern=name)
+        assert errors(test) == []
+        assert any(words in info.value for info in test.info), name
+        assert not any("`" in info.value.replace("\\`", "") for info in test.info)
+    assert page(view="patterns", **ONE_WORD, pattern="ablation").file_uploader
+
+
+def test_one_answer_is_not_said_to_have_intervals() -> None:
+    test = page(view="patterns", **ONE_WORD, pattern="modality")
+    caption = next(c.value for c in test.caption if "n \\=" in c.value or "n =" in c.value)
+    assert "interval" not in caption

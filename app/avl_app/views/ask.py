@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import streamlit as st
 
@@ -11,7 +13,7 @@ from avl_analysis.figures import Box, Figure, looks
 from avl_analysis.live import FOCUS, Focus, Observation
 from avl_analysis.scenes import Sample
 from avl_analysis.scenes.drawing import SIDE
-from avl_app import code, state
+from avl_app import code, history, state
 from avl_app.examples import asked_scene
 from avl_app.page import (
     Context,
@@ -47,6 +49,62 @@ def show(context: Context) -> None:
         with st.container(key="ask_words"):
             _words(seen, step, layer, head)
         _over_answer(context, seen, layer, head)
+        _beside(context, seen, step, layer, head)
+
+
+def _beside(
+    context: Context, seen: Observation, step: int, layer: int | None, head: int | None
+) -> None:
+    """Another question of this visit beside the present one, on one scale: two pictures, or two
+    questions about one.
+
+    Args:
+        seen: the present answer, watched.
+        step: number of its chosen token.
+        layer, head: the chosen ones, for both; None for the mean.
+    """
+    known = [q for q in history.others(context.question) if q.model == context.question.model]
+    if not known:
+        return
+    names = dict(zip(known, history.titles(known), strict=True))
+    other = st.selectbox(
+        "Set beside it",
+        [None, *known],
+        key="beside",
+        format_func=lambda q: "no other question" if q is None else names[q],
+    )
+    if other is None:
+        return
+    twin = observe(replace(context, question=other))
+    words = twin.answer.words[: twin.steps]
+    if not words:
+        st.info("The model ended that answer at once, without a word.", icon=":material/info:")
+        return
+    labels = distinct([shown_token(word) for word in words])
+    chosen = st.pills(
+        "Tokens of the other answer",
+        range(len(words)),
+        default=min(twin.most_telling[0], len(words) - 1),
+        format_func=labels.__getitem__,
+        required=True,
+        key=f"beside_token_{hash(other)}",
+    )
+    shown = [(context.question, seen, step), (other, twin, int(chosen or 0))]
+    tops = [
+        float(np.nanmax(one.look(at, layer, head)[one.image == 0], initial=1e-6))
+        for _, one, at in shown
+    ]
+    for number, (column, (question, one, at)) in enumerate(zip(st.columns(2), shown, strict=True)):
+        with column:
+            word = shown_token(one.answer.words[at])
+            st.markdown(f"**{plain(question.prompt)}** → {plain(one.answer.text)}  \n“{word}”")
+            if one.drawable:
+                pixels = question.picture.pixels
+                look = one.on_image(one.look(at, layer, head))
+                height = picture_height(pixels, 420)
+                overlay = looks.token_overlay(pixels, look, top=max(tops))
+                plot(overlay, f"beside{number}", height=height)
+    st.caption(f"Full amber: {max(tops):.1%} of all attention, in both.")
 
 
 def _words(seen: Observation, step: int, layer: int | None, head: int | None) -> None:

@@ -10,16 +10,17 @@ import streamlit as st
 
 from avl_analysis.corpus.questions import scene_samples
 from avl_analysis.errors import InputError
-from avl_analysis.evaluation.comparison import Comparison
 from avl_analysis.figures import Animation, Overlay
+from avl_analysis.heads.ablation import load_ablation
 from avl_analysis.recordings.recording import Recording, load_recording
 from avl_app import code, state
-from avl_app.page import Context, keep, plain, plot
-from avl_app.reporting import figures, section
+from avl_app.page import Context, keep, plain, plot, prose
+from avl_app.reporting import Measured, figures, fitting, section
 from avl_app.sent import sent_files
 from avl_app.uploads import from_bytes
 from avl_app.views.ask import observe
 from avl_reports.findings import Finding, Verdict
+from avl_reports.frontiers import load_frontier
 from avl_reports.run import NotMeasured, Section
 
 _HERE, _SCENES, _FILE = state.RECORDINGS
@@ -54,13 +55,58 @@ def show(context: Context) -> None:
         required=True,
         wrap=True,
     )
+    if str(name) in _FURTHER:
+        _send_further(str(name))
+    measured, wrong = fitting(recording, further())
+    if wrong:
+        st.info(f"Left out: {prose(wrong)}.", icon=":material/info:")
     try:
-        made = _made(recording, str(name), st.session_state.get("comparison"))
+        made = _made(recording, str(name), measured)
         _section(made)
         keep(made.figure, code.pattern(_source(context), str(name)), "pattern")
     except NotMeasured as error:
         st.markdown(f"#### {plain(questions[str(name)])}")
-        st.info(f"This figure cannot be drawn here: {plain(str(error))}.", icon=":material/info:")
+        reason = _HINTS.get(str(name)) if not wrong else None
+        said = reason or f"This figure cannot be drawn here: {prose(str(error))}."
+        st.info(said, icon=":material/info:")
+
+
+_FURTHER = {
+    "ablation": ("What switching heads off changed, made by avl ablate (.json)", "json"),
+    "frontier": ("Quality against bytes, made by avl frontier (.jsonl)", "jsonl"),
+}
+"""Figures that need a file of their own: what is asked for, and the ending of its name."""
+_HINTS = {
+    "policies": "Policies are compared in Benchmark: press Compare there, or load a comparison, and"
+    " this figure shows it.",
+    "ablation": "Send the file that avl ablate wrote for this model.",
+    "frontier": "Send the file that avl frontier wrote for this model.",
+}
+"""What to do here where a report names the command line."""
+
+
+def _send_further(name: str) -> None:
+    """Take the file that a figure needs."""
+    label, ending = _FURTHER[name]
+
+    def read(files: Mapping[str, bytes]) -> object:
+        sent, data = next(iter(files.items()))
+        if name == "ablation":
+            return from_bytes(load_ablation, data, sent)
+        return from_bytes(load_frontier, data, sent)
+
+    sent_files(label, [ending], read, key=f"{name}_file", most_megabytes=50)
+
+
+def further() -> Measured:
+    """What this visitor has measured or sent beside recordings."""
+    ablation = st.session_state.get("ablation_file_held")
+    frontier = st.session_state.get("frontier_file_held")
+    return Measured(
+        st.session_state.get("comparison"),
+        () if ablation is None else (ablation.value,),
+        None if frontier is None else frontier.value,
+    )
 
 
 def _source(context: Context) -> str:
@@ -73,13 +119,14 @@ def _source(context: Context) -> str:
     return code.recorded(context.question)
 
 
-def _made(recording: Recording, name: str, comparison: Comparison | None) -> Section:
+def _made(recording: Recording, name: str, measured: Measured) -> Section:
     """A figure of this recording, made once per visitor."""
     held = st.session_state.get("sections")
-    if held is None or held[0] is not recording or held[1] is not comparison:
-        held = st.session_state["sections"] = (recording, comparison, {})
+    parts = (measured.comparison, *measured.ablations, measured.frontier)
+    if held is None or held[0] is not recording or held[1] != tuple(map(id, parts)):
+        held = st.session_state["sections"] = (recording, tuple(map(id, parts)), {})
     if name not in held[2]:
-        held[2][name] = section(recording, name, comparison)
+        held[2][name] = section(recording, name, measured)
     made: Section = held[2][name]
     return made
 

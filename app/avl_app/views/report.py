@@ -8,9 +8,9 @@ import streamlit as st
 
 from avl_analysis.errors import InputError
 from avl_analysis.recordings.recording import Recording
-from avl_app.page import Context, plain, problem
-from avl_app.reporting import Built, build_report, figures
-from avl_app.views.patterns import choose_recording
+from avl_app.page import Context, plain, problem, prose
+from avl_app.reporting import Built, build_report, figures, fitting
+from avl_app.views.patterns import choose_recording, further
 
 _PREVIEW_HEIGHT = 900
 _ICON = ":material/description:"
@@ -43,7 +43,9 @@ def show(context: Context) -> None:
 
 def _build(recording: Recording, title: str) -> Built | None:
     """Build with progress; any click stops it."""
-    comparison = st.session_state.get("comparison")
+    measured, wrong = fitting(recording, further())
+    if wrong:
+        st.info(f"Left out: {prose(wrong)}.", icon=":material/info:")
     with st.status("Building the report", expanded=True) as status:
         bar = st.progress(0.0, text="starting")
         try:
@@ -53,7 +55,7 @@ def _build(recording: Recording, title: str) -> Built | None:
                 lambda done, total, part: bar.progress(
                     min(done / max(total, 1), 1.0), text=f"drawing {part}"
                 ),
-                comparison,
+                measured,
             )
         except InputError as error:
             status.update(label="No report", state="error")
@@ -80,6 +82,6 @@ def _offer(built: Built) -> None:
     if built.missing:
         with st.expander(f"Could not be drawn from this recording: {len(built.missing)}"):
             for name, reason in built.missing.items():
-                st.markdown(f"**{plain(name.removeprefix('fig_'))}**: {plain(reason)}")
+                st.markdown(f"**{plain(name.removeprefix('fig_'))}**: {prose(reason)}")
     if st.toggle("Preview", value=True, key="preview"):
         st.iframe(built.page.decode("utf-8"), height=_PREVIEW_HEIGHT, alt="preview of the report")
