@@ -155,13 +155,13 @@ def by_controls() -> avl.Policy | None:
                 help="0: no core",
             )
             st.toggle(
-                "A refresh reads the new core alone",
+                "Refresh reads the core only",
                 key="sparse_refresh",
                 on_change=_own,
                 disabled=not on,
             )
             drift = st.toggle(
-                "Refresh when the core drifts instead",
+                "Refresh on drift instead",
                 key="use_drift",
                 on_change=_own,
                 disabled=not on,

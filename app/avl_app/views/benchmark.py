@@ -29,7 +29,7 @@ _LIVE = "live"
 _WHAT = """
 What a comparison shows, for every policy beside the full cache:
 
-| | |
+| measure | what it says |
 |---|---|
 | **answers that are right** | share of questions with a known answer; what a user notices |
 | **KL(full \\|\\| policy)** | how far next-token probabilities move along the full cache's answer |
@@ -69,9 +69,8 @@ def show(context: Context) -> None:
     else:
         ask = _scenes() if source == _SCENES else _own(context)
         chosen = _policies()
-        hint = "Any other click stops it."
         if (
-            st.button("Compare", type="primary", disabled=ask is None or not chosen, help=hint)
+            st.button("Compare", type="primary", disabled=ask is None or not chosen)
             and ask is not None
         ):
             st.session_state["comparison"] = _run(context, ask, chosen)

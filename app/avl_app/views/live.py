@@ -311,7 +311,8 @@ def _patches(context: Context, seen: Observation, answers: dict[str, Answer]) ->
         )
         return
     st.markdown("**What happens to every patch**: choose a layer, move the step, or let it play")
-    first, second, third = st.columns([2, 2, 1], vertical_alignment="bottom")
+    first, second, fourth, third = st.columns([2, 2, 2, 1], vertical_alignment="bottom")
+    fourth.slider("Opacity of the patches", 0.0, 1.0, step=0.05, key="opacity")
     names = list(answers)
     if st.session_state.get("drawn_policy") not in names:
         st.session_state["drawn_policy"] = names[0]
@@ -352,6 +353,7 @@ def _player(context: Context, seen: Observation, said: Answer, layer: int, playi
         plot(
             looks.states_overlay(context.question.picture.pixels, seen.on_image(codes)),
             "states",
+            opacity=float(state.get("opacity")),
             height=420,
         )
     with right:
