@@ -88,7 +88,8 @@ def test_every_caption_says_n_model_and_interval(report):
     for section in report.sections:
         caption = (report.folder / "figures" / f"{section.figure.name}.txt").read_text("utf-8")
         assert re.search(
-            r"n = \d+ samples?; model: made-up; 95 % BCa bootstrap intervals over samples\.",
+            r"n = 1 sample; model: made-up\."
+            r"|n = \d+ samples; model: made-up; 95 % BCa bootstrap intervals over samples\.",
             caption,
         )
 
