@@ -114,11 +114,11 @@ def test_a_preset_is_what_it_says_and_its_controls_show_it() -> None:
     assert test.slider(key="secondary").value == 0.0
     assert test.selectbox(key="cold").value == "4"
     assert not test.toggle(key="use_text").value
-    shown = [c.value.replace("\\", "") for c in test.caption if "AdaptivePolicy" in c.value]
+    shown = [c.value for c in test.code if c.value.startswith("AdaptivePolicy")]
     assert shown == [repr(policy_files.named_policy("a-vl-cold"))]
     test.selectbox(key="cold").set_value("2").run()
     assert test.session_state["preset"] == "custom"
-    shown = [c.value.replace("\\", "") for c in test.caption if "AdaptivePolicy" in c.value]
+    shown = [c.value for c in test.code if c.value.startswith("AdaptivePolicy")]
     assert shown == [
         repr(avl.AdaptivePolicy(secondary=0.0, core=None, refresh_every=0, text=None, cold=2))
     ]
