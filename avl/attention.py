@@ -123,6 +123,7 @@ def attention_logits(
     """Masked, scaled query-key products of some rows, before the softmax.
 
     Args:
+        call: the attention call.
         rows: which query rows.
         keys: only the first `keys` keys (the rest must be invisible to these rows, e.g. a causal
             future).

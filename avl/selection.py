@@ -42,6 +42,8 @@ def between(order: Tensor, first: Sequence[int], last: Sequence[int]) -> Tensor:
     -1 in front of shorter rows.
 
     Args:
+        first: first entry of each row.
+        last: entry behind the last of each row.
         order: (batch, heads, n) as `best` returns it.
 
     Returns:
@@ -63,6 +65,8 @@ def newest_and_best(
     """The `recent[b]` newest keys of row b, and the best-scored of the others, `counts[b]` in all.
 
     Args:
+        counts: keys to keep of each row.
+        recent: how many of these are the newest ones.
         scores: (batch, heads, keys), -inf at keys that do not compete.
         positions: (batch, 1 or heads, keys) sequence index of each key.
 
@@ -84,6 +88,7 @@ def members(mask: Tensor, width: int) -> Tensor:
     """Indices of the True entries in ascending order, -1 in front of rows with fewer than `width`.
 
     Args:
+        width: number of keys, the last axis of the result.
         mask: (batch, heads, keys) bool, at most `width` True per row.
     """
     rank = torch.where(mask, torch.arange(1, mask.shape[-1] + 1, device=mask.device), 0)

@@ -139,7 +139,7 @@ class Estimate(Generic[Values]):
 
 
 def _without_minus_zero(text: str) -> str:
-    """ "-0.0" as "0.0"."""
+    """A number that rounds to zero, without its sign: "0.0" for "-0.0"."""
     return text.lstrip("-") if not text.strip("-0.") else text
 
 

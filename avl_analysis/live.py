@@ -416,6 +416,9 @@ def disagreement(
     """Feed a policy and the full cache the same tokens and compare their predictions.
 
     Args:
+        vlm: a loaded model.
+        sample: the question.
+        policy: what is compared with the full cache.
         reference: token ids of the full cache's own answer.
     """
     full, other = (_predictions(vlm, sample, which, reference) for which in (None, policy))

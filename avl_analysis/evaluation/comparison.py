@@ -423,6 +423,9 @@ def build(
     """The comparison of what was measured.
 
     Args:
+        samples: the questions, in the order of the result.
+        policies: name -> policy.
+        attrs: where the comparison comes from.
         facts: sample index -> what does not depend on the policy (full_text, full_tokens,
             prompt_tokens).
         results: (policy, sample index) -> values by variable name, or an object with a `reason`.

@@ -70,6 +70,10 @@ def generate(
     """Greedy answers to a batch of samples.
 
     Args:
+        vlm: a loaded model.
+        samples: questions of one batch.
+        on_logits: called after every pass.
+        time_attention: whether attention is timed apart, which costs time itself.
         policy: None leaves the model as it is, with its stock cache.
         max_new_tokens: longest answer, in tokens.
         forced: tokens of each row to follow instead of the model's own choice.

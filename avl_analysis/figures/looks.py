@@ -69,7 +69,8 @@ def token_strip(
 
     Args:
         tokens: text of every position of prompt and answer, also of what the model has not read.
-        values, modality: (positions read,) attention, and 0 system, 1 image, 2 text.
+        values: (positions read,) attention.
+        modality: (positions read,) 0 system, 1 image, 2 text.
         prompt: number of prompt positions; what follows is the answer.
         marked: position of the token that was being produced.
     """
@@ -103,6 +104,9 @@ def fidelity_strip(
     """An answer of the full cache, shaded by how far a policy's prediction is from it.
 
     Args:
+        name: of the policy.
+        words: the answer, one text a token.
+        slot: colour slot of the policy.
         kl: (tokens,) divergence in nats; `UNLIKE` is drawn at full strength.
         other: place -> token the policy prefers, where it prefers another one.
     """

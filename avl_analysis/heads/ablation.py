@@ -185,6 +185,11 @@ def plan(
     All there are, if fewer.
 
     Args:
+        of_kind: the heads of the kind.
+        others: all other heads.
+        kind: its name.
+        draws: most random sets.
+        seed: of the draws.
         same_layers: take equally many of both from every layer.
 
     Raises:

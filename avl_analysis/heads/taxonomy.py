@@ -81,6 +81,8 @@ def matrix(recording: Recording, chosen: Measure, step: int | None = None) -> Ma
     """(layers, heads) values.
 
     Args:
+        recording: holds the statistic.
+        chosen: which number.
         step: one token's value (0 is the first answer token) where the statistic has steps; None
             for the mean.
     """
@@ -105,6 +107,7 @@ def kinds(recording: Recording, score: Matrix | None = None) -> NDArray[np.str_]
     """(layers, heads) of `KINDS`, by the thresholds above.
 
     Args:
+        recording: holds the statistics that tell heads apart.
         score: (layers, heads) visual-head score, NaN where unknown; None where nothing is known
             about regions, and then no head is scanning.
 

@@ -88,10 +88,10 @@ class VLM:
         system: str | None = None,
         history: Sequence[tuple[str, str]] | None = None,
     ) -> BatchFeature:
-        """Model inputs for one prompt, or for a batch of prompts padded on the left.
+        r"""Model inputs for one prompt, or for a batch of prompts padded on the left.
 
         The chat template is applied where the processor has one; otherwise the plain form
-        `<image>\\nprompt` is used. Pictures come first in the conversation, unless the prompts
+        `<image>\nprompt` is used. Pictures come first in the conversation, unless the prompts
         themselves say where each belongs by containing the processor's image placeholder (`<image>`
         for LLaVA) exactly as often as there are pictures.
 

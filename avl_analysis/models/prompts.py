@@ -37,10 +37,10 @@ class Conversation:
 
 
 def render(processor: Any, conversation: Conversation) -> str:
-    """The text for the processor: its chat template applied, or the plain form where it has none.
+    r"""The text for the processor: its chat template applied, or the plain form where it has none.
 
     The plain form is one line per picture (the placeholder), question and answer:
-    `<image>\\nprompt`.
+    `<image>\nprompt`.
 
     Raises:
         InputError: empty prompt, placeholders that do not match the pictures, templates that refuse

@@ -239,6 +239,7 @@ class Recording:
         """Remember facts about a sample: prompt, answer, task, boxes, ... (anything JSON can hold).
 
         Args:
+            **facts: name -> value.
             sample: name, or place in `samples` (default: the latest).
 
         Raises:

@@ -39,6 +39,7 @@ def by_age(block: Tensor, query_rank: Tensor, key_rank: Tensor) -> Tensor:
     """Sums of a block over equal ages.
 
     Args:
+        key_rank: rank of every key.
         block: (heads, rows, keys) float32, zero wherever it should not count; ages below 0 must be
             zero.
         query_rank: (rows,); key_rank: (key sets, keys).

@@ -117,8 +117,11 @@ def build(
     """Write the report of a recording into the folder `out`, which is made if needed.
 
     Args:
-        comparison, ablations, frontier: what else was measured of the same model; a figure without
-            its numbers is left out.
+        recording: at least one sample.
+        out: the folder.
+        comparison: policies against the full cache; figures without their numbers are left out.
+        ablations: heads of the same model silenced.
+        frontier: accuracy of the same model against bytes.
         beside: another recording, to be shown to the right of the first one, panel by panel.
         names: files of the two, which name them where their models and policies are the same.
         title: heading of the page; by default it names the model.

@@ -74,6 +74,9 @@ def choose_sets(
     0 minor, 1 secondary, 2 core.
 
     Args:
+        secondary: share of image tokens held.
+        core: share of image tokens read at every step.
+        refresh: decode steps between refreshes.
         scores: (steps, tokens), step 0 the last prompt row.
 
     The best `int(secondary * N)` of step 0 are held; the best `int(core * N)` of those are core. At

@@ -37,6 +37,7 @@ def render(
     """The page as text. Everything it offers lies inside it, so it can be moved and sent alone.
 
     Args:
+        run: what was measured.
         sections: name of the module that drew it -> section, in the order of the page.
         missing: name of a module -> why it drew nothing.
         title: heading; by default it names the model.
