@@ -132,15 +132,29 @@ def _round_alike(codes, numbers, low, step, most):
 
 
 @exact
-def _pack(stored, codes, bits):
-    """Write codes, several to a byte; neighbouring channels lie in neighbouring bytes."""
-    width = stored.shape[0]
-    for byte in range(width):
+def _add_shifted(target, codes, factor):
+    for byte in range(target.shape[0]):
+        target[byte] += codes[byte] * factor
+
+
+@exact
+def _to_bytes(stored, codes):
+    for byte in range(stored.shape[0]):
         stored[byte] = uint8(int32(codes[byte]))
+
+
+@exact
+def _pack(stored, codes, bits):
+    """Write codes, several to a byte; neighbouring channels lie in neighbouring bytes.
+
+    The codes of a byte are added up as numbers in `codes`, exactly: numba shifts by a number that
+    is not known when it compiles in 64 bits, which takes several times as long.
+    """
+    width = stored.shape[0]
     for place in range(1, 8 // bits):
         part = codes[place * width : (place + 1) * width]
-        for byte in range(width):
-            stored[byte] |= uint8(int32(part[byte]) << int32(bits * place))
+        _add_shifted(codes[:width], part, float32(1 << (bits * place)))
+    _to_bytes(stored, codes[:width])
 
 
 @exact

@@ -49,9 +49,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import avl
 from avl.hooks import attached
-from tests.benchmarks.machine import environment
+from tests.benchmarks.machine import PROCESSOR_TIME, environment
 from tests.benchmarks.variants import MaskedStep, SlicedStep, kv_bytes
 
+CLOCK: Callable[[], float] = time.perf_counter
 IMAGE, SYSTEM, QUESTION = 5, 17, 47
 POLICY = avl.AdaptivePolicy()
 PRESET = avl.AdaptivePolicy.with_cold_tier()
@@ -211,11 +212,11 @@ class Runner:
     def step(self, token: Tensor) -> float:
         """Run a decode step; returns the seconds it took as a whole."""
         self.synchronize()
-        begin = time.perf_counter()
+        begin = CLOCK()
         with torch.no_grad():
             self.model(input_ids=token, past_key_values=self.cache, logits_to_keep=1)
         self.synchronize()
-        return time.perf_counter() - begin
+        return CLOCK() - begin
 
     def synchronize(self) -> None:
         if self.setting.device != "cpu":
@@ -229,12 +230,12 @@ class Runner:
                 return function(*args, **kwargs)
             self._running = True
             self.synchronize()
-            begin = time.perf_counter()
+            begin = CLOCK()
             try:
                 return function(*args, **kwargs)
             finally:
                 self.synchronize()
-                self.seconds += time.perf_counter() - begin
+                self.seconds += CLOCK() - begin
                 self._running = False
 
         return wrapper
@@ -358,11 +359,11 @@ def bandwidth(dtype: torch.dtype, device: str) -> float:
     for _ in range(7):
         if device != "cpu":
             torch.cuda.synchronize()
-        begin = time.perf_counter()
+        begin = CLOCK()
         target.copy_(source)
         if device != "cpu":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
+        times.append(CLOCK() - begin)
     return 2 * source.nbytes / min(times)
 
 
@@ -390,7 +391,7 @@ def settings(arguments: argparse.Namespace) -> list[Setting]:
     if arguments.quick:
         return [Setting(8, 1, 1, "float32", arguments.device, heads=8, width=64, layers=1)]
     return [
-        Setting(kv_heads, images, batch, dtype, arguments.device)
+        Setting(kv_heads, images, batch, dtype, arguments.device, layers=arguments.layers)
         for dtype in arguments.dtype
         for kv_heads in arguments.kv_heads
         for images in arguments.images
@@ -438,10 +439,16 @@ def main() -> None:
     )
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--out", type=Path, help="write all numbers as JSON")
+    parser.add_argument("--processor-time", action="store_true", help=PROCESSOR_TIME)
+    parser.add_argument("--layers", type=int, default=2, help="decoder layers (default 2)")
     arguments = parser.parse_args()
+    if arguments.processor_time:
+        global CLOCK
+        CLOCK = time.process_time
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     facts = {**environment(arguments.device), "policy": repr(POLICY), "preset": repr(PRESET)}
+    facts["times"] = "of the processor" if arguments.processor_time else "elapsed"
     print("\n".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
     results = []
     for setting in settings(arguments):

@@ -11,6 +11,8 @@ import transformers
 
 from avl.kernels import backend_for
 
+PROCESSOR_TIME = "processor time of all threads instead of elapsed time, for a busy machine"
+"""What an option of this name does."""
 CPUINFO = Path("/proc/cpuinfo")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 """What decides how fast a processor multiplies float32 and bfloat16 numbers, as Linux names it."""

@@ -58,8 +58,9 @@ from transformers import (
 )
 
 from avl_analysis.capture.recorder import Recorder, record
-from tests.benchmarks.machine import environment
+from tests.benchmarks.machine import PROCESSOR_TIME, environment
 
+CLOCK: Callable[[], float] = time.perf_counter
 HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 32, 128, 4096, 11008
 NARROW = 256
 """Hidden and intermediate size of the layers in which memory is measured."""
@@ -152,6 +153,12 @@ class Taken:
     eager: float
 
 
+def use_clock(processor_time: bool) -> None:
+    """Measure elapsed time, or the processor time of all threads."""
+    global CLOCK
+    CLOCK = time.process_time if processor_time else time.perf_counter
+
+
 class Bench:
     """One prompt, run in the three ways."""
 
@@ -163,11 +170,11 @@ class Bench:
         self, model: LlavaForConditionalGeneration, **options: Any
     ) -> tuple[float, DynamicCache]:
         cache = DynamicCache(config=model.config.get_text_config())
-        start = time.perf_counter()
+        start = CLOCK()
         kept = model(
             **self.inputs, past_key_values=cache, use_cache=True, logits_to_keep=1, **options
         )
-        elapsed = time.perf_counter() - start
+        elapsed = CLOCK() - start
         del kept
         return elapsed, cache
 
@@ -196,9 +203,9 @@ class Bench:
             mask, ids = torch.cat([mask, mask.new_ones(1, 1)], 1), torch.tensor([[20 + token]])
             row = []
             for model, cache in (one, other):
-                start = time.perf_counter()
+                start = CLOCK()
                 model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-                row.append(time.perf_counter() - start)
+                row.append(CLOCK() - start)
             seconds.append((row[0], row[1]))
         return seconds[1:]
 
@@ -252,10 +259,17 @@ def without_mlps(*models: LlavaForConditionalGeneration) -> Iterator[None]:
 
 
 def decode_steps(
-    dtype: str, layers: int, length: int, steps: int, rounds: int, threads: int
+    dtype: str,
+    layers: int,
+    length: int,
+    steps: int,
+    rounds: int,
+    threads: int,
+    processor_time: bool,
 ) -> dict[str, float]:
     """Medians over the steps of all rounds; to be called in a process of its own."""
     keep_freed_memory()
+    use_clock(processor_time)
     torch.set_num_threads(threads)
     model = build(layers, DTYPES[dtype])
     model.set_attn_implementation("sdpa")
@@ -389,7 +403,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="decode steps per round (default 24)")
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
+    parser.add_argument("--processor-time", action="store_true", help=PROCESSOR_TIME)
     options = parser.parse_args()
+    use_clock(options.processor_time)
     if options.quick:
         options.prompts, options.dtypes, options.layers, options.rounds, options.steps = (
             [640],
@@ -400,7 +416,8 @@ def main() -> None:
         )
     if options.threads:
         torch.set_num_threads(options.threads)
-    print(json.dumps(environment()), flush=True)
+    facts = environment() | {"times": "processor" if options.processor_time else "elapsed"}
+    print(json.dumps(facts), flush=True)
     costs = []
     for dtype in options.dtypes:
         model = build(options.layers, DTYPES[dtype])
@@ -410,7 +427,12 @@ def main() -> None:
                 Bench(model, prompt(length, DTYPES[dtype])), options.rounds, options.warmup
             )
             times |= apart(
-                decode_steps, *setting, options.steps, options.rounds, torch.get_num_threads()
+                decode_steps,
+                *setting,
+                options.steps,
+                options.rounds,
+                torch.get_num_threads(),
+                options.processor_time,
             )
             sizes = apart(memory, *setting)
             cost = Cost(
