@@ -92,6 +92,9 @@ class QuantizedTier:
         """Store the chosen ones of `keys` and `values`, (batch, heads, keys, width).
 
         Args:
+            kind: bits of keys and values, 16, or "host".
+            keys: (batch, heads, keys, head dim).
+            values: (batch, heads, keys, head dim).
             positions: (batch, 1 or heads, keys).
             chosen: (batch, 1 or heads, n) indices, -1 (in front) for nothing.
             image: index sets of all image keys that are held anywhere, likewise.
@@ -141,8 +144,9 @@ class QuantizedTier:
         return self.moving if self.limits is None else [*self.moving, self.limits]
 
     def nbytes(self, *, host: bool) -> int:
-        """Bytes of keys and values on the model's device, or (`host`) in host memory beside another
-        device.
+        """Bytes of keys and values on the model's device.
+
+        With `host`, those in host memory beside another device.
         """
         return sum(t.nbytes for t in self.tensors() if (t.device != self.device) == host)
 
@@ -155,8 +159,9 @@ class QuantizedTier:
     # -- reading and exchanging --------------------------------------------------------------------
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all slots, (batch, heads, n, width), in the model's precision; empty
-        slots are finite.
+        """Keys and values of all slots, (batch, heads, n, width), in the model's precision.
+
+        Empty slots are finite.
         """
         moving = [part.to(self.device) for part in self.moving]
         if self.limits is None:
@@ -174,16 +179,19 @@ class QuantizedTier:
         return keys, values
 
     def products(self, query: Tensor) -> Tensor:
-        """Products of queries, (batch, query heads, width), with the keys of all slots of a tier of
-        codes: (batch, query heads, n) float32. Those of empty slots mean nothing.
+        """Products of queries with the keys of all slots of a tier of codes.
+
+        Queries (batch, query heads, width); products (batch, query heads, n) float32. Those of
+        empty slots mean nothing.
         """
         assert self.bits is not None
         assert self.limits is not None
         return codes.key_products(query, self.moving[0], self.groups, self.limits, self.bits[0])
 
     def weighted_values(self, weights: Tensor) -> Tensor:
-        """Values of all slots of a tier of codes, summed by weights, (batch, query heads, n):
-        (batch, query heads, width) float32.
+        """Values of all slots of a tier of codes, summed by weights.
+
+        Weights (batch, query heads, n); sums (batch, query heads, width) float32.
         """
         assert self.bits is not None
         _, stored, limits = self.moving
@@ -281,8 +289,9 @@ class QuantizedTier:
 def quantized_cost(
     kind: Storage, count: int, image: int, widths: tuple[int, int], itemsize: int
 ) -> float:
-    """What `count` of `image` keys of a head cost in the tier, in full keys and values of
-    `itemsize` bytes a number.
+    """What `count` of `image` keys of a head cost in the tier, in full keys and values.
+
+    A number of a full key has `itemsize` bytes.
     """
     if (bits := code_bits(kind)) is None:
         return float(count)
@@ -300,8 +309,9 @@ def _positions(positions: Tensor, index: Tensor, nothing: int) -> Tensor:
 
 
 def _groups(image: Tensor, positions: Tensor) -> Tensor:
-    """Group of each key: its number among the image keys of its row (and head), in blocks of
-    `KEY_GROUP`; int16.
+    """Group of each key.
+
+    Its number among the image keys of its row (and head), in blocks of `KEY_GROUP`; int16.
     """
     return (torch.searchsorted(image.contiguous(), positions.contiguous()) // KEY_GROUP).to(
         torch.int16

@@ -1,3 +1,4 @@
-"""Show: the dashboard. Widgets and layout only; numbers come from `avl_analysis`, drawings from its
-figures.
+"""Show: the dashboard.
+
+Widgets and layout only; numbers come from `avl_analysis`, drawings from its figures.
 """

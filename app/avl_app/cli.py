@@ -39,8 +39,9 @@ def app(
     ] = True,
     browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
 ) -> None:
-    """Explore heads, switch A-VL on and off, and build reports, in the browser; only this machine
-    can reach it.
+    """Explore heads, switch A-VL on and off, and build reports, in the browser.
+
+    Only this machine can reach it.
     """
     try:
         from streamlit.web import cli as streamlit_cli
@@ -72,7 +73,8 @@ def _import_ahead() -> None:
 
 
 def main() -> None:
-    """`python -c "from avl_app.cli import main; main()"`: the command alone, where the package is
-    not installed.
+    """The command alone, where the package is not installed.
+
+    `python -c "from avl_app.cli import main; main()"` runs it.
     """
     typer.run(app)

@@ -140,8 +140,9 @@ recording = load_recording({name!r})
 
 
 def policies(question: Question, chosen: Mapping[str, avl.Policy]) -> str:
-    """Every policy's answer, what it held, and how far its predictions are from the full
-    cache's.
+    """Every policy's answer, what it held, and how far it is from the full cache.
+
+    How far: its predictions along the full cache's answer.
     """
     return (
         "import avl\nfrom avl_analysis import live\n"

@@ -72,8 +72,10 @@ class Question:
 
 
 class LruCache:
-    """Results by key, the least recently used given away first. Safe to use
-    from several threads."""
+    """Results by key, the least recently used given away first.
+
+    Safe to use from several threads.
+    """
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -104,8 +106,9 @@ class Shared:
     _queue: deque[object] = field(default_factory=deque, repr=False)
 
     def yield_lock(self, waiting: Waiting | None = None) -> None:
-        """Let others run for a moment in the middle of long work; call it inside `use`, with
-        nothing attached.
+        """Let others run for a moment in the middle of long work.
+
+        Call it inside `use`, with nothing attached.
         """
         self.lock.release()
         time.sleep(_TURN)
@@ -128,8 +131,9 @@ class Shared:
 
     @contextmanager
     def use(self, waiting: Waiting | None = None) -> Iterator[VLM]:
-        """The model for the length of a block, alone; `waiting` is called now and then until it is
-        free.
+        """The model for the length of a block, alone.
+
+        `waiting` is called now and then until it is free.
         """
         self._take(waiting)
         try:
@@ -197,8 +201,10 @@ class ModelServer:
     # -- results -----------------------------------------------------------------------------------
 
     def known(self, kind: str, question: Question, policy: avl.Policy | None = None) -> Any:
-        """A result that is there already, or None; `kind` is the name of the method
-        that makes it."""
+        """A result that is there already, or None.
+
+        `kind` is the name of the method that makes it.
+        """
         return self._shelf.get((kind, question, policy))
 
     def observation(
@@ -293,7 +299,6 @@ class ModelServer:
         """Policies compared on many samples; others may use the model between two batches.
 
         Args:
-
             progress: called with (done, total) after each batch under each policy; may raise to
             stop.
         """

@@ -48,8 +48,9 @@ def scene_picture(index: int) -> Picture:
 
 @lru_cache(maxsize=64)
 def questions(index: int) -> dict[str, Sample]:
-    """The questions that go with example picture `index`, by task; tasks that need another picture
-    are left out.
+    """The questions that go with example picture `index`, by task.
+
+    Tasks that need another picture are left out.
     """
     shown = scene_picture(index).pixels
     asked = {task: scenes.generate(SEED, index, task) for task in ("caption", *scenes.TASKS)}
@@ -85,9 +86,7 @@ def unknown_words(prompt: str) -> list[str]:
 
 
 def asked_scene(shown: Picture, prompt: str) -> Sample | None:
-    """The question with its truth, if the picture is an example and the prompt one of its
-    questions.
-    """
+    """The question with its truth, if image and prompt are those of an example."""
     if shown.scene is None:
         return None
     return next(

@@ -47,8 +47,9 @@ def titles(questions: list[Question]) -> list[str]:
 
 
 def show(question: Question) -> None:
-    """List the other questions of this visit; choosing one asks it again, without an answer's
-    wait.
+    """List the other questions of this visit.
+
+    Choosing one asks it again, without an answer's wait.
     """
     known = others(question)
     if not known:

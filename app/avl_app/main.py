@@ -1,5 +1,6 @@
-"""The dashboard's one script: the frame around the views, the question at the side, errors in one
-sentence.
+"""The dashboard's one script.
+
+The frame around the views, the question at the side, errors in one sentence.
 
 Streamlit runs it from top to bottom for every interaction. It is called main.py because a script
 named like the package would hide it.
@@ -52,8 +53,10 @@ def show(view: str, context: Context) -> None:
 
 
 def _for_visitors(error: Exception) -> bool:
-    """Whether a message was written for people: this model cannot be recorded or
-    adapted, and why."""
+    """Whether a message was written for people.
+
+    This model cannot be recorded or adapted, and why.
+    """
     avl = sys.modules.get("avl")  # whoever raised one of these has imported it
     return isinstance(
         error, tuple(getattr(avl, name, ()) for name in ("HookError", "UnsupportedModelError"))

@@ -1,6 +1,4 @@
-"""Parts every view is made of: plots in the visitor's theme, foreign text shown as text, progress,
-one-line errors.
-"""
+"""Parts of every view: plots in the visitor's theme, foreign text as text, progress, errors."""
 
 from __future__ import annotations
 
@@ -34,8 +32,10 @@ _CONFIG = {"displayModeBar": False, "scrollZoom": False, "doubleClick": False}
 
 @dataclass(frozen=True)
 class Context:
-    """What a view is given: the server's settings, the shared workbench, and what
-    is being asked."""
+    """What a view is given.
+
+    The server's settings, the shared workbench, and what is being asked.
+    """
 
     settings: Settings
     bench: ModelServer
@@ -43,8 +43,9 @@ class Context:
 
 
 def plain(text: str) -> str:
-    """Foreign text for places that read Markdown: every character that could mean something is
-    escaped.
+    """Foreign text for places that read Markdown.
+
+    Every character that could mean something is escaped.
 
     Names of icons and emojis between colons are found in the text after escapes are gone, so an
     invisible character parts them.
@@ -54,8 +55,9 @@ def plain(text: str) -> str:
 
 
 def prose(text: str) -> str:
-    """A message of the toolkit for places that read Markdown: what stands between backticks is set
-    as code, all else as it is.
+    """A message of the toolkit for places that read Markdown.
+
+    What stands between backticks is set as code, all else as it is.
     """
     parts = text.split("`")
     if len(parts) % 2 == 0:  # a backtick that closes nothing
@@ -193,8 +195,9 @@ def cells(
 
 
 def clicked(key: str) -> tuple[int, int] | None:
-    """Row and column of the cell of `cells` that was clicked last, None if the click took a
-    selection away.
+    """Row and column of the cell of `cells` that was clicked last.
+
+    None if the click took a selection away.
     """
     points = st.session_state[key]["selection"]["points"]
     data = next((point["customdata"] for point in points if "customdata" in point), None)
@@ -221,8 +224,9 @@ def problem(error: Exception | str) -> None:
 def streaming(
     title: str, place: Any = None
 ) -> Iterator[tuple[Callable[[str, int], None], Callable[[int], None]]]:
-    """Show an answer as it comes: yields what to call for each token, and while waiting for the
-    model.
+    """Show an answer as it comes.
+
+    Yields what to call for each token, and while waiting for the model.
     """
     target = place or st.empty()
     target.markdown(f":material/hourglass_top: {plain(title)} …")

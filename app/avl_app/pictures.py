@@ -1,5 +1,6 @@
-"""A picture that somebody asks about: its pixels, its name, and the hash that results are kept
-under.
+"""A picture that somebody asks about.
+
+Its pixels, its name, and the hash that results are kept under.
 """
 
 from __future__ import annotations

@@ -26,16 +26,19 @@ _EXAMPLE = "a-vl:0.3; snapkv:0.5,window=8"
 
 
 def rivals(*, ours: bool = False) -> dict[str, str]:
-    """Names of the policies that can stand beside A-VL (or of A-VL too), with what
-    they are called."""
+    """Names of the policies that can stand beside A-VL, with what they are called.
+
+    A-VL itself is among them where settings are compared.
+    """
     full, adaptive_name = avl.FullPolicy.name, avl.AdaptivePolicy.name
     left_out = {full} if ours else {full, adaptive_name}
     return {name: label_of(name) for name in (*policies(), *PRESETS) if name not in left_out}
 
 
 def slot(name: str) -> int:
-    """Number of the palette's style of a policy, by what it is called on a page: its label, with
-    its budget or settings behind it.
+    """Number of the palette's style of a policy, by what it is called on a page.
+
+    Its label, with its budget or settings behind it.
     """
     slots = color_slots()
     known = [label for label in slots if name == label or name.startswith(f"{label} ")]
@@ -46,8 +49,9 @@ def slot(name: str) -> int:
 
 
 def at_budget(name: str, budget: float) -> avl.Policy:
-    """The policy of this name at a share of the full cache's bytes; one without a budget at its own
-    settings.
+    """The policy of this name at a share of the full cache's bytes.
+
+    One without a budget at its own settings.
     """
     try:
         return named_policy(f"{name}:{budget:g}")

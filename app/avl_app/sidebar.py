@@ -30,8 +30,9 @@ _SOURCE_NAMES = {"example": "Example", "upload": "Upload", "webcam": "Webcam"}
 
 
 def show(given: Settings, bench: ModelServer) -> Question | None:
-    """Draw the sidebar; None while a picture is missing or a model is to be confirmed, which the
-    page then says.
+    """Draw the sidebar.
+
+    None while a picture is missing or a model is to be confirmed, which the page then says.
 
     Raises:
         InputError: a model this server does not offer, an empty question, or one that is too long;
@@ -114,8 +115,9 @@ def _model(given: Settings) -> str:
 
 
 def allowed(name: str, given: Settings) -> None:
-    """Whether a visitor may have this model loaded: a folder where folders may be named, a hub id
-    with the switch.
+    """Whether a visitor may have this model loaded.
+
+    A folder where folders may be named, a hub id with the switch.
 
     Raises:
         InputError: neither. A server that opens no folders says the same of folders that exist and

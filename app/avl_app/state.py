@@ -28,8 +28,9 @@ MOST_TEXT = 2000
 
 @dataclass(frozen=True)
 class Field:
-    """One shared choice: its default and how it is read from text (None if the text makes no
-    sense).
+    """One shared choice.
+
+    Its default and how it is read from text (None if the text makes no sense).
     """
 
     default: Any
@@ -140,8 +141,9 @@ _ADOPTED = "adopted_address"
 
 
 def begin() -> None:
-    """Take the choices from the address on the first run and after Back, and restore those whose
-    widgets were away.
+    """Take the choices from the address on the first run and after Back.
+
+    Choices whose widgets were away are restored.
 
     A choice whose widget is on the page is not written here: Streamlit sends every value that a
     script writes back to the browser, where it would replace what the visitor has chosen since.
@@ -233,8 +235,9 @@ def put(name: str, value: Any) -> None:
 
 
 def asked(question: object) -> None:
-    """Note what is being asked; another question than before starts without a chosen token, layer
-    or step.
+    """Note what is being asked.
+
+    Another question than before starts without a chosen token, layer or step.
     """
     before = st.session_state.get(_ASKED, question)
     st.session_state[_ASKED] = question
@@ -244,8 +247,9 @@ def asked(question: object) -> None:
 
 
 def within(name: str, options: Sequence[Value], fallback: Value) -> Value:
-    """The present value if it is among the options now possible, else `fallback`, which becomes the
-    value.
+    """The present value if it is among the possible options, else `fallback`.
+
+    The fallback then becomes the value.
     """
     if st.session_state.get(name) not in options:
         put(name, fallback)

@@ -1,5 +1,6 @@
-"""What visitors send: pictures, recordings, comparisons, policies, lists of questions, within
-limits.
+"""What visitors send.
+
+Pictures, recordings, comparisons, policies, lists of questions, within limits.
 
 Nothing sent is believed: content decides, never the name; sizes are checked before anything is
 decoded or unpacked; files that point to other files are refused; paths inside a list of questions
@@ -81,8 +82,9 @@ def uploaded(data: bytes, name: str, *, most_bytes: int, most_pixels: int) -> Pi
 
 
 def from_bytes(read: Callable[[Path], Result], data: bytes, name: str) -> Result:
-    """What `read` makes of a file with this content; its messages name the file, not the folder it
-    lay in for a moment.
+    """What `read` makes of a file with this content.
+
+    Its messages name the file, not the folder it lay in for a moment.
 
     Args:
         read: reads a file of the toolkit from a path.
@@ -113,8 +115,10 @@ def from_bytes(read: Callable[[Path], Result], data: bytes, name: str) -> Result
 
 
 def _size(data: bytes) -> tuple[float, float]:
-    """Width and height from the header; (0, 0) if there is none to read, which `open_image` then
-    explains, infinite where Pillow will not even say how large it is.
+    """Width and height from the header.
+
+    (0, 0) if there is none to read, which `open_image` then explains, infinite where Pillow will
+    not even say how large it is.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -231,8 +235,9 @@ def _pictures_of(entry: Any) -> list[str]:
 
 
 def _local(line: str, number: int) -> str:
-    """A line of the list with its pictures' folders taken away; what is not JSON stays for the
-    reader.
+    """A line of the list with its pictures' folders taken away.
+
+    What is not JSON stays for the reader.
     """
     entry = _parsed(line, number)
     if not isinstance(entry, dict):

@@ -25,8 +25,9 @@ _POOLS_LOCK = Lock()
 
 
 def backend_for(device: torch.device | str) -> str:
-    """Which version of the kernels runs on a device: "numba" (compiled, processors only) or "torch"
-    (the reference).
+    """Which version of the kernels runs on a device.
+
+    "numba" (compiled, processors only) or "torch" (the reference).
     """
     return COMPILED if torch.device(device).type == "cpu" and compiled_available() else REFERENCE
 
@@ -51,8 +52,9 @@ def compiled_available() -> bool:
 
 
 def on_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """The function's results for all items, computed on as many threads as torch uses, each item on
-    one of them.
+    """The function's results for all items, on as many threads as torch uses.
+
+    Each item runs on one of them.
 
     Inside a thread torch's own operations are single-threaded, so that the threads do not compete
     for the processor. This pays where the function spends its time in compiled code that releases
@@ -105,8 +107,9 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def products_in_float32(*operands: Tensor) -> Iterator[None]:
-    """Have float32 matrix products on a processor be as exact as their operands in the model's
-    precision deserve.
+    """Have float32 matrix products be as exact as the operands' own precision deserves.
+
+    On a processor only.
 
     Numbers that came from bfloat16 are exact in it, so oneDNN may multiply them with bfloat16
     instructions; it adds up in float32 and returns float32, in half the time and with no larger

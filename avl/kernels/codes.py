@@ -124,8 +124,9 @@ def store_keys(keys: Tensor, index: Tensor, groups: Tensor, limits: Tensor, bits
 
 
 def store_values(values: Tensor, index: Tensor, limits: Tensor, bits: int) -> Tensor:
-    """Codes of some values, (batch, heads, number of values, bytes) uint8; arguments as in
-    `store_keys`.
+    """Codes of some values, (batch, heads, number of values, bytes) uint8.
+
+    Arguments as in `store_keys`.
     """
     if _compiled_for(values):
         shape = (*values.shape[:2], index.shape[2], packed_width(values.shape[3], bits))

@@ -1,5 +1,6 @@
-"""Storing keys and values in a few bits, and attending to them as they are stored; `codes.py` says
-what is computed.
+"""Storing keys and values in a few bits, and attending to them as they are stored.
+
+`codes.py` says what is computed.
 
 All functions work on some of the (row of the batch, head) pairs, `pairs[i] = (row, head)`, so that
 threads can share the pairs among them. Keys and values as a model makes them come as a flat view of
@@ -55,8 +56,9 @@ def _widen(low, high, numbers):
 
 @exact
 def channel_extremes(pairs, source, strides, index, group_size, low, high, scratch):
-    """Smallest and largest number of each channel in each group of `group_size` keys; `index` is -1
-    for no key.
+    """Smallest and largest number of each channel in each group of `group_size` keys.
+
+    `index` is -1 for no key.
     """
     width = low.shape[3]
     for pair in range(pairs.shape[0]):
@@ -345,8 +347,10 @@ def _add_codes(target, stored, mask, factor):
 
 @compiled
 def _add_32_codes(target, one, two, three, four, mask, first, second, third, fourth):
-    """Add 32 codes of each of four values. The loop's length is written out: LLVM takes 64 steps of
-    a loop of unknown length at once, and would do 32 one by one.
+    """Add 32 codes of each of four values.
+
+    The loop's length is written out: LLVM takes 64 steps of a loop of unknown length at once, and
+    would do 32 one by one.
     """
     for byte in range(32):
         target[byte] += (
@@ -401,8 +405,9 @@ def _sum_32_channels(weights, numbers, limits, group, unit, mask, total):
 
 @compiled
 def _sum_by_four(weights, numbers, limits, bits, total, constants):
-    """Sums of values in groups of 32 channels, whose codes lie in 32 bytes in a row; of the leading
-    values that make up fours. Returns how many these are.
+    """Sums of values in groups of 32 channels, whose codes lie in 32 bytes in a row.
+
+    Of the leading values that make up fours. Returns how many these are.
     """
     bytes_, most = numbers.shape[1], (1 << bits) - 1
     for group in range(limits.shape[1]):

@@ -1,5 +1,4 @@
-"""What the compiled kernels are made of: how they are compiled, and instructions that Python has no
-name for.
+"""How compiled kernels are compiled, and instructions that Python has no name for.
 
 Imported only where numba is installed and a kernel is about to run, as importing numba takes a
 while. Nothing here asks for a particular processor: LLVM vectorises the loops with whatever the

@@ -62,8 +62,9 @@ def column_extents(columns: Tensor) -> Tensor:
 
 
 def _runs(ranks: Tensor) -> Tensor:
-    """(key sets, runs, 3) int64: start, stop and first rank of the longest stretches of keys whose
-    ranks follow one another; filled up with empty stretches.
+    """Stretches of keys whose ranks follow one another, (key sets, runs, 3) int64.
+
+    Start, stop and first rank of the longest; filled up with empty stretches.
     """
     stretches = []
     for own in ranks:
@@ -225,8 +226,9 @@ class RowSums:
     # -- the compiled version ----------------------------------------------------------------------
 
     def _prepare(self, extents: Tensor) -> None:
-        """Arrays in the form the compiled function takes: contiguous, and empty where nothing is
-        wanted.
+        """Arrays in the form the compiled function takes.
+
+        Contiguous, and empty where nothing is wanted.
         """
         request, keys = self.request, self._columns.shape[2]
         nothing = torch.zeros(0, dtype=torch.int64)
@@ -293,8 +295,9 @@ def _rows_of(sinks: Tensor, rows: slice) -> slice:
 
 
 def _softmax(products: Tensor, ends: Tensor, scaling: float, sinks: Tensor | None) -> Tensor:
-    """Weights, (heads, rows, keys), in place of the products; rows that see no key have weights of
-    0.
+    """Weights, (heads, rows, keys), in place of the products.
+
+    Rows that see no key have weights of 0.
     """
     behind = torch.arange(products.shape[2], device=products.device) >= ends[:, None]
     logits = products.mul_(scaling).masked_fill_(behind, -torch.inf)

@@ -1,5 +1,6 @@
-"""One pass over each row of a block of products, on a processor; `prompt_rows.py` says what the
-arguments are.
+"""One pass over each row of a block of products, on a processor.
+
+`prompt_rows.py` says what the arguments are.
 
 A row is read from memory once: its maximum, exponentials and every sum are taken while it lies in
     the nearest cache. Weights are exponentials that are not divided by their sum yet; each result
@@ -90,8 +91,9 @@ def add_rows(
     runs,
     ages,
 ):
-    """Take everything that is wanted from a block of rows; arrays that nobody wants have no
-    elements.
+    """Take everything that is wanted from a block of rows.
+
+    Arrays that nobody wants have no elements.
     """
     rows, factor = products.shape[1], float32(scale)
     for number in range(products.shape[0]):

@@ -51,8 +51,9 @@ class TokenPlaces(NamedTuple):
 
 @dataclass(eq=False)
 class RawRows:
-    """Raw weights of one pass: rows (n,) positions; weights and visible (layers, kept heads, n,
-    positions).
+    """Raw weights of one pass.
+
+    Rows (n,) positions; weights and visible (layers, kept heads, n, positions).
     """
 
     rows: np.ndarray
@@ -422,8 +423,10 @@ def token_arrays(
 
 
 def _undefined(statistic: TrajectoryStatistic, log: SampleAccumulator) -> Result:
-    """What a statistic of image tokens is for a sample without a picture: NaN, or
-    sums of nothing."""
+    """What a statistic of image tokens is for a sample without a picture.
+
+    NaN, or sums of nothing.
+    """
     scores = np.full((len(log.phases), len(log.layers), 1), np.nan, np.float32)
     none = np.full(1, -1)
     last = np.full((len(log.layers), log.heads, 1), np.nan, np.float32)
@@ -472,8 +475,9 @@ def _put_sum(
 
 
 def _room(held: np.ndarray | None, lead: tuple[int, ...], positions: int) -> np.ndarray:
-    """`held` with room for `positions` keys; grows in chunks, and from one entry for all heads to
-    one per head.
+    """`held` with room for `positions` keys.
+
+    Grows in chunks, and from one entry for all heads to one per head.
     """
     if held is None:
         return np.zeros((*lead, positions), np.float32)

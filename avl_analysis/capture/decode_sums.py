@@ -65,8 +65,9 @@ def _added(total: Tensor | None, step: Tensor) -> Tensor:
 
 
 def by_rank(values: Tensor, keys: TokenInfo, length: int, fill: float) -> Tensor:
-    """Values per key, (heads, n, keys), put where the keys' tokens stand: (heads, n, length),
-    `fill` where there is none.
+    """Values per key, (heads, n, keys), put where the keys' tokens stand.
+
+    (heads, n, length), `fill` where there is none.
     """
     heads, n, count = values.shape
     if keys.in_order and count == length:
@@ -83,8 +84,9 @@ def by_rank(values: Tensor, keys: TokenInfo, length: int, fill: float) -> Tensor
 
 
 class LayerArrays:
-    """One array per step, (layers, ...), from tensors that stay on their layers' devices until
-    somebody reads.
+    """One array per step, (layers, ...), from tensors that stay on their layers' devices.
+
+    They leave the devices when they are read.
     """
 
     def __init__(self) -> None:
@@ -94,8 +96,9 @@ class LayerArrays:
         return len(self._steps)
 
     def append(self, layers: Sequence[Tensor | None], shape: tuple[int, ...]) -> None:
-        """Add a step: a tensor of this shape for every layer, None for a layer that was not
-        seen.
+        """Add a step.
+
+        A tensor of this shape for every layer, None for a layer that was not seen.
         """
         self._steps.append((list(layers), shape))
 

@@ -18,7 +18,6 @@ class CapturePlan:
     """What is wanted of every pass.
 
     Attributes:
-
         rows: statistics per query row. cache: statistics of keys and values. received:
         whether the attention received per key is wanted; `ages`: that by age of text keys. scores:
         whether the scores of image tokens are wanted. raw: which weights are kept as they are, None
@@ -66,8 +65,9 @@ class CapturePlan:
 
 @dataclass(eq=False)
 class LayerResult:
-    """Numbers of one pass of one sample through one layer; values of all row statistics side by
-    side (`Plan.places`).
+    """Numbers of one pass of one sample through one layer.
+
+    Values of all row statistics side by side (`Plan.places`).
 
     Attributes:
         keys: what the keys are, (key sets, keys).

@@ -1,5 +1,6 @@
-"""Where a recording comes from, as flat attributes that fit into a file: model, libraries, date,
-settings.
+"""Where a recording comes from, as flat attributes that fit into a file.
+
+Model, libraries, date, settings.
 
 This is the only place that names the model in a recording, a comparison or an ablation, so that
 what was recorded of one model by different ways can be merged.

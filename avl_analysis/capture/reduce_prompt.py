@@ -132,6 +132,8 @@ def reduce_prompt(
     """Everything that is kept of the prompt rows of one layer.
 
     Args:
+        view: one sample of an attention call.
+        plan: what is wanted of it.
         value_norm: (key heads, keys) norms of the value vectors where `plan.reads_values`.
 
     Raises:
@@ -205,8 +207,9 @@ def _over_heads(
 def _reduce_heads(
     view: SampleCall, plan: CapturePlan, prompt: _Prompt, value_norm: Tensor | None, kv_heads: slice
 ) -> tuple[Tensor | None, ...]:
-    """Sums, counts, step values, last row's weights, attention received and by age, raw weights, of
-    a few heads.
+    """What is kept of a prompt's rows, for a few heads.
+
+    Sums, counts, step values, last row's weights, attention received and by age, raw weights.
     """
     heads = slice(kv_heads.start * view.groups, kv_heads.stop * view.groups)
     taken = _sums_of_heads(view, plan, prompt, value_norm, kv_heads)
@@ -245,8 +248,10 @@ def _reduce_heads(
 def _sums_of_heads(
     view: SampleCall, plan: CapturePlan, prompt: _Prompt, value_norm: Tensor | None, kv_heads: slice
 ) -> RowSums:
-    """Primitive sums of a few heads over all rows; those of the key columns, and behind them, where
-    norms of values are wanted, those of the three kinds of keys weighted by the norms.
+    """Primitive sums of a few heads over all rows.
+
+    Those of the key columns, and behind them, where norms of values are wanted, those of the three
+    kinds of keys weighted by the norms.
     """
     heads = slice(kv_heads.start * view.groups, kv_heads.stop * view.groups)
     columns, extents = prompt.columns, prompt.extents
@@ -301,8 +306,9 @@ def _pairs(view: SampleCall, rows: Tensor, keys: Tensor) -> Tensor:
 
 
 def _grouped(values: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums and counts of the defined values, (heads, 3, values) float64, over the rows marked in
-    member, (3, rows).
+    """Sums and counts of the defined values, (heads, 3, values) float64.
+
+    Over the rows marked in member, (3, rows).
     """
     defined, groups = ~values.isnan(), member.double()
     return groups @ values.where(defined, 0.0).double(), groups @ defined.double()

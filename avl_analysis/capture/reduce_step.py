@@ -38,8 +38,9 @@ class StepRow:
 
 
 def reduce_step(rows: Sequence[StepRow], plan: CapturePlan) -> list[LayerResult]:
-    """Everything that is kept of a decode step; `rows` are those of several layers with equally
-    many keys.
+    """Everything that is kept of a decode step.
+
+    `rows` are those of several layers with equally many keys.
 
     Raises:
         FloatingPointError: weights are not numbers.
@@ -94,8 +95,9 @@ def _by_kind(values: Tensor, keys: TokenInfo) -> Tensor:
 def _step_ages(
     weights: Tensor, visible: Tensor, queries: TokenInfo, keys: TokenInfo
 ) -> tuple[Tensor, Tensor]:
-    """Of a row, a text token, the weights of text keys by age, (heads, ages); how many they are, (1
-    or heads, ages).
+    """Of a text row, the weights of text keys by age, (heads, ages), and their numbers.
+
+    The numbers are (1 or heads, ages).
     """
     if len(keys.rank) > 1:
         return text_by_age(weights, queries, keys), text_by_age(visible.float(), queries, keys)

@@ -26,16 +26,18 @@ def weighted_sums(weights: Tensor, columns: Tensor) -> Tensor:
 
 
 def count_above(weights: Tensor, threshold: float, scratch: Tensor) -> Tensor:
-    """(heads, rows): number of weights of at least threshold x the row's largest. In float32:
-    summing bools is slow.
+    """(heads, rows): number of weights of at least threshold x the row's largest.
+
+    In float32: summing bools is slow.
     """
     limit = weights.amax(-1, keepdim=True).mul_(threshold)
     return torch.ge(weights, limit, out=scratch).sum(-1)
 
 
 def text_by_age(block: Tensor, queries: TokenInfo, keys: TokenInfo) -> Tensor:
-    """(heads, rows, keys): sums of the weights of text rows on text keys by age, (heads, ages)
-    float64.
+    """Sums of the weights of text rows on text keys by age, (heads, ages) float64.
+
+    From weights (heads, rows, keys).
     """
     return by_age(text_only(block, queries, keys), queries.rank, keys.rank)
 

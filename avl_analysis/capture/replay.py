@@ -1,5 +1,6 @@
-"""Statistics once more, from raw weights that a recording kept: the same code on stored instead of
-fresh weights.
+"""Statistics once more, from raw weights that a recording kept.
+
+The same code on stored instead of fresh weights.
 
 Useful for a statistic, or settings of one, that nobody asked for while the model ran. What needs
 keys or values (key redundancy, value-weighted mass) cannot be replayed, since those are not kept.

@@ -1,5 +1,6 @@
-"""One sample's part of an attention call: its rows, its keys, what they are and which may attend to
-which.
+"""One sample's part of an attention call.
+
+Its rows, its keys, what they are and which may attend to which.
 
 Padding is cut off here, so nothing behind this knows of batches. What the keys are comes from the
 call (`key_positions`) and what the rows are from the pass (`forward.rows`) wherever a policy has
@@ -60,8 +61,7 @@ class SampleCall:
 
 @dataclass(eq=False)
 class SampleSlice:
-    """Which rows and keys of a call belong to one sample, what they are, and what the
-    rows may see."""
+    """Which rows and keys of a call belong to one sample, and what the rows may see."""
 
     rows: slice
     columns: slice
@@ -80,6 +80,8 @@ def view(
     """Cut a call to one sample; None if none of its rows is a real token.
 
     Args:
+        call: an attention call of a batch.
+        sample: row of the batch.
         tokens: all tokens of the sample so far, (length,), padding included.
         parts: those of this pass by mask and size, filled on the way: layers with the same mask
             share them.
@@ -143,15 +145,16 @@ def _part(call: AttentionCall, tokens: TokenInfo, sample: int) -> SampleSlice | 
 
 
 def _queries(call: AttentionCall, tokens: TokenInfo, sample: int) -> TokenInfo:
-    """(rows,)"""
+    """What the rows are, (rows,)."""
     if call.forward.rows is not None:
         return tokens.at(call.forward.rows[sample])
     return tokens.map(lambda t: t[call.forward.start : call.forward.start + call.query.shape[2]])
 
 
 def _keys(call: AttentionCall, tokens: TokenInfo, sample: int) -> TokenInfo:
-    """(1 or key heads, keys); slots behind the last token of the sequence (of a static cache) are
-    empty.
+    """Positions of keys, (1 or key heads, keys).
+
+    Slots behind the last token of the sequence (of a static cache) are empty.
     """
     positions, count = call.key_positions, call.key.shape[2]
     if positions is not None:

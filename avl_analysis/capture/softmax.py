@@ -1,5 +1,6 @@
-"""Products and softmax weights beside the model's own kernel, a block of rows and a few heads at a
-time.
+"""Products and softmax weights beside the model's own kernel.
+
+A block of rows and a few heads at a time.
 
 Always in float32, whatever the model's precision: a product of two bfloat16 matrices is rounded to
 8 bits, too few for a softmax to start from. Blocks take few heads and many rows, not the other way

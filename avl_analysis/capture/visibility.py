@@ -53,7 +53,8 @@ class VisibleKeys:
         """Look at the mask once, block by block.
 
         Args:
-            rows: number of query rows; `keys` of keys.
+            rows: number of query rows.
+            keys: number of keys.
             device: of the tensors that are handed out.
             read: what a range of rows sees; None for a causal triangle.
         """
@@ -141,8 +142,9 @@ class VisibleKeys:
     # -- counts -----
 
     def keys_per_row(self, kinds: Tensor) -> Tensor:
-        """(1 or heads, rows, n): for every row how many of the keys marked in kinds, (key sets, n,
-        keys), it sees.
+        """For every row how many of the marked keys it sees, (1 or heads, rows, n).
+
+        Keys are marked in kinds, (key sets, n, keys).
 
         Where there are several key sets, what is visible is per head.
         """
@@ -155,8 +157,9 @@ class VisibleKeys:
         return torch.cat(parts, 1)
 
     def rows_per_key(self, groups: Tensor) -> Tensor:
-        """(1 or heads, n, keys): for every key how many of the rows marked in groups, (n, rows),
-        see it.
+        """For every key how many of the marked rows see it, (1 or heads, n, keys).
+
+        Rows are marked in groups, (n, rows).
         """
         if self.causal:
             later = groups.flip(1).cumsum(1).flip(1)  # rows from this one on
@@ -210,6 +213,7 @@ def visible_keys(
     """What the rows of one sample see.
 
     Args:
+        keys: what the keys are.
         call: the attention call.
         sample: which row of the batch.
         rows: the valid part of the call's rows; `keys` of its keys.

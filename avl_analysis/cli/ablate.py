@@ -1,5 +1,6 @@
-"""`avl ablate`: silence the heads of a kind, and as many others, and see which the answers need
-more.
+"""`avl ablate`: silence the heads of a kind, and as many others.
+
+Shows which of them the answers need more.
 """
 
 from __future__ import annotations
@@ -81,8 +82,9 @@ def ablate(
     download: Download = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Silence the heads of one kind, then as many others drawn at random: which do right answers
-    need more?
+    """Silence the heads of one kind, then as many others drawn at random.
+
+    Which do right answers need more?
     """
     from avl_analysis.heads.taxonomy import KINDS
 

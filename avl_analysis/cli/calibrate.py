@@ -1,5 +1,6 @@
-"""`avl calibrate`: choose A-VL's settings for a model from its own attention, and save them with
-their evidence.
+"""`avl calibrate`: choose A-VL's settings from a model's own attention.
+
+They are saved with their evidence.
 """
 
 from __future__ import annotations
@@ -77,9 +78,10 @@ def calibrate(
     download: Download = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Choose A-VL's settings from a model's own attention, check them on held-out questions, and
-    save both. Questions of a file are parted in two thirds and one third; neither part, and no
-    split of scenes used here, is what `avl compare` asks by default.
+    """Choose A-VL's settings from a model's attention, check them on held-out questions.
+
+    Questions of a file are parted in two thirds and one third; neither part, and no split of scenes
+    used here, is what `avl compare` asks by default.
     """
     if out.suffix != ".json":
         raise InputError(f"--out {out}: a policy file's name must end in .json")

@@ -1,5 +1,6 @@
-"""`avl models --check`: what is true of every model type of the installed transformers, found out
-on tiny models.
+"""`avl models --check`.
+
+What is true of every model type of the installed transformers, found out on tiny models.
 """
 
 from __future__ import annotations

@@ -100,8 +100,9 @@ def compare(
     download: Download = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Compare policies with the full cache: the same answers? right ones? at what cost? With 95 %
-    intervals.
+    """Compare policies with the full cache: the same answers? right ones? at what cost?
+
+    With 95 % intervals.
     """
     if policies:
         _list_policies()

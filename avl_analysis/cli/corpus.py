@@ -1,5 +1,6 @@
-"""`avl record --data` and `--workers`: many questions, recorded so that nothing is lost when it is
-interrupted.
+"""`avl record --data` and `--workers`.
+
+Many questions, recorded so that nothing is lost when it is interrupted.
 """
 
 from __future__ import annotations

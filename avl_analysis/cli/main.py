@@ -87,8 +87,9 @@ def models(
         ),
     ] = None,
 ) -> None:
-    """Describe models without loading their weights: size, layers, heads, image tokens, recordable
-    or why not.
+    """Describe models without loading their weights.
+
+    Size, layers, heads, image tokens, recordable or why not.
     """
     if check or write is not None:
         from avl_analysis.cli.check import check_types
@@ -130,8 +131,9 @@ app.command("eval", epilog=EVAL_EXAMPLES)(evaluate)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit: 0 on success, 2 on input that cannot be used, 130 when
-    interrupted.
+    """Run the command line and exit.
+
+    0 on success, 2 on input that cannot be used, 130 when interrupted.
     """
     _quiet()
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -181,8 +183,9 @@ def _add_commands(words: Sequence[str]) -> None:
 
 
 def explained(error: Exception) -> str | None:
-    """What to print for an exception that the program's user can do something about; None for any
-    other one, which is a defect and keeps its traceback.
+    """What to print for an exception that the program's user can do something about.
+
+    None for any other one, which is a defect and keeps its traceback.
 
     Known are: input that cannot be used, models that cannot be recorded or are used in a way the
     hooks cannot follow, files that cannot be read or written, and the end of the memory.
@@ -218,8 +221,9 @@ def _fail(message: str) -> NoReturn:
 
 
 def _quiet() -> None:
-    """Keep the libraries' own notices and progress bars out of the output; the commands show their
-    own.
+    """Keep the libraries' own notices and progress bars out of the output.
+
+    The commands show their own.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

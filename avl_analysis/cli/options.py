@@ -82,7 +82,7 @@ def plain(text: str) -> str:
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
-    """ "0,4-7" as [0, 4, 5, 6, 7].
+    """Whole numbers and ranges, e.g. "0,4-7" as [0, 4, 5, 6, 7].
 
     Raises:
         InputError: anything else.
@@ -101,7 +101,7 @@ def parse_numbers(text: str, option: str) -> list[int]:
 
 
 def parse_floats(text: str, option: str) -> list[float]:
-    """ "1,0.5" as [1.0, 0.5].
+    """Numbers with commas between them, e.g. "1,0.5" as [1.0, 0.5].
 
     Raises:
         InputError: anything else.

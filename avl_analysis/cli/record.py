@@ -107,8 +107,7 @@ def record(
     download: Download = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Record where a model looks while it answers, every layer and head, and save that
-    as one file."""
+    """Record where a model looks while it answers, every layer and head, as one file."""
     check_target(out, force)
     samples = (
         _samples(image or [], scenes, task, seed)

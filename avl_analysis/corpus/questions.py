@@ -1,5 +1,6 @@
-"""Questions with pictures and, where known, right answers: what comparisons, calibration and corpus
-runs work through.
+"""Questions with pictures and, where known, right answers.
+
+What comparisons, calibration and corpus runs work through.
 
 A `Sample` comes from the drawn scenes or from a person's JSONL file, one object per line:
 
@@ -146,8 +147,9 @@ def scene_samples(
 
 
 def describe_questions(samples: Sequence[Sample]) -> str:
-    """How many questions there are and, of drawn scenes, of which splits: "36 questions (split
-    calibration)".
+    """How many questions there are and, of drawn scenes, of which splits.
+
+    "36 questions (split calibration)".
     """
     seeds = [(sample.scene or {}).get("seed") for sample in samples]
     splits = {split_of(int(seed)) for seed in seeds if seed is not None} - {""}
@@ -158,8 +160,9 @@ def describe_questions(samples: Sequence[Sample]) -> str:
 
 
 def shared_questions(one: Sequence[Sample], other: Sequence[Sample]) -> list[str]:
-    """Ids, in `one`, of the questions that both lists hold: the same id, or the same prompt about
-    the same pictures.
+    """Ids, in `one`, of the questions that both lists hold.
+
+    The same id, or the same prompt about the same pictures.
     """
     ids = {sample.id for sample in other}
     contents = {question_digest(sample) for sample in other}
@@ -185,8 +188,9 @@ def question_digest(sample: Sample) -> str:
 
 
 def read_samples(path: str | Path) -> list[Sample]:
-    """Read a JSONL file of samples; empty lines are skipped, an id that is missing is the line's
-    number.
+    """Read a JSONL file of samples.
+
+    Empty lines are skipped, an id that is missing is the line's number.
 
     Raises:
         InputError: no such file, no samples in it, or a line that cannot be used; says file, line,

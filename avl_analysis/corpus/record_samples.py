@@ -122,14 +122,17 @@ def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
 def tokens_asked_about(
     vlm: VLM, samples: Sequence[Sample], inputs: Mapping[str, Any]
 ) -> list[list[int]]:
-    """The image tokens under the boxes given with each question, by their place among the sample's
-    image tokens.
+    """The image tokens under the boxes given with each question.
+
+    By their place among the sample's image tokens.
 
     Empty where no boxes were given or the model's tokens have no known place; also for drawn
     scenes, whose truth is known word by word, and for samples of several pictures, of which boxes
     do not say the one.
 
     Args:
+        vlm: a loaded model.
+        samples: the questions of a batch.
         inputs: what `VLM.prepare` returned for these samples.
     """
     asked = [bool(s.regions) and len(s.images) == 1 and s.scene is None for s in samples]

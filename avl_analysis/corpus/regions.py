@@ -133,12 +133,15 @@ def _part(part: Any) -> Region:
 def tokens_in_boxes(
     places: np.ndarray, boxes: Sequence[Sequence[float]], least: float = 0.5
 ) -> list[int]:
-    """Image tokens of which at least the share `least` of their own area lies under one of the
-    boxes.
+    """Image tokens of which at least the share `least` lies under one of the boxes.
+
+    The share is of the token's own area.
 
     Args:
+        boxes: left, top, right, bottom of each, in the unit of the places.
+        least: share of a token that must lie under a box, in (0, 1].
         places: (image tokens, 4) left, top, right, bottom of the part of the picture under every
-            token, NaN where there is none; boxes: the same of the boxes, in the same unit.
+            token, NaN where there is none.
     """
     chosen = np.zeros(len(places), bool)
     area = (places[:, 2] - places[:, 0]) * (places[:, 3] - places[:, 1])

@@ -1,5 +1,6 @@
-"""How well one text agrees with another: right or wrong against the truth, alike or not against the
-full cache's text.
+"""How well one text agrees with another.
+
+Right or wrong against the truth, alike or not against the full cache's text.
 
 All scores are of one sample, in [0, 1] or in tokens, higher = better, and know neither models nor
 policies.
@@ -21,8 +22,9 @@ _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
 
 
 def correct(text: str, sample: Sample) -> float:
-    """1.0 if the text is one of the sample's answers, 0.0 if not, NaN where the answer is not
-    known.
+    """1.0 if the text is one of the sample's answers, 0.0 if not.
+
+    NaN where the answer is not known.
 
     Strict samples must agree word for word (spaces and a final full stop aside); otherwise both
     sides are normalised.
@@ -34,8 +36,10 @@ def correct(text: str, sample: Sample) -> float:
 
 
 def normalised(text: str) -> list[str]:
-    """Words in lower case, without punctuation and articles: the usual rule of question answering
-    (SQuAD; Rajpurkar et al., 2016), with punctuation read as a space.
+    """Words in lower case, without punctuation and articles.
+
+    The usual rule of question answering (SQuAD; Rajpurkar et al., 2016), with punctuation read as a
+    space.
     """
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
@@ -45,8 +49,9 @@ def _words(text: str) -> list[str]:
 
 
 def rouge_l(text: str, reference: str) -> float:
-    """ROUGE-L F-measure (Lin, 2004) on words, without stemming; equal texts score 1, empty ones
-    included.
+    """ROUGE-L F-measure (Lin, 2004) on words, without stemming.
+
+    Equal texts score 1, empty ones included.
 
     The package keeps only the letters a-z and digits of a text. A pair of which nothing is left
     (other scripts) is scored on characters in their place, by the same formula.

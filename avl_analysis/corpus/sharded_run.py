@@ -1,5 +1,6 @@
-"""Recording a corpus: many samples, in shards that survive interruptions, by one process or
-several.
+"""Recording a corpus.
+
+Many samples, in shards that survive interruptions, by one process or several.
 
 A shard is a fixed range of samples. Its recording and then a small note (which samples failed, and
 the digest of the recording) are each written whole or not at all, in a folder beside the result; a
@@ -111,8 +112,9 @@ class Shard:
         return folder / f"{self.start:08d}.nc", folder / f"{self.start:08d}.json"
 
     def done(self, folder: Path) -> bool:
-        """Whether its note stands and, unless all its samples failed, the recording the note was
-        written for.
+        """Whether the shard is done: its note and, unless all its samples failed, its recording.
+
+        The recording must be the one that the note was written for.
         """
         note = read_note(self.files(folder)[1])
         if note is None or len(note["failed"]) > len(self.samples):
@@ -136,8 +138,7 @@ def record_corpus(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> CorpusResult:
-    """Record a model on many samples, going on where an earlier run with the same arguments
-    stopped.
+    """Record a model on many samples, resuming an earlier run with the same arguments.
 
     Args:
         model: name or path, as `load_model` takes it.
@@ -199,9 +200,10 @@ def record_shard(vlm: VLM, shard: Shard, job: Job) -> None:
 
 
 def read_note(path: Path) -> dict[str, Any] | None:
-    """The note of a shard: "failed", its samples that could not be recorded, and "sha256", the
-    digest of its recording; None where there is no note or a damaged one, so that the shard is
-    recorded again.
+    """The note of a shard.
+
+    "failed", its samples that could not be recorded, and "sha256", the digest of its recording;
+    None where there is no note or a damaged one, so that the shard is recorded again.
     """
     try:
         note = json.loads(path.read_text(encoding="utf-8"))

@@ -1,5 +1,6 @@
-"""The embedded model: a small LLaVA trained from scratch on drawn scenes, and the scenes
-themselves.
+"""The embedded model.
+
+A small LLaVA trained from scratch on drawn scenes, and the scenes themselves.
 
 A trained vision-language model that ships with the package, so that attention can be looked at
 without a download, and pictures whose truth is known to the pixel, so that what attention looks at

@@ -1,5 +1,6 @@
-"""Pixels of the drawn scenes: palette, eight shapes as implicit functions, a 5x7 font and a
-textured background.
+"""Pixels of the drawn scenes.
+
+Palette, eight shapes as implicit functions, a 5x7 font and a textured background.
 
 Everything here takes plain numbers and returns NumPy arrays in [0, 1]; which object goes where is
 decided in ``world.py``. A shape is a signed distance in pixels (negative inside), so one formula

@@ -1,5 +1,6 @@
-"""Measure the embedded model on held-out scenes: ``python -m avl_analysis.scenes.evaluate --samples
-500 --out FILE``.
+"""Measure the embedded model on held-out scenes.
+
+``python -m avl_analysis.scenes.evaluate --samples 500 --out FILE``.
 
 Every prompt goes through the processor and the stock ``generate`` (greedy), as a user's would. Each
 task is asked about its own picture and once more about *another* sample's picture, everything else
@@ -33,8 +34,9 @@ EVALUATION_SEED = SPLITS["model"]
 
 
 def exact_match(prediction: str, answer: str) -> bool:
-    """Whether two texts agree word for word; spaces and a final full stop do not count, capitals
-    do.
+    """Whether two texts agree word for word.
+
+    Spaces and a final full stop do not count, capitals do.
     """
 
     def plain(text: str) -> list[str]:
@@ -44,8 +46,9 @@ def exact_match(prediction: str, answer: str) -> bool:
 
 
 def chance(asked: Sequence[Sample]) -> float:
-    """Share right without a picture by giving each kind of question its commonest answer among
-    these samples.
+    """Share right without an image: each kind of question gets its commonest answer.
+
+    Commonest among these samples.
     """
     by_kind: dict[str, Counter[str]] = {}
     for sample in asked:
@@ -61,8 +64,9 @@ def answers(
     pictures: Sequence[Sample] | None = None,
     batch: int = 50,
 ) -> list[str]:
-    """The model's greedy answers to the samples' prompts, about the samples' pictures or those of
-    ``pictures``.
+    """The model's greedy answers to the samples' prompts.
+
+    About the samples' images or those of ``pictures``.
 
     Raises ValueError where ``pictures`` is given and not as long as ``asked``.
     """
@@ -106,8 +110,9 @@ def evaluate_task(
     n: int = 500,
     seed: int = EVALUATION_SEED,
 ) -> dict[str, Any]:
-    """Exact match on ``n`` held-out samples of one task with 95 % intervals: own picture, another
-    sample's, chance.
+    """Exact match on ``n`` held-out samples of one task with 95 % intervals.
+
+    Own picture, another sample's, chance.
 
     Raises ValueError for fewer than two samples, between which no pictures can be swapped.
     """
@@ -159,6 +164,7 @@ def _line(task: str, found: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Run the evaluation from the command line."""
     parser = argparse.ArgumentParser(
         description="Exact match of the scenes model on held-out scenes, per task."
     )

@@ -118,8 +118,10 @@ def build_processor(
 
 
 def load_processor(folder: Path | str) -> LlavaProcessor:
-    """The processor saved in ``folder``, with the PIL image processor whatever
-    else is installed."""
+    """The processor saved in ``folder``, with the PIL image processor.
+
+    Whatever else is installed.
+    """
     return LlavaProcessor.from_pretrained(folder, backend="pil")
 
 

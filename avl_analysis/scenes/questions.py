@@ -127,6 +127,7 @@ def a(noun: str) -> str:
 
 
 def plural(noun: str) -> str:
+    """The plural of a noun of the scenes."""
     return noun + ("es" if noun.endswith("s") else "s")
 
 
@@ -153,8 +154,9 @@ def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
 
 
 def _say(rng: np.random.Generator, task: str, *fillers: str) -> str:
-    """A phrasing of the task, now and then without its capital or final mark, or in American
-    spelling.
+    """A phrasing of the task.
+
+    Now and then without its capital or final mark, or in American spelling.
     """
     text: str = _pick(rng, PHRASINGS[task]).format(*fillers)
     capital, mark, spelling = rng.random(3)
@@ -171,8 +173,9 @@ def _about(task: str, kind: str, prompt: str, answer: str, *parts: Thing | Text)
 def _refer(
     rng: np.random.Generator, scene: Scene, thing: Thing, hide: str, places: bool = True
 ) -> str | None:
-    """Words that fit this object alone and do not give away its ``hide`` attribute; None where
-    there are none.
+    """Words that fit this object alone and do not give away its ``hide`` attribute.
+
+    None where there are none.
     """
     fitting = []
     for known in (
@@ -234,8 +237,9 @@ def _count(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 def _absent(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
-    """A (colour, shape) pair not in the scene; three times of four both colour and shape are,
-    apart.
+    """A (colour, shape) pair that is not in the scene.
+
+    Three times of four both colour and shape are, apart.
     """
     there = {(thing.colour, thing.shape) for thing in scene.things}
     apart = [
@@ -360,8 +364,9 @@ _MAKERS: dict[str, Callable[[np.random.Generator, Scene], Question | None]] = {
 
 
 def ask(rng: np.random.Generator, scene: Scene, task: str) -> Question | None:
-    """A question of the given task about the scene, or None where the draw or the scene allows
-    none.
+    """A question of the given task about the scene.
+
+    None where the draw or the scene allows none.
     """
     return _MAKERS[task](rng, scene)
 

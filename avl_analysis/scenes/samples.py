@@ -43,8 +43,9 @@ SPLITS: Mapping[str, int] = MappingProxyType(
 
 
 def split_of(seed: int) -> str:
-    """The name of the split a seed belongs to, "training" from `TRAINING_SEED` on, "" for seeds
-    that belong to none.
+    """The name of the split a seed belongs to.
+
+    "training" from `TRAINING_SEED` on, "" for seeds that belong to none.
     """
     if seed >= TRAINING_SEED:
         return "training"
@@ -95,8 +96,9 @@ class Sample:
 
 
 def generate(seed: int, index: int = 0, task: str | None = None) -> Sample:
-    """The sample with this seed and index; ``task`` (one of ``TASKS``) is drawn too when it is
-    None.
+    """The sample with this seed and index.
+
+    ``task`` (one of ``TASKS``) is drawn too when it is None.
 
     Raises ValueError for an unknown task or a negative number.
     """
@@ -115,7 +117,8 @@ def generate(seed: int, index: int = 0, task: str | None = None) -> Sample:
 
 
 def samples(n: int, task: str | None = None, seed: int = 0) -> list[Sample]:
-    """``n`` samples with indices 0 to n-1 of one seed, all of one task or (None) of tasks drawn at
-    random.
+    """``n`` samples with indices 0 to n-1 of one seed.
+
+    All of one task, or (None) of tasks drawn at random.
     """
     return [generate(seed, index, task) for index in range(n)]

@@ -35,8 +35,9 @@ BACKGROUND_SHARE = 1 / 3
 
 @dataclass(frozen=True)
 class Thing:
-    """One coloured shape: its attributes, cell 0-8 in reading order, pixel box and covered image
-    tokens (0-143).
+    """One coloured shape.
+
+    Its attributes, cell 0-8 in reading order, pixel box and covered image tokens (0-143).
     """
 
     colour: str
@@ -119,8 +120,10 @@ def text_cells(text: Text) -> tuple[int, ...]:
 
 
 def _covered(mask: NDArray[np.bool_], left: int, top: int) -> tuple[Box, tuple[int, ...]]:
-    """Box and image tokens of the true pixels of a cell-sized mask whose corner is
-    at (left, top)."""
+    """Box and image tokens of the true pixels of a cell-sized mask.
+
+    Its corner is at (left, top).
+    """
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = (left + int(xs[0]), top + int(ys[0]), left + int(xs[-1]) + 1, top + int(ys[-1]) + 1)
     blocks = mask.reshape(CELL // PATCH, PATCH, CELL // PATCH, PATCH).any((1, 3))
@@ -152,8 +155,9 @@ def _place_text(rng: np.random.Generator) -> Text:
 
 
 def _looks(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
-    """``count`` distinct (colour, shape) pairs, about half sharing a colour or a shape with an
-    earlier one.
+    """``count`` distinct (colour, shape) pairs.
+
+    About half share a colour or a shape with an earlier one.
     """
     pairs: list[tuple[str, str]] = []
     while len(pairs) < count:
@@ -181,8 +185,9 @@ def _paint_thing(
 
 
 def draw(rng: np.random.Generator, most: int = 6) -> Scene:
-    """One scene with 2 to ``most`` objects (2 <= most <= 6), drawn from ``rng`` and from nothing
-    else.
+    """One scene with 2 to ``most`` objects (2 <= most <= 6).
+
+    Drawn from ``rng`` and from nothing else.
     """
     if not 2 <= most <= 6:
         raise ValueError(f"most={most} objects: choose 2 to 6")

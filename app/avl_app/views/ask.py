@@ -55,8 +55,9 @@ def show(context: Context) -> None:
 def _beside(
     context: Context, seen: Observation, step: int, layer: int | None, head: int | None
 ) -> None:
-    """Another question of this visit beside the present one, on one scale: two pictures, or two
-    questions about one.
+    """Another question of this visit beside the present one, on one scale.
+
+    Two pictures, or two questions about one.
 
     Args:
         seen: the present answer, watched.

@@ -108,8 +108,9 @@ def _measure(recording: Recording) -> tuple[Measure, bool]:
 
 
 def _known(recording: Recording) -> tuple[dict[str, Measure], np.ndarray]:
-    """The measures this recording has values of, and the kinds of its heads; found once per
-    visitor.
+    """The measures this recording has values of, and the kinds of its heads.
+
+    Found once per visitor.
     """
     held = st.session_state.get("heads_of")
     if held is None or held[0] is not recording:

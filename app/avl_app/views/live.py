@@ -1,6 +1,4 @@
-"""A-VL live: policies switched on and off on the loaded model, side by side, and what they do to
-every patch.
-"""
+"""A-VL live: policies on and off side by side, and what they do to every patch."""
 
 from __future__ import annotations
 
@@ -85,8 +83,9 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 
 
 def marked(words: tuple[str, ...], reference: tuple[str, ...]) -> str:
-    """An answer as Markdown, with what differs from the full cache's: words of its own set off by
-    colour, words it leaves out struck through where they would stand.
+    """An answer as Markdown, with what differs from the full cache's.
+
+    Words of its own set off by colour, words it leaves out struck through where they would stand.
 
     Args:
         words, reference: text of each token of the answer, and of the full cache's.
@@ -110,8 +109,10 @@ def _spaced(words: list[str], source: str) -> str:
 
 
 def _differences(theirs: list[str], ours: list[str]) -> list[tuple[str, str]]:
-    """What leads from one list of words to another, with as many words kept as possible and, among
-    those ways, the earliest: ("same" | "own" | "out", word).
+    """What leads from one list of words to another.
+
+    As many words are kept as possible and, among those ways, the earliest: ("same" | "own" | "out",
+    word).
 
     The longest common subsequence, by dynamic programming over the ends of both lists.
     """
@@ -283,8 +284,9 @@ def _coloured(lines: Lines) -> Lines:
 
 
 def _fidelity(full: Answer, off: dict[str, Disagreement]) -> None:
-    """The full cache's answer once per policy, shaded by divergence; where predictions differ, what
-    it would write.
+    """The full cache's answer once per policy, shaded by divergence.
+
+    Where predictions differ, what it would write.
     """
     st.markdown(
         "**The full cache's answer, token by token**; shade: how far the policy's prediction is"

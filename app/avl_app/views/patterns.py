@@ -1,6 +1,4 @@
-"""Patterns: the report's figures for this answer or for a recording, with what each says about
-A-VL.
-"""
+"""Patterns: the report's figures for an answer or a recording, and what each says of A-VL."""
 
 from __future__ import annotations
 
@@ -132,8 +130,9 @@ def _made(recording: Recording, name: str, measured: Measured) -> Section:
 
 
 def choose_recording(context: Context) -> Recording | None:
-    """The recording of the present answer, of scenes recorded now, or from a file; None while there
-    is none.
+    """The recording of the present answer, of scenes recorded now, or from a file.
+
+    None while there is none.
     """
     source = st.segmented_control(
         "Statistics of",

@@ -1,5 +1,6 @@
-"""Report: built from this answer, from a recording, or from scenes recorded now; previewed and
-downloaded.
+"""Report: built from this answer, from a recording, or from scenes recorded now.
+
+Previewed and downloaded.
 """
 
 from __future__ import annotations

@@ -42,8 +42,9 @@ def config(
     theta: float = 1000.0,
     tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> LlavaConfig:
-    """The model's configuration; heads are 32 wide, two of them hold keys and values in the
-    decoder.
+    """The model's configuration.
+
+    Heads are 32 wide, two of them hold keys and values in the decoder.
 
     Args:
         width: of the decoder, a multiple of 32.
@@ -95,8 +96,9 @@ def config(
 
 
 def build_model(seed: int = 0, **settings: Any) -> LlavaForConditionalGeneration:
-    """An untrained model, float32, its weights drawn from ``seed``; ``settings`` as of
-    ``config``.
+    """An untrained model, float32, its weights drawn from ``seed``.
+
+    ``settings`` as of ``config``.
     """
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config(**settings))
@@ -109,8 +111,9 @@ def export(
     folder: Path | str,
     processor: LlavaProcessor | None = None,
 ) -> None:
-    """Write weights (float16), tokenizer and processor to ``folder`` in the layout of any hub
-    model.
+    """Write weights (float16), tokenizer and processor to ``folder``.
+
+    In the layout of any hub model.
 
     Args:
         model: what to write; its weights stay as they are.

@@ -105,8 +105,9 @@ WORD_GROUPS: dict[str, tuple[int, ...]] = {
 
 @dataclass(frozen=True)
 class Branch:
-    """One conversation about the picture: ids, the positions whose next token is scored, the task
-    of each turn.
+    """One conversation about the picture.
+
+    Ids, the positions whose next token is scored, the task of each turn.
     """
 
     ids: tuple[int, ...]
@@ -145,8 +146,9 @@ def branch(turns: list[questions.Question]) -> Branch:
 
 
 def _by_shape(rng: np.random.Generator, scene: Scene) -> Branch | None:
-    """A single question that finds its object by shape and never by colour or place, or None after
-    a few tries.
+    """A question that finds its object by shape and never by colour or place.
+
+    None after a few tries.
     """
     for _ in range(8):
         question = questions.ask(rng, scene, BY_SHAPE[int(rng.integers(len(BY_SHAPE)))])
@@ -284,8 +286,9 @@ def make(
     most: int = 6,
     by_shape: float = 0.0,
 ) -> Batch:
-    """A batch of fresh scenes with up to ``most`` objects each, questions drawn by ``mix`` (task ->
-    odds).
+    """A batch of fresh scenes with up to ``most`` objects each.
+
+    Questions are drawn by ``mix`` (task -> odds).
     """
     scenes = [world.draw(rng, most) for _ in range(pictures)]
     return pack(scenes, [lay(rng, scene, mix, by_shape) for scene in scenes])

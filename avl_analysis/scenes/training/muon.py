@@ -17,8 +17,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Roughly the orthogonal factor of each matrix: (n, rows, columns), bfloat16, singular values
-    near 1.
+    """Roughly the orthogonal factor of each matrix.
+
+    (n, rows, columns), bfloat16, singular values near 1.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(torch.bfloat16)
@@ -32,8 +33,9 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """Momentum state and updates for named matrices; ``rank`` of ``world`` processes computes its
-    share.
+    """Momentum state and updates for named matrices.
+
+    ``rank`` of ``world`` processes computes its share.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class Muon:
         self.size = at
 
     def directions(self, gradients: dict[str, Tensor]) -> Tensor:
-        """This process's share of the update as a flat float32 buffer of
-        ``size``, zero elsewhere."""
+        """This process's share of the update as a flat float32 buffer of ``size``.
+
+        Zero elsewhere.
+        """
         flat = torch.zeros(self.size, device=next(iter(gradients.values())).device)
         ahead = {}
         for name, gradient in gradients.items():
@@ -68,8 +72,9 @@ class Muon:
 
     @torch.no_grad()
     def apply(self, flat: Tensor, rate: float, decay: float = 0.0) -> None:
-        """Subtract ``rate`` times the summed update from every matrix, after shrinking it by ``rate
-        * decay``.
+        """Subtract ``rate`` times the summed update from every matrix.
+
+        Each is shrunk by ``rate * decay`` before.
         """
         for name, p in self.matrices.items():
             p.mul_(1 - rate * decay)

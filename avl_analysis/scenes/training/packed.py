@@ -31,8 +31,9 @@ Weights = Mapping[str, Tensor]
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * weight over the last axis; torch's own backward is many times slower in
-    bfloat16.
+    """x / rms(x) * weight over the last axis.
+
+    torch's own backward is many times slower in bfloat16.
     """
 
     @staticmethod
@@ -56,12 +57,14 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """Root-mean-square normalisation over the last axis, with a fast backward."""
     return _RMSNorm.apply(x, weight, eps)
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotary positions on (..., heads, 32) in the two-halves convention; the backward turns the
-    other way.
+    """Rotary positions on (..., heads, 32) in the two-halves convention.
+
+    The backward turns the other way.
     """
 
     @staticmethod
@@ -84,6 +87,7 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions applied to queries or keys, with a fast backward."""
     return _Rotate.apply(x, cos, sin)
 
 
@@ -188,8 +192,9 @@ def rows_attention(
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The prefix attends causally to itself: q (B, P, heads, 32), k and v (B, groups, P, 32) -> (B,
-    P, heads * 32).
+    """The prefix attends causally to itself.
+
+    Q (B, P, heads, 32), k and v (B, groups, P, 32) -> (B, P, heads * 32).
     """
     b, prefix, heads, _ = q.shape
     groups = k.shape[1]
@@ -204,8 +209,9 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def _masks(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Additive masks: causal over the prefix (P, P); within rows, causal and inside one branch (B,
-    1, R, 1, L, L).
+    """Additive masks of packed conversations.
+
+    Causal over the prefix (P, P); within rows, causal and inside one branch (B, 1, R, 1, L, L).
     """
     length = batch.ids.shape[-1]
     same = batch.branch[..., :, None] == batch.branch[..., None, :]
@@ -215,8 +221,9 @@ def _masks(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def decode(weights: Weights, config: LlavaConfig, image: Tensor, batch: Batch) -> Tensor:
-    """Logits (N, vocabulary) at the batch's scored positions, given projected image tokens (B, 144,
-    width).
+    """Logits (N, vocabulary) at the batch's scored positions.
+
+    Given projected image tokens (B, 144, width).
     """
     w, text, dtype = weights, config.text_config, image.dtype
     b, r, length = batch.ids.shape

@@ -1,5 +1,6 @@
-"""Train the embedded model: ``python -m avl_analysis.scenes.training.train --minutes 95 --out
-runs/scenes``.
+"""Train the embedded model.
+
+``python -m avl_analysis.scenes.training.train --minutes 95 --out runs/scenes``.
 
 Made for a machine with a couple of CPU cores and nothing else: one process of one thread per core,
 gradients summed over gloo, everything scheduled by the wall clock, so that a run ends when it was
@@ -91,8 +92,9 @@ def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 def patch_loss(head: nn.Linear, features: Tensor, batch: Batch, background: float) -> Tensor:
-    """Cross entropy of naming what is on each image token; the last class of each group is "nothing
-    of the kind".
+    """Cross entropy of naming what is on each image token.
+
+    The last class of each group is "nothing of the kind".
     """
     logits = head(features.float()).split([size + 1 for size in PATCH_CLASSES.values()], -1)
     labels = batch.patches
@@ -231,8 +233,9 @@ class Trainer:
 
     @torch.no_grad()
     def watch(self, pictures: int = 64) -> dict[str, float]:
-        """Held-out exact match by task (each answer token the most likely one), and the losses,
-        over all processes.
+        """Held-out exact match by task, and the losses, over all processes.
+
+        Exact: each answer token is the most likely one.
         """
         right, asked = torch.zeros(len(TASKS)), torch.zeros(len(TASKS))
         weights = {n: p.to(torch.bfloat16) for n, p in self.named.items()}
@@ -322,8 +325,9 @@ def _run(rank: int, settings: Settings, out: Path, resume: bool, rendezvous: str
 
 
 def train(settings: Settings, out: Path, resume: bool = False) -> LlavaForConditionalGeneration:
-    """Run to the end of the budget; ``out`` gets ``log.jsonl``, ``checkpoint.pt`` and
-    ``model/``.
+    """Run to the end of the budget.
+
+    ``out`` gets ``log.jsonl``, ``checkpoint.pt`` and ``model/``.
     """
     line = {"resumed" if resume else "started": asdict(settings)}
     launch.open_run(out / "checkpoint.pt", out / "log.jsonl", line, resume)
@@ -332,6 +336,7 @@ def train(settings: Settings, out: Path, resume: bool = False) -> LlavaForCondit
 
 
 def main() -> None:
+    """Train from the command line."""
     parser = argparse.ArgumentParser(description="Train the embedded scenes model on CPU cores.")
     parser.add_argument(
         "--minutes", type=float, required=True, help="wall-clock budget; the schedule ends with it"

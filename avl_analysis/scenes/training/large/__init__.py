@@ -1,2 +1,4 @@
-"""Training of a larger scenes model: the decoder on text first, the vision tower on whole pictures,
-then both together."""
+"""Training of a larger scenes model.
+
+The decoder on text first, the vision tower on whole pictures, then both together.
+"""

@@ -84,6 +84,7 @@ def run(name: str, steps: int, every: int, log: Path) -> None:
 
 
 def main() -> None:
+    """Run the controls from the command line."""
     parser = argparse.ArgumentParser(description="Small runs that differ in one thing each.")
     parser.add_argument("--out", type=Path, required=True, help="file that lines are added to")
     parser.add_argument("--only", nargs="+", choices=CONTROLS, default=list(CONTROLS))

@@ -1,5 +1,6 @@
-"""Packed conversations about pictures: as ``batches``, with the larger model's tokens and a loss on
-every token.
+"""Packed conversations about pictures.
+
+As ``batches``, with the larger model's tokens and a loss on every token.
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ class Batch:
 
 
 def tokens(turns: list[Question]) -> tuple[list[int], list[bool]]:
-    """Ids of a conversation after the picture, and which of them are followed by a token of an
-    answer.
+    """Ids of a conversation after the image.
+
+    And which of them are followed by a token of an answer.
     """
     ids: list[int] = []
     answering: list[bool] = []

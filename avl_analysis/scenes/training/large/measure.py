@@ -265,6 +265,7 @@ def answers(
 
 
 def main() -> None:
+    """Measure a model from the command line."""
     parser = argparse.ArgumentParser(description="Attention of a scenes model on captions.")
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="folder (default: shipped)")
     parser.add_argument("--samples", type=int, default=32)

@@ -1,4 +1,5 @@
-"""Train a larger scenes model, stage by stage:
+"""Train a larger scenes model, stage by stage.
+
 ``python -m avl_analysis.scenes.training.large.train STAGE --steps N --out DIR``.
 
 Three stages, each resumable, each with AdamW:
@@ -356,6 +357,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    """Train from the command line."""
     parser = argparse.ArgumentParser(description="Train the larger embedded model, stage by stage.")
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--steps", type=int, required=True, help="steps of the stage in the end")
