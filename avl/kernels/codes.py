@@ -212,7 +212,7 @@ def key_products(
     """
     batch, heads, width = query.shape
     query = query.float()
-    if not _compiled_for(stored):
+    if not _compiled_for(stored) or _needs_gradient(query):
         keys = read_keys(stored, groups, limits, bits)
         grouped = query.view(batch, keys.shape[1], -1, width)
         return (grouped @ keys.transpose(-1, -2)).view(batch, heads, -1)
@@ -247,7 +247,7 @@ def weighted_values(
         (batch, query heads, width) float32.
     """
     batch, heads, count = weights.shape
-    if not _compiled_for(stored):
+    if not _compiled_for(stored) or _needs_gradient(weights):
         values = read_values(stored, limits, bits, width)
         grouped = weights.view(batch, values.shape[1], -1, count)
         return (grouped @ values).view(batch, heads, width)
@@ -271,6 +271,11 @@ def weighted_values(
 
 def _compiled_for(tensor: Tensor) -> bool:
     return backend_for(tensor.device) == COMPILED
+
+
+def _needs_gradient(tensor: Tensor) -> bool:
+    """Whether gradients are to flow through what is computed, which compiled code cuts off."""
+    return torch.is_grad_enabled() and tensor.requires_grad
 
 
 def _each_pair(

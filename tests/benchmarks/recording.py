@@ -42,6 +42,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE = 32, 128, 4096, 11008
 NARROW = 256
 """Hidden and intermediate size of the layers in which memory is measured."""
 IMAGE, VOCABULARY, SIDE, PATCH = 5, 1000, 24, 4
-PROMPTS = {640: 1, 2944: 5}
+PROMPTS = {640: 1, 2944: 5, 8128: 14, 16192: 28}
 """Prompt length -> pictures of 24 x 24 tokens in it; the other 64 tokens are text."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Settings of glibc's `mallopt`."""
@@ -362,6 +363,30 @@ def memory(dtype: str, layers: int, length: int) -> dict[str, int]:
     }
 
 
+def long_prompt(dtype: str, length: int) -> dict[str, int]:
+    """Most resident bytes of a plain and of a recorded prefill of one narrow layer; to be called in
+    a process of its own.
+    """
+    return_large_blocks()
+    model = build(1, DTYPES[dtype], NARROW, NARROW)
+    model.set_attn_implementation("sdpa")
+    first = Bench(model, prompt(640, DTYPES[dtype]))
+    with record(model, stop=()):  # libraries take memory of their own at their first use
+        first.prefill(model)
+    bench, peaks = Bench(model, prompt(length, DTYPES[dtype])), []
+    bench.prefill(model)
+    gc.collect()
+    _reset_peak()
+    bench.prefill(model)
+    peaks.append(_status("VmHWM"))
+    gc.collect()
+    _reset_peak()
+    with record(model, stop=()):
+        bench.prefill(model)
+    peaks.append(_status("VmHWM"))
+    return {"plain": peaks[0], "recorded": peaks[1]}
+
+
 def apart(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """What the function returns in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -392,7 +417,7 @@ def main() -> None:
         "--quick", action="store_true", help="one layer, 640 tokens, float32, two rounds"
     )
     parser.add_argument(
-        "--prompts", type=int, nargs="+", choices=list(PROMPTS), default=list(PROMPTS)
+        "--prompts", type=int, nargs="+", choices=list(PROMPTS), default=[640, 2944]
     )
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--layers", type=int, default=3, help="decoder layers (default 3)")
@@ -403,6 +428,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="decode steps per round (default 24)")
     parser.add_argument("--threads", type=int, help="torch threads (default: all cores)")
     parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
+    parser.add_argument(
+        "--long", action="store_true", help="only the memory of prompts of 8,128 and 16,192 tokens"
+    )
     parser.add_argument("--processor-time", action="store_true", help=PROCESSOR_TIME)
     options = parser.parse_args()
     use_clock(options.processor_time)
@@ -418,6 +446,16 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     facts = environment() | {"times": "processor" if options.processor_time else "elapsed"}
     print(json.dumps(facts), flush=True)
+    if options.long:
+        for dtype, length in product(options.dtypes, (8128, 16192)):
+            peaks = apart(long_prompt, dtype, length)
+            share = peaks["recorded"] / peaks["plain"]
+            print(
+                f"{dtype}, {length} tokens: {peaks['plain'] >> 20} MiB resident at most in a plain"
+                f" prefill, recorded / plain {share:.2f}",
+                flush=True,
+            )
+        return
     costs = []
     for dtype in options.dtypes:
         model = build(options.layers, DTYPES[dtype])

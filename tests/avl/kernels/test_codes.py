@@ -150,6 +150,17 @@ def test_attending_to_codes_equals_attending_to_what_they_stand_for(
     assert float((sums - expected).abs().max()) <= 1e-5 * max(float(expected.abs().max()), 1.0)
 
 
+def test_gradients_reach_the_query_and_the_weights(version: str) -> None:
+    keys, groups, limits, values, own = stored_case(4, 2, 50, 64)
+    query = torch.randn(2, 2, 64, requires_grad=True)
+    products = codes.key_products(query, keys, groups, limits, 4)
+    codes.weighted_values(torch.softmax(products / 10, -1), values, own, 4, 64).sum().backward()
+    assert query.grad is not None
+    assert bool((query.grad != 0).any())
+    with torch.no_grad():
+        assert not codes.key_products(query, keys, groups, limits, 4).requires_grad
+
+
 def test_values_without_weight_are_not_read(version: str) -> None:
     _, _, _, values, own = stored_case(4, 2, 50, 64)
     own[:, :, 10:] = torch.finfo(torch.float16).max
