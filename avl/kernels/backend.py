@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from threading import Lock, Thread
+from threading import Barrier, Lock, Thread
 from typing import TypeVar
 
 import torch
@@ -77,23 +77,23 @@ def on_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> lis
 def _pool(threads: int) -> ThreadPoolExecutor:
     with _POOLS_LOCK:
         if threads not in _POOLS:
-            _POOLS[threads] = ThreadPoolExecutor(
-                threads, "avl-kernels", initializer=_single_threaded
-            )
+            pool = ThreadPoolExecutor(threads, "avl-kernels")
+            barrier = Barrier(threads)
+
+            def start(_: int) -> None:
+                barrier.wait()  # one task for each thread, and all threads are there
+                torch.get_num_threads()  # gives a new thread the process's number, once
+                torch.set_num_threads(1)
+
+            # OpenMP keeps the number of threads for each thread. torch also keeps one for the
+            # process, which threads that start later read; it is put back by a thread that has no
+            # number of its own to lose.
+            list(pool.map(start, range(threads)))
+            restore = Thread(target=torch.set_num_threads, args=(threads,))
+            restore.start()
+            restore.join()
+            _POOLS[threads] = pool
         return _POOLS[threads]
-
-
-def _single_threaded() -> None:
-    """Have torch use one thread for operations called from the current thread.
-
-    The number is kept twice: for each thread (by OpenMP), and for the process, where threads that
-        start later read it. The latter is put back.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    restore = Thread(target=torch.set_num_threads, args=(before,))
-    restore.start()
-    restore.join()
 
 
 def _forget_pools() -> None:

@@ -14,6 +14,9 @@ Index tensors are (batch, 1 or heads, n), with 1 where all heads are alike; -1 s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -305,12 +308,22 @@ def _each_pair(
         on_threads(some, _shares(source.shape[0], source.shape[1], index.shape[2] * width))
 
 
-def _shares(batch: int, heads: int, size: int) -> list[Tensor]:
+def _shares(batch: int, heads: int, size: int) -> Sequence[Tensor]:
     """(n, 2) pairs of row and head, in as many parts as it pays to have.
 
     Args:
+        batch: rows.
+        heads: heads of each.
         size: numbers that one pair has to do with.
     """
-    pairs = torch.cartesian_prod(torch.arange(batch), torch.arange(heads))
-    parts = max(1, min(torch.get_num_threads(), len(pairs), len(pairs) * size // _SMALL))
-    return list(pairs.tensor_split(parts))
+    pairs = batch * heads
+    parts = max(1, min(torch.get_num_threads(), pairs, pairs * size // _SMALL))
+    return _pairs_in_parts(batch, heads, parts)
+
+
+@lru_cache(64)
+def _pairs_in_parts(batch: int, heads: int, parts: int) -> Sequence[Tensor]:
+    """All pairs of row and head in this many parts; the same ones at every step of a generation."""
+    with torch.inference_mode(False):
+        pairs = torch.cartesian_prod(torch.arange(batch), torch.arange(heads))
+        return pairs.tensor_split(parts)
