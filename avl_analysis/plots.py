@@ -172,9 +172,11 @@ def plot_overlay(
     array = _statistic(recording, name)
     sample_name = _sample(recording, sample)
     labels = {
-        "sample": sample_name, "step": step,
-        **({} if layer is None else {"layer": layer}), **({} if head is None else {"head": head}),
-    }  # fmt: skip
+        "sample": sample_name,
+        "step": step,
+        **({} if layer is None else {"layer": layer}),
+        **({} if head is None else {"head": head}),
+    }
     _labels(array, labels, None)
     images = images_of(recording.tokens.sel(sample=sample_name))
     if not 0 <= number < len(images):

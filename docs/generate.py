@@ -150,9 +150,13 @@ def _tokens(path: Path) -> None:
         row, column = divmod(i, 3)
         _box(axes, 3.0 + 0.66 * column, 0.62 - 0.5 * row, 0.6, 0.42, str(i), IMAGE)
     axes.text(
-        5.2, 0.55, "row and column in the image,\nand the box of the image each token covers",
-        fontsize=9, va="center", color="#1f2328",
-    )  # fmt: skip
+        5.2,
+        0.55,
+        "row and column in the image,\nand the box of the image each token covers",
+        fontsize=9,
+        va="center",
+        color="#1f2328",
+    )
     _arrow(axes, (2.4, 1.45), (3.2, 1.1))
     _save(figure, path)
 

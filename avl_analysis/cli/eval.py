@@ -77,9 +77,17 @@ def evaluate(
     for name in names:
         folder = out / _file_name(name)
         files[name] = _run(
-            model, wrapper, _policy_argument(name, folder), tasks, include, limit, device,
-            arguments, folder, download,
-        )  # fmt: skip
+            model,
+            wrapper,
+            _policy_argument(name, folder),
+            tasks,
+            include,
+            limit,
+            device,
+            arguments,
+            folder,
+            download,
+        )
     frame = results.table(files, reference=STOCK)
     write_text(out / "table.csv", frame.to_csv(index_label="policy"))
     typer.echo(frame.round(4).to_string())

@@ -131,15 +131,27 @@ def _record(given: Given, *arguments: object) -> list[str]:
 def _options(rng: np.random.Generator, given: Given, number: int) -> Call:
     command = _any(rng, ("record", "compare", "calibrate", "ablate", "frontier", "models", "stats"))
     options = {
-        "record": ("--layers", "--heads", "--queries", "--statistics", "--batch-size", "--scenes",
-                   "--task", "--seed", "--dtype", "--device", "--attention", "--workers"),
+        "record": (
+            "--layers",
+            "--heads",
+            "--queries",
+            "--statistics",
+            "--batch-size",
+            "--scenes",
+            "--task",
+            "--seed",
+            "--dtype",
+            "--device",
+            "--attention",
+            "--workers",
+        ),
         "compare": ("--task", "--metric", "--scenes", "--batch-size", "--dtype", "--out"),
         "calibrate": ("--target", "--task", "--prefill-layer", "--scenes", "--out"),
         "ablate": ("--kind", "--draws", "--seed", "--task", "--scenes", "--out"),
         "frontier": ("--budgets", "--task", "--scenes", "--workers", "--seed", "--show"),
         "models": ("--write", "--colour"),
         "stats": ("--list", "--colour"),
-    }[command]  # fmt: skip
+    }[command]
     value = _any(rng, (*TEXTS, _noise(rng), "1,x", "5-1", "0-999999999", "0.5:0.5", "meta", "hpu"))
     # A number would be a sound value of some options, and start a long computation.
     words = [command, _any(rng, options), value, "--model", "./none"]
@@ -358,8 +370,18 @@ def _weights(rng: np.random.Generator, given: Given, number: int) -> Call:
 
 def _other_files(rng: np.random.Generator, given: Given, number: int) -> Call:
     """A sound file of one kind where another is expected."""
-    path = _any(rng, (given.picture, given.recording, given.comparison, given.ablation,
-                      given.policy, given.model / "config.json", given.model))  # fmt: skip
+    path = _any(
+        rng,
+        (
+            given.picture,
+            given.recording,
+            given.comparison,
+            given.ablation,
+            given.policy,
+            given.model / "config.json",
+            given.model,
+        ),
+    )
     out = ["--out", str(given.picture / "r")]
     words = _any(
         rng,

@@ -46,19 +46,37 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Given:
     short = ["--model", model, "--max-new-tokens", 2]
     for command in (
         ["record", "--scenes", 3, *short, "--out", given.recording],
-        ["compare", "--scenes", 1, "--task", "colour", "-p", "stride:0.5", *short, "--out",
-         given.comparison],
-    ):  # fmt: skip
+        [
+            "compare",
+            "--scenes",
+            1,
+            "--task",
+            "colour",
+            "-p",
+            "stride:0.5",
+            *short,
+            "--out",
+            given.comparison,
+        ],
+    ):
         with pytest.raises(SystemExit) as end:
             main(list(map(str, command)))
         assert not end.value.code
     silenced = {"name": "nothing", "heads": [], "right": "10"}
     content = {
-        "format": "avl-ablation", "version": 1, "kind": "visual", "found": 1, "heads": 4,
-        "model": str(model), "samples": ["a", "b"], "tasks": ["x", "x"],
+        "format": "avl-ablation",
+        "version": 1,
+        "kind": "visual",
+        "found": 1,
+        "heads": 4,
+        "model": str(model),
+        "samples": ["a", "b"],
+        "tasks": ["x", "x"],
         "groups": [silenced, {**silenced, "name": "visual"}, {**silenced, "name": "random 1"}],
-        "found_on": "", "same_layers": False, "command": "",
-    }  # fmt: skip
+        "found_on": "",
+        "same_layers": False,
+        "command": "",
+    }
     given.ablation.write_text(json.dumps(content))
     return given
 

@@ -90,9 +90,13 @@ def cut_by_hand(
 def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """(steps, batch, vocabulary) of a greedy generation along fixed tokens."""
     output = model.generate(
-        **inputs, max_new_tokens=STEPS, do_sample=False, output_logits=True,
-        return_dict_in_generate=True, eos_token_id=None,
-    )  # fmt: skip
+        **inputs,
+        max_new_tokens=STEPS,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        eos_token_id=None,
+    )
     return torch.stack(output.logits)
 
 
@@ -177,8 +181,21 @@ def test_the_command_prints_a_table_and_refuses_mistakes(
 ) -> None:
     out = tmp_path / "k.nc"
     with pytest.raises(SystemExit) as done:
-        main(["knockout", "--scenes", "1", "--task", "colour", "--flow", "image:last",
-              "--max-new-tokens", "2", "--out", str(out)])  # fmt: skip
+        main(
+            [
+                "knockout",
+                "--scenes",
+                "1",
+                "--task",
+                "colour",
+                "--flow",
+                "image:last",
+                "--max-new-tokens",
+                "2",
+                "--out",
+                str(out),
+            ]
+        )
     assert not done.value.code
     said = capsys.readouterr().out
     assert "image -> last" in said

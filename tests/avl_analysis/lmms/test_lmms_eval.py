@@ -27,10 +27,23 @@ def _evaluate(out: Path, *arguments: str) -> pd.DataFrame:
 
 def test_scores_and_bytes_equal_those_of_compare_on_the_same_questions(tmp_path: Path) -> None:
     table = _evaluate(
-        tmp_path / "out", "scenes", "--wrapper", "llava_hf", "--scenes", "3",
-        "--task", TASKS[0], "--task", TASKS[1], "--max-new-tokens", "12",
-        "-p", "a-vl", "-p", "random:0.25",
-    )  # fmt: skip
+        tmp_path / "out",
+        "scenes",
+        "--wrapper",
+        "llava_hf",
+        "--scenes",
+        "3",
+        "--task",
+        TASKS[0],
+        "--task",
+        TASKS[1],
+        "--max-new-tokens",
+        "12",
+        "-p",
+        "a-vl",
+        "-p",
+        "random:0.25",
+    )
     policies = {"a-vl": avl.AdaptivePolicy(), "random:0.25": avl.RandomPolicy(budget=0.25)}
     measured = compare(
         load_model("scenes"),
@@ -53,9 +66,22 @@ def test_a_policy_that_raises_ends_with_one_line_and_exit_code_two(
     folder = tiny.save_folder(tmp_path / "model", tiny.llava())
     with pytest.raises(SystemExit) as done:
         main(
-            ["eval", str(folder), "--wrapper", "llava_hf", "--scenes", "1", "--task", "what",
-             "-p", "a-vl,prefill=0.5,prefill_layer=99", "--device", "cpu",
-             "--out", str(tmp_path / "out")]
-        )  # fmt: skip
+            [
+                "eval",
+                str(folder),
+                "--wrapper",
+                "llava_hf",
+                "--scenes",
+                "1",
+                "--task",
+                "what",
+                "-p",
+                "a-vl,prefill=0.5,prefill_layer=99",
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
     assert done.value.code == 2
     assert "lmms-eval failed with policy" in " ".join(capsys.readouterr().err.split())
