@@ -1,10 +1,10 @@
 """How model families lay a picture out as tokens: a function per way, a line per family.
 
-A function gets a `Prompt` (one row of a batch, and what the model was called with) and yields the
-pictures of that row, each as its `View`s. Numbers come from the model's config and inputs wherever
-they say them (grids, image sizes). Two things only the original picture's size tells, the centre
-crop of LLaVA-1.5 and the tile grid of InternVL; then `Prompt.size` may be known, and if it is not,
-neither are the places.
+A function gets a `GridPrompt` (one row of a batch, and what the model was called with) and yields
+the pictures of that row, each as its `View`s. Numbers come from the model's config and inputs
+wherever they say them (grids, image sizes). Two things only the original picture's size tells, the
+centre crop of LLaVA-1.5 and the tile grid of InternVL; then `GridPrompt.size` may be known, and if
+it is not, neither are the places.
 
 To add a family, write what its processor and its `get_image_features` do to a picture as views, and
 name it in `GRIDS`; the conformance suite then paints pictures and sees whether the tokens that
@@ -35,7 +35,7 @@ NO_PLACE = "image tokens of this family stand for the whole picture, none of the
 
 
 @dataclass(frozen=True)
-class Prompt:
+class GridPrompt:
     """One row of a batch of prompts.
 
     Attributes:
@@ -93,10 +93,10 @@ class Prompt:
 
 
 Pictures = Iterator[Picture]
-Describe = Callable[[Prompt], Pictures]
+Describe = Callable[[GridPrompt], Pictures]
 
 
-def square(prompt: Prompt) -> Pictures:
+def square(prompt: GridPrompt) -> Pictures:
     """Every run of image tokens is a picture, its tokens a square grid over all of it.
 
     For families that are known to lay out pictures so: Aya Vision, Ovis 2. Not where a run may be
@@ -123,25 +123,25 @@ picture have one or two between them, which name the tile.
 """
 
 
-def kept_square(prompt: Prompt) -> Pictures:
+def kept_square(prompt: GridPrompt) -> Pictures:
     """As `square`, over the part of the picture that the processor keeps (FastVLM)."""
     for index, (view,) in enumerate(square(prompt)):
         size, processor = prompt.size(index), prompt.processor
         yield (replace(view, box=None if processor is None else _kept(size, processor)),)
 
 
-def unknown(prompt: Prompt) -> Pictures:
+def unknown(prompt: GridPrompt) -> Pictures:
     """Families of which nothing is known: no picture is described, so no token gets a place."""
     return iter(())
 
 
-def latent(prompt: Prompt) -> Pictures:
+def latent(prompt: GridPrompt) -> Pictures:
     """Learned queries that look at the whole picture (Q-Former, perceiver); none has a place."""
     for _, length in prompt.runs:
         yield nowhere(length)
 
 
-def _whole(prompt: Prompt, length: int) -> range:
+def _whole(prompt: GridPrompt, length: int) -> range:
     """Numbers of the row's pictures, each of `length` tokens.
 
     None if the runs do not hold whole pictures.
@@ -154,7 +154,7 @@ def _whole(prompt: Prompt, length: int) -> range:
 # -- one grid --------------------------------------------------------------------------------------
 
 
-def fixed(prompt: Prompt) -> Pictures:
+def fixed(prompt: GridPrompt) -> Pictures:
     """A square grid of known size over the whole picture (PaliGemma, Gemma 3)."""
     pooled = getattr(prompt.config, "mm_tokens_per_image", None)
     side = math.isqrt(pooled) if pooled else prompt.patches
@@ -162,7 +162,7 @@ def fixed(prompt: Prompt) -> Pictures:
         yield (View(side, side),)
 
 
-def clip(prompt: Prompt) -> Pictures:
+def clip(prompt: GridPrompt) -> Pictures:
     """LLaVA-1.5, ViP-LLaVA: patches of a CLIP tower over the picture's centre square.
 
     A class token may come before them.
@@ -217,7 +217,7 @@ def _squared(width: int, height: int) -> Box:
     return (-x / width, -y / height, (longest - x) / width, (longest - y) / height)
 
 
-def padded(prompt: Prompt) -> Pictures:
+def padded(prompt: GridPrompt) -> Pictures:
     """DeepSeek-VL, Janus: a square grid over the picture resized to fit a square and padded."""
     side, edge = prompt.patches, prompt.vision("image_size")
     for index in _whole(prompt, side * side):
@@ -229,7 +229,7 @@ def padded(prompt: Prompt) -> Pictures:
         yield (View(side, side, (-x / wide, -y / high, (edge - x) / wide, (edge - y) / high)),)
 
 
-def grid_thw(prompt: Prompt) -> Pictures:
+def grid_thw(prompt: GridPrompt) -> Pictures:
     """Qwen-VL and kin: `image_grid_thw` patches, merged `merge` x `merge`.
 
     An image of several frames has a view for each.
@@ -250,7 +250,7 @@ def grid_thw(prompt: Prompt) -> Pictures:
             yield tuple(View(rows, columns, origin=None, tile=frame + 1) for frame in range(frames))
 
 
-def newlines(prompt: Prompt) -> Pictures:
+def newlines(prompt: GridPrompt) -> Pictures:
     """HunYuan-VL: merged patches with a newline token after each row.
 
     A token before and one behind the picture count as image tokens, too.
@@ -263,7 +263,7 @@ def newlines(prompt: Prompt) -> Pictures:
         yield (view,)
 
 
-def pixtral(prompt: Prompt) -> Pictures:
+def pixtral(prompt: GridPrompt) -> Pictures:
     """Pixtral, Mistral 3: rows of merged patches with a text token between rows.
 
     `image_sizes` are those after resizing.
@@ -276,7 +276,7 @@ def pixtral(prompt: Prompt) -> Pictures:
         yield (View(rows, columns),)
 
 
-def positions(prompt: Prompt) -> Pictures:
+def positions(prompt: GridPrompt) -> Pictures:
     """Gemma 4: `image_position_ids` give column and row of every patch, -1 in padding.
 
     Patches are pooled after that.
@@ -294,7 +294,7 @@ def positions(prompt: Prompt) -> Pictures:
 # -- a view of the whole picture and tiles ---------------------------------------------------------
 
 
-def anyres(prompt: Prompt) -> Pictures:
+def anyres(prompt: GridPrompt) -> Pictures:
     """LLaVA-NeXT, LLaVA-OneVision: a base grid, then unpadded tiles in one grid with newlines.
 
     Granite 4 Vision makes fewer tokens of the patches, `downsample_rate` ("1/2") of them along each
@@ -315,7 +315,7 @@ def anyres(prompt: Prompt) -> Pictures:
         yield picture
 
 
-def _tiles(prompt: Prompt, base: int, width: int, height: int) -> View:
+def _tiles(prompt: GridPrompt, base: int, width: int, height: int) -> View:
     """The grid of an anyres picture's tiles.
 
     The picture is resized into the best canvas, padded, and cut back by whole cells.
@@ -369,7 +369,7 @@ def _tile_grid(side: int, rows: int, columns: int) -> Picture:
     return (*tiles, View(side, side, origin=None))
 
 
-def internvl(prompt: Prompt) -> Pictures:
+def internvl(prompt: GridPrompt) -> Pictures:
     """InternVL: tiles in raster order, then the whole picture.
 
     The grid of the tiles follows from the picture's size.
@@ -413,7 +413,7 @@ def _canvas(size: Size | None, tiles: int, pixels: int, processor: Any) -> tuple
     return (best[1], best[0]) if best[0] * best[1] == tiles else None
 
 
-def idefics3(prompt: Prompt) -> Pictures:
+def idefics3(prompt: GridPrompt) -> Pictures:
     """Idefics3, SmolVLM: tiles marked by text tokens in between, the whole picture last.
 
     Every view is a run of its own, and the token before it names it: the one before a whole picture
@@ -499,7 +499,7 @@ def describe_rows(
     notes: list[str] = []
     for b, (ids, spans) in enumerate(zip(rows, runs, strict=True)):
         own = None if sizes is None else sizes[b]
-        prompt = Prompt(config, inputs, ids, (), batch_runs, supply, own, processor)
+        prompt = GridPrompt(config, inputs, ids, (), batch_runs, supply, own, processor)
         pictures, said = _describe_row(name, prompt, spans)
         if own is not None and len(own) != len(pictures):
             # sizes of other pictures than the row shows say nothing about these
@@ -510,7 +510,7 @@ def describe_rows(
 
 
 def _describe_row(
-    name: str, prompt: Prompt, runs: Sequence[tuple[int, int]]
+    name: str, prompt: GridPrompt, runs: Sequence[tuple[int, int]]
 ) -> tuple[list[Picture], list[str]]:
     """The pictures of one row, whose runs of image tokens these are, and what was assumed."""
     describe = _describing(name, prompt)
@@ -534,14 +534,14 @@ def _describe_row(
     return pictures, notes
 
 
-def _describing(name: str, prompt: Prompt) -> Describe:
+def _describing(name: str, prompt: GridPrompt) -> Describe:
     """How this family lays out its pictures."""
     if name in GRIDS:
         return GRIDS[name]
     return grid_thw if prompt.inputs.get("image_grid_thw") is not None else unknown
 
 
-def _is_video(prompt: Prompt, run: tuple[int, int]) -> bool:
+def _is_video(prompt: GridPrompt, run: tuple[int, int]) -> bool:
     """Whether a run of image tokens shows frames of a video.
 
     Recordings have no axis for time yet, so where the tokens of a video lie is left unknown.

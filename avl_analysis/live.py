@@ -352,7 +352,7 @@ def answer(
         nullcontext() if policy is None else avl.adaptive(vlm.model, policy)
     )
     with on as session:
-        watch = _Watch(vlm, length, on_token)
+        watch = _FollowTokens(vlm, length, on_token)
         out = vlm.model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
@@ -433,7 +433,7 @@ def disagreement(
 # -- running the model -----------------------------------------------------------------------------
 
 
-class _Watch(StoppingCriteria):
+class _FollowTokens(StoppingCriteria):
     """Never stops anything: notes the time of every token and tells whoever looks on."""
 
     def __init__(self, vlm: VLM, prompt: int, on_token: OnToken | None) -> None:

@@ -41,7 +41,7 @@ def app(
 ) -> None:
     """Explore heads, switch A-VL on and off, and build reports, in the browser.
 
-    Only this machine can reach it.
+    The server is open to only this machine.
     """
     try:
         from streamlit.web import cli as streamlit_cli

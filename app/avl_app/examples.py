@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from avl_analysis import scenes
-from avl_analysis.scenes import Sample
+from avl_analysis.scenes import SceneSample
 from avl_analysis.scenes.questions import vocabulary
 from avl_app.pictures import Picture, picture
 
@@ -47,7 +47,7 @@ def scene_picture(index: int) -> Picture:
 
 
 @lru_cache(maxsize=64)
-def questions(index: int) -> dict[str, Sample]:
+def questions(index: int) -> dict[str, SceneSample]:
     """The questions that go with example picture `index`, by task.
 
     Tasks that need another picture are left out.
@@ -85,7 +85,7 @@ def unknown_words(prompt: str) -> list[str]:
     return [w for w in words if not {w, w.removesuffix("s"), w.removesuffix("es")} & known]
 
 
-def asked_scene(shown: Picture, prompt: str) -> Sample | None:
+def asked_scene(shown: Picture, prompt: str) -> SceneSample | None:
     """The question with its truth, if image and prompt are those of an example."""
     if shown.scene is None:
         return None

@@ -27,7 +27,7 @@ _MOVES_ROWS = {
 
 
 @dataclass(eq=False)
-class Conversation:
+class FollowedConversation:
     """The samples of one prefill, one per row of its batch.
 
     Attributes:
@@ -78,20 +78,20 @@ class Conversations:
     def __init__(self, first: int, make: Callable[[str], SampleAccumulator]) -> None:
         """Nothing has begun yet."""
         self._first, self._make = first, make
-        self._all: list[Conversation] = []
+        self._all: list[FollowedConversation] = []
         self._mark: int | None = None
 
-    def begin(self, rows: int, cache: Any) -> Conversation:
+    def begin(self, rows: int, cache: Any) -> FollowedConversation:
         """Begin a conversation with the samples of one prefill."""
         number = self._first + len(self.names())
         samples = [self._make(f"{number + row:06d}") for row in range(rows)]
-        conversation = Conversation(samples, None if cache is None else ref(cache))
+        conversation = FollowedConversation(samples, None if cache is None else ref(cache))
         if cache is not None:
             _refuse_moves(cache)
         self._all.append(conversation)
         return conversation
 
-    def of(self, cache: Any) -> Conversation:
+    def of(self, cache: Any) -> FollowedConversation:
         """The conversation that a pass on this cache continues.
 
         Raises:
@@ -155,7 +155,7 @@ def _allow_moves(cache: Any) -> None:
         vars(cache).pop(name, None)
 
 
-def one_per_row(conversation: Conversation, rows: Sequence[Any]) -> list[SampleAccumulator]:
+def one_per_row(conversation: FollowedConversation, rows: Sequence[Any]) -> list[SampleAccumulator]:
     """The samples of a conversation, checked against the rows of a pass.
 
     Raises:

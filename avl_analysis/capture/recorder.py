@@ -24,7 +24,7 @@ from avl.families import describe
 from avl.hooks import Generation, HookError, Observer, attach
 from avl.places import token_boxes, token_tiles
 from avl_analysis.capture.accumulator import SampleAccumulator, TokenPlaces, token_arrays
-from avl_analysis.capture.conversations import Conversation, Conversations, one_per_row
+from avl_analysis.capture.conversations import Conversations, FollowedConversation, one_per_row
 from avl_analysis.capture.plan import CapturePlan, LayerResult
 from avl_analysis.capture.provenance import provenance
 from avl_analysis.capture.raw_slices import Raw, is_listing, raw
@@ -97,7 +97,7 @@ class Recorder(Observer):
         self.heads, self.stop, self.maps, self.first = heads, stop, maps, first
         self.running = True
         self._conversations = Conversations(first, self._new_sample)
-        self._current: Conversation | None = None
+        self._current: FollowedConversation | None = None
         self._last_prompt: Tensor | None = None
         self.policies: dict[str, None] = {}  # of the samples' prompts, in order
         self._begin_pass([])

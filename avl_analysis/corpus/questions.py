@@ -27,8 +27,7 @@ import numpy as np
 from avl_analysis.errors import InputError, one_line
 from avl_analysis.files import user_path
 from avl_analysis.models.images import MAX_PIXELS, ImageSource
-from avl_analysis.scenes import TASKS
-from avl_analysis.scenes import Sample as SceneSample
+from avl_analysis.scenes import TASKS, SceneSample
 from avl_analysis.scenes import generate as draw_scene
 from avl_analysis.scenes.samples import SPLITS, split_of
 

@@ -69,7 +69,9 @@ def record_samples(
             images = [list(sample.images) for sample in chosen]
             inputs = vlm.prepare(images, [sample.prompt for sample in chosen], system=system)
             length = inputs["input_ids"].shape[1]
-            watch = StoppingCriteriaList([_Watch(start, length, on_token)] if on_token else [])
+            watch = StoppingCriteriaList(
+                [_CountTokens(start, length, on_token)] if on_token else []
+            )
             out = vlm.model.generate(**inputs, stopping_criteria=watch, **arguments)
             inside = tokens_asked_about(vlm, chosen, inputs)
             for row, sample in enumerate(chosen):
@@ -162,7 +164,7 @@ def _check_regions(sample: Sample) -> None:
             )
 
 
-class _Watch(StoppingCriteria):
+class _CountTokens(StoppingCriteria):
     """Never stops anything; unlike a streamer, `generate` allows it for batches too."""
 
     def __init__(self, done: int, prompt: int, on_token: OnToken) -> None:

@@ -87,7 +87,7 @@ def on_tokens(region: Region, image: ImageTokens | None) -> Region:
     return replace(region, tokens=tuple(tokens_in_boxes(image.boxes * SIDE, edges)))
 
 
-def word_regions(sample: scenes.Sample, words: Sequence[str]) -> list[Region]:
+def word_regions(sample: scenes.SceneSample, words: Sequence[str]) -> list[Region]:
     """The region of each word of a right answer, with the patches of the embedded model's grid.
 
     Args:
@@ -115,7 +115,7 @@ def boxes_of(boxes: Any) -> tuple[Box, ...]:
     )
 
 
-def _caption_regions(sample: scenes.Sample, words: Sequence[str]) -> list[Region]:
+def _caption_regions(sample: scenes.SceneSample, words: Sequence[str]) -> list[Region]:
     """A caption names what is in the scene in reading order, a comma after each part."""
     parts: list[Any] = [*sample.scene.things, *([sample.scene.text] if sample.scene.text else [])]
     parts.sort(key=lambda part: part.cell)

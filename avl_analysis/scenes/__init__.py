@@ -16,7 +16,7 @@ Importing this package loads neither torch nor transformers.
 from pathlib import Path
 
 from avl_analysis.scenes.questions import TASKS, Question
-from avl_analysis.scenes.samples import Sample, generate, samples
+from avl_analysis.scenes.samples import SceneSample, generate, samples
 from avl_analysis.scenes.world import PLACES, Character, Scene, Text, Thing
 
 MODEL_DIR = Path(__file__).parent / "model"
@@ -28,7 +28,7 @@ __all__ = [
     "TASKS",
     "Character",
     "Question",
-    "Sample",
+    "SceneSample",
     "Scene",
     "Text",
     "Thing",

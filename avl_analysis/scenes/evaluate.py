@@ -28,7 +28,7 @@ from avl_analysis.intervals import wilson
 from avl_analysis.scenes import MODEL_DIR
 from avl_analysis.scenes.language import conversation, load_processor
 from avl_analysis.scenes.questions import TASKS
-from avl_analysis.scenes.samples import SPLITS, Sample, samples
+from avl_analysis.scenes.samples import SPLITS, SceneSample, samples
 
 EVALUATION_SEED = SPLITS["model"]
 
@@ -45,7 +45,7 @@ def exact_match(prediction: str, answer: str) -> bool:
     return plain(prediction) == plain(answer)
 
 
-def chance(asked: Sequence[Sample]) -> float:
+def chance(asked: Sequence[SceneSample]) -> float:
     """Share right without an image: each kind of question gets its commonest answer.
 
     Commonest among these samples.
@@ -60,8 +60,8 @@ def chance(asked: Sequence[Sample]) -> float:
 def answers(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    asked: Sequence[Sample],
-    pictures: Sequence[Sample] | None = None,
+    asked: Sequence[SceneSample],
+    pictures: Sequence[SceneSample] | None = None,
     batch: int = 50,
 ) -> list[str]:
     """The model's greedy answers to the samples' prompts.
@@ -93,7 +93,7 @@ def answers(
     return [text.strip() for text in found]
 
 
-def _score(given: Sequence[str], asked: Sequence[Sample]) -> dict[str, Any]:
+def _score(given: Sequence[str], asked: Sequence[SceneSample]) -> dict[str, Any]:
     right = sum(exact_match(text, sample.answer) for text, sample in zip(given, asked, strict=True))
     low, high = wilson(right, len(asked))
     return {

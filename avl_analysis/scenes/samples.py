@@ -54,7 +54,7 @@ def split_of(seed: int) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class SceneSample:
     """A scene with one question about it."""
 
     seed: int
@@ -95,7 +95,7 @@ class Sample:
         return self.question.patches
 
 
-def generate(seed: int, index: int = 0, task: str | None = None) -> Sample:
+def generate(seed: int, index: int = 0, task: str | None = None) -> SceneSample:
     """The sample with this seed and index.
 
     ``task`` (one of ``TASKS``) is drawn too when it is None.
@@ -113,10 +113,10 @@ def generate(seed: int, index: int = 0, task: str | None = None) -> Sample:
         for _ in range(4):
             question = questions.ask(rng, scene, chosen)
             if question is not None:
-                return Sample(seed, index, scene, question)
+                return SceneSample(seed, index, scene, question)
 
 
-def samples(n: int, task: str | None = None, seed: int = 0) -> list[Sample]:
+def samples(n: int, task: str | None = None, seed: int = 0) -> list[SceneSample]:
     """``n`` samples with indices 0 to n-1 of one seed.
 
     All of one task, or (None) of tasks drawn at random.

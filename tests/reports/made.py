@@ -82,7 +82,7 @@ def recording(
     return result
 
 
-def _answer(sample: scenes.Sample, steps: int) -> list[str]:
+def _answer(sample: scenes.SceneSample, steps: int) -> list[str]:
     """The words of the right answer, as many as there are steps."""
     return (list(sample.answer) if sample.task == "ocr" else [sample.answer])[:steps]
 
@@ -138,7 +138,7 @@ def _tokens(names: list[str], lengths: np.ndarray, steps: int) -> xr.Dataset:
 
 
 def _maps(
-    names: list[str], drawn: list[scenes.Sample], reached: np.ndarray, rng: np.random.Generator
+    names: list[str], drawn: list[scenes.SceneSample], reached: np.ndarray, rng: np.random.Generator
 ) -> xr.Dataset:
     """Layer 1 puts nine tenths of its image attention on the question's patches, the others are
     uniform.

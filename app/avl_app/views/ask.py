@@ -11,7 +11,7 @@ from avl_analysis.answer_plots import plot_over_answer, plot_token
 from avl_analysis.corpus.regions import Region, on_tokens, word_regions
 from avl_analysis.figures import Box, Figure, looks
 from avl_analysis.live import FOCUS, Focus, Observation
-from avl_analysis.scenes import Sample
+from avl_analysis.scenes import SceneSample
 from avl_analysis.scenes.drawing import SIDE
 from avl_app import code, history, state
 from avl_app.examples import asked_scene
@@ -137,7 +137,7 @@ def observe(context: Context) -> Observation:
         return context.bench.observation(context.question, on_token=on_token, waiting=waiting)
 
 
-def pick_token(seen: Observation, sample: Sample | None = None) -> int | None:
+def pick_token(seen: Observation, sample: SceneSample | None = None) -> int | None:
     """The answer as tokens one can choose from; returns the chosen one, None where there is none.
 
     Args:
@@ -194,7 +194,7 @@ def _layer_and_head(seen: Observation) -> tuple[int | None, int | None]:
     return state.chosen("layer"), state.chosen("head")
 
 
-def _region(seen: Observation, sample: Sample | None, step: int) -> Region:
+def _region(seen: Observation, sample: SceneSample | None, step: int) -> Region:
     """What the token is about; empty where that is not known."""
     if sample is None or seen.answer.text != sample.answer:
         return Region()

@@ -17,8 +17,8 @@ import torch
 
 from avl_analysis.scenes.training import launch
 from avl_analysis.scenes.training.large import measure
-from avl_analysis.scenes.training.large.steps import Settings
-from avl_analysis.scenes.training.large.train import Trainer
+from avl_analysis.scenes.training.large.steps import StageSettings
+from avl_analysis.scenes.training.large.train import StageTrainer
 
 LENGTH = 96
 SIZES = {"width": 64, "vision_width": 32, "vision_layers": 1}
@@ -72,7 +72,9 @@ def run(name: str, steps: int, every: int, log: Path) -> None:
     changed = COMMON | CONTROLS[name]
     layers = changed.pop("text_layers")
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer("text", Settings(**changed), 0, Path(folder), text_layers=layers, **SIZES)
+        trainer = StageTrainer(
+            "text", StageSettings(**changed), 0, Path(folder), text_layers=layers, **SIZES
+        )
     began = time.process_time()
     bare = changed["bare"]
     for step in range(1, steps + 1):

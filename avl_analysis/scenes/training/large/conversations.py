@@ -39,7 +39,7 @@ MIX = {
 
 
 @dataclass
-class Batch:
+class TuningBatch:
     """Packed conversations about B pictures; shapes in tokens."""
 
     ids: Tensor  # (B, R, L) int64
@@ -51,7 +51,7 @@ class Batch:
         tuple[str, int, int, int, int]
     ]  # task, picture, row, first and last answering position
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> TuningBatch:
         """The same batch on another device."""
         return replace(
             self,
@@ -111,7 +111,7 @@ def _lay(
 
 def make(
     rng: np.random.Generator, scenes: list[Scene], mix: dict[str, float] | None = None
-) -> Batch:
+) -> TuningBatch:
     """A batch of conversations about scenes.
 
     Args:
@@ -145,7 +145,7 @@ def make(
                     places = np.flatnonzero(answers) + at
                     spans.append((turns[0].task, b, r, int(places[0]), int(places[-1])))
                 at = end
-    return Batch(
+    return TuningBatch(
         torch.from_numpy(ids),
         torch.from_numpy(offsets),
         torch.from_numpy(branch),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlavaConfig
 
-from avl_analysis.scenes.training.large.conversations import Batch
+from avl_analysis.scenes.training.large.conversations import TuningBatch
 from avl_analysis.scenes.training.large.language import OPENING, PREFIX
 from avl_analysis.scenes.training.packed import (
     DECODER,
@@ -85,7 +85,7 @@ def packed_logits(
     weights: Weights,
     config: LlavaConfig,
     image: Tensor,
-    batch: Batch,
+    batch: TuningBatch,
     dropped: Tensor | None = None,
 ) -> Tensor:
     """Logits (B, R, L, vocabulary) of packed rows after projected image tokens (B, I, width).

@@ -17,13 +17,13 @@ from avl_analysis.scenes import world
 from avl_analysis.scenes.language import pixel_values
 from avl_analysis.scenes.samples import TRAINING_SEED
 from avl_analysis.scenes.training.large import conversations, reader, texts
-from avl_analysis.scenes.training.large.conversations import Batch
+from avl_analysis.scenes.training.large.conversations import TuningBatch
 
 STAGES = ("text", "vision", "tune")
 
 
 @dataclass(frozen=True)
-class Settings:
+class StageSettings:
     """What shapes a stage. Shares and weights are 0 to 1, rates are of AdamW unless named."""
 
     rate: float = 2e-3
@@ -72,7 +72,7 @@ class Step:
     text: texts.Rows | None = None
     pixels: Tensor | None = None  # (B, 3, 96, 96) float32
     labels: dict[str, Tensor] | None = None  # the reader's truth
-    batch: Batch | None = None
+    batch: TuningBatch | None = None
 
     def to(self, device: torch.device) -> Step:
         """The same data on another device."""
@@ -87,7 +87,7 @@ class Step:
 class Steps(Dataset[Step]):
     """The data of every step of a stage, by number."""
 
-    def __init__(self, stage: str, settings: Settings, rank: int) -> None:
+    def __init__(self, stage: str, settings: StageSettings, rank: int) -> None:
         self.stage, self.settings, self.rank = stage, settings, rank
 
     def __getitem__(self, step: int) -> Step:

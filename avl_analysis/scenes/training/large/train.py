@@ -39,7 +39,7 @@ from avl_analysis.scenes.training.large import measure, reader, texts
 from avl_analysis.scenes.training.large.forward import packed_logits, text_logits
 from avl_analysis.scenes.training.large.language import build_processor
 from avl_analysis.scenes.training.large.model import build_model
-from avl_analysis.scenes.training.large.steps import STAGES, Settings, Step, Steps
+from avl_analysis.scenes.training.large.steps import STAGES, StageSettings, Step, Steps
 from avl_analysis.scenes.training.muon import Muon
 
 
@@ -55,10 +55,12 @@ def mean_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     return (each * used).sum() / used.sum().clamp_min(1e-6)
 
 
-class Trainer:
+class StageTrainer:
     """One process's share of a stage."""
 
-    def __init__(self, stage: str, settings: Settings, rank: int, out: Path, **sizes: int) -> None:
+    def __init__(
+        self, stage: str, settings: StageSettings, rank: int, out: Path, **sizes: int
+    ) -> None:
         self.stage, self.settings, self.rank, self.out = stage, settings, rank, out
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.steps = Steps(stage, settings, rank)
@@ -252,7 +254,7 @@ class Trainer:
 def _run(
     rank: int,
     stage: str,
-    settings: Settings,
+    settings: StageSettings,
     out: Path,
     resume: bool,
     steps: int,
@@ -262,7 +264,7 @@ def _run(
     torch.set_num_threads(1)
     if settings.processes > 1:
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=settings.processes)
-    trainer = Trainer(stage, settings, rank, out, **sizes)
+    trainer = StageTrainer(stage, settings, rank, out, **sizes)
     if resume:
         trainer.resume()
     elif stage == "tune":
@@ -317,7 +319,7 @@ def _run(
 
 def train(
     stage: str,
-    settings: Settings,
+    settings: StageSettings,
     out: Path,
     steps: int,
     resume: bool = False,
@@ -363,9 +365,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True, help="steps of the stage in the end")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", action="store_true", help="continue the stage in --out")
-    option = launch.SettingsOption(parser, Settings)
+    option = launch.SettingsOption(parser, StageSettings)
     chosen = parser.parse_args()
-    settings = Settings(**option.read(chosen.set))
+    settings = StageSettings(**option.read(chosen.set))
     train(chosen.stage, settings, chosen.out, chosen.steps, chosen.resume)
 
 

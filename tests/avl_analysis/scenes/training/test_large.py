@@ -46,7 +46,7 @@ def scenes() -> list[world.Scene]:
 
 
 @pytest.fixture(scope="module")
-def batch(scenes: list[world.Scene]) -> conversations.Batch:
+def batch(scenes: list[world.Scene]) -> conversations.TuningBatch:
     return conversations.make(np.random.default_rng(5), scenes)
 
 
@@ -139,7 +139,7 @@ def test_text_logits_equal_the_modules(model) -> None:  # type: ignore[no-untype
 
 
 def test_packed_logits_equal_the_modules_for_every_branch_alone(  # type: ignore[no-untyped-def]
-    model, scenes: list[world.Scene], batch: conversations.Batch
+    model, scenes: list[world.Scene], batch: conversations.TuningBatch
 ) -> None:
     weights = dict(model.named_parameters())
     found = forward.packed_logits(weights, model.config, _image(model, scenes), batch).detach()
@@ -156,7 +156,7 @@ def test_packed_logits_equal_the_modules_for_every_branch_alone(  # type: ignore
 
 
 def test_dropped_image_tokens_are_hidden_from_answering_tokens_only(  # type: ignore[no-untyped-def]
-    model, scenes: list[world.Scene], batch: conversations.Batch
+    model, scenes: list[world.Scene], batch: conversations.TuningBatch
 ) -> None:
     weights = dict(model.named_parameters())
     image = _image(model, scenes)
@@ -193,7 +193,7 @@ def test_dropped_image_tokens_are_hidden_from_answering_tokens_only(  # type: ig
 
 
 def test_answers_weigh_more_than_questions_and_branch_ends_nothing(
-    batch: conversations.Batch,
+    batch: conversations.TuningBatch,
 ) -> None:
     for task, b, r, first, last in batch.spans:
         assert batch.ids[b, r, first] == language.ASSISTANT_ID
@@ -288,7 +288,9 @@ def test_measures_read_the_attention_of_the_module(model) -> None:  # type: igno
     assert flat["sink_rate"] == 0.0
 
 
-def test_the_forward_pass_stays_on_the_device_of_its_inputs(batch: conversations.Batch) -> None:
+def test_the_forward_pass_stays_on_the_device_of_its_inputs(
+    batch: conversations.TuningBatch,
+) -> None:
     device = torch.device("meta")
     model = build_model(**SIZES).to(device)
     weights = dict(model.named_parameters())
@@ -328,9 +330,9 @@ def test_the_loss_is_the_weighted_mean_over_tokens_that_follow() -> None:
     assert float(train.mean_loss(logits, ids, weights)) == pytest.approx(expected, 1e-5)
 
 
-def _trainer(stage: str, out: Path, **changed: float) -> train.Trainer:
+def _trainer(stage: str, out: Path, **changed: float) -> train.StageTrainer:
     small = {"text_rows": 2, "text_length": 64, "pictures": 2, "tune_text_rows": 1}
-    return train.Trainer(stage, train.Settings(**small | changed), 0, out, **SIZES)
+    return train.StageTrainer(stage, train.StageSettings(**small | changed), 0, out, **SIZES)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +393,7 @@ def test_tuning_joins_both_stages_with_image_tokens_as_long_as_words(tmp_path: P
 def test_a_finished_call_has_logged_and_saved_and_an_annealed_one_ends_near_rate_zero(
     tmp_path: Path,
 ) -> None:
-    settings = train.Settings(
+    settings = train.StageSettings(
         text_rows=2, text_length=64, log_seconds=0.0, warm_up=1, anneal_from=2
     )
     train.train("text", settings, tmp_path, steps=2, sizes=SIZES)
@@ -425,16 +427,16 @@ def test_a_control_changes_what_it_names_and_logs_what_it_measured(
 def test_a_run_told_to_stop_saves_and_logs_its_last_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    update = train.Trainer.update
+    update = train.StageTrainer.update
 
-    def told(trainer: train.Trainer, *arguments: Any) -> dict[str, float]:
+    def told(trainer: train.StageTrainer, *arguments: Any) -> dict[str, float]:
         if trainer.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return update(trainer, *arguments)
 
-    monkeypatch.setattr(train.Trainer, "update", told)
+    monkeypatch.setattr(train.StageTrainer, "update", told)
     before = signal.getsignal(signal.SIGTERM)
-    settings = train.Settings(text_rows=2, text_length=64)
+    settings = train.StageSettings(text_rows=2, text_length=64)
     train.train("text", settings, tmp_path, steps=50, sizes=SIZES)
     assert signal.getsignal(signal.SIGTERM) == before
     assert train.read_log(tmp_path / "text.jsonl")[-1]["step"] == 2
