@@ -25,7 +25,7 @@ _PREFIX = "avl_"
 
 
 class Owner(Protocol):
-    """Whoever gets the attention calls of a module."""
+    """What gets the attention calls of a module."""
 
     forward: Forward | None
 
@@ -90,7 +90,7 @@ def rename(config: Any) -> None:
 
 
 def restore(config: Any) -> None:
-    """Give a config its own name back, once nobody uses ours any more.
+    """Give a config its own name back, once ours is not in use any more.
 
     A name that somebody else put there meanwhile is left alone.
     """

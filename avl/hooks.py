@@ -52,7 +52,7 @@ class Generation:
     arguments: dict[str, Any] = field(repr=False)
 
     def setting(self, name: str) -> Any:
-        """A setting as `generate` will see it; None where nobody says.
+        """A setting as `generate` will see it; None where it is not said.
 
         That is the argument, or that of the generation config given, or of the model's own.
         """

@@ -21,7 +21,7 @@ from torch import nn
 
 
 class Watcher(Protocol):
-    """Whoever is told about calls of watched methods."""
+    """What is told about calls of watched methods."""
 
     def generation(
         self, model: nn.Module, arguments: dict[str, Any]

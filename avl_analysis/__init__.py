@@ -1,6 +1,6 @@
 """Observe attention: load a model, record its heads, reduce that to labelled numbers.
 
-Everything here looks on from outside; whatever changes a model's computation lives in `avl`. The
+Nothing here changes what a model computes; what changes a model's computation lives in `avl`. The
 public names are imported when first used, so that `avl --help`, the statistics and the figures
 start without loading transformers.
 """

@@ -434,7 +434,7 @@ def disagreement(
 
 
 class _FollowTokens(StoppingCriteria):
-    """Never stops anything: notes the time of every token and tells whoever looks on."""
+    """Never stops anything: notes the time of every token and passes it on."""
 
     def __init__(self, vlm: VLM, prompt: int, on_token: OnToken | None) -> None:
         self.vlm, self.prompt, self.on_token = vlm, prompt, on_token
@@ -476,7 +476,7 @@ def _predictions(
 
 
 def _states(selection: avl.Selection) -> tuple[NDArray[np.int8], tuple[int, ...]]:
-    """(layers, steps, positions): the diary replayed."""
+    """(layers, steps, positions): the selection log replayed."""
     steps, length = selection.steps + 1, selection.layout.length
     states = np.full((len(selection.layers), steps, length), int(avl.State.PADDING), np.int8)
     for index, layer in enumerate(selection.layers):

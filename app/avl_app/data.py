@@ -99,7 +99,7 @@ class LruCache:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """A loaded model, the lock of whoever runs it, and who waits for it, in order of arrival."""
+    """A loaded model, the lock of who runs it, and who waits for it, in order of arrival."""
 
     vlm: VLM
     lock: threading.Lock

@@ -93,7 +93,7 @@ def add_rows(
 ):
     """Take everything that is wanted from a block of rows.
 
-    Arrays that nobody wants have no elements.
+    Arrays that are not wanted have no elements.
     """
     rows, factor = products.shape[1], float32(scale)
     for number in range(products.shape[0]):

@@ -6,8 +6,8 @@ Of the keys the stock cache would hold, each row keeps a given share.
 true tokens seen (no padding), every row holds `int(budget * n)` keys per layer and key/value head,
 at least one; where layers differ, that is their mean. So when the answer grows, the worst-ranked
 key gives way now and then, in every policy alike. Most papers compress the prompt once and let
-generated keys come on top; at equal bytes that would favour whoever compresses the prompt harder,
-so it is changed here for all of them. A later turn ranks all keys that are left anew.
+generated keys come on top; at equal bytes that would favour methods which compress the prompt
+harder, so it is changed here for all of them. A later turn ranks all keys that are left anew.
 
 `budget_tokens` says the same in image tokens, as papers on pruning them do: every row holds as many
 keys as it would if so many of its image tokens were left beside all its text. Which keys these are

@@ -7,7 +7,7 @@ on text keys; `caught` then plays the rule through for many shares at once, with
 model again. Weights are those of the full cache throughout: what later weights would be after
 dropping a key is not followed, which comparing policies does.
 
-What surprises: at least 20 text keys are always held, so short questions with short answers say
+Note: at least 20 text keys are always held, so short questions with short answers say
 nothing about the share; for them the result is NaN.
 """
 

@@ -25,7 +25,7 @@ class DecodeSums:
     Attributes:
         received: (heads, positions) attention received; positions behind the last token are 0.
         queries: (1 or heads, positions) how many rows could see each key.
-        ages: (heads, ages) float64 attention of text keys by age, None where nobody asks.
+        ages: (heads, ages) float64 attention of text keys by age, None where it is not asked for.
         pairs: (1 or heads, ages) how many weights that sums.
     """
 

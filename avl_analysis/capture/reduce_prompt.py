@@ -51,9 +51,9 @@ class _Prompt:
             extents: from where to where each is not 0.
         counts: (1 or heads, rows, 3).
         queries: (1 or heads, 2, keys) how many valid rows and how many text rows could see a key;
-            None where nobody asks.
+            None where it is not asked for.
         pairs: (1 or heads, ages) number of visible pairs of a text row and a text key; None where
-            nobody asks.
+            it is not asked for.
         raw_rows: rows whose weights are kept as they are.
         request: what is wanted of the weights.
     """

@@ -28,7 +28,7 @@ class StepRow:
         layer: which.
         view: its keys and what it sees.
         weights: (heads, 1, keys).
-        value_norm: (key heads, keys), or None where nobody asks.
+        value_norm: (key heads, keys), or None where it is not asked for.
     """
 
     layer: int

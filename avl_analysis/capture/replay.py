@@ -2,7 +2,7 @@
 
 The same code on stored instead of fresh weights.
 
-Useful for a statistic, or settings of one, that nobody asked for while the model ran. What needs
+Useful for a statistic, or settings of one, that was not asked for while the model ran. What needs
 keys or values (key redundancy, value-weighted mass) cannot be replayed, since those are not kept.
 """
 

@@ -13,7 +13,7 @@ differs. Policies take turns at being first in a batch, so that a machine that s
 of them.
 
 A batch that fails is halved until the sample that fails is alone; that one is reported with its
-reason and the others count. What surprises: rows of one batch share their seconds, so times are
+reason and the others count. Note: rows of one batch share their seconds, so times are
 those of this batch size.
 """
 

@@ -20,8 +20,8 @@ LAYER = Axis("layer", "index")
 HEAD = Axis("head", "index")
 STEP = Axis("answer token", "index")
 FAINT = 0.05
-"""Attention on a word that is drawn at full strength even if no word gets more, so that crumbs look
-like crumbs.
+"""Attention on a word that is drawn at full strength even if no word gets more, so that small
+shares look small.
 """
 UNLIKE = 1.0
 """Divergence in nats drawn at full strength: the full cache's token has lost about two thirds of

@@ -15,7 +15,7 @@ Where a kind has more heads than others, as many of it are silenced as others ca
 with the largest share of attention on the picture. Heads are found on other questions than those
 they are judged by.
 
-What surprises: heads of a kind crowd in some layers, and layers differ in how much every answer
+Note: heads of a kind crowd in some layers, and layers differ in how much every answer
 needs them. With `same_layers` a layer loses as many heads of the kind as of others, so that the
 comparison is of heads alone; layers all of one kind then stay whole. And heads that stand in for
 each other show less than each of them does.

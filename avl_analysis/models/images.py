@@ -4,7 +4,7 @@ Or an error that says what is wrong with them.
 
 Files are judged by their content, not their name, and decoded by a short list of raster formats
 only, so that a picture from a stranger can neither start an interpreter (as EPS does) nor fill the
-memory: the size in the header is checked before any pixel is decoded. What surprises: phone
+memory: the size in the header is checked before any pixel is decoded. Note: phone
 photographs are turned upright by their EXIF tag, transparent areas become white (dropping the alpha
 channel would leave whatever colour lies beneath), and 16-bit greyscale is scaled, where Pillow's
 own conversion would clip it to white.

@@ -4,7 +4,7 @@ Palette, eight shapes as implicit functions, a 5x7 font and a textured backgroun
 
 Everything here takes plain numbers and returns NumPy arrays in [0, 1]; which object goes where is
 decided in ``world.py``. A shape is a signed distance in pixels (negative inside), so one formula
-serves both sizes and gives edges that are soft over about one pixel. What surprises: a picture is
+serves both sizes and gives edges that are soft over about one pixel. Note: a picture is
 deliberately never flat. The background carries a gradient, slow clouds, faint stripes and pixel
 noise, so that a patch without an object still has content to ignore.
 """

@@ -5,7 +5,7 @@ does not allow one (no string to read, nothing next to anything). A question nam
 words that fit that object alone, so its answer is unique by construction. Wording varies: several
 phrasings each, with and without capital or full stop.
 
-What surprises: "object" means a shape, never the string. "Directly left of" means the neighbouring
+Note: "object" means a shape, never the string. "Directly left of" means the neighbouring
 cell of the 3x3 board. Asked what is at a place where nothing is, the right answer is "nothing";
 cells a string touches are never asked.
 """

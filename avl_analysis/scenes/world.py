@@ -5,7 +5,7 @@ scenes of five, one string of random characters, paints them over a textured gro
 picture and truth together: for every object and every character the pixel box and the image tokens
 it covers. Nothing here knows about questions or models.
 
-What surprises: a string begins in one cell and usually runs on into the next; its place is the cell
+Note: a string begins in one cell and usually runs on into the next; its place is the cell
 of its left edge, and no object stands in any cell it touches. At least a third of the image tokens
 is background, always.
 """

@@ -51,7 +51,7 @@ def by_age(block: Tensor, query_rank: Tensor, key_rank: Tensor) -> Tensor:
         block.shape[1] > 1 and key_rank.shape[0] == 1
     )  # a single row has nothing but single diagonals
     if not (several and _consecutive(query_rank) and _consecutive(key_rank[0])):
-        return _by_age_anyhow(block, query_rank, key_rank)
+        return _sum_by_age_general(block, query_rank, key_rank)
     heads, rows, keys = block.shape
     margin, width = (
         rows - 1,
@@ -96,7 +96,7 @@ def _starts(device: torch.device) -> Tensor:
     return torch.from_numpy(AGE_STARTS).to(device)
 
 
-def _by_age_anyhow(block: Tensor, query_rank: Tensor, key_rank: Tensor) -> Tensor:
+def _sum_by_age_general(block: Tensor, query_rank: Tensor, key_rank: Tensor) -> Tensor:
     starts = _starts(block.device)
     age = (query_rank[:, None] - key_rank[:, None, :]).clamp_min(0)  # (key sets, rows, keys)
     bins = torch.searchsorted(starts, age, right=True) - 1

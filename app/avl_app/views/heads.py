@@ -145,7 +145,7 @@ def _take(seen: Observation) -> None:
 
 
 def _by_keys(seen: Observation, layer: int, head: int) -> None:
-    """The chosen head as two fields, for whoever has no pointer: the map takes no focus."""
+    """The chosen head as two fields, for visitors without a pointer: the map takes no focus."""
     left, right = st.columns(2)
     for place, key, value, options in (
         (left, "layer", layer, seen.layers),

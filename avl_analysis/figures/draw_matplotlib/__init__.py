@@ -7,7 +7,7 @@ own checks can be drawn. No pyplot and no global state but an rc context around 
 figures can be made in any thread and without a display. Files are reproducible: no dates, fixed SVG
 ids, text of SVG and PDF stays text or outlines that need no fonts of ours.
 
-What surprises: dollar signs in labels (prompts come from anywhere) must stay dollar signs, so
+Note: dollar signs in labels (prompts come from anywhere) must stay dollar signs, so
 mathematical typesetting is off, and log axes get plain numbers.
 """
 

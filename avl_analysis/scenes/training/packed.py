@@ -6,7 +6,7 @@ softmax, the picture's prefix computed once for all branches. Rows of branches m
 in one product without a mask and each other only inside their row, so no mask as long as the whole
 sequence ever exists. The last decoder layer is computed only where an answer token is scored.
 
-What surprises: softmax weights are computed and dropped on the spot; no loss here or anywhere else
+Note: softmax weights are computed and dropped on the spot; no loss here or anywhere else
 looks at them.
 """
 
