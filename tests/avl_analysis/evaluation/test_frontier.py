@@ -206,7 +206,7 @@ def test_worker_processes_find_what_one_process_finds(tmp_path: Path) -> None:
     lines = [
         {"task": task, **line}
         for task in settings.tasks
-        for samples in [scene_samples(4, [task], settings.seed)]
+        for samples in [scene_samples(4, [task], seed=settings.seed)]
         for group in batches_by_length(vlm, samples, 2)
         for line in frontier.run_unit(vlm, samples, group, points)
     ]
