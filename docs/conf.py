@@ -28,7 +28,6 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = "avl-analysis"
-html_static_path = ["_static"]
 exclude_patterns = ["_build", "Thumbs.db"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
