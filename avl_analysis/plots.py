@@ -51,7 +51,6 @@ from avl_analysis.recordings.image_tokens import images_of
 from avl_analysis.recordings.recording import Recording
 from avl_analysis.scenes import generate as draw_scene
 
-_SLOTS = {"system": palette.SYSTEM, "image": palette.IMAGE, "text": palette.TEXT}
 _AXES = {
     "layer": Axis("layer", "index"),
     "head": Axis("head", "index"),
@@ -170,7 +169,7 @@ def plot_overlay(
     """
     name = "image_score" if head is None else "image_score_heads"
     array = _statistic(recording, name)
-    sample_name = _sample(recording, sample)
+    sample_name = recording.name_of(sample)
     labels = {
         "sample": sample_name,
         "step": step,
@@ -304,15 +303,6 @@ def _frontier_point(cell: Sequence[Mapping[str, Any]]) -> tuple[float, float, fl
     asked, correct = len(right), right.count("1")
     bytes_in_use = float(np.mean([line["bytes"] for line in cell]))
     return (bytes_in_use, correct / asked, *wilson(correct, asked))
-
-
-def _sample(recording: Recording, sample: int | str) -> str:
-    names = recording.samples
-    if isinstance(sample, str) and sample in names:
-        return sample
-    if isinstance(sample, int) and -len(names) <= sample < len(names):
-        return names[sample]
-    raise InputError(f"there is no sample {sample!r}; there are {len(names)}, {names[0]} onwards")
 
 
 def _picture(recording: Recording, sample: str, image: ImageSource | None) -> NDArray[np.uint8]:
@@ -469,7 +459,7 @@ def _bounds(part: xr.Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _slot(label: str, place: int) -> int:
-    return _SLOTS.get(label, place + 1)
+    return palette.MODALITY_SLOTS.get(label, place + 1)
 
 
 def _word(dim: str, label: Any) -> str:

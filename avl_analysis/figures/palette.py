@@ -66,6 +66,7 @@ BUTTON, ON_BUTTON = "#eef2f6", "#16191d"
 """Buttons inside plots and the words on them, the same in both themes."""
 
 SYSTEM, IMAGE, TEXT = 0, 1, 2
+MODALITY_SLOTS = {"system": SYSTEM, "image": IMAGE, "text": TEXT}
 """Slots of the modalities."""
 
 ATTENTION = "#ffb000"

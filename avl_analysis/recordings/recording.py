@@ -245,7 +245,7 @@ class Recording:
         Raises:
             RecordingError: no such sample, or a fact JSON cannot hold.
         """
-        name = self._name(sample)
+        name = self.name_of(sample)
         try:
             json.dumps(facts)
         except TypeError as error:
@@ -257,9 +257,14 @@ class Recording:
 
     def facts(self, sample: int | str = -1) -> dict[str, Any]:
         """What `annotate` was told about a sample."""
-        return dict(self._facts.get(self._name(sample), {}))
+        return dict(self._facts.get(self.name_of(sample), {}))
 
-    def _name(self, sample: int | str) -> str:
+    def name_of(self, sample: int | str) -> str:
+        """The name of a sample, given its name or its place in `samples`.
+
+        Raises:
+            RecordingError: no such sample.
+        """
         names = self.samples
         if isinstance(sample, str) and sample in names:
             return sample

@@ -13,8 +13,6 @@ from avl_analysis.figures.plot import Plot
 if TYPE_CHECKING:
     from avl_analysis.recordings.recording import Recording
 
-_SLOTS = {"system": palette.SYSTEM, "image": palette.IMAGE, "text": palette.TEXT}
-
 
 def describe(recording: Recording) -> list[tuple[str, str]]:
     """Label and value of everything a reader wants to know first."""
@@ -76,7 +74,7 @@ def mass_by_layer(recording: Recording) -> Plot | None:
     layers = mean["layer"].values.astype(float)
     lines = tuple(
         Line(name, layers, part["mean"].values, part["low"].values, part["high"].values, slot)
-        for name, slot in _SLOTS.items()
+        for name, slot in palette.MODALITY_SLOTS.items()
         for part in [mean.sel(key_modality=name)]
     )
     rows = "decode steps" if decoding else "the last prompt row"

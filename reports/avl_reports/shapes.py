@@ -13,7 +13,7 @@ from avl_reports.run import Run
 LAYER = Axis("layer", "index")
 HEAD = Axis("head", "index")
 STEP = Axis("decode step", "tokens")
-SLOTS = {"system": palette.SYSTEM, "image": palette.IMAGE, "text": palette.TEXT}
+SLOTS = palette.MODALITY_SLOTS
 DECODE, LAST_ROW = "decode steps", "last prompt row"
 
 
