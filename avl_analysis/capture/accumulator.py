@@ -22,15 +22,12 @@ from avl_analysis.capture.plan import CapturePlan, LayerResult
 from avl_analysis.recordings.schema import EDGES, TOKEN_FIELDS, Field, Part
 from avl_analysis.statistics.ages import AGE_STARTS
 from avl_analysis.statistics.base import (
-    CacheStatistic,
+    Finished,
     KeyScores,
-    KeyStatistic,
-    Result,
-    RowStatistic,
+    RowTotals,
+    SampleTotals,
     Statistic,
-    SumStatistic,
     Trajectory,
-    TrajectoryStatistic,
 )
 from avl_analysis.statistics.inputs import TokenInfo, as_slice
 
@@ -235,24 +232,13 @@ class SampleAccumulator:
         """Everything of this sample, by group."""
         sums: dict[str, tuple[Field, np.ndarray]] = {}
         values: dict[str, tuple[Field, np.ndarray]] = {}
-        scores, trajectory = self._key_scores(), self._trajectory()
+        totals = self._totals()
         for statistic in self.statistics:
-            if isinstance(statistic, RowStatistic):
-                self._row_fields(statistic, sums, values)
-            elif isinstance(statistic, CacheStatistic):
-                values[statistic.name] = (
-                    statistic.field("layer", "key_head"),
-                    self._cache_values(statistic),
-                )
-            elif isinstance(statistic, KeyStatistic) and scores is not None:
-                _put(statistic, statistic.dims, statistic.value(scores), sums, values)
-            elif isinstance(statistic, TrajectoryStatistic):
-                result = (
-                    _undefined(statistic, self)
-                    if trajectory is None
-                    else statistic.value(trajectory)
-                )
-                _put(statistic, statistic.dims, result, sums, values)
+            for name, finished in statistic.finish(totals).items():
+                if finished.count is None:
+                    values[name] = (finished.field, finished.values)
+                else:
+                    _put_sum(name, finished, finished.count, sums)
         return {
             "tokens": self._token_fields(),
             "sums": sums,
@@ -261,33 +247,34 @@ class SampleAccumulator:
             "attention": self._raw_fields(),
         }
 
-    def _row_fields(
-        self,
-        statistic: RowStatistic,
-        sums: dict[str, tuple[Field, np.ndarray]],
-        values: dict[str, tuple[Field, np.ndarray]],
-    ) -> None:
-        name, (place, shape) = statistic.name, self.plan.places[statistic.name]
+    def _totals(self) -> SampleTotals:
+        """What every statistic of the recording is finished from."""
+        steps = np.stack(self.steps.arrays(), 2) if self.plan.rows else np.empty(0)
+        trajectory = self._trajectory()
+        return SampleTotals(
+            rows={s.name: self._row_totals(s.name, steps) for s in self.plan.rows},
+            cache={s.name: self._cache_values(s.name) for s in self.plan.cache},
+            keys=self._key_scores(),
+            trajectory=trajectory or Trajectory.unknown(len(self.phases), self.layers, self.heads),
+            has_image=trajectory is not None,
+        )
 
-        def own(array: np.ndarray) -> np.ndarray:
+    def _row_totals(self, name: str, steps: np.ndarray) -> RowTotals:
+        # The values of all row statistics lie side by side on the last axis; each takes its own.
+        place, shape = self.plan.places[name]
+
+        def own(array: np.ndarray | float) -> np.ndarray | None:
+            if not isinstance(array, np.ndarray):  # no prompt row was seen
+                return None
             return array[..., place].reshape(*array.shape[:-1], *shape)
 
-        every = isinstance(statistic, SumStatistic)
-        prompt = statistic.field(
-            "layer",
-            "head",
-            "query_modality",
-            prompt_rows="all" if every else "at most 32 per modality, evenly spaced",
-        )
-        if isinstance(self.sums, np.ndarray) and isinstance(self.counts, np.ndarray):
-            _put_sum(f"{name}_prefill", prompt, own(self.sums), own(self.counts), sums)
-        values[name] = (
-            statistic.field("layer", "head", "step"),
-            own(np.stack(self.steps.arrays(), 2)),
-        )
+        of_steps = own(steps)
+        assert of_steps is not None
+        return RowTotals(of_steps, own(self.sums), own(self.counts))
 
-    def _cache_values(self, statistic: CacheStatistic) -> np.ndarray:
-        held = self.cache[statistic.name]
+    def _cache_values(self, name: str) -> np.ndarray:
+        """(layers, key heads, ...) of the prompt; NaN for layers that were not seen."""
+        held = self.cache[name]
         shape = next(tuple(array.shape) for array in held if array is not None)
         return _stack(held, shape, np.nan).astype(np.float32)
 
@@ -422,22 +409,6 @@ def token_arrays(
     return {name: values[valid] for name, values in arrays.items()}
 
 
-def _undefined(statistic: TrajectoryStatistic, log: SampleAccumulator) -> Result:
-    """What a statistic of image tokens is for a sample without a picture.
-
-    NaN, or sums of nothing.
-    """
-    scores = np.full((len(log.phases), len(log.layers), 1), np.nan, np.float32)
-    none = np.full(1, -1)
-    last = np.full((len(log.layers), log.heads, 1), np.nan, np.float32)
-    values, count = statistic.value(Trajectory(scores, last, none, none, none, log.layers))
-    return (
-        (np.full_like(values, np.nan), None)
-        if count is None
-        else (np.zeros_like(values), np.zeros_like(count))
-    )
-
-
 def _stack(layers: Sequence[Tensor | None], shape: tuple[int, ...], fill: float) -> np.ndarray:
     stacked = np.full((len(layers), *shape), fill)
     for index, array in enumerate(layers):
@@ -446,30 +417,16 @@ def _stack(layers: Sequence[Tensor | None], shape: tuple[int, ...], fill: float)
     return stacked
 
 
-def _put(
-    statistic: Statistic,
-    dims: tuple[str, ...],
-    result: Result,
-    sums: dict[str, tuple[Field, np.ndarray]],
-    values: dict[str, tuple[Field, np.ndarray]],
-) -> None:
-    described = statistic.field(*dims)
-    if result[1] is None:
-        values[statistic.name] = (described, result[0])
-    else:
-        _put_sum(statistic.name, described, result[0], result[1], sums)
-
-
 def _put_sum(
     name: str,
-    described: Field,
-    total: np.ndarray,
+    finished: Finished,
     count: np.ndarray,
     sums: dict[str, tuple[Field, np.ndarray]],
 ) -> None:
-    sums[name] = (described, total)
+    """A sum, and beside it how many numbers it adds up, under `<name>_count`."""
+    sums[name] = (finished.field, finished.values)
     sums[f"{name}_count"] = (
-        Field(described.dims, 0, described.coords),
+        Field(finished.field.dims, 0, finished.field.coords),
         np.round(count).astype(np.int64),
     )
 

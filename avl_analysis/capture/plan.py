@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -9,7 +10,13 @@ import torch
 from torch import Tensor
 
 from avl_analysis.capture.raw_slices import Raw
-from avl_analysis.statistics.base import CacheStatistic, RowStatistic, SumStatistic, WeightStatistic
+from avl_analysis.statistics.base import (
+    CacheStatistic,
+    RowStatistic,
+    Statistic,
+    SumStatistic,
+    WeightStatistic,
+)
 from avl_analysis.statistics.inputs import KINDS, TokenInfo
 
 
@@ -30,6 +37,26 @@ class CapturePlan:
     ages: bool = False
     scores: bool = False
     raw: Raw | None = None
+
+    @classmethod
+    def of(
+        cls, statistics: Sequence[Statistic], maps: str = "none", raw: Raw | None = None
+    ) -> CapturePlan:
+        """What these statistics read.
+
+        Args:
+            statistics: what a recording computes.
+            maps: which image-token scores it keeps besides, one of `recorder.MAPS`.
+            raw: which weights it keeps as they are, None for none.
+        """
+        return cls(
+            rows=tuple(s for s in statistics if isinstance(s, RowStatistic)),
+            cache=tuple(s for s in statistics if isinstance(s, CacheStatistic)),
+            received=any(s.reads_received for s in statistics),
+            ages=any(s.needs_ages for s in statistics),
+            scores=maps != "none" or any(s.reads_scores for s in statistics),
+            raw=raw,
+        )
 
     @cached_property
     def sums(self) -> tuple[SumStatistic, ...]:

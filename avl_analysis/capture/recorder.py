@@ -35,33 +35,13 @@ from avl_analysis.capture.softmax import row_weights
 from avl_analysis.errors import InputError
 from avl_analysis.recordings import schema
 from avl_analysis.recordings.recording import FULL_CACHE, Recording
-from avl_analysis.statistics import (
-    CacheStatistic,
-    KeyStatistic,
-    RowStatistic,
-    Statistic,
-    TrajectoryStatistic,
-    select,
-)
+from avl_analysis.statistics import Statistic, select
 from avl_analysis.statistics.inputs import TokenInfo, sample_tokens
 
 MAPS = ("none", "mean", "heads")
 """Which image-token scores of every step a recording keeps; any but "none" brings the last prompt
 row per head, too.
 """
-
-
-def plan(statistics: Sequence[Statistic], maps: str, kept: Raw | None = None) -> CapturePlan:
-    """What the passes of a recording have to deliver."""
-    keys = [s for s in statistics if isinstance(s, KeyStatistic)]
-    return CapturePlan(
-        rows=tuple(s for s in statistics if isinstance(s, RowStatistic)),
-        cache=tuple(s for s in statistics if isinstance(s, CacheStatistic)),
-        received=bool(keys),
-        ages=any(s.needs_ages for s in keys),
-        scores=maps != "none" or any(isinstance(s, TrajectoryStatistic) for s in statistics),
-        raw=kept,
-    )
 
 
 class Recorder(Observer):
@@ -91,7 +71,7 @@ class Recorder(Observer):
         require_image: bool = False,
     ) -> None:
         """Record nothing yet; see the class."""
-        self.statistics, self.plan = tuple(statistics), plan(statistics, maps, kept)
+        self.statistics, self.plan = tuple(statistics), CapturePlan.of(statistics, maps, kept)
         self.require_image, self._raw_bytes = require_image, 0
         self.layers = {layer: index for index, layer in enumerate(layers)}
         self.heads, self.stop, self.maps, self.first = heads, stop, maps, first

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from avl_analysis.capture.accumulator import PHASES, SampleAccumulator
 from avl_analysis.capture.plan import CapturePlan
-from avl_analysis.capture.recorder import plan
 from avl_analysis.capture.reduce_prompt import reduce_prompt
 from avl_analysis.capture.reduce_step import StepRow, reduce_step
 from avl_analysis.capture.sample_call import SampleCall
@@ -25,7 +24,7 @@ from avl_analysis.capture.visibility import VisibleKeys
 from avl_analysis.errors import InputError
 from avl_analysis.recordings import schema
 from avl_analysis.recordings.recording import Recording
-from avl_analysis.statistics import CacheStatistic, RowStatistic, Statistic, select
+from avl_analysis.statistics import Statistic, select
 from avl_analysis.statistics.inputs import TokenInfo
 
 
@@ -46,13 +45,13 @@ def replay(recording: Recording, statistics: Sequence[Statistic | str] | None = 
             "replaying needs raw weights of all heads; record with keep='attention' and without"
             " heads="
         )
-    chosen = [s for s in select(statistics) if statistics is not None or not _needs_more(s)]
-    if unable := [s.name for s in chosen if _needs_more(s)]:
+    chosen = [s for s in select(statistics) if statistics is not None or not s.reads_values]
+    if unable := [s.name for s in chosen if s.reads_values]:
         raise InputError(
             f"{', '.join(unable)} cannot be replayed: keys and values are not in a recording"
         )
     layers = tuple(int(layer) for layer in attention["layer"].values)
-    what = plan(chosen, maps="mean")
+    what = CapturePlan.of(chosen, maps="mean")
     parts = []
     for name in recording.samples:
         log = SampleAccumulator(name, layers, heads, chosen, what)
@@ -62,12 +61,6 @@ def replay(recording: Recording, statistics: Sequence[Statistic | str] | None = 
     attrs = {**recording.attrs, "statistics": " ".join(repr(s) for s in chosen)}
     return Recording(
         schema.stack([part for _, part in parts], [name for name, _ in parts], labels), attrs
-    )
-
-
-def _needs_more(statistic: Statistic) -> bool:
-    return isinstance(statistic, CacheStatistic) or (
-        isinstance(statistic, RowStatistic) and statistic.reads_values
     )
 
 

@@ -8,24 +8,21 @@ row may attend to.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from avl.tokens import MODALITIES
-from avl_analysis.statistics.base import WeightStatistic
+from avl_analysis.statistics.base import Axes, WeightStatistic
 from avl_analysis.statistics.inputs import QueryRows
 
 
 @dataclass(frozen=True)
 class _Concentration(WeightStatistic):
     justifies = "S, C"
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"key_modality": MODALITIES}
+    axes: ClassVar[Axes] = {"key_modality": MODALITIES}
 
 
 @dataclass(frozen=True)

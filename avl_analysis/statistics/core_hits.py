@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from avl_analysis.statistics.base import Result, Trajectory, TrajectoryStatistic
+from avl_analysis.statistics.base import Axes, Result, Trajectory, TrajectoryStatistic
 from avl_analysis.statistics.top_sets import overlap, size_of, top
 
 
@@ -26,18 +25,16 @@ class CoreHitRate(TrajectoryStatistic):
     source = "the core of Zhang et al., A-VL (AAAI 2025), refreshed every K steps"
     justifies = "K"
     dims: ClassVar[tuple[str, ...]] = ("layer", "core_age")
+    axes: ClassVar[Axes] = {"core_age": "core_ages", "core": "fractions", "hit": ("recall", "mass")}
+    random_baseline: ClassVar[str] = "core"
 
     fractions: tuple[float, ...] = (0.1, 0.3, 0.5)
     ages: int = 32
 
-    def labels(self) -> Mapping[str, Sequence[Any]]:
-        return {"core_age": range(self.ages)}
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"core": self.fractions, "hit": ("recall", "mass")}
-
-    def field(self, *dims: str, **attrs: Any) -> Any:
-        return super().field(*dims, random_baseline="core", **attrs)
+    @property
+    def core_ages(self) -> range:
+        """Ages of a core that are measured, in token-producing rows."""
+        return range(self.ages)
 
     def value(self, trajectory: Trajectory) -> Result:
         scores = trajectory.scores  # (steps, layers, image tokens)
@@ -80,16 +77,20 @@ class HeldCoreMass(TrajectoryStatistic):
     source = "the core of Zhang et al., A-VL (AAAI 2025), chosen among its secondary tokens"
     justifies = "C, K"
     dims: ClassVar[tuple[str, ...]] = ("layer", "core_age")
+    axes: ClassVar[Axes] = {
+        "core_age": "core_ages",
+        "secondary": "secondaries",
+        "core": "fractions",
+    }
 
     secondaries: tuple[float, ...] = (0.5,)
     fractions: tuple[float, ...] = (0.1, 0.3, 0.5)
     ages: int = 32
 
-    def labels(self) -> Mapping[str, Sequence[Any]]:
-        return {"core_age": range(self.ages)}
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"secondary": self.secondaries, "core": self.fractions}
+    @property
+    def core_ages(self) -> range:
+        """Ages of a core that are measured, in token-producing rows."""
+        return range(self.ages)
 
     def value(self, trajectory: Trajectory) -> Result:
         scores = trajectory.scores  # (steps, layers, image tokens)

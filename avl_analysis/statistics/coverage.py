@@ -5,15 +5,14 @@ Speaks about S, C and T.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from avl.tokens import MODALITIES
-from avl_analysis.statistics.base import WeightStatistic
+from avl_analysis.statistics.base import Axes, WeightStatistic
 from avl_analysis.statistics.inputs import QueryRows
 
 SLACK = 1e-6
@@ -34,11 +33,9 @@ class Coverage(WeightStatistic):
     title = "share of keys that holds tau of the attention"
     source = "He et al., ZipVL (2410.08584); Wang et al., PrefixKV (2412.03409)"
     justifies = "S, C, T"
+    axes: ClassVar[Axes] = {"key_modality": MODALITIES, "tau": "taus"}
 
     taus: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.99)
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"key_modality": MODALITIES, "tau": self.taus}
 
     def value(self, rows: QueryRows) -> Tensor:
         rest = (

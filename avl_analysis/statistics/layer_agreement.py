@@ -5,13 +5,12 @@ Speaks about P.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
-from avl_analysis.statistics.base import Result, Trajectory, TrajectoryStatistic
+from avl_analysis.statistics.base import Axes, Result, Trajectory, TrajectoryStatistic
 from avl_analysis.statistics.top_sets import overlap, top
 
 
@@ -29,15 +28,11 @@ class LayerAgreement(TrajectoryStatistic):
     title = "overlap of the top image tokens with the prefill filter's layer"
     source = "Chen et al., FastV (ECCV 2024)"
     justifies = "P"
+    axes: ClassVar[Axes] = {"p": "ps"}
+    random_baseline: ClassVar[str] = "p"
 
     prefill_layer: int = 2
     ps: tuple[float, ...] = (0.1, 0.3, 0.5)
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"p": self.ps}
-
-    def field(self, *dims: str, **attrs: Any) -> Any:
-        return super().field(*dims, random_baseline="p", **attrs)
 
     def value(self, trajectory: Trajectory) -> Result:
         reference, first = self.prefill_layer - 1, trajectory.scores[0]

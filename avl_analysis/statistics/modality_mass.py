@@ -5,15 +5,14 @@ Justifies treating them apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from avl.tokens import MODALITIES
-from avl_analysis.statistics.base import SumStatistic
+from avl_analysis.statistics.base import Axes, SumStatistic
 from avl_analysis.statistics.inputs import QueryRows
 
 
@@ -26,9 +25,7 @@ class ModalityMass(SumStatistic):
     source = "Zhang et al., A-VL (AAAI 2025), sec. 3"
     justifies = "treating modalities apart"
     columns: ClassVar[tuple[str, ...]] = MODALITIES
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"key_modality": MODALITIES}
+    axes: ClassVar[Axes] = {"key_modality": MODALITIES}
 
     def value(self, rows: QueryRows) -> Tensor:
         return rows.mass()
@@ -60,9 +57,7 @@ class Efficiency(SumStatistic):
     source = "Chen et al., FastV (ECCV 2024), attention efficiency"
     justifies = "treating modalities apart"
     columns: ClassVar[tuple[str, ...]] = MODALITIES
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"key_modality": MODALITIES}
+    axes: ClassVar[Axes] = {"key_modality": MODALITIES}
 
     def value(self, rows: QueryRows) -> Tensor:
         count = rows.counts

@@ -5,13 +5,12 @@ Tested here, not assumed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
-from avl_analysis.statistics.base import Result, Trajectory, TrajectoryStatistic
+from avl_analysis.statistics.base import Axes, Result, Trajectory, TrajectoryStatistic
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,7 @@ class ImagePersistence(TrajectoryStatistic):
     unit = "per step"
     source = "Zhang et al., A-VL (AAAI 2025); Qwen-LookAgain (2505.23558)"
     justifies = "treating modalities apart"
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"slope_of": ("mass", "token", "relative")}
+    axes: ClassVar[Axes] = {"slope_of": ("mass", "token", "relative")}
 
     def value(self, trajectory: Trajectory) -> Result:
         mass = np.nansum(trajectory.scores[1:].astype(np.float64), -1)  # (decode steps, layers)

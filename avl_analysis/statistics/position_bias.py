@@ -5,15 +5,14 @@ Speaks about debiasing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from avl.tokens import Modality
 from avl_analysis.recordings.schema import ROWS
-from avl_analysis.statistics.base import KeyScores, KeyStatistic, Result
+from avl_analysis.statistics.base import Axes, KeyScores, KeyStatistic, Result
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,7 @@ class PositionBias(KeyStatistic):
     source = "Attention Debiasing (2508.17807)"
     justifies = "debiasing"
     dims: ClassVar[tuple[str, ...]] = ("layer",)
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"bias_parameter": ("mu", "sigma", "r2")}
+    axes: ClassVar[Axes] = {"bias_parameter": ("mu", "sigma", "r2")}
 
     def value(self, scores: KeyScores) -> Result:
         image = np.flatnonzero(scores.modality == Modality.IMAGE)

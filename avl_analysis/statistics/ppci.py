@@ -7,27 +7,22 @@ was not attended at all (under a policy). Justifies K, the steps between refresh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from avl_analysis.statistics.base import Result, Trajectory, TrajectoryStatistic
+from avl_analysis.statistics.base import Axes, Result, Trajectory, TrajectoryStatistic
 from avl_analysis.statistics.top_sets import overlap, top
 
 
 @dataclass(frozen=True)
 class _PPCI(TrajectoryStatistic):
     source = "Zhang et al., A-VL (AAAI 2025), sec. 3"
+    axes: ClassVar[Axes] = {"p": "ps"}
+    random_baseline: ClassVar[str] = "p"
 
     ps: tuple[float, ...] = (0.1, 0.3, 0.5)
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"p": self.ps}
-
-    def field(self, *dims: str, **attrs: Any) -> Any:
-        return super().field(*dims, random_baseline="p", **attrs)
 
     def value(self, trajectory: Trajectory) -> Result:
         results = [self._of(top(trajectory.scores, p)) for p in self.ps]
@@ -47,11 +42,14 @@ class PPCIContinuity(_PPCI):
     title = "overlap of the top image tokens of two decode steps"
     justifies = "K"
     dims: ClassVar[tuple[str, ...]] = ("layer", "lag")
+    axes: ClassVar[Axes] = {"lag": "lag_steps", "p": "ps"}
 
     lags: int = 32
 
-    def labels(self) -> Mapping[str, Sequence[Any]]:
-        return {"lag": range(1, self.lags + 1)}
+    @property
+    def lag_steps(self) -> range:
+        """Distances between two decode steps that are measured."""
+        return range(1, self.lags + 1)
 
     def _of(self, sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         decode = sets[1:]

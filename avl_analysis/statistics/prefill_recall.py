@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from avl_analysis.statistics.base import Result, Trajectory, TrajectoryStatistic
+from avl_analysis.statistics.base import Axes, Result, Trajectory, TrajectoryStatistic
 from avl_analysis.statistics.top_sets import overlap, top
 
 
@@ -24,15 +23,11 @@ class PrefillRecall(TrajectoryStatistic):
     source = "Tu et al., VL-Cache (ICLR 2025), hit rate"
     justifies = "S"
     dims: ClassVar[tuple[str, ...]] = ("layer",)
+    axes: ClassVar[Axes] = {"secondary": "secondaries", "decode_core": "cores"}
+    random_baseline: ClassVar[str] = "secondary"
 
     secondaries: tuple[float, ...] = tuple(round(0.05 * i, 2) for i in range(1, 21))
     cores: tuple[float, ...] = (0.1, 0.3)
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"secondary": self.secondaries, "decode_core": self.cores}
-
-    def field(self, *dims: str, **attrs: Any) -> Any:
-        return super().field(*dims, random_baseline="secondary", **attrs)
 
     def value(self, trajectory: Trajectory) -> Result:
         shape = (trajectory.scores.shape[1], len(self.secondaries), len(self.cores))
@@ -58,14 +53,10 @@ class PrefillMass(TrajectoryStatistic):
     title = "share of the decode-time image attention that prefill keeps"
     source = "Tu et al., VL-Cache (ICLR 2025), hit rate"
     justifies = "S"
+    axes: ClassVar[Axes] = {"secondary": "secondaries"}
+    random_baseline: ClassVar[str] = "secondary"
 
     secondaries: tuple[float, ...] = PrefillRecall.secondaries
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"secondary": self.secondaries}
-
-    def field(self, *dims: str, **attrs: Any) -> Any:
-        return super().field(*dims, random_baseline="secondary", **attrs)
 
     def value(self, trajectory: Trajectory) -> Result:
         received = trajectory.scores[1:].sum(0, dtype=np.float64)  # (layers, image tokens)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from avl.tokens import Modality
-from avl_analysis.statistics.base import WeightStatistic
+from avl_analysis.statistics.base import Axes, WeightStatistic
 from avl_analysis.statistics.inputs import QueryRows
 
 
@@ -25,11 +24,9 @@ class RecentTextMass(WeightStatistic):
     title = "share of text attention on the most recent tokens"
     source = "Zhang et al., A-VL (AAAI 2025); windows as in StreamingLLM"
     justifies = "T"
+    axes: ClassVar[Axes] = {"window": "windows"}
 
     windows: tuple[int, ...] = (8, 16, 32, 64)
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"window": self.windows}
 
     def value(self, rows: QueryRows) -> Tensor:
         weights, rank = rows.on(Modality.TEXT)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from avl.tokens import MODALITIES
-from avl_analysis.statistics.base import CacheStatistic
+from avl_analysis.statistics.base import Axes, CacheStatistic
 from avl_analysis.statistics.inputs import TokenInfo
 
 
@@ -26,9 +25,7 @@ class KeyRedundancy(CacheStatistic):
     title = "mean cosine between keys"
     source = "MixKV"
     justifies = "merging, diversity"
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"key_modality": MODALITIES}
+    axes: ClassVar[Axes] = {"key_modality": MODALITIES}
 
     def value(self, key: Tensor, value: Tensor, tokens: TokenInfo) -> Tensor:
         kinds = torch.stack(

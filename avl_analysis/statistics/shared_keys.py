@@ -7,13 +7,12 @@ choose other tokens, and every row anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from avl_analysis.statistics.base import Result, Trajectory, TrajectoryStatistic
+from avl_analysis.statistics.base import Axes, Result, Trajectory, TrajectoryStatistic
 from avl_analysis.statistics.coverage import SLACK, Coverage
 
 
@@ -31,11 +30,9 @@ class SharedCoverage(TrajectoryStatistic):
     source = "He et al., ZipVL (2410.08584); one set per layer as in Zhang et al., A-VL (AAAI 2025)"
     justifies = "S, C"
     dims: ClassVar[tuple[str, ...]] = ("layer", "step")
+    axes: ClassVar[Axes] = {"tau": "taus"}
 
     taus: tuple[float, ...] = Coverage.taus
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"tau": self.taus}
 
     def value(self, trajectory: Trajectory) -> Result:
         scores = trajectory.scores.astype(np.float64)  # (steps, layers, image tokens)

@@ -5,14 +5,13 @@ Justifies keeping system tokens; debiasing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
 from avl.tokens import Modality
-from avl_analysis.statistics.base import KeyScores, KeyStatistic, Result
+from avl_analysis.statistics.base import Axes, KeyScores, KeyStatistic, Result
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,9 @@ class SinkRate(KeyStatistic):
     title = "share of heads with an attention sink"
     source = "Gu et al., When attention sink emerges (ICLR 2025), sec. 3"
     justifies = "keeping system tokens; debiasing"
+    axes: ClassVar[Axes] = {"sink": ("first", "image")}
 
     threshold: float = 0.3
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"sink": ("first", "image")}
 
     def value(self, scores: KeyScores) -> Result:
         with np.errstate(invalid="ignore", divide="ignore"):

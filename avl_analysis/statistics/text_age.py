@@ -5,14 +5,13 @@ Speaks about T.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from avl_analysis.statistics.ages import AGE_STARTS
-from avl_analysis.statistics.base import KeyScores, KeyStatistic, Result
+from avl_analysis.statistics.base import Axes, KeyScores, KeyStatistic, Result
 
 PHASES = ("prefill", "decode")
 """Where the query rows come from: text rows of the prompt, or decode steps."""
@@ -30,9 +29,7 @@ class TextAgeProfile(KeyStatistic):
     source = "Zhang et al., A-VL (AAAI 2025)"
     justifies = "T"
     needs_ages: ClassVar[bool] = True
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"age_phase": PHASES, "age": AGE_STARTS.tolist()}
+    axes: ClassVar[Axes] = {"age_phase": PHASES, "age": AGE_STARTS.tolist()}
 
     def value(self, scores: KeyScores) -> Result:
         assert scores.by_age is not None
@@ -59,15 +56,13 @@ class TextAgeFit(KeyStatistic):
     justifies = "T"
     dims: ClassVar[tuple[str, ...]] = ("layer",)
     needs_ages: ClassVar[bool] = True
+    axes: ClassVar[Axes] = {
+        "age_phase": PHASES,
+        "decay": ("exponential", "power"),
+        "decay_parameter": ("half_life", "rate", "r2"),
+    }
 
     least: int = 4
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {
-            "age_phase": PHASES,
-            "decay": ("exponential", "power"),
-            "decay_parameter": ("half_life", "rate", "r2"),
-        }
 
     def value(self, scores: KeyScores) -> Result:
         assert scores.by_age is not None

@@ -5,15 +5,14 @@ A warning that attention is not contribution.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from avl.tokens import MODALITIES
-from avl_analysis.statistics.base import SumStatistic
+from avl_analysis.statistics.base import Axes, SumStatistic
 from avl_analysis.statistics.inputs import QueryRows
 
 
@@ -29,9 +28,7 @@ class ValueWeightedMass(SumStatistic):
     source = "Guo et al., VATP (EMNLP 2024)"
     justifies = "a warning: attention is not contribution"
     reads_values: ClassVar[bool] = True
-
-    def extra(self) -> Mapping[str, Sequence[Any]]:
-        return {"key_modality": MODALITIES}
+    axes: ClassVar[Axes] = {"key_modality": MODALITIES}
 
     def value(self, rows: QueryRows) -> Tensor:
         mass = rows.value_mass
