@@ -61,6 +61,10 @@ class _Name(str):
 
     __hash__ = str.__hash__
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Copies and files of a config name the backend itself.
+        return str, (backend_name(str(self)),)
+
 
 def backend_name(name: str | None) -> str:
     """The backend behind a name that may be ours; None means eager attention."""

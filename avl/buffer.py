@@ -370,6 +370,12 @@ class KeyBuffer:
         in_tier = self.quantized.bytes_by_row(self.quantized_held)
         return [a + b for a, b in zip(in_buffer, in_tier, strict=True)]
 
+    def tensors(self) -> list[Tensor]:
+        """Everything that is held: keys and values in any form, and what is kept about them."""
+        beside = [] if self.quantized is None else self.quantized.tensors()
+        pages = [] if self.pages is None else [self.pages.low, self.pages.high]
+        return [self.keys, self.values, *beside, *pages, *self.bookkeeping()]
+
     def bookkeeping(self) -> list[Tensor]:
         """Everything kept about the keys: positions, scores and numbers of groups."""
         tensors = [

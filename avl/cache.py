@@ -42,6 +42,11 @@ class Conversation:
     moved: Tensor | None = None
     layers: dict[int, AdaptiveLayer] = field(default_factory=dict)
 
+    def is_inference(self) -> bool:
+        """Whether a layer holds tensors that only torch.inference_mode() can change."""
+        buffers = [layer.buffer for layer in self.layers.values() if layer.buffer is not None]
+        return any(tensor.is_inference() for buffer in buffers for tensor in buffer.tensors())
+
     def take_rows(self, rows: Tensor) -> None:
         """Row i of the batch now continues what was row rows[i]."""
         self.rows = rows if self.rows is None else self.rows[rows]

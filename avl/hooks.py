@@ -29,6 +29,7 @@ from avl import backends
 from avl.arguments import find_cache, named_arguments, uses_cache
 from avl.attention import Attend, AttentionCall, Forward
 from avl.families import Family, UnsupportedModelError, describe
+from avl.module_hooks import ModuleHook, Moment, add_hook
 from avl.tokens import TokenLayout
 from avl.watched_methods import unwatch, watch
 
@@ -158,12 +159,13 @@ class AttentionHooks:
         # The only object that lives exactly as long as a conversation is its KV cache, so the
         # position in the sequence is remembered there.
         self._streams: WeakKeyDictionary[Any, _Stream] = WeakKeyDictionary()
+        self._stream: _Stream | None = None  # of the pass that is running
         self._pending = _Pending()
         self._calls = 0
         self._thread: threading.Thread | None = None
         self._generating = False
         self._copies = 1
-        self._handles: list[Any] = []
+        self._module_hooks: list[ModuleHook] = []
         self._watched: list[tuple[nn.Module, str]] = []
         self._modules = [
             m
@@ -194,36 +196,24 @@ class AttentionHooks:
             for module in self._modules:
                 backends.OWNERS[module] = self
             self._watched = watch(self.model, self)
-            disable = torch.compiler.disable  # see backends
             for module in {id(m): m for m in self._outer}.values():
-                self._handles.append(
-                    module.register_forward_pre_hook(
-                        disable(self._remember_inputs), with_kwargs=True
-                    )
-                )
+                self._add_hook(module, self._remember_inputs, "before")
             # Models that embed text and images themselves before calling the decoder (BLIP-2) show
             # their token ids only to the embedding layer.
-            embedding = self.model.get_input_embeddings()
-            self._handles.append(
-                embedding.register_forward_hook(disable(self._remember_ids), with_kwargs=True)
-            )
-            decoder = self.family.decoder
-            self._handles.append(
-                decoder.register_forward_pre_hook(disable(self._begin), with_kwargs=True)
-            )
-            self._handles.append(
-                decoder.register_forward_hook(
-                    disable(self._end), with_kwargs=True, always_call=True
-                )
-            )
+            self._add_hook(self.model.get_input_embeddings(), self._remember_ids, "after")
+            self._add_hook(self.family.decoder, self._begin, "before")
+            self._add_hook(self.family.decoder, self._end, "after", always_call=True)
         except BaseException:
             self._disconnect()
             raise
 
+    def _add_hook(self, module: nn.Module, function: Any, moment: Moment, **options: bool) -> None:
+        self._module_hooks.append(add_hook(module, function, moment, with_kwargs=True, **options))
+
     def _disconnect(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for hook in self._module_hooks:
+            hook.remove()
+        self._module_hooks.clear()
         unwatch(self._watched)
         self._watched = []
         for module in self._modules:
@@ -304,8 +294,6 @@ class AttentionHooks:
     def _remember_inputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if module not in self._outer:
-            return  # a copy of the model that was made while something was attached
         given = named_arguments(module, args, kwargs)
         if given.get("input_ids") is not None or module is self.model:
             self._pending.inputs = given
@@ -314,15 +302,13 @@ class AttentionHooks:
     def _remember_ids(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if module is not self.model.get_input_embeddings() or self.forward is not None:
+        if self.forward is not None:
             return
         ids = next((t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)), None)
         if ids is not None and ids.dim() == 2 and not ids.is_floating_point():
             self._pending.embedded = _Embedded(ids, output)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is not self.family.decoder:
-            return
         self._claim()
         self._check_backend()
         given = named_arguments(module, args, kwargs)
@@ -407,8 +393,7 @@ class AttentionHooks:
                 cache,
                 inputs=inputs,
             )
-        if cache is not None:
-            self._streams[cache] = stream
+        self._stream = stream
         return forward
 
     def _layout(
@@ -451,9 +436,8 @@ class AttentionHooks:
         return layout.select(torch.arange(len(ids)) // copies)
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if module is not self.family.decoder:
-            return
         forward, self.forward = self.forward, None
+        stream, self._stream = self._stream, None
         self._release()
         if forward is None or output is None:  # no output: the pass raised
             return
@@ -463,6 +447,10 @@ class AttentionHooks:
                 " attention interface, so nothing can be seen of it (model type"
                 f" {self.family.name!r}); see `avl models` for supported families"
             )
+        # Only now: a pass that was refused has not happened, and one that broke off left a cache
+        # whose layers differ, which the next pass finds to be longer than what passed.
+        if forward.cache is not None and stream is not None:
+            self._streams[forward.cache] = stream
         for hook in self._attached():
             hook.end(forward)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from avl.families import Family, UnsupportedModelError
+from avl.module_hooks import ModuleHook, add_hook
 
 
 class EncoderAttention:
@@ -23,14 +24,12 @@ class EncoderAttention:
         self._name = family.name
         self._module = _attention(model, family)
         self._outputs: dict[str, Tensor] = {}
-        self._hooks: list[Any] = []
+        self._hooks: list[ModuleHook] = []
 
     def connect(self) -> None:
         """Watch the encoder from now on."""
         for name in ("q_proj", "k_proj"):
-            self._hooks.append(
-                getattr(self._module, name).register_forward_hook(self._keeper(name))
-            )
+            self._hooks.append(add_hook(getattr(self._module, name), self._keeper(name), "after"))
 
     def disconnect(self) -> None:
         """Watch it no longer."""

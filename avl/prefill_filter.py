@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from avl.attention import Forward
 from avl.families import Family, UnsupportedModelError
+from avl.module_hooks import ModuleHook, add_hook
 from avl.selection import members
 
 ChooseInput = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -49,22 +50,20 @@ class PrefillFilter:
         self._forward: Forward | None = None
         self._next: Tensor | None = None
         self._rows: Tensor | None = None
-        self._hooks: list[Any] = []
+        self._hooks: list[ModuleHook] = []
         self._decoder = family.decoder
         self._name = family.name
         self._choose: ChooseInput | None = None
 
     def connect(self) -> None:
-        self._hooks.append(
-            self._decoder.register_forward_pre_hook(self._check_decoder, with_kwargs=True)
-        )
+        hooks = [add_hook(self._decoder, self._check_decoder, "before", with_kwargs=True)]
         if self.layer < 0:
-            self._hooks.append(self._layers[0].register_forward_pre_hook(self._cut_input))
+            hooks.append(add_hook(self._layers[0], self._cut_input, "before"))
         else:
-            self._hooks.append(self._layers[self.layer].register_forward_hook(self._cut))
+            hooks.append(add_hook(self._layers[self.layer], self._cut, "after"))
         for module in self._layers[self.layer + 1 :]:
-            self._hooks.append(module.register_forward_pre_hook(self._select, with_kwargs=True))
-        self._hooks.append(self._layers[-1].register_forward_hook(self._restore))
+            hooks.append(add_hook(module, self._select, "before", with_kwargs=True))
+        self._hooks = [*hooks, add_hook(self._layers[-1], self._restore, "after")]
 
     def disconnect(self) -> None:
         for hook in self._hooks:

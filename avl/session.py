@@ -30,6 +30,7 @@ from avl.decode_step import DecodeStep
 from avl.families import UnsupportedModelError
 from avl.hooks import AttentionHooks, HookError, Intervention, attach
 from avl.image_encoder import EncoderAttention
+from avl.module_hooks import ModuleHook, add_hook
 from avl.policies.base import CoredPolicy, Policy
 from avl.policies.before_decoder import BeforeDecoderPolicy
 from avl.policies.prompt import Counts
@@ -58,7 +59,7 @@ class AdaptiveSession(Intervention):
         self._hooks: AttentionHooks | None = None
         self._filter: PrefillFilter | None = None
         self._encoder: EncoderAttention | None = None
-        self._hook: Any = None
+        self._hook: ModuleHook | None = None
         self._conversations: WeakKeyDictionary[Cache, Conversation] = WeakKeyDictionary()
         self._pass: PrefillStep | DecodeStep | None = None
         self._logs: WeakKeyDictionary[Conversation, tuple[UsageLog, SelectionLog]] = (
@@ -79,13 +80,14 @@ class AdaptiveSession(Intervention):
         """
         if self._hooks is not None:
             raise HookError(
-                "this session is on its model already; detach it first, or make a second session"
+                "this AdaptiveSession is on its model already; call its detach() first, or make"
+                " another AdaptiveSession"
             )
         hooks = attach(self.model, self)
         try:
             decoder = hooks.family.decoder
-            self._hook = decoder.register_forward_pre_hook(
-                self._supply_cache, with_kwargs=True, prepend=True
+            self._hook = add_hook(
+                decoder, self._supply_cache, "before", with_kwargs=True, prepend=True
             )
             if self.policy.filter_layer is not None:
                 self._filter = PrefillFilter(hooks.family, self.policy.filter_layer)
@@ -157,6 +159,12 @@ class AdaptiveSession(Intervention):
             conversation = self._exchange(forward.cache)
         else:
             conversation = self._conversations[forward.cache]
+            if not torch.is_inference_mode_enabled() and conversation.is_inference():
+                raise HookError(
+                    "this KV cache was filled inside torch.inference_mode(), and torch lets nobody"
+                    " write to it outside; continue it inside torch.inference_mode(), or run its"
+                    " prompt and all its steps under torch.no_grad()"
+                )
             if conversation.rows is not None:
                 forward.layout = forward.layout.select(conversation.rows)
         conversation.forward = forward

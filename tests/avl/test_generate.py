@@ -229,6 +229,47 @@ def test_a_cache_of_a_policy_that_is_gone_is_refused() -> None:
         generate(model, {"input_ids": out.sequences}, past_key_values=out.past_key_values)
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        avl.AdaptivePolicy(),
+        avl.AdaptivePolicy.with_cold_tier(),
+        avl.FullPolicy(),
+        avl.QuestPolicy(budget=0.5),
+        avl.AdaSnapKVPolicy(budget=0.5, window=4),
+    ],
+    ids=lambda policy: policy.name,
+)
+def test_a_cache_of_inference_mode_is_continued_there_and_refused_outside(
+    policy: avl.Policy,
+) -> None:
+    model = tiny.llava(kv_heads=2)
+    inputs = tiny.inputs(model, [9])
+    mask = torch.ones(1, inputs["input_ids"].shape[1] + 3, dtype=torch.long)
+    with avl.adaptive(model, policy) as session:
+        with torch.inference_mode():
+            cache = model(**inputs, use_cache=True).past_key_values
+
+        def step() -> torch.Tensor:
+            length = cache.get_seq_length() + 1
+            token = torch.full((1, 1), 7)
+            return model(
+                input_ids=token, attention_mask=mask[:, :length], past_key_values=cache
+            ).logits
+
+        with torch.inference_mode():
+            inside = [step() for _ in range(2)]
+        for outside in (torch.no_grad, torch.enable_grad):
+            with outside(), pytest.raises(avl.HookError, match=r"continue it inside torch\.infer"):
+                step()
+        with torch.inference_mode():  # the refused steps left no trace
+            inside.append(step())
+        assert [s.step for s in session.usage().steps] == [0, 1, 2, 3]
+        with torch.no_grad():
+            cache = model(**inputs, use_cache=True).past_key_values
+            assert torch.equal(torch.cat([step() for _ in range(3)], 1), torch.cat(inside, 1))
+
+
 def test_a_second_policy_on_a_model_is_refused_and_the_first_survives() -> None:
     model = tiny.llava()
     inputs = tiny.inputs(model, [30])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import transformers
 from packaging.version import Version
 from transformers import DynamicCache, StoppingCriteria
 
+import avl
 from avl.arguments import cache_parameter, find_cache
 from avl.attention import attention_weights
 from avl.families import UnsupportedModelError
@@ -368,6 +372,72 @@ def test_a_copy_made_inside_is_a_plain_model_and_can_be_watched_itself():
         twin.generate(**batch, max_new_tokens=3, do_sample=False)
     assert len(others.begun) == 3
     assert not torch.equal(twin(**batch).logits, model(**batch).logits)  # it has its own weights
+
+
+POLICIES = [
+    avl.AdaptivePolicy(),
+    avl.AdaptivePolicy(prefill=0.5, prefill_layer=1),
+    avl.SCOPEPolicy(budget=0.5),
+]
+"""One that acts at the cache only, one that hooks into the layers, one into the image encoder."""
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_a_copy_made_under_a_policy_is_a_plain_model(policy):
+    model = tiny.llava(kv_heads=2)
+    batch = tiny.inputs(model)
+    plain = model.generate(**batch, max_new_tokens=3, do_sample=False)
+    with avl.adaptive(model, policy):
+        before = model.generate(**batch, max_new_tokens=3, do_sample=False)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin.generate(**batch, max_new_tokens=3, do_sample=False), plain)
+        assert torch.equal(model.generate(**batch, max_new_tokens=3, do_sample=False), before)
+    assert torch.equal(twin.generate(**batch, max_new_tokens=3, do_sample=False), plain)
+    with avl.adaptive(twin, policy):
+        assert torch.equal(twin.generate(**batch, max_new_tokens=3, do_sample=False), before)
+    assert type(twin.config.text_config._attn_implementation) is str
+
+
+def test_a_copy_does_not_keep_the_model_alive():
+    model = tiny.llava()
+    with avl.adaptive(model, avl.AdaptivePolicy()):
+        twin = copy.deepcopy(model)
+    gone = weakref.ref(model.get_decoder().layers[0])
+    del model
+    gc.collect()
+    assert gone() is None
+    assert twin.get_decoder().layers[0] is not None
+
+
+@pytest.mark.parametrize("put", ["an observer", "a policy"])
+def test_saving_a_whole_model_inside_says_what_to_do_instead(put, tmp_path):
+    model = tiny.llava()
+    inside = (
+        attached(model, Notes())
+        if put == "an observer"
+        else avl.adaptive(model, avl.AdaptivePolicy())
+    )
+    saves = [
+        lambda: torch.save(model, tmp_path / "m.pt"),
+        lambda: pickle.dumps(model),
+        lambda: torch.save(model.get_decoder(), tmp_path / "d.pt"),
+    ]
+    with inside:
+        for save in saves:
+            with pytest.raises(pickle.PicklingError, match=r"save_pretrained\(folder\)"):
+                save()
+        torch.save(model.state_dict(), tmp_path / "w.pt")
+        model.save_pretrained(tmp_path / "folder")
+        torch.save(model.config, tmp_path / "config.pt")
+        config = torch.load(tmp_path / "config.pt", weights_only=False)
+    assert config.text_config._attn_implementation == "sdpa"
+    assert type(config.text_config._attn_implementation) is str
+    weights = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    again = type(model).from_pretrained(tmp_path / "folder")
+    assert torch.equal(again(**tiny.inputs(model)).logits, model(**tiny.inputs(model)).logits)
+    # transformers adds hooks of its own at a model's first pass, which cannot be pickled, either
+    assert pickle.dumps(tiny.llava())
 
 
 def test_generate_and_encoding_are_the_models_own_methods_again_afterwards():
