@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from avl.grids import describe_rows
-from avl.places import Picture, PictureMap, map_pictures, originals_of
+from avl.places import Originals, Picture, PictureMap, map_pictures, originals_of
 from avl.plugins import FAMILIES, plugins
 from avl.tokens import TokenLayout, token_layout
 
@@ -87,10 +87,10 @@ class Family:
             inputs: the other arguments of the model call (grids, image sizes). What
                 `places.remember_originals` was told about one of its tensors is used as well.
         """
-        sizes, processor = originals_of(inputs) or (None, None)
-        if sizes is not None and len(sizes) != len(input_ids):
-            sizes = None
-        pictures, _ = self._pictures(input_ids, attention_mask, inputs, sizes, processor)
+        originals = originals_of(inputs)
+        if originals is not None and len(originals.sizes) != len(input_ids):
+            originals = None
+        pictures, _ = self._pictures(input_ids, attention_mask, inputs, originals)
         return token_layout(
             input_ids, self.image_token_ids, attention_mask=attention_mask, pictures=pictures
         )
@@ -107,8 +107,9 @@ class Family:
         Args:
             layout: of the prompt.
             inputs: what the processor returned, `input_ids` included.
-            picture_sizes: (width, height) in pixels of every original picture, for every row of the
-                batch.
+            picture_sizes: (width, height) in pixels of every original picture or video, for every
+                row of the batch. How many frames a video has is known where
+                `places.remember_originals` was told of it.
             processor: the model's processor or image processor; where the family's processors
                 differ in how they crop, it says what was done. None assumes the processor of the
                 family's released models.
@@ -121,10 +122,15 @@ class Family:
             raise ValueError(
                 "inputs must contain input_ids; pass everything the processor returned"
             )
-        processor = getattr(processor, "image_processor", processor)
-        pictures, note = self._pictures(
-            ids, inputs.get("attention_mask"), inputs, picture_sizes, processor
+        known = originals_of(inputs) or Originals(())
+        same = [len(row) for row in known.frames] == [len(row) for row in picture_sizes]
+        originals = Originals(
+            tuple(map(tuple, picture_sizes)),
+            getattr(processor, "image_processor", processor),
+            known.frames if same else (),
+            getattr(processor, "video_processor", None),
         )
+        pictures, note = self._pictures(ids, inputs.get("attention_mask"), inputs, originals)
         return map_pictures(layout, pictures, picture_sizes, note)
 
     def _pictures(
@@ -132,17 +138,14 @@ class Family:
         input_ids: Tensor,
         attention_mask: Tensor | None,
         inputs: Mapping[str, Any],
-        sizes: Sequence[Sequence[tuple[int, int]]] | None = None,
-        processor: Any = None,
+        originals: Originals | None,
     ) -> tuple[list[list[Picture]], str]:
-        """The pictures of every row, as views, and what was assumed."""
+        """The pictures and videos of every row, as views, and what was assumed."""
         image = torch.isin(input_ids, torch.tensor(self.image_token_ids, device=input_ids.device))
         if attention_mask is not None and attention_mask.shape == image.shape:
             image &= attention_mask.bool()
         runs = [_runs(row) for row in image.tolist()]
-        return describe_rows(
-            self.name, self.config, input_ids.tolist(), runs, inputs, sizes, processor
-        )
+        return describe_rows(self.name, self.config, input_ids.tolist(), runs, inputs, originals)
 
 
 def _runs(image: Sequence[bool]) -> list[tuple[int, int]]:

@@ -8,15 +8,15 @@ it is not, neither are the places.
 
 To add a family, write what its processor and its `get_image_features` do to a picture as views, and
 name it in `GRIDS`; the conformance suite then paints pictures and sees whether the tokens that
-change are those the views say.
+change are those the views say. Tokens of videos have a table of their own, in `video_grids`.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import groupby, pairwise
 from typing import Any
@@ -24,76 +24,13 @@ from typing import Any
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from avl.places import WHOLE, Box, Picture, View, count, nowhere
-
-Size = tuple[int, int]
-"""Width and height in pixels."""
+from avl.grid_prompt import Describe, GridPrompt, Pictures, Size, kept_part, squared
+from avl.places import Originals, Picture, Shown, View, as_video, count, nowhere
+from avl.video_grids import VIDEOS
 
 UNKNOWN = "the inputs do not tell where image tokens lie"
 VIDEO = "where the tokens of a video lie is not known"
 NO_PLACE = "image tokens of this family stand for the whole picture, none of them for a part of it"
-
-
-@dataclass(frozen=True)
-class GridPrompt:
-    """One row of a batch of prompts.
-
-    Attributes:
-        config: the model's config.
-        inputs: keyword arguments of the model call, of the whole batch.
-        ids: token ids of the row, padding included.
-        runs: (start, length) of every unbroken run of image tokens in the row.
-        batch_runs: number of runs in the whole batch.
-        supply: what is left of inputs that hold one row per picture of the whole batch (grids,
-            sizes), in order.
-        sizes: sizes of this row's original pictures, if known.
-        processor: the image processor, if known.
-    """
-
-    config: Any
-    inputs: Mapping[str, Any]
-    ids: Sequence[int]
-    runs: Sequence[tuple[int, int]]
-    batch_runs: int
-    supply: Mapping[str, deque[list[int]]]
-    sizes: Sequence[Size] | None = None
-    processor: Any = None
-
-    @property
-    def tokens(self) -> int:
-        """Number of image tokens in the row."""
-        return sum(length for _, length in self.runs)
-
-    def position(self, index: int) -> int:
-        """Sequence index of the row's image token number `index`."""
-        for start, length in self.runs:
-            if index < length:
-                return start + index
-            index -= length
-        raise IndexError(f"the row has {self.tokens} image tokens")
-
-    def size(self, index: int) -> Size | None:
-        """Width and height of the row's picture number `index`."""
-        return self.sizes[index] if self.sizes is not None and index < len(self.sizes) else None
-
-    def take(self, name: str) -> list[int] | None:
-        """The next picture's row of a (pictures, ...) integer input; None if there is none."""
-        queue = self.supply.get(name)
-        return queue.popleft() if queue else None
-
-    def vision(self, name: str, default: Any = None) -> Any:
-        """A number of the vision config, the first of it where it is a pair."""
-        value = getattr(getattr(self.config, "vision_config", None), name, default)
-        return value[0] if isinstance(value, list | tuple) else value
-
-    @property
-    def patches(self) -> int:
-        """Patches along one side of the vision tower's square input."""
-        return self.vision("image_size") // self.vision("patch_size")
-
-
-Pictures = Iterator[Picture]
-Describe = Callable[[GridPrompt], Pictures]
 
 
 def square(prompt: GridPrompt) -> Pictures:
@@ -127,7 +64,7 @@ def kept_square(prompt: GridPrompt) -> Pictures:
     """As `square`, over the part of the picture that the processor keeps (FastVLM)."""
     for index, (view,) in enumerate(square(prompt)):
         size, processor = prompt.size(index), prompt.processor
-        yield (replace(view, box=None if processor is None else _kept(size, processor)),)
+        yield (replace(view, box=None if processor is None else kept_part(size, processor)),)
 
 
 def unknown(prompt: GridPrompt) -> Pictures:
@@ -178,43 +115,7 @@ def clip(prompt: GridPrompt) -> Pictures:
         1 if getattr(prompt.config, "vision_feature_select_strategy", "default") == "full" else 0
     )
     for index in _whole(prompt, side * side + extra):
-        yield (View(side, side, _kept(prompt.size(index), prompt.processor), before=extra),)
-
-
-def _kept(size: Size | None, processor: Any) -> Box | None:
-    """What a processor keeps of a picture.
-
-    Without a processor, what CLIP's keeps: the shortest side is resized, the centre cropped.
-    """
-    if size is None:
-        return None
-    if getattr(processor, "do_pad", False):
-        return _squared(*size)
-    if processor is not None and not getattr(processor, "do_center_crop", False):
-        return WHOLE
-    width, height = size
-    short = _number(processor, "size", "shortest_edge") or min(width, height)
-    wide, high = (
-        (short, int(short * height / width))
-        if width <= height
-        else (int(short * width / height), short)
-    )
-    cropped = _number(processor, "crop_size", "height") or short
-    left, top = (wide - cropped) // 2, (high - cropped) // 2
-    return (left / wide, top / high, (left + cropped) / wide, (top + cropped) / high)
-
-
-def _number(processor: Any, setting: str, name: str) -> int | None:
-    """One number of a processor's size settings, which are dictionaries or objects."""
-    value = getattr(processor, setting, None)
-    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
-
-
-def _squared(width: int, height: int) -> Box:
-    """A picture padded to a square, as a box around it."""
-    longest = max(width, height)
-    x, y = (longest - width) // 2, (longest - height) // 2
-    return (-x / width, -y / height, (longest - x) / width, (longest - y) / height)
+        yield (View(side, side, kept_part(prompt.size(index), prompt.processor), before=extra),)
 
 
 def padded(prompt: GridPrompt) -> Pictures:
@@ -244,10 +145,8 @@ def grid_thw(prompt: GridPrompt) -> Pictures:
         merge = own[0] if own else default
         frames, rows, columns = grid[0], grid[1] // merge, grid[2] // merge
         done += frames * rows * columns
-        if frames == 1:
-            yield (View(rows, columns),)
-        else:
-            yield tuple(View(rows, columns, origin=None, tile=frame + 1) for frame in range(frames))
+        views = [View(rows, columns)] * frames
+        yield tuple(views) if frames == 1 else as_video([(view,) for view in views])
 
 
 def newlines(prompt: GridPrompt) -> Pictures:
@@ -308,7 +207,7 @@ def anyres(prompt: GridPrompt) -> Pictures:
         if (
             together is not None and together[0] != 1
         ):  # OneVision gives pictures of one prompt no tiles
-            picture: Picture = (View(base, base, _squared(width, height), after=1),)
+            picture: Picture = (View(base, base, squared(width, height), after=1),)
         else:
             picture = (View(base, base, origin=None), _tiles(prompt, base, width, height))
         done += count(picture)
@@ -477,10 +376,9 @@ def describe_rows(
     rows: Sequence[Sequence[int]],
     runs: Sequence[Sequence[tuple[int, int]]],
     inputs: Mapping[str, Any],
-    sizes: Sequence[Sequence[Size]] | None = None,
-    processor: Any = None,
+    originals: Originals | None = None,
 ) -> tuple[list[list[Picture]], str]:
-    """The pictures of every row of a batch, and what was assumed about them.
+    """The pictures and videos of every row of a batch, and what was assumed about them.
 
     Where the views do not add up to the image tokens found (inputs not given, features made
     elsewhere), each run of image tokens counts as a picture without places.
@@ -491,17 +389,23 @@ def describe_rows(
         rows: token ids of every row.
         runs: (start, length) of the unbroken runs of image tokens of every row.
         inputs: the other arguments of the model call, of the whole batch.
-        sizes: (width, height) in pixels of the original pictures of every row, None if unknown.
-        processor: the image processor, None if unknown.
+        originals: what the pictures and videos were, and the processors; None if unknown.
     """
     supply, batch_runs = _supply(inputs), sum(map(len, runs))
     found: list[list[Picture]] = []
     notes: list[str] = []
     for b, (ids, spans) in enumerate(zip(rows, runs, strict=True)):
-        own = None if sizes is None else sizes[b]
-        prompt = GridPrompt(config, inputs, ids, (), batch_runs, supply, own, processor)
-        pictures, said = _describe_row(name, prompt, spans)
-        if own is not None and len(own) != len(pictures):
+        prompt = GridPrompt(config, inputs, ids, (), batch_runs, supply)
+        shown = None
+        if originals is not None:
+            shown = originals.shown(b)
+            prompt = replace(
+                prompt,
+                processor=originals.processor,
+                video_processor=originals.video_processor,
+            )
+        pictures, said = _describe_row(name, prompt, spans, shown)
+        if shown is not None and len(shown) != len(pictures):
             # sizes of other pictures than the row shows say nothing about these
             pictures = [tuple(replace(view, box=None) for view in one) for one in pictures]
         found.append(pictures)
@@ -510,28 +414,59 @@ def describe_rows(
 
 
 def _describe_row(
-    name: str, prompt: GridPrompt, runs: Sequence[tuple[int, int]]
+    name: str,
+    prompt: GridPrompt,
+    runs: Sequence[tuple[int, int]],
+    shown: Sequence[Shown] | None,
 ) -> tuple[list[Picture], list[str]]:
-    """The pictures of one row, whose runs of image tokens these are, and what was assumed."""
-    describe = _describing(name, prompt)
+    """The pictures and videos of one row, and what was assumed.
+
+    Args:
+        name: the model type.
+        prompt: of the row, without runs and sizes.
+        runs: of image tokens.
+        shown: what the row's pictures and videos were, None if that is unknown.
+    """
+    as_frames = not any(_is_video(prompt, run) for run in runs)  # videos shown as pictures
+    left: dict[bool, list[Size] | None] = {False: None, True: None}
+    if shown is not None:
+        left[True] = [one.size for one in shown if one.frames]
+        left[False] = [
+            one.size
+            for one in shown
+            if as_frames or not one.frames
+            for _ in range(max(1, one.frames))
+        ]
     pictures: list[Picture] = []
     notes: list[str] = []
     for is_video, group in groupby(runs, key=lambda run: _is_video(prompt, run)):
-        spans = tuple(group)
-        if is_video:
-            pictures += [nowhere(length) for _, length in spans]
-            notes.append(VIDEO)
-            continue
-        left = None if prompt.sizes is None else prompt.sizes[len(pictures) :]
-        part = replace(prompt, runs=spans, sizes=left)
+        spans, sizes = tuple(group), left[is_video]
+        part = replace(prompt, runs=spans, sizes=sizes)
+        describe = VIDEOS.get(name, unknown) if is_video else _describing(name, prompt)
         here = list(describe(part))
         if sum(map(count, here)) != part.tokens:
             here = [nowhere(length) for _, length in spans]
-            notes.append(UNKNOWN)
+            notes.append(VIDEO if is_video else UNKNOWN)
         elif describe is latent:
             notes.append(NO_PLACE)
         pictures += here
-    return pictures, notes
+        left[is_video] = None if sizes is None else sizes[len(here) :]
+    return (_together(pictures, shown) if as_frames and shown else pictures), notes
+
+
+def _together(pictures: list[Picture], shown: Sequence[Shown]) -> list[Picture]:
+    """The frames of every video of a row as one, where the model was shown them as pictures.
+
+    Untouched if there are other pictures than these.
+    """
+    counts = [max(1, one.frames) for one in shown]
+    if sum(counts) != len(pictures):
+        return pictures
+    rest = iter(pictures)
+    return [
+        as_video([next(rest) for _ in range(one.frames)]) if one.frames else next(rest)
+        for one in shown
+    ]
 
 
 def _describing(name: str, prompt: GridPrompt) -> Describe:
@@ -542,10 +477,7 @@ def _describing(name: str, prompt: GridPrompt) -> Describe:
 
 
 def _is_video(prompt: GridPrompt, run: tuple[int, int]) -> bool:
-    """Whether a run of image tokens shows frames of a video.
-
-    Recordings have no axis for time yet, so where the tokens of a video lie is left unknown.
-    """
+    """Whether a run of image tokens has the id that stands for a video."""
     ids = {getattr(prompt.config, name, None) for name in ("video_token_id", "video_token_index")}
     ids -= {getattr(prompt.config, name, None) for name in ("image_token_id", "image_token_index")}
     return prompt.ids[run[0]] in ids
@@ -558,6 +490,7 @@ def _supply(inputs: Mapping[str, Any]) -> dict[str, deque[list[int]]]:
         "image_grid_thw",
         "image_sizes",
         "image_merge_sizes",
+        "video_grid_thw",
     ):
         if (value := inputs.get(name)) is not None:
             rows = value.tolist() if isinstance(value, Tensor) else list(value)
@@ -569,4 +502,6 @@ def _supply(inputs: Mapping[str, Any]) -> dict[str, deque[list[int]]]:
         supply["image_position_ids"] = deque(row.flatten().tolist() for row in value)
     if (value := inputs.get("batch_num_images")) is not None:
         supply["batch_num_images"] = deque([int(n)] for n in value for _ in range(int(n)))
+    if isinstance(pixels := inputs.get("pixel_values_videos"), Tensor) and pixels.dim() == 5:
+        supply["video_frames"] = deque([pixels.shape[1]] for _ in pixels)
     return supply

@@ -1,11 +1,14 @@
 """Where in a picture an image token lies.
 
 The image tokens of one picture are one or several *views* of it, one after another: a grid over the
-whole picture, tiles of it at higher resolution, frames of a video. A `View` says how many tokens a
-grid has, which of them stand for no place (a class token, a break after every row), and which part
-of the picture it covers, as fractions, so that nothing here depends on how large the picture was
-resized. `grids` knows how a model cuts a picture into views; this module turns views into rows,
-columns and boxes.
+whole picture, tiles of it at higher resolution. A video is laid out as one picture with a view for
+every frame (or for every group of frames, where a model makes one token of a patch in several
+frames); these views know which frame they are.
+
+A `View` says how many tokens a grid has, which of them stand for no place (a class token, a break
+after every row), and which part of the picture it covers, as fractions, so that nothing here
+depends on how large the picture was resized. `grids` knows how a model cuts a picture into views;
+this module turns views into rows, columns and boxes.
 
 Fractions below 0 and above 1 are meant: a cell over the padding beside a picture lies outside of
 it.
@@ -14,7 +17,7 @@ it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -50,6 +53,8 @@ class View:
             -1 if nothing is known of the tokens.
         before, breaks, after: tokens without a place, ahead of the grid, after each row, behind the
             grid.
+        frame: of a video, which frame or group of frames this is, counted from 0; -1 for pictures,
+            and for tokens of a video that belong to no frame.
     """
 
     rows: int
@@ -60,6 +65,7 @@ class View:
     before: int = 0
     breaks: int = 0
     after: int = 0
+    frame: int = -1
 
     @property
     def count(self) -> int:
@@ -108,6 +114,13 @@ def count(picture: Picture) -> int:
     return sum(view.count for view in picture)
 
 
+def as_video(frames: Sequence[Picture]) -> Picture:
+    """One video whose frames the model was shown as pictures, one after another."""
+    return tuple(
+        replace(view, frame=number) for number, picture in enumerate(frames) for view in picture
+    )
+
+
 def nowhere(tokens: int) -> Picture:
     """A picture of which nothing but the number of tokens is known."""
     return (View(0, 0, None, None, tile=-1, before=tokens),)
@@ -153,16 +166,43 @@ def _tiles(picture: Picture) -> Tensor:
     return torch.tensor(tiles, dtype=torch.int16)
 
 
+def token_frames(picture: Picture) -> Tensor:
+    """(tokens,) int16: the frame or group of frames each token of a video shows, else -1."""
+    frames = [view.frame for view in picture for _ in range(view.count)]
+    return torch.tensor(frames, dtype=torch.int16)
+
+
+class Shown(NamedTuple):
+    """A picture or video as it was before a processor made model inputs of it.
+
+    Attributes:
+        size: width and height in pixels.
+        frames: frames of a video, 0 for a picture.
+    """
+
+    size: tuple[int, int]
+    frames: int = 0
+
+
 class Originals(NamedTuple):
     """What the pictures were before a processor made model inputs of them.
 
     Attributes:
-        sizes: (width, height) in pixels of every picture of every row of the batch.
+        sizes: (width, height) in pixels of every picture or video of every row of the batch.
         processor: the image processor that was used, or None.
+        frames: for every picture or video of every row, how many frames it has; 0 for a picture.
+        video_processor: the video processor that was used, or None.
     """
 
     sizes: tuple[tuple[tuple[int, int], ...], ...]
     processor: Any = None
+    frames: tuple[tuple[int, ...], ...] = ()
+    video_processor: Any = None
+
+    def shown(self, row: int) -> tuple[Shown, ...]:
+        """The pictures and videos of one row of the batch, in order."""
+        frames = self.frames[row] if self.frames else (0,) * len(self.sizes[row])
+        return tuple(map(Shown, self.sizes[row], frames))
 
 
 _ORIGINALS = WeakIdKeyDictionary()
@@ -175,6 +215,7 @@ def remember_originals(
     inputs: Mapping[str, Any],
     sizes: Sequence[Sequence[tuple[int, int]]],
     processor: Any = None,
+    frames: Sequence[Sequence[int]] = (),
 ) -> None:
     """Remember how large the pictures behind prepared inputs were.
 
@@ -185,12 +226,18 @@ def remember_originals(
 
     Args:
         inputs: what the processor returned, on the model's device.
-        sizes: (width, height) in pixels of every picture of every row of the batch.
+        sizes: (width, height) in pixels of every picture or video of every row of the batch, in the
+            order of the prompt.
         processor: the processor or image processor.
+        frames: as `sizes`, the number of frames of every video, 0 for pictures; left out where
+            there are pictures only. It is what tells several pictures from the frames of a video
+            in families that have one kind of token for both.
     """
     originals = Originals(
         tuple(tuple((int(width), int(height)) for width, height in row) for row in sizes),
         getattr(processor, "image_processor", processor),
+        tuple(tuple(map(int, row)) for row in frames),
+        getattr(processor, "video_processor", None),
     )
     for name, value in inputs.items():
         if isinstance(value, Tensor) and name not in _OF_TEXT:
@@ -213,8 +260,8 @@ class PictureMap:
         boxes: (batch, length, 4) float32, left, top, right, bottom in pixels, from the picture's
             top left corner; NaN for tokens without a place and everything that is no image token.
             Boxes over padding end at the border, so they may be empty.
-        tile: (batch, length) int16, 0 for views of the whole picture, 1, 2, ... for its tiles or
-            frames, -1 elsewhere.
+        tile: (batch, length) int16, 0 for views of the whole picture, 1, 2, ... for its tiles, -1
+            elsewhere.
         assumption: what the boxes take for granted beyond the model's inputs; empty if nothing.
     """
 
@@ -235,7 +282,7 @@ def map_pictures(
     Args:
         layout: of the prompts.
         pictures: views of every picture of every row.
-        sizes: (width, height) in pixels of every picture of every row.
+        sizes: (width, height) in pixels of every picture or video of every row.
         assumption: what the views take for granted.
 
     Raises:

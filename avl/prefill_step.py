@@ -25,7 +25,7 @@ from avl.policies.prompt import Prompt
 from avl.prefill_filter import PrefillFilter
 from avl.ragged_buffer import RaggedBuffer
 from avl.selection import SelectionLog, best
-from avl.tokens import Modality
+from avl.tokens import Modality, TokenLayout
 
 
 @dataclass(eq=False)
@@ -157,7 +157,7 @@ class PrefillStep:
                 continue
             tokens = ImageTokens(
                 features=hidden[row, places].float().cpu(),
-                image=layout.image[row, places].cpu().long(),
+                image=_pictures_and_frames(layout, row, places),
                 row=layout.row[row, places].cpu().long(),
                 column=layout.column[row, places].cpu().long(),
                 saliency=saliency[row],
@@ -298,3 +298,10 @@ def _mask_with_earlier(call: AttentionCall, earlier: Tensor) -> Tensor:
         valid = torch.where(valid, torch.zeros_like(nothing), nothing)
     heads = max(valid.shape[1], mask.shape[1])
     return torch.cat([part.expand(earlier.shape[0], heads, new, -1) for part in (valid, mask)], -1)
+
+
+def _pictures_and_frames(layout: TokenLayout, row: int, places: Tensor) -> Tensor:
+    """(image tokens,): number of the picture, or frame of a video, that each is of, in order."""
+    both = torch.stack([layout.image[row, places], layout.frame[row, places]], 1).cpu().tolist()
+    number = {pair: index for index, pair in enumerate(dict.fromkeys(map(tuple, both)))}
+    return torch.tensor([number[tuple(pair)] for pair in both]).long()

@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from avl.places import Picture, count, nowhere
+from avl.places import Picture, count, nowhere, token_frames
 
 
 class Modality(IntEnum):
@@ -37,6 +37,10 @@ MODALITIES: tuple[str, ...] = ("system", "image", "text")
 """Names of the modalities, in the order of their codes."""
 
 
+_FIELDS = ("modality", "image", "row", "column", "frame")
+"""Tensors of a `TokenLayout`."""
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """What each position of a batch of prompts is.
@@ -47,6 +51,8 @@ class TokenLayout:
             pictures.
         row, column: (batch, length) int16, place in the picture's grid, -1 where there is none or
             it is unknown.
+        frame: (batch, length) int16, of the tokens of a video (which is one picture here) the frame
+            or group of frames they show, counted from 0; -1 for pictures, and where it is unknown.
         pictures: for every row of the batch its pictures as views, in the order of their tokens;
             `places.token_boxes` makes boxes of them.
     """
@@ -55,6 +61,7 @@ class TokenLayout:
     image: Tensor
     row: Tensor
     column: Tensor
+    frame: Tensor
     pictures: tuple[tuple[Picture, ...], ...]
 
     @property
@@ -96,7 +103,7 @@ class TokenLayout:
         return TokenLayout(**chosen, pictures=tuple(self.pictures[row] for row in rows.tolist()))
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
-        return [(name, getattr(self, name)) for name in ("modality", "image", "row", "column")]
+        return [(name, getattr(self, name)) for name in _FIELDS]
 
     def extend(self, other: TokenLayout) -> TokenLayout:
         """This layout followed by `other` (a later turn of the same conversations).
@@ -130,6 +137,7 @@ class TokenLayout:
             image,
             torch.cat([self.row, other.row], 1),
             torch.cat([self.column, other.column], 1),
+            torch.cat([self.frame, other.frame], 1),
             tuple((*own, *later) for own, later in zip(self.pictures, other.pictures, strict=True)),
         )
 
@@ -143,6 +151,7 @@ class TokenLayout:
             torch.cat([self.image, none], 1),
             torch.cat([self.row, none], 1),
             torch.cat([self.column, none], 1),
+            torch.cat([self.frame, none], 1),
             self.pictures,
         )
 
@@ -187,7 +196,7 @@ def token_layout(
     modality[is_image] = int(Modality.IMAGE)
     modality[~valid] = int(Modality.PADDING)
     image = torch.full_like(modality, -1, dtype=torch.int16)
-    row, column = image.clone(), image.clone()
+    row, column, frame = image.clone(), image.clone(), image.clone()
     shown = []
     for b in range(input_ids.shape[0]):
         positions = is_image[b].nonzero().flatten()
@@ -199,8 +208,9 @@ def token_layout(
             places = [place for view in picture for place in view.places()]
             where = torch.tensor(places, dtype=torch.int16, device=image.device).reshape(-1, 2)
             row[b, at], column[b, at] = where[:, 0], where[:, 1]
+            frame[b, at] = token_frames(picture).to(image.device)
             start += count(picture)
-    return TokenLayout(modality, image, row, column, tuple(shown))
+    return TokenLayout(modality, image, row, column, frame, tuple(shown))
 
 
 def _pictures(

@@ -5,7 +5,7 @@ Nothing here is shared with the code it checks. A sample is its weights as eager
 them, unpadded:
 
     Seen.prompt     (layers, heads, n, n)       the prompt's map Seen.steps[t]   (layers, heads, n +
-    t + 1)  the row of decode step t + 1 Seen.modality, image, row, column           of the n + T
+    t + 1)  the row of decode step t + 1 Seen.modality, image, row, column, frame    of the n + T
     tokens; 0 system, 1 image, 2 text Seen.value_norm (layers, heads, n + T)      length of every
     value vector, repeated to query heads Seen.keys       (layers, key heads, n, d)   key vectors of
     the prompt
@@ -35,6 +35,7 @@ class Seen:
     image: np.ndarray
     row: np.ndarray
     column: np.ndarray
+    frame: np.ndarray
     value_norm: np.ndarray
     keys: np.ndarray
 
@@ -147,7 +148,11 @@ def text_distance(seen: Seen, layer: int, head: int, q: int, a: np.ndarray) -> n
 def patch_distance(seen: Seen, layer: int, head: int, q: int, a: np.ndarray) -> np.ndarray:
     if seen.row[q] < 0:
         return np.array(np.nan)
-    keys = [k for k in range(q + 1) if seen.image[k] == seen.image[q] and seen.row[k] >= 0]
+    keys = [
+        k
+        for k in range(q + 1)
+        if seen.image[k] == seen.image[q] and seen.frame[k] == seen.frame[q] and seen.row[k] >= 0
+    ]
     far = [
         np.sqrt((seen.row[k] - seen.row[q]) ** 2.0 + (seen.column[k] - seen.column[q]) ** 2.0)
         for k in keys
@@ -536,15 +541,19 @@ OVER_STEPS = {
 
 
 def spatial_entropy(seen: Seen) -> np.ndarray:
-    """(layers, heads): mean over pictures of the entropy of connected attended places, last prompt
-    row.
+    """(layers, heads): mean over pictures and frames of videos of the entropy of connected attended
+    places, last prompt row.
     """
-    pictures = [i for i in np.unique(seen.image) if i >= 0]
+    pictures = {(seen.image[k], seen.frame[k]) for k in range(seen.n) if seen.row[k] >= 0}
     result = np.full((seen.layers, seen.heads), np.nan)
     for layer, head in product(range(seen.layers), range(seen.heads)):
         values = []
         for picture in pictures:
-            tokens = [k for k in range(seen.n) if seen.image[k] == picture and seen.row[k] >= 0]
+            tokens = [
+                k
+                for k in range(seen.n)
+                if (seen.image[k], seen.frame[k]) == picture and seen.row[k] >= 0
+            ]
             grid = np.zeros((seen.row[tokens].max() + 1, seen.column[tokens].max() + 1))
             for k in tokens:
                 grid[seen.row[k], seen.column[k]] = seen.prompt[layer, head, -1, k]

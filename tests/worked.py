@@ -40,9 +40,8 @@ def tokens(kinds: str, columns: int = 0) -> TokenInfo:
     unknown = torch.full_like(place, -1)
     row = torch.where(modality == 1, place // columns, -1) if columns else unknown
     column = torch.where(modality == 1, place % columns, -1) if columns else unknown
-    return TokenInfo(
-        torch.arange(len(kinds)), modality, image, row.to(torch.int16), column.to(torch.int16)
-    )
+    row, column = row.to(torch.int16), column.to(torch.int16)
+    return TokenInfo(torch.arange(len(kinds)), modality, image, row, column, unknown)
 
 
 def view(weights: list[list[float]], kinds: str, columns: int = 0) -> SampleCall:

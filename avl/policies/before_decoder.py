@@ -23,7 +23,7 @@ class ImageTokens:
 
     Attributes:
         features: (n, width) float32.
-        image: (n,) index of the image each belongs to.
+        image: (n,) index of the image, or frame of a video, each belongs to.
         row: (n,) row in its image's grid, -1 where it is unknown.
         column: (n,) column in its image's grid, -1 where it is unknown.
         saliency: (n,) attention that each gets in the image encoder, for policies that ask for it.

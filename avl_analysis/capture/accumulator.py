@@ -29,7 +29,7 @@ from avl_analysis.statistics.base import (
     Statistic,
     Trajectory,
 )
-from avl_analysis.statistics.inputs import TokenInfo, as_slice
+from avl_analysis.statistics.inputs import TOKEN_INFO, TokenInfo, as_slice
 
 MAX_TRAJECTORY = 512
 """Steps whose image-token scores are held (the first ones); bounds memory at 512 x layers x image
@@ -358,13 +358,15 @@ class SampleAccumulator:
         if not len(self.last_scores) or not len(self.image_positions):
             return None
         at = self.image_positions
-        image, row, column = (self.tokens[name][at] for name in ("image", "row", "column"))
+        names = ("image", "row", "column", "frame")
+        image, row, column, frame = (self.tokens[name][at] for name in names)
         return Trajectory(
             np.stack(self.scores.arrays()),
             self.last_scores.arrays()[0],
             image,
             row,
             column,
+            frame,
             self.layers,
         )
 
@@ -392,9 +394,7 @@ def token_arrays(
         new: which of the tokens are new.
         places: of all tokens; None for generated tokens, which have none.
     """
-    named = {
-        name: getattr(tokens, name)[new] for name in ("rank", "modality", "image", "row", "column")
-    }
+    named = {name: getattr(tokens, name)[new] for name in TOKEN_INFO}
     named["token_id"] = torch.full_like(named["rank"], -1) if ids is None else ids
     count = len(named["rank"])
     if places is None:

@@ -17,7 +17,7 @@ from avl_analysis.capture.plan import CapturePlan, LayerResult
 from avl_analysis.capture.reductions import count_above, text_by_age, values_of, weighted_sums
 from avl_analysis.capture.sample_call import SampleCall
 from avl_analysis.statistics.ages import by_age
-from avl_analysis.statistics.inputs import KINDS, QueryRows, TokenInfo, key_columns
+from avl_analysis.statistics.inputs import KINDS, TOKEN_INFO, QueryRows, TokenInfo, key_columns
 
 
 @dataclass(eq=False)
@@ -108,5 +108,4 @@ def _step_ages(
 
 
 def _join(keys: Sequence[TokenInfo]) -> TokenInfo:
-    fields = ("rank", "modality", "image", "row", "column")
-    return TokenInfo(*(torch.cat([getattr(one, name) for one in keys]) for name in fields))
+    return TokenInfo(*(torch.cat([getattr(one, name) for one in keys]) for name in TOKEN_INFO))

@@ -25,7 +25,7 @@ from avl_analysis.errors import InputError
 from avl_analysis.recordings import schema
 from avl_analysis.recordings.recording import Recording
 from avl_analysis.statistics import Statistic, select
-from avl_analysis.statistics.inputs import TokenInfo
+from avl_analysis.statistics.inputs import TOKEN_INFO, TokenInfo
 
 
 def replay(recording: Recording, statistics: Sequence[Statistic | str] | None = None) -> Recording:
@@ -92,10 +92,7 @@ def _replay_sample(
         visible = torch.from_numpy(attention["visible"].values[:, :, rows, :stop] > 0)
         known = TokenInfo(
             torch.arange(stop),
-            *(
-                torch.from_numpy(log.tokens[name])
-                for name in ("modality", "image", "row", "column")
-            ),
+            *(torch.from_numpy(log.tokens[name]) for name in TOKEN_INFO if name != "rank"),
         )
         views = [_view(one, seen, known, new) for one, seen in zip(weights, visible, strict=True)]
         if PHASES[phase] == "decode":

@@ -14,7 +14,7 @@ from avl_analysis.recordings.schema import EDGES
 
 @dataclass(frozen=True, eq=False)
 class ImageTokens:
-    """The tokens of one image of one sample, in the order of the prompt.
+    """The tokens of one image, or of one frame of a video, in the order of the prompt.
 
     Attributes:
         token: (n,) their numbers among all image tokens of the sample, the dimension `token` of
@@ -23,12 +23,16 @@ class ImageTokens:
         boxes: (n, 4) the part of the image under each, left, top, right, bottom as fractions of the
             whole image; NaN where there is none or it is unknown.
         tile: (n,) view of the image, as in `recordings.schema`.
+        image: index of the image or video in the prompt.
+        frame: of a video, which frame or group of frames; -1 for pictures.
     """
 
     token: NDArray[np.int64]
     position: NDArray[np.int64]
     boxes: NDArray[np.float64]
     tile: NDArray[np.int64]
+    image: int = 0
+    frame: int = -1
 
     @property
     def placed(self) -> bool:
@@ -45,18 +49,23 @@ class ImageTokens:
 
 
 def images_of(tokens: xr.Dataset) -> list[ImageTokens]:
-    """The tokens of every image of a sample, image by image.
+    """The tokens of every image of a sample, image by image, of videos frame by frame.
+
+    Tokens of a video that belong to no frame are left out.
 
     Args:
-        tokens: `recording.tokens` of one sample: variables image, left, top, right, bottom and tile
-            along `position`.
+        tokens: `recording.tokens` of one sample: variables image, frame, left, top, right, bottom
+            and tile along `position`.
     """
-    image = tokens["image"].values
+    image, frame = tokens["image"].values, tokens["frame"].values
     position = np.flatnonzero(image >= 0)
     boxes = np.stack([tokens[edge].values[position] for edge in EDGES], 1).astype(np.float64)
     tile = tokens["tile"].values[position].astype(np.int64)
     found = []
     for number in range(int(image.max(initial=-1)) + 1):
-        of_image = np.flatnonzero(image[position] == number)
-        found.append(ImageTokens(of_image, position[of_image], boxes[of_image], tile[of_image]))
+        of_image = image[position] == number
+        last = int(frame[position][of_image].max(initial=-1))
+        for shown in range(last + 1) if last >= 0 else (-1,):
+            at = np.flatnonzero(of_image & (frame[position] == shown))
+            found.append(ImageTokens(at, position[at], boxes[at], tile[at], number, shown))
     return found

@@ -32,6 +32,8 @@ from avl_analysis.recordings.schema import (
     FACTS_DIGEST,
     FORMAT,
     GROUPS,
+    READ,
+    TOKEN_FIELDS,
     VERSION,
     Part,
     RecordingError,
@@ -332,10 +334,11 @@ def load_recording(path: str | PathLike[str]) -> Recording:
             f"{source} is a netCDF file but not a recording of this toolkit (no format = {FORMAT!r}"
             " in it)"
         )
-    if (version := str(attrs.pop("version", None))) != str(VERSION):
+    if (version := str(attrs.pop("version", None))) not in map(str, READ):
         raise RecordingError(
-            f"{source} has recording format {version}, this program reads {VERSION}; record again,"
-            " or read the file with the version that wrote it"
+            f"{source} has recording format {version}, this program reads"
+            f" {' and '.join(map(str, READ))}; record again, or read the file with the version that"
+            " wrote it"
         )
     try:
         with blamed_on_input("its parts do not fit together"):
@@ -353,6 +356,10 @@ def _recording(data: dict[str, xr.Dataset], attrs: dict[str, Any]) -> Recording:
     if attrs.pop(FACTS_DIGEST, None) not in (None, digest(texts)):
         raise RecordingError("the facts about the samples are not those that were written")
     data["tokens"] = data["tokens"].drop_vars("facts", errors="ignore")
+    if "image" in data["tokens"] and "frame" not in data["tokens"]:  # written before videos
+        unknown = xr.full_like(data["tokens"]["image"], -1)
+        unknown.attrs = {**TOKEN_FIELDS["frame"].attrs, "fill": -1}
+        data["tokens"]["frame"] = unknown
     check_data(data, attrs)
     derived = [name for name in data["sums"].data_vars if name in data["statistics"]]
     values = data["statistics"].drop_vars(derived)

@@ -32,6 +32,10 @@ Where in its image a token lies (group `tokens`, by position):
   for everything that is no image token, and for image tokens of whose view nothing is known. Views
   overlap: draw the tokens of one tile number 0, or those of all higher ones together. Newline and
   class tokens have the number of the view they stand beside.
+* frame: of the tokens of a video, which is one image here, the frame they show, counted from 0;
+  where a model makes one token of a patch in several frames (Qwen-VL: two), the group of frames.
+  -1 for pictures, for tokens of a video that belong to no frame, and where it is unknown. The box
+  is a part of the frame. Tokens of different frames cover the same place: draw one frame at a time.
 * row, column: of the token in the finest grid of its image, whose tiles count as one grid; -1 where
   there is none (a coarser second view of the same image) or it is unknown.
 """
@@ -49,8 +53,13 @@ from avl.tokens import MODALITIES
 from avl_analysis.errors import InputError
 
 FORMAT = "avl-recording"
-VERSION = 2
-"""Version of the file layout; a file of another version is refused."""
+VERSION = 3
+"""Version of the file layout that is written. Version 3 added the frame of video tokens."""
+
+READ = (2, VERSION)
+"""Versions that are read; a file of another one is refused. Files of version 2 say nothing of time:
+the frame of their tokens is unknown.
+"""
 
 EDGES = ("left", "top", "right", "bottom")
 """Variables that hold the box of a token, as fractions of the whole image."""
@@ -105,6 +114,7 @@ TOKEN_FIELDS: Mapping[str, Field] = {
     "image": _token_field(-1, "index of the image in the prompt"),
     "row": _token_field(-1, "row in the finest grid of the image"),
     "column": _token_field(-1, "column in the finest grid of the image"),
+    "frame": _token_field(-1, "frame of the video, or group of frames"),
     "tile": _token_field(-1, "view of the image: 0 of the whole, 1, 2, ... of parts"),
     **{
         edge: _token_field(

@@ -316,6 +316,7 @@ class Trajectory:
             row. NaN where no head attended to the token (it was not in the cache).
         last: (layers, heads, image tokens) the last prompt row per head.
         image, row, column: (image tokens,) which picture, and the place in it, -1 where unknown.
+        frame: (image tokens,) of a video's tokens the frame or group of frames, -1 elsewhere.
         layers: the decoder layers, in their order here.
     """
 
@@ -324,6 +325,7 @@ class Trajectory:
     image: np.ndarray
     row: np.ndarray
     column: np.ndarray
+    frame: np.ndarray
     layers: tuple[int, ...]
 
     @classmethod
@@ -332,4 +334,4 @@ class Trajectory:
         nowhere = np.full(1, -1)
         scores = np.full((steps, len(layers), 1), np.nan, np.float32)
         last = np.full((len(layers), heads, 1), np.nan, np.float32)
-        return cls(scores, last, nowhere, nowhere, nowhere, layers)
+        return cls(scores, last, nowhere, nowhere, nowhere, nowhere, layers)

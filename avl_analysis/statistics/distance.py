@@ -41,7 +41,7 @@ class TextDistance(SumStatistic):
 class PatchDistance(WeightStatistic):
     """`sum_k p_k |place(q) - place(k)|`, euclidean, over the query's own image.
 
-    p are the weights of its keys divided by their sum.
+    Of a video, over the query's own frame. p are the weights of its keys divided by their sum.
 
     Places are rows and columns of the image's finest grid, the unit is one of its patches. Defined
     for image queries that have a place there; keys without one (class and newline tokens, a coarser
@@ -72,6 +72,7 @@ class PatchDistance(WeightStatistic):
         """
         query, key = rows.queries, rows.keys
         same = (query.image[:, None] == key.image[:, None]) & (key.row[:, None] >= 0)
+        same &= query.frame[:, None] == key.frame[:, None]
         down = (query.row[:, None] - key.row[:, None]).float()
         right = (query.column[:, None] - key.column[:, None]).float()
         return same.float(), torch.hypot(down, right) * same

@@ -15,7 +15,7 @@ product with `KEY_FEATURES`; the weights themselves are only there for the few r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TypeVar
 
@@ -30,12 +30,13 @@ from avl.tokens import Modality, TokenLayout
 class TokenInfo:
     """What a set of tokens is.
 
-    Five tensors of one shape, e.g. (rows,) for queries, (key sets, keys) for keys.
+    Tensors of one shape, e.g. (rows,) for queries, (key sets, keys) for keys.
 
     Attributes:
         rank: int64 place among the sample's valid tokens; -1 for padding and empty cache slots.
         modality: int8 code of `Modality`, PADDING where rank is -1.
         image, row, column: int16 picture index and place in its grid, -1 where there is none.
+        frame: int16 frame or group of frames of a video, -1 for everything else.
     """
 
     rank: Tensor
@@ -43,6 +44,7 @@ class TokenInfo:
     image: Tensor
     row: Tensor
     column: Tensor
+    frame: Tensor
 
     @cached_property
     def in_order(self) -> bool:
@@ -61,9 +63,7 @@ class TokenInfo:
         )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TokenInfo:
-        return TokenInfo(
-            *(change(t) for t in (self.rank, self.modality, self.image, self.row, self.column))
-        )
+        return TokenInfo(*(change(getattr(self, name)) for name in TOKEN_INFO))
 
     def at(self, index: Tensor) -> TokenInfo:
         """The tokens of one sample, (length,), at sequence indices `index` of any shape.
@@ -84,7 +84,12 @@ def sample_tokens(layout: TokenLayout, sample: int) -> TokenInfo:
         layout.image[sample],
         layout.row[sample],
         layout.column[sample],
+        layout.frame[sample],
     )
+
+
+TOKEN_INFO = tuple(field.name for field in fields(TokenInfo))
+"""Names of the tensors of a `TokenInfo`, in order."""
 
 
 def last_rank(keys: TokenInfo) -> Tensor:

@@ -26,7 +26,7 @@ class SpatialEntropy(TrajectoryStatistic):
 
     Patches have 8 neighbours; from the last prompt row; 0 = one place.
 
-    Mean over the sample's images whose grid is known, NaN without one.
+    Mean over the sample's images, and frames of videos, whose grid is known; NaN without one.
     """
 
     name = "spatial_entropy"
@@ -42,10 +42,11 @@ class SpatialEntropy(TrajectoryStatistic):
     def value(self, trajectory: Trajectory) -> Result:
         heads = trajectory.last.shape[:2]
         values = []
-        for image in np.unique(trajectory.image):
-            placed = np.flatnonzero((trajectory.image == image) & (trajectory.row >= 0))
-            if not placed.size:
-                continue
+        known = trajectory.row >= 0
+        grids = set(zip(trajectory.image[known], trajectory.frame[known], strict=True))
+        for image, frame in sorted(grids):
+            of_grid = (trajectory.image == image) & (trajectory.frame == frame)
+            placed = np.flatnonzero(of_grid & known)
             row, column = trajectory.row[placed], trajectory.column[placed]
             grid = np.zeros((*heads, int(row.max()) + 1, int(column.max()) + 1))
             grid[..., row, column] = trajectory.last[..., placed]

@@ -11,7 +11,7 @@ import torch
 from avl import grids
 from avl.families import describe
 from avl.grids import UNKNOWN, VIDEO, describe_rows
-from avl.places import View, count, map_pictures, nowhere
+from avl.places import Originals, View, count, map_pictures, nowhere
 from avl.tokens import token_layout
 from tests import tiny
 
@@ -34,9 +34,8 @@ def describe_one(name, config, ids, sizes=None, processor=None, **inputs):
         if here == IMAGE:
             start = runs.pop()[0] if runs and sum(runs[-1]) == at else at
             runs.append((start, at + 1 - start))
-    (row,), note = describe_rows(
-        name, config, [ids], [runs], inputs, None if sizes is None else [sizes], processor
-    )
+    originals = None if sizes is None else Originals((tuple(sizes),), processor)
+    (row,), note = describe_rows(name, config, [ids], [runs], inputs, originals)
     return row, note
 
 
@@ -167,24 +166,100 @@ def test_grids_are_taken_in_order_by_the_rows_of_a_batch():
 VIDEO_ID = 8
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "something_new"])
-def test_where_tokens_of_a_video_lie_is_not_known_even_if_their_number_is_a_square(name):
-    cfg = config(vision_spatial_merge_size=1, image_token_id=IMAGE, video_token_id=VIDEO_ID)
-    rows = [[1, *[VIDEO_ID] * 16, 2]]
+VIDEO_CONFIG = config(vision_spatial_merge_size=1, image_token_id=IMAGE, video_token_id=VIDEO_ID)
+
+
+def test_where_tokens_of_a_video_lie_is_not_known_in_a_family_that_nobody_described():
     found, note = describe_rows(
-        name, cfg, rows, [[(1, 16)]], {"video_grid_thw": torch.tensor([[4, 2, 2]])}
+        "something_new",
+        VIDEO_CONFIG,
+        [[1, *[VIDEO_ID] * 16, 2]],
+        [[(1, 16)]],
+        {"video_grid_thw": torch.tensor([[4, 2, 2]])},
     )
     assert (found, note) == ([[nowhere(16)]], VIDEO)
 
 
-def test_pictures_beside_a_video_keep_their_places():
-    cfg = config(vision_spatial_merge_size=1, image_token_id=IMAGE, video_token_id=VIDEO_ID)
+def test_a_video_without_its_grid_has_no_places():
+    rows = [[1, *[VIDEO_ID] * 16, 2]]
+    found, note = describe_rows("qwen2_vl", VIDEO_CONFIG, rows, [[(1, 16)]], {})
+    assert (found, note) == ([[nowhere(16)]], VIDEO)
+
+
+def frames(count, rows, columns, **more):
+    return tuple(View(rows, columns, frame=frame, **more) for frame in range(count))
+
+
+@pytest.mark.parametrize("runs", [[(1, 16)], [(1, 4), (7, 4), (13, 4), (19, 4)]])
+def test_qwen_lays_a_video_out_as_groups_of_frames_with_or_without_text_between(runs):
+    ids = [1] * 24
+    for start, length in runs:
+        ids[start : start + length] = [VIDEO_ID] * length
+    grids = {"video_grid_thw": torch.tensor([[4, 2, 2]])}
+    for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        found, note = describe_rows(name, VIDEO_CONFIG, [ids], [runs], grids)
+        assert (found, note) == ([[frames(4, 2, 2)]], "")
+
+
+def test_pictures_and_videos_of_one_prompt_each_take_their_own_grids():
     rows = [[*[IMAGE] * 4, 1, *[VIDEO_ID] * 4, 2, *[IMAGE] * 3]]
-    grids = torch.tensor([[1, 1, 4], [1, 3, 1]])
-    found, note = describe_rows(
-        "qwen2_vl", cfg, rows, [[(0, 4), (5, 4), (10, 3)]], {"image_grid_thw": grids}
+    given = {
+        "image_grid_thw": torch.tensor([[1, 1, 4], [1, 3, 1]]),
+        "video_grid_thw": torch.tensor([[2, 1, 2]]),
+    }
+    runs = [[(0, 4), (5, 4), (10, 3)]]
+    found, note = describe_rows("qwen2_vl", VIDEO_CONFIG, rows, runs, given)
+    assert (found, note) == ([[(View(1, 4),), frames(2, 1, 2), (View(3, 1),)]], "")
+
+
+def test_sizes_go_to_the_pictures_and_videos_they_are_of():
+    """A wide picture between two high videos: only the crops of the right sizes fit."""
+    cfg = config(
+        vision_image_size=8,
+        vision_patch_size=2,
+        spatial_pool_stride=2,
+        image_grid_pinpoints=[[8, 8]],
+        image_token_id=IMAGE,
+        video_token_id=VIDEO_ID,
     )
-    assert (found, note) == ([[(View(1, 4),), nowhere(4), (View(3, 1),)]], VIDEO)
+    rows = [[*[VIDEO_ID] * 8, *[IMAGE] * 28, *[VIDEO_ID] * 4]]
+    given = {"pixel_values_videos": torch.zeros(1, 2, 3, 8, 8), "image_sizes": [[8, 16]]}
+    originals = Originals((((10, 20), (16, 8), (20, 10)),), None, ((2, 0, 1),))
+    runs = [[(0, 8), (8, 28), (36, 4)]]
+    (row,), _ = describe_rows("llava_next_video", cfg, rows, runs, given, originals)
+    assert row[0] == frames(2, 2, 2, box=(0.0, 0.25, 1.0, 0.75))
+    assert row[2] == nowhere(4)  # the inputs hold one video only
+
+
+def test_onevision_pools_frames_and_ends_a_video_with_a_newline_that_has_no_frame():
+    cfg = config(
+        vision_image_size=15, vision_patch_size=5, image_token_id=IMAGE, video_token_id=VIDEO_ID
+    )
+    rows, runs = [[*[VIDEO_ID] * 13, 2]], [[(0, 13)]]
+    given = {"pixel_values_videos": torch.zeros(1, 3, 3, 15, 15)}
+    ((video,),), note = describe_rows("llava_onevision", cfg, rows, runs, given)
+    assert note == ""
+    laid_out = token_layout(torch.tensor(rows), [VIDEO_ID], pictures=[[video]])
+    assert laid_out.frame[0].tolist() == [*[0] * 4, *[1] * 4, *[2] * 4, -1, -1]
+    assert laid_out.row[0].tolist() == [*[0, 0, 1, 1] * 3, -1, -1]
+
+
+def test_pictures_that_are_the_frames_of_a_video_become_one_with_a_time_axis():
+    cfg = config(vision_image_size=28, vision_patch_size=14)
+    ids = [*[IMAGE] * 4, 1, *[IMAGE] * 4, 1, *[IMAGE] * 4]
+    runs = [[(0, 4), (5, 4), (10, 4)]]
+    originals = Originals((((400, 400), (200, 200)),), None, ((0, 2),))
+    (row,), note = describe_rows("llava", cfg, [ids], runs, {}, originals)
+    assert (row, note) == ([(View(2, 2),), frames(2, 2, 2)], "")
+
+
+def test_frames_that_do_not_add_up_to_the_pictures_of_a_prompt_stay_pictures():
+    cfg = config(vision_image_size=28, vision_patch_size=14)
+    ids = [*[IMAGE] * 4, 1, *[IMAGE] * 4]
+    originals = Originals((((400, 400),),), None, ((3,),))
+    (row,), _ = describe_rows("llava", cfg, [ids], [[(0, 4), (5, 4)]], {}, originals)
+    assert [view.frame for picture in row for view in picture] == [-1, -1]
+    assert [view.box for picture in row for view in picture] == [None, None]
 
 
 def test_sizes_of_other_pictures_than_a_row_shows_give_no_boxes():

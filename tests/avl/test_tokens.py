@@ -123,3 +123,14 @@ def test_boxes_and_tiles_follow_the_tokens_through_later_turns_and_chosen_rows()
     ]
     assert token_tiles(chosen, 1).tolist() == [-1, 3, 3, 3, 0, -1, -1]
     assert token_boxes(chosen, 0).nan_to_num(-1).tolist() == [whole, *[none] * 4, whole, none]
+
+
+def test_frames_of_a_video_are_told_apart_and_carried_through_a_conversation():
+    video = tuple(View(1, 2, frame=frame) for frame in range(2))
+    first = layout([[7, IMG, IMG, IMG, IMG, 8]], pictures=[[video]])
+    assert first.images() == [1]
+    assert first.frame[0].tolist() == [-1, 0, 0, 1, 1, -1]
+    both = first.extend(layout([[9, IMG]], pictures=[[(View(1, 1),)]])).extend_text(1)
+    assert both.frame[0].tolist() == [-1, 0, 0, 1, 1, -1, -1, -1, -1]
+    assert both.image[0].tolist() == [-1, 0, 0, 0, 0, -1, -1, 1, -1]
+    assert torch.equal(both.select(torch.tensor([0, 0])).frame[1], both.frame[0])

@@ -45,7 +45,8 @@ def seen(recording: Recording, output: Any, batch: dict[str, torch.Tensor], b: i
     keys = torch.stack([layer.keys[b, :, first : prompt.shape[2]] for layer in cache]).double()
     tokens = recording.tokens.isel(sample=b)
     length = prompt.shape[2] - first + len(steps)
-    facts = {name: tokens[name].values[:length] for name in ("modality", "image", "row", "column")}
+    names = ("modality", "image", "row", "column", "frame")
+    facts = {name: tokens[name].values[:length] for name in names}
     norm = values.norm(dim=-1).repeat_interleave(prompt.shape[1] // values.shape[1], 1).numpy()
     return Seen(
         prompt[:, :, first:, first:],

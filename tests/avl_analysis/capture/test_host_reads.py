@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from avl_analysis.capture.decode_sums import DecodeSums, LayerArrays
 from avl_analysis.capture.plan import LayerResult
 from avl_analysis.capture.recorder import Recorder, record
-from avl_analysis.statistics.inputs import TokenInfo
+from avl_analysis.statistics.inputs import TOKEN_INFO, TokenInfo
 from tests import tiny
 
 READS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
@@ -107,7 +107,7 @@ def test_a_decode_step_reads_as_much_with_many_layers_as_with_few(
 def result(heads: int, keys: int, device: str) -> LayerResult:
     """A layer's numbers of a decode step with `keys` keys in order."""
     rank = torch.arange(keys, device=device)[None]
-    info = TokenInfo(*(rank for _ in range(5)))
+    info = TokenInfo(*(rank for _ in TOKEN_INFO))
     info.__dict__["in_order"] = True
     return LayerResult(
         info,

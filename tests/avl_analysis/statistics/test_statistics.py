@@ -45,7 +45,7 @@ def trajectory(scores: np.ndarray) -> Trajectory:
     none = np.full(scores.shape[-1], -1)
     last = np.repeat(scores[0][:, None], 2, axis=1)
     return Trajectory(
-        scores.astype(np.float32), last, none, none, none, tuple(range(scores.shape[1]))
+        scores.astype(np.float32), last, none, none, none, none, tuple(range(scores.shape[1]))
     )
 
 
@@ -292,12 +292,13 @@ def test_spatial_entropy_goes_by_rows_and_columns_not_by_the_order_of_tokens():
     column = np.array([0, 1, 0, 1, 2, 3, 2, 3, -1, -1, -1])
     weights = np.zeros((1, 1, 11), np.float32)
     weights[0, 0, [1, 4, 8, 9]] = 0.25  # neighbours across the border of the tiles: one place
-    image = np.zeros(11, int)
+    image, frame = np.zeros(11, int), np.full(11, -1)
     scores = weights.transpose(1, 0, 2)
-    entropy, _ = SpatialEntropy().value(Trajectory(scores, weights, image, row, column, (0,)))
+    seen = Trajectory(scores, weights, image, row, column, frame, (0,))
+    entropy, _ = SpatialEntropy().value(seen)
     assert entropy == pytest.approx(0)
     weights[0, 0, 1], weights[0, 0, 0] = 0.0, 0.25  # columns 0 and 2: two places
-    entropy, _ = SpatialEntropy().value(Trajectory(scores, weights, image, row, column, (0,)))
+    entropy, _ = SpatialEntropy().value(seen)
     assert entropy == pytest.approx(math.log(2))
 
 
