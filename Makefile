@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  done; \
 	  test -n "$$python" || { echo "make: no Python >= 3.11 found; install one or name it: make setup PYTHON=/path/to/python" >&2; exit 1; }; \
 	  $$python -m venv $(VENV); }
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[app,ray,test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[app,ray,zarr,test,dev]'
 	@touch $@
 
 report: setup ## record the embedded model and build the report in out/report

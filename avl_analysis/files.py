@@ -4,23 +4,26 @@ Every output of every command goes through `atomic_write`: what is written goes 
 file in the same folder, is forced to the disk, and takes the place of the old file by one rename. A
 full disk, a killed process or an exception leaves the old file as it was. `hdf5_for_writing` does
 the same for HDF5, whose library ends the process with a segmentation fault when the disk is full
-while a file is being closed.
+while a file is being closed. `atomic_folder` does it for formats whose file is a folder.
 
 This module knows nothing about what is in the files.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import io
 import itertools
 import os
+import shutil
 import stat
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from avl_analysis.errors import InputError
 
@@ -101,9 +104,81 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
             if target.exists():
                 os.chmod(unfinished, stat.S_IMODE(target.stat().st_mode))
             os.replace(unfinished, target)
-            _sync_folder(target.parent)
+            _sync(target.parent)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(
+    path: str | os.PathLike[str], is_replaceable: Callable[[Path], bool]
+) -> Iterator[Path]:
+    """An empty folder beside `path`, which becomes `path` when the block ends.
+
+    If the block raises, `path` stays as it was. On Linux the new folder and an old one change
+    places in one step. Elsewhere the old one is first renamed; a process that is killed before the
+    second rename leaves it under its name with `.replaced` behind it.
+
+    Args:
+        path: the folder.
+        is_replaceable: whether an existing folder may be replaced; asked before anything is made.
+
+    Raises:
+        InputError: a file, or a folder that is not to be replaced, in its place; no permission; a
+            full disk.
+    """
+    with _said(path):
+        target = Path(path).resolve()
+        if target.exists() and not (target.is_dir() and is_replaceable(target)):
+            kind = "a folder of something else" if target.is_dir() else "a file"
+            raise InputError(f"{_short(path)} is {kind}, which is not replaced: name another")
+        if not target.parent.is_dir():
+            raise InputError(f"cannot write {_short(path)}: no such folder: {target.parent}")
+        _remove_leftovers(target)
+        unfinished = _new_name(target)
+        try:
+            unfinished.mkdir()
+            yield unfinished
+            for path_inside in unfinished.rglob("*"):
+                if path_inside.is_file():
+                    with open(path_inside, "rb") as written:
+                        os.fsync(written.fileno())
+                else:
+                    _sync(path_inside)
+            _sync(unfinished)
+            _take_place(unfinished, target)
+            _sync(target.parent)
+        finally:
+            # after an exchange, this is what was there before
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _take_place(new: Path, target: Path) -> None:
+    """Put a folder in the place of another one, or of none."""
+    if not target.exists():
+        os.rename(new, target)
+    elif not _exchange(new, target):
+        aside = target.with_name(f"{target.name}.replaced")
+        os.rename(target, aside)
+        try:
+            os.rename(new, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h and linux/fs.h, see renameat2(2)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names change places in one step; False where the system has no such call."""
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if swap is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    done: int = swap(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
+    return done == 0  # not every file system can
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
@@ -115,6 +190,30 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     with atomic_write(path) as unfinished:
         unfinished.write_bytes(text.encode("utf-8", errors="surrogatepass"))
     return Path(path)
+
+
+def write_whole(file: BinaryIO, content: bytes) -> None:
+    """Write all bytes to a file object, also to one that takes a part at a time.
+
+    Raises:
+        InputError: an object that takes no bytes, such as a file opened for text.
+    """
+    if not callable(getattr(file, "write", None)):
+        raise InputError(
+            f"cannot write to {type(file).__name__}: pass a path, or a file opened for writing"
+            " bytes, for example open(..., 'wb')"
+        )
+    rest = memoryview(content)
+    while rest:
+        try:
+            done = file.write(rest)
+        except TypeError as error:
+            raise InputError(
+                f"the {type(file).__name__} given takes no bytes ({error}): open the file in binary"
+                " mode, for example open(..., 'wb')"
+            ) from error
+        # None: all of it, as writers do that are not of the module io
+        rest = rest[len(rest) if done is None else done :]
 
 
 @contextmanager
@@ -254,7 +353,11 @@ def _remove_leftovers(target: Path) -> None:
         return
     for path in target.parent.glob(f".{_mark(target)}-*{_UNFINISHED}*"):
         process = path.name.split("-")[1]
-        if process.isdecimal() and not _runs(int(process)):
+        if not process.isdecimal() or _runs(int(process)):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 
@@ -268,8 +371,8 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename last through a loss of power, where the system can."""
+def _sync(folder: Path) -> None:
+    """Make the names in a folder last through a loss of power, where the system can."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -108,6 +108,12 @@ def record(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Record where a model looks while it answers, every layer and head, as one file."""
+    if out.suffix == ".zarr":
+        raise InputError(
+            f"--out {out}: avl record writes one netCDF file, so give it a name like"
+            f" {out.with_suffix('.nc').name}; in Python, load_recording(...).save({out.name!r})"
+            " makes a zarr folder of it"
+        )
     check_target(out, force)
     samples = (
         _samples(image or [], scenes, task, seed)

@@ -7,10 +7,11 @@ says about itself.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import h5netcdf
 import h5py
@@ -41,21 +42,52 @@ def write_netcdf(
         InputError: the file cannot be written; what it held is unchanged.
     """
     with hdf5_for_writing(path) as file, h5netcdf.File(file, "w") as netcdf:
-        for name, dataset in groups.items():
-            store = xr.backends.H5NetCDFStore(netcdf, group=name, mode="a")
-            dataset.dump_to_store(store, encoding=dict((encoding or {}).get(name, {})))
+        _dump(netcdf, groups, encoding)
     return Path(path)
 
 
-def read_netcdf(path: Path, groups: Iterable[str]) -> dict[str, xr.Dataset]:
+def netcdf_bytes(
+    groups: Mapping[str, xr.Dataset],
+    encoding: Mapping[str, Mapping[str, Any]] | None = None,
+) -> bytes:
+    """What `write_netcdf` writes, in memory.
+
+    Args:
+        groups: as in `write_netcdf`.
+        encoding: as in `write_netcdf`.
+    """
+    buffer = io.BytesIO()
+    with h5netcdf.File(buffer, "w") as netcdf:
+        _dump(netcdf, groups, encoding)
+    return buffer.getvalue()
+
+
+def _dump(
+    netcdf: h5netcdf.File,
+    groups: Mapping[str, xr.Dataset],
+    encoding: Mapping[str, Mapping[str, Any]] | None,
+) -> None:
+    for name, dataset in groups.items():
+        store = xr.backends.H5NetCDFStore(netcdf, group=name, mode="a")
+        dataset.dump_to_store(store, encoding=dict((encoding or {}).get(name, {})))
+
+
+def read_netcdf(
+    path: Path | BinaryIO, groups: Iterable[str], *, called: str = ""
+) -> dict[str, xr.Dataset]:
     """The named groups of a netCDF file ("/" is the root), in memory; a missing one is empty.
+
+    Args:
+        path: the file, or a file object opened for reading bytes that can seek.
+        groups: names of groups.
+        called: what messages call the file; empty for its path.
 
     Raises:
         InputError: as `check_hdf5`, with half of this machine's memory as the limit.
         OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError: not a netCDF file,
             or a damaged one.
     """
-    check_hdf5(path, _half_of_the_memory())
+    check_hdf5(path, half_of_the_memory(), called=called)
     read: dict[str, xr.Dataset] = {}
     with h5py.File(path, "r") as file:
         present = {"/", *file}
@@ -63,20 +95,27 @@ def read_netcdf(path: Path, groups: Iterable[str]) -> dict[str, xr.Dataset]:
         if name not in present:
             read[name] = xr.Dataset()
             continue
-        with xr.open_dataset(path, engine="h5netcdf", group=name) as opened:
+        # xarray's annotation names only buffered files; any seekable file object works
+        with xr.open_dataset(cast(Any, path), engine="h5netcdf", group=name) as opened:
             read[name] = opened.load()
     return read
 
 
-def check_hdf5(path: Path, most_bytes: int) -> None:
+def check_hdf5(path: Path | BinaryIO, most_bytes: int, *, called: str = "") -> None:
     """Refuse an HDF5 file that is too large, takes content from other files, or loops.
 
     Too large: its arrays unpack to more than `most_bytes`. Loops: its groups contain each other.
+
+    Args:
+        path: the file, or a file object that can seek.
+        most_bytes: most that its arrays may unpack to.
+        called: what messages call the file; empty for its path.
 
     Raises:
         InputError: any of these.
         OSError: not an HDF5 file, or a damaged one.
     """
+    source = called or str(path)
     with h5py.File(path, "r") as file:
         total, count = 0, 0
         waiting: list[tuple[h5py.Group, int]] = [(file, 0)]
@@ -86,7 +125,7 @@ def check_hdf5(path: Path, most_bytes: int) -> None:
                 shown = repr(str(name)[:60])
                 if not isinstance(group.get(name, getlink=True), h5py.HardLink):
                     raise InputError(
-                        f"{path} takes {shown} from another place, perhaps another file, which is"
+                        f"{source} takes {shown} from another place, perhaps another file, which is"
                         " not read"
                     )
                 item, count = group[name], count + 1
@@ -95,22 +134,22 @@ def check_hdf5(path: Path, most_bytes: int) -> None:
                 elif isinstance(item, h5py.Dataset):
                     if item.external or item.is_virtual:
                         raise InputError(
-                            f"{path} takes {shown} from another file, which is not read"
+                            f"{source} takes {shown} from another file, which is not read"
                         )
                     total += (item.size or 0) * item.dtype.itemsize
                 if depth > MOST_DEPTH or count > MOST_OBJECTS:
                     raise InputError(
-                        f"{path} holds groups within groups without end, or more than"
+                        f"{source} holds groups within groups without end, or more than"
                         f" {MOST_OBJECTS} variables: no such file is read"
                     )
     if total > most_bytes:
         raise InputError(
-            f"{path} unpacks to {total / 2**20:,.0f} MB; at most {most_bytes / 2**20:,.0f} MB are"
+            f"{source} unpacks to {total / 2**20:,.0f} MB; at most {most_bytes / 2**20:,.0f} MB are"
             " accepted here: record fewer samples or layers"
         )
 
 
-def _half_of_the_memory() -> int:
+def half_of_the_memory() -> int:
     """Bytes; reading and unpacking needs about twice the size of the arrays."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -13,21 +13,22 @@ concatenation over samples and exact in any order and any split.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, overload
 
 import numpy as np
 import xarray as xr
 
 from avl_analysis.errors import InputError, blamed_on_input
-from avl_analysis.files import user_path
+from avl_analysis.files import user_path, write_whole
 from avl_analysis.intervals import estimate, medians
-from avl_analysis.recordings import summary
+from avl_analysis.recordings import storage, summary, zarr_folder
 from avl_analysis.recordings.checks import check_data, digest, facts_of_text
-from avl_analysis.recordings.netcdf import read_netcdf, write_netcdf
+from avl_analysis.recordings.netcdf import netcdf_bytes, read_netcdf, write_netcdf
 from avl_analysis.recordings.schema import (
     FACTS_DIGEST,
     FORMAT,
@@ -279,14 +280,29 @@ class Recording:
 
     # -- files -----
 
-    def save(self, path: str | PathLike[str]) -> Path:
-        """Write one netCDF file.
+    @overload
+    def save(self, target: str | PathLike[str]) -> Path: ...
+
+    @overload
+    def save(self, target: BinaryIO) -> None: ...
+
+    def save(self, target: str | PathLike[str] | BinaryIO) -> Path | None:
+        """Write one netCDF file, or one zarr folder.
 
         The estimates of `dataset` are written too, for readers that know only netCDF.
 
+        Args:
+            target: a path; one that ends in ".zarr" becomes a zarr folder, which needs the extra
+                `[zarr]`, any other a netCDF file. Or a file object opened for writing bytes, which
+                gets a netCDF file in one piece, from where it stands.
+
+        Returns:
+            The path; None for a file object.
+
         Raises:
             RecordingError: nothing was recorded, or the file cannot be written; what it held before
-                is unchanged.
+                is unchanged. Of a file object, only that it does not take bytes; what else its
+                `write` raises is passed on.
         """
         if not len(self):
             raise RecordingError(
@@ -300,39 +316,44 @@ class Recording:
         groups["tokens"] = groups["tokens"].assign(facts=("sample", np.array(facts, dtype=object)))
         about = {"format": FORMAT, "version": VERSION, FACTS_DIGEST: digest(facts)}
         root = xr.Dataset(attrs={**self.attrs, **about})
-        encoding = {
-            name: {str(v): _encoding(dataset[v]) for v in dataset.data_vars}
-            for name, dataset in groups.items()
-        }
+        written = {"/": root, **groups}
         try:
-            return write_netcdf(path, {"/": root, **groups}, encoding)
+            return _write(target, written)
         except InputError as error:
             raise RecordingError(str(error)) from error
 
 
-def load_recording(path: str | PathLike[str]) -> Recording:
+def _write(target: str | PathLike[str] | BinaryIO, groups: Mapping[str, xr.Dataset]) -> Path | None:
+    """Write a recording's groups to wherever they are to go."""
+    if not isinstance(target, (str, PathLike)):
+        write_whole(target, netcdf_bytes(groups, storage.as_netcdf(groups)))
+        return None
+    if Path(target).suffix == zarr_folder.SUFFIX:
+        return zarr_folder.write_zarr(target, groups, storage.chunks(groups))
+    return write_netcdf(target, groups, storage.as_netcdf(groups))
+
+
+def load_recording(path: str | PathLike[str] | BinaryIO) -> Recording:
     """Read what `Recording.save` wrote.
+
+    Args:
+        path: a netCDF file, a zarr folder, or a file object that gives the bytes of a netCDF file,
+            from where it stands to its end.
 
     Raises:
         RecordingError: there is no such file, it is not a recording, it is one of another version
-            of the format, or its content was damaged or changed.
+            of the format, its content was damaged or changed, or it is a zarr folder and zarr is
+            not installed.
     """
-    source = user_path(path)
-    if not source.is_file():
-        raise RecordingError(
-            f"there is no recording file {source}; make one with recording.save(...) or `avl record"
-            " --out`"
-        )
     try:
-        with blamed_on_input(f"{source} is not a readable netCDF file, so not a recording"):
-            groups = read_netcdf(source, ("/", *GROUPS))
+        source, kind, groups = _read(path)
     except InputError as error:
         raise RecordingError(str(error)) from error
     attrs = dict(groups.pop("/").attrs)
     if attrs.pop("format", None) != FORMAT:
         raise RecordingError(
-            f"{source} is a netCDF file but not a recording of this toolkit (no format = {FORMAT!r}"
-            " in it)"
+            f"{source} is a {kind} but not a recording of this toolkit (no format = {FORMAT!r} in"
+            " it)"
         )
     if (version := str(attrs.pop("version", None))) not in map(str, READ):
         raise RecordingError(
@@ -347,6 +368,26 @@ def load_recording(path: str | PathLike[str]) -> Recording:
         raise RecordingError(
             f"{source} is damaged or was changed ({error}): copy it again, or record again"
         ) from error
+
+
+def _read(path: str | PathLike[str] | BinaryIO) -> tuple[str, str, dict[str, xr.Dataset]]:
+    """What a file is called in messages, what kind of file it is, and its groups."""
+    wanted, netcdf = ("/", *GROUPS), "netCDF file"
+    if not isinstance(path, (str, PathLike)):
+        name = "the file object given"
+        with blamed_on_input(f"{name} does not hold a readable netCDF file, so not a recording"):
+            return name, netcdf, read_netcdf(io.BytesIO(path.read()), wanted, called=name)
+    source = user_path(path)
+    if zarr_folder.is_zarr(source):
+        with blamed_on_input(f"{source} is not a readable zarr folder, so not a recording"):
+            return str(source), "zarr folder", zarr_folder.read_zarr(source, wanted)
+    if not source.is_file():
+        raise InputError(
+            f"there is no recording file {source}; make one with recording.save(...) or `avl record"
+            " --out`"
+        )
+    with blamed_on_input(f"{source} is not a readable netCDF file, so not a recording"):
+        return str(source), netcdf, read_netcdf(source, wanted)
 
 
 def _recording(data: dict[str, xr.Dataset], attrs: dict[str, Any]) -> Recording:
@@ -412,33 +453,3 @@ def merge(recordings: Sequence[Recording]) -> Recording:
     for recording in filled:
         merged._facts.update(recording._facts)
     return merged
-
-
-LEAST_CHUNK = 1 << 16
-"""Bytes; chunks of a file are not made smaller than this."""
-
-
-def _encoding(variable: xr.DataArray) -> dict[str, Any]:
-    """How a variable is compressed and cut.
-
-    Arrays per head and key are cut so that one head can be read alone, if that is worth a chunk.
-    """
-    if variable.dtype == object or variable.ndim < 2 or variable.size == 0:
-        return {}
-    encoding: dict[str, Any] = {"zlib": True, "complevel": 4, "shuffle": True}
-    if "head" in variable.dims and {"position", "token"} & set(variable.dims):
-        sizes = dict(variable.sizes)
-        chunk = {
-            dim: 1 if dim in ("sample", "layer", "head", "rows") else size
-            for dim, size in sizes.items()
-        }
-        for dim in ("rows", "layer", "sample", "head"):
-            if (
-                dim in chunk
-                and np.prod(list(chunk.values())) * variable.dtype.itemsize < LEAST_CHUNK
-            ):
-                chunk[dim] = sizes[dim]
-        encoding["chunksizes"] = tuple(chunk[dim] for dim in variable.dims)
-    if variable.dtype.kind == "f":
-        encoding["_FillValue"] = np.nan
-    return encoding

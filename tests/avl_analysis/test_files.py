@@ -19,7 +19,13 @@ import xarray as xr
 
 from avl_analysis import files
 from avl_analysis.errors import InputError
-from avl_analysis.files import atomic_write, check_writable, hdf5_for_writing, write_text
+from avl_analysis.files import (
+    atomic_folder,
+    atomic_write,
+    check_writable,
+    hdf5_for_writing,
+    write_text,
+)
 from avl_analysis.recordings.netcdf import check_hdf5, write_netcdf
 
 
@@ -268,3 +274,57 @@ def test_hdf5_files_that_declare_too_much_or_hold_themselves_are_refused(tmp_pat
     ):
         with pytest.raises(InputError, match=message):
             check_hdf5(tmp_path / name, 2**20)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:  # a system without renameat2
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    target = tmp_path / "a.zarr"
+    for content in ("old", "new"):
+        with atomic_folder(target, lambda folder: (folder / "mark").exists()) as folder:
+            (folder / "mark").write_text(content)
+    assert (target / "mark").read_text() == "new"
+
+    def fail() -> None:
+        with atomic_folder(target, lambda folder: True) as folder:
+            (folder / "mark").write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (target / "mark").read_text() == "new"
+    assert _entries(tmp_path) == ["a.zarr"]
+
+
+@pytest.mark.parametrize("moment", ["writing", "fsync", "_exchange", "after"])
+def test_a_process_killed_while_writing_a_folder_leaves_the_old_or_the_new_one(
+    tmp_path: Path, moment: str
+) -> None:
+    target = tmp_path / "a.zarr"
+    target.mkdir()
+    (target / "mark").write_text("old")
+    program = f"""
+        import os, signal
+        from avl_analysis import files
+        def die(*arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if {moment!r} == "fsync":
+            os.fsync = die
+        if {moment!r} == "_exchange":
+            files._exchange = die
+        with files.atomic_folder({str(target)!r}, lambda folder: True) as folder:
+            (folder / "mark").write_text("new")
+            if {moment!r} == "writing":
+                die()
+        die()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)])
+    assert done.returncode == -signal.SIGKILL
+    assert (target / "mark").read_text() == ("new" if moment == "after" else "old")
+    with atomic_folder(target, lambda folder: True) as folder:
+        (folder / "mark").write_text("next")
+    assert (target / "mark").read_text() == "next"
+    assert _entries(tmp_path) == ["a.zarr"]

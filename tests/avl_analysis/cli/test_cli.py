@@ -199,6 +199,7 @@ def test_stats_prints_every_layer_and_no_interval_of_three_samples(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["record", "--scenes", 1, "--out", "run.zarr"], "writes one netCDF file"),
         (["record"], "nothing to record: pass a picture and a question"),
         (["record", "PICTURE"], "a picture without a question"),
         (["record", "what is this?"], "a prompt without an image"),

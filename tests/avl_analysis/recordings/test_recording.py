@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
 import h5netcdf
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from avl.kernels import backend_for
 from avl_analysis.capture.recorder import record
 from avl_analysis.errors import InputError
 from avl_analysis.intervals import estimate
+from avl_analysis.recordings import zarr_folder
 from avl_analysis.recordings.recording import Recording, load_recording, merge
 from avl_analysis.recordings.schema import RecordingError
 from avl_analysis.recordings.tables import layer_tables
@@ -78,6 +82,63 @@ def test_a_recording_comes_back_from_a_file_as_it_was(llava, tmp_path):
     assert loaded.attrs == recording.attrs
     assert loaded.names == recording.names
     xr.testing.assert_identical(loaded.dataset, recording.dataset)
+
+
+class _Slowly(io.RawIOBase):
+    """A file object that takes and gives bytes in parts and cannot seek, like a pipe."""
+
+    def __init__(self, content: bytes = b"") -> None:
+        self.content = content
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:
+        part = bytes(data[:1000])
+        self.content += part
+        return len(part)
+
+
+def test_a_recording_goes_through_file_objects_as_it_was(llava, tmp_path):
+    recording = recorded(llava, 0, 0)
+    recording.annotate(0, prompt="what is red?")
+    pipe, memory = _Slowly(), io.BytesIO()
+    memory.write(b"before")
+    recording.save(pipe)
+    assert recording.save(memory) is None
+    with zipfile.ZipFile(tmp_path / "run.zip", "w") as archive, archive.open("run.nc", "w") as file:
+        recording.save(file)
+    assert not memory.closed
+    memory.seek(len("before"))
+    with zipfile.ZipFile(tmp_path / "run.zip") as archive, archive.open("run.nc") as zipped:
+        for source in (io.BytesIO(pipe.content), memory, zipped):
+            loaded = load_recording(source)
+            same(recording, loaded)
+            assert loaded.facts(0) == recording.facts(0)
+    (tmp_path / "run.nc").write_bytes(pipe.content)
+    same(recording, load_recording(tmp_path / "run.nc"))
+
+
+def test_file_objects_that_hold_or_take_no_recording_are_refused(parts, tmp_path):
+    with (
+        open(tmp_path / "run.txt", "w") as file,
+        pytest.raises(RecordingError, match="open the file in binary mode"),
+    ):
+        parts[0].save(file)
+    with pytest.raises(RecordingError, match="cannot write to int"):
+        parts[0].save(3)
+    with pytest.raises(RecordingError, match="the file object given does not hold a readable"):
+        load_recording(io.BytesIO(b"no netCDF"))
+
+
+def test_a_zarr_folder_without_zarr_names_the_extra(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(zarr_folder, "find_spec", lambda name: None)
+    with pytest.raises(RecordingError, match=r"avl-analysis\[zarr\]"):
+        parts[0].save(tmp_path / "run.zarr")
+    (tmp_path / "run.zarr").mkdir()
+    (tmp_path / "run.zarr" / "zarr.json").write_text("{}")
+    with pytest.raises(RecordingError, match=r"avl-analysis\[zarr\]"):
+        load_recording(tmp_path / "run.zarr")
 
 
 def test_the_file_is_plain_netcdf_with_the_estimates_in_it(parts, tmp_path):
