@@ -216,6 +216,15 @@ def write_whole(file: BinaryIO, content: bytes) -> None:
         rest = rest[len(rest) if done is None else done :]
 
 
+def digest_of(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @contextmanager
 def hdf5_for_writing(path: str | os.PathLike[str]) -> Iterator[Any]:
     """An open file object for h5py and h5netcdf; what is in it when the block ends becomes `path`.

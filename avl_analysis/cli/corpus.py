@@ -41,7 +41,7 @@ def record_many(
 ) -> None:
     """`record_corpus` with a progress bar, and a word about what failed."""
     from avl_analysis.cli.options import printable, progress
-    from avl_analysis.corpus.sharded_run import record_corpus
+    from avl_analysis.corpus.record_corpus import record_corpus
 
     try:
         with progress("recording", unit="samples") as advance:

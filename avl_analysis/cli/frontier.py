@@ -42,6 +42,7 @@ def frontier(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Accuracy against measured bytes, for every policy and budget; goes on where it stopped."""
+    from avl_analysis.corpus.sharded_run import NOTE
     from avl_analysis.evaluation import frontier as frontiers
     from avl_analysis.evaluation.frontier_table import show as table
     from avl_analysis.scenes import TASKS
@@ -69,7 +70,7 @@ def frontier(
     folder = work or out.with_name(out.name + ".work")
     with progress("frontier", unit="parts") as advance:
         lines = frontiers.run(settings, folder, workers, advance)
-    about = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    about = json.loads((folder / NOTE).read_text(encoding="utf-8"))
     split = split_of(settings.seed) or f"none, seed {settings.seed}"
     frontiers.write(out, lines, {**about, "split": split, "command": _command(out, settings)})
     typer.echo(

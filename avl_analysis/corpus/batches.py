@@ -52,20 +52,46 @@ def halve_on_failure(
     Raises:
         UnsupportedModelError: the model, not a sample, is the reason.
     """
+    results: list[R | Failure] = []
+    for _, found in halved(run, items):
+        results += [found] if isinstance(found, Failure) else list(found)
+    return results
+
+
+def halved(
+    run: Callable[[Sequence[T]], R],
+    items: Sequence[T],
+    failures: tuple[type[Exception], ...] = FAILURES,
+) -> list[tuple[Sequence[T], R | Failure]]:
+    """The parts of `items` that `run` could do at once, each with its result.
+
+    Args:
+        run: returns one result for all items it is given.
+        items: samples, or anything that stands for them.
+        failures: errors that concern single items; any other is raised.
+
+    Returns:
+        (part, result) in order, the parts together are `items`; with a `Failure` the part is a
+        single item.
+
+    Raises:
+        UnsupportedModelError: the model, not a sample, is the reason.
+    """
     if not items:
         return []
     try:
-        return list(run(items))
+        return [(items, run(items))]
     except UnsupportedModelError:
         raise
-    except FAILURES as error:
+    except failures as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    # Outside the handler: its traceback would keep the tensors of the failed pass alive.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if len(items) == 1:
-        return [Failure(reason)]
+        return [(items, Failure(reason))]
     half = len(items) // 2
-    return halve_on_failure(run, items[:half]) + halve_on_failure(run, items[half:])
+    return halved(run, items[:half], failures) + halved(run, items[half:], failures)
 
 
 def prompt_lengths(vlm: VLM, samples: Sequence[Sample]) -> list[int]:

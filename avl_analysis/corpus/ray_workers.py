@@ -1,15 +1,16 @@
-"""Recording the shards of a corpus on several Ray workers, on this machine or a running cluster.
+"""Shards of a run on several Ray workers, on this machine or a running cluster.
 
-Each worker loads the model once and records one shard after the other; results are files, so
-nothing large travels. Ray is optional: `pip install 'avl-analysis[ray]'`.
+Each worker loads the model once and does one shard after the other; results are files, so nothing
+large travels. Ray is optional: `pip install 'avl-analysis[ray]'`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from avl_analysis.corpus.sharded_run import Job, Shard, record_shard
+from avl_analysis.corpus.sharded_run import Job, S, Workers
 from avl_analysis.errors import InputError
 
 OBJECT_STORE = 128 * 2**20
@@ -18,24 +19,34 @@ shards.
 """
 
 
-class _Recorder:
+class _Worker:
     """What runs in a worker."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.vlm = job, job.loaded()
+    def __init__(self, job: Job[Any]) -> None:
+        self.job, self.vlm = job, job.load()
 
-    def record(self, shard: Shard) -> None:
-        record_shard(self.vlm, shard, self.job)
+    def do(self, shard: Any) -> None:
+        self.job.do(self.vlm, shard)
 
 
-def record_shards(
-    job: Job, shards: Sequence[Shard], workers: int, address: str | None
-) -> Iterator[Shard]:
-    """Record shards on `workers` workers, yielding each when it is done.
+def on_ray(workers: int, address: str | None, gpus: int = 0) -> Workers[S]:
+    """Ray workers do the shards.
 
-    Raises:
-        InputError: Ray is not installed, the cluster cannot be reached, or a worker died.
+    Args:
+        workers: how many.
+        address: a running Ray cluster ("auto" or ray://...); None starts workers on this machine.
+        gpus: GPUs that each worker is given for itself.
+
+    Returns:
+        What does the shards. When it is asked for the first one it raises InputError if Ray is not
+        installed or the cluster cannot be reached, later if a worker died.
     """
+    return partial(_do_shards, workers=workers, address=address, gpus=gpus)
+
+
+def _do_shards(
+    job: Job[S], shards: Sequence[S], *, workers: int, address: str | None, gpus: int
+) -> Iterator[S]:
     try:
         import ray
     except ImportError as error:
@@ -46,15 +57,14 @@ def record_shards(
     if started:
         _start(ray, workers, address)
     try:
-        gpus = 1 if str(job.load.get("device") or "").startswith("cuda") else 0
-        recorder: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_Recorder)
-        idle = [recorder.remote(job) for _ in range(min(workers, len(shards)))]
+        remote: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
+        idle = [remote.remote(job) for _ in range(min(workers, len(shards)))]
         waiting = list(shards)
-        busy: dict[Any, tuple[Any, Shard]] = {}
+        busy: dict[Any, tuple[Any, S]] = {}
         while waiting or busy:
             while waiting and idle:
                 worker, shard = idle.pop(), waiting.pop(0)
-                busy[worker.record.remote(shard)] = (worker, shard)
+                busy[worker.do.remote(shard)] = (worker, shard)
             (finished, *_), _ = ray.wait(list(busy), num_returns=1)
             worker, shard = busy.pop(finished)
             ray.get(finished)
@@ -62,7 +72,7 @@ def record_shards(
             yield shard
     except ray.exceptions.RayActorError as error:
         raise InputError(
-            "a worker died, perhaps for lack of memory; what was recorded is kept: run the same"
+            "a worker died, perhaps for lack of memory; what was done is kept: run the same"
             f" command again, with fewer workers if it happens again ({str(error).splitlines()[0]})"
         ) from error
     except ray.exceptions.RayTaskError as error:

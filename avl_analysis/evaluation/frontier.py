@@ -6,9 +6,9 @@ Each policy answers the same questions, by default of the split `comparison`, by
 preset was chosen; what is plotted against accuracy is the share of
 the full cache's bytes that was really in use (`bytes`: of each row when its answer ended), never
 the budget asked for. Questions are grouped by length, so that nothing is padded and all rows of a
-pass hold equally many bytes. A group is a unit of work: its results go to a file of their own,
-written whole or not at all, and a run that was interrupted goes on with the missing units.
-Workers are processes of one thread.
+pass hold equally many bytes. A group is a shard of a `sharded_run`: its results go to a file of
+their own, written whole or not at all, and a run that was interrupted goes on with the missing
+ones. Workers are processes of one thread.
 
 What makes it affordable: the picture is encoded once per group and not once per policy (times are
 therefore not measured here; `compare` does that), and an answer is cut where it has become longer
@@ -19,17 +19,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import avl
 from avl import Policy
@@ -43,9 +39,10 @@ from avl_analysis.corpus.batches import (
     images_encoded_once,
     longest_right_answer,
 )
+from avl_analysis.corpus.process_workers import in_processes
 from avl_analysis.corpus.questions import Sample, scene_samples
 from avl_analysis.corpus.scoring import correct
-from avl_analysis.corpus.sharded_run import lock_folder
+from avl_analysis.corpus.sharded_run import Job, Shard, sharded_run
 from avl_analysis.errors import InputError, blamed_on_input
 from avl_analysis.evaluation.generation import (
     Run,
@@ -93,13 +90,20 @@ class FrontierSettings:
     seed: int = SPLITS["comparison"]
 
 
-@dataclass(frozen=True)
-class Unit:
+@dataclass(frozen=True, eq=False)
+class Unit(Shard):
     """Work that is done at once: some samples of a task, and the file their results go to."""
 
     task: str
     indices: list[int]
     target: Path
+
+    @property
+    def count(self) -> int:
+        return 1
+
+    def done(self, folder: Path) -> bool:
+        return self.target.exists()
 
     @property
     def size(self) -> int:
@@ -274,23 +278,25 @@ def _rounded(value: float) -> float | None:
 
 
 @lru_cache(maxsize=1)
-def _model(settings: FrontierSettings) -> VLM:
-    """What a worker process loads once."""
-    torch.set_num_threads(1)
-    return load_model(settings.model)
-
-
-@lru_cache(maxsize=1)
 def _samples(settings: FrontierSettings, task: str) -> list[Sample]:
     return scene_samples(settings.samples, [task], seed=settings.seed)
 
 
-def _work(settings: FrontierSettings, unit: Unit) -> None:
-    lines = run_unit(
-        _model(settings), _samples(settings, unit.task), unit.indices, entries(settings.budgets)
-    )
-    text = "".join(json.dumps({"task": unit.task, **line}) + "\n" for line in lines)
-    write_text(unit.target, text)
+@dataclass(frozen=True)
+class FrontierJob(Job[Unit]):
+    """What a worker needs to know."""
+
+    settings: FrontierSettings
+    folder: Path
+
+    def load(self) -> VLM:
+        return load_model(self.settings.model)
+
+    def do(self, vlm: VLM, shard: Unit) -> None:
+        samples = _samples(self.settings, shard.task)
+        lines = run_unit(vlm, samples, shard.indices, entries(self.settings.budgets))
+        text = "".join(json.dumps({"task": shard.task, **line}) + "\n" for line in lines)
+        write_text(shard.target, text)
 
 
 def run(
@@ -316,25 +322,28 @@ def run(
     """
     vlm = load_model(settings.model)
     points = entries(settings.budgets)
-    with lock_folder(folder):
-        note_settings(folder, describe(settings, points, vlm))
-        planned = [
-            Unit(task, batch, folder / f"{task}-{batch[0]:05d}-{len(batch)}.jsonl")
-            for task in settings.tasks
-            for batch in batches_by_length(vlm, _samples(settings, task), settings.batch)
-        ]
-        missing = [unit for unit in planned if not unit.target.exists()]
-        done = len(planned) - len(missing)
-        # The longest units go first, so that no worker is left with one at the end.
-        for _ in _do(sorted(missing, key=lambda unit: -unit.size), settings, workers):
-            done += 1
-            if progress is not None:
-                progress(done, len(planned))
-        lines = [
+    planned = [
+        Unit(task, batch, folder / f"{task}-{batch[0]:05d}-{len(batch)}.jsonl")
+        for task in settings.tasks
+        for batch in batches_by_length(vlm, _samples(settings, task), settings.batch)
+    ]
+
+    def read_all(note: Mapping[str, Any]) -> list[Line]:
+        return [
             json.loads(line)
             for unit in planned
             for line in unit.target.read_text(encoding="utf-8").splitlines()
         ]
+
+    lines = sharded_run(
+        FrontierJob(settings, folder),
+        # The longest units go first, so that no worker is left with one at the end.
+        sorted(planned, key=lambda unit: -unit.size),
+        describe(settings, points, vlm),
+        in_processes(workers),
+        finish=read_all,
+        progress=progress,
+    )
     return summarise(lines, points, settings.samples)
 
 
@@ -347,35 +356,6 @@ def describe(
         "model_revision": vlm.revision,
         "policies": hashlib.sha256(repr(points).encode()).hexdigest(),
     }
-
-
-def note_settings(folder: Path, described: Mapping[str, Any]) -> None:
-    """Write down what this run is, or check that the folder holds the same one."""
-    note = folder / "settings.json"
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != described:
-        raise InputError(
-            f"{folder} holds a run with other settings, weights or policies; choose another --work,"
-            " or delete it"
-        )
-    write_text(note, json.dumps(described, indent=1) + "\n")
-
-
-def _do(missing: Sequence[Unit], settings: FrontierSettings, workers: int) -> Iterator[Unit]:
-    """Let worker processes do the missing units, yielding each when it is done."""
-    if not missing:
-        return
-    saved = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    os.environ.update(dict.fromkeys(saved, "1"))  # read when a worker imports torch
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    try:
-        futures = {pool.submit(_work, settings, unit): unit for unit in missing}
-        for future in as_completed(futures):
-            future.result()
-            yield futures[future]
-    finally:
-        pool.shutdown(cancel_futures=True)
-        for name, value in saved.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def write(path: Path, lines: Sequence[Line], header: Mapping[str, Any]) -> None:

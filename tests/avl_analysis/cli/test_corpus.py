@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from avl_analysis.cli.main import main
-from avl_analysis.corpus import sharded_run
+from avl_analysis.corpus import record_corpus
 from avl_analysis.recordings.recording import load_recording
 from tests import tiny
 
@@ -88,10 +88,10 @@ def test_an_interrupted_command_says_how_to_go_on_and_does(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(sharded_run, "_finish", stop)
+        patched.setattr(record_corpus, "_finish", stop)
         assert _run(*arguments) == 130
     assert "the same command goes on from there" in capsys.readouterr().err
-    monkeypatch.setattr(sharded_run, "record_shard", stop)  # everything is recorded already
+    monkeypatch.setattr(record_corpus, "record_shard", stop)  # everything is recorded already
     assert _run(*arguments) == 0
     assert len(load_recording(out)) == 2
 

@@ -14,6 +14,7 @@ from avl.policies.registry import PRESETS, policies
 from avl_analysis.cli.main import main
 from avl_analysis.corpus.batches import batches_by_length, images_encoded_once
 from avl_analysis.corpus.questions import scene_samples
+from avl_analysis.corpus.sharded_run import in_this_process
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation import frontier
 from avl_analysis.evaluation.compare import compare
@@ -136,15 +137,9 @@ def small(tmp_path: Path, vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> frontier
     """A run in this process with few points, so that tests need not start others."""
     monkeypatch.setattr(frontier, "load_model", lambda name: vlm)
     monkeypatch.setattr(frontier, "entries", lambda budgets: POINTS)
-    frontier._model.cache_clear()
     frontier._samples.cache_clear()
 
-    def here(missing, settings, workers):  # type: ignore[no-untyped-def]
-        for unit in missing:
-            frontier._work(settings, unit)
-            yield unit
-
-    monkeypatch.setattr(frontier, "_do", here)
+    monkeypatch.setattr(frontier, "in_processes", lambda workers: in_this_process(vlm))
     return frontier.FrontierSettings(tasks=("colour", "size"), samples=4, batch=2)
 
 
@@ -153,21 +148,21 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
 ) -> None:
     whole = frontier.run(small, tmp_path / "whole")
     done: list[str] = []
-    work = frontier._work
+    work = frontier.FrontierJob.do
 
-    def dying(settings: frontier.FrontierSettings, unit: frontier.Unit) -> None:
+    def dying(job: frontier.FrontierJob, vlm: VLM, unit: frontier.Unit) -> None:
         if len(done) == 2:
             raise KeyboardInterrupt
-        work(settings, unit)
+        work(job, vlm, unit)
         done.append(unit.target.name)
 
-    monkeypatch.setattr(frontier, "_work", dying)
+    monkeypatch.setattr(frontier.FrontierJob, "do", dying)
     with pytest.raises(KeyboardInterrupt):
         frontier.run(small, tmp_path / "part")
     monkeypatch.setattr(
-        frontier,
-        "_work",
-        lambda settings, unit: done.append(unit.target.name) or work(settings, unit),
+        frontier.FrontierJob,
+        "do",
+        lambda job, vlm, unit: done.append(unit.target.name) or work(job, vlm, unit),
     )
     assert frontier.run(small, tmp_path / "part") == whole
     assert len(done) == len(set(done))
@@ -214,17 +209,11 @@ def test_worker_processes_find_what_one_process_finds(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_a_frontier_that_it_can_show(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    vlm: VLM, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(frontier, "entries", lambda budgets: POINTS)
 
-    def here(missing, settings, workers):  # type: ignore[no-untyped-def]
-        for unit in missing:
-            frontier._work(settings, unit)
-            yield unit
-
-    monkeypatch.setattr(frontier, "_do", here)
-    frontier._model.cache_clear()
+    monkeypatch.setattr(frontier, "in_processes", lambda workers: in_this_process(vlm))
     frontier._samples.cache_clear()
     out = tmp_path / "f.jsonl"
     arguments = ["--out", str(out), "--scenes", "2", "--task", "size", "--budgets", "0.5"]

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from avl_analysis.corpus import sharded_run
+from avl_analysis.corpus import record_corpus as recording_run
 from avl_analysis.corpus.questions import Sample
+from avl_analysis.corpus.record_corpus import Failed, fingerprint, record_corpus
 from avl_analysis.corpus.record_samples import record_samples
-from avl_analysis.corpus.sharded_run import Failed, fingerprint, record_corpus
+from avl_analysis.corpus.sharded_run import check_same_run, lock_folder
 from avl_analysis.errors import InputError
 from avl_analysis.models.loading import VLM, load_model
 from avl_analysis.recordings.join_files import join
@@ -96,9 +97,9 @@ def test_a_run_stopped_anywhere_and_started_again_gives_the_same_recording(
     place, in turn."""
     original, out = os.replace, tmp_path / "run.nc"
     recorded: list[int] = []
-    record_shard = sharded_run.record_shard
+    record_shard = recording_run.record_shard
     monkeypatch.setattr(
-        sharded_run,
+        recording_run,
         "record_shard",
         lambda vlm, shard, job: record_shard(vlm, shard, job) or recorded.append(shard.start),
     )
@@ -230,7 +231,7 @@ def test_a_folder_of_another_run_is_refused(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sharded_run, "record_shard", stop)
+    monkeypatch.setattr(recording_run, "record_shard", stop)
     with pytest.raises(KeyboardInterrupt):
         record_corpus(
             folder,
@@ -270,7 +271,7 @@ def test_an_existing_file_no_samples_and_a_second_process_are_refused(
     with pytest.raises(InputError, match="exists already"):
         record_corpus(folder, _samples(1), tmp_path / "old.nc")
     parts = tmp_path / "run.nc.parts"
-    with sharded_run.lock_folder(parts), pytest.raises(InputError, match="another process"):
+    with lock_folder(parts), pytest.raises(InputError, match="another process"):
         record_corpus(folder, _samples(1), tmp_path / "run.nc")
 
 
@@ -292,15 +293,15 @@ def test_a_fingerprint_changes_with_anything_that_matters(tmp_path: Path) -> Non
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
     """Let the next runs end when that many shards are done."""
-    record_shard, done = sharded_run.record_shard, []
+    record_shard, done = recording_run.record_shard, []
 
-    def stop(vlm: VLM, shard: sharded_run.Shard, job: sharded_run.Job) -> None:
+    def stop(vlm: VLM, shard: recording_run.SampleShard, job: recording_run.RecordingJob) -> None:
         if len(done) == shards:
             raise KeyboardInterrupt
         record_shard(vlm, shard, job)
         done.append(shard.start)
 
-    monkeypatch.setattr(sharded_run, "record_shard", stop)
+    monkeypatch.setattr(recording_run, "record_shard", stop)
 
 
 @pytest.fixture(scope="module")
@@ -403,13 +404,16 @@ def test_a_run_is_not_continued_with_another_file_of_the_model_folder(
     """The files are compared before they are used, so any change will do."""
     changed = shutil.copytree(folder, tmp_path / "changed")
     vlm = replace(load_model(folder), path=str(changed))
-    described = sharded_run.check_same_run
     parts = stopped.with_name("run.nc.parts")
-    assert described(parts, vlm, _samples(4), 2, OPTIONS)
+
+    def check() -> dict[str, object]:
+        return check_same_run(parts, recording_run.described(vlm, _samples(4), 2, OPTIONS))
+
+    assert check()
     with open(changed / name, "ab") as file:
         file.write(b" ")
     with pytest.raises(InputError, match="other model folder"):
-        described(parts, vlm, _samples(4), 2, OPTIONS)
+        check()
 
 
 def test_a_run_is_not_continued_with_a_picture_of_other_content_and_equal_size(
@@ -420,11 +424,11 @@ def test_a_run_is_not_continued_with_a_picture_of_other_content_and_equal_size(
     tiny.picture(seed=0).save(picture)
     size = picture.stat().st_size
     (tmp_path / "parts").mkdir()
-    sharded_run.check_same_run(tmp_path / "parts", vlm, samples, 2, {})
+    check_same_run(tmp_path / "parts", recording_run.described(vlm, samples, 2, {}))
     tiny.picture(seed=1).save(picture)
     assert picture.stat().st_size == size
     with pytest.raises(InputError, match="other samples"):
-        sharded_run.check_same_run(tmp_path / "parts", vlm, samples, 2, {})
+        check_same_run(tmp_path / "parts", recording_run.described(vlm, samples, 2, {}))
 
 
 def test_one_question_that_no_tokenizer_takes_is_left_out_and_the_others_are_recorded(
@@ -439,8 +443,8 @@ def test_one_question_that_no_tokenizer_takes_is_left_out_and_the_others_are_rec
 
 _SCRIPT = """
 import sys
-from avl_analysis.corpus.sharded_run import record_corpus
-from tests.avl_analysis.corpus.test_sharded_run import OPTIONS, _samples
+from avl_analysis.corpus.record_corpus import record_corpus
+from tests.avl_analysis.corpus.test_record_corpus import OPTIONS, _samples
 record_corpus(sys.argv[1], _samples(), sys.argv[2], shard=2, workers=int(sys.argv[3]), **OPTIONS)
 """
 
