@@ -40,7 +40,6 @@ import xarray as xr
 
 from avl import AdaptivePolicy, FullPolicy
 from avl.families import describe
-from avl.hooks import attached
 from avl_analysis.calibration.read_curves import (
     MAX_REFRESH,
     SHARES,
@@ -53,6 +52,8 @@ from avl_analysis.calibration.read_curves import (
     text_choice,
 )
 from avl_analysis.calibration.text_eviction import TextTrace, caught
+from avl_analysis.capture.raw_slices import RawLimitError
+from avl_analysis.corpus.batches import Failure, halved
 from avl_analysis.corpus.questions import (
     Sample,
     describe_questions,
@@ -63,10 +64,10 @@ from avl_analysis.corpus.record_samples import record_samples
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.compare import compare
 from avl_analysis.evaluation.comparison import Comparison
-from avl_analysis.evaluation.generation import generate
 from avl_analysis.intervals import LEAST_SAMPLES, mean_interval
 from avl_analysis.models.loading import VLM
-from avl_analysis.recordings.recording import Recording
+from avl_analysis.recordings.recording import Recording, merge
+from avl_analysis.statistics.accumulated_score import AccumulatedScore
 from avl_analysis.statistics.core_hits import HeldCoreMass
 from avl_analysis.statistics.layer_agreement import LayerAgreement
 from avl_analysis.statistics.modality_mass import ModalityMass
@@ -295,25 +296,41 @@ def measure(
                 f" {layers - 1}"
             )
         statistics.append(LayerAgreement(prefill_layer=prefill_layer, ps=SHARES))
-    total = 2 * len(samples)
-    recording = record_samples(
-        vlm,
-        samples,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        statistics=statistics,
-        maps=False,
-        on_token=None if progress is None else lambda done, _: progress(done, total),
-    )
-    text = []
-    for number, sample in enumerate(samples):
-        trace = TextTrace()
-        with attached(vlm.model, trace):
-            generate(vlm, [sample], None, max_new_tokens=max_new_tokens)
-        text.append(caught(trace, SHARES))
+    recordings: list[Recording] = []
+    text: list[np.ndarray] = []
+
+    def answer(places: Sequence[int]) -> None:
+        recording = record_samples(
+            vlm,
+            [samples[place] for place in places],
+            max_new_tokens=max_new_tokens,
+            batch_size=len(places),
+            statistics=[*statistics, AccumulatedScore()],
+            keep="attention",
+            queries="steps",
+            maps=False,
+            first_sample=places[0],
+            on_token=None if progress is None else lambda *_: progress(places[0], len(samples)),
+        )
+        # The raw weights of one batch are in memory at a time: of all they would be gigabytes.
+        attention = recording.drop_attention()
+        for name in recording.samples:
+            text.append(caught(TextTrace.of(recording, name, attention), SHARES))
+        recordings.append(recording)
         if progress is not None:
-            progress(len(samples) + number + 1, total)
-    return from_recording(recording, np.array(text))
+            progress(places[-1] + 1, len(samples))
+
+    size = batch_size
+    while len(text) < len(samples):
+        batch = range(len(text), min(len(text) + size, len(samples)))
+        for places, failure in halved(answer, batch, failures=(RawLimitError,)):
+            if isinstance(failure, Failure):
+                raise InputError(
+                    f"sample {samples[places[0]].id} cannot be calibrated on ({failure.reason});"
+                    " choose a smaller max_new_tokens"
+                )
+            size = min(size, len(places))  # what did not fit once will not fit the next time
+    return from_recording(merge(recordings), np.array(text))
 
 
 def from_recording(recording: Recording, text: np.ndarray) -> Curves:

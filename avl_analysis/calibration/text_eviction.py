@@ -2,9 +2,9 @@
 
 Text attention caught by heavy hitters and recent keys, for any share of keys.
 
-`TextTrace` observes one answer under the full cache and remembers, per key/value head, the weights
-on text keys; `caught` then plays the rule through for many shares at once, without running the
-model again. Weights are those of the full cache throughout: what later weights would be after
+`TextTrace` is a view on a recording of answers under the full cache: per key/value head, the
+weights on text keys. `caught` then plays the rule through for many shares at once, without running
+the model again. Weights are those of the full cache throughout: what later weights would be after
 dropping a key is not followed, which comparing policies does.
 
 Note: at least 20 text keys are always held, so short questions with short answers say
@@ -13,72 +13,71 @@ nothing about the share; for them the result is NaN.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
+import xarray as xr
 
-from avl.attention import AttentionCall, Forward, attention_weights
-from avl.hooks import HookError, Observer
 from avl.policies.adaptive import HEAVY_SHARE, TEXT_FLOOR
 from avl.tokens import Modality
+from avl_analysis.recordings.recording import Recording
 
-_BLOCK = 64  # prompt rows whose weights are in memory at once
 
-
-class TextTrace(Observer):
-    """An observer for one unpadded sample under the full cache.
+@dataclass(frozen=True, eq=False)
+class TextTrace:
+    """Weights on the text keys of one sample.
 
     Attributes:
-        prompt: layer -> (key/value heads, text keys) weights summed over the prompt's text rows and
-            the head's group.
+        prompt: layer -> (key/value heads, text keys of the prompt) weights summed over the prompt's
+            text rows and the query heads of a group.
         steps: layer -> one (key/value heads, text keys so far) array per decode step, summed over
             the group.
     """
 
-    def __init__(
-        self,
-        prompt: dict[int, np.ndarray] | None = None,
-        steps: dict[int, list[np.ndarray]] | None = None,
-    ) -> None:
-        self.prompt = prompt or {}
-        self.steps = steps or {}
-        self._text = torch.zeros(0, dtype=torch.bool)
+    prompt: Mapping[int, np.ndarray] = field(default_factory=dict)
+    steps: Mapping[int, Sequence[np.ndarray]] = field(default_factory=dict)
 
-    def begin(self, forward: Forward) -> None:
-        if forward.layout.batch != 1:
-            raise HookError(
-                "the text trace follows one sample at a time; got a batch of"
-                f" {forward.layout.batch}"
-            )
-        if forward.kind == "prefill":
-            self.prompt, self.steps = {}, {}
-        self._text = forward.layout.mask(Modality.TEXT)[0]
+    @classmethod
+    def of(cls, recording: Recording, sample: str, attention: xr.Dataset) -> TextTrace:
+        """The trace of one sample.
 
-    @torch.no_grad()
-    def observe(self, call: AttentionCall, output: Tensor) -> None:
-        text = self._text.to(call.key.device)
-        if call.forward.kind == "decode":
-            weights = _grouped(attention_weights(call)[:, :, -1:], call)
-            self.steps.setdefault(call.layer, []).append(
-                weights[:, text[: weights.shape[1]]].cpu().numpy()
-            )
-            return
-        total = torch.zeros(call.key.shape[1], call.key.shape[2], device=call.key.device)
-        for start in range(0, call.query.shape[2], _BLOCK):
-            rows = slice(start, min(start + _BLOCK, call.query.shape[2]))
-            if bool(text[rows].any()):
-                total += _grouped(attention_weights(call, rows) * text[rows, None], call)
-        self.prompt[call.layer] = total[:, text].cpu().numpy()
+        Args:
+            recording: made with the statistic `accumulated_score`, under the full cache.
+            sample: its name.
+            attention: the raw weights of the same recording, of all heads, kept with
+                `keep="attention", queries="steps"` (`Recording.drop_attention`).
+        """
+        tokens = recording.tokens.sel(sample=sample)
+        is_text = tokens["modality"].values == Modality.TEXT
+        length = int(tokens["prompt_length"])
+        received = recording.total("accumulated_score").sel(sample=sample, rows="prompt text")
+        kv_heads = int(recording.attrs["kv_heads"])
+        of_prompt = _grouped(received.transpose("layer", "head", "position").values, kv_heads)
+        own = attention.sel(sample=sample)
+        weights = own["attention"].transpose("query", "layer", "head", "position").values
+        # The first kept row is the last one of the prompt, which the sums over the prompt hold;
+        # rows of longer samples are padded with -1.
+        rows = [(row, int(at)) for row, at in enumerate(own["query_position"].values)]
+        decoded = [
+            _grouped(weights[row][..., : at + 1], kv_heads)[..., is_text[: at + 1]]
+            for row, at in rows
+            if at >= length
+        ]
+        layers = [int(layer) for layer in received["layer"].values]
+        return cls(
+            {
+                layer: of_prompt[i][:, :length][:, is_text[:length]]
+                for i, layer in enumerate(layers)
+            },
+            {layer: [step[i] for step in decoded] for i, layer in enumerate(layers)},
+        )
 
 
-def _grouped(weights: Tensor, call: AttentionCall) -> Tensor:
-    """Weights summed over rows and over the query heads of a group.
-
-    (1, query heads, rows, keys) to (key/value heads, keys).
-    """
-    return weights.sum(2)[0].view(call.key.shape[1], call.groups, -1).sum(1)
+def _grouped(weights: np.ndarray, kv_heads: int) -> np.ndarray:
+    """(layers, query heads, keys), summed over query heads that share a key/value head."""
+    layers, heads, keys = weights.shape
+    return weights.reshape(layers, kv_heads, heads // kv_heads, keys).sum(2)
 
 
 def caught(trace: TextTrace, shares: Sequence[float]) -> np.ndarray:

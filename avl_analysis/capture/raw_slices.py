@@ -29,6 +29,10 @@ BYTES = 5
 """Per weight: float32, and one byte to say whether the query may attend to the key at all."""
 
 
+class RawLimitError(InputError):
+    """Raw slices would take more memory than they may."""
+
+
 @dataclass(frozen=True)
 class Raw:
     """What to keep.
@@ -82,9 +86,9 @@ class Raw:
         return not isinstance(self.queries, str)
 
     def check(self, total: int, layers: int) -> None:
-        """Raises InputError if `total` bytes are above the limit."""
+        """Raises RawLimitError if `total` bytes are above the limit."""
         if total > self.limit:
-            raise InputError(
+            raise RawLimitError(
                 f"raw attention of {layers} layers and {len(self.heads)} heads would take"
                 f" {total / 2**30:.1f} GiB, more than the limit of {self.limit / 2**30:.1f} GiB;"
                 " choose fewer with layers=, heads= or queries='last', or raise limit="

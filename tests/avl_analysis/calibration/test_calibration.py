@@ -10,6 +10,7 @@ import pytest
 import xarray as xr
 
 import avl
+from avl_analysis.calibration import calibrate as calibrating
 from avl_analysis.calibration.calibrate import (
     Curves,
     Evidence,
@@ -20,6 +21,7 @@ from avl_analysis.calibration.calibrate import (
     measure,
 )
 from avl_analysis.calibration.read_curves import MAX_REFRESH, SHARES
+from avl_analysis.capture.raw_slices import BYTES
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.corpus.record_samples import record_samples
 from avl_analysis.errors import InputError
@@ -378,3 +380,30 @@ def test_the_highest_target_keeps_everything(vlm: VLM) -> None:
 def test_what_cannot_be_calibrated_is_refused(vlm: VLM, samples, arguments, message) -> None:
     with pytest.raises(InputError, match=message):
         calibrate(vlm, samples, **arguments)
+
+
+def test_batches_whose_weights_take_too_much_memory_are_halved_and_give_the_same_curves(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = shared.questions(3)
+    whole = measure(vlm, samples, 3, batch_size=3)
+    layers, heads, keys = 2, 4, 40
+    one = layers * heads * keys * BYTES * 3  # the rows of one sample, which has fewer keys
+    batches: list[int] = []
+
+    def limited(*arguments, **options):  # type: ignore[no-untyped-def]
+        batches.append(options["batch_size"])
+        return record_samples(*arguments, **options, limit=limit[0])
+
+    limit = [one]
+    monkeypatch.setattr(calibrating, "record_samples", limited)
+    halved = measure(vlm, samples, 3, batch_size=3)
+    assert batches[0] == 3
+    assert batches[-1] == 1
+    for name in ("secondary", "core", "text"):
+        np.testing.assert_allclose(
+            getattr(halved, name).values, getattr(whole, name).values, atol=1e-6
+        )
+    limit[0] = 100
+    with pytest.raises(InputError, match="choose a smaller max_new_tokens"):
+        measure(vlm, samples, 3, batch_size=3)

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
-from avl.attention import AttentionCall
-from avl.hooks import HookError, Observer, attached
+from avl.attention import AttentionCall, attention_weights
+from avl.hooks import Observer, attached
 from avl_analysis.calibration.text_eviction import TextTrace, caught
 from avl_analysis.corpus.questions import Sample
+from avl_analysis.corpus.record_samples import record_samples
 from avl_analysis.evaluation.generation import generate
+from avl_analysis.models.loading import VLM
 from tests import tiny
 from tests.avl_analysis import shared
 
@@ -46,10 +48,11 @@ def _slow(prompt: np.ndarray, steps: list[np.ndarray], share: float) -> tuple[fl
 @pytest.mark.parametrize("heads", [1, 3])
 def test_what_is_caught_equals_the_slow_version(heads: int) -> None:
     random = np.random.default_rng(heads)
-    trace = TextTrace()
-    for layer in range(2):
-        trace.prompt[layer] = random.random((heads, 25)) ** 4
-        trace.steps[layer] = [random.random((heads, 26 + step)) ** 6 for step in range(30)]
+    prompt = {layer: random.random((heads, 25)) ** 4 for layer in range(2)}
+    steps = {
+        layer: [random.random((heads, 26 + step)) ** 6 for step in range(30)] for layer in range(2)
+    }
+    trace = TextTrace(prompt, steps)
     for share, found in zip(SHARES, caught(trace, SHARES), strict=True):
         slow = [_slow(trace.prompt[layer], trace.steps[layer], share) for layer in range(2)]
         np.testing.assert_allclose(
@@ -77,46 +80,62 @@ def test_short_texts_and_single_tokens_say_nothing() -> None:
         assert np.isnan(caught(trace, SHARES)).all()
 
 
-class _Both(Observer):
-    """Keeps every call's full weights beside a trace."""
+class _Weights(Observer):
+    """Keeps every call's full weights."""
 
     def __init__(self) -> None:
-        self.trace, self.calls = TextTrace(), []
+        self.calls: list[tuple[int, str, np.ndarray]] = []
 
     def begin(self, forward) -> None:
-        self.trace.begin(forward)
+        pass
 
     def observe(self, call: AttentionCall, output) -> None:
-        from avl.attention import attention_weights
-
         self.calls.append((call.layer, call.forward.kind, attention_weights(call)[0].numpy()))
-        self.trace.observe(call, output)
+
+
+def _record(vlm: VLM, samples: list[Sample], max_new_tokens: int) -> list[TextTrace]:
+    recording = record_samples(
+        vlm,
+        samples,
+        max_new_tokens=max_new_tokens,
+        batch_size=len(samples),
+        statistics=["accumulated_score"],
+        keep="attention",
+        queries="steps",
+        maps=False,
+    )
+    attention = recording.drop_attention()
+    return [TextTrace.of(recording, name, attention) for name in recording.samples]
 
 
 def test_the_trace_holds_the_weights_on_text_keys_summed_over_groups_and_prompt_rows() -> None:
     vlm = shared.vlm(kv_heads=2)  # 4 query heads
-    tap = _Both()
+    tap = _Weights()
     with attached(vlm.model, tap):
         generate(vlm, [LONG], None, max_new_tokens=4)
-    start = 0
+    (trace,) = _record(vlm, [LONG], 4)
     inputs = vlm.prepare(list(LONG.images), LONG.prompt)
     start = int((inputs["input_ids"][0] == tiny.IMAGE).nonzero().max()) + 1
     for layer in range(2):
         prompt, *steps = [weights for at, _, weights in tap.calls if at == layer]
         grouped = prompt.reshape(2, 2, *prompt.shape[1:]).sum(1)
         np.testing.assert_allclose(
-            tap.trace.prompt[layer], grouped[:, start:, start:].sum(1), rtol=1e-5
+            trace.prompt[layer], grouped[:, start:, start:].sum(1), rtol=1e-5
         )
-        for found, weights in zip(tap.trace.steps[layer], steps, strict=True):
+        assert len(steps) == 3
+        for found, weights in zip(trace.steps[layer], steps, strict=True):
             np.testing.assert_allclose(
                 found, weights.reshape(2, 2, -1).sum(1)[:, start:], rtol=1e-5
             )
 
 
-def test_a_batch_is_refused() -> None:
-    vlm = shared.vlm()
-    with (
-        attached(vlm.model, TextTrace()),
-        pytest.raises(HookError, match="one sample at a time"),
-    ):
-        generate(vlm, shared.questions(2), None, max_new_tokens=2)
+def test_a_sample_of_a_batch_has_the_trace_that_it_has_alone() -> None:
+    vlm = shared.vlm(kv_heads=2)
+    samples = [LONG, *shared.questions(2)]
+    together = _record(vlm, samples, 4)
+    for sample, trace in zip(samples, together, strict=True):
+        (alone,) = _record(vlm, [sample], 4)
+        for layer in range(2):
+            np.testing.assert_allclose(trace.prompt[layer], alone.prompt[layer], rtol=1e-4)
+            for one, other in zip(trace.steps[layer], alone.steps[layer], strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-4)
