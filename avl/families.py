@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from avl.grids import describe_rows
+from avl.grids import describe_rows, video_ids
 from avl.places import Originals, Picture, PictureMap, map_pictures, originals_of
 from avl.plugins import FAMILIES, plugins
 from avl.tokens import TokenLayout, token_layout
@@ -144,17 +145,21 @@ class Family:
         image = torch.isin(input_ids, torch.tensor(self.image_token_ids, device=input_ids.device))
         if attention_mask is not None and attention_mask.shape == image.shape:
             image &= attention_mask.bool()
-        runs = [_runs(row) for row in image.tolist()]
+        videos = torch.tensor(sorted(video_ids(self.config)), device=input_ids.device)
+        kinds = image.int() + (image & torch.isin(input_ids, videos))
+        runs = [_runs(row) for row in kinds.tolist()]
         return describe_rows(self.name, self.config, input_ids.tolist(), runs, inputs, originals)
 
 
-def _runs(image: Sequence[bool]) -> list[tuple[int, int]]:
-    """Start and length of every unbroken run of True."""
-    starts = [i for i, here in enumerate(image) if here and (i == 0 or not image[i - 1])]
-    stops = [
-        i + 1 for i, here in enumerate(image) if here and (i + 1 == len(image) or not image[i + 1])
-    ]
-    return [(start, stop - start) for start, stop in zip(starts, stops, strict=True)]
+def _runs(kinds: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and length of every unbroken run of one number other than 0."""
+    runs, start = [], 0
+    for kind, group in groupby(kinds):
+        length = len(list(group))
+        if kind:
+            runs.append((start, length))
+        start += length
+    return runs
 
 
 def _refusal(name: str, config: Any) -> str | None:

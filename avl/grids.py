@@ -478,9 +478,14 @@ def _describing(name: str, prompt: GridPrompt) -> Describe:
 
 def _is_video(prompt: GridPrompt, run: tuple[int, int]) -> bool:
     """Whether a run of image tokens has the id that stands for a video."""
-    ids = {getattr(prompt.config, name, None) for name in ("video_token_id", "video_token_index")}
-    ids -= {getattr(prompt.config, name, None) for name in ("image_token_id", "image_token_index")}
-    return prompt.ids[run[0]] in ids
+    return prompt.ids[run[0]] in video_ids(prompt.config)
+
+
+def video_ids(config: Any) -> set[int]:
+    """Token ids that stand for videos and for nothing else."""
+    ids = {getattr(config, name, None) for name in ("video_token_id", "video_token_index")}
+    ids -= {getattr(config, name, None) for name in ("image_token_id", "image_token_index")}
+    return {value for value in ids if isinstance(value, int)}
 
 
 def _supply(inputs: Mapping[str, Any]) -> dict[str, deque[list[int]]]:

@@ -289,6 +289,9 @@ class AttentionHooks:
         `generate` encodes them first and calls the model with the features alone, so grids and
         sizes pass only here.
         """
+        videos = self._pending.shown.get("pixel_values_videos")
+        if videos is not None and arguments.get("pixel_values") is videos:
+            return  # Qwen3-VL encodes a video through its method for images
         self._pending.shown |= {name: v for name, v in arguments.items() if v is not None}
 
     def _remember_inputs(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from avl_analysis.evaluation.policy_files import save_policy as save_policy
     from avl_analysis.models.loading import VLM as VLM
     from avl_analysis.models.loading import load_model as load_model
+    from avl_analysis.models.videos import Video as Video
     from avl_analysis.plots import plot as plot
     from avl_analysis.plots import plot_frontier as plot_frontier
     from avl_analysis.plots import plot_heads as plot_heads
@@ -39,6 +40,7 @@ _HOME = {  # public name -> module it lives in; no module may have the name of s
     "Recording": "recordings.recording",
     "Sample": "corpus.questions",
     "VLM": "models.loading",
+    "Video": "models.videos",
     "calibrate": "calibration.calibrate",
     "compare": "evaluation.compare",
     "load_comparison": "evaluation.comparison",
@@ -64,6 +66,7 @@ __all__ = [
     "InputError",
     "Recording",
     "Sample",
+    "Video",
     "calibrate",
     "compare",
     "load_comparison",

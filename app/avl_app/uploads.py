@@ -242,6 +242,11 @@ def _local(line: str, number: int) -> str:
     entry = _parsed(line, number)
     if not isinstance(entry, dict):
         return line
+    if "video" in entry:  # a path on this machine, of which only what was sent may be opened
+        raise InputError(
+            f'line {number}: videos are not taken here: send the frames as "images", or record'
+            " the list with avl record --data"
+        )
     for key in entry.keys() & {"image", "images"}:
         named = entry[key]
         entry[key] = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -30,6 +30,7 @@ from avl_analysis.errors import InputError
 
 if TYPE_CHECKING:
     from avl_analysis.corpus.questions import Sample
+    from avl_analysis.models.videos import Source
     from avl_analysis.recordings.recording import Recording
 
 
@@ -37,6 +38,7 @@ RECORD_EXAMPLES = """
 Examples: [bold]avl record photo.jpg 'What do you see in the picture?'[/],
 [bold]avl record --scenes 20 --out scenes.nc[/] (pictures drawn with known truth),
 [bold]avl record photo.jpg 'Describe the picture.' --model ./my-llava --layers 0,8-15[/],
+[bold]avl record frames/ 'What happens?' --model ./my-qwen --frames 8[/] (a video as a folder),
 [bold]avl record --data questions.jsonl --out run.nc --workers 4[/] (resumes an interrupted run)
 """
 
@@ -45,7 +47,8 @@ def record(
     image: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="IMAGE... PROMPT", help="One or several pictures, then the question."
+            metavar="IMAGE... PROMPT",
+            help=("One or several pictures, folders of frames or video files, then the question."),
         ),
     ] = None,
     model: Model = "scenes",
@@ -75,6 +78,19 @@ def record(
         str | None, typer.Option(help="Kind of question about the scenes. Default: all kinds.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the drawn scenes.")] = 0,
+    video: Annotated[
+        bool, typer.Option("--video", help="The pictures are the frames of one video.")
+    ] = False,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Frames of a video to take, evenly spread. Default: all, of a file 8."
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Frames per second of a video. Default: the file's, else 2."),
+    ] = None,
     max_new_tokens: MaxNewTokens = 64,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     layers: Annotated[
@@ -116,7 +132,7 @@ def record(
         )
     check_target(out, force)
     samples = (
-        _samples(image or [], scenes, task, seed)
+        _samples(image or [], scenes, task, seed, _Videos(video, frames, fps))
         if data is None
         else read(data, image or [], scenes, task)
     )
@@ -243,7 +259,34 @@ def _check_kept(recording: Recording, queries: str | None) -> None:
     )
 
 
-def _samples(image: list[str], scenes: int, task: str | None, seed: int) -> list[Sample]:
+class _Videos(NamedTuple):
+    """How videos are read: whether all pictures are frames of one, how many frames, their rate."""
+
+    together: bool
+    frames: int | None
+    fps: float | None
+
+    def sources(self, names: list[str]) -> tuple[Source, ...]:
+        """The pictures and videos of a question."""
+        from avl_analysis.models.videos import Video, is_video
+
+        if self.together:
+            source = names[0] if len(names) == 1 else names
+            return (Video(source, self.frames, self.fps),)
+        shown = tuple(
+            Video(name, self.frames, self.fps) if is_video(name) else name for name in names
+        )
+        if (self.frames or self.fps) and not any(isinstance(one, Video) for one in shown):
+            raise InputError(
+                "--frames and --fps are about videos, and none was given: add --video if the"
+                " pictures are the frames of one"
+            )
+        return shown
+
+
+def _samples(
+    image: list[str], scenes: int, task: str | None, seed: int, videos: _Videos
+) -> list[Sample]:
     from avl_analysis.corpus.questions import Sample, check_count, scene_sample
     from avl_analysis.scenes import TASKS, generate
 
@@ -270,7 +313,7 @@ def _samples(image: list[str], scenes: int, task: str | None, seed: int) -> list
         raise InputError("nothing to record: pass a picture and a question, or --scenes 20")
     *pictures, prompt = image
     if not pictures:
-        if Path(prompt).is_file():
+        if Path(prompt).exists():
             raise InputError(
                 f"a picture without a question: add one, for example avl record {prompt} 'what is"
                 " this?'"
@@ -278,7 +321,7 @@ def _samples(image: list[str], scenes: int, task: str | None, seed: int) -> list
         raise InputError(
             f"a prompt without an image: pass the picture first, avl record photo.jpg {prompt!r}"
         )
-    return [Sample("000000", tuple(pictures), prompt)]
+    return [Sample("000000", videos.sources(pictures), prompt)]
 
 
 def _heading(console: Console, recording: Recording) -> None:

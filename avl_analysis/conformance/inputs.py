@@ -24,6 +24,7 @@ from avl_analysis.conformance.shrink import PATCH, SIDE, VOCABULARY
 
 _PLAIN = 128  # text ids are drawn from here up; special ids lie below
 _PAD = 0
+_BETWEEN = 101  # a text id that stands before every frame
 
 
 def has_processor(model_type: str) -> bool:
@@ -101,20 +102,19 @@ def pixels(
     return dict(processor(list(pictures), return_tensors="pt"))
 
 
-def image_features(model: nn.Module, given: Mapping[str, Any]) -> Any:
-    """What the model makes of pixels, by its own `get_image_features`."""
-    owners: list[Any] = [
-        m for m in (model, getattr(model, "model", None)) if hasattr(m, "get_image_features")
-    ]
-    takes = {name for owner in owners for name in signature(owner.get_image_features).parameters}
+def image_features(
+    model: nn.Module, given: Mapping[str, Any], method: str = "get_image_features"
+) -> Any:
+    """What the model makes of pixels, by its own method (`get_video_features` for videos)."""
+    owners: list[Any] = [m for m in (model, getattr(model, "model", None)) if hasattr(m, method)]
+    takes = {name for owner in owners for name in signature(getattr(owner, method)).parameters}
     fields = ("vision_feature_layer", "vision_feature_select_strategy")
     places = (model.config, getattr(model.config, "vision_config", None))
     defaults = {
         n: getattr(place, n) for n in fields for place in reversed(places) if hasattr(place, n)
     }
-    return owners[0].get_image_features(
-        **{k: v for k, v in {**defaults, **given}.items() if k in takes}
-    )
+    arguments = {k: v for k, v in {**defaults, **given}.items() if k in takes}
+    return getattr(owners[0], method)(**arguments)
 
 
 def parts(output: Any) -> Iterator[Tensor]:
@@ -182,6 +182,44 @@ def prompt(
     kinds = (ids == image[0]).long()
     result = {**_repeat(given, len(rows), help.along), "input_ids": ids, "attention_mask": mask}
     result |= {"mm_token_type_ids": kinds, "token_type_ids": 0 * kinds if help.prefix else kinds}
+    return {
+        name: value for name, value in result.items() if name in signature(model.forward).parameters
+    }
+
+
+def video_prompt(model: Any, given: Mapping[str, Any], *, frames: int) -> dict[str, Any]:
+    """Arguments of a model call: one prompt that shows a video.
+
+    Its tokens stand in one run where the family has an id for them (Qwen3-VL: in one for every
+    group of frames); else every frame is shown as a picture, with text between frames.
+
+    Args:
+        model: the tiny model.
+        given: what the family's video part made of one video.
+        frames: of the video.
+    """
+    config = model.config
+    given = dict(given)
+    video = _id(config, "video_token_id", "video_token_index")
+    image = _id(config, "image_token_id", "image_token_index")
+    start = _id(config, "vision_start_token_id", "image_start_token_id")
+    end = _id(config, "vision_end_token_id", "image_end_token_id")
+    by_frame = "pixel_values" in given or not video
+    if by_frame and "pixel_values_videos" in given:  # InternVL: frames are pictures
+        given["pixel_values"] = given.pop("pixel_values_videos").flatten(0, 1)
+    method = "get_image_features" if by_frame else "get_video_features"
+    count = sum(map(len, parts(image_features(model, given, method))))
+    groups = frames if by_frame else 1
+    if config.model_type.startswith("qwen3_vl"):  # groups of frames apart, times between them
+        groups = int(given["video_grid_thw"][0, 0])
+    own = image if by_frame else video
+    shown = [_BETWEEN, *start, *own * (count // groups), *end] * groups
+    draw = torch.Generator().manual_seed(0)
+    text = torch.randint(_PLAIN, VOCABULARY, (10,), generator=draw).tolist()
+    ids = torch.tensor([[*text[:4], *shown, *text[4:]]])
+    kinds = torch.isin(ids, torch.tensor(own)).long() * (1 if by_frame else 2)
+    result = {**given, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    result |= {"mm_token_type_ids": kinds, "token_type_ids": 0 * kinds}
     return {
         name: value for name, value in result.items() if name in signature(model.forward).parameters
     }

@@ -72,7 +72,7 @@ def check_places(case: Case) -> Painted:
         LookupError: no image processor.
         Mismatch: other places are recorded than the same inputs give.
     """
-    model, family = _silenced(case), describe(case.model)
+    model, family = silenced(case.model), describe(case.model)
     placed = of = inside = outside = wrong = 0
     assumption = ""
     for size in SIZES:
@@ -90,7 +90,7 @@ def check_places(case: Case) -> Painted:
         for part, painted in _paint(picture):
             features = torch.cat(list(parts(image_features(model, _pixels(case, painted)))))
             changed = (features - plain).abs().amax(-1) > 1e-6
-            within, beyond = _sides(boxes, part, _reach(case, size))
+            within, beyond = sides(boxes, part, _reach(case, size))
             inside, outside = inside + int(within.sum()), outside + int(beyond.sum())
             wrong += int((within & ~changed).sum()) + int((beyond & changed).sum())
     return Painted(placed, of, inside, outside, wrong, assumption)
@@ -130,9 +130,9 @@ def _pixels(case: Case, picture: Image.Image) -> dict[str, Any]:
         return pixels(case.model_type, case.config, [picture])
 
 
-def _silenced(case: Case) -> nn.Module:
-    """The model with vision attention that adds nothing."""
-    model: Any = copy.deepcopy(case.model)
+def silenced(model: nn.Module) -> Any:
+    """A copy of the model with vision attention that adds nothing."""
+    model = copy.deepcopy(model)
     own = {id(module) for module in model.get_decoder().modules()}
     for module in model.modules():
         if id(module) in own or not any(
@@ -164,7 +164,7 @@ def _paint(picture: Image.Image) -> Iterator[tuple[tuple[int, int, int, int], Im
         yield part, painted
 
 
-def _sides(boxes: Tensor, part: tuple[int, int, int, int], reach: float) -> tuple[Tensor, Tensor]:
+def sides(boxes: Tensor, part: tuple[int, int, int, int], reach: float) -> tuple[Tensor, Tensor]:
     """Which tokens lie within a part, and which beyond it.
 
     Tokens without a place (newlines) beside tokens with one count as beyond.

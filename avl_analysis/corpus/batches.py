@@ -103,7 +103,8 @@ def prompt_lengths(vlm: VLM, samples: Sequence[Sample]) -> list[int]:
         InputError: prompts that the model's chat template cannot take.
     """
     texts = [
-        render(vlm.processor, Conversation(sample.prompt, len(sample.images))) for sample in samples
+        render(vlm.processor, Conversation(sample.prompt, vlm.marks(sample.images)))
+        for sample in samples
     ]
     return [len(row) for row in vlm.processor.tokenizer(texts)["input_ids"]]
 

@@ -26,7 +26,8 @@ import numpy as np
 
 from avl_analysis.errors import InputError, one_line
 from avl_analysis.files import user_path
-from avl_analysis.models.images import MAX_PIXELS, ImageSource
+from avl_analysis.models.images import MAX_PIXELS
+from avl_analysis.models.videos import Source, Video, parts_of
 from avl_analysis.scenes import TASKS, SceneSample
 from avl_analysis.scenes import generate as draw_scene
 from avl_analysis.scenes.samples import SPLITS, split_of
@@ -40,6 +41,9 @@ MOST_SCENES = 200_000
 _KEYS = {
     "image": "path of a picture, or a list of paths",
     "images": "list of paths",
+    "video": "path of a folder of frames or of a video file, or a list of paths of frames",
+    "frames": "how many frames of the video are taken",
+    "fps": "frames per second of the video's frames",
     "prompt": "the question",
     "answer": "the right answer, or a list of them",
     "answers": "list of right answers",
@@ -56,7 +60,7 @@ class Sample:
 
     Attributes:
         id: unique name.
-        images: pictures in order; empty for a question without one.
+        images: pictures and videos in order; empty for a question without one.
         prompt: the question.
         answers: texts that count as right; None where the truth is not known.
         task: kind of question, "" if there is only one.
@@ -68,7 +72,7 @@ class Sample:
     """
 
     id: str
-    images: tuple[ImageSource, ...]
+    images: tuple[Source, ...]
     prompt: str
     answers: tuple[str, ...] | None = None
     task: str = ""
@@ -174,7 +178,8 @@ def question_digest(sample: Sample) -> str:
     Pictures in files are told apart by the files' bytes, others by their pixels.
     """
     content = hashlib.sha256(sample.prompt.encode("utf-8", "surrogatepass"))
-    for image in sample.images:
+    content.update(repr(shown_videos(sample)).encode() if any(shown_videos(sample)) else b"")
+    for image in [part for source in sample.images for part in parts_of(source)]:
         if isinstance(image, (str, os.PathLike)):
             file = Path(image).expanduser()
             content.update(file.read_bytes() if file.is_file() else os.fsencode(file))
@@ -184,6 +189,14 @@ def question_digest(sample: Sample) -> str:
             pixels = np.asarray(image)
             content.update(str(pixels.shape).encode() + pixels.tobytes())
     return content.hexdigest()[:16]
+
+
+def shown_videos(sample: Sample) -> list[tuple[int | None, float | None] | None]:
+    """Of every video how many frames are taken and their rate, None for pictures."""
+    return [
+        (source.frames, source.fps) if isinstance(source, Video) else None
+        for source in sample.images
+    ]
 
 
 def read_samples(path: str | Path) -> list[Sample]:
@@ -256,10 +269,11 @@ def _sample(line: str, number: str, folder: Path) -> Sample:
         raise InputError(
             f"'prompt' must be a question, a text that is not empty; got {_shown(prompt)}"
         )
-    paths = _texts(entry, "image", "images")
-    if paths is None:
+    paths, video = _texts(entry, "image", "images"), _video(entry, folder)
+    if paths is None and video is None:
         raise InputError(
-            "no 'image': name a picture, or write \"images\": [] to ask without one on purpose"
+            "no 'image': name a picture or a 'video', or write \"images\": [] to ask without one on"
+            " purpose"
         )
     for name in ("id", "task"):
         if name in entry and (
@@ -270,7 +284,7 @@ def _sample(line: str, number: str, folder: Path) -> Sample:
         raise InputError(f"'meta' must be an object; got {_shown(entry['meta'])}")
     return Sample(
         id=str(entry.get("id", number)),
-        images=tuple(_picture(folder, path) for path in paths),
+        images=(*(_picture(folder, path) for path in paths or ()), *([video] if video else ())),
         prompt=prompt,
         answers=_texts(entry, "answer", "answers"),
         task=str(entry.get("task", "")),
@@ -293,6 +307,28 @@ def _texts(entry: Mapping[str, Any], one: str, several: str) -> tuple[str, ...] 
     ):
         raise InputError(f"{key!r} must be {_KEYS[one]}; got {_shown(value)}")
     return tuple(listed)
+
+
+def _video(entry: Mapping[str, Any], folder: Path) -> Video | None:
+    """The video of a line, None where it names none."""
+    value, frames, fps = (entry.get(key) for key in ("video", "frames", "fps"))
+    for key, given, kinds in (("frames", frames, (int,)), ("fps", fps, (int, float))):
+        if given is not None and (type(given) not in kinds or value is None):
+            raise InputError(
+                f"{key!r} must be a number beside a 'video': {_KEYS[key]}; got {_shown(given)}"
+            )
+    if value is None:
+        return None
+    if isinstance(value, list) and value and all(isinstance(path, str) for path in value):
+        return Video([_picture(folder, path) for path in value], frames, fps)
+    if not isinstance(value, str) or not value:
+        raise InputError(f"'video' must be {_KEYS['video']}; got {_shown(value)}")
+    path = user_path(folder / user_path(value))
+    if not path.exists():
+        raise InputError(
+            f"no such video: {path}; paths are relative to the folder of the JSONL file"
+        )
+    return Video(path, frames, fps)
 
 
 def _picture(folder: Path, path: str) -> Path:

@@ -32,7 +32,7 @@ import transformers
 
 from avl_analysis.capture.recorder import record
 from avl_analysis.corpus.batches import FAILURES, Failure, halved
-from avl_analysis.corpus.questions import Sample
+from avl_analysis.corpus.questions import Sample, shown_videos
 from avl_analysis.corpus.ray_workers import on_ray
 from avl_analysis.corpus.record_samples import record_samples
 from avl_analysis.corpus.sharded_run import Job, Shard, Workers, in_this_process, sharded_run
@@ -40,6 +40,7 @@ from avl_analysis.errors import InputError
 from avl_analysis.files import digest_of, write_text
 from avl_analysis.models.checkpoint import fingerprint as folder_digest
 from avl_analysis.models.loading import VLM, load_model
+from avl_analysis.models.videos import parts_of
 from avl_analysis.recordings.join_files import join
 from avl_analysis.recordings.recording import Recording, merge
 
@@ -299,7 +300,7 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     """A digest of everything about the samples; of pictures in files their path and content."""
     digest = hashlib.sha256()
     for sample in samples:
-        fields = [
+        fields: list[Any] = [
             sample.id,
             sample.prompt,
             sample.answers,
@@ -308,8 +309,9 @@ def fingerprint(samples: Sequence[Sample]) -> str:
             sample.strict,
         ]
         further = [sorted((given or {}).items()) for given in (sample.meta, sample.scene)]
+        fields += [shown for shown in shown_videos(sample) if shown is not None]
         digest.update(repr([*fields, *further]).encode("utf-8", "surrogatepass"))
-        for image in sample.images:
+        for image in [part for source in sample.images for part in parts_of(source)]:
             if isinstance(image, (str, os.PathLike)):
                 there = os.path.isfile(image)
                 content = digest_of(Path(image)) if there else "missing"

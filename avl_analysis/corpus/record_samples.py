@@ -21,9 +21,12 @@ from avl_analysis.corpus.questions import Sample
 from avl_analysis.corpus.regions import tokens_in_boxes
 from avl_analysis.errors import InputError
 from avl_analysis.figures.pictures import data_uri
-from avl_analysis.models.images import open_image
 from avl_analysis.models.loading import VLM, end_tokens, greedy
+from avl_analysis.models.videos import Frames, is_video, open_source
 from avl_analysis.recordings.recording import Recording
+
+FRAME_SIDE = 256
+"""Longest side, in pixels, of the thumbnails of frames that a recording keeps."""
 
 OnToken = Callable[[int, int], None]
 """Called after every token with (samples done before this batch, new tokens of this batch so far).
@@ -89,7 +92,9 @@ def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
     answers in `answers`), boxes (and, by `record_samples`, region_tokens: the image tokens under
     them), meta (the user's own facts about the sample, which never take the place of these);
     and scene (seed, index, task of a drawn picture) or picture and picture_size (a thumbnail
-    and the picture's own width and height, to which boxes refer; for samples with one picture).
+    and the picture's own width and height, to which boxes refer; for samples with one picture), or
+    frames (thumbnails of all that are shown), frame_seconds and picture_size for samples with one
+    video.
     """
     tokenizer = vlm.processor.tokenizer
     ends = {*end_tokens(vlm.model), tokenizer.eos_token_id}
@@ -109,11 +114,13 @@ def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
         "meta": dict(sample.meta or {}),
     }
     if sample.scene is None and len(sample.images) == 1:
-        picture = np.asarray(open_image(sample.images[0]))
-        facts |= {
-            "picture": data_uri(picture),
-            "picture_size": [picture.shape[1], picture.shape[0]],
-        }
+        shown = open_source(sample.images[0])
+        facts["picture_size"] = list(shown.size)
+        if isinstance(shown, Frames):
+            facts["frames"] = [data_uri(frame, FRAME_SIDE) for frame in shown.pixels]
+            facts["frame_seconds"] = list(shown.seconds)
+        else:
+            facts["picture"] = data_uri(np.asarray(shown))
     return {
         name: value
         for name, value in facts.items()
@@ -129,20 +136,20 @@ def tokens_asked_about(
     By their place among the sample's image tokens.
 
     Empty where no boxes were given or the model's tokens have no known place; also for drawn
-    scenes, whose truth is known word by word, and for samples of several pictures, of which boxes
-    do not say the one.
+    scenes, whose truth is known word by word, and for samples of several pictures or of a video, of
+    which boxes do not say the picture or frame.
 
     Args:
         vlm: a loaded model.
         samples: the questions of a batch.
         inputs: what `VLM.prepare` returned for these samples.
     """
-    asked = [bool(s.regions) and len(s.images) == 1 and s.scene is None for s in samples]
+    asked = [bool(s.regions) and _one_picture(s) for s in samples]
     if not any(asked):
         return [[] for _ in samples]
     family = describe(vlm.model)
     layout = family.layout(inputs["input_ids"], inputs.get("attention_mask"), inputs)
-    sizes = [[open_image(image).size for image in sample.images] for sample in samples]
+    sizes = [[open_source(image).size for image in sample.images] for sample in samples]
     boxes = family.picture_map(layout, inputs, sizes, vlm.processor).boxes
     places = [boxes[row][layout.image[row].cpu() >= 0].numpy() for row in range(len(samples))]
     return [
@@ -151,11 +158,16 @@ def tokens_asked_about(
     ]
 
 
+def _one_picture(sample: Sample) -> bool:
+    """Whether a sample is about one picture of a person's own, which boxes may point into."""
+    return len(sample.images) == 1 and sample.scene is None and not is_video(sample.images[0])
+
+
 def _check_regions(sample: Sample) -> None:
     """Refuse boxes of which no part lies in the picture."""
-    if not sample.regions or len(sample.images) != 1 or sample.scene is not None:
+    if not sample.regions or not _one_picture(sample):
         return
-    width, height = open_image(sample.images[0]).size
+    width, height = open_source(sample.images[0]).size
     for box in sample.regions:
         if box[0] >= width or box[1] >= height:
             raise InputError(

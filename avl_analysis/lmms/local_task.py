@@ -15,6 +15,7 @@ from avl_analysis.corpus.questions import Sample
 from avl_analysis.errors import InputError
 from avl_analysis.files import atomic_write, write_text
 from avl_analysis.models.images import open_image
+from avl_analysis.models.videos import Video
 
 _YAML = """\
 dataset_path: json
@@ -90,6 +91,11 @@ def write_task(
     for number, sample in enumerate(samples):
         names = []
         for place, source in enumerate(sample.images):
+            if isinstance(source, Video):
+                raise InputError(
+                    f"question {sample.id} is about a video, which lmms-eval's tasks of this"
+                    " toolkit do not take: leave it out"
+                )
             names.append(f"{number:05d}-{place}.png")
             with atomic_write(folder / names[-1]) as unfinished:
                 open_image(source).save(unfinished)

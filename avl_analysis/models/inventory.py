@@ -20,7 +20,7 @@ from avl.hooks import Observer, attached
 from avl_analysis.errors import blamed_on_input
 from avl_analysis.models.checkpoint import Checkpoint, locate, read_config
 from avl_analysis.models.processors import read_processor
-from avl_analysis.models.prompts import Conversation, render
+from avl_analysis.models.prompts import PICTURE, Conversation, render
 
 SAMPLE_SIZE = (640, 480)
 """Width and height in pixels of the picture whose tokens are counted; families that keep the aspect
@@ -96,7 +96,7 @@ def count_of(parameters: int) -> str:
 
 def _image_tokens(checkpoint: Checkpoint, config: PreTrainedConfig, ids: tuple[int, ...]) -> int:
     processor = read_processor(checkpoint, config)
-    text = render(processor, Conversation("what is this?", pictures=1))
+    text = render(processor, Conversation("what is this?", (PICTURE,)))
     with blamed_on_input(f"the processor of {checkpoint.name} cannot read a picture"):
         inputs = processor(
             images=[[Image.new("RGB", SAMPLE_SIZE)]], text=[text], return_tensors="pt"

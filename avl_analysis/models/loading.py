@@ -19,8 +19,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+from transformers.video_utils import VideoMetadata
 
 import avl
 from avl.families import UnsupportedModelError, describe
@@ -32,10 +34,19 @@ from avl_analysis.models.checkpoint import (
     read_config,
     read_weights,
 )
-from avl_analysis.models.images import ImageSource, open_image
 from avl_analysis.models.inventory import describe_model
 from avl_analysis.models.processors import read_processor
-from avl_analysis.models.prompts import Conversation, picture_rows, render
+from avl_analysis.models.prompts import (
+    PICTURE,
+    Conversation,
+    Mark,
+    Marks,
+    picture_rows,
+    render,
+    takes_videos,
+)
+from avl_analysis.models.video_frames import SmolFrames
+from avl_analysis.models.videos import Frames, Source, is_video, open_source
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Floating types a model can be loaded in by name."""
@@ -82,7 +93,7 @@ class VLM:
 
     def prepare(
         self,
-        images: ImageSource | Sequence[Any] | None,
+        images: Source | Sequence[Any] | None,
         prompt: str | Sequence[str],
         *,
         system: str | None = None,
@@ -93,54 +104,80 @@ class VLM:
         The chat template is applied where the processor has one; otherwise the plain form
         `<image>\nprompt` is used. Pictures come first in the conversation, unless the prompts
         themselves say where each belongs by containing the processor's image placeholder (`<image>`
-        for LLaVA) exactly as often as there are pictures.
+        for LLaVA) exactly as often as there are pictures. To a processor without a video part a
+        video is shown as so many pictures, which a recording knows to be its frames.
 
         Args:
             images: for one prompt a picture or a list of pictures; for a list of prompts a list of
-                the same length, each entry a picture or a list of pictures. An empty list asks
-                without a picture, on purpose.
+                the same length, each entry a picture or a list of pictures. A video may stand
+                wherever a picture may: a `Video`, a folder of frames, a video file. An empty list
+                asks without a picture, on purpose.
             prompt: the question, or a list of questions.
             system: system prompt, the same for every row.
             history: earlier (question, answer) pairs; single prompts only. Pictures belong to the
                 first question.
 
         Returns:
-            `input_ids` and `attention_mask` (rows, length), the picture tensors of the family, on
-                the model's device and in its floating type: pass it on as `model(**inputs)` or
-                `model.generate(**inputs)`.
+            `input_ids` and `attention_mask` (rows, length), the picture and video tensors of the
+                family, on the model's device and in its floating type: pass it on as
+                `model(**inputs)` or `model.generate(**inputs)`.
 
         Raises:
             InputError: no picture, unreadable pictures, empty prompts, lists of different length,
                 placeholders that do not match the pictures, a template that drops what it was
                 given, prompts longer than the model can take.
         """
-        rows = [[open_image(source) for source in row] for row in picture_rows(images, prompt)]
+        rows = [[open_source(source) for source in row] for row in picture_rows(images, prompt)]
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if history and not isinstance(prompt, str):
             raise InputError("a history goes with one prompt; prepare conversations one at a time")
         texts = [
-            render(self.processor, Conversation(text, len(row), system, tuple(history or ())))
+            render(
+                self.processor, Conversation(text, self.marks(row), system, tuple(history or ()))
+            )
             for text, row in zip(prompts, rows, strict=True)
         ]
-        # Most processors accept one list per row; a row without pictures is only understood in the
-        # flat form.
-        nested: Any = rows if all(rows) else [image for row in rows for image in row] or None
+        given = _given(rows, takes_videos(self.processor))
         doing = (
             f"the {type(self.processor).__name__} refused {sum(map(len, rows))} picture(s) with"
             " this text"
         )
+        video_part = getattr(self.processor, "video_processor", None)
+        if given["images"] and "videos" in given and isinstance(video_part, SmolFrames):
+            raise InputError(
+                "this family's processor takes pictures or videos in one call, not both: ask about"
+                " them one after another"
+            )
         with blamed_on_input(doing):
-            inputs = self.processor(images=nested, text=texts, padding=True, return_tensors="pt")
+            inputs = self.processor(**given, text=texts, padding=True, return_tensors="pt")
         self._check_length(inputs["input_ids"].shape[1])
         self._check_pictures(inputs["input_ids"], [len(row) for row in rows])
         inputs = inputs.to(device=self.model.device, dtype=self.model.dtype)
-        sizes = [[image.size for image in row] for row in rows]
-        remember_originals(inputs, sizes, self.processor)
+        sizes = [[one.size for one in row] for row in rows]
+        frames = [
+            [len(one.images) if isinstance(one, Frames) else 0 for one in row] for row in rows
+        ]
+        remember_originals(inputs, sizes, self.processor, frames)
         return inputs
+
+    def marks(self, shown: Sequence[Source | Frames]) -> tuple[Marks, ...]:
+        """What stands for pictures and videos in this model's prompts.
+
+        A video has one placeholder where the processor has a video part, and one for each frame
+        elsewhere (one in all where the frames were not read yet).
+        """
+        if takes_videos(self.processor):
+            return tuple(
+                (Mark.VIDEO,) if isinstance(one, Frames) or is_video(one) else PICTURE
+                for one in shown
+            )
+        return tuple(
+            PICTURE * len(one.images) if isinstance(one, Frames) else PICTURE for one in shown
+        )
 
     def answer(
         self,
-        images: ImageSource | Sequence[Any] | None,
+        images: Source | Sequence[Any] | None,
         prompt: str | Sequence[str],
         policy: avl.Policy | None = None,
         *,
@@ -197,6 +234,44 @@ class VLM:
                     f" tokens: the chat template of {self.name} puts them elsewhere; repair it, or"
                     " write the placeholder into the prompt"
                 )
+
+
+def _given(rows: Sequence[Sequence[Image.Image | Frames]], as_videos: bool) -> dict[str, Any]:
+    """Pictures and videos as a processor takes them.
+
+    Args:
+        rows: what each prompt shows.
+        as_videos: whether the processor has a video part; to others frames are pictures.
+    """
+    pictures: list[list[Image.Image]] = []
+    videos: list[Frames] = []
+    for row in rows:
+        pictures.append([])
+        for one in row:
+            if not isinstance(one, Frames):
+                pictures[-1].append(one)
+            elif as_videos:
+                videos.append(one)
+            else:
+                pictures[-1] += one.images
+    # Most processors accept one list per row; a row without pictures is only understood in the
+    # flat form.
+    nested: Any = pictures if all(pictures) else [image for row in pictures for image in row]
+    given: dict[str, Any] = {"images": nested or None}
+    if videos:
+        given["videos"] = [one.pixels for one in videos]
+        given["video_metadata"] = [
+            VideoMetadata(
+                total_num_frames=one.total,
+                fps=one.fps,
+                width=one.size[0],
+                height=one.size[1],
+                duration=one.total / one.fps,
+                frames_indices=list(one.indices),
+            )
+            for one in videos
+        ]
+    return {name: value for name, value in given.items() if name == "images" or value}
 
 
 def _image_ids(model: PreTrainedModel) -> list[int]:

@@ -6,15 +6,15 @@ package that is not there.
 Images are always preprocessed by the PIL backend: the torchvision one resizes slightly differently,
 so the same picture would give other numbers on machines with and without torchvision.
 
-The processors of many families have a video part, which needs torchvision. Nothing here reads
-videos, so where torchvision is missing the processor is built without that part; its image part
-and its text part are those of transformers.
+The processors of many families have a video part, which needs torchvision. For the families of
+`video_frames.PARTS` a video part that works with Pillow takes its place, on every machine. Where
+torchvision is missing, processors of other families are built without that part. Image part and
+text part are always those of transformers.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import (
@@ -35,6 +35,7 @@ from transformers.utils import is_torchvision_available
 from avl_analysis.errors import InputError, one_line
 from avl_analysis.models.checkpoint import Checkpoint
 from avl_analysis.models.safety import check_processor, read_json
+from avl_analysis.models.video_frames import PARTS, VideoSettings
 
 EXTRA = "pip install 'avl-analysis[vlm]'"
 """Installs every package of `PACKAGES`."""
@@ -116,6 +117,11 @@ def needs(what: str, packages: list[str]) -> str:
 def _whole_or_without_video(
     checkpoint: Checkpoint, config: PreTrainedConfig | None
 ) -> ProcessorMixin:
+    usual = None if config is None else PROCESSOR_MAPPING.get(type(config), None)
+    if config is not None and getattr(usual, "__name__", "") in PARTS:
+        kind = _processor_class(checkpoint, config)
+        if kind is not None and kind.__name__ in PARTS:
+            return _with_own_video(kind, checkpoint)
     try:
         return AutoProcessor.from_pretrained(checkpoint.path, **checkpoint.options)
     except (ImportError, OSError, ValueError) as error:
@@ -125,7 +131,7 @@ def _whole_or_without_video(
         kind = _processor_class(checkpoint, config) if video and config is not None else None
         if kind is None:
             raise
-        return _without_video(kind, checkpoint)
+        return _with_own_video(kind, checkpoint)
 
 
 def _processor_class(
@@ -155,46 +161,42 @@ def _processor_class(
     return kind
 
 
-class MissingVideo(dict[str, Any]):
-    """Stands in a processor where its video part cannot be made: the settings of that part.
-
-    Some processors read settings of their video part (frames per second) even when they are given
-    images only, so these are attributes too, None where the checkpoint says nothing. It is a
-    dictionary, so that the processor can be printed and saved as any other.
-    """
-
-    model_input_names: Sequence[str] = ()
-    _auto_class = None  # read when a processor is saved: no class of its own to save with it
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # asked for while an object is copied
-            raise AttributeError(name)
-        return self.get(name)
+class MissingVideo(VideoSettings):
+    """Stands in a processor where its video part cannot be made."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         raise InputError(needs("the video part of this processor", ["torchvision"]))
 
 
-def _without_video(kind: type[ProcessorMixin], checkpoint: Checkpoint) -> ProcessorMixin:
-    """A processor of class `kind` with `MissingVideo` as its video part.
+def _with_own_video(kind: type[ProcessorMixin], checkpoint: Checkpoint) -> ProcessorMixin:
+    """A processor of class `kind` with a video part of `video_frames`, or `MissingVideo`.
 
     It is a subclass that differs in one point: the constructor, which checks the classes of all
     parts, accepts that video part. Given images it does what `kind` does.
     """
     options = checkpoint.options
     settings, _ = kind.get_processor_dict(checkpoint.path, **options)
+    video = PARTS.get(kind.__name__, MissingVideo)(_video_settings(checkpoint, settings))
 
     def check(self: Any, name: str, part: Any) -> Any:
-        if isinstance(part, MissingVideo):
-            return MissingVideo
+        if isinstance(part, VideoSettings):
+            return VideoSettings
         return kind.check_argument_for_proper_class(self, name, part)
 
-    images_only: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
+    lenient: Any = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
     parts = [
-        MissingVideo(settings.get(_VIDEO) or {})
-        if part == _VIDEO
-        else _PARTS[part].from_pretrained(checkpoint.path, **options)
+        video if part == _VIDEO else _PARTS[part].from_pretrained(checkpoint.path, **options)
         for part in kind.get_attributes()
     ]
-    processor: ProcessorMixin = images_only.from_args_and_dict(parts, settings)
+    processor: ProcessorMixin = lenient.from_args_and_dict(parts, settings)
     return processor
+
+
+def _video_settings(checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the video part, from where transformers looks for them, in its order."""
+    if settings.get(_VIDEO) is not None:
+        return dict(settings[_VIDEO])
+    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        if (path := checkpoint.file(name)) is not None:
+            return read_json(path, f"{name} of {checkpoint.name}")
+    return {}

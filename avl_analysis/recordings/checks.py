@@ -132,6 +132,10 @@ def _scene(value: Any) -> bool:
     return _whole(value.get("seed")) and _whole(value.get("index"))
 
 
+def _seconds(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 2**31
+
+
 def _size(value: Any) -> bool:
     return _list_of(_whole)(value) and len(value) == 2 and min(value) > 0
 
@@ -143,6 +147,8 @@ _FACTS: Mapping[str, Callable[[Any], bool]] = {
     "answer": _text,
     "truth": _text,
     "picture": _text,
+    "frames": _list_of(_text),
+    "frame_seconds": _list_of(_seconds),
     "words": _list_of(_text),
     "answers": _list_of(_text),
     "boxes": _list_of(_box),

@@ -29,7 +29,8 @@ from avl_analysis.conformance.shrink import VOCABULARY
 _TEMPLATE = (
     "{{% for message in messages %}}{{{{ message['role'] }}}}:"
     "{{% for part in message['content'] %}}"
-    "{{% if part['type'] == 'image' %}}{image}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
+    "{{% if part['type'] == 'image' %}}{image}{{% elif part['type'] == 'video' %}}{video}"
+    "{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
     "{{% endfor %}}\n{{% endfor %}}{{% if add_generation_prompt %}}assistant:{{% endif %}}"
 )
 
@@ -45,6 +46,8 @@ class Kind:
         named: attributes of the tokenizer that hold special tokens.
         settings: arguments of the processor.
         options: arguments of the image processor.
+        video: what the chat template writes for a video.
+        frames: settings of the video part.
     """
 
     processor: str
@@ -53,9 +56,14 @@ class Kind:
     named: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    video: str = "<video>"
+    frames: Mapping[str, Any] = field(default_factory=dict)
 
 
+_SQUARE = {"size": {"height": 24, "width": 24}}
 _QWEN = {
+    "video": "<|vision_start|><|video_pad|><|vision_end|>",
+    "frames": {"size": {"shortest_edge": 48 * 48, "longest_edge": 72 * 72}, "patch_size": 4},
     "image": "<|vision_start|><|image_pad|><|vision_end|>",
     "tokens": {
         "image_token_id": "<|image_pad|>",
@@ -67,7 +75,11 @@ _QWEN = {
 KINDS = {
     "qwen2_vl": Kind("Qwen2VLProcessor", **_QWEN),
     "qwen2_5_vl": Kind("Qwen2_5_VLProcessor", **_QWEN),
-    "qwen3_vl": Kind("Qwen3VLProcessor", **_QWEN),
+    "qwen3_vl": Kind(
+        "Qwen3VLProcessor",
+        **_QWEN
+        | {"frames": {"size": {"shortest_edge": 9216, "longest_edge": 20736}, "patch_size": 4}},
+    ),
     "internvl": Kind(
         "InternVLProcessor",
         "<IMG_CONTEXT>",
@@ -80,6 +92,7 @@ KINDS = {
         },
         {"image_seq_length": 9},
         {"min_patches": 1, "max_patches": 6, "crop_to_patches": True},
+        frames=_SQUARE,
     ),
     "smolvlm": Kind(
         "SmolVLMProcessor",
@@ -94,6 +107,7 @@ KINDS = {
         },
         settings={"image_seq_len": 9},
         options={"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 24}},
+        frames={"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 24}},
     ),
     "llava_next": Kind(
         "LlavaNextProcessor",
@@ -114,12 +128,14 @@ KINDS = {
             "vision_feature_select_strategy": "default",
             "num_additional_image_tokens": 1,
         },
+        frames={"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}},
     ),
     "llava_onevision": Kind(
         "LlavaOnevisionProcessor",
         "<image>",
         {"image_token_index": "<image>", "video_token_index": "<video>"},
         settings={"num_image_tokens": 36, "vision_feature_select_strategy": "full"},
+        frames=_SQUARE,
     ),
     "mistral3": Kind("PixtralProcessor", "[IMG]", {"image_token_index": "[IMG]"}),
 }
@@ -160,9 +176,9 @@ def save_folder(path: Path, model_type: str, *, video: bool = True) -> Path:
     settings = {"processor_class": kind.processor, **kind.settings, "image_processor": image}
     if video:
         name = kind.processor.replace("2_5", "2").replace("Processor", "VideoProcessor")
-        settings["video_processor"] = {"video_processor_type": name}
+        settings["video_processor"] = {"video_processor_type": name, **kind.frames}
     (path / "processor_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    template = _TEMPLATE.format(image=kind.image)
+    template = _TEMPLATE.format(image=kind.image, video=kind.video)
     (path / "chat_template.jinja").write_text(template, encoding="utf-8")
     return path
 
