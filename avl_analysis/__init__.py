@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from avl_analysis.recordings.recording import Recording as Recording
     from avl_analysis.recordings.recording import load_recording as load_recording
     from avl_analysis.recordings.recording import merge as merge
+    from avl_analysis.relevance_plots import plot_relevance as plot_relevance
 
 _HOME = {  # public name -> module it lives in; no module may have the name of something public
     "Comparison": "evaluation.comparison",
@@ -53,6 +54,7 @@ _HOME = {  # public name -> module it lives in; no module may have the name of s
     "plot_patches": "plots",
     "plot_frontier": "plots",
     "plot_heads": "plots",
+    "plot_relevance": "relevance_plots",
     "read_samples": "corpus.questions",
     "record": "capture.recorder",
     "save_policy": "evaluation.policy_files",
@@ -79,6 +81,7 @@ __all__ = [
     "plot_patches",
     "plot_frontier",
     "plot_heads",
+    "plot_relevance",
     "read_samples",
     "record",
     "save_policy",

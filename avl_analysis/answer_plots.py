@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from avl_analysis.errors import InputError
 from avl_analysis.figures import Animation, Box, Caption, Figure, looks
+from avl_analysis.figures.looks import who
 from avl_analysis.figures.plot import Plot
 from avl_analysis.figures.spec import Axis, Lines, Overlay, Panel
 from avl_analysis.figures.strip import visible
@@ -51,12 +52,12 @@ def plot_token(
     look = seen.look(token, layer, head)
     panels: list[Panel] = [looks.plain_picture(image, boxes)]
     if seen.drawable:
-        title = f"“{visible(seen.answer.words[token])}”, {_who(layer, head)}"
+        title = f"“{visible(seen.answer.words[token])}”, {who(layer, head)}"
         panels.append(
             looks.token_overlay(image, seen.on_image(look), boxes=boxes, title=title, top=top)
         )
     panels.append(by_layer(seen, token, head))
-    what = f"Attention of answer token {token}, {_who(layer, head)}, on the image and by layer."
+    what = f"Attention of answer token {token}, {who(layer, head)}, on the image and by layer."
     return _plot("token", "Where the model looked for a token", panels, what, seen, columns=3)
 
 
@@ -132,9 +133,9 @@ def plot_over_answer(
         )
         for step, row in zip(steps, rows, strict=True)
     ]
-    moving = Animation(tuple(frames), tuple(steps), title=f"over the answer, {_who(layer, head)}")
+    moving = Animation(tuple(frames), tuple(steps), title=f"over the answer, {who(layer, head)}")
     what = (
-        f"Attention of every answer token, {_who(layer, head)}; full colour: {top:.2g} of the row's"
+        f"Attention of every answer token, {who(layer, head)}; full colour: {top:.2g} of the row's"
         " attention on one patch, in all frames."
     )
     return _plot("over_answer", "Attention over the answer", [moving], what, seen, columns=1)
@@ -152,18 +153,13 @@ def plot_mass(seen: Observation, layer: int, head: int) -> Plot:
     series = {key: np.array([mass[key] for mass in masses]) for key in ("image", "text")}
     axis = Axis("attention", "share of the row", (0.0, 1.0))
     lines = looks.evolution("over the answer", series, axis)
-    what = f"Attention on image and text at every answer token, {_who(layer, head)}."
+    what = f"Attention on image and text at every answer token, {who(layer, head)}."
     return _plot("mass", "Attention over the answer", [lines], what, seen, columns=1)
 
 
 def _largest(seen: Observation, row: NDArray[np.float64]) -> float:
     """Attention on the patch of the first image that gets most."""
     return float(np.nanmax(row[seen.image == 0], initial=1e-6))
-
-
-def _who(layer: int | None, head: int | None) -> str:
-    where = "mean over layers" if layer is None else f"layer {layer}"
-    return f"{where}, {'mean over heads' if head is None else f'head {head}'}"
 
 
 def _plot(

@@ -72,6 +72,34 @@ def token(
     )
 
 
+def relevance(
+    question: Question,
+    step: int,
+    layer: int | None,
+    head: int | None,
+    boxes: tuple[Box, ...] = (),
+) -> str:
+    """The relevance maps of Ask.
+
+    Args:
+        question: what was asked.
+        step: number of the answer token.
+        layer, head: the chosen ones; None for the mean.
+        boxes: frames drawn over the picture.
+    """
+    framed = ", ".join(map(repr, boxes))
+    return (
+        "from avl_analysis import plot_relevance\n"
+        + "from avl_analysis.relevance.maps import relevance\n"
+        + ("from avl_analysis.figures import Box\n" if boxes else "")
+        + observed(question)
+        + f"found = relevance(vlm, sample, seen.answer.ids, {step})\n"
+        + f"\nplot = plot_relevance(found, image, layer={layer}, head={head}"
+        + (f", boxes=({framed},))\n" if boxes else ")\n")
+        + 'plot.save("relevance.svg")  # or .png, .pdf, .html, .csv\n'
+    )
+
+
 def head_overlays(question: Question, step: int, layer: int) -> str:
     """The grid of a layer's heads."""
     return _plotted(question, "plot_head_overlays", f"{step}, layer={layer}", "head_overlays")

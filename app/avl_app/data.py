@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from avl_analysis.live import Answer, Disagreement, Observation
     from avl_analysis.models.loading import VLM
     from avl_analysis.recordings.recording import Recording
+    from avl_analysis.relevance.maps import Relevance
 
 Result = TypeVar("Result")
 OnToken = Callable[[str, int], None]
@@ -286,6 +287,17 @@ class ModelServer:
             return live.disagreement(vlm, question.sample, policy, reference.ids)
 
         return self._once("disagreement", question, policy, run, waiting)
+
+    def relevance(
+        self, question: Question, answer: Answer, step: int, waiting: Waiting | None = None
+    ) -> Relevance:
+        """The relevance maps of one token of the full cache's answer."""
+        from avl_analysis.relevance import maps
+
+        def run(vlm: VLM) -> Relevance:
+            return maps.relevance(vlm, question.sample, answer.ids, step)
+
+        return self._once(f"relevance {step}", question, None, run, waiting)
 
     def comparison(
         self,

@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import streamlit as st
 from streamlit.errors import StreamlitAPIException
 
+from avl_analysis.relevance import METHODS
+
 Value = TypeVar("Value")
 ALL = "all"
 """Choice of a layer or head that means the mean over them."""
@@ -88,6 +90,7 @@ FIELDS: dict[str, Field] = {
     "layer": Field(AUTO, _index),
     "head": Field(ALL, _index),
     "opacity": Field(0.9, _number(0.0, 1.0, float)),
+    "map": Field("raw", _one_of(*METHODS)),
     "measure": Field("", _text),
     "other": Field("", _text),
     "secondary": Field(0.5, _number(0.0, 1.0, float)),

@@ -185,5 +185,11 @@ def states_overlay(picture: NDArray[np.uint8], states: Patches, title: str = "")
     return Overlay(picture, Axis("state", "class"), states, classes=STATES, title=title)
 
 
+def who(layer: int | None, head: int | None) -> str:
+    """Whose attention a figure shows, in words; None is the mean."""
+    where = "mean over layers" if layer is None else f"layer {layer}"
+    return f"{where}, {'mean over heads' if head is None else f'head {head}'}"
+
+
 def _thin(ticks: tuple[tuple[float, str], ...], most: int = 16) -> tuple[tuple[float, str], ...]:
     return ticks[:: max(1, -(-len(ticks) // most))]

@@ -68,6 +68,10 @@ def test_ask_gives_the_code_of_its_figure_and_of_its_animation() -> None:
     check(page(**ONE_WORD, token="0", layer="3", head="2", over_answer="1"), 2)
 
 
+def test_ask_gives_the_code_of_its_relevance_maps() -> None:
+    check(page(**ONE_WORD, token="0", layer="3", head="2", map="gradient"), 1)
+
+
 def test_heads_give_the_code_of_the_map_and_of_the_grid_of_heads() -> None:
     check(page(view="heads", **ONE_WORD, layer="2", head="1", all_heads="1"), 2)
 

@@ -49,6 +49,24 @@ def test_choosing_another_token_layer_and_head_changes_the_sentence_and_the_addr
     assert "the model gives" in texts(test)
 
 
+def test_every_map_of_a_token_is_drawn_on_its_own_scale() -> None:
+    test = page(**ONE_WORD, layer="3")
+    said = set()
+    for method, words in (
+        ("raw", "of all attention, on the patch"),
+        ("relative", "times its attention under “Describe the picture"),
+        ("gradient", "adds to the log"),
+        ("chefer", "layer and head above do not change this map"),
+    ):
+        test.segmented_control(key="map").set_value(method).run()
+        assert errors(test) == []
+        captions = "\n".join(element.value for element in test.caption)
+        assert words in captions
+        said.add(captions)
+    assert len(said) == 4
+    assert address(test, "map") == "chefer"
+
+
 def test_another_question_starts_with_the_token_that_says_most() -> None:
     test = page(**ONE_WORD, token="0", layer="1", head="2")
     test.selectbox(key="task").set_value("ocr").run()

@@ -11,6 +11,7 @@ from avl_analysis.answer_plots import plot_over_answer, plot_token
 from avl_analysis.corpus.regions import Region, on_tokens, word_regions
 from avl_analysis.figures import Box, Figure, looks
 from avl_analysis.live import FOCUS, Focus, Observation
+from avl_analysis.relevance import METHODS
 from avl_analysis.scenes import SceneSample
 from avl_analysis.scenes.drawing import SIDE
 from avl_app import code, history, state
@@ -27,6 +28,7 @@ from avl_app.page import (
     streaming,
     strip,
 )
+from avl_app.views import maps
 
 
 def show(context: Context) -> None:
@@ -39,13 +41,13 @@ def show(context: Context) -> None:
         return
     with st.container(key="ask"):
         with st.container(key="ask_controls"):
+            method = maps.choose() if seen.drawable else "raw"
             layer, head = _layer_and_head(seen)
         region = _region(seen, sample, step)
         with st.container(key="ask_pictures"):
             st.markdown(f"#### {_sentence(seen, step, layer, head, region)}")
-            figure = _pictures(context, seen, step, layer, head, region)
-            framed = patch_frames(seen, region)
-            keep(figure, code.token(context.question, step, layer, head, framed), "ask")
+            figure, python = _pictures(context, seen, step, layer, head, region, method)
+            keep(figure, python, "ask")
         with st.container(key="ask_words"):
             _words(seen, step, layer, head)
         _over_answer(context, seen, layer, head)
@@ -231,27 +233,35 @@ def _pictures(
     layer: int | None,
     head: int | None,
     region: Region,
-) -> Figure:
-    """The picture as it is, with the attention over it, and how layers divide their attention.
+    method: str,
+) -> tuple[Figure, str]:
+    """The picture as it is, with a map over it, and how layers divide their attention.
+
+    Returns the figure to take away and the code that gives it.
 
     Args:
         seen: the answer, watched.
         step: number of the chosen token.
         layer, head: the chosen ones; None for the mean.
         region: what the token is about.
+        method: which map lies over the picture.
     """
     pixels = context.question.picture.pixels
     framed = patch_frames(seen, region)
     figure = plot_token(seen, pixels, step, layer, head, boxes=framed).figure
+    shown = None
+    if method != "raw":
+        shown = maps.of_token(context, seen, step, layer, head, framed)
     height = picture_height(pixels)
     plainly, over, lines = st.columns([1, 1, 1])
     with plainly:
         st.markdown("**The picture**" + (" and what the word is about" if framed else ""))
         plot(figure.panels[0], "picture", height=height)
     with over:
-        st.markdown(f"**Attention for “{shown_token(seen.answer.words[step])}”**")
+        name = METHODS[method].capitalize() if shown is not None else "Attention"
+        st.markdown(f"**{name} for “{shown_token(seen.answer.words[step])}”**")
         if seen.drawable:
-            overlay = figure.panels[1]
+            overlay = figure.panels[1] if shown is None else shown.overlay(method)
             plot(
                 overlay,
                 "overlay",
@@ -260,7 +270,11 @@ def _pictures(
                 height=height,
             )
             top = float(np.nanmax(seen.look(step, layer, head)[seen.image == 0], initial=0.0))
-            st.caption(f"Full amber: {top:.1%} of all attention, on the patch that gets most.")
+            st.caption(
+                f"Full amber: {top:.1%} of all attention, on the patch that gets most."
+                if shown is None
+                else shown.caption(method)
+            )
         else:
             st.info(
                 "This model does not say which patch of the picture a token stands for.",
@@ -269,7 +283,9 @@ def _pictures(
     with lines:
         st.markdown("**Picture or text, layer by layer**")
         plot(figure.panels[-1], "by_layer", titled=False, height=320)
-    return figure
+    if shown is not None:
+        return shown.figure, shown.code
+    return figure, code.token(context.question, step, layer, head, framed)
 
 
 def patch_frames(seen: Observation, region: Region) -> tuple[Box, ...]:

@@ -1,0 +1,103 @@
+"""The relevance maps of Ask: which map of a token lies over the picture, and what it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import streamlit as st
+
+from avl_analysis.figures import Box, Figure, Overlay
+from avl_analysis.live import Observation
+from avl_analysis.relevance import METHODS
+from avl_analysis.relevance.maps import Relevance
+from avl_app import code, state
+from avl_app.page import Context, plain
+
+SHORT = {
+    "raw": "raw attention",
+    "relative": "relative",
+    "gradient": "gradient-weighted",
+    "chefer": "Chefer relevance",
+}
+"""Name of a map -> what the choice calls it."""
+_HELP = """\
+**Raw attention**: the weights as the model computed them. **Relative**: divided by the weights
+under a generic instruction about the same picture. **Gradient-weighted**: times the part of their
+gradient that raises the word's probability. **Chefer relevance**: such products multiplied through
+all layers. None says that the model would answer otherwise without a patch."""
+
+
+def choose() -> str:
+    """The choice of a map; returns its name."""
+    assert tuple(SHORT) == tuple(METHODS)
+    st.segmented_control(
+        "Map over the picture",
+        list(SHORT),
+        key="map",
+        format_func=SHORT.__getitem__,
+        required=True,
+        help=_HELP,
+    )
+    return str(state.get("map"))
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """The maps of one token on the page.
+
+    Attributes:
+        found: the maps.
+        figure: all of them, to take away; behind the picture they stand in their order.
+        code: Python that gives the figure.
+    """
+
+    found: Relevance
+    figure: Figure
+    code: str
+
+    def overlay(self, method: str) -> Overlay:
+        """One map over the picture."""
+        panel = self.figure.panels[1 + list(SHORT).index(method)]
+        assert isinstance(panel, Overlay)
+        return panel
+
+    def caption(self, method: str) -> str:
+        """What full colour means on a map."""
+        patches = self.overlay(method).patches
+        assert patches is not None
+        top = float(np.nanmax(patches.values, initial=0.0))
+        if method == "relative":
+            return (
+                f"Full amber: {top:.1f} times its attention under “{plain(self.found.instruction)}”"
+            )
+        if method == "gradient":
+            return f"Full amber: {top:.2g}, attention times what it adds to the log-probability."
+        return (
+            f"Full amber: a relevance of {top:.2g}, through all layers and heads; layer and head"
+            " above do not change this map."
+        )
+
+
+def of_token(
+    context: Context,
+    seen: Observation,
+    step: int,
+    layer: int | None,
+    head: int | None,
+    framed: tuple[Box, ...],
+) -> Shown:
+    """The maps of a token, computed where they are not known yet.
+
+    Args:
+        seen: the answer, watched.
+        step: number of the chosen token.
+        layer, head: the chosen ones; None for the mean.
+        framed: frames over the picture.
+    """
+    from avl_analysis.relevance_plots import plot_relevance
+
+    with st.spinner("Following the word back through the model …"):
+        found = context.bench.relevance(context.question, seen.answer, step)
+    drawn = plot_relevance(found, context.question.picture.pixels, layer, head, boxes=framed)
+    return Shown(found, drawn.figure, code.relevance(context.question, step, layer, head, framed))
