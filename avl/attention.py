@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,18 @@ class AttentionCall:
         return self.query.shape[1] // self.key.shape[1]
 
     @property
+    def softcap(self) -> float | None:
+        """Bound of the scaled products, see `soft_cap`."""
+        cap: float | None = self.options.get("softcap")
+        return cap
+
+    @property
+    def position_bias(self) -> Tensor | None:
+        """(1 or batch, query heads, rows, keys) learned, per relative position (T5, Inkling)."""
+        bias: Tensor | None = self.options.get("position_bias")
+        return bias
+
+    @property
     def causal(self) -> bool:
         """Whether a missing mask means causal attention.
 
@@ -110,6 +122,74 @@ class AttentionCall:
         wanted = self.options.get("is_causal")
         wanted = getattr(self.module, "is_causal", True) if wanted is None else wanted
         return self.mask is None and self.query.shape[2] > 1 and bool(wanted)
+
+
+class MaskPart(NamedTuple):
+    """What a mask says about some rows and keys.
+
+    Attributes:
+        visible: (1 or batch, 1 or query heads, 1 or rows, keys) bool, which keys a row may attend
+            to; None where every row may attend to every key.
+        bias: same shape, float32 that is added to the logits of visible keys; None where nothing
+            is.
+    """
+
+    visible: Tensor | None
+    bias: Tensor | None = None
+
+
+def read_mask(
+    call: AttentionCall,
+    rows: slice = slice(None),
+    keys: slice = slice(None),
+    sample: int | None = None,
+) -> MaskPart:
+    """The mask of a call in one form, whichever of its own transformers gave it.
+
+    Args:
+        call: the attention call.
+        rows: which query rows.
+        keys: which keys.
+        sample: one row of the batch, which then has size 1; None for all.
+    """
+    mask, count, held = call.mask, call.query.shape[2], call.key.shape[2]
+    row = torch.arange(count, device=call.query.device)[rows, None]
+    column = torch.arange(held, device=call.query.device)[keys]
+    if mask is None:
+        return MaskPart((column <= row)[None, None] if call.causal else None)
+    if sample is not None:
+        mask = mask[min(sample, len(mask) - 1)][None]  # one mask may serve the whole batch
+    if mask.dim() == 2:  # flash kernels: padding of the keys only; causality is the kernel's
+        visible = mask[:, None, None, keys].bool()
+        if count > 1:  # these kernels align the last row with the last key, not the first ones
+            visible = visible & (column <= row + (held - count))
+        return MaskPart(visible)
+    mask = mask[:, :, rows if mask.shape[2] > 1 else slice(None), keys]
+    if mask.dtype == torch.bool:
+        return MaskPart(mask)
+    # transformers writes "not attended" as the most negative finite number; half of it tells it
+    # from any bias, also after it was converted or something small was added to it
+    return MaskPart(mask > torch.finfo(mask.dtype).min / 2, mask.float())
+
+
+def soft_cap(products: Tensor, cap: float | None) -> None:
+    """`cap * tanh(products / cap)` in place (Gemma 2); unchanged without a cap."""
+    if cap is not None:
+        products.div_(cap).tanh_().mul_(cap)
+
+
+def sinks_of(call: AttentionCall, rows: slice = slice(None)) -> Tensor | None:
+    """Learned logits that take part in the softmax and stand for no key, None without any.
+
+    gpt-oss has `s_aux`, one per head; Inkling 2 has `sinks`, which depend on the query.
+
+    Returns:
+        (1 or batch, query heads, 1 or rows, 1) float32.
+    """
+    if (by_head := call.options.get("s_aux")) is not None:
+        return by_head.float().view(1, -1, 1, 1)
+    by_row: Tensor | None = call.options.get("sinks")
+    return None if by_row is None else by_row[:, :, rows].float()
 
 
 def for_query_heads(mask: Tensor, call: AttentionCall) -> Tensor:
@@ -140,53 +220,30 @@ def attention_logits(
         .mul_(call.scaling)
         .view(batch, heads, count, key.shape[2])
     )
-    if (cap := call.options.get("softcap")) is not None:
-        logits = torch.tanh(logits / cap) * cap
-    if (
-        bias := call.options.get("position_bias")
-    ) is not None:  # learned, per relative position (T5, Inkling)
-        logits = logits + bias[:, :, rows, : key.shape[2]].float()
-    mask = call.mask
-    if mask is None:
-        if call.causal:
-            first = rows.indices(call.query.shape[2])[0]
-            row = torch.arange(first, first + count, device=logits.device)
-            column = torch.arange(key.shape[2], device=logits.device)
-            logits.masked_fill_(column > row[:, None], -torch.inf)
-        return logits
-    if mask.dim() == 2:  # flash kernels: padding of the keys only; causality is the kernel's
-        hidden = ~mask[:, None, None, : key.shape[2]].bool()
-        if call.query.shape[2] > 1:
-            first = rows.indices(call.query.shape[2])[0] + call.key.shape[2] - call.query.shape[2]
-            row = torch.arange(first, first + count, device=logits.device)
-            hidden = hidden | (torch.arange(key.shape[2], device=logits.device) > row[:, None])
-        return logits.masked_fill_(hidden, -torch.inf)
-    mask = mask[:, :, rows if mask.shape[2] > 1 else slice(None), : key.shape[2]]
-    if mask.dtype == torch.bool:
-        return logits.masked_fill_(~mask, -torch.inf)
-    # transformers writes "not attended" as the most negative finite number; as -inf it survives the
-    # addition exactly
-    hidden = mask <= torch.finfo(mask.dtype).min / 2
-    return (logits + mask.float()).masked_fill_(hidden, -torch.inf)
+    soft_cap(logits, call.softcap)
+    if call.position_bias is not None:
+        logits += call.position_bias[:, :, rows, : key.shape[2]].float()
+    visible, bias = read_mask(call, rows, slice(key.shape[2]))
+    if bias is not None:
+        logits += bias
+    return logits if visible is None else logits.masked_fill_(~visible, -torch.inf)
 
 
 def softmax_weights(logits: Tensor, sinks: Tensor | None = None) -> Tensor:
     """Softmax over the last axis; rows that attend to nothing (padding) give zeros instead of NaN.
 
-    `sinks` are learned logits that take part in the normalisation and hold no value: (query heads,)
-    as in gpt-oss, or (batch, query heads, rows, 1) where they depend on the query (Inkling 2).
+    `sinks` are as `sinks_of` gives them: they take part in the normalisation and hold no value.
     """
     top = logits.amax(-1, keepdim=True)
     if sinks is not None:
-        sink = (sinks.float().view(1, -1, 1, 1) if sinks.dim() == 1 else sinks.float()).expand_as(
-            top
-        )
-        top = torch.maximum(top, sink)
+        top = torch.maximum(top, sinks)
+    # A row of nothing but -inf would subtract -inf from -inf; with a finite maximum its weights
+    # become exp(-inf) = 0 and their sum 0, which the smallest divisor leaves 0.
     top = top.clamp_min(torch.finfo(logits.dtype).min)
     weights = (logits - top).exp_()
     total = weights.sum(-1, keepdim=True)
     if sinks is not None:
-        total = total + (sink - top).exp()
+        total = total + (sinks - top).exp()
     return weights.div_(total.clamp_min(torch.finfo(logits.dtype).tiny))
 
 
@@ -197,11 +254,7 @@ def attention_weights(
 
     (batch, query heads, rows, keys) float32, each row summing to 1 (or 0).
     """
-    sinks: Tensor | None = call.options.get("s_aux")
-    by_row: Tensor | None = call.options.get("sinks")
-    if sinks is None and by_row is not None:
-        sinks = by_row[:, :, rows]
-    return softmax_weights(attention_logits(call, rows, keys), sinks)
+    return softmax_weights(attention_logits(call, rows, keys), sinks_of(call, rows))
 
 
 def row_logits(call: AttentionCall, tier: QuantizedTier | None = None) -> Tensor:
@@ -223,9 +276,7 @@ def row_logits(call: AttentionCall, tier: QuantizedTier | None = None) -> Tensor
     logits = _products(call.key.flatten(0, 1), query).transpose(1, 2).float().view(shape)
     if tier is not None:
         logits = torch.cat([tier.products(call.query[:, :, 0]).view(shape), logits], -1)
-    logits.mul_(call.scaling)
-    if (cap := call.options.get("softcap")) is not None:
-        logits = torch.tanh(logits / cap) * cap
+    soft_cap(logits.mul_(call.scaling), call.softcap)
     return logits
 
 
@@ -254,7 +305,7 @@ def attend_with(
     batch, heads = call.query.shape[:2]
     if empty is not None:
         logits = logits.masked_fill(empty[:, :, None], -torch.inf)
-    if (sinks := call.options.get("s_aux")) is None:
+    if (sinks := sinks_of(call)) is None:
         weights = torch.softmax(logits, -1)
     else:
         sunk = softmax_weights(logits.reshape(batch, heads, 1, -1), sinks)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from avl.attention import AttentionCall
+from avl.attention import AttentionCall, sinks_of
 from avl_analysis.capture.visibility import VisibleKeys, visible_keys
 from avl_analysis.statistics.inputs import TokenInfo, for_heads
 
@@ -101,8 +101,8 @@ def view(
         part.queries,
         part.keys,
         part.visible_keys,
-        call.options.get("softcap"),
-        _of_sample(call.options.get("position_bias"), sample, part),
+        call.softcap,
+        _of_sample(call.position_bias, sample, part),
         _sinks(call, sample, part.rows),
         part.memo,
     )
@@ -117,11 +117,9 @@ def _of_sample(bias: Tensor | None, sample: int, part: SampleSlice) -> Tensor | 
 
 
 def _sinks(call: AttentionCall, sample: int, rows: slice) -> Tensor | None:
-    """gpt-oss: `s_aux`, one per head; Inkling: `sinks`, (batch, query heads, rows, 1)."""
-    if (sinks := call.options.get("s_aux")) is not None:
-        return sinks[:, None].float()
-    sinks = call.options.get("sinks")
-    return None if sinks is None else sinks[sample, :, rows, 0].float()
+    """(query heads, 1 or rows) of one sample."""
+    sinks = sinks_of(call, rows)
+    return None if sinks is None else sinks[min(sample, len(sinks) - 1), :, :, 0]
 
 
 def _part(call: AttentionCall, tokens: TokenInfo, sample: int) -> SampleSlice | None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from avl.attention import soft_cap
 from avl.kernels.backend import COMPILED, backend_for
 from avl.kernels.row_products import row_products
 from avl_analysis.capture.sample_call import SampleCall
@@ -139,8 +140,7 @@ def _products(query: Tensor, key: Tensor, out: Tensor) -> None:
 
 def _bend(logits: Tensor, view: SampleCall, heads: slice, rows: slice, span: slice) -> None:
     """Cap scaled products and add what the model adds to them, in place."""
-    if view.softcap is not None:
-        logits.div_(view.softcap).tanh_().mul_(view.softcap)
+    soft_cap(logits, view.softcap)
     if view.bias is not None:
         logits += view.bias[heads if len(view.bias) > 1 else slice(None), rows, span]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avl.attention import AttentionCall
+from avl.attention import AttentionCall, read_mask
 from avl_analysis.statistics.inputs import for_heads
 
 BLOCK_ROWS = 256
@@ -28,7 +28,7 @@ class VisibleRows:
 
     Attributes:
         visible: (1 or query heads, rows, keys) bool.
-        bias: same shape, float32 added to the logits; None if there is none.
+        bias: same shape, float32 added to the logits of visible keys; None if there is none.
     """
 
     visible: Tensor
@@ -219,12 +219,11 @@ def visible_keys(
         rows: the valid part of the call's rows; `keys` of its keys.
         held: (1 or query heads, keys of that part) bool, False for slots that hold nothing.
     """
-    device, count = call.query.device, call.query.shape[2]
+    device = call.query.device
     size = rows.stop - rows.start, keys.stop - keys.start
-    column = torch.arange(keys.start, keys.stop, device=device)
     every = len(held) == 1 and bool(held.all())
-    # A missing causal mask compares row i with key i; flash kernels align the last row and key.
-    corner = 0 if call.mask is None else call.key.shape[2] - count
+    # A missing causal mask compares row i with key i. Cut to this sample it is the triangle of
+    # `VisibleKeys` only if as many keys as rows are cut off in front of the common corner.
     triangle = call.causal and rows.start - keys.start == size[1] - size[0]
     everything = call.mask is None and not call.causal and size[0] == 1
     if every and (triangle or everything):
@@ -233,41 +232,26 @@ def visible_keys(
 
     def read(some: slice) -> VisibleRows:
         own = slice(rows.start + some.start, rows.start + some.stop)
-        row = torch.arange(own.start, own.stop, device=device)[:, None]
-        bias = None
-        if call.mask is None:
-            visible = (column <= row if call.causal else torch.ones_like(column <= row))[None]
-        elif call.mask.dim() == 2:
-            visible = call.mask[sample, keys].bool().expand(1, len(row), -1)
-            if count > 1:
-                visible = visible & (column <= row + corner)
-        else:
-            mine = _mask_part(call.mask, sample, own, keys).expand(-1, len(row), -1)
-            visible = _visible(mine)
-            if biased:
-                bias = mine.float().masked_fill(~visible, 0.0)
-        return VisibleRows(visible if every else visible & held[:, None], bias)
+        shape = (-1, some.stop - some.start, size[1])
+        visible, bias = read_mask(call, own, keys, sample)
+        if visible is None:
+            visible = torch.ones(1, 1, *shape[1:], dtype=torch.bool, device=device)
+        visible = visible[0].expand(shape)
+        if not every:
+            visible = visible & held[:, None]
+        return VisibleRows(visible, bias[0].expand(shape) if biased and bias is not None else None)
 
     return VisibleKeys(*size, device, read)
 
 
-def _mask_part(mask: Tensor, sample: int, rows: slice, keys: slice) -> Tensor:
-    """(1 or query heads, 1 or rows, keys) of a mask per row and key."""
-    own = rows if mask.shape[2] > 1 else slice(None)
-    return mask[min(sample, mask.shape[0] - 1), :, own, keys]
-
-
-def _visible(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
 def _has_bias(call: AttentionCall, sample: int, rows: slice, keys: slice) -> bool:
     """Whether a mask of numbers adds anything to the logits of visible keys."""
-    if call.mask is None or call.mask.dim() == 2 or call.mask.dtype == torch.bool:
-        return False
     for start in range(rows.start, rows.stop, BLOCK_ROWS):
         own = slice(start, min(start + BLOCK_ROWS, rows.stop))
-        mine = _mask_part(call.mask, sample, own, keys)
-        if bool((_visible(mine) & (mine != 0)).any()):
+        visible, bias = read_mask(call, own, keys, sample)
+        if bias is None:  # no mask of numbers, whatever the rows
+            return False
+        assert visible is not None
+        if bool((visible & (bias != 0)).any()):
             return True
     return False
