@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from avl.grids import describe_rows, video_ids
-from avl.places import Originals, Picture, PictureMap, map_pictures, originals_of
+from avl.places import Originals, PictureMap, map_pictures, originals_of
 from avl.plugins import FAMILIES, plugins
 from avl.tokens import TokenLayout, token_layout
+from avl.views import Picture
 
 _IMAGE_ID_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 

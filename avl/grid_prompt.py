@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from avl.places import WHOLE, Box, Picture
+from avl.views import WHOLE, Box, Picture
 
 Size = tuple[int, int]
 """Width and height in pixels."""

@@ -25,8 +25,9 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from avl.grid_prompt import Describe, GridPrompt, Pictures, Size, kept_part, squared
-from avl.places import Originals, Picture, Shown, View, as_video, count, nowhere
+from avl.places import Originals, Shown
 from avl.video_grids import VIDEOS
+from avl.views import Picture, View, as_video, count, nowhere
 
 UNKNOWN = "the inputs do not tell where image tokens lie"
 VIDEO = "where the tokens of a video lie is not known"

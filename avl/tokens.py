@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from avl.places import Picture, count, nowhere, token_frames
+from avl.views import Picture, count, nowhere, token_frames
 
 
 class Modality(IntEnum):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 
 from avl.grid_prompt import Describe, GridPrompt, Pictures, kept_part
-from avl.places import View
+from avl.views import View
 
 
 def video_grid(prompt: GridPrompt) -> Pictures:

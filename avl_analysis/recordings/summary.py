@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
 
-import numpy as np
-
-from avl_analysis.figures import Axis, Caption, Figure, Line, Lines, palette
 from avl_analysis.figures.plot import Plot
+from avl_analysis.recordings.readable import Readable
+from avl_analysis.recordings.statistic_plot import plot
 
-if TYPE_CHECKING:
-    from avl_analysis.recordings.recording import Recording
 
-
-def describe(recording: Recording) -> list[tuple[str, str]]:
+def describe(recording: Readable) -> list[tuple[str, str]]:
     """Label and value of everything a reader wants to know first."""
     count = len(recording)
     facts = [
@@ -42,7 +37,7 @@ def describe(recording: Recording) -> list[tuple[str, str]]:
     return [*facts, ("statistics", ", ".join(recording.names))]
 
 
-def as_text(recording: Recording) -> str:
+def as_text(recording: Readable) -> str:
     """One line for the interpreter."""
     facts = dict(describe(recording))
     return (
@@ -52,7 +47,7 @@ def as_text(recording: Recording) -> str:
     )
 
 
-def as_html(recording: Recording) -> str:
+def as_html(recording: Readable) -> str:
     """A table of facts, and how attention is divided by layer."""
     body = "".join(
         f'<tr><th style="text-align:left;vertical-align:top">{escape(label)}</th>'
@@ -64,26 +59,8 @@ def as_html(recording: Recording) -> str:
     return f"<div><strong>Recording</strong><table>{body}</table>{picture}</div>"
 
 
-def mass_by_layer(recording: Recording) -> Plot | None:
+def mass_by_layer(recording: Readable) -> Plot | None:
     """Attention mass on system, image and text tokens by layer; None where it was not recorded."""
     if not len(recording) or "modality_mass" not in recording.names:
         return None
-    decoding = recording["modality_mass"].sizes["step"] > 1
-    step = slice(1, None) if decoding else 0
-    mean = recording.estimate("modality_mass", ("layer", "key_modality"), step=step)
-    layers = mean["layer"].values.astype(float)
-    lines = tuple(
-        Line(name, layers, part["mean"].values, part["low"].values, part["high"].values, slot)
-        for name, slot in palette.MODALITY_SLOTS.items()
-        for part in [mean.sel(key_modality=name)]
-    )
-    rows = "decode steps" if decoding else "the last prompt row"
-    known = bool(np.isfinite(mean["low"]).any())
-    caption = Caption(
-        f"Attention mass by modality of the key, mean over heads, {rows}.",
-        len(recording),
-        str(recording.attrs.get("model", "unknown")),
-        "bands: 95 % intervals over samples" if known else "too few samples for an interval",
-    )
-    panel = Lines(Axis("layer", "index"), Axis("attention mass", "share", (0.0, 1.0)), lines)
-    return Plot(Figure("modality_mass", "Attention by modality", (panel,), caption))
+    return plot(recording, "modality_mass", by="layer")

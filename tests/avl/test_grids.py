@@ -11,8 +11,9 @@ import torch
 from avl import grids
 from avl.families import describe
 from avl.grids import UNKNOWN, VIDEO, describe_rows
-from avl.places import Originals, View, count, map_pictures, nowhere
+from avl.places import Originals, map_pictures
 from avl.tokens import token_layout
+from avl.views import View, count, nowhere
 from tests import tiny
 
 IMAGE = 9

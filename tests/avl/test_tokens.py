@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from avl.places import View, nowhere, token_boxes, token_tiles
+from avl.places import token_boxes, token_tiles
 from avl.tokens import MODALITIES, Modality, token_layout
+from avl.views import View, nowhere
 
 IMG = 5
 

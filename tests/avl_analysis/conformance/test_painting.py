@@ -9,7 +9,7 @@ import transformers
 from packaging.version import Version
 
 from avl import grids, watched_methods
-from avl.places import View
+from avl.views import View
 from avl_analysis.conformance.build import Case, model_types
 from avl_analysis.conformance.entries import ENTRIES, entry
 from avl_analysis.conformance.painting import SIZES, check_places
