@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from avl import video_grids
-from avl.places import View
+from avl.views import View
 from avl_analysis.conformance.build import Case
 from avl_analysis.conformance.painting import silenced
 from avl_analysis.conformance.recording import Mismatch
