@@ -228,8 +228,20 @@ EVERY_ROW: dict[str, RowFormula] = {
         text_distance,
     )
 }
+
+
+def time_distance(seen: Seen, layer: int, head: int, q: int, a: np.ndarray) -> np.ndarray:
+    if seen.frame[q] < 0:
+        return np.array(np.nan)
+    keys = [k for k in range(q + 1) if seen.image[k] == seen.image[q] and seen.frame[k] >= 0]
+    mass = sum(a[k] for k in keys)
+    far = sum(a[k] * abs(int(seen.frame[q]) - int(seen.frame[k])) for k in keys)
+    return np.array(far / mass if mass > 0 else np.nan)
+
+
 SAMPLED_ROWS: dict[str, RowFormula] = {
-    f.__name__: f for f in (patch_distance, recent_text_mass, gini, entropy, effective_count)
+    f.__name__: f
+    for f in (patch_distance, time_distance, recent_text_mass, gini, entropy, effective_count)
 }
 
 
@@ -519,6 +531,46 @@ def layer_agreement(scores: np.ndarray) -> np.ndarray:
     result = np.full((layers, 3), np.nan)
     for layer, (i, p) in product(range(2, layers), enumerate((0.1, 0.3, 0.5))):
         result[layer, i] = _ppci(_top(scores[0, 1], p), _top(scores[0, layer], p))
+    return result
+
+
+def _frames(seen: Seen) -> list[list[int]]:
+    """Image tokens of every frame of every video, by their number among all image tokens."""
+    at = [k for k in range(seen.n) if seen.modality[k] == IMAGE]
+    pairs = [(seen.image[k], seen.frame[k]) for k in at]
+    names = sorted({pair for pair in pairs if pair[1] >= 0})
+    return [[i for i, pair in enumerate(pairs) if pair == name] for name in names]
+
+
+def frame_mass(seen: Seen) -> np.ndarray:
+    """(layers, steps, frames)."""
+    scores, frames = seen.image_scores(), _frames(seen)
+    steps, layers, _ = scores.shape
+    result = np.full((layers, steps, max(1, len(frames))), np.nan)
+    for layer, t, (f, tokens) in product(range(layers), range(steps), enumerate(frames)):
+        result[layer, t, f] = sum(scores[t, layer, i] for i in tokens)
+    return result
+
+
+def frame_core_overlap(seen: Seen) -> np.ndarray:
+    """(layers, lags, cores): cores of the last prompt row, frames of one video only."""
+    scores, frames = seen.image_scores(), _frames(seen)
+    at = [k for k in range(seen.n) if seen.modality[k] == IMAGE]
+    result = np.full((seen.layers, 8, 3), np.nan)
+    for layer, lag, (c, core) in product(
+        range(seen.layers), range(1, 9), enumerate((0.1, 0.3, 0.5))
+    ):
+        values = []
+        for one, other in product(frames, frames):
+            first, second = at[one[0]], at[other[0]]
+            if seen.image[first] != seen.image[second]:
+                continue
+            if seen.frame[second] - seen.frame[first] != lag:
+                continue
+            chosen = _top(scores[0, layer, one], core), _top(scores[0, layer, other], core)
+            if all(chosen):
+                values.append(len(set(chosen[0]) & set(chosen[1])) / len(chosen[0]))
+        result[layer, lag - 1, c] = _average(values)
     return result
 
 

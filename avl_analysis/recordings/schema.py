@@ -17,6 +17,8 @@ Dimensions:
 * token: i-th image token of the sample's prompt, in the order of the prompt, all images in a row;
   `token_position` gives its position. The order is not that of a picture: there may be several
   views of an image, class and newline tokens between the others. Draw by the box.
+* frame: frame (or group of frames) of a sample's videos, all videos in a row; 0 alone, without a
+  value, for samples without a video.
 * rows: which query rows a sum runs over: "prompt", "prompt text", "decode".
 
 Where in its image a token lies (group `tokens`, by position):
@@ -67,7 +69,7 @@ EDGES = ("left", "top", "right", "bottom")
 FACTS_DIGEST = "facts_sha256"
 """Attribute of a file: digest of the facts of all samples."""
 
-RAGGED = frozenset({"step", "position", "token", "picture", "query", "key"})
+RAGGED = frozenset({"step", "position", "token", "picture", "query", "key", "frame"})
 ROWS = ("prompt", "prompt text", "decode")
 GROUPS = ("tokens", "sums", "statistics", "maps", "attention")
 """Groups of a recording: what the tokens are; additive sums with their counts (`<name>_count`);

@@ -22,6 +22,8 @@ _AXES = {
     "head": Axis("head", "index"),
     "step": Axis("decode step", "tokens"),
     "age": Axis("age of the text token", "tokens"),
+    "frame": Axis("frame of the video", "index"),
+    "frame_lag": Axis("distance in time", "frames"),
 }
 
 _MOST_SERIES = 8

@@ -57,6 +57,8 @@ def layer_tables(recording: Recording, names: Sequence[str] | None = None) -> li
                 f"this recording holds no {name!r}; it holds {', '.join(recording.names)}"
             )
         array = recording[name]
+        if names is None and bool(array.isnull().all()):
+            continue  # what no sample has a value for, such as time without a video
         if "layer" in array.dims and (names is not None or _values_per_layer(array) <= MAX_VALUES):
             tables += _tables(name, array)
         elif names is not None:

@@ -24,6 +24,7 @@ from avl_analysis.statistics.core_hits import CoreHitRate
 from avl_analysis.statistics.cosine import ConsecutiveCosine
 from avl_analysis.statistics.coverage import Coverage
 from avl_analysis.statistics.distance import PatchDistance, TextDistance
+from avl_analysis.statistics.frames import FrameCoreOverlap, FrameMass, TimeDistance
 from avl_analysis.statistics.layer_agreement import LayerAgreement
 from avl_analysis.statistics.modality_mass import Efficiency, FirstTokenMass, ModalityMass
 from avl_analysis.statistics.persistence import ImagePersistence
@@ -70,6 +71,9 @@ ALL: tuple[Statistic, ...] = (
     LayerAgreement(),
     SpatialEntropy(),
     KeyRedundancy(),
+    FrameMass(),
+    FrameCoreOverlap(),
+    TimeDistance(),
 )
 
 

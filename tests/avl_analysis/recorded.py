@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from avl.places import remember_originals
 from avl_analysis.capture.recorder import record
 from avl_analysis.recordings.recording import Recording
 from tests import tiny
@@ -65,7 +66,21 @@ CASES: dict[str, dict[str, Any]] = {
     "pictures in some rows": {"batch": [5, 9], "images": [0, 1]},
     "one token": {"batch": [1], "images": 0, "system": 0},
     "picture first, no system tokens": {"batch": [5], "system": 0},
+    "videos, a picture beside one": {"batch": [6, 3], "images": [4, 2], "between": 1},
 }
+
+FRAMES: dict[str, list[list[int]]] = {"videos, a picture beside one": [[3, 0], [2]]}
+"""Of cases with videos: how many of a row's pictures are the frames of each, 0 for a picture."""
+
+
+def case_inputs(model: LlavaForConditionalGeneration, name: str) -> dict[str, torch.Tensor]:
+    """Inputs of one of `CASES`."""
+    batch = tiny.inputs(model, **CASES[name])
+    if name in FRAMES:
+        remember_originals(
+            batch, [[(30, 20)] * len(row) for row in FRAMES[name]], None, FRAMES[name]
+        )
+    return batch
 
 
 def model(

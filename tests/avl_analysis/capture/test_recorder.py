@@ -20,7 +20,7 @@ from avl_analysis.errors import InputError
 from avl_analysis.recordings.recording import merge
 from avl_analysis.recordings.schema import RecordingError
 from tests import tiny
-from tests.avl_analysis.recorded import CASES, close, model, run
+from tests.avl_analysis.recorded import CASES, case_inputs, close, model, run
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_logits_with_recording_are_bit_identical_to_logits_without(case, attn):
 @pytest.mark.parametrize("case", CASES)
 def test_raw_slices_equal_what_eager_attention_returns(kv_heads, case):
     llava = model(kv_heads=kv_heads)
-    batch = tiny.inputs(llava, **CASES[case])
+    batch = case_inputs(llava, case)
     recording, samples = run(llava, batch, statistics=["modality_mass"], keep="attention")
     for b, sample in enumerate(samples):
         kept, n = recording["attention"][b].values, sample.n

@@ -11,8 +11,8 @@ import pytest
 
 from avl_analysis.statistics import ALL
 from avl_analysis.statistics.ages import AGE_STARTS
-from tests import reference, tiny
-from tests.avl_analysis.recorded import CASES, close, model, run
+from tests import reference
+from tests.avl_analysis.recorded import CASES, FRAMES, case_inputs, close, model, run
 
 
 @pytest.fixture(scope="module", params=["multi-head", "grouped-query"])
@@ -28,7 +28,7 @@ def recorded_model(request):
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, recorded_model):
-    recording, samples = run(recorded_model, tiny.inputs(recorded_model, **CASES[request.param]))
+    recording, samples = run(recorded_model, case_inputs(recorded_model, request.param))
     return recording, samples
 
 
@@ -95,6 +95,21 @@ def test_statistics_over_steps_equal_the_reference(case):
         close(recording["spatial_entropy"][b], reference.spatial_entropy(seen), 1e-3)
 
 
+def test_statistics_of_time_equal_the_reference(case):
+    recording, samples = case
+    for b, seen in enumerate(samples):
+        frames = max(1, sum(len(set(seen.frame[seen.image == i]) - {-1}) for i in range(4)))
+        mass = recording["frame_mass"][b]
+        close(mass[..., :frames], reference.frame_mass(seen), 1e-4)
+        assert bool(np.isnan(mass[..., frames:]).all())
+        close(recording["frame_core_overlap"][b], reference.frame_core_overlap(seen), 1e-4)
+
+
+def test_the_cases_have_videos_of_different_lengths():
+    counts = [count for row in FRAMES.values() for shown in row for count in shown]
+    assert {2, 3} <= set(counts)
+
+
 def test_key_redundancy_equals_the_mean_cosine_over_all_pairs(case):
     recording, samples = case
     for b, seen in enumerate(samples):
@@ -110,4 +125,5 @@ def test_every_statistic_has_a_slow_version():
         "text_age_profile",
         "text_age_fit",
     }
-    assert {statistic.name for statistic in ALL} == covered | {"key_redundancy", "spatial_entropy"}
+    covered |= {"key_redundancy", "spatial_entropy", "frame_mass", "frame_core_overlap"}
+    assert {statistic.name for statistic in ALL} == covered

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from avl_analysis.errors import InputError
 from avl_analysis.statistics import ALL, select
@@ -15,6 +16,8 @@ from avl_analysis.statistics.concentration import EffectiveCount, Entropy, Gini
 from avl_analysis.statistics.core_hits import CoreHitRate, HeldCoreMass
 from avl_analysis.statistics.coverage import Coverage
 from avl_analysis.statistics.distance import PatchDistance, TextDistance
+from avl_analysis.statistics.frames import FrameCoreOverlap, FrameMass, TimeDistance
+from avl_analysis.statistics.inputs import QueryRows
 from avl_analysis.statistics.layer_agreement import LayerAgreement
 from avl_analysis.statistics.modality_mass import Efficiency, FirstTokenMass, ModalityMass
 from avl_analysis.statistics.persistence import ImagePersistence
@@ -29,7 +32,7 @@ from avl_analysis.statistics.spatial_entropy import SpatialEntropy, entropy_of_p
 from avl_analysis.statistics.text_age import decay_fits
 from avl_analysis.statistics.top_sets import top
 from tests import reference
-from tests.worked import last_row, one_hot, uniform
+from tests.worked import last_row, one_hot, tokens, uniform
 
 SYSTEM, IMAGE, TEXT = range(3)
 KINDS = "s" + 10 * "i" + "t"
@@ -320,3 +323,55 @@ def test_statistics_are_chosen_by_name_or_given_with_other_settings():
     chosen = select(["entropy", ThresholdSparsity(threshold=0.1)])
     assert [statistic.name for statistic in chosen] == ["entropy", "threshold_sparsity"]
     assert select(None) == ALL
+
+
+def seen_frames(scores: np.ndarray, frame: list[int], image: list[int] | None = None) -> Trajectory:
+    """From (steps, layers, image tokens) and the frame of each token."""
+    none = np.full(scores.shape[-1], -1)
+    last = np.repeat(scores[0][:, None], 2, axis=1)
+    numbers = np.zeros(scores.shape[-1], int) if image is None else np.array(image)
+    layers = tuple(range(scores.shape[1]))
+    return Trajectory(scores.astype(np.float32), last, numbers, none, none, np.array(frame), layers)
+
+
+def test_frame_mass_sums_each_frame_and_leaves_out_what_belongs_to_none():
+    scores = np.array([[[0.1, 0.2, 0.3, 0.05, 0.15]]])
+    mass, _ = FrameMass().value(seen_frames(scores, [0, 0, 1, 1, -1]))
+    assert mass[0, 0] == pytest.approx([0.3, 0.35])
+    gone = np.array([[[0.1, 0.2, np.nan, np.nan, 0.15]]])
+    mass, _ = FrameMass().value(seen_frames(gone, [0, 0, 1, 1, -1]))
+    assert mass[0, 0] == pytest.approx([0.3, 0.0])
+    mass, _ = FrameMass().value(seen_frames(np.full((1, 1, 2), np.nan), [0, 1]))
+    assert np.isnan(mass).all()
+
+
+def test_frame_cores_overlap_by_place_and_only_within_one_video():
+    frames = [[4.0, 3, 2, 1], [4.0, 1, 3, 2], [1.0, 2, 3, 4]]  # best two: {0, 1}, {0, 2}, {2, 3}
+    scores = np.concatenate(frames)[None, None]
+    frame = np.repeat([0, 1, 2], 4).tolist()
+    statistic = FrameCoreOverlap(lags=(1, 2, 3), fractions=(0.5,))
+    sums, counts = statistic.value(seen_frames(scores, frame))
+    assert sums[0, :, 0].tolist() == [1.0, 0.0, 0.0]  # 1/2 and 1/2; nothing; no such pair
+    assert counts[0, :, 0].tolist() == [2, 1, 0]
+    _, counts = statistic.value(seen_frames(scores, [0, 0, 0, 0] * 3, np.repeat([0, 1, 2], 4)))
+    assert not counts.any()
+
+
+def test_time_distance_counts_frames_back_within_the_video():
+    kinds = "siiiit"
+    info = tokens(kinds)
+    info.frame[1:5] = torch.tensor([0, 0, 1, 2], dtype=torch.int16)
+    weights = torch.zeros(1, 6, 6)
+    weights[0, 4] = torch.tensor([0.4, 0.1, 0.1, 0.2, 0.2, 0.0])
+    rows = QueryRows(
+        info,
+        info.map(lambda t: t[None]),
+        torch.zeros(1, 6, 3),
+        torch.zeros(1, 6, 0),
+        (),
+        {},
+        given=weights,
+    )
+    value = TimeDistance().value(rows)[0]
+    assert float(value[4]) == pytest.approx((0.2 * 2 + 0.2 * 1) / 0.6)
+    assert value[[0, 5]].isnan().all()
