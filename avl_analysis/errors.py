@@ -36,7 +36,7 @@ def blamed_on_input(doing: str, remedy: str = "") -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:
+    except Exception as error:  # a library may raise anything about a damaged file
         name = type(error).__name__
         text = one_line(error)
         reason = name if text == name else f"{name}: {text}"

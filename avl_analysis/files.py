@@ -239,8 +239,7 @@ def hdf5_for_writing(path: str | os.PathLike[str]) -> Iterator[Any]:
         file = _Forgiving(raw)
         try:
             yield file
-        except Exception:
-            # What HDF5 says of a file that could not be written is less clear than the reason.
+        except Exception:  # whatever HDF5 makes of the failed write: the reason is clearer
             if file.failure is not None:
                 raise file.failure from None
             raise

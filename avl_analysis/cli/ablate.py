@@ -19,8 +19,10 @@ from avl_analysis.cli.options import (
     Device,
     Download,
     Dtype,
+    Force,
     MaxNewTokens,
     Model,
+    Questions,
     Tasks,
     check_target,
     load,
@@ -43,12 +45,7 @@ Examples: [bold]avl ablate --out ablation.json[/], then
 
 
 def ablate(
-    data: Annotated[
-        Path | None,
-        typer.Argument(
-            help="JSONL file, one {image, prompt, answer} per line. Default: drawn scenes."
-        ),
-    ] = None,
+    data: Questions = None,
     kind: Annotated[
         str, typer.Option(help="Kind of heads: visual, scanning, sink, local, text or mixed.")
     ] = "visual",
@@ -80,7 +77,7 @@ def ablate(
     device: Device = None,
     attention: Attention = "sdpa",
     download: Download = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
 ) -> None:
     """Silence the heads of one kind, then as many others drawn at random.
 

@@ -19,8 +19,10 @@ from avl_analysis.cli.options import (
     Device,
     Download,
     Dtype,
+    Force,
     MaxNewTokens,
     Model,
+    Questions,
     Tasks,
     check_target,
     load,
@@ -40,12 +42,7 @@ Examples: [bold]avl calibrate --out tuned.json[/], then [bold]avl compare -p tun
 
 
 def calibrate(
-    data: Annotated[
-        Path | None,
-        typer.Argument(
-            help="JSONL file, one {image, prompt, answer} per line. Default: drawn scenes."
-        ),
-    ] = None,
+    data: Questions = None,
     target: Annotated[
         float, typer.Option(help="Share of the attention to keep, between 0 and 1.")
     ] = 0.95,
@@ -76,7 +73,7 @@ def calibrate(
     device: Device = None,
     attention: Attention = "sdpa",
     download: Download = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
 ) -> None:
     """Choose A-VL's settings from a model's attention, check them on held-out questions.
 

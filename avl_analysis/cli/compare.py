@@ -16,8 +16,10 @@ from avl_analysis.cli.options import (
     Device,
     Download,
     Dtype,
+    Force,
     MaxNewTokens,
     Model,
+    Questions,
     check_target,
     load,
     plain,
@@ -57,12 +59,7 @@ Examples: [bold]avl compare[/],
 
 
 def compare(
-    data: Annotated[
-        Path | None,
-        typer.Argument(
-            help="JSONL file, one {image, prompt, answer} per line. Default: drawn scenes."
-        ),
-    ] = None,
+    data: Questions = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -98,7 +95,7 @@ def compare(
     device: Device = None,
     attention: Attention = "sdpa",
     download: Download = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
 ) -> None:
     """Compare policies with the full cache: the same answers? right ones? at what cost?
 

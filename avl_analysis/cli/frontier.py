@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from avl_analysis.cli.options import Model, Tasks, check_target, parse_floats, progress
+from avl_analysis.cli.options import (
+    Force,
+    Model,
+    Tasks,
+    check_target,
+    parse_floats,
+    progress,
+)
 from avl_analysis.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,7 +46,7 @@ def frontier(
     work: Annotated[
         Path | None, typer.Option(help="Folder of the parts done so far. Default: OUT.work.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
 ) -> None:
     """Accuracy against measured bytes, for every policy and budget; goes on where it stopped."""
     from avl_analysis.corpus.sharded_run import NOTE

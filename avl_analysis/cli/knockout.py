@@ -13,8 +13,10 @@ from avl_analysis.cli.options import (
     Device,
     Download,
     Dtype,
+    Force,
     MaxNewTokens,
     Model,
+    Questions,
     Tasks,
     check_target,
     load,
@@ -30,10 +32,7 @@ Examples: [bold]avl knockout --scenes 4 --out knockout.nc[/],
 
 
 def knockout(
-    data: Annotated[
-        Path | None,
-        typer.Argument(help="JSONL file of questions. Default: drawn scenes."),
-    ] = None,
+    data: Questions = None,
     flow: Annotated[
         list[str] | None,
         typer.Option(help="SOURCE:TARGET, e.g. image:question; repeat. Default: six flows."),
@@ -49,7 +48,7 @@ def knockout(
     device: Device = None,
     attention: Attention = "sdpa",
     download: Download = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
 ) -> None:
     """Cut attention between two groups of tokens, layer by layer: what does the answer lose?"""
     if out.suffix != ".nc":

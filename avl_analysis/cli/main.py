@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # what reads the output has seen enough, as in avl stats run.nc | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except Exception as error:
+    except Exception as error:  # only what `explained` knows becomes a line; the rest is raised
         message = explained(error)
         if message is None:
             raise

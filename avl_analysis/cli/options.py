@@ -46,6 +46,11 @@ Attention = Annotated[
 ]
 Tasks = Annotated[list[str] | None, typer.Option(help="Tasks of the scenes; repeat for several.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Questions = Annotated[
+    Path | None,
+    typer.Argument(help="JSONL file, one {image, prompt, answer} per line. Default: drawn scenes."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions per pass.")]
 
 

@@ -17,6 +17,7 @@ from avl_analysis.cli.options import (
     Device,
     Download,
     Dtype,
+    Force,
     MaxNewTokens,
     Model,
     check_target,
@@ -121,7 +122,7 @@ def record(
     device: Device = None,
     attention: Attention = "sdpa",
     download: Download = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
 ) -> None:
     """Record where a model looks while it answers, every layer and head, as one file."""
     if out.suffix == ".zarr":

@@ -94,7 +94,7 @@ class Tally:
                 self.model, *args, stopping_criteria=StoppingCriteriaList(criteria), **kwargs
             )
             usage = None if self._session is None else self._session.usage()
-        except Exception as error:
+        except Exception as error:  # noted and raised again: lmms-eval swallows it
             self.failures.append(error)
             raise
         tokens = output if isinstance(output, Tensor) else output.sequences

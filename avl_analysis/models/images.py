@@ -83,7 +83,7 @@ def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
         ) from error
     except InputError:
         raise
-    except Exception as error:
+    except Exception as error:  # decoders raise SyntaxError, struct.error and others
         raise InputError(
             f"{name} is a damaged or truncated image ({one_line(error)}): export or download it"
             " again"

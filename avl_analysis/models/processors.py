@@ -87,7 +87,7 @@ def _read_processor(checkpoint: Checkpoint, config: PreTrainedConfig | None) -> 
         processor.tokenizer.padding_side = "left"
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
-    except Exception as error:
+    except Exception as error:  # what transformers raises about these files is not documented
         if packages := missing_packages(error):
             raise InputError(needs(f"the processor of {name}", packages)) from error
         if isinstance(error, ImportError):

@@ -16,31 +16,12 @@ from transformers import DynamicCache, StoppingCriteria
 
 import avl
 from avl.arguments import cache_parameter, find_cache
-from avl.attention import attention_weights
 from avl.families import UnsupportedModelError
-from avl.hooks import HookError, Intervention, Observer, attach, attached
+from avl.hooks import HookError, Intervention, attach, attached
 from tests import tiny
+from tests.taps import Notes, Watch
 
 PAST = "past_key_values"
-
-
-class Notes(Observer):
-    """Keeps what it is told."""
-
-    def __init__(self):
-        self.begun, self.ended, self.weights, self.layouts = [], [], [], []
-
-    def begin(self, forward):
-        self.layouts.append(forward.layout)
-        self.begun.append(
-            (forward.kind, forward.step, forward.start, forward.tokens, forward.layout.length)
-        )
-
-    def observe(self, call, output):
-        self.weights.append((call.forward.step, call.layer, attention_weights(call)))
-
-    def end(self, forward):
-        self.ended.append(forward.step)
 
 
 CASES = {
@@ -135,11 +116,10 @@ def test_the_model_is_restored_after_an_exception():
     batch = tiny.inputs(model, batch=[6], images=1)
     before, name = model(**batch).logits, model.config.text_config._attn_implementation
 
-    class Fails(Observer):
-        def observe(self, call, output):
-            raise RuntimeError("in the middle of a layer")
+    def fail(call, output):
+        raise RuntimeError("in the middle of a layer")
 
-    with pytest.raises(RuntimeError, match="in the middle"), attached(model, Fails()):
+    with pytest.raises(RuntimeError, match="in the middle"), attached(model, Watch(fail)):
         model(**batch)
     assert model.config.text_config._attn_implementation == name
     assert not model.get_decoder()._forward_pre_hooks

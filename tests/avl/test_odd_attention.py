@@ -22,12 +22,13 @@ import avl
 from avl.attention import AttentionCall, attention_logits, attention_weights
 from avl.backends import _Name
 from avl.families import describe
-from avl.hooks import Observer, attached
+from avl.hooks import attached
 from avl.tokens import Modality
 from avl_analysis.conformance.build import Case
 from avl_analysis.conformance.entries import ENTRIES, entry
 from avl_analysis.conformance.recording import check_recording
 from tests import tiny
+from tests.taps import Notes
 
 SMALL = {
     "hidden_size": 64,
@@ -82,27 +83,10 @@ def llava_over(text):
     return model
 
 
-class Calls(Observer):
-    """Weights, positions and options of every call, by pass and layer."""
-
-    def __init__(self):
-        self.passes = []
-
-    def begin(self, forward):
-        self.passes.append({})
-
-    def observe(self, call, output):
-        self.passes[-1][call.layer] = (
-            attention_weights(call),
-            call.key_positions,
-            dict(call.options),
-        )
-
-
 @pytest.mark.parametrize("kind", TEXTS)
 def test_recorded_weights_are_eagers_with_caps_sinks_and_windows(kind):
     model = llava_over(TEXTS[kind])
-    batch, calls = tiny.inputs(model, batch=[9, 5]), Calls()
+    batch, calls = tiny.inputs(model, batch=[9, 5]), Notes()
     with torch.no_grad(), attached(model, calls):
         output = model.generate(
             **batch,
@@ -147,7 +131,7 @@ def test_a_policy_that_keeps_everything_changes_nothing_beside_windows(kind):
 
 def test_keys_of_a_sliding_window_are_the_newest_positions():
     model = llava_over(TEXTS["softcap"])
-    batch, calls = tiny.inputs(model, batch=[9]), Calls()
+    batch, calls = tiny.inputs(model, batch=[9]), Notes()
     with torch.no_grad(), attached(model, calls):
         model.generate(**batch, max_new_tokens=4, do_sample=False)
     length = batch["input_ids"].shape[1]
@@ -161,7 +145,7 @@ def test_keys_of_a_sliding_window_are_the_newest_positions():
 
 
 def test_gemma3_shows_image_tokens_to_each_other_both_ways():
-    case, calls = Case("gemma3"), Calls()
+    case, calls = Case("gemma3"), Notes()
     with torch.no_grad(), attached(case.model, calls) as hooks:
         case.model(**case.inputs)
         layout = hooks.family.layout(case.inputs["input_ids"], None, case.inputs)
@@ -173,7 +157,7 @@ def test_gemma3_shows_image_tokens_to_each_other_both_ways():
 
 
 def test_paligemma_shows_the_whole_prompt_to_every_token():
-    case, calls = Case("paligemma"), Calls()
+    case, calls = Case("paligemma"), Notes()
     with torch.no_grad(), attached(case.model, calls):
         case.model(**case.inputs)
     assert (calls.passes[0][1][0][0, :, 0] > 0).all()

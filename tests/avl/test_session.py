@@ -11,9 +11,10 @@ import avl
 from avl.arguments import cache_parameter
 from avl.attention import AttentionCall, attention_weights
 from avl.cache import AdaptiveLayer
-from avl.hooks import Observer, attached
+from avl.hooks import attached
 from tests import tiny
 from tests.avl.generating import generate
+from tests.taps import Watch
 
 
 def test_bytes_of_a_session_are_the_bytes_of_its_tensors() -> None:
@@ -54,47 +55,34 @@ def test_nothing_is_copied_at_an_ordinary_step() -> None:
     model = tiny.llava(grid=8)
     seen: list[tuple[bool, int]] = []
 
-    class Watch(Observer):
-        def observe(self, call: AttentionCall, output: Tensor) -> None:
-            layer = call.forward.cache.layers[call.layer]
-            if call.forward.kind == "decode":
-                inside = (
-                    layer.keys.data_ptr()
-                    <= call.key.data_ptr()
-                    < layer.keys.data_ptr() + layer.keys.nbytes
-                )
-                seen.append((inside, call.key.shape[2]))
-                assert call.mask is None
+    def look(call: AttentionCall, output: Tensor) -> None:
+        layer = call.forward.cache.layers[call.layer]
+        if call.forward.kind == "decode":
+            first, stop = layer.keys.data_ptr(), layer.keys.data_ptr() + layer.keys.nbytes
+            seen.append((first <= call.key.data_ptr() < stop, call.key.shape[2]))
+            assert call.mask is None
 
-    with attached(model, Watch()), avl.adaptive(model, avl.AdaptivePolicy(text=None)):
+    with attached(model, Watch(look)), avl.adaptive(model, avl.AdaptivePolicy(text=None)):
         generate(model, tiny.inputs(model, [30]), 4)
     keys = [3 + 19 + 31, 3 + 19 + 32, 3 + 32 + 33]  # the third step is a refresh
     assert seen == [(True, count) for count in keys for _ in range(2)]
 
 
-class Sums(Observer):
+def _check(call: AttentionCall, output: Tensor) -> None:
     """Checks of what an observer sees under a policy."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def observe(self, call: AttentionCall, output: Tensor) -> None:
-        weights = attention_weights(call)
-        value = call.value.repeat_interleave(call.groups, 1)
-        expected = torch.einsum("bhqk,bhkd->bqhd", weights, value)
-        rows = weights.sum(-1)[:, 0] > 0.5
-        assert (output.reshape(expected.shape) - expected)[rows].abs().max() < 1e-4
-        if call.key_positions is not None:
-            positions = call.key_positions
-            positions = positions[:, None] if positions.dim() == 2 else positions
-            empty = (
-                (positions < 0).expand(-1, call.key.shape[1], -1).repeat_interleave(call.groups, 1)
-            )
-            assert float(weights.masked_select(empty[:, :, None].expand_as(weights)).sum()) == 0.0
-            for row in positions.flatten(0, 1):
-                held = row[row >= 0]
-                assert len(held.unique()) == len(held)
-        self.calls += 1
+    weights = attention_weights(call)
+    value = call.value.repeat_interleave(call.groups, 1)
+    expected = torch.einsum("bhqk,bhkd->bqhd", weights, value)
+    rows = weights.sum(-1)[:, 0] > 0.5
+    assert (output.reshape(expected.shape) - expected)[rows].abs().max() < 1e-4
+    if call.key_positions is not None:
+        positions = call.key_positions
+        positions = positions[:, None] if positions.dim() == 2 else positions
+        empty = (positions < 0).expand(-1, call.key.shape[1], -1).repeat_interleave(call.groups, 1)
+        assert float(weights.masked_select(empty[:, :, None].expand_as(weights)).sum()) == 0.0
+        for row in positions.flatten(0, 1):
+            held = row[row >= 0]
+            assert len(held.unique()) == len(held)
 
 
 @pytest.mark.parametrize("recorder_first", [True, False])
@@ -115,12 +103,17 @@ def test_a_recorder_sees_exactly_what_was_attended(
     inputs = tiny.inputs(model, [30, 9], images=[1, 2], between=3)
     with avl.adaptive(model, policy):
         tokens, logits = generate(model, inputs, 14)
-    sums = Sums()
-    contexts: list[Any] = [attached(model, sums), avl.adaptive(model, policy)]
+    checked: list[int] = []
+
+    def check(call: AttentionCall, output: Tensor) -> None:
+        _check(call, output)
+        checked.append(call.layer)
+
+    contexts: list[Any] = [attached(model, Watch(check)), avl.adaptive(model, policy)]
     first, second = contexts if recorder_first else reversed(contexts)
     with first, second:
         again, again_logits = generate(model, inputs, 14)
-    assert sums.calls == 2 * 14
+    assert len(checked) == 2 * 14
     assert torch.equal(tokens, again)
     assert torch.equal(logits, again_logits)
 
@@ -130,18 +123,17 @@ def test_selection_tells_core_secondary_and_minor_of_every_step() -> None:
     inputs = tiny.inputs(model, [30, 9], images=[1, 2])
     attended: dict[tuple[int, int], list[list[int]]] = {}
 
-    class Watch(Observer):
-        def observe(self, call: AttentionCall, output: Tensor) -> None:
-            if call.forward.kind == "decode":
-                assert call.key_positions is not None
-                image = call.forward.layout.modality == avl.tokens.Modality.IMAGE
-                rows = [set(row[row >= 0].tolist()) for row in call.key_positions[:, 0]]
-                attended[call.layer, call.forward.step] = [
-                    sorted(p for p in row if image[b, p]) for b, row in enumerate(rows)
-                ]
+    def look(call: AttentionCall, output: Tensor) -> None:
+        if call.forward.kind == "decode":
+            assert call.key_positions is not None
+            image = call.forward.layout.modality == avl.tokens.Modality.IMAGE
+            rows = [set(row[row >= 0].tolist()) for row in call.key_positions[:, 0]]
+            attended[call.layer, call.forward.step] = [
+                sorted(p for p in row if image[b, p]) for b, row in enumerate(rows)
+            ]
 
     with (
-        attached(model, Watch()),
+        attached(model, Watch(look)),
         avl.adaptive(model, avl.AdaptivePolicy(text=0.4)) as session,
     ):
         generate(model, inputs, 10)

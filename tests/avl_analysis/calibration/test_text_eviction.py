@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from avl.attention import AttentionCall, attention_weights
-from avl.hooks import Observer, attached
+from avl.hooks import attached
 from avl_analysis.calibration.text_eviction import TextTrace, caught
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.corpus.record_samples import record_samples
@@ -12,6 +11,7 @@ from avl_analysis.evaluation.generation import generate
 from avl_analysis.models.loading import VLM
 from tests import tiny
 from tests.avl_analysis import shared
+from tests.taps import Notes
 
 SHARES = (0.1, 0.5, 0.8, 1.0)
 LONG = Sample(
@@ -80,19 +80,6 @@ def test_short_texts_and_single_tokens_say_nothing() -> None:
         assert np.isnan(caught(trace, SHARES)).all()
 
 
-class _Weights(Observer):
-    """Keeps every call's full weights."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[int, str, np.ndarray]] = []
-
-    def begin(self, forward) -> None:
-        pass
-
-    def observe(self, call: AttentionCall, output) -> None:
-        self.calls.append((call.layer, call.forward.kind, attention_weights(call)[0].numpy()))
-
-
 def _record(vlm: VLM, samples: list[Sample], max_new_tokens: int) -> list[TextTrace]:
     recording = record_samples(
         vlm,
@@ -110,14 +97,14 @@ def _record(vlm: VLM, samples: list[Sample], max_new_tokens: int) -> list[TextTr
 
 def test_the_trace_holds_the_weights_on_text_keys_summed_over_groups_and_prompt_rows() -> None:
     vlm = shared.vlm(kv_heads=2)  # 4 query heads
-    tap = _Weights()
-    with attached(vlm.model, tap):
+    notes = Notes()
+    with attached(vlm.model, notes):
         generate(vlm, [LONG], None, max_new_tokens=4)
     (trace,) = _record(vlm, [LONG], 4)
     inputs = vlm.prepare(list(LONG.images), LONG.prompt)
     start = int((inputs["input_ids"][0] == tiny.IMAGE).nonzero().max()) + 1
     for layer in range(2):
-        prompt, *steps = [weights for at, _, weights in tap.calls if at == layer]
+        prompt, *steps = [weights[0].numpy() for weights in notes.of_layer(layer)]
         grouped = prompt.reshape(2, 2, *prompt.shape[1:]).sum(1)
         np.testing.assert_allclose(
             trace.prompt[layer], grouped[:, start:, start:].sum(1), rtol=1e-5
