@@ -96,6 +96,8 @@ class KeyBuffer:
         if secondary is None:
             secondary = choice.always_attended[0][..., :0]
         core = [] if choice.core is None else [choice.core]
+        # One set with all empty entries in front, so that a row's core and its always attended keys
+        # lie behind one another and `core_spans` can say where the core is.
         segments = [secondary, *_padding_in_front([*core, *choice.always_attended])]
         secondary_width = secondary.shape[2]
         filled = sum(index.shape[2] for index in segments)
@@ -103,6 +105,8 @@ class KeyBuffer:
         buffer = cls(
             keys=keys.new_empty(*keys.shape[:2], capacity, keys.shape[3]),
             values=values.new_empty(*values.shape[:2], capacity, values.shape[3]),
+            # int32 is enough for sequence indices and halves the bookkeeping that is reported
+            # beside the bytes.
             positions=torch.full(
                 (batch, heads, capacity), -1, dtype=torch.int32, device=keys.device
             ),
@@ -123,6 +127,9 @@ class KeyBuffer:
             budget_share=list(choice.budget_share) or [1.0] * batch,
         )
         buffer._copy_segments(keys, values, positions, segments, choice.scores)
+        # Counted once, on the host: from here on the numbers are kept up to date as Python
+        # integers, so that no decode step has to wait for a device to know whether there is
+        # anything to mask.
         empty = buffer.positions[:, 0, :filled] < 0
         buffer.padding_slots = empty[:, :secondary_width].sum(1).tolist()
         buffer.free_slots = empty[:, secondary_width:].sum(1).tolist()
@@ -131,6 +138,8 @@ class KeyBuffer:
         starts = [secondary_width + free for free in buffer.free_slots]
         buffer.core_spans = [(a, a + n) for a, n in zip(starts, cores, strict=True)]
         if choice.quantized is not None and choice.quantized.shape[2]:
+            # Keys in full precision count among those that share limits, too: a key that is later
+            # exchanged with the tier then finds the limits it would have had.
             images = [index for index in (choice.secondary, choice.core) if index is not None]
             buffer.quantized = QuantizedTier.hold(
                 choice.storage, keys, values, positions, choice.quantized, images
@@ -159,6 +168,8 @@ class KeyBuffer:
             start = slots.stop
             _take(keys, index, self.keys[:, :, slots])
             _take(values, index, self.values[:, :, slots])
+            # (batch, 1, n) as long as neither the choice nor the positions differ between heads;
+            # assigning it to (batch, heads, slots) repeats it.
             shared = max(index.shape[1], positions.shape[1]) == 1
             entries = index.clamp_min(0).expand(-1, 1 if shared else heads, -1)
             taken = positions.expand(-1, entries.shape[1], -1).gather(2, entries)
@@ -202,6 +213,8 @@ class KeyBuffer:
 
     def ragged(self, refresh: bool) -> bool:
         """Whether any slot that a step reads is empty in some row."""
+        # Padding that all rows share is not read at all (`first_used_slot`); only what one row has
+        # and another has not must be masked.
         uneven = len(set(self.padding_slots)) > 1 or any(
             held < self.quantized_width for held in self.quantized_held
         )
@@ -281,6 +294,7 @@ class KeyBuffer:
         """
         # Slot numbers of the buffer become numbers among what a refresh reads.
         offset = self.quantized_width - self.first_used_slot
+        # (2, batch, 1, 1), so that start and stop compare with slot numbers row by row.
         spans = torch.tensor(self.core_spans, device=self.keys.device).T[..., None, None]
         start, stop = spans + offset
         slot = torch.arange(self.stored - self.first_used_slot, device=self.keys.device)
@@ -301,6 +315,8 @@ class KeyBuffer:
             scores: (batch, 1, keys) of what an ordinary step reads.
         """
         index = self._core_slots()[:, None]
+        # An ordinary step reads from `secondary_width` on, so its columns are slot numbers less
+        # that.
         inside = (index - self.secondary_width).clamp_min(0)
         return scores.gather(2, inside).masked_fill(index < 0, 0.0)
 
@@ -327,6 +343,8 @@ class KeyBuffer:
             Keys and values (batch, key/value heads, most, head dim) and positions (batch, key/value
             heads, most), -1 in front where a head reads fewer.
         """
+        # Heads read different numbers of keys; the copy is as wide as the longest and -1 marks the
+        # rest.
         index = members(mask, int(mask.sum(-1).amax()))
         positions = self.positions[:, :, : self.filled].expand(-1, mask.shape[1], -1)
         positions = positions.gather(2, index.clamp_min(0)).masked_fill(index < 0, -1)
@@ -349,6 +367,8 @@ class KeyBuffer:
 
         Empty slots between them are included.
         """
+        # Slots in front that no row uses are allocated but hold nothing; they go when the buffer
+        # grows.
         slots = self.filled - self.first_used_slot
         return slots * self.position_bytes + self._bytes_beside()
 
@@ -410,13 +430,17 @@ class KeyBuffer:
             position: sequence index of the token.
             arrival: score its key starts with.
         """
+        # The bounds of a page are taken over keys as they arrive; a page is never evicted from.
         if self.pages is not None:
             self.pages.add(key, position)
+        # One row without a free slot is enough: all rows get one more, and rows that had one keep
+        # it.
         extend = min(self.free_slots) == 0
         if extend:
             if self.filled == self.keys.shape[2]:
                 self._grow()
             self.filled += 1
+        # The usual step: no row has a free slot, so every row writes to the same, last one.
         if extend and not any(self.free_slots):
             self._write_last(key, value, position, arrival)
             return
@@ -492,10 +516,12 @@ class KeyBuffer:
         worst = int(scores.argmin()) + first
         dropped = self.positions[row, :1, worst : worst + 1].clone()
         # The first key moves into the slot of the worst, so that empty slots stay in front.
+        # (1, secondary), a view: writing to it below changes `secondary_scores`.
         row_scores = self.secondary_scores[None, row]
         for tensor in (self.keys[row], self.values[row], self.positions[row], row_scores):
             tensor[:, worst] = tensor[:, first]
         self.positions[row, :, first] = -1
+        # Now one more slot in front is empty; the core and all behind it did not move.
         self.padding_slots[row] += 1
         return dropped
 
@@ -507,16 +533,21 @@ class KeyBuffer:
             count: keys per row, no more than it holds in the buffer.
         """
         positions = self.positions[:, :, : self.filled]
+        # The position of a token is its age; empty slots must not look oldest.
         age = positions.masked_fill(positions < 0, torch.iinfo(torch.int32).max)
+        # In slot order, as `hold` expects indices; all of a block share one group.
         slots = age.topk(count, dim=-1, largest=False).indices.sort(-1).values
         wanted = torch.tensor(list(rows), device=slots.device)[:, None, None]
         index = torch.where(wanted, slots, -1)
         keys, values = self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        # A block has limits of its own: limits of earlier blocks must not change, or their codes
+        # would mean other numbers.
         block = QuantizedTier.hold(self.storage, keys, values, positions, index, [])
         if self.quantized is None:
             self.quantized = block
         else:
             self.quantized.append(block)
+        # The slots stay where they are and become free; the next tokens' keys take them.
         positions.scatter_(2, slots, torch.where(wanted, -1, positions.gather(2, slots)))
         self.next_free_slot = None
         moved = [count * bool(row) for row in rows]
@@ -543,6 +574,7 @@ class KeyBuffer:
 
     def _grow(self) -> None:
         """Move to buffers with room for more, leaving behind slots in front that no row uses."""
+        # Everything that counts slots moves by `front`: widths, spans and padding, below.
         front = self.first_used_slot
         capacity = roomy(self.filled - front)
         for name in ("keys", "values", "positions", "scores"):
@@ -605,7 +637,9 @@ def _padding_in_front(index_sets: Sequence[Tensor]) -> Sequence[Tensor]:
         return index_sets
     heads = max(index.shape[1] for index in index_sets)
     joined = torch.cat([index.expand(-1, heads, -1) for index in index_sets], 2)
+    # Stable, so that the entries that are there keep their order: core first, then the others.
     joined = joined.gather(2, (joined >= 0).to(torch.uint8).argsort(dim=2, stable=True))
+    # Columns that are empty in every row and head are cut off.
     return [joined[..., int((joined < 0).sum(2).amin()) :]]
 
 
@@ -619,6 +653,8 @@ def _take(source: Tensor, index: Tensor, out: Tensor) -> None:
     """
     index = index.clamp_min(0)
     if index.shape[1] == 1:
+        # One index for all heads: index_select copies whole rows of the head dimension, many times
+        # faster than gathering element by element.
         for row, entries in enumerate(index[:, 0]):
             torch.index_select(source[row], 1, entries, out=out[row])
         return

@@ -83,6 +83,7 @@ class DecodeStep:
             return inner(call)
         buffer, refresh = layer.filled_buffer, self.conversation.is_refresh
         positions, tier = buffer.attended_positions(refresh=refresh), buffer.coded_tier(refresh)
+        # Keys of a tier of codes are attended to where they are stored and are not in `call.key`.
         given = positions.shape[2] - (0 if tier is None else tier.width)
         if call.key.shape[2] != given:
             raise UnsupportedModelError(
@@ -91,10 +92,14 @@ class DecodeStep:
             )
         if buffer.pages is not None:
             return self._attend_pages(call, layer)
+        # `ragged` is known from numbers on the host: without empty slots nothing waits for the
+        # device, and no mask is built.
         hidden = positions < 0 if buffer.ragged(refresh) else None
         logits = row_logits(call, tier)
         output, weights = self._read(call, positions, hidden, logits, tier)
         self.reads[layer.index] = buffer.reads(refresh=refresh)
+        # The step is taken once more for outdated rows only; the others get the same result again,
+        # as the keys they have not read before are hidden from them.
         if not refresh and (rows := self._drifted(buffer, weights)) is not None:
             refresh = True
             output, weights, logits = self._refresh(call, layer, rows)
@@ -105,6 +110,8 @@ class DecodeStep:
                 tier = buffer.coded_tier(True)
                 output, weights = self._narrow(call, layer, logits, tier)
         self._slots_before_core[layer.index] = buffer.slots_before_core(refresh)
+        # Added at the end of the pass: an eviction in the middle of it would change what a
+        # recorder, which looks at the call after this function, finds at the positions.
         if self.policy.accumulates:
             self._weights[layer.index] = weights.detach()
         return output
@@ -146,13 +153,18 @@ class DecodeStep:
         assert pages is not None
         assert isinstance(self.policy, PagedPolicy)
         page = pages.page_of(buffer.positions[:, :, : buffer.filled])
+        # (batch, key/value heads, pages): the largest product that any key of a page can have with
+        # this query.
         bounds = pages.bounds(call.query[:, :, 0])
         newest = pages.page_of(torch.full_like(pages.first, self.forward.start))
+        # The newest page holds the row's own token, which must always be read.
         bounds.scatter_(2, newest.expand(-1, bounds.shape[1], -1), torch.inf)
         counts = []
         for row, row_counts in enumerate(self.conversation.counts):
             newest_page = int(newest[row])
             newest_keys = row_counts.tokens - newest_page * pages.size
+            # All pages but the newest are full, so the limit in keys becomes a number of whole
+            # pages.
             others = (self.policy.read_limit(row_counts) - newest_keys) // pages.size
             counts.append(1 + min(max(others, 0), newest_page))
         index = best(bounds, counts)
@@ -196,6 +208,7 @@ class DecodeStep:
         positions = buffer.attended_positions(refresh=True)
         hidden = positions < 0
         others = ~torch.tensor(rows, device=hidden.device)
+        # Rows that did not drift read their core and always attended keys only, which come last.
         hidden[others, :, : buffer.slots_before_core(True)] = True
         self._drifted_rows[layer.index] = rows
         all_read, core_read = buffer.reads(refresh=True), buffer.reads(refresh=False)
@@ -228,6 +241,7 @@ class DecodeStep:
         buffer, ranks = layer.filled_buffer, self._ranks[layer.index]
         positions = buffer.attended_positions(refresh=True)
         image = buffer.image_slots() & (positions[:, :1] >= 0)
+        # (batch, 1, largest budget), columns of what a refresh reads.
         core = best(ranks.masked_fill(~image, -torch.inf), buffer.sparse_budget)
         hidden = buffer.image_slots() | (positions < 0)
         # One more column takes the -1 of rows that choose fewer keys, and is cut off again.
@@ -258,7 +272,11 @@ class DecodeStep:
             log.note(layer.index, "core", buffer.core_positions() if core is None else core)
         if weights is not None and buffer.scores is not None:
             first = self._slots_before_core[layer.index]
+            # Weights are of all keys read, scores are added for the always attended and core keys,
+            # which are the last of them: the columns from `first` on are the slots from
+            # `secondary_width` on.
             scores = buffer.scores[:, :, buffer.secondary_width : buffer.filled]
+            # Summed over the query heads of a key/value head: (batch, key/value heads, keys).
             scores.add_(weights[..., first:].sum(2))
         log.note(layer.index, "added", self._arrived)
         self._evict(layer)
@@ -270,6 +288,7 @@ class DecodeStep:
         buffer = layer.filled_buffer
         if buffer.scores is None:
             return
+        # The new token's key is one that may be dropped later.
         buffer.evictable = [count + 1 for count in buffer.evictable]
         rows = zip(self.conversation.counts, buffer.budget_share, strict=True)
         limits = [self.policy.limit(counts, share) for counts, share in rows]
@@ -291,6 +310,8 @@ class DecodeStep:
             limit = self.cored.image_limit(counts, buffer.evictable[row])
             start, stop = buffer.core_spans[row]
             secondary = buffer.secondary_held(row)
+            # One key per step is enough: a step adds one text key, so the limit falls by at most
+            # one.
             if limit is not None and secondary and secondary + stop - start > limit:
                 dropped[row] = buffer.drop_secondary(row)
                 self.selection_log.note(layer.index, "dropped", dropped)
@@ -320,6 +341,8 @@ class DecodeStep:
 
     def _nth_newest(self, row: int, count: int) -> int:
         """Position of the `count`-th newest token of a row that the policy may drop."""
+        # The last `tail` tokens of a row are all text, so their positions can be counted back
+        # without looking at the layout.
         if count <= self.conversation.counts[row].tail:
             return self.forward.start + 1 - count
         modality = self.forward.layout.modality[row]

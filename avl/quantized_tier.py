@@ -101,6 +101,8 @@ class QuantizedTier:
         """
         heads = max(chosen.shape[1], positions.shape[1])
         chosen = chosen.expand(-1, heads, -1)
+        # Indices of all image keys in ascending order, those that are none behind all others. A
+        # key's group is its rank in this list, whether it is now in the tier or in full precision.
         everywhere = torch.cat([part.expand(-1, heads, -1) for part in (*image, chosen)], 2)
         everywhere = everywhere.masked_fill(everywhere < 0, _NONE).sort(-1).values
         all_positions = _positions(
@@ -119,6 +121,8 @@ class QuantizedTier:
             keys.device,
         )
         if tier.bits is not None:
+            # Limits are taken over whole groups, not only over the keys that are stored now (see
+            # above).
             index = everywhere.masked_fill(everywhere == _NONE, -1)
             tier.limits = codes.key_limits(keys, index, KEY_GROUP, tier.bits[0])
         tier.moving = tier._encode(keys, values, chosen, tier.groups, tier.limits)
@@ -152,6 +156,8 @@ class QuantizedTier:
 
     def bytes_by_row(self, counts: Sequence[int]) -> list[float]:
         """Bytes of keys and values of rows that hold so many keys; empty slots are no row's."""
+        # Bytes of one slot over all heads; limits belong to a row as a whole and count once it
+        # holds any key.
         slot = sum(t.nbytes for t in self.moving) / max(self.positions.shape[0] * self.width, 1)
         limits = 0.0 if self.limits is None else self.limits.nbytes / self.limits.shape[0]
         return [count * slot + (limits if count else 0.0) for count in counts]
@@ -170,6 +176,7 @@ class QuantizedTier:
             moving[0].new_empty(*moving[0].shape[:3], width, dtype=self.dtype)
             for width in self.widths
         )
+        # Decoded block by block: unpacked codes are 4 to 16 times as large as stored ones.
         for start in range(0, self.width, _BLOCK):
             block = slice(start, start + _BLOCK)
             stored = [part[:, :, block] for part in moving]
@@ -218,7 +225,10 @@ class QuantizedTier:
             values: (heads, n, width).
             positions: (1 or heads, n) of the tokens they belong to.
         """
+        # The tier may keep one set of positions for all heads.
         positions = positions[: self.positions.shape[1]].contiguous()
+        # The group follows from the position alone, so a key that returns gets its old limits and
+        # with them its old codes.
         groups = _groups(self.image[row], positions)
         limits = None if self.limits is None else self.limits[row : row + 1]
         every = torch.arange(len(slots), device=keys.device).view(1, 1, -1)
@@ -234,6 +244,8 @@ class QuantizedTier:
         The groups stay apart, and empty places of rows with fewer keys are no longer all in front;
         `put` is not meant for a tier that was appended to.
         """
+        # Group numbers index the second axis of `limits`; those of the other tier come behind one's
+        # own.
         groups = 0 if self.limits is None else self.limits.shape[2]
         self.groups = torch.cat([self.groups, other.groups + groups], 2)
         self.positions = torch.cat([self.positions, other.positions], 2)
@@ -296,9 +308,13 @@ def quantized_cost(
     if (bits := code_bits(kind)) is None:
         return float(count)
     key, value = widths
+    # Bytes of one key: packed codes of key and value, and low and step (2 x 2 bytes of half
+    # precision) of each group of the value's channels. Bytes of a group of keys: low and step per
+    # channel of the key, for every begun group of the `image` keys.
     packed = codes.packed_width(key, bits[0]) + codes.packed_width(value, bits[1])
     of_keys = (packed + 4 * _value_groups(value)) * count
     limits = 4 * key * -(-image // KEY_GROUP)
+    # In units of one key and value in full, which is what a budget in keys is counted in.
     return (of_keys + limits * (count > 0)) / ((key + value) * itemsize)
 
 

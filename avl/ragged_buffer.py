@@ -47,6 +47,8 @@ class RaggedBuffer(KeyBuffer):
         entries = int(owned.sum())
         capacity = roomy(slots)
         table = torch.full((batch, heads, capacity), -1, dtype=torch.int64, device=keys.device)
+        # Entries are numbered in the order of (row, head, slot), which is also the order in which
+        # boolean indexing below takes keys and values.
         table[:, :, :slots] = torch.where(owned, owned.flatten().cumsum(0).view_as(index) - 1, -1)
         row, head, _ = owned.nonzero(as_tuple=True)
         flat_keys = keys.new_empty(roomy(entries), keys.shape[3])
@@ -94,6 +96,7 @@ class RaggedBuffer(KeyBuffer):
         """Keys each row holds, mean over its heads, rounded down."""
         owned = (self.table[:, :, : self.filled] >= 0).sum((1, 2)).tolist()
         heads = self.table.shape[1]
+        # A free slot is owned (it has an entry) but holds no key.
         return [n // heads - free for n, free in zip(owned, self.free_slots, strict=True)]
 
     def reads(self, *, refresh: bool) -> list[int]:
@@ -101,6 +104,7 @@ class RaggedBuffer(KeyBuffer):
 
     def _read_from(self, first: int, quantized: bool) -> tuple[Tensor, Tensor]:
         """Keys and values, a copy; slots that a head does not have hold any finite numbers."""
+        # Slots that a head does not own read entry 0; their position is -1, so they are masked.
         index = self.table[:, :, first : self.filled].clamp_min(0)
         return self.keys[index], self.values[index]
 

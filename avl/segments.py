@@ -45,23 +45,32 @@ def _refresh_row(buffer: KeyBuffer, row: int, scores: Tensor) -> None:
     padding, (start, stop) = buffer.padding_slots[row], buffer.core_spans[row]
     tier_width, front = buffer.quantized_width, buffer.first_used_slot
     # Columns of the scores: first the tier's places, then the slots from `front` on.
+    # Slot s has column tier_width + s - front; below, `buffer_scores` starts at the tier's end, so
+    # that slot s is at s - front.
     buffer_scores = scores[tier_width:]
     secondary = buffer_scores[padding - front : buffer.secondary_width - front]
     core = buffer_scores[start - front : stop - front]
     if buffer.quantized is not None:
+        # The row's keys stand at the end of the tier's places, behind its empty ones.
         held = buffer.quantized_held[row]
         quantized = scores[tier_width - held : tier_width]
         secondary, core = _exchange_with_tier(buffer, row, quantized, secondary, core)
     # Which of the candidates, secondary keys first, are the new core.
+    # As many enter the core as leave it, because the size of the core stays: entering and leaving
+    # are of one length and swap pairwise, whichever with whichever.
     best = _best(torch.cat([secondary, core]), len(core))
     entering = best[: len(secondary)].nonzero()[:, 0]  # numbers among the secondary keys
     leaving = (~best[len(secondary) :]).nonzero()[:, 0]  # numbers among the core's keys
     tensors = (buffer.keys[row], buffer.values[row], buffer.positions[row])
+    # Numbers among candidates become slots: secondary keys stand behind the row's padding, the core
+    # from `start` on.
     _swap_slots(tensors, entering + padding, leaving + start)
     if buffer.secondary_scores is not None:
+        # The scores follow the keys: the place of an entering key now holds the leaving one.
         new_scores = secondary.index_copy(0, entering, core[leaving])
         buffer.secondary_scores[row, padding : buffer.secondary_width] = new_scores
     if buffer.core_scores_at_refresh is not None:
+        # Rows with a smaller core have their scores at the end, as `core_positions` has them.
         core = core.index_copy(0, leaving, secondary[entering])
         width = buffer.core_scores_at_refresh.shape[2]
         buffer.core_scores_at_refresh[row, :, width - len(core) :] = core
@@ -85,6 +94,8 @@ def _exchange_with_tier(
     tier = buffer.quantized
     assert tier is not None
     in_buffer = torch.cat([secondary, core])
+    # First who is in full precision at all; which of these are core is decided afterwards, by the
+    # caller, from the scores that are returned.
     best = _best(torch.cat([quantized, in_buffer]), len(in_buffer))
     entering = best[: len(quantized)].nonzero()[:, 0]  # numbers among the quantised keys
     leaving = (~best[len(quantized) :]).nonzero()[:, 0]  # numbers among those in the buffer
@@ -92,13 +103,16 @@ def _exchange_with_tier(
         return secondary, core
     secondary_slots = torch.arange(buffer.padding_slots[row], buffer.secondary_width)
     core_slots = torch.arange(*buffer.core_spans[row])
+    # Numbers among the keys in the buffer become slots, numbers among the tier's keys places.
     slots = torch.cat([secondary_slots, core_slots]).to(leaving.device)[leaving]
     places = entering + (tier.width - buffer.quantized_held[row])
+    # Taken out before anything is put in: the places of the entering keys are where the leaving go.
     keys, values = tier.take(row, places)
     positions = tier.positions[row].index_select(1, places)
     tensors = (buffer.keys[row], buffer.values[row], buffer.positions[row])
     tier.put(row, places, *(tensor.index_select(1, slots) for tensor in tensors))
     for tensor, new in zip(tensors, (keys, values, positions), strict=True):
+        # The tier may keep one set of positions for all heads where the buffer has one per head.
         tensor.index_copy_(1, slots, new.expand(tensor.shape[0], *new.shape[1:]))
     in_buffer = in_buffer.index_copy(0, leaving, quantized[entering])
     return in_buffer[: len(secondary)], in_buffer[len(secondary) :]
@@ -122,6 +136,7 @@ def _swap_slots(tensors: Sequence[Tensor], first: Tensor, second: Tensor) -> Non
         second: (n,) slots, none of them in `first`.
     """
     heads, slots = tensors[0].shape[:2]
+    # (heads, 1) + (2n,): for every head the rows to move, in the flat list of heads x slots.
     head_starts = torch.arange(0, heads * slots, slots, device=first.device)[:, None]
     targets = head_starts + torch.cat([first, second])
     sources = head_starts + torch.cat([second, first])

@@ -32,6 +32,7 @@ def best(scores: Tensor, counts: Sequence[int]) -> Tensor:
     Returns: (batch, heads, max(counts)) int64, -1 past a row's count. Ties are broken as torch.topk
         does.
     """
+    # One topk for all rows, as wide as the largest count; shorter rows are blanked afterwards.
     order = scores.topk(max(counts, default=0), dim=-1).indices
     return _blank(order, [0] * len(counts), counts)
 
@@ -52,9 +53,12 @@ def between(order: Tensor, first: Sequence[int], last: Sequence[int]) -> Tensor:
     sizes = [b - a for a, b in zip(first, last, strict=True)]
     width = max(sizes, default=0)
     start = torch.tensor(list(first), device=order.device)[:, None, None]
+    # (batch, heads, width): row b counts up from first[b].
     index = start + torch.arange(width, device=order.device).expand(
         order.shape[0], order.shape[1], width
     )
+    # Past the end of short rows any entry is read; `_blank` makes it -1. The flip then brings these
+    # to the front, and with them the contents into reverse order.
     taken = order.gather(-1, index.clamp_max(max(order.shape[-1] - 1, 0))) if width else index
     return _blank(taken, [0] * len(sizes), sizes).flip(-1)
 
@@ -73,8 +77,10 @@ def newest_and_best(
     Returns:
         (batch, heads, max(counts)) int64, -1 in front of rows with fewer.
     """
+    # Newest means largest position; keys that do not compete have position -1 and are never newest.
     competing = torch.where(scores > -torch.inf, positions.expand_as(scores), -1)
     newest = best(competing, [min(r, n) for r, n in zip(recent, counts, strict=True)])
+    # One column more takes the -1 of rows that protect fewer keys, and is cut off again.
     safe = torch.zeros(
         *scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool, device=scores.device
     )
@@ -91,6 +97,8 @@ def members(mask: Tensor, width: int) -> Tensor:
         width: number of keys, the last axis of the result.
         mask: (batch, heads, keys) bool, at most `width` True per row.
     """
+    # Ranks count from 1, so that 0 stands for "no member": topk takes the members, largest first,
+    # then zeros; flipped, zeros (-1 after the subtraction) come first and members ascend.
     rank = torch.where(mask, torch.arange(1, mask.shape[-1] + 1, device=mask.device), 0)
     return rank.topk(width, dim=-1).values.flip(-1) - 1
 
@@ -163,6 +171,7 @@ class Selection:
                 f"step must be 0 (the prompt) to {self.steps} (the latest); got {step}"
             )
         events = self._events[layer]
+        # Events with one set for all heads are repeated where another event has one per head.
         heads = max(event.what.shape[1] for event in events if event.what.dim() == 3)
         first, length = events[0].what, self._lengths[step]
         image = self.layout.mask(Modality.IMAGE)[:, None].to(first.device)

@@ -133,6 +133,8 @@ class AdaptivePolicy(CoredPolicy):
         for layer in range(count):
             secondary, core = _of_layer(self.secondary, layer), _of_layer(self.core, layer)
             secondary = 1.0 if secondary is None else secondary
+            # A sparse policy that refreshes at every step ranks all keys, quantised ones included, so
+            # its core need not be held in full precision.
             most = (
                 1.0
                 if self.cold is not None and self.sparse_refresh and self.refresh_every == 1
@@ -226,6 +228,7 @@ class AdaptivePolicy(CoredPolicy):
         if self.drift is None:
             return None
         cosine = torch.nn.functional.cosine_similarity(before, now, dim=-1).clamp_max(1.0)
+        # Rows with fewer core keys have zeros in both vectors, which leave a cosine as it is.
         has_core = before.ne(0).any(-1)  # a row without a core cannot drift
         return ((cosine <= self.drift) & has_core).any(1)
 
@@ -238,6 +241,9 @@ class AdaptivePolicy(CoredPolicy):
         """
         limits = [] if self.text is None else [max(round(self.text * counts.text), TEXT_FLOOR)]
         if self.budget is not None and self.cold is not None:
+            # Text may take what the budget leaves beside the image keys' cost and the system keys,
+            # but never less than the floor: rather miss a budget that is too small than lose all
+            # text.
             left = int(self.budget * counts.tokens - share) - counts.system
             limits.append(max(left, self._least_text(counts)))
         return min(limits, default=None)
@@ -267,6 +273,8 @@ class AdaptivePolicy(CoredPolicy):
         image = measure.of(Modality.IMAGE)[:, :1]
         system, text = measure.of(Modality.SYSTEM), measure.of(Modality.TEXT)
         images, texts = sizes(image), sizes(text)
+        # The order matters: what image keys cost decides how much text may be held, and (without a
+        # tier) how much text is held decides how many image keys still fit.
         in_full, quantized, cost = self._tiers(measure, counts, images)
         limits = [self.limit(c, share) for c, share in zip(counts, cost, strict=True)]
         text_kept = [n if k is None else min(n, k) for n, k in zip(texts, limits, strict=True)]
@@ -278,11 +286,15 @@ class AdaptivePolicy(CoredPolicy):
         core = [self._core(measure, c, n) for c, n in zip(counts, in_full, strict=True)]
         held = [a + b for a, b in zip(in_full, quantized, strict=True)]
         # Best first: the core, then the other secondary keys, then the quantised ones.
+        # (batch, 1, most held)
         order = best(measure.scores.masked_fill(~image, -torch.inf), held)
         text_scores = measure.extra
         if text_scores is not None:
+            # Whatever is no text key is protected: system keys lie among the always attended, too.
             text_scores = text_scores.masked_fill(~text, PROTECTED)
         system_keys = members(system, max(sizes(system), default=0))
+        # With a tier image keys cost little and are planned for a whole answer; without one they
+        # are dropped as text grows.
         drops_images = self.budget is not None and self.cold is None
         return Choice(
             always_attended=[system_keys, self._texts(measure, text, text_kept)],
@@ -410,10 +422,15 @@ class AdaptivePolicy(CoredPolicy):
         def room(text: int) -> float:
             return budget * (counts.system + counts.image + text) - counts.system - text
 
+        # Both functions are in full keys. `room(T)` falls in T, since a text token costs 1 and
+        # brings `budget` < 1: if it suffices at the end of the answer, it does at every step
+        # before.
         spare = room(counts.text + ANSWER)
         if spare >= cost(0, images):
             in_full = _most(images, lambda n: cost(n, images - n) <= spare)
             return in_full, images - in_full, cost(in_full, images - in_full)
+        # The text rule will drop text down to this floor when the budget is reached, so the image
+        # keys are planned beside the floor.
         spare = room(self._least_text(counts))
         quantized = _most(images, lambda n: cost(0, n) <= spare)
         return 0, quantized, cost(0, quantized)
@@ -435,6 +452,8 @@ class AdaptivePolicy(CoredPolicy):
             text: (batch, heads, keys) bool.
             kept: how many to keep, per row.
         """
+        # Nothing is dropped, so no ranking is needed; the order of the keys then is that of the
+        # prompt.
         if measure.extra is None or kept == sizes(text):
             return members(text, max(kept, default=0))
         scores = measure.extra.masked_fill(~text, -torch.inf)
@@ -453,6 +472,8 @@ def _check_storage(name: str, value: Any) -> None:
 
 def _most(top: int, fits: Callable[[int], bool]) -> int:
     """The largest of 0 ... top that fits, 0 if none does."""
+    # From above: that n fits does not mean that n - 1 does, as the limits of a group of keys are
+    # saved only when its last key leaves the tier.
     return next((n for n in range(top, 0, -1) if fits(n)), 0)
 
 

@@ -87,6 +87,7 @@ class BudgetPolicy(Policy):
         allowed = [self.limit(c, s) for c, s in zip(counts, share, strict=True)]
         kept = [min(a, n) for a, n in zip(allowed, sizes(measure.positions >= 0), strict=True)]
         recent = [self.recent(k) for k in kept]
+        # Ascending, which moves -1 to the front and leaves the keys in the order of their tokens.
         index = newest_and_best(measure.scores, measure.positions, kept, recent).sort(-1).values
         return Choice(
             always_attended=[index], scores=measure.scores, evictable=kept, budget_share=share
@@ -138,6 +139,7 @@ class BudgetPolicy(Policy):
         return min(max(left, 0), counts.image)
 
     def arrival(self, position: int) -> float:
+        # Generated keys rank above both tiers of the prompt and among themselves by age.
         return 2 * TIER + position
 
 
@@ -147,5 +149,7 @@ def tiered(scores: Tensor, prompt: Prompt) -> Tensor:
     Image keys below all other keys of the prompt, so that they go first.
     """
     scores = scores.expand(-1, prompt.positions.shape[1], -1)
+    # The second argsort turns an order into ranks; stable, so that equal scores keep the earlier
+    # token's rank lower.
     rank = scores.argsort(dim=-1, stable=True).argsort(dim=-1).float()
     return rank + TIER * (prompt.modality != Modality.IMAGE)
