@@ -51,6 +51,7 @@ def square(prompt: GridPrompt) -> Pictures:
     if any(gap < LEAST_BETWEEN for gap in gaps):
         return
     for _, length in prompt.runs:
+        # A run that is no square number of tokens is something else than was thought.
         side = math.isqrt(length)
         yield (View(side, side),) if side * side == length else nowhere(length)
 
@@ -126,6 +127,8 @@ def padded(prompt: GridPrompt) -> Pictures:
         if (size := prompt.size(index)) is None:
             yield (View(side, side, None),)
             continue
+        # Size of the picture after resizing; it lies in the middle of a square of `edge` pixels, so
+        # the square's edges are outside of it, at fractions below 0 and above 1.
         wide, high = (max(1, int(length * edge / max(size))) for length in size)
         x, y = (edge - wide) // 2, (edge - high) // 2
         yield (View(side, side, (-x / wide, -y / high, (edge - x) / wide, (edge - y) / high)),)
@@ -220,22 +223,29 @@ def _tiles(prompt: GridPrompt, base: int, width: int, height: int) -> View:
 
     The picture is resized into the best canvas, padded, and cut back by whole cells.
     """
+    # The arithmetic below is that of transformers' image processor and of `unpad_image`, step by
+    # step, roundings included: one cell too many or too few moves all tokens behind it.
     canvas_high, canvas_wide = select_best_resolution(
         (height, width), prompt.config.image_grid_pinpoints
     )
     side = prompt.vision("image_size")
     rows, columns = canvas_high // side * base, canvas_wide // side * base
+    # The picture is scaled to the canvas along one side and padded along the other, half on each.
     if canvas_wide / width < canvas_high / height:
         wide, high = canvas_wide, min(math.ceil(height * canvas_wide / width), canvas_high)
     else:
         wide, high = min(math.ceil(width * canvas_high / height), canvas_wide), canvas_high
     x, y = (canvas_wide - wide) // 2, (canvas_high - high) // 2
     cut_rows = cut_columns = 0
+    # Whole rows or columns of cells that lie in the padding are cut away again, equally many on
+    # both sides.
     if width / height > columns / rows:
         cut_rows = (rows - int(round(height * (columns / width), 7))) // 2
     else:
         cut_columns = (columns - int(round(width * (rows / height), 7))) // 2
     cell_high, cell_wide = canvas_high / rows, canvas_wide / columns
+    # Edges of the remaining cells in pixels of the canvas, less the padding, as fractions of the
+    # resized picture; parts of a cell may still lie over padding, outside of 0 to 1.
     box = (
         (cut_columns * cell_wide - x) / wide,
         (cut_rows * cell_high - y) / high,
@@ -304,6 +314,8 @@ def _canvas(size: Size | None, tiles: int, pixels: int, processor: Any) -> tuple
         (c, r) for c in range(1, high + 1) for r in range(1, high + 1) if low <= c * r <= high
     ]
     best, least = (1, 1), math.inf
+    # InternVL's `find_closest_aspect_ratio`: the nearest proportions, of equally near ones the
+    # larger grid if the picture has more than half as many pixels.
     for columns, rows in sorted(shapes, key=lambda shape: shape[0] * shape[1]):
         difference = abs(width / height - columns / rows)
         if difference < least or (
@@ -323,6 +335,7 @@ def idefics3(prompt: GridPrompt) -> Pictures:
     side = prompt.patches // prompt.config.scale_factor
     if any(length != side * side for _, length in prompt.runs):
         return
+    # The last run of a row is always a whole picture, so its marker is the name of whole pictures.
     marker = [prompt.ids[start - 1] if start else -1 for start, _ in prompt.runs]
     begin = 0
     for at, name in enumerate(marker):
@@ -332,6 +345,7 @@ def idefics3(prompt: GridPrompt) -> Pictures:
         if not tiles:
             yield (View(side, side),)
             continue
+        # Where a row of tiles ends, counted in tokens between two runs.
         ends = [after[0] - sum(before) > 2 for before, after in pairwise(tiles)]
         columns = ends.index(True) + 1 if True in ends else len(tiles)
         yield _tile_grid(side, len(tiles) // columns, columns)
@@ -392,6 +406,8 @@ def describe_rows(
         inputs: the other arguments of the model call, of the whole batch.
         originals: what the pictures and videos were, and the processors; None if unknown.
     """
+    # One supply for the batch: the inputs list pictures row after row, and each row takes its own
+    # off the front.
     supply, batch_runs = _supply(inputs), sum(map(len, runs))
     found: list[list[Picture]] = []
     notes: list[str] = []
@@ -445,12 +461,15 @@ def _describe_row(
         part = replace(prompt, runs=spans, sizes=sizes)
         describe = VIDEOS.get(name, unknown) if is_video else _describing(name, prompt)
         here = list(describe(part))
+        # What the inputs describe must explain every image token found; anything else is not
+        # believed.
         if sum(map(count, here)) != part.tokens:
             here = [nowhere(length) for _, length in spans]
             notes.append(VIDEO if is_video else UNKNOWN)
         elif describe is latent:
             notes.append(NO_PLACE)
         pictures += here
+        # Sizes of pictures and of videos are used up separately, in the order of the prompt.
         left[is_video] = None if sizes is None else sizes[len(here) :]
     return (_together(pictures, shown) if as_frames and shown else pictures), notes
 

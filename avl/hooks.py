@@ -59,6 +59,7 @@ class Generation:
         """
         own = getattr(self.model, "generation_config", None)
         given = (self.arguments.get("generation_config"), own)
+        # In the order in which `generate` itself looks.
         values = [self.arguments.get(name), *(getattr(config, name, None) for config in given)]
         return next((value for value in values if value is not None), None)
 
@@ -167,6 +168,9 @@ class AttentionHooks:
         self._copies = 1
         self._module_hooks: list[ModuleHook] = []
         self._watched: list[tuple[nn.Module, str]] = []
+        # Attention modules are those that know the number of their layer; each finds its hooks by
+        # itself in `backends.OWNERS`, as the backend is called with the module and nothing else of
+        # ours.
         self._modules = [
             m
             for m in self.family.decoder.modules()
@@ -175,6 +179,8 @@ class AttentionHooks:
         configs = [m.config for m in self._modules if hasattr(m, "config")] + [
             self.family.decoder.config
         ]
+        # Modules usually share one config; each distinct one carries the name of the attention
+        # backend.
         self._configs = list({id(c): c for c in configs}.values())
         outer = [model, getattr(model, "base_model", None)]
         self._outer = [
@@ -202,7 +208,10 @@ class AttentionHooks:
             # their token ids only to the embedding layer.
             self._add_hook(self.model.get_input_embeddings(), self._remember_ids, "after")
             self._add_hook(self.family.decoder, self._begin, "before")
+            # Called after an exception, too, with no output, so that a pass that broke off is
+            # forgotten.
             self._add_hook(self.family.decoder, self._end, "after", always_call=True)
+        # Also for KeyboardInterrupt: half a connection would leave the model changed for good.
         except BaseException:
             self._disconnect()
             raise
@@ -245,6 +254,7 @@ class AttentionHooks:
             yield  # some families call the `generate` of their language model in their own
             return
         self._claim()
+        # Failed until the block has ended without an exception.
         self._generating, failed = True, True
         generation, hooks = Generation(model, arguments), self._attached()
         try:
@@ -269,6 +279,8 @@ class AttentionHooks:
         """
         me = threading.current_thread()
         with _LOCK:
+            # A thread that ended in the middle of a pass can release nothing; it no longer holds
+            # the model.
             if self._thread not in (None, me) and self._thread.is_alive():
                 raise HookError(
                     f"this {type(self.model).__name__} is running in another thread"
@@ -289,6 +301,8 @@ class AttentionHooks:
         `generate` encodes them first and calls the model with the features alone, so grids and
         sizes pass only here.
         """
+        # The same pixels under two names would describe each frame twice, as a video and as a
+        # picture.
         videos = self._pending.shown.get("pixel_values_videos")
         if videos is not None and arguments.get("pixel_values") is videos:
             return  # Qwen3-VL encodes a video through its method for images
@@ -298,6 +312,8 @@ class AttentionHooks:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         given = named_arguments(module, args, kwargs)
+        # An inner model that is handed embeddings only must not overwrite what the outer one was
+        # given.
         if given.get("input_ids") is not None or module is self.model:
             self._pending.inputs = given
             self._pending.shown_first = bool(self._pending.shown)
@@ -318,12 +334,15 @@ class AttentionHooks:
         inputs, shown, embedded = (
             getattr(self._pending, name) for name in ("inputs", "shown", "embedded")
         )
+        # `generate` encodes images once per prompt and repeats the rows afterwards; a model that
+        # encodes them in its own forward gets rows that are repeated already.
         copies = self._copies if self._pending.shown_first else 1
         self._pending.clear()
         new = _first(given, "input_ids", "inputs_embeds")
         if new is None:
             raise HookError("the decoder was called without input_ids and inputs_embeds")
         cache = find_cache(given)
+        # Without the cache every decode step would look like a prompt of one token.
         if cache is None and self._generating and uses_cache(module, given):
             raise HookError(
                 f"generate with use_cache=True called {type(module).__name__} without a KV cache"
@@ -336,6 +355,7 @@ class AttentionHooks:
             ids = self._ids_behind(new, embedded)
         said = {name: value for name, value in (inputs or given).items() if value is not None}
         self._calls = 0
+        # What the outer call said goes before what was seen on the way: it is of this very pass.
         self.forward = self._place(cache, int(new.shape[1]), ids, {**shown, **said}, copies)
         if self.intervention is not None:
             self.forward.changed_by = self.intervention.description
@@ -352,6 +372,8 @@ class AttentionHooks:
         if embedded is None or embedded.output.shape != embeds.shape:
             return None
         image = torch.tensor(self.family.image_token_ids, device=embedded.ids.device)
+        # (batch, tokens): unchanged since it was embedded, or an image placeholder, whose embedding
+        # the model replaces by image features.
         explained = (embedded.output == embeds).all(-1) | torch.isin(embedded.ids, image)
         return embedded.ids if bool(explained.all()) else None
 
@@ -375,17 +397,21 @@ class AttentionHooks:
             stream = _Stream(layout, tokens, 0)
             forward = Forward("prefill", 0, 0, tokens, layout, cache, inputs=inputs)
         else:
+            # The cache must hold exactly what passed here: one that was cropped, or filled without
+            # the hooks, has keys of which the layout says nothing.
             if stream is None or stream.seen != held:
                 raise HookError(
                     f"the KV cache holds {held} tokens, of which {stream.seen if stream else 0}"
                     " passed here; start with an empty cache after attaching (one cropped or"
                     " filled elsewhere cannot be followed)"
                 )
+            # A later turn of a single token looks like a decode step and is one: its token is text.
             decoding = tokens == 1
             if decoding:
                 layout = stream.layout.extend_text(1)
             else:
                 layout = stream.layout.extend(self._layout(ids, inputs, tokens, held))
+            # A new object: the old one stays the stream of the cache until the pass has ended well.
             stream = replace(stream, layout=layout, seen=held + tokens, step=stream.step + decoding)
             forward = Forward(
                 "decode" if decoding else "extend",
@@ -426,12 +452,17 @@ class AttentionHooks:
                 " input_ids (inputs_embeds alone are understood only where they were made by the"
                 " model's own embedding layer from ids that hold the image placeholders)"
             )
+        # `generate` may pass the whole sequence of ids while the decoder gets the new ones alone.
         ids = ids[:, -tokens:]
         mask = inputs.get("attention_mask")
+        # Any other mask is of another kind (4-dimensional, or cut already) and says nothing of
+        # padding.
         if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == held + tokens:
             mask = mask[:, -tokens:]
         else:
             mask = None
+        # Row i of what was encoded stands for rows i * copies ... i * copies + copies - 1 of the
+        # pass.
         once = ids[::copies]
         if copies == 1 or not torch.equal(once.repeat_interleave(copies, 0), ids):
             return self.family.layout(ids, mask, inputs)
@@ -444,6 +475,8 @@ class AttentionHooks:
         self._release()
         if forward is None or output is None:  # no output: the pass raised
             return
+        # A decoder that never calls the interface would be recorded as if it had attended to
+        # nothing.
         if self._calls == 0:
             raise UnsupportedModelError(
                 f"no attention layer of {type(self.model).__name__} went through transformers'"
@@ -465,6 +498,7 @@ class AttentionHooks:
         call.key_positions = _newest(call)
         output = inner(call) if self.intervention is None else self.intervention.attend(call, inner)
         if self.observer is not None:
+            # The observer sees all keys, those that the intervention attended to as codes included.
             call.decode()
             self.observer.observe(call, output)
         return output

@@ -73,6 +73,8 @@ class KeyPages:
         self._include(key, positions)
 
     def _include(self, keys: Tensor, positions: Tensor) -> None:
+        # Reducing into (batch, heads, pages, width); keys that are none go to page 0 with numbers
+        # that change neither its least nor its largest.
         page = self.page_of(positions)
         none = (page < 0)[..., None]
         index = page.clamp_min(0)[..., None].expand_as(keys)
@@ -90,11 +92,15 @@ class KeyPages:
             minus infinity for pages without a key.
         """
         heads = self.low.shape[1]
+        # (batch, key/value heads, group, 1, width) against (batch, key/value heads, 1, pages,
+        # width)
         grouped = query.float().view(query.shape[0], heads, -1, 1, query.shape[2])
         low, high = self.low.float()[:, :, None], self.high.float()[:, :, None]
         empty = torch.isinf(self.low[..., 0])
         # 0 * inf is not a number; pages without a key are left out below.
         low, high = low.nan_to_num(0, 0, 0), high.nan_to_num(0, 0, 0)
+        # A channel's product with any key of the page lies between these two; a page is read if it
+        # may matter to any head of the group.
         bounds = torch.maximum(grouped * low, grouped * high).sum(-1).amax(2)
         return bounds.masked_fill(empty, -torch.inf)
 

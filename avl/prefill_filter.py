@@ -45,6 +45,8 @@ class PrefillFilter:
                 f"prefill_layer={layer}, but {family.name} has {len(layers)} layers; pass 1 to"
                 f" {len(layers) - 1}"
             )
+        # From a number of layers to the index of the last layer that sees all tokens; -1: none
+        # does.
         self.layer = layer - 1
         self._layers = layers
         self._forward: Forward | None = None
@@ -86,6 +88,7 @@ class PrefillFilter:
 
         Takes effect when the filter layer is through.
         """
+        # Nothing to drop in any row: the pass stays untouched, bit for bit.
         if not bool(keep.all()):
             self._next = members(keep[:, None], int(keep.sum(1).amax()))[:, 0]
 
@@ -118,6 +121,8 @@ class PrefillFilter:
     def _cut(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._forward is None or self._next is None:
             return None
+        # The attention of this very layer was still over all tokens, so the rows change only now,
+        # for the layers behind it.
         self._rows, self._next = self._next, None
         self._forward.rows = self._rows
         hidden = output[0] if isinstance(output, tuple) else output
@@ -141,6 +146,7 @@ class PrefillFilter:
         if self._rows is None or self._forward is None:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
+        # (batch, tokens + 1, width)
         full = hidden.new_full(
             (hidden.shape[0], self._forward.tokens + 1, hidden.shape[2]), torch.nan
         )
@@ -155,10 +161,13 @@ class PrefillFilter:
         assert self._rows is not None
         if name == "attention_mask":
             return _take_mask(value, self._rows)
+        # A one-dimensional cache_position counts positions of the cache, which are not shortened.
         if name in _PER_TOKEN and isinstance(value, Tensor):
             return _take(value, self._rows, -1) if value.dim() > 1 else value
         if name.startswith(_TABLES) and isinstance(value, (tuple, list)):
             return type(value)(_take(table, self._rows, -2) for table in value)
+        # Anything else that is as long as the prompt along one axis is probably per token; guessing
+        # how to cut it would be silently wrong.
         if (
             name != "hidden_states"
             and isinstance(value, Tensor)
@@ -206,6 +215,7 @@ def _take(tensor: Tensor, rows: Tensor, dim: int) -> Tensor:
 
     Its token axis is `dim` (-1 or -2), its batch axis (1 or batch) left of that.
     """
+    # A tensor of batch size 1 serves all rows and is repeated before rows take different tokens.
     shape = list(tensor.shape)
     shape[dim - 1] = rows.shape[0]
     batch = torch.arange(rows.shape[0], device=rows.device)[:, None]
@@ -221,6 +231,7 @@ def _take_mask(mask: Tensor | None, rows: Tensor) -> Tensor | None:
         if not bool(hidden.any()):
             return None
         count = rows.shape[1]
+        # What is left stands in the order of the prompt, so the triangle is still the causal mask.
         causal = torch.ones(count, count, dtype=torch.bool, device=rows.device).tril()
         return causal & ~hidden[:, None, None, :]
     if mask.dim() == 2:
@@ -228,6 +239,7 @@ def _take_mask(mask: Tensor | None, rows: Tensor) -> Tensor | None:
     mask = mask.expand(rows.shape[0], -1, -1, -1)
     batch = torch.arange(rows.shape[0], device=rows.device)[:, None, None, None]
     head = torch.arange(mask.shape[1], device=rows.device)[None, :, None, None]
+    # (batch, heads, rows left, rows left): the same rows are taken on both axes.
     mask = mask[batch, head, index[:, None, :, None], index[:, None, None, :]]
     nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return mask.masked_fill(hidden[:, None, None, :], nothing)

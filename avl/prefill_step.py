@@ -79,6 +79,8 @@ class PrefillStep:
             )
         _check_keys(call, layer)
         rows = _row_positions(call.forward, call.key.device)
+        # (batch, 1, new tokens): what the new keys are. Those held from earlier turns come in front
+        # of them, as the cache hands them out.
         positions = rows[:, None]
         if buffer is not None:
             earlier = buffer.stored_positions().long()
@@ -89,6 +91,8 @@ class PrefillStep:
         output = inner(call)
         with torch.no_grad():
             self._filter_tokens(call)
+            # The layer's keys stay referenced until its policy has chosen; of a policy that decides
+            # layer by layer that is one layer at a time, of a deferred one the whole prompt.
             measure = self.policy.measure(self._prompt(call, layer, positions, rows))
             self._measures[layer.index] = (measure, call.key.detach(), call.value.detach())
             self.reads[layer.index] = (positions[:, 0] >= 0).sum(1).tolist()
@@ -113,6 +117,8 @@ class PrefillStep:
             rows: (batch, rows) positions of the query rows.
         """
         modality = call.forward.layout.modality.to(positions.device)
+        # Number of each token among the row's true tokens; left padding gets -1, which nothing
+        # looks up.
         places = (modality != Modality.PADDING).long().cumsum(1) - 1
         return Prompt(
             call,
@@ -144,6 +150,7 @@ class PrefillStep:
         assert isinstance(policy, BeforeDecoderPolicy)
         layout = forward.layout.to(hidden.device)
         image = layout.mask(Modality.IMAGE)
+        # All true tokens that are no image token go on; chosen image tokens are added row by row.
         keep, hidden = layout.valid & ~image, hidden.clone()
         ranks = torch.zeros(image.shape, device=hidden.device)
         counts = image.sum(1).tolist()
@@ -178,6 +185,7 @@ class PrefillStep:
             return
         layout = call.forward.layout.to(call.key.device)
         last = call.query.shape[2] - 1
+        # (batch, keys), by the weights of the last prompt row.
         scores = self.policy.rank(attention_weights(call, slice(last, last + 1))[:, :, 0])
         image = layout.mask(Modality.IMAGE)
         counts = [self.policy.filter_count(row) for row in self.conversation.counts]
@@ -200,6 +208,8 @@ class PrefillStep:
             heads = keys.shape[1] if self.policy.per_head else 1
             kind = RaggedBuffer if choice.ragged_heads else KeyBuffer
             layer.buffer = kind.from_choice(keys, values, measure.positions, choice, heads)
+            # Keys and values of this layer and of those still to come exist beside what is held
+            # already: the peak of memory is counted before they are let go.
             waiting = [tensor for _, *pair in measures.values() for tensor in pair]
             self.usage_log.hold(self.conversation.layers.values(), waiting)
             del measures[index], keys, values
@@ -212,6 +222,7 @@ class PrefillStep:
         self.selection_log.note(index, "held", secondary)
         if buffer.quantized is not None:
             policy = self.policy
+            # If every step attends to the tier, its keys count as core from the start.
             skipped = isinstance(policy, CoredPolicy) and (policy.rotates or policy.sparse)
             kind = "kept" if skipped else "added"
             self.selection_log.note(index, kind, buffer.quantized.positions.clone())
@@ -225,6 +236,7 @@ def _earlier_scores(buffer: KeyBuffer | None, keys: int) -> Tensor | None:
     scores = torch.zeros(*buffer.scores.shape[:2], keys, device=buffer.scores.device)
     first = buffer.quantized_width + buffer.secondary_width
     attended = buffer.scores[:, :, buffer.secondary_width : buffer.filled]
+    # In the order in which the cache hands keys out: tier, secondary, then the always attended.
     scores[:, :, first : buffer.stored] = attended
     return scores.masked_fill_(torch.isinf(scores), 0.0)  # of keys that were protected
 
@@ -292,6 +304,7 @@ def _mask_with_earlier(call: AttentionCall, earlier: Tensor) -> Tensor:
             f"a later turn needs a mask over its {new} new tokens, got shape {tuple(mask.shape)};"
             " load the model with attn_implementation='sdpa' or 'eager'"
         )
+    # (batch, 1 or query heads, 1, keys): every new token sees all keys held, whatever its place.
     valid = for_query_heads(earlier >= 0, call)[:, :, None]
     if mask.dtype != torch.bool:
         nothing = torch.full((), torch.finfo(mask.dtype).min, dtype=mask.dtype, device=mask.device)
@@ -303,5 +316,6 @@ def _mask_with_earlier(call: AttentionCall, earlier: Tensor) -> Tensor:
 def _pictures_and_frames(layout: TokenLayout, row: int, places: Tensor) -> Tensor:
     """(image tokens,): number of the picture, or frame of a video, that each is of, in order."""
     both = torch.stack([layout.image[row, places], layout.frame[row, places]], 1).cpu().tolist()
+    # Numbered in the order of first appearance; `dict.fromkeys` drops what repeats.
     number = {pair: index for index, pair in enumerate(dict.fromkeys(map(tuple, both)))}
     return torch.tensor([number[tuple(pair)] for pair in both]).long()

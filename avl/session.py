@@ -60,6 +60,7 @@ class AdaptiveSession(Intervention):
         self._filter: PrefillFilter | None = None
         self._encoder: EncoderAttention | None = None
         self._hook: ModuleHook | None = None
+        # By cache, weakly: what belongs to a conversation goes when `generate` drops its cache.
         self._conversations: WeakKeyDictionary[Cache, Conversation] = WeakKeyDictionary()
         self._pass: PrefillStep | DecodeStep | None = None
         self._logs: WeakKeyDictionary[Conversation, tuple[UsageLog, SelectionLog]] = (
@@ -87,7 +88,13 @@ class AdaptiveSession(Intervention):
         try:
             decoder = hooks.family.decoder
             self._hook = add_hook(
-                decoder, self._supply_cache, "before", with_kwargs=True, prepend=True
+                # In front of the hooks' own: these must already find the cache that is supplied
+                # here.
+                decoder,
+                self._supply_cache,
+                "before",
+                with_kwargs=True,
+                prepend=True,
             )
             if self.policy.filter_layer is not None:
                 self._filter = PrefillFilter(hooks.family, self.policy.filter_layer)
@@ -159,17 +166,21 @@ class AdaptiveSession(Intervention):
             conversation = self._exchange(forward.cache)
         else:
             conversation = self._conversations[forward.cache]
+            # Said here, as torch's own error comes from the middle of a layer and names no way out.
             if not torch.is_inference_mode_enabled() and conversation.is_inference():
                 raise HookError(
                     "this KV cache was filled inside torch.inference_mode(), and torch lets nobody"
                     " write to it outside; continue it inside torch.inference_mode(), or run its"
                     " prompt and all its steps under torch.no_grad()"
                 )
+            # Rows of the cache were reordered or repeated since the last pass; the layout, which
+            # was made of the prompt's rows, follows them.
             if conversation.rows is not None:
                 forward.layout = forward.layout.select(conversation.rows)
         conversation.forward = forward
         conversation.arrival = self.policy.arrival(forward.start)
         self._count(conversation, forward)
+        # Prompts and policies without a core read everything.
         conversation.is_refresh = True
         if forward.kind == "decode" and isinstance(self.policy, CoredPolicy):
             conversation.is_refresh = self.policy.is_refresh(forward.step)
@@ -238,8 +249,13 @@ class AdaptiveSession(Intervention):
                 " act on layers that own their keys"
             )
         for index, layer in enumerate(cache.layers):
+            # Exactly DynamicLayer: its subclasses (sliding windows and others) drop or choose keys
+            # by themselves. An `AdaptiveLayer` stands in a cache that was emptied and is used
+            # again.
             if type(layer) is DynamicLayer or isinstance(layer, AdaptiveLayer):
                 cache.layers[index] = AdaptiveLayer(conversation, index)
+        # Under one mask for all layers, a layer that keeps other keys than ours would be masked
+        # wrongly.
         own = {
             type(c).__name__
             for c in cache.layers
@@ -273,6 +289,8 @@ class AdaptiveSession(Intervention):
                 "a prompt of the batch is padded on the right; policies need padding_side='left'"
             )
         text = (modality == Modality.TEXT).long()
+        # Counted from the end: the product of the flags stays 1 as long as all tokens so far are
+        # text.
         tail = text.flip(1).cumprod(1).sum(1, keepdim=True)
         rows = torch.cat([forward.layout.counts(), tail], 1).tolist()
         conversation.counts = [Counts(*row) for row in rows]

@@ -77,6 +77,8 @@ class AdaSnapKVPolicy(SnapKVPolicy):
         guaranteed = max(int(self.guaranteed * count), 1)
         held = torch.zeros_like(scores, dtype=torch.bool)
         held.scatter_(1, ranked.topk(guaranteed, dim=1).indices, True)
+        # One list over all heads of the row: the free part of the budget goes wherever scores are
+        # best.
         others = ranked.masked_fill(held, -torch.inf).flatten()
         index = others.topk(heads * (count - guaranteed)).indices
         held.view(-1)[index] = True

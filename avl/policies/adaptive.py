@@ -133,8 +133,8 @@ class AdaptivePolicy(CoredPolicy):
         for layer in range(count):
             secondary, core = _of_layer(self.secondary, layer), _of_layer(self.core, layer)
             secondary = 1.0 if secondary is None else secondary
-            # A sparse policy that refreshes at every step ranks all keys, quantised ones included, so
-            # its core need not be held in full precision.
+            # A sparse policy that refreshes at every step ranks all keys, quantised ones included,
+            # so its core need not be held in full precision.
             most = (
                 1.0
                 if self.cold is not None and self.sparse_refresh and self.refresh_every == 1

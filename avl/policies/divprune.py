@@ -31,8 +31,11 @@ class DivPrunePolicy(BeforeDecoderPolicy):
 
     def select(self, tokens: ImageTokens, count: int) -> Tensor:
         distances = 1 - cosines(tokens.features)
+        # A token's distance to itself, 0, must not count as its nearest neighbour's.
         others = distances + torch.diag(torch.full((len(distances),), torch.inf))
         selected = [int(others.amin(1).argmax())]
+        # Kept up to date: distance of every token to the nearest selected one; -inf once it is
+        # selected.
         nearest = distances[selected[0]].clone()
         nearest[selected[0]] = -torch.inf
         while len(selected) < count:

@@ -53,10 +53,13 @@ class DownsamplePolicy(BeforeDecoderPolicy):
                 rows, columns = torch.zeros_like(members), torch.arange(len(members))
                 height, width = 1, len(members)
             down, across = grid_within(height, width, cells_of_image)
+            # Number of the cell in raster order; integer division spreads remainders over the
+            # cells.
             cell = (rows * down // height) * across + columns * across // width
             for number in range(down * across):
                 inside = (cell == number).nonzero()[:, 0]
                 middle = torch.stack([rows[inside], columns[inside]]).float()
+                # Squared distance of each token of the cell from the cell's mean place.
                 distance = (middle - middle.mean(1, keepdim=True)).square().sum(0)
                 cells.append((int(members[inside[distance.argmin()]]), members[inside]))
         return cells
@@ -86,5 +89,6 @@ def _parts(image: Tensor, count: int) -> list[int]:
     for size in sizes:
         bounds.append(bounds[-1] + size)
     total = max(bounds[-1], 1)
+    # Rounding the running totals and not each share lets the parts add up to `count` exactly.
     shares = [count * bound // total for bound in bounds]
     return [after - before for before, after in pairwise(shares)]

@@ -56,6 +56,8 @@ class FastVPolicy(BudgetPolicy):
         return tiered(self.rank(prompt.last_row())[:, None], prompt)
 
     def choices(self, measures: Sequence[Measure], counts: Sequence[Counts]) -> list[Choice]:
+        # The layers before the filter hold keys of tokens that later leave; by the filter layer's
+        # ranking they drop the same ones.
         ranking = {m.layer: m.scores for m in measures}.get(self.prefill_layer - 1)
         early = [m.layer < self.prefill_layer - 1 and ranking is not None for m in measures]
         return [

@@ -38,6 +38,7 @@ class MixKVPolicy(SnapKVPolicy):
         weights = self.window_weights(prompt)
         ranked = (prompt.positions >= 0) & ~self.in_window(prompt)
         ranked = ranked.expand_as(weights)
+        # (batch, key/value heads, keys, width)
         unit = torch.nn.functional.normalize(prompt.keys.float(), dim=-1)
         unit = unit.masked_fill(~ranked[..., None], 0.0)
         total = unit.sum(2, keepdim=True)
@@ -66,6 +67,8 @@ def _matched(numbers: Tensor, ranked: Tensor, mean: Tensor) -> Tensor:
     """
     low = numbers.masked_fill(~ranked, torch.inf).amin(-1, keepdim=True)
     high = numbers.masked_fill(~ranked, -torch.inf).amax(-1, keepdim=True)
+    # Without a ranked key low and high are infinite and the quotient is no number; it is masked
+    # next.
     scaled = (numbers - low) / (high - low).clamp_min(1e-12)
     scaled = scaled.masked_fill(~ranked, 0.0)
     return scaled * mean / _mean(scaled, ranked).clamp_min(1e-12)

@@ -57,6 +57,7 @@ class PrefixKVPolicy(BudgetPolicy):
     def measure(self, prompt: Prompt) -> Measure:
         measure = super().measure(prompt)
         mass = measure.scores[:, 0].clamp_min(0.0)  # what is no key has no mass
+        # Above all sums of weights, earlier tokens higher.
         first = 2 * TIER - prompt.places
         scores = torch.where(prompt.places < self.sinks, first, measure.scores)
         scores = scores.masked_fill(prompt.positions < 0, -torch.inf)
@@ -73,11 +74,14 @@ class PrefixKVPolicy(BudgetPolicy):
 
     def _sizes(self, measures: Sequence[Measure], counts: Sequence[Counts]) -> Tensor:
         """(layers, batch) keys of each layer."""
+        # (layers, batch)
         held = torch.stack([(m.positions[:, 0] >= 0).sum(1) for m in measures])
         shares = torch.tensor(self.shares_of_all(counts), device=held.device)
         tokens = torch.tensor([row.tokens for row in counts], device=held.device)
         budget = (shares * tokens * len(measures)).floor()
         masses = [measure.extra for measure in measures if measure.extra is not None]
+        # In double precision: sums of many small weights decide between sizes that differ by one
+        # key.
         ranked = [mass.double().sort(-1, descending=True).values.cumsum(-1) for mass in masses]
         cumulative = [mass / mass[:, -1:].clamp_min(1e-12) for mass in ranked]
 
@@ -89,6 +93,7 @@ class PrefixKVPolicy(BudgetPolicy):
         low = torch.zeros_like(budget, dtype=torch.float64)
         high = torch.full_like(low, 1.0 + 2.0**-20)  # above 1: all keys, those of no weight too
         for _ in range(_HALVINGS):
+            # Sizes grow with the share, so the largest share that fits is found by halving.
             middle = (low + high) / 2
             fits = sizes(middle).sum(0) <= budget
             low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)

@@ -136,6 +136,8 @@ class Prompt:
         batch, heads, keys, _ = self._call.key.shape
         total = torch.zeros(batch, heads, keys, device=self._call.key.device)
         for block, weights in self.weights(rows):
+            # Rows of the block that are not wanted count zero; (batch, query heads, keys seen by
+            # the block).
             summed = weights.mul_(rows[:, None, block, None]).sum(2)
             by_group = summed.view(batch, heads, self._call.groups, -1)
             total[..., : weights.shape[3]] += by_group.sum(2)
@@ -144,6 +146,8 @@ class Prompt:
     def newest(self, count: int) -> Tensor:
         """(batch, rows) bool: the last `count` query rows that are tokens."""
         token = self.row_modality != Modality.PADDING
+        # Counted from the right among true tokens, so that fillers and padding do not use up the
+        # count.
         return token & (token.flip(1).cumsum(1).flip(1) <= count)
 
     def text_rows(self) -> Tensor:

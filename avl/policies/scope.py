@@ -38,6 +38,8 @@ class SCOPEPolicy(BeforeDecoderPolicy):
         cover = torch.zeros(len(similar))
         selected: list[int] = []
         for _ in range(count):
+            # (candidates,): how much closer all tokens would be to the set, summed over tokens
+            # (rows).
             added = (similar - cover[:, None]).clamp_min(0).sum(0)
             gain = added * tokens.saliency
             gain[selected] = -torch.inf

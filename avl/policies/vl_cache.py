@@ -57,6 +57,7 @@ class VLCachePolicy(BudgetPolicy):
         return replace(super().measure(prompt), extra=self._density(prompt))
 
     def choices(self, measures: Sequence[Measure], counts: Sequence[Counts]) -> list[Choice]:
+        # (layers, batch)
         density = torch.stack([m.extra for m in measures if m.extra is not None])
         budget = torch.tensor(self.shares_of_all(counts), device=density.device)
         shares = proportional_shares(density, budget).tolist()
@@ -71,9 +72,11 @@ class VLCachePolicy(BudgetPolicy):
         Over causal weights of the text rows.
         """
         rows, keys = prompt.text_rows(), prompt.positions[:, 0]
+        # (batch, rows): causal keys of each row, by position, so padding and order do not matter.
         visible = ((keys[:, None] <= prompt.rows[..., None]) & (keys[:, None] >= 0)).sum(2)
         reached = torch.zeros(len(prompt.counts), device=rows.device)
         for block, weights in prompt.weights(rows):
+            # Keys that a row cannot see have weight 0 and never reach the threshold.
             large = weights >= self.threshold * weights.amax(-1, keepdim=True)
             reached += (large.sum(-1).float().mean(1) * rows[:, block]).sum(1)
         return reached / (visible * rows).sum(1).clamp_min(1)
@@ -104,10 +107,16 @@ def proportional_shares(density: Tensor, budget: Tensor | float, least: float = 
     shares = budget.expand_as(density).clone()
     free = torch.ones_like(density, dtype=torch.bool)  # layers that are not bounded yet
     for _ in range(layers + 1):
+        # What the bounded layers leave of the total, divided among the free ones by density. The
+        # densities are raised to a tiny number, so that layers of density 0 share what nobody else
+        # can take.
         left = budget * layers - torch.where(free, 0.0, shares).sum(0)
         weight = torch.where(free, density.clamp_min(1e-9), 0.0)
         shares = torch.where(free, weight / weight.sum(0).clamp_min(1e-9) * left, shares)
         bounded = shares.clamp_max(1.0).maximum(lower)
+        # Per row: if more is cut off above than is lifted below, bounding gives budget back to the
+        # others, whose shares rise: none of those above can come back within bounds. Otherwise the
+        # same holds below.
         cuts_more_above = (bounded - shares).sum(0) <= 0
         newly_bounded = free & torch.where(cuts_more_above, shares > 1.0, shares < lower)
         if not bool(newly_bounded.any()):
