@@ -122,7 +122,10 @@ class SampleAccumulator:
         """The numbers of one pass, one entry per recorded layer (None: the layer was not seen)."""
         self.phases.append(kind)
         self.produced.append(self.length - 1)
+        # Values of all row statistics side by side.
         size = max((place.stop for place, _ in self.plan.places.values()), default=0)
+        # Every pass produces a token with its last row, so every pass is a step; only decode steps
+        # add nothing to the sums over prompt rows.
         self.steps.append([p and p.step for p in passes], (self.heads, size))
         if kind != "decode":
             shape = (self.heads, 3, size)
@@ -132,6 +135,7 @@ class SampleAccumulator:
             self._add_received(kind, passes)
         if self.plan.ages:
             self._add_ages(kind, passes)
+        # The first steps are kept, not the last: step 0 is what the others are compared with.
         if self.plan.scores and len(self.scores) < MAX_TRAJECTORY:
             self._add_scores(passes)
         if self.plan.raw is not None:
@@ -143,9 +147,13 @@ class SampleAccumulator:
         for layer, one in enumerate(passes):
             if one is None or one.received is None or one.queries is None:
                 continue
+            # Added up where the layer runs; a decode step must not wait for a device
+            # (`DecodeSums`).
             if kind == "decode":
                 self._decoded(layer).add_received(one, self.length)
                 continue
+            # (heads, 2, positions): "prompt" and "prompt text", by the token's rank and not by the
+            # slot in which a policy keeps its key.
             received = by_rank(one.received, one.keys, self.length, 0.0).cpu().numpy()
             queries = by_rank(one.queries, one.keys, self.length, 0.0).cpu().numpy()
             self._make_room(len(queries))
@@ -183,6 +191,8 @@ class SampleAccumulator:
                 self._make_room(len(sums.queries))
                 assert self.received is not None
                 assert self.queries is not None
+                # Set, not added: `decoded` holds the sum over all decode steps, and may be read
+                # more than once.
                 self.received[layer, :, 2, : self.length] = _host(sums.received, self.length)
                 self.queries[layer, :, 2, : self.length] = _host(sums.queries, self.length)
             if sums.ages is not None and sums.pairs is not None:
@@ -194,6 +204,7 @@ class SampleAccumulator:
     def _add_scores(self, passes: Sequence[LayerResult | None]) -> None:
         scores = [p and self._image_scores(p) for p in passes]
         count = len(self.image_positions)
+        # (image tokens,) per layer
         means = [None if s is None else _mean_of_present(s) for s in scores]
         self.scores.append(means, (count,))
         if not len(self.last_scores):
@@ -249,6 +260,7 @@ class SampleAccumulator:
 
     def _totals(self) -> SampleTotals:
         """What every statistic of the recording is finished from."""
+        # (layers, heads, steps, values)
         steps = np.stack(self.steps.arrays(), 2) if self.plan.rows else np.empty(0)
         trajectory = self._trajectory()
         return SampleTotals(
@@ -323,6 +335,8 @@ class SampleAccumulator:
         if self.plan.raw is None or not self.raw:
             return {}
         heads, rows = {"head": self.plan.raw.heads}, np.concatenate([one.rows for one in self.raw])
+        # As many positions as the sample has now; earlier passes had fewer keys and leave zeros
+        # behind.
         weights = np.zeros(
             (len(self.layers), len(self.plan.raw.heads), len(rows), self.length), np.float32
         )
@@ -350,7 +364,9 @@ class SampleAccumulator:
         if self.received is None or self.queries is None:
             return None
         received = self.received[..., : self.length]
+        # One entry for all heads as long as all heads see the same keys.
         queries = np.broadcast_to(self.queries[..., : self.length], received.shape)
+        # A later turn's tokens count as prompt: they were given, not generated.
         prompt = self.length - self.phases.count("decode")
         return KeyScores(received, queries, self.tokens["modality"], prompt, self.ages, self.pairs)
 

@@ -85,6 +85,7 @@ class Conversations:
         """Begin a conversation with the samples of one prefill."""
         number = self._first + len(self.names())
         samples = [self._make(f"{number + row:06d}") for row in range(rows)]
+        # A weak reference: a recording must not keep the keys and values of every answer alive.
         conversation = FollowedConversation(samples, None if cache is None else ref(cache))
         if cache is not None:
             _refuse_moves(cache)
@@ -97,6 +98,7 @@ class Conversations:
         Raises:
             HookError: its prompt was not recorded.
         """
+        # The latest first: an answer's passes follow its prompt.
         for conversation in reversed(self._all):
             if conversation.cache is not None and conversation.cache() is cache:
                 return conversation

@@ -72,6 +72,7 @@ def by_rank(values: Tensor, keys: TokenInfo, length: int, fill: float) -> Tensor
     heads, n, count = values.shape
     if keys.in_order and count == length:
         return values
+    # (key sets, keys), -1 for slots that hold nothing.
     rank = keys.rank
     placed = values.new_full((heads, n, length + 1), fill)
     place = rank.where(rank >= 0, length)  # the last place takes what belongs nowhere

@@ -58,6 +58,7 @@ class Raw:
         if isinstance(self.queries, str):
             if self.queries in ("all", "prompt"):
                 return rows
+            # Queries "decode" keep no prompt row.
             return rows[-1:] if produces and self.queries in ("last", "steps") else rows[:0]
         return rows[torch.isin(rank, torch.tensor(self.queries, device=rank.device))]
 

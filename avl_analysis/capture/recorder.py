@@ -130,6 +130,9 @@ class Recorder(Observer):
     def begin(self, forward: Forward) -> None:
         """Find the samples of a pass; those of a prefill are made when it is over."""
         if forward.kind == "prefill":
+            # A new prompt begins: samples whose cache is gone can get no further pass, and their
+            # working memory (norms of values, scores) is let go now rather than at the end of the
+            # recording.
             self._conversations.close(every=False)
             self._check_prompt(forward)
             self._check_repeated(forward)
@@ -141,6 +144,7 @@ class Recorder(Observer):
             if forward.kind == "extend":
                 _check_turn(forward, samples)
         self._count_raw(forward)
+        # Whatever a pass that raised left behind is dropped with this.
         self._begin_pass([sample_tokens(forward.layout, b) for b in range(forward.layout.batch)])
 
     def _check_repeated(self, forward: Forward) -> None:
@@ -152,6 +156,8 @@ class Recorder(Observer):
         self._last_prompt = ids
         if ids is None or last is None or ids.shape != (last.shape[0], last.shape[1] + 1):
             return
+        # The same ids and one more, without a cache: a loop that feeds the whole sequence for every
+        # token. As prompts these would be recorded as so many samples.
         if torch.equal(ids[:, :-1], last):
             raise HookError(_WITHOUT_CACHE)
 
@@ -168,6 +174,7 @@ class Recorder(Observer):
         if self.plan.raw is None:
             return
         layers, length = len(self.layers), forward.start + forward.tokens
+        # Counted before the pass, so that memory that is not there is never asked for.
         one = self.plan.raw.step_bytes if forward.kind == "decode" else self.plan.raw.bytes
         self._raw_bytes += one(layers, length) * forward.layout.batch
         self.plan.raw.check(self._raw_bytes, layers)
@@ -205,6 +212,7 @@ class Recorder(Observer):
                 continue
             norm = self._value_norm(seen, call.layer, b) if self.plan.reads_values else None
             if call.forward.kind == "decode":
+                # Reduced in `end`, all layers together.
                 self._steps[b, call.layer] = StepRow(call.layer, seen, row_weights(seen), norm)
                 continue
             try:
@@ -225,15 +233,20 @@ class Recorder(Observer):
         if b not in self._lengths:  # a number that every layer of a pass agrees on
             self._lengths[b] = int(seen.queries.rank[-1]) + 1
         length = self._lengths[b]
+        # Room for many more tokens at once: growing by one per step would copy everything every
+        # time.
         if length > known.shape[1]:
             known = torch.cat(
                 [known, known.new_full((heads, length + 256 - known.shape[1]), torch.nan)], 1
             )
+        # Key j is token j: only the new tokens' norms are missing, all others are known.
         if seen.keys.in_order:
             _norms(seen.value[:, count:length], known[:, count:length])
             self._norms[b, layer] = known, length
             return known[:, :length]
         at = rank.clamp_min(0).expand(heads, -1)
+        # Under a policy keys lie in any order and may be gone later: each norm is taken when its
+        # key is first met and looked up by rank from then on.
         head, key = (known.gather(1, at).isnan() & (rank >= 0)).nonzero(as_tuple=True)
         known[head, at[head, key]] = seen.value[head, key].float().norm(dim=-1)
         self._norms[b, layer] = known, count
@@ -279,6 +292,8 @@ class Recorder(Observer):
         together: dict[tuple[Any, ...], list[int]] = {}
         for layer in self.layers:
             if (row := self._steps.get((b, layer))) is not None:
+                # Layers of one device with equally many keys and key sets; under a policy these
+                # differ.
                 like = (row.weights.device, *row.weights.shape, len(row.view.keys.rank))
                 together.setdefault(like, []).append(layer)
         for layers in together.values():

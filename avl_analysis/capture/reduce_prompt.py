@@ -72,13 +72,17 @@ class _Prompt:
 
 def _prompt(view: SampleCall, plan: CapturePlan) -> _Prompt:
     modality = torch.stack([view.queries.modality == code for code in range(3)]).float()
+    # (3, rows): which rows stand for their modality in statistics that read the weights themselves.
     chosen = torch.zeros_like(modality)
     for code in range(3):
         at = modality[code].nonzero().flatten()
         chosen[code, at[evenly_spaced(len(at), ROWS_PER_MODALITY).to(at.device)]] = 1.0
+    # The last row produces the first token and is always read; without a statistic of weights it is
+    # the only one.
     wanted = chosen.any(0) & bool(plan.weights)
     wanted[-1] = True
     picked = wanted.nonzero().flatten()
+    # (2, rows): rows "prompt" and "prompt text", the first two of `schema.ROWS`.
     groups = torch.stack([modality.sum(0), modality[Modality.TEXT]])
     columns = key_columns(view.keys, plan.columns)
     raw_rows = picked[:0]
@@ -139,6 +143,7 @@ def reduce_prompt(
     Raises:
         FloatingPointError: weights of a real token are not numbers.
     """
+    # The same for all layers that share mask and keys, so it is made once per pass.
     prompt = (
         view.memo["prompt"]
         if "prompt" in view.memo
@@ -148,6 +153,7 @@ def reduce_prompt(
         parts = _over_heads(
             lambda some: _reduce_heads(view, plan, prompt, value_norm, some),
             view,
+            # Bytes of the copied rows of one key head's query heads, in float32.
             view.groups * len(prompt.picked) * view.key.shape[1] * 4,
         )
     joined = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
@@ -194,9 +200,12 @@ def _over_heads(
         each: bytes that the function takes for a key head; a bounded part of the memory of the maps
             is taken at a time.
     """
+    # The compiled kernel releases the interpreter's lock, so groups of heads run beside each other;
+    # the plain one would only wait for it.
     kv_heads, parallel = len(view.key), backend_for(view.key.device) == COMPILED
     threads = torch.get_num_threads() if parallel else 1
     room = share_of_maps(view, *COPIED_BYTES) // threads
+    # As many heads as fit into the memory, but at least as many groups as threads (rounded up).
     together = max(1, min(room // max(1, each), -(-kv_heads // threads)))
     groups = [
         slice(first, min(first + together, kv_heads)) for first in range(0, kv_heads, together)
@@ -213,7 +222,10 @@ def _reduce_heads(
     """
     heads = slice(kv_heads.start * view.groups, kv_heads.stop * view.groups)
     taken = _sums_of_heads(view, plan, prompt, value_norm, kv_heads)
+    # (heads, rows, columns)
     sums = taken.sums.transpose(1, 2)
+    # Rows of padding are no rows here; of all others the sums over system, image and text are in,
+    # and one weight that is no number makes them so.
     if bool(sums[:, prompt.modality.any(0)].isnan().any()):
         raise FloatingPointError("attention weights are not numbers")
     keys = view.keys
@@ -228,6 +240,8 @@ def _reduce_heads(
         dict(zip(plan.thresholds, taken.above, strict=True)),
         None if value_norm is None else sums[..., -len(KINDS) :],
     )
+    # (heads, rows, values) of all rows, and (heads, picked, values) of the copied ones: values of
+    # sum statistics first, then those of weight statistics, as `CapturePlan.places` numbers them.
     both = (
         values_of(plan.sums, every),
         values_of(plan.weights, every.take(prompt.picked, taken.picked)),
@@ -237,6 +251,7 @@ def _reduce_heads(
     return (
         totals,
         counted,
+        # The last row is the last of all rows and of the copied ones.
         torch.cat([values[:, -1] for values in both], -1),
         taken.picked[:, -1].clone(),
         taken.received if plan.received else None,
@@ -258,6 +273,7 @@ def _sums_of_heads(
     if len(columns) > 1:
         columns = columns[kv_heads]
     if value_norm is not None:
+        # Norms of values differ between key heads even where the keys stand in one order for all.
         plain = columns.expand(kv_heads.stop - kv_heads.start, -1, -1)
         columns = torch.cat([plain, plain[:, : len(KINDS)] * value_norm[kv_heads, None]], 1)
         extents = torch.cat([extents, extents[: len(KINDS)]])
@@ -272,11 +288,14 @@ def _sums_of_heads(
         raw_heads=[head - heads.start for head in wanted if heads.start <= head < heads.stop],
     )
     if view.weights is not None:
+        # A replay: the kernel may overwrite what it is given, and these weights are the caller's.
         own = view.weights[heads].clone(memory_format=torch.contiguous_format)
         every, ends = slice(0, len(own)), prompt.picked
         taken.add(own, every, 0, 0, ends, weights=True)
         return taken
     for block in product_blocks(view, kv_heads):
+        # Heads are counted within this group, rows within the sample, keys from the span's first
+        # on.
         own = slice(block.heads.start - heads.start, block.heads.stop - heads.start)
         sinks = None if view.sinks is None else view.sinks[block.heads]
         first = block.span.start
@@ -299,6 +318,7 @@ def _pairs(view: SampleCall, rows: Tensor, keys: Tensor) -> Tensor:
     heads = len(view.query) if len(rank) > 1 else 1
     for at, visible in view.visible_keys.pairs(rows, for_heads(keys, heads)):
         queries = view.queries.rank[at]
+        # A bidirectional mask shows later keys, too; those have no age.
         earlier = for_heads(rank, len(visible))[:, None] <= queries[:, None]
         counted = (visible & earlier).float()
         total = total + by_age(counted, queries, for_heads(rank, len(visible))).cpu()
@@ -310,5 +330,7 @@ def _grouped(values: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
 
     Over the rows marked in member, (3, rows).
     """
+    # One matrix product sums all rows by modality: (3, rows) with (heads, rows, values). In double
+    # precision, so that recordings merge to the same sums in any order.
     defined, groups = ~values.isnan(), member.double()
     return groups @ values.where(defined, 0.0).double(), groups @ defined.double()

@@ -46,14 +46,18 @@ def reduce_step(rows: Sequence[StepRow], plan: CapturePlan) -> list[LayerResult]
         FloatingPointError: weights are not numbers.
     """
     views, layers, heads = [row.view for row in rows], len(rows), rows[0].weights.shape[0]
+    # Layers without a policy hold the same keys and share one description of them (`SampleSlice`);
+    # then masks and columns are made once for all.
     queries, shared = views[0].queries, all(view.keys is views[0].keys for view in views)
     keys = views[0].keys if shared else _join([view.keys for view in views])
     visible = views[0].visible_keys.last_row
     if not shared:
         visible = torch.cat([view.visible_keys.last_row.expand(heads, -1, -1) for view in views])
+    # (layers x heads, 1, keys): heads of all layers, one layer behind the other.
     weights, value_mass = torch.cat([row.weights for row in rows]), None
     if plan.reads_values:
         norms = torch.cat([row.value_norm for row in rows if row.value_norm is not None])
+        # (layers x key heads, group, keys): query heads that share a key head share its norms.
         by_set = weights.view(len(norms), -1, weights.shape[2]) * norms[:, None]
         value_mass = _by_kind(by_set.view_as(weights), keys)
     sums = weighted_sums(weights, key_columns(keys, plan.columns)).transpose(1, 2)
@@ -64,11 +68,13 @@ def reduce_step(rows: Sequence[StepRow], plan: CapturePlan) -> list[LayerResult]
     counts = _by_kind(visible.float(), keys)
     stacked = QueryRows(queries, keys, counts, sums, plan.columns, above, value_mass, weights)
     values = torch.cat([values_of(plan.sums, stacked), values_of(plan.weights, stacked)], -1)
+    # (layers, heads, values)
     step = values[:, 0].unflatten(0, (layers, -1))
     ages = pairs = None
     if plan.ages:
         ages, pairs = _step_ages(weights, visible, queries, keys)
         ages = ages.unflatten(0, (layers, -1))
+        # One row of numbers for all layers becomes one per layer; one per head stays as it is.
         pairs = pairs.expand(max(len(pairs), layers), -1).unflatten(0, (layers, -1))
     results = []
     for i, row in enumerate(rows):
@@ -102,6 +108,7 @@ def _step_ages(
     if len(keys.rank) > 1:
         return text_by_age(weights, queries, keys), text_by_age(visible.float(), queries, keys)
     at = keys.kinds[Modality.TEXT]  # few of its keys
+    # Weights and flags of the text keys in one call: the flags' sums are the numbers of weights.
     both = torch.cat([weights[..., at], visible[..., at].float()])
     ages = by_age(both, queries.rank, keys.rank[:, at])
     return ages[: len(weights)], ages[len(weights) :]

@@ -94,6 +94,8 @@ def _replay_sample(
             torch.arange(stop),
             *(torch.from_numpy(log.tokens[name]) for name in TOKEN_INFO if name != "rank"),
         )
+        # One view per layer, as if each had just computed these weights: from here on a replay runs
+        # the code of a live recording.
         views = [_view(one, seen, known, new) for one, seen in zip(weights, visible, strict=True)]
         if PHASES[phase] == "decode":
             passes = reduce_step(
@@ -108,7 +110,9 @@ def _replay_sample(
 def _view(weights: Tensor, visible: Tensor, tokens: TokenInfo, new: slice) -> SampleCall:
     """One layer's rows, (heads, rows, keys), as if they had just been computed."""
     heads, rows, keys = weights.shape
+    # One matrix for all heads where they agree; sums over rows that see a key then have one entry.
     seen = visible[:1] if bool((visible == visible[:1]).all()) else visible
+    # Width 0: only the numbers of heads, rows and keys are read of them.
     query, key = weights.new_empty(heads, rows, 0), weights.new_empty(heads, keys, 0)
     part = tokens.map(lambda t: t[new])
     return SampleCall(

@@ -86,6 +86,8 @@ def view(
         parts: those of this pass by mask and size, filled on the way: layers with the same mask
             share them.
     """
+    # A mask is alive for the whole pass, so its id names it. Under a policy every layer has keys of
+    # its own, and nothing can be shared.
     name = (id(call.mask), sample, call.query.shape[2], call.key.shape[2])
     if call.key_positions is not None or call.forward.rows is not None:
         part = _part(call, tokens, sample)
@@ -125,6 +127,8 @@ def _sinks(call: AttentionCall, sample: int, rows: slice) -> Tensor | None:
 def _part(call: AttentionCall, tokens: TokenInfo, sample: int) -> SampleSlice | None:
     queries, keys = _queries(call, tokens, sample), _keys(call, tokens, sample)
     held = keys.rank >= 0
+    # From the first to the last true token: slices, so that what is cut out of queries and keys is
+    # a view. Empty slots in between stay, with rank -1, and are hidden from all rows.
     rows, columns = valid_part(queries.rank >= 0), valid_part(held.any(0))
     if rows.start == rows.stop:
         return None
@@ -160,6 +164,7 @@ def _keys(call: AttentionCall, tokens: TokenInfo, sample: int) -> TokenInfo:
         return tokens.at(mine.reshape(-1, count))
     if count <= len(tokens.rank):
         return tokens.map(lambda t: t[None, :count])
+    # A static cache is longer than the sequence; slots behind it hold nothing yet.
     slots = torch.arange(count, device=call.key.device)
     return tokens.at(slots.masked_fill(slots >= len(tokens.rank), -1)[None])
 

@@ -75,6 +75,7 @@ def share_of_maps(view: SampleCall, least: int, most: int) -> int:
 def product_blocks(view: SampleCall, kv_heads: slice) -> Iterator[ProductBlock]:
     """Products of the query heads that read these key heads, head after head and row after row."""
     (keys, dim), rows = view.key.shape[1:], view.query.shape[1]
+    # One buffer for all products, too; every block overwrites the last one's.
     together, size = _block_size(view, kv_heads)
     new, converts = view.query.new_empty, view.key.dtype != torch.float32
     buffer = new(together * view.groups * size * keys, dtype=torch.float32)
@@ -82,6 +83,7 @@ def product_blocks(view: SampleCall, kv_heads: slice) -> Iterator[ProductBlock]:
     some_keys = new(together, keys, dim, dtype=torch.float32) if converts else None
     some_queries = new(together * view.groups, rows, dim, dtype=torch.float32) if converts else None
     for first in range(kv_heads.start, kv_heads.stop, together):
+        # Key heads `some`, and the query heads that read them.
         some = slice(first, min(first + together, kv_heads.stop))
         heads = slice(some.start * view.groups, some.stop * view.groups)
         key, query = view.key[some], view.query[heads]
@@ -94,9 +96,12 @@ def _block_size(view: SampleCall, kv_heads: slice) -> tuple[int, int]:
     """Key heads and rows of a block."""
     groups, rows, (_, keys, dim) = view.groups, view.query.shape[1], view.key.shape
     if backend_for(view.query.device) == COMPILED:
+        # Rows whose products with all keys fit, for the query heads of one key head; not fewer than
+        # make a matrix product worth while.
         fitting = COMPILED_BLOCK_BYTES // (4 * groups * keys)
         return 1, max(1, min(rows, COMPILED_BLOCK_ROWS, max(fitting, LEAST_ROWS)))
     limits = BLOCK_BYTES if view.query.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    # Numbers in float32 that a block may hold, products and converted keys together.
     elements = share_of_maps(view, *limits) // 4
     size = max(1, min(rows, BLOCK_ROWS, elements // (groups * keys)))
     converted = dim if view.key.dtype != torch.float32 else 0  # these keys shall fit as well
@@ -116,14 +121,19 @@ def _row_blocks(
     )
     for start in range(0, rows, size):
         at = slice(start, min(start + size, rows))
+        # Keys outside of the span are seen by no row of the block and not computed: under a causal
+        # mask that halves the work.
         span = view.visible_keys.span(at)
         shape = (len(query), at.stop - at.start, span.stop - span.start)
         products = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+        # (key heads, group x rows, dim) with (key heads, span, dim): the query heads of a key head
+        # are further rows of its product.
         _products(query[:, at].reshape(count, -1, dim), key[:, span], products)
         if scaled:
             _bend(products.mul_(view.scaling), view, heads, at, span)
             if not view.visible_keys.causal:
                 view.visible_keys.hide(products, heads, at, span)
+        # Where the mask is causal the kernel hides what lies behind each row's end by itself.
         ends = view.visible_keys.ends(at)
         yield ProductBlock(heads, at, span, products, ends, 1.0 if scaled else view.scaling)
 
@@ -152,6 +162,7 @@ def _softmax(logits: Tensor, view: SampleCall) -> None:
     view.visible_keys.hide(logits, heads, rows, keys)
     share = None
     if view.sinks is not None:
+        # sum_k exp(l_k) / (sum_k exp(l_k) + exp(sink)): what the sink leaves of a plain softmax.
         share = torch.sigmoid(logits.logsumexp(-1) - view.sinks)[..., None]
     torch.softmax(logits, -1, out=logits)
     if share is not None:

@@ -61,6 +61,8 @@ class VisibleKeys:
         self._rows, self._keys, self._device = rows, keys, device
         self._offset = keys - rows
         self._read = self._triangle if read is None else read
+        # Looked at once per pass and mask. Of a causal triangle nothing needs to be kept: spans,
+        # ends and counts follow from row numbers, and kernels need no mask.
         self.causal = self._offset >= 0 and (read is None or self._is_triangle())
         if self.causal:
             self._read = self._triangle
@@ -68,10 +70,14 @@ class VisibleKeys:
             return
         first, end, blind = [], [], []
         for _, block in self._blocks():
+            # Any head: a span must hold whatever some head of the block may see.
             seen = block.visible.any(0).to(torch.uint8)
             first.append(seen.argmax(1))
+            # argmax finds the first 1; of the reversed row that is the last key seen. Rows that see
+            # nothing give (0, keys), which is harmless.
             end.append(keys - seen.flip(1).argmax(1))
             blind.append(~block.visible.any(-1))
+        # As Python numbers: they become slices, block after block, without waiting for a device.
         self._first, self._end = torch.cat(first).tolist(), torch.cat(end).tolist()
         self._blind = torch.cat(blind, 1)
         self._some_blind = bool(self._blind.any())
@@ -149,6 +155,7 @@ class VisibleKeys:
         Where there are several key sets, what is visible is per head.
         """
         if self.causal:
+            # Row i sees the leading keys up to i + offset: one running sum answers for all rows.
             return kinds.cumsum(-1)[..., self._offset :].transpose(1, 2)
         parts = []
         for _, block in self._blocks():
@@ -166,6 +173,7 @@ class VisibleKeys:
             return torch.cat([later[:, :1].expand(-1, self._offset), later], 1)[None]
         total: Tensor | None = None
         for at, block in self._blocks():
+            # (n, rows of the block) with (1 or heads, rows of the block, keys).
             seen = groups[:, at] @ block.visible.float()
             total = seen if total is None else total + seen
         assert total is not None

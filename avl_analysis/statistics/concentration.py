@@ -39,6 +39,8 @@ class Gini(_Concentration):
     source = "Wang et al., PrefixKV (2412.03409)"
 
     def value(self, rows: QueryRows) -> Tensor:
+        # sum_i (n + 1 - i) p_(i) over ascending p, by modality. Keys that a row cannot see have p =
+        # 0 and stand first, with the highest numbers but no weight.
         from_end = torch.stack([self._from_end(shares) for shares in rows.shares], -1)
         gini = 1 + (1 - 2 * from_end) / rows.counts
         return gini.where(rows.counts > 0, torch.nan)

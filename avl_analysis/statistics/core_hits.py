@@ -40,8 +40,10 @@ class CoreHitRate(TrajectoryStatistic):
         scores = trajectory.scores  # (steps, layers, image tokens)
         shape = (scores.shape[1], self.ages, len(self.fractions), 2)
         sums, counts = np.zeros(shape), np.zeros(shape)
+        # (steps, layers)
         total = scores.sum(-1)
         for f, fraction in enumerate(self.fractions):
+            # (steps, layers, image tokens) of 0 and 1
             sets = top(scores, fraction)
             for age in range(min(self.ages, len(scores))):
                 start = max(age, 1)  # evaluated at decode steps only
@@ -103,16 +105,23 @@ class HeldCoreMass(TrajectoryStatistic):
         for s, secondary in enumerate(self.secondaries):
             if not (size := size_of(secondary, tokens)):
                 continue
+            # (layers, held) token numbers; the same at every step, as nothing dropped comes back.
             held, unknown = _members(top(scores[0], secondary), size)
             place = np.arange(layers)[:, None], held
+            # By `among` a core is ranked, by `now` (shares of all image attention) it is judged.
             among, now = scores[:, *place], shares[:, *place]  # (steps, layers, held)
             now[:, unknown] = np.nan
+            # One ranking serves all sizes: the first n of it are the core of n tokens, so a running
+            # sum of what they catch gives the curve over sizes at once.
             order = np.argsort(-among, axis=-1, kind="stable")
             undefined = np.isnan(among).any(-1)
+            # A core larger than what is held is all that is held; size 0 gives -1, which is blanked
+            # below.
             last = np.minimum(sizes, held.shape[-1]) - 1
             for age in range(min(self.ages, steps)):
                 start = max(age, 1)  # the core is read at decode steps only
                 chosen = order[start - age : steps - age]
+                # (steps from start on, layers, sizes)
                 caught = np.take_along_axis(now[start:], chosen, -1).cumsum(-1)[..., last]
                 caught[..., last < 0] = np.nan
                 caught[undefined[start - age : steps - age]] = np.nan

@@ -38,6 +38,8 @@ class Coverage(WeightStatistic):
     taus: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.99)
 
     def value(self, rows: QueryRows) -> Tensor:
+        # Ascending weights: k(tau) keys hold tau if all the others together hold no more than 1 -
+        # tau. One search in the running sum finds how many can be spared, for all taus at once.
         rest = (
             (1 + SLACK - rows.sums.new_tensor(self.taus))
             .expand(*rows.sums.shape[:2], -1)

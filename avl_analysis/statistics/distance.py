@@ -31,6 +31,8 @@ class TextDistance(SumStatistic):
 
     def value(self, rows: QueryRows) -> Tensor:
         mass = rows.sum("text")
+        # Positions are counted back from the newest key: counted from the first one, the sum over
+        # long prompts would lose recent distances of a few tokens to rounding.
         ahead = (
             rows.per_head(last_rank(rows.keys)) - rows.queries.rank
         )  # of the query, to the newest key

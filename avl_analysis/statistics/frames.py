@@ -91,6 +91,8 @@ class FrameCoreOverlap(TrajectoryStatistic):
         for f, fraction in enumerate(self.fractions):
             sets = {name: top(first[:, at], fraction) for name, at in frames.items()}
             for lag_at, lag in enumerate(self.lags):
+                # Token i of one frame and token i of the other are of one place, as both have the
+                # same grid.
                 for (image, frame), core in sets.items():
                     later = sets.get((image, frame + lag))
                     if later is None or later.shape != core.shape:

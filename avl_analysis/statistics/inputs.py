@@ -201,6 +201,8 @@ class QueryRows:
 
         Other keys are left out, or their weights are zero.
         """
+        # Key/value heads hold different keys: no columns are the modality's in all of them, so the
+        # others are set to zero.
         if len(self.keys.rank) > 1:
             is_kind = self.keys.modality == modality
             return self.weights * self.per_head(is_kind[:, None]), self.keys.rank

@@ -38,6 +38,7 @@ class LayerAgreement(TrajectoryStatistic):
         reference, first = self.prefill_layer - 1, trajectory.scores[0]
         agreement = np.full((len(trajectory.layers), len(self.ps)), np.nan)
         if reference in trajectory.layers:
+            # Policies count layers from 1; `prefill_layer` 2 is the layer of number 1.
             later = np.array(trajectory.layers) > reference
             for i, p in enumerate(self.ps):
                 sets = top(first, p)

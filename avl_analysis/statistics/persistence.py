@@ -36,6 +36,7 @@ class ImagePersistence(TrajectoryStatistic):
         mass = np.nansum(trajectory.scores[1:].astype(np.float64), -1)  # (decode steps, layers)
         if len(mass) < 3:
             return np.full((mass.shape[1], 3), np.nan), None
+        # Centred steps: the slope is then their product with the mass over their square.
         step = np.arange(len(mass)) - (len(mass) - 1) / 2
         slope = step @ mass / (step @ step)
         mean = mass.mean(0)

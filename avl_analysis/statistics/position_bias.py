@@ -51,6 +51,7 @@ def raster_fit(total: np.ndarray, seen: np.ndarray) -> np.ndarray:
     if use.sum() < 3:
         return np.full(3, np.nan)
     x, log = (np.arange(len(total)) / len(total))[use], np.log(total[use] / seen[use])
+    # log(weight) = log(mu) + sigma x with x = i / N.
     slope, offset = np.polyfit(x, log, 1)
     spread = ((log - log.mean()) ** 2).sum()
     rest = ((log - slope * x - offset) ** 2).sum()

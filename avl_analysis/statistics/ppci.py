@@ -70,6 +70,7 @@ class PPCIHeterogeneity(_PPCI):
     dims: ClassVar[tuple[str, ...]] = ("layer", "other_layer")
 
     def _of(self, sets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        # Members are 0 and 1, so the product of two rows counts what both hold.
         shared = sets @ sets.transpose(0, 2, 1) / sets.sum(-1)[..., None]  # (steps, layers, layers)
         return np.nansum(shared, 0), (~np.isnan(shared)).sum(0)
 
@@ -89,5 +90,6 @@ class PPCIPrefill(_PPCI):
             sets = top(trajectory.scores, p)
             shared.append(overlap(sets[:1], sets).T)
         values = np.stack(shared, -1)
+        # Step 0 is the prompt row itself.
         values[:, 0] = np.nan
         return values, None

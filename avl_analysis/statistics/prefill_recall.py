@@ -32,6 +32,7 @@ class PrefillRecall(TrajectoryStatistic):
     def value(self, trajectory: Trajectory) -> Result:
         shape = (trajectory.scores.shape[1], len(self.secondaries), len(self.cores))
         sums, counts = np.zeros(shape), np.zeros(shape)
+        # (decode steps, layers, image tokens) each
         cores = [top(trajectory.scores[1:], core) for core in self.cores]
         for s, secondary in enumerate(self.secondaries):
             kept = top(trajectory.scores[:1], secondary)

@@ -33,5 +33,7 @@ class KeyRedundancy(CacheStatistic):
         ).float()  # (key sets, 3, keys)
         n = kinds.sum(-1)
         lengths = torch.linalg.vector_norm(key, dim=-1).clamp_min(1e-12)
+        # (key heads, 3, width): mean unit key of each modality. |sum of n unit vectors|^2 is n plus
+        # the sum of all cosines between different ones, hence the formula.
         mean = kinds / lengths[:, None] @ key / n[..., None]
         return torch.where(n > 1, (n * mean.square().sum(-1) - 1) / (n - 1), torch.nan)

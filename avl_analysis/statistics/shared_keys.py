@@ -37,6 +37,7 @@ class SharedCoverage(TrajectoryStatistic):
     def value(self, trajectory: Trajectory) -> Result:
         scores = trajectory.scores.astype(np.float64)  # (steps, layers, image tokens)
         total = scores.sum(-1, keepdims=True)
+        # (steps, layers, image tokens): share held by the best 1, 2, ... tokens.
         held = np.sort(scores, axis=-1)[..., ::-1].cumsum(-1) / np.where(total > 0, total, np.nan)
         needed = [(held < tau - SLACK).sum(-1) + 1 for tau in self.taus]
         share = np.stack(needed, -1) / scores.shape[-1]

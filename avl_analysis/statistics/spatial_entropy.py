@@ -48,6 +48,7 @@ class SpatialEntropy(TrajectoryStatistic):
             of_grid = (trajectory.image == image) & (trajectory.frame == frame)
             placed = np.flatnonzero(of_grid & known)
             row, column = trajectory.row[placed], trajectory.column[placed]
+            # (layers, heads, rows, columns); places without a token have no attention.
             grid = np.zeros((*heads, int(row.max()) + 1, int(column.max()) + 1))
             grid[..., row, column] = trajectory.last[..., placed]
             entropies = [entropy_of_places(grid[head]) for head in np.ndindex(heads)]

@@ -90,6 +90,8 @@ def decay_fits(
         (ages[use], lambda b: np.log(2) / b),
         (np.log1p(ages[use]), lambda b: 2 ** (1 / b) - 1),
     ):
+        # Weighted least squares of log(mean weight) on x: the age itself gives the exponential law,
+        # log(1 + age) the power law; the slope is minus the rate.
         x_mean, y_mean = np.average(x, weights=weight), np.average(log, weights=weight)
         slope = (weight * (x - x_mean) * (log - y_mean)).sum() / (weight * (x - x_mean) ** 2).sum()
         rest = (weight * (log - y_mean - slope * (x - x_mean)) ** 2).sum()

@@ -27,11 +27,13 @@ def top(scores: np.ndarray, fraction: float) -> np.ndarray:
     size = size_of(fraction, n)
     if size == 0:
         return np.full(scores.shape, np.nan, np.float32)
+    # The size-th largest score: larger ones are members, equal ones as far as there is room.
     limit = np.partition(scores, n - size, axis=-1)[..., n - size, None]
     above, equal = scores > limit, scores == limit
     room = size - above.sum(-1, keepdims=True)
     chosen = (above | (equal & (equal.cumsum(-1) <= room))).astype(np.float32)
     undefined = np.isnan(scores).any(-1)
+    # The set of all tokens needs no ranking, only some attention.
     undefined |= (scores > 0).sum(-1) < (size if size < n else 1)
     chosen[undefined] = np.nan
     return chosen
