@@ -156,6 +156,8 @@ class UsageLog:
 
     def hold(self, layers: Iterable[AdaptiveLayer], passing: Iterable[Tensor]) -> None:
         """Note a moment at which `passing` tensors exist beside the layers' buffers."""
+        # Layers that still wait for their policy's choice have no buffer; their keys are among
+        # `passing`.
         buffers = [layer.buffer for layer in layers if layer.buffer is not None]
         allocated = sum(buffer.bytes_allocated() for buffer in buffers)
         self.peak = max(self.peak, allocated + sum(tensor.nbytes for tensor in passing))
@@ -173,6 +175,7 @@ class UsageLog:
         buffers = [layer.filled_buffer for layer in layers]
         allocated = sum(buffer.bytes_allocated() for buffer in buffers)
         self.peak = max(self.peak, allocated)
+        # From layers x rows to rows x layers.
         by_row = zip(*(buffer.bytes_by_row() for buffer in buffers), strict=True)
         coded = [buffer for buffer in buffers if buffer.coded_tier(True) is not None]
         self.kernels = backend_for(coded[0].keys.device) if coded else ""
@@ -185,6 +188,8 @@ class UsageLog:
                 filled=sum(buffer.bytes_in_use() for buffer in buffers),
                 allocated=allocated,
                 bookkeeping=sum(t.nbytes for buffer in buffers for t in buffer.bookkeeping()),
+                # The stock cache holds a key and a value of every position seen, padding included,
+                # in the model's own precision.
                 full=sum(layer.seen * layer.filled_buffer.position_bytes for layer in layers),
                 host=sum(
                     buffer.quantized.nbytes(host=True)

@@ -29,6 +29,7 @@ def named_arguments(
 def find_cache(arguments: Mapping[str, Any]) -> Any:
     """The KV cache among the arguments of a decoder's call, whatever its name; None without one."""
     named = [arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None]
+    # Known names first; anything else that counts its tokens like a cache is one.
     others = [value for value in arguments.values() if hasattr(value, "get_seq_length")]
     return next(iter((*named, *others)), None)
 

@@ -77,6 +77,7 @@ def rename(config: Any) -> None:
     Raises:
         UnsupportedModelError: transformers has no mask function for the backend.
     """
+    # By identity: configs compare by content, and two models with equal configs are renamed apart.
     entry = _RENAMED.get(id(config))
     if entry is not None:
         entry[2] += 1
@@ -130,10 +131,12 @@ def _register(backend: str) -> None:
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        # Looked up at each call: somebody may register another function under the backend's name.
         function = _function(backend, module)
         owner = OWNERS.get(module)
         if owner is None or owner.forward is None:
             return function(module, query, key, value, attention_mask, **options)
+        # Eager attention also returns weights, which the model may hand on (`output_attentions`).
         weights: list[Tensor | None] = [None]
 
         def inner(call: AttentionCall) -> Tensor:

@@ -50,7 +50,10 @@ class Conversation:
     def take_rows(self, rows: Tensor) -> None:
         """Row i of the batch now continues what was row rows[i]."""
         self.rows = rows if self.rows is None else self.rows[rows]
+        # Rows may move several times between two passes; row i is what was row rows[i] after the
+        # move before.
         self.moved = rows if self.moved is None else self.moved[rows]
+        # Equal rows need no reordering, and reading the indices would wait for the device.
         if len(set(self.counts)) > 1 or len(rows) != len(self.counts):
             self.counts = [self.counts[i] for i in rows.tolist()]
 
@@ -123,13 +126,17 @@ class AdaptiveLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        # What is cached, to be compared with what is attended to: models with compressed keys
+        # differ.
         self.widths = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
         self.seen = forward.start + forward.tokens
+        # A prompt attends to all of itself; the policy chooses afterwards (`PrefillStep`).
         if self.buffer is None:
             return key_states, value_states
         if forward.kind == "decode":
             arrival = self.conversation.arrival
             self.buffer.append(key_states.detach(), value_states.detach(), forward.start, arrival)
+            # The new key was appended first: a row always attends to its own token.
             return self.buffer.attended(refresh=self.conversation.is_refresh)
         keys, values = self.buffer.everything()
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
@@ -176,6 +183,7 @@ class AdaptiveLayer(CacheLayerMixin):
         if self.buffer is None:
             return
         rows = rows.to(self.device)
+        # The cache moves every layer; the conversation moves once, with the first of them.
         if self.index == min(self.conversation.layers):
             self.conversation.take_rows(rows)
         self.buffer.select(rows)

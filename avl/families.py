@@ -91,6 +91,8 @@ class Family:
         """
         originals = originals_of(inputs)
         if originals is not None and len(originals.sizes) != len(input_ids):
+            # Remembered for another batch (rows were dropped or repeated since): nothing is known
+            # then.
             originals = None
         pictures, _ = self._pictures(input_ids, attention_mask, inputs, originals)
         return token_layout(
@@ -147,6 +149,8 @@ class Family:
         if attention_mask is not None and attention_mask.shape == image.shape:
             image &= attention_mask.bool()
         videos = torch.tensor(sorted(video_ids(self.config)), device=input_ids.device)
+        # 0 for text, 1 for pictures, 2 for videos: a run ends where one kind of token follows
+        # another.
         kinds = image.int() + (image & torch.isin(input_ids, videos))
         runs = [_runs(row) for row in kinds.tolist()]
         return describe_rows(self.name, self.config, input_ids.tolist(), runs, inputs, originals)
@@ -215,6 +219,7 @@ def describe(model: nn.Module) -> Family:
             " whose sequence holds image tokens are supported, such as LLaVA, Qwen-VL or InternVL;"
             " docs/families.md lists all types"
         )
+    # Each id once, in the order of the fields: some configs say the same id under two names.
     ids = tuple(
         dict.fromkeys(
             int(value)
@@ -232,6 +237,7 @@ def describe(model: nn.Module) -> Family:
     decoder = model.get_decoder()
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     per_layer = getattr(text, "per_layer_config", None) or [text]
+    # Most configs describe all layers at once; some describe each by itself.
     heads, *more = sorted({int(layer.num_attention_heads) for layer in per_layer})
     if more:
         raise UnsupportedModelError(

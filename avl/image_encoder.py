@@ -64,6 +64,7 @@ class EncoderAttention:
             )
         query, key = self._outputs["q_proj"], self._outputs["k_proj"]
         self._outputs = {}
+        # Encoders see pictures, tiles and frames as one batch, perhaps over several leading axes.
         images, tokens, width = query.flatten(0, -3).shape
         heads = int(self._module.num_heads)
         has_class_token = images * (tokens - 1) == count
@@ -73,11 +74,13 @@ class EncoderAttention:
                 f" {count} image tokens; attention of the encoder can be read only where its tokens"
                 " become image tokens one by one. The policy divprune does without it"
             )
+        # (images, heads, tokens, head width)
         query, key = (
             part.flatten(0, -3).float().view(images, tokens, heads, -1).transpose(1, 2)
             for part in (query, key)
         )
         scaling = float(getattr(self._module, "scale", (width // heads) ** -0.5))
+        # The attention of the class token if there is one, else of all tokens, in the mean.
         rows = query[:, :, :1] if has_class_token else query
         weights = torch.softmax(rows @ key.transpose(-1, -2) * scaling, -1)
         received = weights.mean(2).sum(1)  # over the rows, and over heads
@@ -86,6 +89,7 @@ class EncoderAttention:
 
 def _attention(model: nn.Module, family: Family) -> nn.Module:
     """The attention of the image encoder's last layer but one (the only one, if there is one)."""
+    # The decoder may lie inside the module that also holds the encoder, so its parts are left out.
     decoder = set(map(id, family.decoder.modules()))
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and id(module) not in decoder and len(module):

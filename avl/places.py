@@ -28,6 +28,8 @@ def token_boxes(layout: TokenLayout, row: int) -> Tensor:
     """
     boxes = torch.full((layout.length, 4), torch.nan, dtype=torch.float32)
     for index, picture in enumerate(layout.pictures[row]):
+        # Ascending, and views list a picture's tokens in the order of the prompt: they match one to
+        # one.
         positions = (layout.image[row] == index).nonzero().flatten().cpu()
         boxes[positions] = _clamped(picture)
     return boxes
@@ -127,6 +129,7 @@ def remember_originals(
     )
     for name, value in inputs.items():
         if isinstance(value, Tensor) and name not in _OF_TEXT:
+            # By identity and weakly: what was remembered of a batch goes with its tensors.
             _ORIGINALS[value] = originals
 
 

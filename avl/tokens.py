@@ -115,7 +115,11 @@ class TokenLayout:
             raise ValueError(
                 f"cannot extend a layout of {self.batch} rows with one of {other.batch} rows"
             )
+        # (batch, 1): pictures shown so far, by which those of the later part are numbered on.
         seen = torch.tensor(self.images(), dtype=torch.int16, device=self.image.device)[:, None]
+        # What stands before the first image token of a row is system; with two parts, "first" is
+        # that of both together. So the later part's system is text if the first one showed a
+        # picture, and the first part's text is system if only the later one does.
         late = (other.modality == Modality.SYSTEM) & (seen > 0)
         early = (
             (self.modality == Modality.TEXT)
@@ -189,9 +193,11 @@ def token_layout(
     valid = attention_mask.bool()
     ids = torch.tensor(list(image_token_ids), dtype=input_ids.dtype, device=input_ids.device)
     is_image = torch.isin(input_ids, ids) & valid
+    # (batch, length): from the first image token on.
     seen = is_image.cumsum(1) > 0
     has_image = is_image.any(1, keepdim=True)
     modality = torch.full_like(input_ids, int(Modality.TEXT), dtype=torch.int8)
+    # A row without any image keeps text throughout; padding is set last, over everything.
     modality[has_image & ~seen] = int(Modality.SYSTEM)
     modality[is_image] = int(Modality.IMAGE)
     modality[~valid] = int(Modality.PADDING)
@@ -218,6 +224,7 @@ def _pictures(
 ) -> tuple[Picture, ...]:
     """The pictures of one row, given the sorted positions of its image tokens."""
     if known is None:
+        # Where the next image token is not the next token, another picture begins.
         breaks = ((positions[1:] - positions[:-1]) > 1).nonzero().flatten() + 1
         bounds = [0, *breaks.tolist(), positions.numel()]
         return tuple(nowhere(stop - start) for start, stop in pairwise(bounds) if stop > start)

@@ -83,6 +83,7 @@ class View:
         if self.box is None:
             return [none] * self.count
         left, top, right, bottom = self.box
+        # Of one cell, as fractions of the picture.
         width, height = (right - left) / self.columns, (bottom - top) / self.rows
         cells = [
             [

@@ -50,6 +50,7 @@ def watch(model: nn.Module, watcher: Watcher) -> list[tuple[nn.Module, str]]:
         for name, replace in WATCHED.items():
             function = getattr(type(module), name, None)
             if callable(function) and name not in vars(module):
+                # On the instance, never on the class: other models of the class stay as they are.
                 setattr(module, name, MethodType(replace(function), module))
                 watched.append((module, name))
                 _WATCHERS[module] = watcher

@@ -205,6 +205,7 @@ def calibrate(
             f"target {target}: choose a share of the attention between 0 and 1, for example 0.95"
         )
     if held_out is None:
+        # Every third, not the last third: questions of a file may be sorted by task.
         samples, held_out = [s for i, s in enumerate(samples) if i % 3 != 2], samples[2::3]
     if len(samples) < LEAST_SAMPLES or not held_out:
         raise InputError(
@@ -365,6 +366,7 @@ def from_recording(recording: Recording, text: np.ndarray) -> Curves:
 def _together(values: xr.DataArray, weight: xr.DataArray) -> xr.DataArray:
     """Mean over layers, weighted; NaN where no layer has a value."""
     known = weight.where(values.notnull())
+    # Layers that are undefined (no picture, no attention on it) have no weight.
     total = known.sum("layer")
     return (values * known).sum("layer") / total.where(total > 0)
 
@@ -394,6 +396,7 @@ def choose(
             curves.secondary, "secondary", target, "image attention of the decode steps"
         )
         assert secondary.value is not None
+        # Cores as they are when this many tokens are held: the policy chooses its core among them.
         among_held = curves.core.sel(secondary=secondary.value, drop=True)
         core, refresh = core_choice(among_held, float(secondary.value), target)
         choices = [secondary, core, refresh]
@@ -402,6 +405,7 @@ def choose(
     choices.append(text)
     if prefill_layer is not None and curves.agreement is not None:
         held = chosen["secondary"]
+        # No layer may hold tokens that the filter has taken away.
         least = max(held) if isinstance(held, tuple) else float(held)
         filter_ = prefill_choice(curves.agreement, target, prefill_layer, least)
         chosen |= {"prefill": filter_.value, "prefill_layer": prefill_layer}
@@ -437,6 +441,7 @@ def kept(curves: Curves, policy: AdaptivePolicy) -> dict[str, dict[str, float | 
         found["secondary"] = _at(curves, "secondary", secondary=policy.secondary)
     if policy.core is not None and policy.refresh_every > 1:
         held = 1.0 if policy.secondary is None else policy.secondary
+        # By the age of the core; `refresh_every` - 1 steps is the oldest that is used.
         aged = _at(curves, "core", secondary=held, core=policy.core)
         found["core"] = aged.sel(core_age=policy.refresh_every - 1)
     if policy.text is not None:

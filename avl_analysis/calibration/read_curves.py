@@ -103,6 +103,7 @@ def core_choice(values: xr.DataArray, secondary: float, target: float) -> tuple[
         target: share of the image attention that is to be kept.
     """
     values = values.transpose("sample", "core_age", "core")
+    # Mean and bounds are (core_age, core).
     found = mean_intervals(values.values)
     shares = [float(share) for share in values["core"].values]
     ages = [float(age) for age in values["core_age"].values]
@@ -162,11 +163,16 @@ def _fewest_keys(
     """
     best: tuple[float, int, int] | None = None
     for c, share in enumerate(shares):
+        # Cores larger than what is held are the same as all that is held.
         if share > secondary + 1e-9:
             break
         for interval in range(2, len(low) + 1):
+            # The core is oldest at the last step before a refresh, interval - 1 steps after it was
+            # chosen; also False for NaN.
             if not low[interval - 1, c] >= target:
                 break
+            # Mean share of the image tokens read per step: one refresh in `interval` steps reads
+            # all held.
             read = (secondary + (interval - 1) * share) / interval
             fewer = best is None or read < best[0] - 1e-9
             longer = best is not None and abs(read - best[0]) <= 1e-9 and interval > best[1]
@@ -190,6 +196,7 @@ def text_choice(values: xr.DataArray, target: float) -> Choice:
     """
     what = "text attention of the decode steps"
     curve = curve_of(values, "share", f"share of the {what} that is caught, by text")
+    # Shares at which the rule dropped a key in enough samples to give an interval.
     acting = [i for i, low in enumerate(curve.low) if low is not None]
     if not acting:
         reason = (
@@ -228,6 +235,7 @@ def _largest_equal(values: np.ndarray, index: int) -> int:
 
 def prefill_choice(agreement: xr.DataArray, target: float, layer: int, secondary: float) -> Choice:
     """The smallest share on which all later layers agree with `layer`; None where there is none."""
+    # One later layer that disagrees loses its tokens for good, so the least agreeing one decides.
     worst = agreement.min("layer")
     curve = curve_of(
         worst,
@@ -314,6 +322,7 @@ def cores_by_layer(
 
         None: all that is held.
         """
+        # (core,) per layer: good at every age from 1 to interval - 1.
         good = [low[i, 1:interval].min(0) >= target for i in range(len(layers))]
         return [
             next(
@@ -335,6 +344,7 @@ def cores_by_layer(
         ]
         return (held + (interval - 1) * float(np.mean(least))) / interval
 
+    # Of intervals that read equally much the longest, which refreshes least often.
     interval = min(range(2, values.sizes["core_age"] + 1), key=lambda k: (round(read(k), 9), -k))
     if read(interval) >= held - 1e-9:
         reason = (

@@ -104,15 +104,18 @@ def _play(prompt: np.ndarray, steps: Sequence[np.ndarray], share: float) -> tupl
     """
     heads, count = prompt.shape
     total = count + len(steps)
+    # (key/value heads, text keys): the keys of the prompt, then one more per decode step.
     scores, held = np.zeros((heads, total)), np.zeros((heads, total), dtype=bool)
     scores[:, :count], held[:, :count] = prompt, True
     dropped = _drop(scores, held, count, share)
     kept = 0.0
     for step, weights in enumerate(steps, start=1):
         seen = count + step
+        # The step's own token is held when it attends.
         held[:, seen - 1] = True
         kept += float((weights * held[:, :seen]).sum())
         scores[:, :seen] += weights
+        # A key that is dropped after the last step is missed by nobody.
         dropped |= step < len(steps) and _drop(scores, held, seen, share)
     return kept, dropped
 
@@ -127,6 +130,7 @@ def _drop(scores: np.ndarray, held: np.ndarray, seen: int, share: float) -> bool
         return False
     recent = budget - int(HEAVY_SHARE * budget)
     for head in range(len(held)):
+        # Ascending, so the newest are the last ones.
         keys = np.flatnonzero(held[head])
         older = keys[: len(keys) - recent]
         best = older[np.argsort(-scores[head, older], kind="stable")[: budget - recent]]

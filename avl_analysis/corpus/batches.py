@@ -111,6 +111,8 @@ def prompt_lengths(vlm: VLM, samples: Sequence[Sample]) -> list[int]:
 
 def batches_by_length(vlm: VLM, samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
     """Indices of samples whose prompts have the same length, so that nothing is padded."""
+    # Tokens of the text alone: equally many image tokens are the caller's to know (one task of
+    # drawn scenes has one picture of one size).
     by_length: dict[int, list[int]] = {}
     for index, length in enumerate(prompt_lengths(vlm, samples)):
         by_length.setdefault(length, []).append(index)
@@ -133,6 +135,7 @@ def batches_of_similar_length(
     order = sorted(range(len(samples)), key=lambda i: (len(samples[i].images), lengths[i], i))
     batches: list[list[int]] = []
     for index in order:
+        # Sorted by the number of images, so samples without one come first and this happens once.
         mixed = batches and bool(samples[batches[-1][0]].images) != bool(samples[index].images)
         if not batches or mixed or len(batches[-1]) == batch_size:
             batches.append([])
@@ -159,6 +162,7 @@ def images_encoded_once(model: nn.Module) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     forward = tower.forward
+    # Pixels, arguments and output of the last call.
     last: dict[str, Any] = {}
 
     def remembered(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

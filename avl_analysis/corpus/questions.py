@@ -177,6 +177,7 @@ def question_digest(sample: Sample) -> str:
 
     Pictures in files are told apart by the files' bytes, others by their pixels.
     """
+    # Lone surrogates may stand in a prompt from a JSON file and must not stop the digest.
     content = hashlib.sha256(sample.prompt.encode("utf-8", "surrogatepass"))
     content.update(repr(shown_videos(sample)).encode() if any(shown_videos(sample)) else b"")
     for image in [part for source in sample.images for part in parts_of(source)]:

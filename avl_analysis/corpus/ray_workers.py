@@ -65,8 +65,10 @@ def _do_shards(
             while waiting and idle:
                 worker, shard = idle.pop(), waiting.pop(0)
                 busy[worker.do.remote(shard)] = (worker, shard)
+            # Whoever is through first gets the next shard.
             (finished, *_), _ = ray.wait(list(busy), num_returns=1)
             worker, shard = busy.pop(finished)
+            # Nothing comes back; this raises what the worker raised.
             ray.get(finished)
             idle.append(worker)
             yield shard

@@ -119,6 +119,7 @@ class SampleShard(Shard):
         file = self.files(folder)[0]
         if len(note["failed"]) == len(self.samples):
             return True
+        # A recording that was cut off, exchanged or damaged is recorded again.
         return file.is_file() and digest_of(file) == note["sha256"]
 
 
@@ -163,6 +164,8 @@ def record_corpus(
     if not samples:
         raise InputError("no samples to record: pass at least one")
     folder = target.with_name(target.name + ".parts")
+    # With a folder of parts beside it an existing file is that of a run which was cut off between
+    # writing the result and clearing up: it is finished again.
     if target.exists() and not folder.exists() and not replace:
         raise InputError(f"{target} exists already: choose another name, or delete it")
     job = RecordingJob(model, folder, dict(load or {}), options)
@@ -199,6 +202,7 @@ def record_shard(vlm: VLM, shard: SampleShard, job: RecordingJob) -> None:
     recording_file, note = shard.files(job.folder)
     digest = None
     if recordings:
+        # The recording before its note: only the note says that the shard is done.
         merge(recordings).save(recording_file)
         digest = digest_of(recording_file)
     content = {"failed": [asdict(one) for one in failed], "sha256": digest}
@@ -266,6 +270,7 @@ def _finish(folder: Path, target: Path, shards: Sequence[SampleShard], date: str
 
 def _check_options(vlm: VLM, options: Mapping[str, Any]) -> None:
     """Let `record` refuse its options now rather than once per sample."""
+    # Arguments of `record_samples` itself; all others are those of `record`.
     own = {"system", "max_new_tokens", "batch_size", "generate", "on_token"}
     for name in ("max_new_tokens", "batch_size"):
         if options.get(name, 1) < 1:

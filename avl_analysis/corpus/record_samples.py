@@ -76,6 +76,7 @@ def record_samples(
                 [_CountTokens(start, length, on_token)] if on_token else []
             )
             out = vlm.model.generate(**inputs, stopping_criteria=watch, **arguments)
+            # Of the prompt as it was given to the model, so with the inputs of this batch.
             inside = tokens_asked_about(vlm, chosen, inputs)
             for row, sample in enumerate(chosen):
                 about = {"region_tokens": inside[row]} if inside[row] else {}
@@ -99,6 +100,7 @@ def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
     tokenizer = vlm.processor.tokenizer
     ends = {*end_tokens(vlm.model), tokenizer.eos_token_id}
     answer = [
+        # A row that ended early is padded in the batch; the answer goes up to its first end token.
         *tokens[: next((at for at, token in enumerate(tokens) if token in ends), len(tokens))]
     ]
     facts: dict[str, Any] = {

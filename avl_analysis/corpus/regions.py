@@ -41,6 +41,7 @@ def regions_of(facts: Mapping[str, Any], image: ImageTokens | None = None) -> li
     words, answer = [str(word) for word in facts.get("words", ())], str(facts.get("answer", ""))
     answers = [str(text) for text in facts.get("answers") or [facts.get("truth") or ""] if text]
     if scene := facts.get("scene"):
+        # Only a right answer names what it looks at; of a wrong one no word has a known region.
         if answer.strip() not in [text.strip() for text in answers]:
             return []
         drawn = scenes.generate(int(scene["seed"]), int(scene["index"]), scene["task"])
@@ -81,6 +82,8 @@ def on_tokens(region: Region, image: ImageTokens | None) -> Region:
     if image is None or not image.placed:
         return replace(region, tokens=())
     grid = Patches.grid(np.zeros((GRID, GRID))).boxes
+    # The embedded model's own tokens: the patches known from drawing are exact, boxes are not
+    # needed.
     if image.boxes.shape == grid.shape and np.allclose(image.boxes, grid, atol=1e-4):
         return region
     edges = [(b.left, b.top, b.right, b.bottom) for b in region.boxes]
@@ -146,6 +149,8 @@ def tokens_in_boxes(
     chosen = np.zeros(len(places), bool)
     area = (places[:, 2] - places[:, 0]) * (places[:, 3] - places[:, 1])
     for left, top, right, bottom in (box[:4] for box in boxes):
+        # Width and height of the overlap; negative where they do not meet. NaN compares as False
+        # below.
         wide = np.minimum(places[:, 2], right) - np.maximum(places[:, 0], left)
         high = np.minimum(places[:, 3], bottom) - np.maximum(places[:, 1], top)
         chosen |= (area > 0) & (wide > 0) & (high > 0) & (wide * high >= least * area)

@@ -161,6 +161,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     except ImportError:  # not a POSIX system: two runs at once are the user's to avoid
         yield
         return
+    # The lock is the open file's, not the name's: it ends with the process, also by kill -9.
     with open(folder / "lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -111,7 +111,10 @@ def compare(
         references = halve_on_failure(job.references, chunk)
         facts |= {pair[0]: _facts(pair[1]) for pair in zip(chunk, references, strict=True)}
         failed = {i: r for i, r in zip(chunk, references, strict=True) if isinstance(r, Failure)}
+        # A sample whose reference failed counts as failed under every policy.
         good = [(i, r) for i, r in zip(chunk, references, strict=True) if isinstance(r, Reference)]
+        # Every batch begins with another policy: what the first one pays (caches of the processor,
+        # clock speed) is not always the same policy's.
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             results |= {(name, i): failure for i, failure in failed.items()}
@@ -170,6 +173,8 @@ class _Job:
         steps: list[Tensor] = []
 
         def keep(step: int, logits: Tensor) -> None:
+            # Log-probabilities leave the device at once: batch x steps x vocabulary numbers do not
+            # fit there beside the model.
             steps.append(logits.float().log_softmax(-1).cpu())
 
         watch = keep if "fidelity" in self.wanted else None
@@ -197,6 +202,8 @@ class _Job:
         found: list[Values] = [{} for _ in part]
         if "fidelity" in self.wanted:
             more = _fidelity(self.vlm, samples, references, policy, "cost" in self.wanted)
+            # Led along the full cache's answer, so that both caches predict the same next token and
+            # differences do not come from texts that have parted.
             found = [values | extra for values, extra in zip(found, more, strict=True)]
         if self.wanted == {"fidelity"}:
             return found
@@ -238,6 +245,7 @@ def _fidelity(
     nll: list[list[float]] = [[] for _ in samples]
 
     def watch(step: int, logits: Tensor) -> None:
+        # Rows whose answer is over go on in the batch and are not counted.
         rows = [row for row, reference in enumerate(references) if step < len(reference.tokens)]
         if not rows:
             return
@@ -273,6 +281,7 @@ def _fidelity(
             "agreement": np.mean(agreement[row]),
         }
         assert reference.log_probs is not None
+        # (steps,) negative log-likelihood of the full cache's own tokens
         full = -reference.log_probs[
             torch.arange(len(reference.tokens)), torch.tensor(reference.tokens)
         ]
@@ -281,6 +290,7 @@ def _fidelity(
             np.exp(np.mean(nll[row]) - full.double().mean().item()) - 1
         )
         if time_attention and len(run.attention) > 1:
+            # Without the prompt's pass: seconds per decode step.
             values["attention_seconds"] = float(np.mean(run.attention[1:]))
         found.append(values)
     return found
@@ -295,6 +305,7 @@ def kl_divergence(full: Tensor, other: Tensor) -> Tensor:
     A token the full cache rules out (-inf) contributes nothing.
     """
     full, other = full.double().log_softmax(-1), other.double().log_softmax(-1)
+    # Tokens ruled out by the full cache would give 0 * inf.
     terms = torch.where(full > -torch.inf, full.exp() * (full - other), 0.0)
     return terms.sum(-1).clamp_min(0.0)
 
@@ -319,6 +330,7 @@ def _cost(run: Run, row: int, family: Family, linear: float) -> Values:
         "kv_filled_share": usage.filled_share,
         "kv_allocated_share": usage.allocated_share,
     }
+    # Step 0 is the prompt, which produced the first token; an answer of n tokens took n - 1 steps.
     decode = usage.steps[1 : len(run.tokens[row])]
     end = usage.steps[
         len(run.tokens[row]) - 1
@@ -327,6 +339,7 @@ def _cost(run: Run, row: int, family: Family, linear: float) -> Values:
     values["keys_held_share"] = values["keys_held"] / (run.prompt_tokens[row] + len(decode))
     values["kv_row_share"] = bytes_share_of_row(run, row)
     if decode:
+        # (steps, layers)
         keys = np.array([[layer[row] for layer in step.attended] for step in decode], dtype=float)
         attention = attention_flops(family, keys.sum(1).mean())
         values |= {"keys_attended_by_step": keys.mean(1), "keys_attended": keys.mean()}

@@ -43,6 +43,7 @@ def linear_flops(model: nn.Module) -> float:
     Projections, feed-forward layers, output head.
     """
     family = describe(model)
+    # One token without a picture: what is left is what every decode step does besides attention.
     ids = torch.tensor([[_plain_token(family)]], device=next(model.parameters()).device)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False)

@@ -143,6 +143,8 @@ def run_unit(
     vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], points: Sequence[FrontierPoint]
 ) -> list[Line]:
     """Every point's answers to some samples of equal length: which are right, and at what cost."""
+    # Answers are cut where none of the batch can be right any more; a caption that goes on is wrong
+    # already.
     longest = longest_right_answer(vlm, [samples[index] for index in indices])
     right = {index: longest_right_answer(vlm, [samples[index]]) - ANSWER_SLACK for index in indices}
     lines: list[Line] = []
@@ -195,6 +197,7 @@ def _ask(
 def _held(run: Run, row: int) -> float:
     """Keys a row held when its answer ended / tokens it had seen, whatever its neighbours held."""
     assert run.usage is not None
+    # The pass that produced the row's last token: step 0 produced the first.
     end = run.usage.steps[len(run.tokens[row]) - 1]
     return float(np.mean([layer[row] for layer in end.held])) / (
         run.prompt_tokens[row] + len(run.tokens[row]) - 1
@@ -221,11 +224,14 @@ def summarise(lines: Iterable[Line], points: Sequence[FrontierPoint], samples: i
 
     Accuracy with its Wilson interval, paired difference to the full cache, bytes.
     """
+    # By task, policy and budget; lines of all units of the task together.
     by_cell: dict[tuple[str, str, float | None], list[Line]] = {}
     for line in lines:
         by_cell.setdefault((line["task"], line["policy"], line["budget"]), []).append(line)
     found = []
     for (task, name, budget), cell in by_cell.items():
+        # (samples,), in the order of the questions, so that policies can be compared question by
+        # question.
         right = _right(cell, samples)
         full = _right(by_cell[task, "full", None], samples)
         share, change = share_interval(right), paired_share_difference(right, full)

@@ -107,6 +107,8 @@ def _compared(lines: Sequence[Line], preset: str) -> list[Beaten]:
         for (task, rival), points in rivals.items():
             allowed = [line for line in points if task == mine["task"] and line["bytes"] <= most]
             if allowed:
+                # The rival's point that uses most of the bytes allowed, not the one with most right
+                # answers: choosing by the result would favour rivals with many points.
                 best = max(allowed, key=lambda line: float(line["bytes"]))
                 change = paired_share_difference(_right(best), _right(mine))
                 bounds = change.mean, change.low, change.high

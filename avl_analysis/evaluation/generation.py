@@ -98,6 +98,7 @@ def generate(
     scope: AbstractContextManager[Any] = (
         adaptive(vlm.model, policy) if policy is not None else nullcontext(None)
     )
+    # Attention is timed as it runs under the policy, whose own work is part of it.
     with torch.no_grad(), scope as session, clock as attention, watch.on(vlm.model):
         started = _now(vlm.model)
         out = vlm.model.generate(**inputs, **greedy(vlm.model), **options)
@@ -136,6 +137,7 @@ class _Forced(LogitsProcessor):
 
     def __init__(self, tokens: Sequence[Sequence[int]], prompt: int, device: torch.device) -> None:
         longest = max(map(len, tokens))
+        # Rows that are through repeat their last token; what is predicted there is not looked at.
         padded = [[*row, *[row[-1]] * (longest - len(row))] for row in tokens]
         self.tokens = torch.tensor(padded, device=device)
         self.prompt = prompt
@@ -175,6 +177,8 @@ def _attention_clock(model: nn.Module) -> Iterator[list[float]]:
     passes: list[float] = []
     current = [0.0]
 
+    # Entering attention subtracts the time, leaving it adds it; around a linear projection inside
+    # it the other way round, so that these do not count.
     def start(*_: Any) -> None:
         current[0] -= _now(model)
 
@@ -236,5 +240,6 @@ def bytes_share_of_row(run: Run, row: int) -> float:
     """
     assert run.usage is not None
     end = run.usage.steps[len(run.tokens[row]) - 1]
+    # Bytes of one token in the stock cache, all layers.
     of_token = end.full / (end.seen * len(end.by_row))
     return end.by_row[row] / (of_token * (run.prompt_tokens[row] + len(run.tokens[row]) - 1))
