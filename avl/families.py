@@ -220,13 +220,8 @@ def describe(model: nn.Module) -> Family:
             " docs/families.md lists all types"
         )
     # Each id once, in the order of the fields: some configs say the same id under two names.
-    ids = tuple(
-        dict.fromkeys(
-            int(value)
-            for field in _IMAGE_ID_FIELDS
-            if isinstance(value := getattr(config, field, None), int) and value >= 0
-        )
-    )
+    named = [getattr(config, field, None) for field in _IMAGE_ID_FIELDS]
+    ids = tuple(dict.fromkeys(i for i in named if isinstance(i, int) and i >= 0))
     if not ids:
         raise UnsupportedModelError(
             f"{type(model).__name__} (model type {name!r}) names no image token in its config"

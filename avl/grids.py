@@ -208,9 +208,8 @@ def anyres(prompt: GridPrompt) -> Pictures:
     while done < prompt.tokens and (size := prompt.take("image_sizes")) is not None:
         height, width = size
         together = prompt.take("batch_num_images")
-        if (
-            together is not None and together[0] != 1
-        ):  # OneVision gives pictures of one prompt no tiles
+        # OneVision gives pictures of one prompt no tiles.
+        if together is not None and together[0] != 1:
             picture: Picture = (View(base, base, squared(width, height), after=1),)
         else:
             picture = (View(base, base, origin=None), _tiles(prompt, base, width, height))
@@ -254,9 +253,8 @@ def _tiles(prompt: GridPrompt, base: int, width: int, height: int) -> View:
     )
     rows, columns = rows - 2 * cut_rows, columns - 2 * cut_columns
     most = getattr(prompt.config, "vision_aspect_ratio", None)
-    if isinstance(most, str) and most.startswith(
-        "anyres_max_"
-    ):  # OneVision shrinks grids that are larger than this
+    # OneVision shrinks grids that are larger than this.
+    if isinstance(most, str) and most.startswith("anyres_max_"):
         ratio = math.sqrt(rows * columns / (int(most.removeprefix("anyres_max_")) * base**2))
         if ratio > 1.1:
             rows, columns = int(rows // ratio), int(columns // ratio)

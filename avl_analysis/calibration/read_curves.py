@@ -324,17 +324,11 @@ def cores_by_layer(
         """
         # (core,) per layer: good at every age from 1 to interval - 1.
         good = [low[i, 1:interval].min(0) >= target for i in range(len(layers))]
-        return [
-            next(
-                (
-                    c
-                    for c, share in enumerate(shares)
-                    if good[i][c] and share <= secondary[i] + 1e-9
-                ),
-                None,
-            )
-            for i in range(len(layers))
-        ]
+        smallest: list[int | None] = []
+        for i in range(len(layers)):
+            fitting = [c for c, share in enumerate(shares) if share <= secondary[i] + 1e-9]
+            smallest.append(next((c for c in fitting if good[i][c]), None))
+        return smallest
 
     def read(interval: int) -> float:
         chosen = cores(interval)

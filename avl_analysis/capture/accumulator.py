@@ -93,9 +93,8 @@ class SampleAccumulator:
     head_scores: LayerArrays = field(default_factory=LayerArrays)
     decoded: dict[int, DecodeSums] = field(default_factory=dict)  # of decode steps, by layer
     cache: dict[str, list[Tensor | None]] = field(default_factory=dict)
-    produced: list[int] = field(
-        default_factory=list
-    )  # position of the row that produces a token, per step
+    # Position of the row that produces a token, per step.
+    produced: list[int] = field(default_factory=list)
     raw: list[RawRows] = field(default_factory=list)
     _image_places: dict[torch.device, Tensor] = field(default_factory=dict)
 

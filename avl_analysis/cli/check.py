@@ -51,9 +51,8 @@ def check_types(names: Sequence[str] | None, write: Path | None) -> None:
                 failures.append(f"{name}: {mismatch}")
     table = Table(box=None)
     for heading in ("type", "recorded", "adapted", "picture map", "pixels"):
-        table.add_column(
-            heading, overflow="fold"
-        )  # in a narrow terminal names go on in the next line, uncut
+        # In a narrow terminal names go on in the next line, uncut.
+        table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(row.model_type, row.recorded, row.adapted, row.picture_map, row.pixels)
     Console().print(table, counts(rows), *failures, sep="\n")

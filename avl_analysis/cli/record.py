@@ -301,9 +301,8 @@ def _samples(
             raise InputError(
                 f"--scenes brings its own pictures and questions; leave out {' '.join(image)!r}"
             )
-        kinds = (
-            (task,) if task else TASKS
-        )  # tasks take turns, so that any number covers them evenly
+        # Tasks take turns, so that any number covers them evenly.
+        kinds = (task,) if task else TASKS
         return [
             scene_sample(generate(seed, index, kinds[index % len(kinds)]))
             for index in range(scenes)

@@ -114,9 +114,8 @@ def _adds_up(case: Case, usage: avl.Usage, sizes: _Sizes) -> None:
         held = {layer: step.held[i][0] for i, layer in enumerate(usage.layers)}
         seen = case.inputs["input_ids"].shape[1] + index
         bytes_held = sum(held[layer] * sizes.slot[layer] for layer in usage.layers)
-        freed = sum(
-            sizes.slot[layer] for layer in usage.layers
-        )  # an evicted key's slot waits for the next key
+        # An evicted key's slot waits for the next key.
+        freed = sum(sizes.slot[layer] for layer in usage.layers)
         if not bytes_held <= step.filled <= bytes_held + freed:
             raise Mismatch(
                 f"step {index} of the default policy: {step.filled} bytes filled hold {bytes_held}"

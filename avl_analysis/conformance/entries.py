@@ -276,9 +276,8 @@ ENTRIES: dict[str, Entry] = {
     "glm46v": Entry(_thirds()),
     "glmga": Entry(_thirds()),
     "glm_ocr": Entry(_thirds(), processor="glm46v"),
-    "got_ocr2": Entry(
-        {f"vision_config.{k}": v for k, v in _SAM.items()}, reach=20.0
-    ),  # 3 x 3 convolutions
+    # 3 x 3 convolutions.
+    "got_ocr2": Entry({f"vision_config.{k}": v for k, v in _SAM.items()}, reach=20.0),
     "pp_chart2table": Entry({f"vision_config.{k}": v for k, v in _SAM.items()}, reach=20.0),
     "granite4_vision": Entry(
         {

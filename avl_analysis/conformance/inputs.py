@@ -128,9 +128,8 @@ def parts(output: Any) -> Iterator[Tensor]:
             for n in ("pooler_output", "last_hidden_state", "deepstack_features")
         )
         output = next(part for part in found if part is not None)
-        if isinstance(
-            output[0], tuple
-        ):  # Granite 4 Vision: what it adds to every decoder layer, of equal length
+        # Granite 4 Vision: what it adds to every decoder layer, of equal length.
+        if isinstance(output[0], tuple):
             output = output[0][1]
     if isinstance(output, Tensor):
         yield output.reshape(-1, output.shape[-1])

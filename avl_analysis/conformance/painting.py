@@ -174,9 +174,8 @@ def sides(boxes: Tensor, part: tuple[int, int, int, int], reach: float) -> tuple
     close = 1e-3
     within = (left >= part[0] - close) & (top >= part[1] - close)
     within &= (right <= part[2] + close) & (bottom <= part[3] + close)
-    within &= (wide > 0.5) & (
-        high > 0.5
-    )  # a sliver of the picture beside padding may leave no trace
+    # A sliver of the picture beside padding may leave no trace.
+    within &= (wide > 0.5) & (high > 0.5)
     beyond = (left >= part[2] + reach) | (top >= part[3] + reach)
     beyond |= (right <= part[0] - reach) | (bottom <= part[1] - reach)
     known = ~left.isnan()

@@ -99,10 +99,9 @@ def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
     """
     tokenizer = vlm.processor.tokenizer
     ends = {*end_tokens(vlm.model), tokenizer.eos_token_id}
-    answer = [
-        # A row that ended early is padded in the batch; the answer goes up to its first end token.
-        *tokens[: next((at for at, token in enumerate(tokens) if token in ends), len(tokens))]
-    ]
+    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    # A row that ended early is padded in the batch; the answer goes up to its first end token.
+    answer = list(tokens[:end])
     facts: dict[str, Any] = {
         "id": sample.id,
         "task": sample.task,

@@ -19,6 +19,7 @@ those of this batch size.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -154,12 +155,8 @@ class _Job:
     def __init__(
         self, vlm: VLM, samples: Sequence[Sample], max_new_tokens: int, wanted: frozenset[str]
     ) -> None:
-        self.vlm, self.samples, self.max_new_tokens, self.wanted = (
-            vlm,
-            samples,
-            max_new_tokens,
-            wanted,
-        )
+        self.vlm, self.samples = vlm, samples
+        self.max_new_tokens, self.wanted = max_new_tokens, wanted
         self.family = describe(vlm.model)
         self.linear = linear_flops(vlm.model) if "cost" in wanted else 0.0
 
@@ -195,10 +192,8 @@ class _Job:
 
     def measure(self, policy: Policy, part: Sequence[tuple[int, Reference]]) -> list[Values]:
         """Everything about some samples under one policy."""
-        samples, references = (
-            [self.samples[i] for i, _ in part],
-            [reference for _, reference in part],
-        )
+        samples = [self.samples[i] for i, _ in part]
+        references = [reference for _, reference in part]
         found: list[Values] = [{} for _ in part]
         if "fidelity" in self.wanted:
             more = _fidelity(self.vlm, samples, references, policy, "cost" in self.wanted)
@@ -251,10 +246,8 @@ def _fidelity(
             return
         full = torch.stack([references[row].log_probs[step] for row in rows])  # type: ignore[index]
         mine = logits[rows].float().log_softmax(-1).cpu()
-        divergence, same = (
-            kl_divergence(full, mine).tolist(),
-            (full.argmax(-1) == mine.argmax(-1)).tolist(),
-        )
+        divergence = kl_divergence(full, mine).tolist()
+        same = (full.argmax(-1) == mine.argmax(-1)).tolist()
         for at, row in enumerate(rows):
             kl[row].append(divergence[at])
             agreement[row].append(float(same[at]))
@@ -274,8 +267,6 @@ def _fidelity(
         values: Values = {
             "kl_by_step": np.array(kl[row]),
             "agreement_by_step": np.array(agreement[row]),
-        }
-        values |= {
             "nll_by_step": np.array(nll[row]),
             "kl": np.mean(kl[row]),
             "agreement": np.mean(agreement[row]),
@@ -332,9 +323,8 @@ def _cost(run: Run, row: int, family: Family, linear: float) -> Values:
     }
     # Step 0 is the prompt, which produced the first token; an answer of n tokens took n - 1 steps.
     decode = usage.steps[1 : len(run.tokens[row])]
-    end = usage.steps[
-        len(run.tokens[row]) - 1
-    ]  # where this row ended; others of the batch may have gone on
+    # Where this row ended; others of the batch may have gone on.
+    end = usage.steps[len(run.tokens[row]) - 1]
     values["keys_held"] = float(np.mean([layer[row] for layer in end.held]))
     values["keys_held_share"] = values["keys_held"] / (run.prompt_tokens[row] + len(decode))
     values["kv_row_share"] = bytes_share_of_row(run, row)
@@ -375,12 +365,8 @@ def _check(
         raise InputError(
             "no samples to compare on: pass at least one, for example scene_samples(20)"
         )
-    names = [sample.id for sample in samples]
-    if twice := (
-        sorted({name for name in names if names.count(name) > 1})
-        if len(set(names)) < len(names)
-        else []
-    ):
+    counts = Counter(sample.id for sample in samples)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
         raise InputError(f"sample ids must differ; {', '.join(twice[:5])} occur more than once")
     if not policies:
         raise InputError('no policies to compare: pass for example {"A-VL": avl.AdaptivePolicy()}')

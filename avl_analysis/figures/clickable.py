@@ -51,9 +51,8 @@ def with_cells(
         }
         plot.add_shape(**corners, line={"color": theme.paper, "width": 7})
         plot.add_shape(**corners, line={"color": theme.ink, "width": 3})
-    plot.update_traces(
-        colorbar={"title": {"text": ""}}, selector={"type": "heatmap"}
-    )  # the page's heading says it
+    # The page's heading says it.
+    plot.update_traces(colorbar={"title": {"text": ""}}, selector={"type": "heatmap"})
     plot.update_layout(clickmode="event+select", dragmode=False)
     plot.update_xaxes(range=[-0.5, columns - 0.5], fixedrange=True)
     plot.update_yaxes(

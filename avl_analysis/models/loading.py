@@ -277,9 +277,8 @@ def _given(rows: Sequence[Sequence[Image.Image | Frames]], as_videos: bool) -> d
 def _image_ids(model: PreTrainedModel) -> list[int]:
     try:
         return list(describe(model).image_token_ids)
-    except (
-        UnsupportedModelError
-    ):  # it still loads and answers; recording it will say why it cannot be recorded
+    # It still loads and answers; recording it will say why it cannot be recorded.
+    except UnsupportedModelError:
         return []
 
 

@@ -203,6 +203,5 @@ def _plain(
     for index, turn in enumerate(turns):
         lines += [marks.get(piece, "") if isinstance(piece, Mark) else piece for piece in turn]
         lines += answers[index : index + 1]
-    return "\n".join(
-        line for line in lines if line
-    )  # no placeholder: the processor adds the picture's tokens itself
+    # No placeholder: the processor adds the picture's tokens itself.
+    return "\n".join(line for line in lines if line)

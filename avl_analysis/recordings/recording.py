@@ -440,9 +440,8 @@ def merge(recordings: Sequence[Recording]) -> Recording:
             raise RecordingError(
                 f"cannot merge: the recordings differ in {key}: {' | '.join(sorted(values))}"
             )
-    first = min(
-        filled, key=lambda recording: min(recording.samples)
-    )  # its date and seed, whatever the order
+    # Its date and seed, whatever the order.
+    first = min(filled, key=lambda recording: min(recording.samples))
     data = {
         group: concatenate([recording.data[group] for recording in filled], group)
         for group in GROUPS

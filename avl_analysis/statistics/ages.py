@@ -48,9 +48,7 @@ def by_age(block: Tensor, query_rank: Tensor, key_rank: Tensor) -> Tensor:
         (heads, bins) float64; on the CPU where rows and keys are in order.
     """
     # A single row has one key per age: nothing to add up along diagonals.
-    several = (
-        block.shape[1] > 1 and key_rank.shape[0] == 1
-    )  # a single row has nothing but single diagonals
+    several = block.shape[1] > 1 and key_rank.shape[0] == 1
     if not (several and _consecutive(query_rank) and _consecutive(key_rank[0])):
         return _sum_by_age_general(block, query_rank, key_rank)
     heads, rows, keys = block.shape
@@ -59,15 +57,11 @@ def by_age(block: Tensor, query_rank: Tensor, key_rank: Tensor) -> Tensor:
     # line plus one number, line i is shifted left by i: the diagonals become columns, and summing
     # over rows sums along diagonals. What the shift moves past a line's end falls on the zeros in
     # front of the next line, which is what the margin is for.
-    margin, width = (
-        rows - 1,
-        keys + rows - 1,
-    )  # zeros before every row catch what the diagonals of others run over into
+    margin, width = rows - 1, keys + rows - 1
     padded = block.new_zeros(heads, rows * width + margin)
     padded[:, : rows * width].view(heads, rows, width)[:, :, margin:] = block
-    oldest = (
-        int(query_rank[0] - key_rank[0, 0]) + margin
-    )  # age in the first column; falls by one per column
+    # Age in the first column; it falls by one per column.
+    oldest = int(query_rank[0] - key_rank[0, 0]) + margin
     # Columns with ages below 0 are left out: those keys come after the row and are zero.
     columns = min(width, oldest + 1)
     if columns <= 0:

@@ -49,15 +49,12 @@ class CoreHitRate(TrajectoryStatistic):
                 start = max(age, 1)  # evaluated at decode steps only
                 chosen, now = sets[start - age : len(sets) - age], slice(start, None)
                 recall = overlap(chosen, sets[now])
-                with np.errstate(
-                    invalid="ignore", divide="ignore"
-                ):  # a step without image attention has no share
+                # A step without image attention has no share.
+                with np.errstate(invalid="ignore", divide="ignore"):
                     mass = (chosen * scores[now]).sum(-1) / total[now]
                 for h, hit in enumerate((recall, mass)):
-                    sums[:, age, f, h], counts[:, age, f, h] = (
-                        np.nansum(hit, 0),
-                        (~np.isnan(hit)).sum(0),
-                    )
+                    sums[:, age, f, h] = np.nansum(hit, 0)
+                    counts[:, age, f, h] = (~np.isnan(hit)).sum(0)
         return sums, counts
 
 

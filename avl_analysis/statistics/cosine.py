@@ -27,8 +27,7 @@ class ConsecutiveCosine(TrajectoryStatistic):
         scores = trajectory.scores.astype(np.float64)  # (steps, layers, image tokens)
         length = np.linalg.norm(scores, axis=-1)
         cosine = np.full(scores.shape[:2], np.nan)
-        with np.errstate(
-            invalid="ignore", divide="ignore"
-        ):  # a step without any image attention has no direction
+        # A step without any image attention has no direction.
+        with np.errstate(invalid="ignore", divide="ignore"):
             cosine[1:] = (scores[1:] * scores[:-1]).sum(-1) / (length[1:] * length[:-1])
         return cosine.T, None

@@ -40,11 +40,8 @@ class Coverage(WeightStatistic):
     def value(self, rows: QueryRows) -> Tensor:
         # Ascending weights: k(tau) keys hold tau if all the others together hold no more than 1 -
         # tau. One search in the running sum finds how many can be spared, for all taus at once.
-        rest = (
-            (1 + SLACK - rows.sums.new_tensor(self.taus))
-            .expand(*rows.sums.shape[:2], -1)
-            .contiguous()
-        )
+        most = 1 + SLACK - rows.sums.new_tensor(self.taus)
+        rest = most.expand(*rows.sums.shape[:2], -1).contiguous()
         needed = torch.stack([self._needed(shares, rest) for shares in rows.shares], -2)
         return (needed / rows.counts[..., None]).masked_fill(
             (rows.mass() == 0)[..., None], torch.nan

@@ -33,9 +33,8 @@ class TextDistance(SumStatistic):
         mass = rows.sum("text")
         # Positions are counted back from the newest key: counted from the first one, the sum over
         # long prompts would lose recent distances of a few tokens to rounding.
-        ahead = (
-            rows.per_head(last_rank(rows.keys)) - rows.queries.rank
-        )  # of the query, to the newest key
+        # (1 or heads, rows): how far the newest key is ahead of the query.
+        ahead = rows.per_head(last_rank(rows.keys)) - rows.queries.rank
         return rows.sum("text_back") / torch.where(mass > 0, mass, torch.nan) - ahead
 
 

@@ -190,9 +190,9 @@ class QueryRows:
         """(heads, rows): sum over keys of weight x values, (key sets, rows, keys)."""
         if len(values) > 1:
             return (self.weights * self.per_head(values)).sum(-1)
-        return (self.weights.transpose(0, 1) @ values[0, :, :, None])[
-            ..., 0
-        ].T  # one product per row, of all heads
+        # One product per row, of all heads: (rows, heads, keys) with (rows, keys, 1).
+        by_row = self.weights.transpose(0, 1) @ values[0, :, :, None]
+        return by_row[..., 0].T
 
     def on(self, modality: Modality) -> tuple[Tensor, Tensor]:
         """The weights on keys of one modality, (heads, rows, n), and these keys' ranks.
@@ -216,9 +216,8 @@ class QueryRows:
         NaN where the sum is 0.
         """
         ascending = [_ascending(self.on(Modality(code))[0]) for code in range(len(KINDS))]
-        return tuple(
-            weights.div_(weights.sum(-1, keepdim=True)) for weights in ascending
-        )  # 0 / 0 is NaN
+        # 0 / 0 is NaN: a row that gives the modality no weight has no shares.
+        return tuple(weights.div_(weights.sum(-1, keepdim=True)) for weights in ascending)
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -232,9 +231,8 @@ class QueryRows:
     def _entropy(shares: Tensor) -> Tensor:
         if not shares.shape[-1]:
             return shares.new_full(shares.shape[:-1], torch.nan)
-        logs = shares.clamp_min(
-            torch.finfo(shares.dtype).tiny
-        ).log_()  # 0 ln 0 = 0; torch.xlogy takes twice the time
+        # 0 ln 0 = 0; torch.xlogy takes twice the time.
+        logs = shares.clamp_min(torch.finfo(shares.dtype).tiny).log_()
         return -torch.linalg.vecdot(shares, logs)
 
 

@@ -30,9 +30,8 @@ class RecentTextMass(WeightStatistic):
 
     def value(self, rows: QueryRows) -> Tensor:
         weights, rank = rows.on(Modality.TEXT)
-        age = rows.per_head(
-            rows.queries.rank[:, None] - rank[:, None]
-        )  # (1 or heads, rows, text keys)
+        # (1 or heads, rows, text keys)
+        age = rows.per_head(rows.queries.rank[:, None] - rank[:, None])
         recent = torch.stack([(weights * (age < w)).sum(-1) for w in self.windows], -1)
         mass = rows.sum("text")[..., None]
         return recent / torch.where(mass > 0, mass, torch.nan)

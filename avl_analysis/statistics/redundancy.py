@@ -28,9 +28,8 @@ class KeyRedundancy(CacheStatistic):
     axes: ClassVar[Axes] = {"key_modality": MODALITIES}
 
     def value(self, key: Tensor, value: Tensor, tokens: TokenInfo) -> Tensor:
-        kinds = torch.stack(
-            [tokens.modality == code for code in range(3)], 1
-        ).float()  # (key sets, 3, keys)
+        # (key sets, 3, keys)
+        kinds = torch.stack([tokens.modality == code for code in range(3)], 1).float()
         n = kinds.sum(-1)
         lengths = torch.linalg.vector_norm(key, dim=-1).clamp_min(1e-12)
         # (key heads, 3, width): mean unit key of each modality. |sum of n unit vectors|^2 is n plus

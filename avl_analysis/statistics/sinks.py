@@ -33,9 +33,8 @@ class SinkRate(KeyStatistic):
 
     def value(self, scores: KeyScores) -> Result:
         with np.errstate(invalid="ignore", divide="ignore"):
-            mean = (
-                scores.received[:, :, 0] / scores.queries[:, :, 0]
-            )  # (layers, heads, positions); 0 / 0 = not seen
+            # (layers, heads, positions); 0 / 0 = not seen
+            mean = scores.received[:, :, 0] / scores.queries[:, :, 0]
         image = np.flatnonzero(scores.modality == Modality.IMAGE)
         both = [mean[..., 0], _largest(mean[..., image])]
         return np.stack([np.where(np.isnan(m), np.nan, m > self.threshold) for m in both], -1), None

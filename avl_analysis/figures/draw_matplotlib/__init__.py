@@ -82,9 +82,8 @@ def save(
     canvas = draw(figure)
     with matplotlib.rc_context(RC):
         canvas.draw_without_rendering()
-    canvas.set_layout_engine(
-        "none"
-    )  # arranged once; arranging again for each file takes most of the time
+    # Arranged once; arranging again for each file takes most of the time.
+    canvas.set_layout_engine("none")
     paths = []
     for suffix in formats:
         if suffix not in _UNDATED:
