@@ -103,6 +103,7 @@ def _tokens(names: list[str], lengths: np.ndarray, steps: int) -> xr.Dataset:
         "row": row,
         "column": column,
         "tile": np.where(picture >= 0, 0, -1),
+        "frame": np.full(total, -1),
         **{
             edge: np.where(picture >= 0, (place + beyond) / GRID, np.nan)
             for edge, place, beyond in (
