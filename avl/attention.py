@@ -174,11 +174,7 @@ def read_mask(
 
 def soft_cap(products: Tensor, cap: float | None) -> None:
     """`cap * tanh(products / cap)` in place (Gemma 2); unchanged without a cap."""
-    if cap is None:
-        return
-    if products.requires_grad:  # the derivative of tanh needs its result, which mul_ would change
-        products.copy_(torch.tanh(products / cap) * cap)
-    else:
+    if cap is not None:
         products.div_(cap).tanh_().mul_(cap)
 
 

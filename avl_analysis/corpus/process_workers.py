@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache, partial
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -29,7 +31,9 @@ def _do_shards(job: Job[S], shards: Sequence[S], *, workers: int) -> Iterator[S]
     saved = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(dict.fromkeys(saved, "1"))  # read when a worker imports torch
     # Spawned, because a fork of a process with running torch threads may hang.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_end_with_parent
+    )
     try:
         futures = {pool.submit(_do, job, shard): shard for shard in shards}
         for future in as_completed(futures):
@@ -50,3 +54,18 @@ def _loaded(job: Job[Any]) -> VLM:
     """The model of a job; a worker process loads it once."""
     torch.set_num_threads(1)
     return job.load()
+
+
+def _end_with_parent() -> None:
+    """Let this worker process end when the process that started it does.
+
+    One that is killed cannot tell its workers, which would wait for further units for good.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end with parent").start()

@@ -37,8 +37,9 @@ class PolicyRow:
         bytes: share of the full cache's bytes, mean over tasks.
         most_bytes: the largest of a task.
         accuracy: exact match, mean over tasks.
-        kept: smallest exact match of a task, relative to the full cache.
-        worst: that task.
+        kept: smallest exact match of a task, relative to the full cache; NaN where that answers
+            nothing rightly.
+        worst: that task, or "".
     """
 
     policy: str
@@ -71,20 +72,48 @@ def rows(lines: Sequence[Line]) -> list[PolicyRow]:
     apart = one_token_tasks(lines)
     if pooled := [line for line in lines if line["task"] not in apart]:
         lines = pooled
-    full = {line["task"]: line["accuracy"] for line in lines if line["policy"] == FULL}
+    full = {line["task"]: _number(line["accuracy"]) for line in lines if line["policy"] == FULL}
     cells: dict[tuple[str, float | None], list[Line]] = {}
     for line in lines:
         cells.setdefault((line["policy"], line["budget"]), []).append(line)
     found = []
     for (policy, budget), cell in cells.items():
-        kept = {line["task"]: line["accuracy"] / full[line["task"]] for line in cell}
-        worst = min(kept, key=kept.__getitem__)
-        size = [line["bytes"] for line in cell]
-        accuracy = float(np.mean([line["accuracy"] for line in cell]))
+        # Of a task that the full cache never answers rightly nothing can be kept, and of one that
+        # a policy failed at nothing is known.
+        kept = {
+            line["task"]: line["accuracy"] / full[line["task"]]
+            for line in cell
+            if line["accuracy"] is not None and full.get(line["task"], 0) > 0
+        }
+        worst = min(kept, key=kept.__getitem__, default="")
+        sizes = [_number(line["bytes"]) for line in cell]
+        known = [size for size in sizes if not np.isnan(size)]
         found.append(
-            PolicyRow(policy, budget, float(np.mean(size)), max(size), accuracy, kept[worst], worst)
+            PolicyRow(
+                policy,
+                budget,
+                _mean(sizes),
+                max(known, default=np.nan),
+                _mean([_number(line["accuracy"]) for line in cell]),
+                kept.get(worst, np.nan),
+                worst,
+            )
         )
     return found
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else float(value)
+
+
+def _shown(value: float, form: str, unit: str = "") -> str:
+    return "-" if np.isnan(value) else f"{value:{form}}{unit}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean of what is known, NaN where nothing is."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else np.nan
 
 
 def beaten(lines: Sequence[Line], preset: str = PRESET) -> list[Beaten]:
@@ -99,10 +128,11 @@ def _compared(lines: Sequence[Line], preset: str) -> list[Beaten]:
     """Every comparison of a point of the preset with a rival, on one task."""
     rivals: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
-        if line["budget"] is not None and not line["policy"].startswith("A-VL"):
+        if None not in (line["budget"], line["bytes"]) and not line["policy"].startswith("A-VL"):
             rivals.setdefault((line["task"], line["policy"]), []).append(line)
     found = []
-    for mine in (line for line in lines if line["policy"] == preset):
+    measured = [line for line in lines if line["bytes"] is not None]
+    for mine in (line for line in measured if line["policy"] == preset):
         most = (1 + EQUAL_BYTES) * mine["bytes"]
         for (task, rival), points in rivals.items():
             allowed = [line for line in points if task == mine["task"] and line["bytes"] <= most]
@@ -129,11 +159,19 @@ def show(lines: Sequence[Line], preset: str = PRESET) -> str:
     for row in rows(lines):
         asked = "" if row.budget is None else f"{100 * row.budget:g} %"
         text.append(
-            f"| {row.policy} | {asked} | {100 * row.bytes:.0f} % | {row.accuracy:.3f} |"
-            f" {row.kept:.2f}, {row.worst} |"
+            f"| {row.policy} | {asked} | {_shown(100 * row.bytes, '.0f', ' %')}"
+            f" | {_shown(row.accuracy, '.3f')} | {_shown(row.kept, '.2f', f', {row.worst}')} |"
         )
     own = next((row for row in rows(lines) if row.policy == preset and row.budget is None), None)
-    if own is not None:
+    if own is not None and not own.worst:
+        text += [
+            "",
+            (
+                f"What {preset} keeps cannot be said: on no task were both measured and the full"
+                " cache ever right."
+            ),
+        ]
+    elif own is not None:
         verb = "keeps" if own.kept >= KEPT else "does not keep"
         text += [
             "",

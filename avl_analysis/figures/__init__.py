@@ -23,6 +23,7 @@ from avl_analysis.figures.spec import (
     Points,
     Rule,
     Scatter,
+    shown_model,
 )
 
 __all__ = [
@@ -42,4 +43,5 @@ __all__ = [
     "Points",
     "Rule",
     "Scatter",
+    "shown_model",
 ]

@@ -322,15 +322,20 @@ class Caption:
     def text(self) -> str:
         """The whole caption; every figure says what, n, model and interval."""
         of = self.of.removesuffix("s") if self.n == 1 else self.of
-        # one of anything has no interval, and a reader needs no folder of another machine
+        # one of anything has no interval
         interval = f"; {self.interval}" if self.n > 1 else ""
-        model = self.model.rstrip("/").rpartition("/")[2] if self.model[:1] in "/.~" else self.model
         parts = [
             self.what,
             self.finding,
-            f"n = {self.n} {of}; model: {model}{interval}.",
+            f"n = {self.n} {of}; model: {shown_model(self.model)}{interval}.",
         ]
         return " ".join(part for part in parts if part)
+
+
+def shown_model(name: str) -> str:
+    """A model's name for readers: of a folder its last part, since they have another machine."""
+    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    return name.rstrip("/").rpartition("/")[2] if is_path else name
 
 
 @dataclass(frozen=True)

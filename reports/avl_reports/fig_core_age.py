@@ -11,7 +11,7 @@ from avl_reports.findings import Finding, judge
 from avl_reports.policy_numbers import CORE, REFRESH, TARGET
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
-from avl_reports.shapes import constant, curve, least, reached, share
+from avl_reports.shapes import constant, curve, least, left_out, reached, share
 
 QUESTION = "How long does a core stay good?"
 _AGE = Axis("age of the core", "decode steps")
@@ -48,8 +48,8 @@ def section(run: Run) -> Section:
         run.caption(
             "Share of a decode step's image attention (left) and of its own best tokens (right)"
             " that a core chosen some steps earlier catches, by size of the core; at age 0 it is"
-            " the best a core of that size can do. Mean over layers; ages that fewer than"
-            f" {least(run)} samples reach are left out. A random core catches its own size."
+            " the best a core of that size can do. Mean over layers. A random core catches its own"
+            f" size.{left_out(run, 'Ages')}"
         ),
     )
     return Section(

@@ -14,6 +14,7 @@ from avl_reports.shapes import (
     LAYER,
     STEP,
     least,
+    left_out,
     log_share,
     matrix,
     modality_curves,
@@ -51,8 +52,7 @@ def section(run: Run) -> Section:
         ),
         run.caption(
             "Attention mass on system, image and text keys: mean over heads (and over decode"
-            " steps, where not shown). Step 0 is the last prompt row; steps that fewer than"
-            f" {least(run)} samples reach are left out."
+            f" steps, where not shown). Step 0 is the last prompt row.{left_out(run, 'Steps')}"
         ),
     )
     return Section(

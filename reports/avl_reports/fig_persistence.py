@@ -11,7 +11,7 @@ from avl_analysis.intervals import Estimate, estimate, per_sample
 from avl_reports.findings import Finding, Verdict, judge, judge_all, judge_within
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
-from avl_reports.shapes import LAYER, curve, least, reached
+from avl_reports.shapes import LAYER, curve, least, left_out, reached
 
 QUESTION = "Does the picture keep its attention while text loses it?"
 STEADY = 0.01
@@ -63,9 +63,11 @@ def section(run: Run) -> Section:
         run.caption(
             "Left: mean attention on one image token at each decode step, and on one text token at"
             " each age, both divided by their own mean; dashed: exponential fit (image), power law"
-            f" (text), least squares on the logarithm. Places that fewer than {least(run)} samples"
-            " reach are left out. Right: least-squares slope of the image mass over the decode"
-            f" steps of an answer, divided by its mean ({measured})."
+            f" (text), least squares on the logarithm.{left_out(run, 'Places')} Right:"
+            " least-squares slope of the image mass over the decode steps of an answer, divided by"
+            f" its mean ({measured}). The finding is about that slope of all layers together; the"
+            " fit on the left is of the curve drawn there, whose later steps only longer answers"
+            " reach."
         ),
     )
     total = change_in_all_layers(run, slope)

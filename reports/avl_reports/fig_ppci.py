@@ -11,7 +11,7 @@ from avl_reports.findings import Finding, judge
 from avl_reports.policy_numbers import CORE, REFRESH, midway
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
-from avl_reports.shapes import LAYER, STEP, constant, curve, least, matrix, reached, share
+from avl_reports.shapes import LAYER, STEP, constant, curve, least, left_out, matrix, reached, share
 
 QUESTION = "Do the most attended image tokens stay the same?"
 _OVERLAP = share("overlap of the best tokens")
@@ -55,7 +55,7 @@ def section(run: Run) -> Section:
         run.caption(
             "Share of the best image tokens (by mean score over heads) that two moments or two"
             " layers have in common; random sets overlap by their size p. Means over layers where"
-            f" not shown. Lags and steps that fewer than {least(run)} samples reach are left out."
+            f" not shown.{left_out(run, 'Lags and steps')}"
         ),
     )
     return Section(QUESTION, figure, findings(continuity, run["ppci_heterogeneity"]), "")

@@ -11,7 +11,7 @@ from avl_analysis.statistics.text_age import decay_fits
 from avl_reports.findings import Finding, judge
 from avl_reports.run import NotMeasured, Run, Section
 from avl_reports.script import run_script
-from avl_reports.shapes import LAYER, curve, least, log_share
+from avl_reports.shapes import LAYER, curve, least, left_out, log_share
 
 QUESTION = "Does a text token lose attention as it gets older?"
 _AGE = Axis("age of the text token", "tokens", log=True)
@@ -44,9 +44,8 @@ def section(run: Run) -> Section:
         ),
         run.caption(
             "Mean weight of a text key for a text query by the number of tokens between them, over"
-            f" layers, heads and rows; ages that fewer than {least(run)} samples reach are left"
-            " out. Fits are least squares on the logarithm, weighted by the number of weights,"
-            " from age 1 on."
+            " layers, heads and rows. Fits are least squares on the logarithm, weighted by the"
+            f" number of weights, from age 1 on.{left_out(run, 'Ages')}"
         ),
     )
     rate = estimate(

@@ -25,7 +25,7 @@ from avl_analysis import scenes
 from avl_analysis.corpus.regions import Region, boxes_of, only_image, regions_of
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.comparison import Comparison, load_comparison
-from avl_analysis.figures import Animation, Box, Caption, Figure
+from avl_analysis.figures import Animation, Box, Caption, Figure, shown_model
 from avl_analysis.heads.ablation import Ablation, load_ablation
 from avl_analysis.intervals import METHOD
 from avl_analysis.models.images import open_image
@@ -38,13 +38,6 @@ from avl_reports.frontiers import Frontier, load_frontier
 
 class NotMeasured(InputError):
     """The recording does not hold what a figure shows; the message says what is missing."""
-
-
-class NotAsked(NotMeasured):
-    """The question does not arise: it is about videos, say, and no sample shows one.
-
-    A report leaves such a figure out without a word.
-    """
 
 
 @dataclass(frozen=True)
@@ -81,8 +74,6 @@ class Example:
         boxes: where in the picture the question is about, in pixels of `picture`.
         regions: what the word produced at each step is about; empty where unknown.
         picture: (height, width, 3) uint8, None where it is not kept.
-        frames: of a video, the frames that were shown, as `picture`; `boxes` then hold one box for
-            every frame.
     """
 
     name: str
@@ -94,7 +85,6 @@ class Example:
     boxes: tuple[Box, ...] = ()
     regions: tuple[Region, ...] = ()
     picture: NDArray[np.uint8] | None = None
-    frames: tuple[NDArray[np.uint8], ...] = ()
 
     @property
     def correct(self) -> bool:
@@ -173,7 +163,8 @@ class Run:
 
     @property
     def model(self) -> str:
-        return str(self.recording.attrs.get("model") or "unknown model")
+        """The model's name for readers; where it lay is among the recording's attributes."""
+        return shown_model(str(self.recording.attrs.get("model") or "unknown model"))
 
     def decode(self, name: str) -> xr.DataArray:
         """A statistic at the decode steps alone (step 1 and later).
@@ -237,13 +228,9 @@ def example(name: str, facts: Mapping[str, Any], image: ImageTokens | None = Non
         name, prompt, answer, truth, task, words, boxes_of(facts.get("boxes", ())), regions
     )
     if not (scene := facts.get("scene")):
-        frames = [_thumbnail(address) for address in facts.get("frames", ())]
-        found = replace(
-            found,
-            picture=_thumbnail(facts.get("picture")),
-            frames=tuple(frame for frame in frames if frame is not None),
+        return _reduced(
+            replace(found, picture=_thumbnail(facts.get("picture"))), facts.get("picture_size")
         )
-        return _reduced(found, facts.get("picture_size"))
     drawn = scenes.generate(int(scene["seed"]), int(scene["index"]), scene["task"])
     return replace(found, picture=drawn.image)
 
@@ -253,10 +240,9 @@ def _reduced(found: Example, size: Any) -> Example:
 
     `size` is that of the picture they were given for.
     """
-    shown = found.picture if found.picture is not None else next(iter(found.frames), None)
-    if shown is None or not size:
+    if found.picture is None or not size:
         return found
-    wide, high = shown.shape[1] / size[0], shown.shape[0] / size[1]
+    wide, high = found.picture.shape[1] / size[0], found.picture.shape[0] / size[1]
 
     def on_thumbnail(boxes: tuple[Box, ...]) -> tuple[Box, ...]:
         return tuple(

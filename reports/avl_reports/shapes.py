@@ -41,6 +41,15 @@ def least(run: Run) -> int:
     return max(2, min(10, run.n // 10)) if run.n > 1 else 1
 
 
+def left_out(run: Run, what: str) -> str:
+    """The sentence of a caption that says what is not drawn, with a space before it.
+
+    Empty where everything is.
+    """
+    count = least(run)
+    return f" {what} that fewer than {count} samples reach are left out." if count > 1 else ""
+
+
 def curve(name: str, one: Estimate, along: str, slot: int = 0, first: float = 0.0) -> Line:
     """An estimate over one dimension as a line with its interval.
 

@@ -16,6 +16,7 @@ from avl_reports import (
     fig_coverage,
     fig_frontier,
     fig_localisation,
+    fig_modality,
     fig_persistence,
     fig_policies,
     fig_position_bias,
@@ -23,7 +24,7 @@ from avl_reports import (
     fig_prefill_recall,
     fig_sets,
     fig_sparsity,
-    fig_video,
+    fig_text_age,
 )
 from avl_reports.build import FIGURES
 from avl_reports.findings import Verdict
@@ -31,8 +32,8 @@ from avl_reports.run import NotMeasured, Run
 from tests import tiny
 from tests.reports import made
 
-NEEDS_MORE = {fig_localisation, fig_policies, fig_ablation, fig_frontier, fig_video}
-"""Figures that need known regions, a comparison, heads silenced, a frontier, or a video."""
+NEEDS_MORE = {fig_localisation, fig_policies, fig_ablation, fig_frontier}
+"""Figures that need known regions, a comparison, heads silenced, or accuracy against bytes."""
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +87,7 @@ def test_every_figure_can_be_made_of_any_recording(recording, module):
 )
 def test_a_figure_says_what_it_lacks(recording, module):
     with pytest.raises(
-        NotMeasured,
-        match=r"does not say|were compared|were silenced|bytes was not measured|shows a video",
+        NotMeasured, match=r"does not say|were compared|were silenced|bytes was not measured"
     ):
         module.section(Run(recording))
 
@@ -347,6 +347,39 @@ def test_a_frontier_of_the_split_presets_were_chosen_by_says_so():
     old = type(frontier)({"settings": "Settings(seed=800000)"}, frontier.lines)
     assert "presets were chosen by, so not held out" in fig_frontier._split(old)
     assert fig_frontier._split(type(frontier)({}, frontier.lines)) == ""
+
+
+@pytest.fixture(scope="module")
+def one_long():
+    """Three answers, one of them of many decode steps."""
+    model = tiny.llava(layers=3)
+    with record(model) as recorded:
+        for batch, length in (([9], 29), ([5, 7], 5)):
+            model.generate(**tiny.inputs(model, batch=batch), max_new_tokens=length)
+    return recorded
+
+
+def test_one_long_answer_among_short_ones_is_not_called_none(one_long):
+    slopes, which = fig_persistence._slopes(Run(one_long))
+    assert which == "all answers; fewer than two have 8 decode steps or more"
+    assert slopes.sizes["sample"] == 3
+    section = fig_persistence.section(Run(one_long))
+    assert f"({which})" in section.figure.caption.what
+    assert f"({which}, all layers together)" in section.findings[0].measured
+
+
+@pytest.mark.parametrize(
+    "module",
+    [fig_core_age, fig_modality, fig_persistence, fig_ppci, fig_text_age],
+    ids=lambda m: m.__name__.split("_", 1)[1],
+)
+def test_what_is_left_out_is_said_where_something_can_be(one_long, module):
+    several = module.section(Run(one_long)).figure.caption.what
+    assert "that fewer than 2 samples reach are left out." in several
+    model = tiny.llava(layers=3)
+    with record(model) as alone:
+        model.generate(**tiny.inputs(model, batch=[9]), max_new_tokens=5)
+    assert "samples reach" not in module.section(Run(alone)).figure.caption.what
 
 
 def test_only_long_answers_tell_whether_image_attention_lasts(recording):

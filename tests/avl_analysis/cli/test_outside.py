@@ -21,6 +21,7 @@ from avl_analysis.evaluation.policy_files import save_policy
 from avl_analysis.models import inventory
 from avl_analysis.recordings.recording import load_recording
 from tests import tiny
+from tests.offline import Offline
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +51,10 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return said
 
 
-NO_NETWORK = """
-    import os, socket, sys
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        os.environ.pop(name, None)
-
-    def refuse(*arguments, **options):
-        print("CONNECTED TO", arguments, file=sys.stderr, flush=True)
-        os._exit(7)
-
-    socket.getaddrinfo = socket.gethostbyname = socket.create_connection = refuse
-    socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = refuse
-
+COMMANDS = """
+    import os, sys
     from avl_analysis.cli.main import main
+    os.chdir(sys.argv[1])
     for line in sys.stdin.read().split("\\n"):
         try:
             main(line.split("\\t"))
@@ -71,49 +63,111 @@ NO_NETWORK = """
 """
 
 
-def test_no_command_connects_to_anything_without_being_asked(
-    folder: Path, picture: Path, tmp_path: Path
-) -> None:
-    """With every way to open a connection refused and noted, and an empty cache."""
-    questions = tmp_path / "questions.jsonl"
-    questions.write_text(json.dumps({"image": picture.name, "prompt": "what?", "answer": "red"}))
-    short = ["--max-new-tokens", 1]
-    commands: list[list[object]] = [
-        ["models", "org/name"],
-        ["models", "scenes", folder],
-        ["record", picture, "what?", "--model", "org/name"],
-        ["record", picture, "what?", "--model", folder, "--out", tmp_path / "a.nc", *short],
-        ["record", "--data", questions, "--model", folder, "--out", tmp_path / "b.nc", *short],
-        ["stats", tmp_path / "a.nc"],
-        ["compare", questions, "--model", folder, "-p", "random:0.5", *short],
-        ["compare", questions, "--model", "org/name", "-p", "random:0.5"],
-        ["record", picture, "what?", "--model", folder, "--attention", "org/kernel"],
-    ]
-    codes = [2, 0, 2, 0, 0, 0, 0, 2, 2]
+def _without_network(
+    offline: Offline, folder: Path, *commands: list[object]
+) -> tuple[list[int], str]:
+    """Exit codes of commands that one process runs in `folder`, and what it said meanwhile."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(NO_NETWORK)],
+        [sys.executable, "-c", textwrap.dedent(COMMANDS), folder],
         input="\n".join("\t".join(map(str, command)) for command in commands),
-        env={**os.environ, "HF_HOME": str(tmp_path / "cache"), "AI_AGENT": "test"},
+        env=offline.environment,
         capture_output=True,
         text=True,
     )
-    assert "CONNECTED" not in done.stderr
-    assert [
-        int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("exit ")
-    ] == codes, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("exit ")]
+    return [int(line.split()[1]) for line in lines], done.stdout + done.stderr
+
+
+def _questions(folder: Path, count: int = 1) -> Path:
+    """A file of questions about pictures beside it."""
+    lines = []
+    for index in range(count):
+        tiny.picture(seed=index).save(folder / f"{index}.png")
+        lines.append({"image": f"{index}.png", "prompt": f"what is {index}?", "answer": "red"})
+    path = folder / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_no_command_connects_to_anything_without_being_asked(folder: Path, tmp_path: Path) -> None:
+    """With every way to open a connection refused and noted, and an empty cache."""
+    offline, work = Offline(tmp_path / "offline"), tmp_path / "work"
+    work.mkdir()
+    asked = _questions(work, 1)
+    short: list[object] = ["--model", folder, "--max-new-tokens", 1]
+    foreign: list[object] = ["--model", "org/name"]
+    commands: list[tuple[int, list[object]]] = [
+        (2, ["models", "org/name"]),
+        (0, ["models", "scenes", folder]),
+        (2, ["record", "0.png", "what?", *foreign]),
+        (0, ["record", "0.png", "what?", *short, "--out", "a.nc"]),
+        (0, ["record", "--data", asked, *short, "--out", "b.nc"]),
+        (2, ["record", "0.png", "what?", "--model", folder, "--attention", "org/kernel"]),
+        (0, ["stats", "a.nc"]),
+        (0, ["stats", "--list"]),
+        (0, ["compare", asked, *short, "-p", "random:0.5"]),
+        (2, ["compare", asked, *foreign, "-p", "random:0.5"]),
+        (2, ["calibrate", asked, *foreign, "--out", "q.json"]),
+        (2, ["ablate", asked, *foreign]),
+        (2, ["knockout", asked, *foreign]),
+        (2, ["frontier", *foreign, "--out", "g.jsonl", "--scenes", 1]),
+        (2, ["report", *foreign]),
+        (2, ["eval", "org/name", "--wrapper", "llava_hf", "--scenes", 1]),
+    ]
+    codes, said = _without_network(offline, work, *(command for _, command in commands))
+    assert offline.tried() == []
+    assert codes == [code for code, _ in commands], said
 
 
 def test_with_the_switch_the_hub_is_asked(tmp_path: Path) -> None:
     """What the test above watches is the way to the hub."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(NO_NETWORK)],
-        input="models\torg/name\t--download",
-        env={**os.environ, "HF_HOME": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
+    offline = Offline(tmp_path / "offline")
+    codes, said = _without_network(offline, tmp_path, ["models", "org/name", "--download"])
+    assert codes == [2], said
+    assert offline.tried()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_longer_commands_connect_to_nothing_either(folder: Path, tmp_path: Path) -> None:
+    """Nor do the processes that a frontier starts."""
+    offline, work = Offline(tmp_path / "offline"), tmp_path / "work"
+    work.mkdir()
+    asked = _questions(work, 9)
+    short: list[object] = ["--model", folder, "--max-new-tokens", 4]
+    scenes: list[object] = ["--scenes", 1, "--task", "colour", "--budgets", 0.5, "--workers", 1]
+    codes, said = _without_network(
+        offline,
+        work,
+        ["calibrate", asked, *short, "--out", "p.json"],
+        ["ablate", asked, *short, "--draws", 1, "--out", "ablation.json"],
+        ["knockout", asked, *short, "--flow", "image:last"],
+        ["frontier", "--model", folder, "--out", "f.jsonl", *scenes],
+        ["frontier", "--show", "f.jsonl"],
+        ["report", "--model", folder, "--samples", 12, "--compare", 0, "--ablate", 1],
+        ["report", "report/run.nc", "--frontier", "f.jsonl", "--out", "again"],
     )
-    assert "CONNECTED TO" in done.stderr
-    assert done.returncode == 7
+    assert offline.tried() == []
+    assert codes == [0] * 7, said
+    assert (work / "again" / "report.pdf").stat().st_size > 1000
+
+
+def test_a_benchmark_is_run_offline_unless_it_may_be_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """lmms-eval runs in a process of its own; a small one in its place says what it was told."""
+    package = tmp_path / "lmms_eval"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    told = "[os.environ.get(name) for name in ('HF_HUB_OFFLINE', 'HF_DATASETS_OFFLINE')]"
+    (package / "__main__.py").write_text(f"import os\nraise ValueError('Error', {told})\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    command = ["eval", "org/name", "--wrapper", "llava_hf", "--benchmark", "mme"]
+    out = ["--out", tmp_path / "out"]
+    assert "['1', '1']" in _refused(capsys, *command, *out)
+    assert "[None, None]" in _refused(capsys, *command, *out, "--download")
 
 
 @pytest.mark.parametrize(

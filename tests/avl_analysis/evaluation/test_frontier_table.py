@@ -85,6 +85,26 @@ def test_the_verdicts_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert done.value.code == 2
 
 
+def test_a_model_that_is_never_right_and_a_policy_that_failed_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = {**line("h2o", 0.1, "ocr", "----", 0.0), "accuracy": None, "bytes": None}
+    wrong = [
+        line("full", None, "ocr", "0000", 1.0),
+        line("A-VL cold", None, "ocr", "0000", 0.3),
+        failed,
+    ]
+    write(tmp_path / "f.jsonl", wrong, {})
+    with pytest.raises(SystemExit) as done:
+        main(["frontier", "--show", str(tmp_path / "f.jsonl")])
+    said = capsys.readouterr().out
+    assert not done.value.code
+    assert "| full |  | 100 % | 0.000 | - |" in said
+    assert "| h2o | 10 % | - | - | - |" in said
+    assert "What A-VL cold keeps cannot be said" in said
+    assert [row.worst for row in frontier_table.rows([*LINES, failed])][2:4] == ["ocr", "count"]
+
+
 def test_the_filed_frontier_is_whole_and_its_preset_keeps_what_is_claimed() -> None:
     about, lines = read(Path(__file__).parents[3] / "reports" / "reference" / "frontier.jsonl")
     assert "frontier --out frontier.jsonl" in about["command"]

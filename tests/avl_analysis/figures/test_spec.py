@@ -17,7 +17,7 @@ from avl_analysis.figures import (
     Patches,
     Points,
 )
-from avl_analysis.figures.spec import rows
+from avl_analysis.figures.spec import rows, shown_model
 from tests.avl_analysis.figures import specs
 
 
@@ -102,6 +102,8 @@ def test_a_caption_says_n_model_and_interval():
     assert text == "What. It holds. n = 2 samples; model: scenes; 95 % intervals."
     one = Caption("What.", 1, "/home/me/my-llava", "95 % intervals").text
     assert one == "What. n = 1 sample; model: my-llava."
+    for path in ("/a/my-llava/", "./my-llava", "~/x/my-llava", "models/llava/my-llava"):
+        assert shown_model(path) == "my-llava"
     assert "model: org/name;" in Caption("What.", 2, "org/name", "95 % intervals").text
     with pytest.raises(ValueError, match="n = 0"):
         Caption("What.", 0, "scenes", "95 % intervals")
