@@ -174,7 +174,11 @@ def read_mask(
 
 def soft_cap(products: Tensor, cap: float | None) -> None:
     """`cap * tanh(products / cap)` in place (Gemma 2); unchanged without a cap."""
-    if cap is not None:
+    if cap is None:
+        return
+    if products.requires_grad:  # the derivative of tanh needs its result, which mul_ would change
+        products.copy_(torch.tanh(products / cap) * cap)
+    else:
         products.div_(cap).tanh_().mul_(cap)
 
 

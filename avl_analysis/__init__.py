@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from avl_analysis.evaluation.comparison import load_comparison as load_comparison
     from avl_analysis.evaluation.policy_files import load_policy as load_policy
     from avl_analysis.evaluation.policy_files import save_policy as save_policy
+    from avl_analysis.map_plots import plot_grounding as plot_grounding
+    from avl_analysis.map_plots import plot_relevance as plot_relevance
     from avl_analysis.models.loading import VLM as VLM
     from avl_analysis.models.loading import load_model as load_model
     from avl_analysis.models.videos import Video as Video
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from avl_analysis.recordings.recording import Recording as Recording
     from avl_analysis.recordings.recording import load_recording as load_recording
     from avl_analysis.recordings.recording import merge as merge
-    from avl_analysis.relevance_plots import plot_relevance as plot_relevance
 
 _HOME = {  # public name -> module it lives in; no module may have the name of something public
     "Comparison": "evaluation.comparison",
@@ -54,7 +55,8 @@ _HOME = {  # public name -> module it lives in; no module may have the name of s
     "plot_patches": "plots",
     "plot_frontier": "plots",
     "plot_heads": "plots",
-    "plot_relevance": "relevance_plots",
+    "plot_grounding": "map_plots",
+    "plot_relevance": "map_plots",
     "read_samples": "corpus.questions",
     "record": "capture.recorder",
     "save_policy": "evaluation.policy_files",
@@ -81,6 +83,7 @@ __all__ = [
     "plot_patches",
     "plot_frontier",
     "plot_heads",
+    "plot_grounding",
     "plot_relevance",
     "read_samples",
     "record",

@@ -39,6 +39,7 @@ RECORD_EXAMPLES = """
 Examples: [bold]avl record photo.jpg 'What do you see in the picture?'[/],
 [bold]avl record --scenes 20 --out scenes.nc[/] (pictures drawn with known truth),
 [bold]avl record photo.jpg 'Describe the picture.' --model ./my-llava --layers 0,8-15[/],
+[bold]avl record --videos 4[/] (short drawn videos, whose truth is known),
 [bold]avl record frames/ 'What happens?' --model ./my-qwen --frames 8[/] (a video as a folder),
 [bold]avl record --data questions.jsonl --out run.nc --workers 4[/] (resumes an interrupted run)
 """
@@ -74,6 +75,9 @@ def record(
     batch_size: BatchSize = 1,
     scenes: Annotated[
         int, typer.Option(help="Instead of a picture, ask about this many drawn scenes.")
+    ] = 0,
+    videos: Annotated[
+        int, typer.Option(help="Instead of a picture, ask about this many drawn videos.")
     ] = 0,
     task: Annotated[
         str | None, typer.Option(help="Kind of question about the scenes. Default: all kinds.")
@@ -133,7 +137,9 @@ def record(
         )
     check_target(out, force)
     samples = (
-        _samples(image or [], scenes, task, seed, _Videos(video, frames, fps))
+        (_drawn_videos(videos, image or [], scenes, task, seed, frames))
+        if videos and data is None
+        else _samples(image or [], scenes, task, seed, _Videos(video, frames, fps))
         if data is None
         else read(data, image or [], scenes, task)
     )
@@ -283,6 +289,33 @@ class _Videos(NamedTuple):
                 " pictures are the frames of one"
             )
         return shown
+
+
+def _drawn_videos(
+    videos: int, image: list[str], scenes: int, task: str | None, seed: int, frames: int | None
+) -> list[Sample]:
+    """Questions about drawn videos.
+
+    Args:
+        videos: how many.
+        image: pictures and a question, which do not go with them.
+        scenes: drawn pictures, which do not either.
+        task: of drawn pictures.
+        seed: that the videos are drawn from.
+        frames: of each; None takes the usual number.
+    """
+    from avl_analysis.corpus.questions import check_count, moving_sample
+    from avl_analysis.scenes.moving import FRAMES, moving
+
+    if videos < 0 or seed < 0 or (frames is not None and frames < 2):
+        raise InputError(
+            f"--videos {videos}, --seed {seed}, --frames {frames}: 0 or more videos, of at least 2"
+            " frames, from a seed of 0 or more"
+        )
+    if image or scenes or task is not None:
+        raise InputError("--videos brings its own videos and questions: leave out everything else")
+    check_count(videos)
+    return [moving_sample(moving(seed, index, frames or FRAMES)) for index in range(videos)]
 
 
 def _samples(

@@ -28,7 +28,7 @@ from avl_analysis.errors import InputError, one_line
 from avl_analysis.files import user_path
 from avl_analysis.models.images import MAX_PIXELS
 from avl_analysis.models.videos import Source, Video, parts_of
-from avl_analysis.scenes import TASKS, SceneSample
+from avl_analysis.scenes import TASKS, MovingScene, SceneSample
 from avl_analysis.scenes import generate as draw_scene
 from avl_analysis.scenes.samples import SPLITS, split_of
 
@@ -49,7 +49,10 @@ _KEYS = {
     "answers": "list of right answers",
     "id": "name of the sample, unique in the file",
     "task": "kind of question, for results by task",
-    "regions": "list of [left, top, right, bottom] pixel boxes the question is about",
+    "regions": (
+        "list of [left, top, right, bottom] pixel boxes the question is about; of a video one for"
+        " every frame"
+    ),
     "meta": "anything else worth keeping",
 }
 
@@ -64,7 +67,8 @@ class Sample:
         prompt: the question.
         answers: texts that count as right; None where the truth is not known.
         task: kind of question, "" if there is only one.
-        regions: pixel boxes of what the question is about, () where unknown.
+        regions: pixel boxes of what the question is about, () where unknown; of a video one for
+            every frame.
         strict: whether an answer must agree word for word, capitals included (as the scenes are
             scored); otherwise case, punctuation and articles do not count.
         meta: whatever else the user wants to keep, anything JSON can hold.
@@ -93,6 +97,18 @@ def scene_sample(sample: SceneSample) -> Sample:
         regions=tuple(tuple(map(int, box)) for box in sample.boxes),  # type: ignore[misc]
         strict=True,
         scene={"seed": sample.seed, "index": sample.index, "task": sample.task},
+    )
+
+
+def moving_sample(scene: MovingScene) -> Sample:
+    """A drawn video's question as a sample; one region for every frame, the moving shape's box."""
+    return Sample(
+        id=f"moving-{scene.seed}-{scene.index:05d}",
+        images=(Video(scene.frames),),
+        prompt=scene.prompt,
+        answers=(scene.answer,),
+        task="moving",
+        regions=scene.boxes,
     )
 
 

@@ -22,7 +22,7 @@ from avl_analysis.corpus.regions import tokens_in_boxes
 from avl_analysis.errors import InputError
 from avl_analysis.figures.pictures import data_uri
 from avl_analysis.models.loading import VLM, end_tokens, greedy
-from avl_analysis.models.videos import Frames, is_video, open_source
+from avl_analysis.models.videos import Frames, open_source
 from avl_analysis.recordings.recording import Recording
 
 FRAME_SIDE = 256
@@ -137,38 +137,63 @@ def tokens_asked_about(
     By their place among the sample's image tokens.
 
     Empty where no boxes were given or the model's tokens have no known place; also for drawn
-    scenes, whose truth is known word by word, and for samples of several pictures or of a video, of
-    which boxes do not say the picture or frame.
+    scenes, whose truth is known word by word, and for samples of several pictures, of which boxes
+    do not say the one. Of a video every frame has its own box; where a model makes one token of
+    several frames, the token is asked about if it lies under the box of any of them.
 
     Args:
         vlm: a loaded model.
         samples: the questions of a batch.
         inputs: what `VLM.prepare` returned for these samples.
     """
-    asked = [bool(s.regions) and _one_picture(s) for s in samples]
+    asked = [bool(s.regions) and len(s.images) == 1 and s.scene is None for s in samples]
     if not any(asked):
         return [[] for _ in samples]
     family = describe(vlm.model)
     layout = family.layout(inputs["input_ids"], inputs.get("attention_mask"), inputs)
     sizes = [[open_source(image).size for image in sample.images] for sample in samples]
     boxes = family.picture_map(layout, inputs, sizes, vlm.processor).boxes
-    places = [boxes[row][layout.image[row].cpu() >= 0].numpy() for row in range(len(samples))]
-    return [
-        tokens_in_boxes(places[row], sample.regions) if asked[row] else []
-        for row, sample in enumerate(samples)
-    ]
+    found: list[list[int]] = []
+    for row, sample in enumerate(samples):
+        of_image = layout.image[row].cpu() >= 0
+        places, frame = boxes[row][of_image].numpy(), layout.frame[row].cpu()[of_image].numpy()
+        found.append(_under_boxes(places, frame, sample.regions) if asked[row] else [])
+    return found
 
 
-def _one_picture(sample: Sample) -> bool:
-    """Whether a sample is about one picture of a person's own, which boxes may point into."""
-    return len(sample.images) == 1 and sample.scene is None and not is_video(sample.images[0])
+def _under_boxes(
+    places: np.ndarray, frame: np.ndarray, regions: Sequence[tuple[int, int, int, int]]
+) -> list[int]:
+    """The image tokens under boxes of one picture, or of the frames of one video.
+
+    Args:
+        places: (tokens, 4) boxes of the tokens in pixels.
+        frame: (tokens,) frame or group of frames of each, -1 for a picture.
+        regions: of a picture any number, of a video one for every frame.
+    """
+    groups = int(frame.max(initial=-1)) + 1
+    if not groups:
+        return list(tokens_in_boxes(places, regions))
+    together = -(-len(regions) // groups)  # frames in one group
+    inside: list[int] = []
+    for group in range(groups):
+        at = np.flatnonzero(frame == group)
+        own = regions[group * together : (group + 1) * together]
+        inside += at[tokens_in_boxes(places[at], own)].tolist()
+    return sorted(inside)
 
 
 def _check_regions(sample: Sample) -> None:
     """Refuse boxes of which no part lies in the picture."""
-    if not sample.regions or not _one_picture(sample):
+    if not sample.regions or len(sample.images) != 1 or sample.scene is not None:
         return
-    width, height = open_source(sample.images[0]).size
+    shown = open_source(sample.images[0])
+    if isinstance(shown, Frames) and len(shown.images) != len(sample.regions):
+        raise InputError(
+            f"sample {sample.id} has {len(sample.regions)} region(s) and a video of"
+            f" {len(shown.images)} frames: give one box for every frame that is shown, in order"
+        )
+    width, height = shown.size
     for box in sample.regions:
         if box[0] >= width or box[1] >= height:
             raise InputError(

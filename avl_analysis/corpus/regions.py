@@ -52,6 +52,20 @@ def regions_of(facts: Mapping[str, Any], image: ImageTokens | None = None) -> li
     return [Region(boxes_of(facts.get("boxes", ())), tokens) for _ in words]
 
 
+def question_region(facts: Mapping[str, Any], image: ImageTokens | None = None) -> Region:
+    """What a recorded sample's question is about, whatever was answered; empty where unknown.
+
+    Args:
+        facts: what was annotated on the sample.
+        image: the tokens of its one image, as in `regions_of`.
+    """
+    if scene := facts.get("scene"):
+        drawn = scenes.generate(int(scene["seed"]), int(scene["index"]), scene["task"])
+        return on_tokens(Region(boxes_of(drawn.boxes), tuple(map(int, drawn.patches))), image)
+    tokens = tuple(int(token) for token in facts.get("region_tokens", ()))
+    return Region(boxes_of(facts.get("boxes", ())), tokens)
+
+
 def recorded_regions(recording: Recording) -> dict[str, dict[int, tuple[int, ...]]]:
     """`localisation.Regions` of all samples of a recording: sample -> step -> image tokens."""
     found: dict[str, dict[int, tuple[int, ...]]] = {}

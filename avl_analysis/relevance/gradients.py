@@ -31,6 +31,7 @@ from avl.attention import (
     Forward,
     attention_logits,
     attention_weights,
+    sinks_of,
     softmax_weights,
 )
 from avl.families import UnsupportedModelError
@@ -284,7 +285,7 @@ class _Attention(torch.autograd.Function):
             rows = slice(start, min(start + step, length))
             with torch.enable_grad():
                 logits = attention_logits(own, rows)
-            weights = softmax_weights(logits.detach(), call.options.get("s_aux"))
+            weights = softmax_weights(logits.detach(), sinks_of(call, rows))
             shape = (batch, key.shape[1], -1)
             wanted = grad_heads[:, :, rows].reshape(*shape, grad_heads.shape[-1])
             gradient = (wanted @ value.transpose(-1, -2)).view_as(weights)
@@ -304,7 +305,7 @@ class _Attention(torch.autograd.Function):
 
 def _refuse(call: AttentionCall) -> None:
     """Attention that depends on the input by more than query, key and value."""
-    bias = call.options.get("position_bias")
+    bias = call.position_bias
     if call.options.get("sinks") is not None or (bias is not None and bias.requires_grad):
         raise UnsupportedModelError(
             f"{type(call.module).__name__} computes attention sinks or biases from its input, whose"

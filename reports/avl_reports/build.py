@@ -35,6 +35,7 @@ from avl_reports import (
     fig_core_age,
     fig_coverage,
     fig_frontier,
+    fig_grounding,
     fig_head_maps,
     fig_heads,
     fig_layer_agreement,
@@ -51,19 +52,22 @@ from avl_reports import (
     fig_sparsity,
     fig_text_age,
     fig_values,
+    fig_video,
     pair,
 )
 from avl_reports.document import write_document
 from avl_reports.facts import provenance
 from avl_reports.frontiers import Frontier
 from avl_reports.page import render
-from avl_reports.run import NotMeasured, Run, Section
+from avl_reports.run import NotAsked, NotMeasured, Run, Section
 from avl_reports.script import write_section
 
 FIGURES: tuple[ModuleType, ...] = (
     fig_modality,
     fig_overlay,
+    fig_video,
     fig_localisation,
+    fig_grounding,
     fig_persistence,
     fig_sparsity,
     fig_coverage,
@@ -160,6 +164,8 @@ def build(
             sections[name] = (
                 module.section(run) if len(runs) == 1 else pair.section(module, runs, called)
             )
+        except NotAsked:
+            continue
         except NotMeasured as error:
             missing[name] = str(error)
             continue

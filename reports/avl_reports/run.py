@@ -40,6 +40,13 @@ class NotMeasured(InputError):
     """The recording does not hold what a figure shows; the message says what is missing."""
 
 
+class NotAsked(NotMeasured):
+    """The question does not arise: it is about videos, say, and no sample shows one.
+
+    A report leaves such a figure out without a word.
+    """
+
+
 @dataclass(frozen=True)
 class Section:
     """One question and its answer.
@@ -74,6 +81,8 @@ class Example:
         boxes: where in the picture the question is about, in pixels of `picture`.
         regions: what the word produced at each step is about; empty where unknown.
         picture: (height, width, 3) uint8, None where it is not kept.
+        frames: of a video, the frames that were shown, as `picture`; `boxes` then hold one box for
+            every frame.
     """
 
     name: str
@@ -85,6 +94,7 @@ class Example:
     boxes: tuple[Box, ...] = ()
     regions: tuple[Region, ...] = ()
     picture: NDArray[np.uint8] | None = None
+    frames: tuple[NDArray[np.uint8], ...] = ()
 
     @property
     def correct(self) -> bool:
@@ -228,9 +238,13 @@ def example(name: str, facts: Mapping[str, Any], image: ImageTokens | None = Non
         name, prompt, answer, truth, task, words, boxes_of(facts.get("boxes", ())), regions
     )
     if not (scene := facts.get("scene")):
-        return _reduced(
-            replace(found, picture=_thumbnail(facts.get("picture"))), facts.get("picture_size")
+        frames = [_thumbnail(address) for address in facts.get("frames", ())]
+        found = replace(
+            found,
+            picture=_thumbnail(facts.get("picture")),
+            frames=tuple(frame for frame in frames if frame is not None),
         )
+        return _reduced(found, facts.get("picture_size"))
     drawn = scenes.generate(int(scene["seed"]), int(scene["index"]), scene["task"])
     return replace(found, picture=drawn.image)
 
@@ -240,9 +254,10 @@ def _reduced(found: Example, size: Any) -> Example:
 
     `size` is that of the picture they were given for.
     """
-    if found.picture is None or not size:
+    shown = found.picture if found.picture is not None else next(iter(found.frames), None)
+    if shown is None or not size:
         return found
-    wide, high = found.picture.shape[1] / size[0], found.picture.shape[0] / size[1]
+    wide, high = shown.shape[1] / size[0], shown.shape[0] / size[1]
 
     def on_thumbnail(boxes: tuple[Box, ...]) -> tuple[Box, ...]:
         return tuple(

@@ -24,6 +24,7 @@ from avl_reports import (
     fig_prefill_recall,
     fig_sets,
     fig_sparsity,
+    fig_video,
     fig_text_age,
 )
 from avl_reports.build import FIGURES
@@ -32,8 +33,8 @@ from avl_reports.run import NotMeasured, Run
 from tests import tiny
 from tests.reports import made
 
-NEEDS_MORE = {fig_localisation, fig_policies, fig_ablation, fig_frontier}
-"""Figures that need known regions, a comparison, heads silenced, or accuracy against bytes."""
+NEEDS_MORE = {fig_localisation, fig_policies, fig_ablation, fig_frontier, fig_video}
+"""Figures that need known regions, a comparison, heads silenced, a frontier, or a video."""
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,8 @@ def test_every_figure_can_be_made_of_any_recording(recording, module):
 )
 def test_a_figure_says_what_it_lacks(recording, module):
     with pytest.raises(
-        NotMeasured, match=r"does not say|were compared|were silenced|bytes was not measured"
+        NotMeasured,
+        match=r"does not say|were compared|were silenced|bytes was not measured|shows a video",
     ):
         module.section(Run(recording))
 

@@ -95,7 +95,7 @@ def of_token(
         layer, head: the chosen ones; None for the mean.
         framed: frames over the picture.
     """
-    from avl_analysis.relevance_plots import plot_relevance
+    from avl_analysis.map_plots import plot_relevance
 
     with st.spinner("Following the word back through the model …"):
         found = context.bench.relevance(context.question, seen.answer, step)

@@ -45,7 +45,7 @@ def draw_overlay(canvas: FigureBase, place: Axes, panel: Overlay, *, legend: boo
             cells.set_in_layout(False)
             place.add_image(cells)
     for box in panel.boxes:
-        _box(place, box)
+        _box(place, box, height)
     place.set_title(textwrap.fill(panel.title, 28))
     place.set_axis_off()
     place.set(xlim=(0, width), ylim=(height, 0))
@@ -89,7 +89,8 @@ def _patch_colours(panel: Overlay, values: np.ndarray) -> np.ndarray:
     return colours
 
 
-def _box(place: Axes, box: Box) -> None:
+def _box(place: Axes, box: Box, height: int) -> None:
+    """Outline a box; its name stands above it, at the upper border of the picture inside it."""
     outline = Rectangle(
         (box.left, box.top),
         box.right - box.left,
@@ -102,8 +103,14 @@ def _box(place: Axes, box: Box) -> None:
     outline.set_path_effects(effects)
     place.add_patch(outline)
     if box.label:
+        inside = box.top < 0.1 * height
         text = place.text(
-            box.left + 1, box.top - 1, box.label, fontsize=6, color=palette.BOX, va="bottom"
+            box.left + 1,
+            box.top + 1 if inside else box.top - 1,
+            box.label,
+            fontsize=6,
+            color=palette.BOX,
+            va="top" if inside else "bottom",
         )
         text.set_path_effects([Stroke(linewidth=1.6, foreground=palette.BOX_EDGE), Normal()])
 

@@ -38,7 +38,7 @@ def draw_overlay(panel: Overlay, theme: Theme) -> go.Figure:
         layer="below",
     )
     for box in panel.boxes:
-        _box(plot, box)
+        _box(plot, box, height)
     dress(plot, theme)
     plot.update_xaxes(range=[0, width], visible=False, constrain="domain")
     plot.update_yaxes(range=[height, 0], visible=False, scaleanchor="x", constrain="domain")
@@ -111,7 +111,8 @@ def _class_legend(plot: go.Figure, panel: Overlay, theme: Theme) -> None:
         )
 
 
-def _box(plot: go.Figure, box: Box) -> None:
+def _box(plot: go.Figure, box: Box, height: int) -> None:
+    """Outline a box; its name stands above it, at the upper border of the picture inside it."""
     corners = {"x0": box.left, "y0": box.top, "x1": box.right, "y1": box.bottom, "type": "rect"}
     plot.add_shape(**corners, line={"color": palette.BOX_EDGE, "width": 4})
     plot.add_shape(**corners, line={"color": palette.BOX, "width": 2})
@@ -122,7 +123,7 @@ def _box(plot: go.Figure, box: Box) -> None:
             text=literal(box.label),
             showarrow=False,
             xanchor="left",
-            yanchor="bottom",
+            yanchor="top" if box.top < 0.1 * height else "bottom",
             font={"color": palette.BOX, "size": 11},
             bgcolor="rgba(1,1,1,0.6)",
             borderpad=1,

@@ -15,6 +15,7 @@ from avl_analysis.errors import InputError
 from avl_analysis.relevance import gradients
 from avl_analysis.relevance.gradients import attention_gradients, last_row_weights
 from tests import tiny
+from tests.avl.test_odd_attention import TEXTS, llava_over
 from tests.avl_analysis.relevance.slow_maps import slow_gradients
 
 CASES: dict[str, dict[str, Any]] = {
@@ -61,6 +62,14 @@ def test_other_families_equal_eager_attention_too(model_type: str) -> None:
     inputs = case.inputs
     found = attention_gradients(case.model, inputs, targets)
     compare(found, slow_gradients(case.eager, inputs, targets))
+
+
+@pytest.mark.parametrize("kind", ["softcap", "sinks"])
+def test_capped_products_and_learned_sinks_are_differentiated_too(kind: str) -> None:
+    model = llava_over(TEXTS[kind])  # eager, with layers of a sliding window in between
+    inputs = tiny.inputs(model, [9])
+    targets = torch.tensor([77])
+    compare(attention_gradients(model, inputs, targets), slow_gradients(model, inputs, targets))
 
 
 def test_a_nearly_certain_word_keeps_its_gradient_in_half_precision() -> None:
