@@ -117,12 +117,14 @@ def test_the_trace_holds_the_weights_on_text_keys_summed_over_groups_and_prompt_
 
 
 def test_a_sample_of_a_batch_has_the_trace_that_it_has_alone() -> None:
-    vlm = shared.vlm(kv_heads=2)
-    samples = [LONG, *shared.questions(2)]
-    together = _record(vlm, samples, 4)
+    vlm = shared.vlm(kv_heads=2, stops=True)  # answers of different lengths
+    samples = [LONG, *shared.questions(3)]
+    together = _record(vlm, samples, 8)
+    assert len({len(trace.steps[0]) for trace in together}) > 1
     for sample, trace in zip(samples, together, strict=True):
-        (alone,) = _record(vlm, [sample], 4)
+        (alone,) = _record(vlm, [sample], 8)
         for layer in range(2):
             np.testing.assert_allclose(trace.prompt[layer], alone.prompt[layer], rtol=1e-4)
+            assert len(trace.steps[layer]) == len(alone.steps[layer])
             for one, other in zip(trace.steps[layer], alone.steps[layer], strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-4)
