@@ -120,6 +120,8 @@ class Evidence:
         True if of every setting the whole interval of the share kept is at or above the target,
         False if of one setting it is below, None where intervals hold the target or are missing.
         """
+        # Judged by bounds and never by means: with few questions the answer is often that nothing
+        # is known.
         bounds = [(entry["low"], entry["high"]) for entry in self.kept.values()]
         if any(high is not None and high < self.target for _, high in bounds):
             return False

@@ -30,6 +30,7 @@ def provenance(model: nn.Module, family: Family, statistics: Sequence[Statistic]
     """Attributes of a recording of `model` made now."""
     config: Any = getattr(model, "config", None)
     name, revision = name_and_revision(model)
+    # Type and device of the first parameter stand for the model; layers may lie on several devices.
     parameters = next(model.parameters(), None)
     return {
         "model": name,

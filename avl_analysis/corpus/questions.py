@@ -243,6 +243,8 @@ def read_samples(path: str | Path) -> list[Sample]:
         if not line.strip():
             continue
         try:
+            # Without an id the line's number is one; empty lines count, so that an editor finds the
+            # line.
             sample = _sample(line, f"{number:06d}", file.parent)
             if sample.id in seen:
                 raise InputError(
@@ -274,6 +276,8 @@ def _sample(line: str, number: str, folder: Path) -> Sample:
         )
     for key in entry:
         if key not in _KEYS:
+            # Refused and not ignored: a misspelled "answer" would silently leave the sample without
+            # a truth.
             near = difflib.get_close_matches(key, _KEYS, n=1)
             hint = (
                 f"did you mean {near[0]!r}?"
@@ -365,6 +369,7 @@ def _boxes(value: Any) -> tuple[Box, ...]:
         numbers = (
             isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) for n in box)
         )
+        # JSON as Python reads it may hold NaN and Infinity, which compare as False here.
         finite = numbers and all(abs(n) < MAX_PIXELS for n in box)
         if not finite or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
             raise InputError(

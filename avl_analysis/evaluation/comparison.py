@@ -226,6 +226,7 @@ class Comparison:
         The first token comes from the prompt's own pass, so such a task cannot show what a policy
         loses while decoding. Unknown lengths count as longer.
         """
+        # An answer of one token and its end are two; a limit of two hides whether there was more.
         if int(self.dataset.attrs.get("max_new_tokens", 0)) < 3:
             return []  # cut so short that the length is not known
         if "full_tokens" in self.dataset:
@@ -408,6 +409,7 @@ def _check(dataset: xr.Dataset) -> None:
     policies = list(map(str, dataset["policy"].values))
     if len(set(policies)) != len(policies) or dataset.attrs.get("reference") not in policies:
         raise InputError("the policies are not told apart, or the full cache is not among them")
+    # Attributes come from a file and may be anything; what is read later is checked here, once.
     described = json.loads(str(dataset.attrs["policies"]))
     if not isinstance(described, dict) or set(described) != set(policies):
         raise InputError("the settings of the policies are missing")
@@ -433,6 +435,7 @@ def build(
     values = {key: value for key, value in results.items() if isinstance(value, Mapping)}
     known = {name for value in values.values() for name in value}
     shape = (len(policies), len(samples))
+    # Where each sample's numbers stand in arrays of this shape; samples that failed have none.
     places = [
         ((p, s), values.get((name, s), {}))
         for p, name in enumerate(policies)
@@ -444,12 +447,17 @@ def build(
         for at, value in places:
             array[at] = value.get(name, np.nan)
         data[name] = (("policy", "sample"), array, _described(VARIABLES[name]))
-    steps = max(
-        (len(v[n]) + (n.startswith("keys")) for v in values.values() for n in BY_STEP if n in v),
-        default=0,
-    )
-    for name in [name for name in BY_STEP if name in known]:
-        array, first = np.full((*shape, steps), np.nan), int(name.startswith("keys"))
+    # Keys are counted at decode steps only, so these numbers begin at step 1, all others at step 0.
+    starts = {name: int(name.startswith("keys")) for name in BY_STEP if name in known}
+    lengths = [
+        first + len(value[name])
+        for name, first in starts.items()
+        for value in values.values()
+        if name in value
+    ]
+    steps = max(lengths, default=0)
+    for name, first in starts.items():
+        array = np.full((*shape, steps), np.nan)
         for at, value in places:
             if name in value:
                 array[at][first : first + len(value[name])] = value[name]

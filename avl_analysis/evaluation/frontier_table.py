@@ -133,6 +133,7 @@ def _compared(lines: Sequence[Line], preset: str) -> list[Beaten]:
     found = []
     measured = [line for line in lines if line["bytes"] is not None]
     for mine in (line for line in measured if line["policy"] == preset):
+        # Bytes cannot be hit exactly, as keys are whole: a rival may use a little more.
         most = (1 + EQUAL_BYTES) * mine["bytes"]
         for (task, rival), points in rivals.items():
             allowed = [line for line in points if task == mine["task"] and line["bytes"] <= most]

@@ -94,6 +94,7 @@ def changed(policy: Policy, values: Mapping[str, Any]) -> Policy:
                 f" {', '.join(known) or 'none'}"
             )
     try:
+        # The policy's own checks come first: their messages say what the setting means.
         made = replace(policy, **values)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
@@ -114,6 +115,7 @@ def _fits(value: Any, kind: Any) -> bool:
         return any(_fits(value, one) for one in get_args(kind))
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(_fits(v, get_args(kind)[0]) for v in value)
+    # bool is an int to Python, and no number here: exact types, not isinstance.
     if kind is float:
         return type(value) in (int, float) and abs(value) < 2**31
     if kind is int:
@@ -144,6 +146,8 @@ def policy_to_json(policy: Policy) -> dict[str, Any]:
         )
     plain = {field.name: getattr(policy, field.name) for field in fields(policy)}
     default = type(policy)()
+    # Defaults are left out, so that a file says what was chosen and follows a default that is
+    # changed.
     different = {name: value for name, value in plain.items() if value != getattr(default, name)}
     return {"policy": type(policy).__name__, "fields": different}
 

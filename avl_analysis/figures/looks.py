@@ -74,6 +74,7 @@ def token_strip(
         prompt: number of prompt positions; what follows is the answer.
         marked: position of the token that was being produced.
     """
+    # The last token of an answer was produced and never read: it is text without a value.
     unread = (0, len(tokens) - len(modality))
     modality = np.pad(modality, unread, constant_values=2)
     values = np.pad(np.asarray(values, dtype=float), unread, constant_values=np.nan)

@@ -44,6 +44,7 @@ class Raster:
 
     def pixels(self, height: int, width: int) -> NDArray[np.int64]:
         """(height, width): index of the token seen at the centre of each pixel, -1 where none."""
+        # Cell of each pixel's centre; -1 in front of the first line, one too many behind the last.
         row = np.searchsorted(self.y, (np.arange(height) + 0.5) / height, side="right") - 1
         column = np.searchsorted(self.x, (np.arange(width) + 0.5) / width, side="right") - 1
         inside_rows = (row >= 0) & (row < self.token.shape[0])
@@ -120,6 +121,8 @@ class Patches:
         """
         shown = np.flatnonzero(self.placed & np.isfinite(self.values))
         boxes = np.round(self.boxes[shown], DIGITS)
+        # Every edge of a box is a line of the grid, so each cell lies wholly inside or outside of a
+        # box.
         x, y = (np.unique(boxes[:, edges]) for edges in ([0, 2], [1, 3]))
         token = np.full((max(0, y.size - 1), max(0, x.size - 1)), -1)
         first, last = np.searchsorted(x, boxes[:, 0]), np.searchsorted(x, boxes[:, 2])

@@ -133,6 +133,8 @@ def fingerprint(folder: str | Path) -> str:
                 digest.update(file.read())
                 continue
             for block in range(_BLOCKS):
+                # Evenly spread from the first byte to the last: the first block holds the header of
+                # a safetensors file, so a change of shapes or names is seen, too.
                 file.seek(block * (size - _BLOCK) // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK))
     return digest.hexdigest()
@@ -175,6 +177,7 @@ def locate(name: str, *, allow_download: bool = False) -> Checkpoint:
             " a hub id"
         )
     if "/" not in name:
+        # A word without "/" is no hub id of somebody's: most likely a misspelled "scenes".
         near = difflib.get_close_matches(name, [EMBEDDED])
         hint = (
             f"did you mean {near[0]!r}?"

@@ -225,6 +225,8 @@ class VLM:
 
     def _check_pictures(self, ids: torch.Tensor, pictures: list[int]) -> None:
         """Not every processor notices that a chat template left a picture out."""
+        # Whether a row holds image tokens at all, not how many: their number is the processor's to
+        # know.
         wanted = torch.tensor(_image_ids(self.model), dtype=ids.dtype)
         found = torch.isin(ids, wanted).any(1).tolist()
         for row, count in enumerate(pictures):

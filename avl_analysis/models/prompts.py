@@ -148,6 +148,8 @@ def _place(
     first, *rest = questions
     if not marks:
         return [[*chain(*shown), first], *[[question] for question in rest]]
+    # Pictures and videos in one pattern, because their order in the prompt must be that of the
+    # list.
     either = re.compile("|".join(re.escape(text) for text in marks.values()))
     written = [text for question in questions for text in either.findall(question)]
     if not written:
@@ -178,6 +180,7 @@ def _templated(
     messages = [_message("system", [system])] if system else []
     for index, turn in enumerate(turns):
         messages.append(_message("user", turn))
+        # The last question has no answer yet; the slice is then empty.
         messages += [_message("assistant", [answer]) for answer in answers[index : index + 1]]
     with blamed_on_input("the model's chat template does not allow this conversation"):
         return str(

@@ -58,6 +58,7 @@ def images_of(tokens: xr.Dataset) -> list[ImageTokens]:
             and tile along `position`.
     """
     image, frame = tokens["image"].values, tokens["frame"].values
+    # Image tokens in the order of the prompt: their places in this list are the labels of `token`.
     position = np.flatnonzero(image >= 0)
     boxes = np.stack([tokens[edge].values[position] for edge in EDGES], 1).astype(np.float64)
     tile = tokens["tile"].values[position].astype(np.int64)

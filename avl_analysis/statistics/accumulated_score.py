@@ -25,4 +25,5 @@ class AccumulatedScore(KeyStatistic):
     dims: ClassVar[tuple[str, ...]] = ("layer", "head", "rows", "position")
 
     def value(self, scores: KeyScores) -> Result:
+        # Undivided: the recording divides where a mean is asked for, and H2O reads the sum.
         return scores.received, scores.queries

@@ -34,5 +34,6 @@ class ValueWeightedMass(SumStatistic):
         mass = rows.value_mass
         if mass is None:
             raise TypeError("value norms were not taken for these rows")
+        # Sinks often have short value vectors: what is attended to is then not what is read.
         total = mass.sum(-1, keepdim=True)
         return mass / torch.where(total > 0, total, torch.nan)
