@@ -24,8 +24,8 @@ from avl_reports import (
     fig_prefill_recall,
     fig_sets,
     fig_sparsity,
-    fig_video,
     fig_text_age,
+    fig_video,
 )
 from avl_reports.build import FIGURES
 from avl_reports.findings import Verdict
