@@ -10,15 +10,21 @@ throughout: rows add up to 1 over system, image and text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
+from avl.tokens import Modality
 from avl_analysis.errors import InputError
 from avl_analysis.figures import Animation, Box, Caption, Figure, looks
 from avl_analysis.figures.looks import who
 from avl_analysis.figures.plot import Plot
-from avl_analysis.figures.spec import Axis, Lines, Overlay, Panel
+from avl_analysis.figures.spec import Axis, Bar, Bars, Heat, Lines, Overlay, Panel
 from avl_analysis.figures.strip import visible
+from avl_analysis.heads.lens import Lens
+from avl_analysis.heads.rollout import Rollout
 from avl_analysis.live import Observation
 
 Pixels = NDArray[np.uint8]
@@ -155,6 +161,190 @@ def plot_mass(seen: Observation, layer: int, head: int) -> Plot:
     lines = looks.evolution("over the answer", series, axis)
     what = f"Attention on image and text at every answer token, {who(layer, head)}."
     return _plot("mass", "Attention over the answer", [lines], what, seen, columns=1)
+
+
+def plot_choices(seen: Observation, token: int) -> Plot:
+    """What the model could have written at one token, and how sure it was along the answer.
+
+    Args:
+        seen: the answer, watched.
+        token: number of the answer token, from 0.
+
+    Raises:
+        InputError: a token that is not there.
+    """
+    choices = seen.answer.choices
+    if not 0 <= token < len(choices):
+        raise InputError(
+            f"token {token} has no probabilities: those of {len(choices)} tokens were kept"
+        )
+    choice = choices[token]
+    names = tuple(f"{rank} {visible(word)}" for rank, word in enumerate(choice.words, 1))
+    share = Axis("probability", "share", (0.0, 1.0))
+    bars = Bars(
+        Axis("next token", "by rank"),
+        share,
+        names,
+        (Bar("probability", np.array(choice.probabilities), slot=1),),
+        horizontal=True,
+        title=f"instead of token {token}",
+    )
+    written = np.array([one.probability for one in choices[: len(seen.answer.words)]])
+    likeliest = np.array([one.probabilities[0] for one in choices[: len(seen.answer.words)]])
+    series = {"of the token written": written, "of the likeliest token": likeliest}
+    lines = looks.evolution("probability over the answer", series, share)
+    what = (
+        f"Probabilities of the {len(names)} likeliest tokens at answer token {token}, where"
+        f" “{_word(seen, token)}” was written with probability {choice.probability:.3g}, and of"
+        " every token that was written."
+    )
+    title = "What the model could have written"
+    return _plot("choices", title, [bars, lines], what, seen, columns=2)
+
+
+def plot_rollout(
+    seen: Observation, found: Rollout, image: Pixels, token: int, *, boxes: tuple[Box, ...] = ()
+) -> Plot:
+    """Attention rollout of one answer token over the image, beside its attention in one layer.
+
+    Args:
+        seen: the answer, watched.
+        found: rollout of the same answer.
+        image: (height, width, 3) uint8, what was asked about.
+        token: number of the answer token, from 0.
+        boxes: outlines in pixels of the image.
+
+    Raises:
+        InputError: a token that is not there, or a model of which it is not known where its image
+            tokens lie.
+    """
+    last = found.layer
+    look = seen.look(token, last)
+    panels: list[Panel] = []
+    for label, values in (
+        (f"rollout through layers 0 to {last}", found.values[token].astype(np.float64)),
+        (f"attention of layer {last} alone", look),
+    ):
+        drawn = looks.token_overlay(image, seen.on_image(values), boxes=boxes, title=label)
+        panels.append(replace(drawn, value=replace(drawn.value, label=label.partition(" ")[0])))
+    what = (
+        f"Attention rollout (Abnar and Zuidema, 2020) of answer token {token}"
+        f" (“{_word(seen, token)}”) and its attention in layer {last}, mean over heads; each panel"
+        " has its own scale."
+    )
+    return _plot("rollout", "Attention through the layers", panels, what, seen, columns=2)
+
+
+def plot_lens(seen: Observation, found: Lens) -> Plot:
+    """Logit lens: with which probability each layer would write every token of the answer.
+
+    Args:
+        seen: the answer, watched.
+        found: lens of the same answer.
+    """
+    steps = range(min(seen.steps, len(seen.answer.words)))
+    heat = Heat(
+        Axis(
+            "answer token",
+            "index",
+            ticks=tuple((float(step), f"{step} {_word(seen, step)}") for step in steps),
+        ),
+        Axis("layer", "index"),
+        Axis("probability", "share", (0.0, 1.0)),
+        found.written[: len(steps)].T.astype(np.float64),
+        upward=True,
+    )
+    what = (
+        "Probability of every token of the answer behind every layer, by the model's own last norm"
+        " and output embedding (logit lens)."
+    )
+    return _plot("lens", "What every layer would write", [heat], what, seen, columns=1)
+
+
+def plot_patch(
+    seen: Observation,
+    patches: Sequence[int],
+    layer: int | None = None,
+    head: int | None = None,
+    *,
+    image: int = 0,
+) -> Plot:
+    """How much every answer token looked at one patch of an image, or at several together.
+
+    Args:
+        seen: the answer, watched.
+        patches: numbers of image tokens of one image, from 0, as hovering over a patch shows them.
+        layer: a decoder layer; None for the mean over layers.
+        head: a query head; None for the mean over heads.
+        image: which image of the prompt.
+
+    Raises:
+        InputError: no patch, or one that the image does not have; a layer or head that is not
+            there.
+    """
+    if not 0 <= image < len(seen.images):
+        raise InputError(f"there is no image {image}: the prompt has {len(seen.images)}")
+    position = seen.images[image].position
+    chosen = sorted(set(patches))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= len(position):
+        raise InputError(
+            f"patches {chosen}: choose one or more of the {len(position)} tokens of image {image},"
+            " counted from 0"
+        )
+    steps = range(min(seen.steps, len(seen.answer.words)))
+    rows = [np.nan_to_num(seen.look(step, layer, head)) for step in steps]
+    given = np.array([row[position[chosen]].sum() for row in rows])
+    names = tuple(f"{step} {_word(seen, step)}" for step in steps)
+    which = f"patch {chosen[0]}" if len(chosen) == 1 else f"{len(chosen)} patches"
+    bars = Bars(
+        Axis("answer token", "index"),
+        Axis(f"attention on {which}", "share of the row"),
+        names,
+        (Bar(which, given, slot=1),),
+    )
+    what = f"Attention of every answer token on {which} of the image, {who(layer, head)}."
+    return _plot("patch", "Which tokens looked here", [bars], what, seen, columns=1)
+
+
+def plot_words(seen: Observation, layer: int | None = None, head: int | None = None) -> Plot:
+    """Attention from every answer token to every word before it, the image and system as one each.
+
+    Args:
+        seen: the answer, watched.
+        layer: a decoder layer; None for the mean over layers.
+        head: a query head; None for the mean over heads.
+
+    Raises:
+        InputError: a layer or head that is not there, or an answer without a token.
+    """
+    steps = range(min(seen.steps, len(seen.answer.words)))
+    if not steps:
+        raise InputError("the answer has no token, so there is nothing to show of it")
+    words = np.flatnonzero(seen.modality == Modality.TEXT)
+    rows = []
+    for step in steps:
+        look = seen.look(step, layer, head)
+        unread = np.arange(look.size) >= seen.prompt + step
+        parts = [
+            np.nan_to_num(look[seen.modality == kind]).sum()
+            for kind in (Modality.SYSTEM, Modality.IMAGE)
+        ]
+        rows.append([*parts, *np.where(unread, np.nan, look)[words]])
+    names = ("system", "image", *(visible(seen.tokens[int(at)]) for at in words))
+    answer = tuple((float(step), f"{step} {_word(seen, step)}") for step in steps)
+    heat = Heat(
+        Axis("attention on", "token", ticks=tuple(enumerate(names))),
+        Axis("answer token", "index", ticks=answer),
+        Axis("attention", "share of the row"),
+        np.array(rows, dtype=np.float64),
+    )
+    what = f"Attention of every answer token on every word before it, {who(layer, head)}."
+    return _plot("words", "From token to token", [heat], what, seen, columns=1)
+
+
+def _word(seen: Observation, token: int) -> str:
+    """An answer token as figures show it; the end of the answer has no text."""
+    return visible(seen.answer.words[token]) if token < len(seen.answer.words) else "end"
 
 
 def _largest(seen: Observation, row: NDArray[np.float64]) -> float:

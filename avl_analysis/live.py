@@ -12,14 +12,14 @@ The weights of step t belong to the row that *produced* token t, which is the ro
 before it (the last prompt row for the first token). Keys a policy did not read have NaN, not zero.
 
 Everything returned is immutable and holds no tensor of the model, so that several people may look
-at it at once. The functions attach to the model and detach again; whoever shares a model between
-threads must let one run at a time.
+at it at once. The functions attach to the model and detach again; where threads share a model, let
+one run at a time.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import avl
 from avl.tokens import Modality
@@ -39,8 +39,9 @@ from avl_analysis.corpus.record_samples import facts_of
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.compare import kl_divergence
 from avl_analysis.evaluation.generation import generate
+from avl_analysis.evaluation.next_tokens import NextToken, NextTokens, sampling
 from avl_analysis.figures.patches import Patches
-from avl_analysis.models.loading import VLM, end_tokens, greedy
+from avl_analysis.models.loading import VLM, end_tokens
 from avl_analysis.recordings.image_tokens import ImageTokens, images_of
 from avl_analysis.recordings.recording import Recording
 
@@ -52,6 +53,26 @@ heads at 3,000 keys take 980 MB then, and 390 MB afterwards.
 Floats = NDArray[np.float64]
 OnToken = Callable[[str, int], None]
 """Called with the answer so far and its number of tokens after every token."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The distribution that one token was chosen from, in words.
+
+    Attributes:
+        words: text of the likeliest tokens, the likeliest first; `END` for the end of the answer.
+        probabilities: theirs, before anything is drawn, after penalties of the model's generation
+            settings; at the temperature of the answer, at 1 for a greedy one.
+        probability: that of the token that was written.
+        rank: number of tokens that were likelier than it.
+        entropy: of the whole distribution, in nats.
+    """
+
+    words: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    probability: float
+    rank: int
+    entropy: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +89,8 @@ class Answer:
             PADDING where a position did not exist yet; step 0 is after the prompt. None without a
             policy.
         layers: decoder layers of `states`.
+        choices: what else each token could have been, the end-of-sequence token included; empty
+            unless asked for.
     """
 
     ids: tuple[int, ...]
@@ -77,6 +100,7 @@ class Answer:
     usage: avl.Usage | None = None
     states: NDArray[np.int8] | None = None
     layers: tuple[int, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
     @property
     def text(self) -> str:
@@ -99,7 +123,10 @@ class Answer:
 
 
 END = "(end)"
-"""What stands for the end-of-sequence token in `Disagreement.preferred`."""
+"""What stands for the end-of-sequence token in `Disagreement.preferred` and `Choice.words`."""
+
+CHOICES = 8
+"""Likeliest tokens that `observe` keeps of every distribution."""
 
 FOCUS = 0.8
 """Share of the attention on the picture that `Focus.patches` holds."""
@@ -214,7 +241,6 @@ class Observation:
         rows = rows if layer is None else rows[[self.layers.index(layer)]]
         rows = rows if head is None else rows[:, [head]]
         rows = rows.reshape(-1, rows.shape[-1])
-        # A key is unknown only if no chosen head read it; a head that did not read it counts as 0.
         read = ~np.isnan(rows).all(0)
         return np.where(read, np.nan_to_num(rows).mean(0), np.nan)
 
@@ -252,8 +278,6 @@ class Observation:
         if mass <= 0:
             return Focus(0.0, 0, int(look.size))
         share = look / mass
-        # Running sum from the largest share on; the first place that reaches `FOCUS`, counted from
-        # 1.
         patches = int(np.searchsorted(np.cumsum(np.sort(share)[::-1]), FOCUS - 1e-6)) + 1
         if not region:
             return Focus(mass, min(patches, look.size), int(look.size))
@@ -297,14 +321,11 @@ class Observation:
         at = self.modality == Modality.IMAGE
         if not at.any():
             return 0, self.layers[0]
-        # (steps, layers, image tokens), mean over heads
         rows = np.nan_to_num(self.weights[..., at].astype(np.float32)).mean(2)
         mass = rows.sum(-1)
         share = rows / np.maximum(mass[..., None], 1e-12)
         entropy = -(share * np.log(np.maximum(share, 1e-12))).sum(-1)
         score = mass * (1 - entropy / np.log(max(2, int(at.sum()))))
-        # Tokens that are only spaces and stops look at nothing in particular; they are not
-        # proposed.
         words = np.array(
             [bool(word.strip(" .,")) for word in self.answer.words[: self.steps]] or [True]
         )
@@ -337,32 +358,41 @@ def answer(
     policy: avl.Policy | None = None,
     *,
     max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    choices: int = 0,
     on_token: OnToken | None = None,
 ) -> Answer:
-    """Greedy answer to one question, timed.
+    """Answer to one question, timed; greedy unless a temperature is given.
 
     Args:
         vlm: model and processor.
         sample: the question.
         max_new_tokens: longest answer, in tokens.
         policy: what to switch on; None leaves the stock cache.
+        temperature: 0 takes the likeliest token every time; above, tokens are drawn.
+        seed: of the draws.
+        choices: how many of the likeliest tokens are kept at every token, which is not counted.
         on_token: shows progress; its time is not counted.
 
     Raises:
-        InputError: a picture or prompt that cannot be used.
+        InputError: a picture or prompt that cannot be used, a temperature or seed out of range.
         avl.UnsupportedModelError, avl.HookError: the policy cannot be put on this model.
     """
-    inputs = vlm.prepare(list(sample.images), sample.prompt)
+    inputs = vlm.prepare(list(sample.images), sample.prompt, system=sample.system)
     length = inputs["input_ids"].shape[1]
     on: AbstractContextManager[Any] = (
         nullcontext() if policy is None else avl.adaptive(vlm.model, policy)
     )
-    with on as session:
-        watch = _FollowTokens(vlm, length, on_token)
+    next_tokens = NextTokens(choices, temperature) if choices else None
+    with sampling(vlm.model, temperature, seed) as options, on as session:
+        watch = _FollowTokens(vlm, length, on_token, next_tokens)
+        if next_tokens is not None:
+            options["logits_processor"] = LogitsProcessorList([next_tokens])
         out = vlm.model.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
-            **greedy(vlm.model),
+            **options,
             stopping_criteria=StoppingCriteriaList([watch]),
         )
         usage = None if session is None else session.usage()
@@ -370,7 +400,14 @@ def answer(
     ids = tuple(out[0, length:].tolist())
     ends = end_tokens(vlm.model)
     return Answer(
-        ids, tuple(_words(vlm, ids, ends)), watch.seconds, ids[-1] in ends, usage, states, layers
+        ids,
+        tuple(_words(vlm, ids, ends)),
+        watch.seconds,
+        ids[-1] in ends,
+        usage,
+        states,
+        layers,
+        () if next_tokens is None else tuple(_choices(vlm, next_tokens.tokens)),
     )
 
 
@@ -380,15 +417,19 @@ def observe(
     policy: avl.Policy | None = None,
     *,
     max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
     on_token: OnToken | None = None,
 ) -> Observation:
-    """As `answer`, keeping all statistics and where every token looked.
+    """As `answer`, keeping all statistics, where every token looked, and what else it could be.
 
     Args:
         vlm: model and processor.
         sample: the question.
         policy: what to switch on; None leaves the stock cache.
         max_new_tokens: longest answer, in tokens.
+        temperature: as in `answer`.
+        seed: as in `answer`.
         on_token: shows progress; its time is not counted.
 
     Raises:
@@ -398,10 +439,18 @@ def observe(
     with record(
         vlm.model, keep="attention", queries="steps", limit=MAX_WEIGHTS, stop=()
     ) as recording:
-        said = answer(vlm, sample, policy, max_new_tokens=max_new_tokens, on_token=on_token)
+        said = answer(
+            vlm,
+            sample,
+            policy,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            choices=CHOICES,
+            on_token=on_token,
+        )
     recording.annotate(**facts_of(vlm, sample, said.ids))
     raw = recording.drop_attention().isel(sample=0).transpose("query", "layer", "head", "position")
-    # 0 says that a key was seen and hardly attended to; NaN that it was not there to be seen.
     weights = np.where(raw["visible"].values > 0, raw["attention"].values, np.nan)
     tokens = recording.tokens.isel(sample=0)
     prompt = int(tokens["prompt_length"])
@@ -431,10 +480,15 @@ def disagreement(
     full, other = (_predictions(vlm, sample, which, reference) for which in (None, policy))
     preferred = other.argmax(-1)
     agree = full.argmax(-1) == preferred
-    ends = end_tokens(vlm.model)
-    pieces = zip(preferred.tolist(), _pieces(vlm, preferred.tolist()), strict=True)
-    words = tuple(END if token in ends else piece for token, piece in pieces)
+    words = token_texts(vlm, preferred.tolist())
     return Disagreement(_frozen(kl_divergence(full, other).numpy()), _frozen(agree.numpy()), words)
+
+
+def token_texts(vlm: VLM, ids: Sequence[int]) -> tuple[str, ...]:
+    """Text of each token by itself; `END` for those that end an answer."""
+    ends = end_tokens(vlm.model)
+    pieces = zip(ids, _pieces(vlm, ids), strict=True)
+    return tuple(END if token in ends else piece for token, piece in pieces)
 
 
 # -- running the model -----------------------------------------------------------------------------
@@ -443,20 +497,29 @@ def disagreement(
 class _FollowTokens(StoppingCriteria):
     """Never stops anything: notes the time of every token and passes it on."""
 
-    def __init__(self, vlm: VLM, prompt: int, on_token: OnToken | None) -> None:
+    def __init__(
+        self,
+        vlm: VLM,
+        prompt: int,
+        on_token: OnToken | None,
+        next_tokens: NextTokens | None = None,
+    ) -> None:
         self.vlm, self.prompt, self.on_token = vlm, prompt, on_token
+        self.next_tokens = next_tokens
         self.start, self.paused = time.perf_counter(), 0.0
         self.seconds: tuple[float, ...] = ()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         now = time.perf_counter()
         self.seconds = (*self.seconds, now - self.start - self.paused)
+        if self.next_tokens is not None:
+            self.next_tokens.note(int(input_ids[0, -1]))
         if self.on_token is not None:
             new = input_ids[0, self.prompt :]
             self.on_token(
                 self.vlm.processor.decode(new, skip_special_tokens=True).strip(), len(new)
             )
-            self.paused += time.perf_counter() - now
+        self.paused += time.perf_counter() - now
         return torch.zeros(1, dtype=torch.bool, device=input_ids.device)
 
 
@@ -485,13 +548,20 @@ def _predictions(
 def _states(selection: avl.Selection) -> tuple[NDArray[np.int8], tuple[int, ...]]:
     """(layers, steps, positions): the selection log replayed."""
     steps, length = selection.steps + 1, selection.layout.length
-    # Positions that did not exist yet stay PADDING.
     states = np.full((len(selection.layers), steps, length), int(avl.State.PADDING), np.int8)
     for index, layer in enumerate(selection.layers):
         for step in range(steps):
             state = selection.state(layer, step)[0].amax(0).cpu().numpy()
             states[index, step, : state.size] = state
     return _frozen(states), tuple(selection.layers)
+
+
+def _choices(vlm: VLM, kept: Sequence[NextToken]) -> Iterator[Choice]:
+    """What `NextTokens` kept, in words."""
+    for one in kept:
+        yield Choice(
+            token_texts(vlm, one.ids), one.probabilities, one.probability, one.rank, one.entropy
+        )
 
 
 def _words(vlm: VLM, ids: Sequence[int], ends: Sequence[int]) -> list[str]:
@@ -505,7 +575,6 @@ def _words(vlm: VLM, ids: Sequence[int], ends: Sequence[int]) -> list[str]:
         if token in ends:
             break
         text = decode(list(ids[:count]), skip_special_tokens=True)
-        # The replacement character stands for the bytes of a character that is not complete yet.
         text = text.rstrip("\ufffd")
         words.append(
             text[len(before) :]

@@ -73,6 +73,8 @@ class Sample:
             scored); otherwise case, punctuation and articles do not count.
         meta: whatever else the user wants to keep, anything JSON can hold.
         scene: of a drawn scene, what it is drawn from again (seed, index, task).
+        system: system prompt of this question, where one answer at a time is given (`live`); runs
+            over many samples take theirs as an option. None for the model's own.
     """
 
     id: str
@@ -84,6 +86,7 @@ class Sample:
     strict: bool = False
     meta: Mapping[str, Any] | None = None
     scene: Mapping[str, Any] | None = None
+    system: str | None = None
 
 
 def scene_sample(sample: SceneSample) -> Sample:

@@ -9,8 +9,8 @@ Four groups of numbers, each of which can be left out:
 
 The yardstick of fidelity and text is the model as it was loaded, with the stock cache and no
 policy; `FullPolicy` is measured like any other, and its zeros show that nothing but the policies
-differs. Policies take turns at being first in a batch, so that a machine that slows down slows all
-of them.
+differs. Another policy is first in every batch, so that a machine that slows down slows all of
+them.
 
 A batch that fails is halved until the sample that fails is alone; that one is reported with its
 reason and the others count. Note: rows of one batch share their seconds, so times are

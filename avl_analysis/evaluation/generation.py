@@ -27,6 +27,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from avl import Policy, Usage, adaptive
 from avl.families import describe
 from avl_analysis.corpus.questions import Sample
+from avl_analysis.errors import InputError
 from avl_analysis.models.loading import VLM, end_tokens, greedy
 
 OnLogits = Callable[[int, Tensor], None]
@@ -81,8 +82,13 @@ def generate(
     Raises:
         InputError: pictures or prompts that cannot be used. Whatever the model raises is passed on.
     """
+    systems = {sample.system for sample in samples}
+    if len(systems) > 1:
+        raise InputError("the questions of one batch have different system prompts; ask them apart")
     inputs = vlm.prepare(
-        [list(sample.images) for sample in samples], [sample.prompt for sample in samples]
+        [list(sample.images) for sample in samples],
+        [sample.prompt for sample in samples],
+        system=next(iter(systems), None),
     )
     length = int(inputs["input_ids"].shape[1])
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}

@@ -1,6 +1,6 @@
 """Small changes to plots already drawn by draw_plotly.
 
-Cells one can click, a cell that is marked, opacity.
+Cells and patches one can click, ones that are marked, opacity.
 
 Plotly does not report clicks on a heat map as a selection, only clicks on points. `with_cells`
 therefore lays one invisible square over every cell, which carries row and column and is what a page
@@ -9,10 +9,11 @@ is told about.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from avl_analysis.figures import palette
-from avl_analysis.figures.spec import Heat
+from avl_analysis.figures.spec import Heat, Overlay
 
 
 def with_cells(
@@ -61,12 +62,78 @@ def with_cells(
     return plot
 
 
+def with_patches(plot: Any, overlay: Overlay, marked: Sequence[int] = ()) -> Any:
+    """Make the patches of a drawn overlay selectable, by a click or by a frame around several.
+
+    The points' `customdata` is [image token].
+
+    Args:
+        plot: the drawn overlay.
+        overlay: what was drawn; it has patches.
+        marked: image tokens that get a frame.
+    """
+    assert overlay.patches is not None
+    height, width = overlay.picture.shape[:2]
+    raster, boxes = overlay.patches.raster, overlay.patches.boxes
+    shown = [int(token) for token in sorted(set(raster.token.ravel().tolist()) - {-1})]
+    plot.add_scatter(
+        x=[width * (boxes[token, 0] + boxes[token, 2]) / 2 for token in shown],
+        y=[height * (boxes[token, 1] + boxes[token, 3]) / 2 for token in shown],
+        customdata=[[token] for token in shown],
+        mode="markers",
+        marker={"symbol": "square", "size": 14, "color": "rgba(0,0,0,0)", "line": {"width": 0}},
+        selected={"marker": {"color": "rgba(0,0,0,0)", "opacity": 1}},
+        unselected={"marker": {"opacity": 1}},
+        hovertemplate="image token %{customdata[0]}<extra></extra>",
+        showlegend=False,
+    )
+    for token in marked:
+        left, top, right, bottom = boxes[token]
+        edges = {"x0": left * width, "x1": right * width, "y0": top * height, "y1": bottom * height}
+        plot.add_shape(type="rect", **edges, line={"color": palette.BOX_EDGE, "width": 4})
+        plot.add_shape(type="rect", **edges, line={"color": palette.BOX, "width": 2})
+    plot.update_layout(clickmode="event+select", dragmode="select")
+    plot.update_xaxes(fixedrange=True)
+    plot.update_yaxes(fixedrange=True)
+    return plot
+
+
 def with_opacity(plot: Any, opacity: float) -> Any:
     """Let more or less of a picture shine through what is drawn over it.
 
     0 hides the patches, 1 is as drawn.
     """
     plot.update_traces(opacity=opacity, selector={"type": "heatmap"})
+    return plot
+
+
+COLOURS: Mapping[str, str | None] = {
+    "amber": None,
+    "cividis": "Cividis",
+    "viridis": "Viridis",
+    "inferno": "Inferno",
+    "greys": "Greys",
+}
+"""Colour maps of overlays by name; None is amber that fades to nothing, as figures are drawn."""
+
+
+def with_colours(plot: Any, name: str, *, smooth: bool = False) -> Any:
+    """Draw the quantities over a picture in another colour map, or smoothed between patches.
+
+    Args:
+        plot: a drawn overlay of quantities.
+        name: one of `COLOURS`.
+        smooth: whether colours pass into each other; the values on hover stay those of patches.
+    """
+    scale = COLOURS[name]
+    if scale is not None:
+        # these maps do not fade to nothing, so the picture needs some room below them
+        for trace in plot.select_traces(selector={"type": "heatmap"}):
+            trace.update(
+                colorscale=scale, opacity=0.6 * (1 if trace.opacity is None else trace.opacity)
+            )
+    if smooth:
+        plot.update_traces(zsmooth="best", selector={"type": "heatmap"})
     return plot
 
 

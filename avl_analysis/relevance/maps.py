@@ -179,9 +179,13 @@ def relevance(
         raise InputError(f"token {step} is not there: the answer has tokens 0 to {len(answer) - 1}")
     instruction = instruction or generic_instruction(vlm)
     images = list(sample.images)
-    inputs = with_answer(vlm.prepare(images, sample.prompt), list(answer[:step]))
+    inputs = with_answer(
+        vlm.prepare(images, sample.prompt, system=sample.system), list(answer[:step])
+    )
     found = attention_gradients(vlm.model, inputs, torch.tensor([int(answer[step])]))
-    layers, generic, other = last_row_weights(vlm.model, vlm.prepare(images, instruction))
+    layers, generic, other = last_row_weights(
+        vlm.model, vlm.prepare(images, instruction, system=sample.system)
+    )
     position, usual = _image_positions(found.layout), _image_positions(other)
     if len(position) != len(usual):
         raise InputError(

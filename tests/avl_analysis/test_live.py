@@ -239,3 +239,62 @@ def test_head_maps_cover_every_head_and_rank_them(
     assert ((kinds == "visual") == (means >= taxonomy.VISUAL)).all()
     with pytest.raises(InputError, match="no measure 'nonsense'"):
         taxonomy.measure(recording, "nonsense")
+
+
+def _distributions(model: VLM, sample: Sample, ids: tuple[int, ...]) -> torch.Tensor:
+    """(tokens, vocabulary) logits along an answer, one whole pass, nothing cached."""
+    inputs = dict(model.prepare(list(sample.images), sample.prompt))
+    prompt = inputs["input_ids"].shape[1]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([ids[:-1]])], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad():
+        logits = model.model(**inputs).logits[0, prompt - 1 :].double()
+    logits[:, model.model.generation_config.suppress_tokens or []] = -torch.inf
+    return logits
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.7])
+def test_every_token_comes_with_the_distribution_it_was_chosen_from(
+    model: VLM, sample: Sample, temperature: float
+) -> None:
+    options = {"max_new_tokens": TOKENS, "temperature": temperature, "seed": 3}
+    said = live.answer(model, sample, choices=4, **options)
+    assert live.answer(model, sample, **options).ids == said.ids
+    logits = _distributions(model, sample, said.ids) / (temperature or 1.0)
+    shares = torch.softmax(logits, -1)
+    assert len(said.choices) == len(said.ids) == TOKENS
+    for choice, row, token in zip(said.choices, shares, said.ids, strict=True):
+        best = row.topk(4)
+        assert choice.probabilities == pytest.approx(best.values.tolist(), abs=1e-6)
+        assert choice.probability == pytest.approx(float(row[token]), abs=1e-6)
+        assert choice.rank == int((row > row[token]).sum())
+        assert choice.entropy == pytest.approx(float(torch.special.entr(row).sum()), abs=1e-4)
+        if temperature == 0:
+            assert choice.rank == 0
+    if temperature:
+        assert any(choice.rank > 0 for choice in said.choices)
+
+
+def test_answers_are_drawn_from_a_seed_and_leave_random_numbers_as_they_were(
+    model: VLM, sample: Sample
+) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    answers = {
+        live.answer(model, sample, max_new_tokens=TOKENS, temperature=3.0, seed=seed).ids
+        for seed in range(4)
+    }
+    assert torch.equal(torch.rand(1), expected)
+    assert len(answers) == 4
+    seen = live.observe(model, sample, max_new_tokens=TOKENS, temperature=3.0, seed=2)
+    assert seen.answer.ids in answers
+    assert len(seen.answer.choices[0].words) == live.CHOICES
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": np.nan}, {"seed": -1}])
+def test_temperatures_and_seeds_out_of_range_are_refused(
+    model: VLM, sample: Sample, wrong: dict[str, float]
+) -> None:
+    with pytest.raises(InputError, match="choose"):
+        live.answer(model, sample, **{"temperature": 1.0, **wrong})  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ def _patches(panel: Overlay) -> go.Heatmap:
         zmin=low,
         zmax=high,
         colorscale=fade,
-        hovertemplate=place + label + ": %{z:.4f}<extra></extra>",
+        hovertemplate=place + label + ": %{z:.3~g}<extra></extra>",
     )
 
 
