@@ -5,7 +5,7 @@ Nothing here runs it; the tests do, and compare the figures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import avl
 from avl_analysis.figures import Box
@@ -22,13 +22,14 @@ def asked(question: Question) -> str:
         f"vlm = load_model({question.model!r})",
     ]
     picture, prompt = question.picture, question.prompt
+    system = f", system={question.system!r}" if question.system else ""
     if picture.scene is None:
         lines += [
             "from avl_analysis.models.images import open_image",
             "import numpy as np",
             "",
             f"image = np.asarray(open_image({picture.name!r}))  # the file that was sent",
-            f'sample = Sample("question", (image,), {prompt!r})',
+            f'sample = Sample("question", (image,), {prompt!r}{system})',
         ]
     else:
         scene = asked_scene(picture, prompt)
@@ -38,14 +39,18 @@ def asked(question: Question) -> str:
             "from avl_analysis import scenes",
             "",
             f"image = scenes.generate({seed}, {index}, {task!r}).image",
-            f'sample = Sample("question", (image,), {prompt!r})',
+            f'sample = Sample("question", (image,), {prompt!r}{system})',
         ]
     return "\n".join(lines) + "\n"
 
 
 def observed(question: Question) -> str:
     """The same, and the answer watched, as `seen`."""
-    return asked(question) + f"seen = observe(vlm, sample, max_new_tokens={question.tokens})\n"
+    options = "".join(f", {name}={value!r}" for name, value in question.drawing.items())
+    return (
+        asked(question)
+        + f"seen = observe(vlm, sample, max_new_tokens={question.tokens}{options})\n"
+    )
 
 
 def token(
@@ -54,6 +59,7 @@ def token(
     layer: int | None,
     head: int | None,
     boxes: tuple[Box, ...] = (),
+    top: float | None = None,
 ) -> str:
     """The figure of Ask.
 
@@ -62,8 +68,9 @@ def token(
         step: number of the answer token.
         layer, head: the chosen ones; None for the mean.
         boxes: frames drawn over the picture.
+        top: attention on a patch that is drawn at full strength; None for the largest.
     """
-    arguments = f"{step}, layer={layer}, head={head}"
+    arguments = f"{step}, layer={layer}, head={head}" + (f", top={top}" if top else "")
     if not boxes:
         return _plotted(question, "plot_token", arguments, "token")
     framed = ", ".join(map(repr, boxes))
@@ -100,27 +107,129 @@ def relevance(
     )
 
 
+def choices(question: Question, step: int) -> str:
+    """What could have been written at a token."""
+    return _of_answer(question, "plot_choices", str(step), "choices")
+
+
+def words(question: Question, layer: int | None, head: int | None) -> str:
+    """Attention from token to token.
+
+    Args:
+        question: what was asked.
+        layer, head: the chosen ones; None for the mean.
+    """
+    return _of_answer(question, "plot_words", f"layer={layer}, head={head}", "words")
+
+
+def patch(question: Question, chosen: Sequence[int], layer: int | None, head: int | None) -> str:
+    """Which tokens looked at some patches.
+
+    Args:
+        question: what was asked.
+        chosen: numbers of the image tokens.
+        layer, head: the chosen ones; None for the mean.
+    """
+    arguments = f"{list(chosen)}, layer={layer}, head={head}"
+    return _of_answer(question, "plot_patch", arguments, "patch")
+
+
+def rollout(question: Question, step: int, layer: int | None, boxes: tuple[Box, ...] = ()) -> str:
+    """Attention followed through the layers.
+
+    Args:
+        question: what was asked.
+        step: number of the answer token.
+        layer: the last layer that is followed; None for all.
+        boxes: frames drawn over the picture.
+    """
+    framed = f", boxes=({', '.join(map(repr, boxes))},)" if boxes else ""
+    return (
+        "from avl_analysis.answer_plots import plot_rollout\n"
+        "from avl_analysis.heads.rollout import rollout\n"
+        + ("from avl_analysis.figures import Box\n" if boxes else "")
+        + observed(question)
+        + f"\nfound = rollout(vlm, sample, seen.answer.ids, {layer})\n"
+        + f"plot = plot_rollout(seen, found, image, {step}{framed})\n"
+        + 'plot.save("rollout.svg")  # or .png, .pdf, .html, .csv\n'
+    )
+
+
+def lens(question: Question) -> str:
+    """What every layer would write."""
+    return (
+        "from avl_analysis.answer_plots import plot_lens\n"
+        "from avl_analysis.heads.lens import logit_lens\n"
+        + observed(question)
+        + "\nfound = logit_lens(vlm, sample, seen.answer.ids)\n"
+        + "plot = plot_lens(seen, found)\n"
+        + 'plot.save("lens.svg")  # or .png, .pdf, .html, .csv\n'
+    )
+
+
+def without_head(question: Question, layer: int, head: int) -> str:
+    """The answer while one head's output is zero.
+
+    Args:
+        question: what was asked.
+        layer: its decoder layer.
+        head: the query head.
+    """
+    options = "".join(f", {name}={value!r}" for name, value in question.drawing.items())
+    return (
+        "from avl_analysis.heads.ablation import silenced\n"
+        "from avl_analysis.live import answer\n"
+        + asked(question).replace("from avl_analysis.live import observe\n", "")
+        + f"\nwith silenced(vlm.model, [({layer}, {head})]):\n"
+        + f"    said = answer(vlm, sample, max_new_tokens={question.tokens}{options})\n"
+        + "print(said.text)\n"
+    )
+
+
 def head_overlays(question: Question, step: int, layer: int) -> str:
-    """The grid of a layer's heads."""
+    """The grid of a layer's heads.
+
+    Args:
+        question: what was asked.
+        step: number of the answer token.
+        layer: the decoder layer whose heads are shown.
+    """
     return _plotted(question, "plot_head_overlays", f"{step}, layer={layer}", "head_overlays")
 
 
 def over_answer(question: Question, layer: int | None, head: int | None) -> str:
-    """The animation over the answer."""
+    """The animation over the answer.
+
+    Args:
+        question: what was asked.
+        layer, head: the chosen ones; None for the mean.
+    """
     return _plotted(question, "plot_over_answer", f"layer={layer}, head={head}", "over_answer")
 
 
 def _plotted(question: Question, function: str, arguments: str, name: str) -> str:
+    """A figure of the answer over the image."""
+    return _of_answer(question, function, f"image, {arguments}", name)
+
+
+def _of_answer(question: Question, function: str, arguments: str, name: str) -> str:
+    """A figure of the answer."""
     return (
         f"from avl_analysis.answer_plots import {function}\n"
         + observed(question)
-        + f"\nplot = {function}(seen, image, {arguments})\n"
+        + f"\nplot = {function}(seen, {arguments})\n"
         + f'plot.save("{name}.svg")  # or .png, .pdf, .html, .csv\n'
     )
 
 
 def head_map(question: Question, measure: str, step: int | None) -> str:
-    """The map of all heads in Heads."""
+    """The map of all heads in Heads.
+
+    Args:
+        question: what was asked.
+        measure: key of the statistic that colours the map, such as "modality_mass/image".
+        step: number of the answer token; None for all of the answer.
+    """
     return (
         "from avl_analysis import plot_heads\n"
         + observed(question)
@@ -150,7 +259,13 @@ def recorded(question: Question) -> str:
 
 
 def scenes_recorded(model: str, per_task: int, tokens: int) -> str:
-    """The recording of drawn scenes, as `recording`."""
+    """The recording of drawn scenes, as `recording`.
+
+    Args:
+        model: name of the model.
+        per_task: scenes of each kind of question.
+        tokens: longest answer, in tokens.
+    """
     return f"""from avl_analysis import load_model, scene_samples
 from avl_analysis.corpus.record_samples import record_samples
 
@@ -172,22 +287,56 @@ def policies(question: Question, chosen: Mapping[str, avl.Policy]) -> str:
 
     How far: its predictions along the full cache's answer.
     """
+    options = "".join(f", {name}={value!r}" for name, value in question.drawing.items())
     return (
         "import avl\nfrom avl_analysis import live\n"
+        "from avl_analysis.policy_plots import plot_divergence\n"
         + asked(question).replace("from avl_analysis.live import observe\n", "")
         + f"""
 policies = {_named(chosen)}
-full = live.answer(vlm, sample, avl.FullPolicy(), max_new_tokens={question.tokens})
+full = live.answer(vlm, sample, avl.FullPolicy(), max_new_tokens={question.tokens}{options})
+differences = {{}}
 for name, policy in policies.items():
-    said = live.answer(vlm, sample, policy, max_new_tokens={question.tokens})
+    said = live.answer(vlm, sample, policy, max_new_tokens={question.tokens}{options})
     off = live.disagreement(vlm, sample, policy, full.ids)
     print(name, said.text, said.usage.filled_share, off.agree.mean(), off.kl.mean())
+    if not isinstance(policy, avl.FullPolicy):
+        differences[name] = off
+if differences:
+    plot = plot_divergence(differences)
+    plot.save("divergence.svg")  # or .png, .pdf, .html, .csv
 """
     )
 
 
+COMPARED = """
+from avl_analysis.policy_plots import plot_comparison
+
+plot = plot_comparison(result)
+plot.save("compare.svg")  # or .png, .pdf, .html, .csv
+"""
+"""The figure of a comparison, `result`."""
+
+
+def report(source: str) -> str:
+    """The report; `source` is code that gives `recording`."""
+    return f"""{source}
+from avl_reports.build import build
+
+built = build(recording, "report")
+print(built.page)
+"""
+
+
 def compared(model: str, source: str, chosen: Mapping[str, avl.Policy], tokens: int) -> str:
-    """The comparison of Benchmark; `source` is an expression that gives the samples."""
+    """The comparison of Benchmark.
+
+    Args:
+        model: name of the model.
+        source: an expression that gives the samples.
+        chosen: policies by the names they have on the page.
+        tokens: longest answer, in tokens.
+    """
     return f"""import avl
 from avl_analysis import compare, load_model, read_samples, scene_samples
 
@@ -197,7 +346,7 @@ policies = {_named(chosen)}
 result = compare(vlm, samples, policies, max_new_tokens={tokens})
 print(result.table())
 result.save("compare.nc")
-"""
+{COMPARED}"""
 
 
 def _named(chosen: Mapping[str, avl.Policy]) -> str:

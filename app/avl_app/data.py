@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -29,6 +29,8 @@ from avl_app.pictures import Picture
 if TYPE_CHECKING:
     import avl
     from avl_analysis.evaluation.comparison import Comparison
+    from avl_analysis.heads.lens import Lens
+    from avl_analysis.heads.rollout import Rollout
     from avl_analysis.live import Answer, Disagreement, Observation
     from avl_analysis.models.loading import VLM
     from avl_analysis.recordings.recording import Recording
@@ -53,12 +55,18 @@ class Question:
         picture: what is asked about; compared by its pixels.
         prompt: the question.
         tokens: longest answer, in tokens.
+        temperature: 0 takes the likeliest token every time; above, tokens are drawn.
+        seed: of the draws.
+        system: system prompt, empty for the model's own.
     """
 
     model: str
     picture: Picture = field(compare=False)
     prompt: str
     tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    system: str = ""
     digest: str = field(init=False, repr=False, default="")
 
     def __post_init__(self) -> None:
@@ -67,9 +75,15 @@ class Question:
     @property
     def sample(self) -> Sample:
         """As the analysis takes it, with the truth where it is known."""
+        system = self.system or None
         if (scene := asked_scene(self.picture, self.prompt)) is not None:
-            return scene_sample(scene)
-        return Sample("question", (self.picture.pixels,), self.prompt)
+            return replace(scene_sample(scene), system=system)
+        return Sample("question", (self.picture.pixels,), self.prompt, system=system)
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """How tokens are chosen, as arguments of `live.answer` and `live.observe`."""
+        return {"temperature": self.temperature, "seed": self.seed} if self.temperature else {}
 
 
 class LruCache:
@@ -178,6 +192,7 @@ class ModelServer:
         self._models = LruCache(loaded)
         self._loading = threading.Lock()
         self._shelf = LruCache(results)
+        self._pictures = LruCache(results)
 
     def model(self, name: str) -> Shared:
         """The model called `name`, loaded once.
@@ -198,6 +213,15 @@ class ModelServer:
         """The model called `name` if it is in memory, for reading what it is; None if it is not."""
         known = self._models.get(name)
         return None if known is None else known.vlm
+
+    def remember(self, picture: Picture) -> None:
+        """Keep a picture for links that name it."""
+        self._pictures.put(picture.digest, picture)
+
+    def picture(self, digest: str) -> Picture | None:
+        """A picture that was sent before, by its hash; None if it is not kept."""
+        kept: Picture | None = self._pictures.get(digest)
+        return kept
 
     # -- results -----------------------------------------------------------------------------------
 
@@ -220,7 +244,12 @@ class ModelServer:
 
         def run(vlm: VLM) -> Observation:
             return live.observe(
-                vlm, question.sample, policy, max_new_tokens=question.tokens, on_token=on_token
+                vlm,
+                question.sample,
+                policy,
+                max_new_tokens=question.tokens,
+                on_token=on_token,
+                **question.drawing,
             )
 
         return self._once("observation", question, policy, run, waiting)
@@ -237,7 +266,12 @@ class ModelServer:
 
         def run(vlm: VLM) -> Answer:
             return live.answer(
-                vlm, question.sample, policy, max_new_tokens=question.tokens, on_token=on_token
+                vlm,
+                question.sample,
+                policy,
+                max_new_tokens=question.tokens,
+                on_token=on_token,
+                **question.drawing,
             )
 
         return self._once("answer", question, policy, run, waiting)
@@ -249,6 +283,7 @@ class ModelServer:
         *,
         rounds: int = 5,
         progress: Callable[[int, int], None],
+        waiting: Waiting | None = None,
     ) -> Timings:
         """How long each policy takes to answer, measured in turn.
 
@@ -258,6 +293,7 @@ class ModelServer:
         Args:
             rounds: how often each policy is measured.
             progress: called with (answers given, answers in all); may raise to stop.
+            waiting: called while others use the model.
         """
         from avl_analysis import live
 
@@ -265,9 +301,13 @@ class ModelServer:
         seconds = np.full((2, len(policies), rounds + 1), np.nan)
         for place in range(total):
             round_, which = divmod(place, len(policies))
-            with shared.use() as vlm:
+            with shared.use(waiting) as vlm:
                 said = live.answer(
-                    vlm, question.sample, policies[which], max_new_tokens=question.tokens
+                    vlm,
+                    question.sample,
+                    policies[which],
+                    max_new_tokens=question.tokens,
+                    **question.drawing,
                 )
             seconds[:, which, round_] = said.ttft, said.tpot
             progress(place + 1, total)
@@ -299,6 +339,59 @@ class ModelServer:
 
         return self._once(f"relevance {step}", question, None, run, waiting)
 
+    def rollout(
+        self,
+        question: Question,
+        answer: Answer,
+        layer: int | None,
+        waiting: Waiting | None = None,
+    ) -> Rollout:
+        """Attention rollout of the full cache's answer, through the layers up to one."""
+        from avl_analysis.heads import rollout
+
+        def run(vlm: VLM) -> Rollout:
+            return rollout.rollout(vlm, question.sample, answer.ids, layer)
+
+        return self._once(f"rollout {layer}", question, None, run, waiting)
+
+    def lens(
+        self, question: Question, answer: Answer, waiting: Waiting | None = None
+    ) -> tuple[Lens, tuple[tuple[str, ...], ...]]:
+        """Logit lens of the full cache's answer, and the likeliest words: a tuple a token."""
+        from avl_analysis import live
+        from avl_analysis.heads.lens import logit_lens
+
+        def run(vlm: VLM) -> tuple[Lens, tuple[tuple[str, ...], ...]]:
+            found = logit_lens(vlm, question.sample, answer.ids)
+            words = tuple(live.token_texts(vlm, row.tolist()) for row in found.likeliest)
+            return found, words
+
+        return self._once("lens", question, None, run, waiting)
+
+    def without_heads(
+        self,
+        question: Question,
+        heads: Sequence[tuple[int, int]],
+        on_token: OnToken | None = None,
+        waiting: Waiting | None = None,
+    ) -> Answer:
+        """The answer while the output of some heads, (layer, head), is zero."""
+        from avl_analysis import live
+        from avl_analysis.heads.ablation import silenced
+
+        def run(vlm: VLM) -> Answer:
+            with silenced(vlm.model, heads):
+                return live.answer(
+                    vlm,
+                    question.sample,
+                    max_new_tokens=question.tokens,
+                    choices=live.CHOICES,
+                    on_token=on_token,
+                    **question.drawing,
+                )
+
+        return self._once(f"without heads {tuple(heads)}", question, None, run, waiting)
+
     def comparison(
         self,
         model: str,
@@ -307,17 +400,23 @@ class ModelServer:
         *,
         tokens: int,
         progress: Callable[[int, int], None],
+        waiting: Waiting | None = None,
     ) -> Comparison:
         """Policies compared on many samples; others may use the model between two batches.
 
         Args:
+            model: its name.
+            samples: the questions.
+            chosen: policies by name.
+            tokens: longest answer, in tokens.
             progress: called with (done, total) after each batch under each policy; may raise to
-            stop.
+                stop.
+            waiting: called while others use the model before the first batch.
         """
         from avl_analysis.evaluation.compare import compare
 
         shared = self.model(model)
-        with shared.use() as vlm:
+        with shared.use(waiting) as vlm:
 
             def advance(done: int, total: int) -> None:
                 shared.yield_lock()
@@ -332,15 +431,24 @@ class ModelServer:
         *,
         tokens: int,
         progress: Callable[[int, int], None],
+        waiting: Waiting | None = None,
     ) -> Recording:
-        """All statistics of many samples; others may use the model in between."""
+        """All statistics of many samples; others may use the model in between.
+
+        Args:
+            model: its name.
+            samples: the questions.
+            tokens: longest answer, in tokens.
+            progress: called with (samples done, samples in all); may raise to stop.
+            waiting: called while others use the model.
+        """
         from avl_analysis import merge
         from avl_analysis.corpus.record_samples import record_samples
 
         shared, parts = self.model(model), []
         for start in range(0, len(samples), _PART):
             part = samples[start : start + _PART]
-            with shared.use() as vlm:
+            with shared.use(waiting) as vlm:
                 parts.append(
                     record_samples(
                         vlm, part, max_new_tokens=tokens, batch_size=_PART, first_sample=start

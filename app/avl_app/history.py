@@ -13,7 +13,10 @@ from avl_app.page import distinct
 
 _KEY = "history"
 _MOST = 20
-_CHOICES = ("model", "source", "scene", "task", "prompt", "longest")
+_CHOICES = (
+    *("model", "source", "scene", "task", "prompt"),
+    *("longest", "temperature", "seed", "system"),
+)
 """Choices that make a question."""
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from avl_analysis.errors import InputError
 from avl_app import sidebar, state, style
 from avl_app.data import ModelServer
-from avl_app.page import Context, is_dark, plain, problem
+from avl_app.page import CancelledError, Context, is_dark, plain, problem
 from avl_app.settings import Settings, settings
 
 _LOG = logging.getLogger("avl.app")
@@ -57,7 +57,7 @@ def _for_visitors(error: Exception) -> bool:
 
     This model cannot be recorded or adapted, and why.
     """
-    avl = sys.modules.get("avl")  # whoever raised one of these has imported it
+    avl = sys.modules.get("avl")  # where one of these was raised, avl is imported
     return isinstance(
         error, tuple(getattr(avl, name, ()) for name in ("HookError", "UnsupportedModelError"))
     )
@@ -93,6 +93,9 @@ def _draw() -> None:
         if question is not None:
             state.asked(question)
             show(view or "ask", Context(given, bench, question))
+    except CancelledError:
+        st.info("The answer was cancelled.", icon=":material/stop:")
+        st.button("Answer after all", key="uncancel", on_click=state.uncancel)
     except InputError as error:
         problem(error)
     except Exception as error:  # noqa: BLE001  (a visitor gets a sentence, the log the traceback)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,11 @@ import streamlit as st
 from numpy.typing import NDArray
 
 from avl_analysis.figures import draw_html, draw_plotly
-from avl_analysis.figures.clickable import with_cells, with_opacity
+from avl_analysis.figures.clickable import with_cells, with_colours, with_opacity, with_patches
 from avl_analysis.figures.plot import Plot
 from avl_analysis.figures.spec import Figure, Heat, Overlay, Panel
 from avl_analysis.figures.strip import Strip, visible
+from avl_app import state
 from avl_app.data import ModelServer, Question
 from avl_app.settings import Settings
 
@@ -118,10 +120,20 @@ def plot(
     opacity: float | None = None,
     height: int | None = None,
 ) -> None:
-    """A panel as a plot in the visitor's theme."""
+    """A panel as a plot in the visitor's theme.
+
+    Args:
+        panel: what is drawn.
+        key: of the widget in the session; different for every plot of a page.
+        titled: whether the panel's own title is drawn; not where the page says it above.
+        opacity: of the patches of an overlay, 0 to 1; None as drawn.
+        height: in pixels; None lets the kind of panel choose.
+    """
     drawn = draw_plotly.draw(panel, dark=is_dark(), titled=titled)
     if opacity is not None:
         with_opacity(drawn, opacity)
+    if isinstance(panel, Overlay) and not panel.classes:
+        with_colours(drawn, str(state.get("colours")), smooth=bool(state.get("smooth")))
     if isinstance(panel, Overlay) and panel.classes:
         drawn.update_layout(legend={"y": -0.01})
     drawn.update_yaxes(exponentformat="power")
@@ -185,13 +197,50 @@ def picture_height(pixels: NDArray[np.uint8], wide: int = 340) -> int:
 def cells(
     heat: Heat, key: str, marked: tuple[int, int] | None, on_click: Callable[[], None]
 ) -> None:
-    """A heat map whose cells can be clicked; `on_click` reads the cell with `clicked(key)`."""
+    """A heat map whose cells can be clicked; `on_click` reads the cell with `clicked(key)`.
+
+    Args:
+        heat: what is drawn.
+        key: of the widget in the session.
+        marked: row and column of the cell that is framed; None for none.
+        on_click: called, without arguments, when another cell is clicked or none any more.
+    """
     drawn = with_cells(
         draw_plotly.draw(heat, dark=is_dark(), titled=False), heat, marked=marked, dark=is_dark()
     )
     st.plotly_chart(
         drawn, key=key, theme=None, on_select=on_click, selection_mode="points", config=_CONFIG
     )
+
+
+def patches(
+    overlay: Overlay, key: str, marked: Sequence[int], on_choice: Callable[[], None], height: int
+) -> None:
+    """A picture whose patches can be chosen; `on_choice` reads them with `chosen_patches(key)`.
+
+    Args:
+        overlay: the picture with its patches.
+        key: of the widget in the session.
+        marked: image tokens that are framed.
+        on_choice: called when the choice changes.
+        height: of the plot in pixels.
+    """
+    drawn = with_patches(draw_plotly.draw(overlay, dark=is_dark(), titled=False), overlay, marked)
+    drawn.update_layout(height=height)
+    st.plotly_chart(
+        drawn,
+        key=key,
+        theme=None,
+        on_select=on_choice,
+        selection_mode=("points", "box"),
+        config=_CONFIG,
+    )
+
+
+def chosen_patches(key: str) -> list[int]:
+    """The image tokens that were chosen last in `patches`; none if the choice was taken away."""
+    points = st.session_state[key]["selection"]["points"]
+    return sorted({int(point["customdata"][0]) for point in points if "customdata" in point})
 
 
 def clicked(key: str) -> tuple[int, int] | None:
@@ -220,23 +269,94 @@ def problem(error: Exception | str) -> None:
     st.error(plain(str(error)), icon=":material/error:")
 
 
+class Progress:
+    """A bar that says how much of long work is done, about how long the rest takes, and who waits.
+
+    Used in a with block, after which the bar is gone.
+
+    Args:
+        start: what is said before the first part is done.
+        what: what is counted, such as "answers".
+    """
+
+    def __init__(self, start: str, what: str) -> None:
+        self.bar, self.what = st.progress(0.0, text=f"{start} …"), what
+        self.started = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *failed: object) -> None:
+        self.bar.empty()
+
+    def done(self, done: int, total: int) -> None:
+        """Say that `done` parts of `total` are done."""
+        left = (time.monotonic() - self.started) / max(done, 1) * (total - done)
+        rest = f" · about {duration(left)} left" if 0 < done < total else ""
+        self.bar.progress(
+            min(done / max(total, 1), 1.0), text=f"{done} of {total} {self.what}{rest}"
+        )
+
+    def waiting(self, ahead: int) -> None:
+        """Say how many runs of other visitors come before this one."""
+        self.bar.progress(0.0, text=_queued(ahead))
+        self.started = time.monotonic()
+
+
+def duration(seconds: float) -> str:
+    """A length of time in words."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _queued(ahead: int) -> str:
+    """That others use the model, and how many of their runs come first."""
+    turn = "yours is next" if ahead == 1 else f"{ahead} answers come before yours"
+    return f":material/group: Another session is using this model; {turn} …"
+
+
+class CancelledError(Exception):
+    """The visitor does not want the answer; the page says how to have it after all."""
+
+
+_STREAMED = "streamed"
+"""Session key of how many answers of this visit have been shown while they came."""
+
+
 @contextmanager
 def streaming(
     title: str, place: Any = None
 ) -> Iterator[tuple[Callable[[str, int], None], Callable[[int], None]]]:
-    """Show an answer as it comes.
+    """Show an answer as it comes, with a way out.
 
     Yields what to call for each token, and while waiting for the model.
+
+    Args:
+        title: what is being done.
+        place: where it is shown; None for here.
+
+    Raises:
+        CancelledError: the visitor has cancelled this question before.
     """
-    target = place or st.empty()
+    if st.session_state.get(state.CANCELLED):
+        raise CancelledError
+    number = st.session_state[_STREAMED] = st.session_state.get(_STREAMED, 0) + 1
+    target, stop = place or st.empty(), st.empty()
     target.markdown(f":material/hourglass_top: {plain(title)} …")
+    # The click draws the page anew, which ends this run of the model at its next token.
+    stop.button(
+        "Cancel",
+        key=f"cancel_{number}",
+        type="tertiary",
+        icon=":material/stop:",
+        on_click=lambda: st.session_state.update({state.CANCELLED: True}),
+    )
 
     def on_token(text: str, count: int) -> None:
-        target.markdown(f"{plain(text)} ▌")
+        target.markdown(f"{plain(text)} ▌  \n:small[token {count}]")
 
     def waiting(ahead: int) -> None:
-        turn = "yours is next" if ahead == 1 else f"{ahead} answers come before yours"
-        target.markdown(f":material/group: Another session is using this model; {turn} …")
+        target.markdown(_queued(ahead))
 
     yield on_token, waiting
     target.empty()
+    stop.empty()

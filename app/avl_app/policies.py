@@ -6,12 +6,10 @@ that is added there appears here too.
 
 from __future__ import annotations
 
-import re
-
 import streamlit as st
 
 import avl
-from avl.policies.registry import PRESETS, color_slots, label_of, policies
+from avl.policies.registry import PRESETS, label_of, policies
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.policy_files import named_policy
 from avl_app import adaptive, state
@@ -33,19 +31,6 @@ def rivals(*, ours: bool = False) -> dict[str, str]:
     full, adaptive_name = avl.FullPolicy.name, avl.AdaptivePolicy.name
     left_out = {full} if ours else {full, adaptive_name}
     return {name: label_of(name) for name in (*policies(), *PRESETS) if name not in left_out}
-
-
-def slot(name: str) -> int:
-    """Number of the palette's style of a policy, by what it is called on a page.
-
-    Its label, with its budget or settings behind it.
-    """
-    slots = color_slots()
-    known = [label for label in slots if name == label or name.startswith(f"{label} ")]
-    if known:
-        return slots[max(known, key=len)]
-    command = re.split(r"[:,(\s]", name, maxsplit=1)[0]
-    return slots.get(label_of(command), 0)
 
 
 def at_budget(name: str, budget: float) -> avl.Policy:

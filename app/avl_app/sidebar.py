@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avl_analysis.errors import InputError
+from avl_analysis.figures.clickable import COLOURS
 from avl_app import examples, history, state
 from avl_app.data import ModelServer, Question
 from avl_app.page import plain, problem, short_names
@@ -23,8 +24,16 @@ EXAMPLE = "Describe the picture."
 """A question that every model here understands, the embedded one included."""
 _WIDEST, _TALLEST = 210, 220  # pixels of the picture in the sidebar
 _ONLY = "this server offers {}{} only; it was started with --no-folders"
+_SHOWN = 9
+"""Scenes that are shown as pictures at once."""
 _MEANT = "models_meant"
 """Session key of the model folders that the visitor asked for by hand."""
+_SCALES = {
+    "token": "largest patch of the token",
+    "answer": "largest patch of any token of the answer",
+    "row": "all attention of the token",
+}
+"""What the strongest colour over a picture stands for."""
 _TYPES = ["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"]
 _SOURCE_NAMES = {"example": "Example", "upload": "Upload", "webcam": "Webcam"}
 
@@ -41,13 +50,14 @@ def show(given: Settings, bench: ModelServer) -> Question | None:
     with st.sidebar:
         st.markdown("### avl · where a model looks")
         model = _model(given)
-        picture = _picture(given)
+        picture = _picture(given, bench)
         prompt = "" if picture is None else _prompt(model, picture).strip()
         if picture is not None:
             st.button(
                 "Ask",
                 type="primary",
                 width="stretch",
+                on_click=state.uncancel,
                 help="Answers are remembered; asking again is immediate.",
             )
         _more(given)
@@ -67,7 +77,16 @@ def show(given: Settings, bench: ModelServer) -> Question | None:
             f"The question has {len(prompt)} characters; at most {state.MOST_TEXT} are accepted:"
             " shorten it"
         )
-    question = Question(model, picture, prompt, int(state.get("longest")))
+    question = Question(
+        model,
+        picture,
+        prompt,
+        int(state.get("longest")),
+        float(state.get("temperature")),
+        # of no meaning for a greedy answer, which is then the same whatever it stands at
+        int(state.get("seed")) if state.get("temperature") else 0,
+        str(state.get("system")).strip(),
+    )
     history.note(question)
     with listed:
         history.show(question)
@@ -154,11 +173,38 @@ def _meant(name: str) -> bool:
 
 
 def _more(given: Settings) -> None:
-    """What is seldom changed: another model, the longest answer."""
+    """What is seldom changed: how answers are generated and drawn, another model."""
     if int(state.get("longest")) > given.longest:
         state.put("longest", given.longest)
     with st.expander("More"):
         st.slider("Longest answer, in tokens", 1, given.longest, key="longest")
+        st.slider(
+            "Temperature",
+            0.0,
+            2.0,
+            step=0.1,
+            key="temperature",
+            help="0 writes the likeliest token every time; above, tokens are drawn.",
+        )
+        st.number_input(
+            "Seed of the draws", 0, 999_999, key="seed", disabled=not state.get("temperature")
+        )
+        st.text_area(
+            "System prompt",
+            key="system",
+            height=68,
+            max_chars=state.MOST_TEXT,
+            placeholder="the model's own",
+        )
+        st.selectbox("Colours over pictures", list(COLOURS), key="colours")
+        st.selectbox(
+            "Full colour in Ask",
+            list(_SCALES),
+            key="scale",
+            format_func=_SCALES.__getitem__,
+            help="One scale for all tokens lets their maps be compared.",
+        )
+        st.toggle("Smooth between patches", key="smooth")
         kinds = [
             kind
             for kind, may in (("folder of a model", given.folders), ("hub id", given.hub))
@@ -181,8 +227,12 @@ def _take_typed() -> None:
         state.put("model", typed)
 
 
-def _picture(given: Settings) -> Picture | None:
-    """The chosen picture; None, with the next step said, if there is none."""
+def _picture(given: Settings, bench: ModelServer) -> Picture | None:
+    """The chosen picture; None, with the next step said, if there is none.
+
+    One that was sent is remembered under its hash, so that a link to it works for as long as the
+    server runs and others have not taken its place.
+    """
     sources = [source for source in state.SOURCES if source != "webcam" or given.webcam]
     state.within("source", sources, "example")
     st.segmented_control(
@@ -193,6 +243,7 @@ def _picture(given: Settings) -> Picture | None:
         st.number_input(
             "Scene", 0, examples.SCENES - 1, key="scene", help="Drawn scenes the model never saw."
         )
+        _gallery()
         picture = examples.scene_picture(int(state.get("scene")))
     elif source == "upload":
         sent = sent_files(
@@ -202,9 +253,21 @@ def _picture(given: Settings) -> Picture | None:
             key="file",
             most_megabytes=max(1, given.upload_bytes >> 20),
         )
-        if sent is None:
+        linked = None if sent is not None else bench.picture(str(state.get("picture")))
+        if sent is None and linked is None:
+            if state.get("picture"):
+                st.caption(
+                    "The link names a picture that this server no longer has: send it again."
+                )
             return None
-        picture = sent.value
+        if sent is None:
+            assert linked is not None
+            picture = linked
+            st.caption("The picture comes from the link.")
+        else:
+            picture = sent.value
+        bench.remember(picture)
+        state.put("picture", picture.digest)
     else:
         shot = st.camera_input("Webcam picture", key="camera")
         if shot is None:
@@ -220,6 +283,39 @@ def _picture(given: Settings) -> Picture | None:
         alt=f"the picture asked about, {picture.name}",
     )
     return picture
+
+
+def _gallery() -> None:
+    """The scenes around the present one as pictures to choose from, when asked for."""
+    if not st.toggle("Show them as pictures", key="gallery"):
+        return
+    first = int(state.get("scene")) // _SHOWN * _SHOWN
+    numbers = range(first, min(first + _SHOWN, examples.SCENES))
+    for row in range(0, len(numbers), 3):
+        for column, number in zip(st.columns(3), numbers[row : row + 3], strict=False):
+            with column:
+                shown = examples.scene_picture(number).pixels
+                st.image(shown, alt=f"scene {number}")
+                st.button(
+                    str(number),
+                    key=f"gallery_{number}",
+                    width="stretch",
+                    on_click=state.put,
+                    args=("scene", number),
+                )
+    left, right = st.columns(2)
+    for place, label, to in (
+        (left, "Before", first - _SHOWN),
+        (right, "Further", first + _SHOWN),
+    ):
+        place.button(
+            label,
+            key=f"gallery_{label}",
+            width="stretch",
+            disabled=not 0 <= to < examples.SCENES,
+            on_click=state.put,
+            args=("scene", to),
+        )
 
 
 def _read(given: Settings, name: str, data: bytes) -> Picture:

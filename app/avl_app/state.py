@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import streamlit as st
 from streamlit.errors import StreamlitAPIException
 
+from avl_analysis.figures.clickable import COLOURS
 from avl_analysis.relevance import METHODS
 
 Value = TypeVar("Value")
@@ -63,7 +64,7 @@ def _index(text: str) -> str | None:
 
 
 def _several(text: str) -> list[str]:
-    return [part for part in text.split(",") if part][:16]
+    return [part for part in text.split(",") if part][:64]
 
 
 def _flag(text: str) -> bool:
@@ -86,11 +87,19 @@ FIELDS: dict[str, Field] = {
     "task": Field("caption", _text),
     "prompt": Field("Describe the picture.", _text),
     "longest": Field(64, _number(1, 4096)),
+    "temperature": Field(0.0, _number(0.0, 2.0, float)),
+    "seed": Field(0, _number(0, 999_999)),
+    "system": Field("", _text),
     "token": Field(-1, _number(-1, 4096)),
     "layer": Field(AUTO, _index),
     "head": Field(ALL, _index),
     "opacity": Field(0.9, _number(0.0, 1.0, float)),
     "map": Field("raw", _one_of(*METHODS)),
+    "colours": Field("amber", _one_of(*COLOURS)),
+    "smooth": Field(False, _flag),
+    "scale": Field("token", _one_of("token", "answer", "row")),
+    "gallery": Field(False, _flag),
+    "picture": Field("", _text),
     "measure": Field("", _text),
     "other": Field("", _text),
     "secondary": Field(0.5, _number(0.0, 1.0, float)),
@@ -118,6 +127,11 @@ FIELDS: dict[str, Field] = {
     "single_token": Field(False, _flag),
     "all_heads": Field(False, _flag),
     "over_answer": Field(False, _flag),
+    "rollout": Field(False, _flag),
+    "lens": Field(False, _flag),
+    "readers": Field(False, _flag),
+    "patches": Field([], _several),
+    "words": Field(False, _flag),
     "kinds": Field([], _several),
     "pattern": Field("", _text),
     "recording_of": Field("answer", _one_of(*RECORDINGS)),
@@ -127,6 +141,9 @@ FIELDS: dict[str, Field] = {
     "count": Field(8, _number(1, 200)),
     "bench_policies": Field([PAPER, "random", "h2o"], _several),
     "bench_budget": Field(0.5, _number(0.02, 1.0, float)),
+    "bench_sweep": Field(False, _flag),
+    "bench_budgets": Field(["0.2", "0.5", "0.8"], _several),
+    "without_head": Field(False, _flag),
 }
 """Every choice in the address: its name there is the key of the session state."""
 
@@ -137,6 +154,8 @@ _DRAWN = "drawn_choices"
 """Session key of the choices whose widget is on the page."""
 _WRITTEN = "written_address"
 """Session key of the address as this page wrote it last."""
+CANCELLED = "cancelled"
+"""Session key that says that the visitor cancelled the answer to the present question."""
 _ASKED = "asked"
 """Session key of the question that the chosen token, layer and head belong to."""
 _ADOPTED = "adopted_address"
@@ -245,8 +264,14 @@ def asked(question: object) -> None:
     before = st.session_state.get(_ASKED, question)
     st.session_state[_ASKED] = question
     if before != question:
-        for name in ("token", "layer", "head", "step"):
+        uncancel()
+        for name in ("token", "layer", "head", "step", "patches"):
             put(name, copy(FIELDS[name].default))
+
+
+def uncancel() -> None:
+    """Answer again what was cancelled."""
+    st.session_state.pop(CANCELLED, None)
 
 
 def within(name: str, options: Sequence[Value], fallback: Value) -> Value:

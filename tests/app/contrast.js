@@ -1,4 +1,5 @@
-// Every visible text whose contrast with what lies behind it is below 4.5 (WCAG 2.1): text, ratio, colour, element.
+// Every visible text whose contrast with what lies behind it is below 4.5 (WCAG 2.1): text, ratio,
+// colour, element.
 () => {
   const numbers = (text) => (text.match(/[\d.]+/g) || [0, 0, 0, 0]).map(Number);
   const linear = (value) => {
@@ -19,9 +20,11 @@
     }
     return layers.reverse().reduce((below, top) => over(top, below), [255, 255, 255]);
   };
-  const ignored = 'svg, style, script, [data-testid="stIconMaterial"], [disabled], [aria-disabled="true"]';
+  const ignored =
+    'svg, style, script, [data-testid="stIconMaterial"], [disabled], [aria-disabled="true"]';
   const found = [];
-  const texts = document.createTreeWalker(document.querySelector('[data-testid="stApp"]'), NodeFilter.SHOW_TEXT);
+  const app = document.querySelector('[data-testid="stApp"]');
+  const texts = document.createTreeWalker(app, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const element = texts.currentNode.parentElement;
     const text = texts.currentNode.textContent.trim();
@@ -36,7 +39,10 @@
     const ink = over([r, g, b, alpha * opacity], back);
     const [low, high] = [luminance(ink), luminance(back)].sort((x, y) => x - y);
     const ratio = (high + 0.05) / (low + 0.05);
-    if (ratio < 4.5) found.push([text.slice(0, 40), ratio.toFixed(2), style.color, element.outerHTML.slice(0, 200)]);
+    if (ratio < 4.5) {
+      const where = element.outerHTML.slice(0, 200);
+      found.push([text.slice(0, 40), ratio.toFixed(2), style.color, where]);
+    }
   }
   return found;
 }

@@ -350,6 +350,66 @@ def test_back_and_forward_lead_through_what_was_looked_at(visitor: Visitor) -> N
     visitor.sees("Compare with")
 
 
+def test_a_patch_is_pointed_at_clicked_and_several_are_framed(visitor: Visitor) -> None:
+    page = visitor.go("task=ocr&readers=1&token=0", "No patch is chosen yet").page
+    overlay = page.locator(".st-key-overlay .nsewdrag").first
+    overlay.scroll_into_view_if_needed()
+    overlay.hover()
+    hover = page.locator(".st-key-overlay .hoverlayer").first
+    page.wait_for_function(
+        "element => element.textContent.includes('attention')", arg=hover.element_handle()
+    )
+    assert re.search(r"image token \d+.*attention: \d", hover.inner_text(), re.DOTALL)
+    chart = page.locator(".st-key-patch_map .nsewdrag").first
+
+    def place(across: float, down: float) -> tuple[float, float]:
+        chart.scroll_into_view_if_needed(timeout=5000)
+        box = chart.bounding_box(timeout=5000)
+        return box["x"] + across * box["width"], box["y"] + down * box["height"]
+
+    # the 12 x 12 patches of a scene: the middle of the fourth in the third row
+    until(
+        lambda: page.mouse.click(*place(3.5 / 12, 2.5 / 12)), lambda: "patches=27" in page.url, page
+    )
+    visitor.sees("1 of 144 patches")
+    settled(page, LONG)
+
+    def frame() -> None:
+        page.mouse.move(*place(0.2 / 12, 0.2 / 12))
+        page.mouse.down()
+        page.mouse.move(*place(1.0 / 12, 1.5 / 12), steps=4)
+        page.mouse.move(*place(1.8 / 12, 1.8 / 12), steps=4)
+        page.mouse.up()
+
+    until(frame, lambda: "patches=0%2C1%2C12%2C13" in page.url, page)
+    visitor.sees("4 of 144 patches")
+
+
+def test_an_answer_is_cancelled_and_had_after_all(visitor: Visitor) -> None:
+    page = visitor.page
+    page.goto(f"{visitor.address}/?task=caption&scene=77", wait_until="domcontentloaded")
+    page.get_by_role("button", name="Cancel").click()
+    visitor.sees("The answer was cancelled.")
+    settled(page, LONG)
+    page.get_by_role("button", name="Answer after all").click()
+    visitor.sees("The words it looked at")
+
+
+def test_a_figure_and_its_numbers_are_downloaded(visitor: Visitor, tmp_path: Path) -> None:
+    page = visitor.go("task=ocr&token=0", "The words it looked at").page
+    starts = {"SVG": b"<?xml", "CSV": b"panel,series"}
+    menu = page.locator(".st-key-keep_ask").get_by_role("button", name="Download")
+    for kind, start in starts.items():
+        file = page.locator(f".st-key-ask_{kind.lower()} button")
+        until(lambda: menu.click(timeout=5000), file.is_visible, page)
+        with page.expect_download(timeout=LONG) as download:
+            file.click()
+        assert download.value.suggested_filename == f"token.{kind.lower()}"
+        assert download.value.path().read_bytes().startswith(start)
+        page.keyboard.press("Escape")
+        settled(page, LONG)
+
+
 def test_on_a_telephone_the_picture_comes_early_and_nothing_is_covered(
     browser: Any, address: str
 ) -> None:

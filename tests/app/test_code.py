@@ -31,7 +31,7 @@ def offered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         PAIRS.append((figure, code))
         keep(figure, code, key)
 
-    for view in ("ask", "heads", "patterns", "live", "benchmark"):
+    for view in ("ask", "heads", "patterns", "live", "benchmark", "tokens"):
         monkeypatch.setattr(f"avl_app.views.{view}.keep", noted)
     monkeypatch.chdir(tmp_path)  # where the code saves
 
@@ -65,15 +65,26 @@ def check(test: AppTest, count: int) -> None:
 
 
 def test_ask_gives_the_code_of_its_figure_and_of_its_animation() -> None:
-    check(page(**ONE_WORD, token="0", layer="3", head="2", over_answer="1"), 2)
+    test = page(
+        **ONE_WORD,
+        **{"token": "0", "layer": "3", "head": "2", "over_answer": "1"},
+        **{"readers": "1", "patches": "3,40", "words": "1", "rollout": "1", "lens": "1"},
+    )
+    check(test, 7)
+
+
+def test_an_answer_that_is_drawn_comes_again_from_the_code() -> None:
+    test = page(**ONE_WORD, token="0", temperature="2", seed="7", system="Answer in one word.")
+    check(test, 2)
+    assert all("seed=7" in code and "Answer in one word." in code for _, code in PAIRS)
 
 
 def test_ask_gives_the_code_of_its_relevance_maps() -> None:
-    check(page(**ONE_WORD, token="0", layer="3", head="2", map="gradient"), 1)
+    check(page(**ONE_WORD, token="0", layer="3", head="2", map="gradient"), 2)
 
 
 def test_heads_give_the_code_of_the_map_and_of_the_grid_of_heads() -> None:
-    check(page(view="heads", **ONE_WORD, layer="2", head="1", all_heads="1"), 2)
+    check(page(view="heads", **ONE_WORD, layer="2", head="1", all_heads="1"), 3)
 
 
 def test_patterns_give_the_code_of_every_figure() -> None:
@@ -86,7 +97,7 @@ def test_an_own_picture_is_named_in_the_code(tmp_path: Path) -> None:
     Path("mine.png").write_bytes(file.getvalue())
     test = page(source="upload", task="own question", longest="3")
     test.file_uploader(key="file").set_value(("mine.png", file.getvalue(), "image/png")).run()
-    check(test, 1)
+    check(test, 2)
 
 
 def test_a_vl_live_gives_code_that_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:

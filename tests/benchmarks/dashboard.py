@@ -9,6 +9,7 @@ cores), then changes of view after everything has been answered once (at most 1 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -44,6 +45,7 @@ def main() -> None:
         browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(300_000)
+        print(f"load of this machine before     {load()}")
         start = time.perf_counter()
         with server(Path(folder) / "log.txt") as address:
             up = time.perf_counter() - start
@@ -70,7 +72,17 @@ def main() -> None:
             print(
                 f"all changes of view  median {statistics.median(everything):6.2f} s   (target 1 s)"
             )
+        print(f"load of this machine after      {load()}")
         browser.close()
+
+
+def load() -> str:
+    """Processes that run or wait to, mean over 1 and 5 minutes; times mean little far above cores.
+
+    In words for people, with the number of cores.
+    """
+    one, five, _ = os.getloadavg()
+    return f"{one:.1f}, {five:.1f} over 5 minutes, on {os.cpu_count()} cores"
 
 
 def drawn(page: Any, view: str) -> None:

@@ -28,7 +28,7 @@ from avl_app.page import (
     streaming,
     strip,
 )
-from avl_app.views import maps
+from avl_app.views import maps, tokens
 
 
 def show(context: Context) -> None:
@@ -50,7 +50,12 @@ def show(context: Context) -> None:
             keep(figure, python, "ask")
         with st.container(key="ask_words"):
             _words(seen, step, layer, head)
+            tokens.choices(context, seen, step)
         _over_answer(context, seen, layer, head)
+        tokens.readers(context, seen, step, layer, head)
+        tokens.words(context, seen, layer, head)
+        tokens.rollout(context, seen, step, layer, patch_frames(seen, region))
+        tokens.lens(context, seen, step)
         _beside(context, seen, step, layer, head)
 
 
@@ -107,7 +112,7 @@ def _beside(
                 height = picture_height(pixels, 420)
                 overlay = looks.token_overlay(pixels, look, top=max(tops))
                 plot(overlay, f"beside{number}", height=height)
-    st.caption(f"Full amber: {max(tops):.1%} of all attention, in both.")
+    st.caption(f"Full colour: {max(tops):.1%} of all attention, in both.")
 
 
 def _words(seen: Observation, step: int, layer: int | None, head: int | None) -> None:
@@ -248,7 +253,8 @@ def _pictures(
     """
     pixels = context.question.picture.pixels
     framed = patch_frames(seen, region)
-    figure = plot_token(seen, pixels, step, layer, head, boxes=framed).figure
+    top = _top(seen, layer, head)
+    figure = plot_token(seen, pixels, step, layer, head, boxes=framed, top=top).figure
     shown = None
     if method != "raw":
         shown = maps.of_token(context, seen, step, layer, head, framed)
@@ -269,9 +275,10 @@ def _pictures(
                 opacity=float(state.get("opacity")),
                 height=height,
             )
-            top = float(np.nanmax(seen.look(step, layer, head)[seen.image == 0], initial=0.0))
+            most = float(np.nanmax(seen.look(step, layer, head)[seen.image == 0], initial=0.0))
+            full = "Full colour" if top is None else f"Full colour: {top:.1%}; here at most"
             st.caption(
-                f"Full amber: {top:.1%} of all attention, on the patch that gets most."
+                f"{full}: {most:.1%} of all attention, on the patch that gets most."
                 if shown is None
                 else shown.caption(method)
             )
@@ -285,7 +292,16 @@ def _pictures(
         plot(figure.panels[-1], "by_layer", titled=False, height=320)
     if shown is not None:
         return shown.figure, shown.code
-    return figure, code.token(context.question, step, layer, head, framed)
+    return figure, code.token(context.question, step, layer, head, framed, top)
+
+
+def _top(seen: Observation, layer: int | None, head: int | None) -> float | None:
+    """Attention on a patch that is drawn at full strength; None for the largest of the token."""
+    scale = state.get("scale")
+    if scale == "answer":
+        looks_of_all = (seen.look(step, layer, head) for step in range(seen.steps))
+        return max(float(np.nanmax(look[seen.image == 0], initial=1e-6)) for look in looks_of_all)
+    return 1.0 if scale == "row" else None
 
 
 def patch_frames(seen: Observation, region: Region) -> tuple[Box, ...]:

@@ -13,11 +13,10 @@ import avl
 from avl_analysis.corpus.questions import Sample, scene_samples
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.comparison import Comparison, load_comparison
-from avl_analysis.figures.spec import Axis
-from avl_analysis.figures.tradeoff import Place, tradeoff
+from avl_analysis.policy_plots import QUALITIES, plot_comparison
 from avl_analysis.scenes import TASKS
 from avl_app import adaptive, code, examples, policies, state
-from avl_app.page import Context, doing, keep, plain, plot, problem
+from avl_app.page import Context, Progress, doing, keep, plain, plot, problem
 from avl_app.sent import sent_files
 from avl_app.uploads import from_bytes, sent_samples
 
@@ -40,19 +39,14 @@ What a comparison shows, for every policy beside the full cache:
 Every number has a 95 % interval over questions.
 A policy is worth having where it is as good with fewer bytes.
 """
-_SHOWN = {
-    "correct": ("answers that are right", "right answers", "share of samples", (0.0, 1.05)),
-    "kl": ("divergence from the full cache", "KL(full || policy)", "nats", None),
-    "agreement": ("same next token as the full cache", "agreement", "share of tokens", (0.0, 1.05)),
-    "rouge_l": ("ROUGE-L against the full cache's answer", "ROUGE-L", "share", (0.0, 1.05)),
-}
-"""Metric -> heading, axis, unit, limits."""
 _COSTS = {
     "kv_filled_share": ("bytes, share", 2),
     "keys_attended": ("keys/step", 0),
 }
 """Metric -> column, digits."""
 _DIGITS = 2
+_SWEEP = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Budgets that several of can be compared at once."""
 
 
 def show(context: Context) -> None:
@@ -138,40 +132,56 @@ def _policies() -> dict[str, avl.Policy]:
     wanted = left.multiselect(
         "Policies", list(names), key="bench_policies", format_func=names.__getitem__
     )
-    budget = float(
-        right.slider("Budget, share of all keys", 0.02, 1.0, step=0.01, key="bench_budget")
-    )
+    with right:
+        budgets = _budgets()
     fixed = {_PAPER: avl.AdaptivePolicy, _LIVE: adaptive.present}
     try:
-        return {
-            names[name] if name in fixed else f"{names[name]} {budget:.0%}": (
-                fixed[name]() if name in fixed else policies.at_budget(name, budget)
-            )
-            for name in wanted
-        }
+        chosen: dict[str, avl.Policy] = {}
+        for name in wanted:
+            if name in fixed:
+                chosen[names[name]] = fixed[name]()
+                continue
+            for budget in budgets:
+                chosen[f"{names[name]} {budget:.0%}"] = policies.at_budget(name, budget)
+        return chosen
     except ValueError as error:
         problem(f"The settings in A-VL live contradict each other: {error}.")
         return {}
 
 
+def _budgets() -> list[float]:
+    """One budget, or several in one figure."""
+    if not st.toggle("Several budgets", key="bench_sweep", help="Every policy at each of them."):
+        return [
+            float(st.slider("Budget, share of all keys", 0.02, 1.0, step=0.01, key="bench_budget"))
+        ]
+    chosen = st.multiselect(
+        "Budgets, share of all keys",
+        [f"{share:g}" for share in _SWEEP],
+        key="bench_budgets",
+        format_func=lambda share: f"{float(share):.0%}",
+    )
+    return [float(share) for share in sorted(chosen, key=float)]
+
+
 def _run(context: Context, ask: Asking, chosen: Mapping[str, avl.Policy]) -> Comparison | None:
     """Compare with a bar and a way out; any click stops it, because the page is drawn anew."""
-    bar = st.progress(0.0, text=f"{doing(context, 'answering the first questions')} …")
     stop = st.empty()
     stop.button("Cancel", key="cancel", icon=":material/stop:")
-
-    def progress(done: int, total: int) -> None:
-        bar.progress(done / total, text=f"{done} of {total} answers")
-
     try:
-        return context.bench.comparison(
-            context.question.model, ask(), chosen, tokens=context.question.tokens, progress=progress
-        )
+        with Progress(doing(context, "answering the first questions"), "answers") as bar:
+            return context.bench.comparison(
+                context.question.model,
+                ask(),
+                chosen,
+                tokens=context.question.tokens,
+                progress=bar.done,
+                waiting=bar.waiting,
+            )
     except InputError as error:
         problem(error)
         return None
     finally:
-        bar.empty()
         stop.empty()
 
 
@@ -188,7 +198,7 @@ def _load() -> None:
         st.session_state["comparison"] = sent.value
         st.session_state["comparison_code"] = (
             "from avl_analysis import load_comparison\n\n"
-            f"result = load_comparison({sent.name!r})\nprint(result.table())\n"
+            f"result = load_comparison({sent.name!r})\nprint(result.table())\n{code.COMPARED}"
         )
 
 
@@ -205,13 +215,13 @@ def _result(comparison: Comparison) -> None:
         f"#### {len(comparison.policies)} policies on {n} questions, model"
         f" {plain(str(about.get('model', '')))}"
     )
-    shown = [metric for metric in _SHOWN if metric in comparison.metrics]
-    for column, metric in zip(st.columns(2), shown[:2], strict=False):
-        with column:
-            _tradeoff(comparison, metric)
-    for column, metric in zip(st.columns(2), shown[2:4], strict=False):
-        with column:
-            _tradeoff(comparison, metric)
+    shown = [metric for metric in QUALITIES if metric in comparison.metrics]
+    figure = plot_comparison(comparison).figure
+    for first in range(0, len(figure.panels), 2):
+        for column, panel in zip(st.columns(2), figure.panels[first : first + 2], strict=False):
+            with column:
+                st.markdown(f"**{plain(panel.title)}**")
+                plot(panel, f"tradeoff_{panel.title}", titled=False)
     st.caption(
         f"Bars: 95 % intervals over samples, n = {n}. Bytes: keys and values in use at the end of"
         " each answer."
@@ -221,7 +231,7 @@ def _result(comparison: Comparison) -> None:
         with st.expander(f"{len(failures)} samples could not be measured"):
             st.dataframe(failures, hide_index=True)
     if shown_code := st.session_state.get("comparison_code"):
-        keep(None, shown_code, "benchmark")
+        keep(figure, shown_code, "benchmark")
     with tempfile.TemporaryDirectory() as folder:
         data = comparison.save(Path(folder) / "compare.nc").read_bytes()
     left, right, _ = st.columns([1, 1, 3])
@@ -240,7 +250,8 @@ def _result(comparison: Comparison) -> None:
 def _table(comparison: Comparison, metrics: list[str]) -> None:
     """One row per policy: means with their intervals."""
     names = {
-        metric: _SHOWN[metric][1] if metric in _SHOWN else _COSTS[metric][0] for metric in metrics
+        metric: QUALITIES[metric][1].label if metric in QUALITIES else _COSTS[metric][0]
+        for metric in metrics
     }
     digits = {metric: _COSTS[metric][1] if metric in _COSTS else _DIGITS for metric in metrics}
     rows: dict[str, list[str]] = {
@@ -255,15 +266,3 @@ def _table(comparison: Comparison, metrics: list[str]) -> None:
             )
             rows[name].append(f"{value} [{low}, {high}]")
     st.dataframe(rows, hide_index=True, alt="means with intervals of every policy")
-
-
-def _tradeoff(comparison: Comparison, metric: str) -> None:
-    """Quality against bytes."""
-    title, label, unit, limits = _SHOWN[metric]
-    st.markdown(f"**{plain(title)}**")
-    places = []
-    for name in comparison.policies:
-        share, value = comparison.mean("kv_filled_share", name), comparison.mean(metric, name)
-        slot = policies.slot(name)
-        places.append(Place(name, share.mean, value.mean, value.low, value.high, slot))
-    plot(tradeoff(places, Axis(label, unit, limits)), f"tradeoff_{metric}", titled=False)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import streamlit as st
 
-from avl_analysis.answer_plots import plot_head_overlays, plot_mass
+from avl_analysis.answer_plots import plot_head_overlays, plot_mass, plot_token
 from avl_analysis.figures import looks
 from avl_analysis.figures.spec import Axis
 from avl_analysis.heads import taxonomy
@@ -16,6 +17,7 @@ from avl_analysis.heads.taxonomy import Measure
 from avl_analysis.live import Observation
 from avl_analysis.plots import plot_heads
 from avl_analysis.recordings.recording import Recording
+from avl_analysis.statistics import catalogue
 from avl_app import code, state
 from avl_app.page import (
     Context,
@@ -25,9 +27,11 @@ from avl_app.page import (
     picture_height,
     plain,
     plot,
+    prose,
     shown_token,
     strip,
 )
+from avl_app.views import silence
 from avl_app.views.ask import observe, pick_token
 
 _FIRST = "modality_mass/image"
@@ -74,6 +78,7 @@ def show(context: Context) -> None:
     )
     _compare(context, seen, recording, step, (layer, head), values, kinds, chosen)
     _all_heads(context, seen, step, layer)
+    silence.show(context, seen, layer, head)
 
 
 def _all_heads(context: Context, seen: Observation, step: int, layer: int) -> None:
@@ -101,10 +106,25 @@ def _measure(recording: Recording) -> tuple[Measure, bool]:
     state.within("measure", list(keys), _FIRST if _FIRST in keys else next(iter(keys)))
     first.selectbox("Statistic", list(keys), key="measure", format_func=lambda key: keys[key].title)
     chosen = keys[state.get("measure")]
+    if about := _about(chosen):
+        st.caption(about)
     single = False
     if taxonomy.has_steps(recording, chosen):
         single = second.toggle("of the chosen token alone", key="single_token")
     return chosen, single
+
+
+def _about(chosen: Measure) -> str:
+    """What a statistic is, from where it is computed; empty for what is not a statistic."""
+    name = chosen.key.partition("/")[0].removesuffix("_prefill")
+    entry = next((one for one in _statistics() if one["name"] == name), None)
+    return "" if entry is None else f"{plain(entry['meaning'])} · {prose(entry['formula'])}"
+
+
+@lru_cache(maxsize=1)
+def _statistics() -> list[dict[str, str]]:
+    """What every statistic is; looking for those of other packages takes a while."""
+    return catalogue()
 
 
 def _known(recording: Recording) -> tuple[dict[str, Measure], np.ndarray]:
@@ -307,7 +327,7 @@ def _head(
                 f"o{name}",
                 height=picture_height(context.question.picture.pixels, 210 if narrow else 280),
             )
-            st.caption(f"Full amber: {top:.1%} of all attention" + ", in both heads." * narrow)
+            st.caption(f"Full colour: {top:.1%} of all attention" + ", in both heads." * narrow)
     with places[1]:
         st.markdown("**Over the answer**")
         mass = plot_mass(seen, layer, head).figure.panels[0]
@@ -315,6 +335,8 @@ def _head(
     with places[2]:
         st.markdown("**How far back in the text**")
         _ages(recording, layer, head, name, ages)
+    framed = plot_token(seen, context.question.picture.pixels, step, layer, head).figure
+    keep(framed, code.token(context.question, step, layer, head), f"head{name}")
     place = seen.prompt + step
     strip(looks.token_strip(seen.tokens, look, seen.modality, seen.prompt, place))
 

@@ -14,12 +14,13 @@ import streamlit as st
 import avl
 from avl.tokens import Modality
 from avl_analysis.figures import looks
-from avl_analysis.figures.spec import Axis, Caption, Figure, Lines
+from avl_analysis.figures.spec import Axis, Lines
 from avl_analysis.figures.strip import visible
 from avl_analysis.live import Answer, Disagreement, Observation
+from avl_analysis.policy_plots import color_slot, plot_divergence
 from avl_app import code, policies, state
 from avl_app.data import Timings
-from avl_app.page import Context, doing, keep, plain, plot, shown_token, streaming, strip
+from avl_app.page import Context, Progress, doing, keep, plain, plot, shown_token, streaming, strip
 from avl_app.views.ask import observe
 
 _TICK = 0.6  # seconds a step is shown while playing
@@ -32,7 +33,8 @@ def show(context: Context) -> None:
     full = answers[policies.FULL]
     off = _disagreements(context, chosen, full)
     _table(answers, off)
-    keep(_divergence(off) if off else None, code.policies(context.question, chosen), "live")
+    figure = plot_divergence(off, context.question.model).figure if off else None
+    keep(figure, code.policies(context.question, chosen), "live")
     _times(context, chosen)
     if off:
         _patches(context, observe(context), {name: answers[name] for name in off})
@@ -210,16 +212,14 @@ def _times(context: Context, chosen: dict[str, avl.Policy]) -> None:
             help=f"Answers {_ROUNDS} times under each policy, in turn. Any other click stops it.",
         ):
             return
-        bar = st.progress(0.0, text="Answering once to warm up …")
-        times = context.bench.timings(
-            context.question,
-            list(chosen.values()),
-            rounds=_ROUNDS,
-            progress=lambda done, total: bar.progress(
-                done / total, text=f"{done} of {total} answers"
-            ),
-        )
-        bar.empty()
+        with Progress("Answering once to warm up", "answers") as bar:
+            times = context.bench.timings(
+                context.question,
+                list(chosen.values()),
+                rounds=_ROUNDS,
+                progress=bar.done,
+                waiting=bar.waiting,
+            )
         measured = st.session_state["timings"] = (key, times)
     times = measured[1]
     rows: dict[str, list[str]] = {"policy": list(chosen)}
@@ -253,7 +253,7 @@ def _curves(answers: dict[str, Answer], off: dict[str, Disagreement]) -> None:
     left, right = st.columns(2)
     with left:
         st.markdown("**Divergence from the full cache, token by token**")
-        plot(_divergence(off).panels[0], "kl", titled=False, height=280)
+        plot(plot_divergence(off).figure.panels[0], "kl", titled=False, height=280)
     with right:
         st.markdown("**Keys read, step by step**")
         read = {name: _keys_read(said) for name, said in answers.items()}
@@ -261,25 +261,11 @@ def _curves(answers: dict[str, Answer], off: dict[str, Disagreement]) -> None:
         plot(_coloured(keys), "keys", titled=False, height=280)
 
 
-def _divergence(off: dict[str, Disagreement]) -> Figure:
-    """Divergence of every policy from the full cache, token by token."""
-    axis = Axis("KL(full || policy)", "nats")
-    lines = looks.evolution("divergence", {name: d.kl for name, d in off.items()}, axis)
-    caption = Caption(
-        "KL(full || policy) at every token of the full cache's answer.",
-        1,
-        "the one shown",
-        "one answer has no interval",
-    )
-    title = "Divergence from the full cache, token by token"
-    return Figure("divergence", title, (_coloured(lines),), caption, columns=1)
-
-
 def _coloured(lines: Lines) -> Lines:
     """Every policy in the colour it has in all views and reports."""
     return replace(
         lines,
-        lines=tuple(replace(line, slot=policies.slot(line.name)) for line in lines.lines),
+        lines=tuple(replace(line, slot=color_slot(line.name)) for line in lines.lines),
     )
 
 
@@ -295,7 +281,7 @@ def _fidelity(full: Answer, off: dict[str, Disagreement]) -> None:
     )
     for name, differs in off.items():
         other = {int(at): visible(differs.preferred[at]) for at in np.flatnonzero(~differs.agree)}
-        strip(looks.fidelity_strip(name, full.words, differs.kl, other, policies.slot(name)))
+        strip(looks.fidelity_strip(name, full.words, differs.kl, other, color_slot(name)))
 
 
 def _keys_read(said: Answer) -> np.ndarray:
@@ -359,7 +345,7 @@ def _player(context: Context, seen: Observation, said: Answer, layer: int, playi
             height=420,
         )
     with right:
-        word = shown_token(said.words[step]) if step < len(said.words) else "the end"
+        word = shown_token(said.words[step]) if step < len(said.words) else None
         when = "After the prompt" if step == 0 else f"After decode step {step}"
         st.markdown(f"#### {when}, layer {layer}")
         st.markdown(
@@ -381,7 +367,7 @@ def _player(context: Context, seen: Observation, said: Answer, layer: int, playi
         st.markdown(
             f"Of the text so far, {int((known > 0).sum())} of {known.size} tokens are held."
         )
-        st.markdown(f"The model now writes “{word}”.")
+        st.markdown("The answer ends here." if word is None else f"The model now writes “{word}”.")
 
 
 def _read_and_held(said: Answer, step: int, layer: int) -> tuple[float, float]:

@@ -68,13 +68,12 @@ class Shown:
         assert patches is not None
         top = float(np.nanmax(patches.values, initial=0.0))
         if method == "relative":
-            return (
-                f"Full amber: {top:.1f} times its attention under “{plain(self.found.instruction)}”"
-            )
+            usual = plain(self.found.instruction)
+            return f"Full colour: {top:.1f} times its attention under “{usual}”"
         if method == "gradient":
-            return f"Full amber: {top:.2g}, attention times what it adds to the log-probability."
+            return f"Full colour: {top:.2g}, attention times what it adds to the log-probability."
         return (
-            f"Full amber: a relevance of {top:.2g}, through all layers and heads; layer and head"
+            f"Full colour: a relevance of {top:.2g}, through all layers and heads; layer and head"
             " above do not change this map."
         )
 

@@ -12,7 +12,7 @@ from avl_analysis.figures import Animation, Overlay
 from avl_analysis.heads.ablation import load_ablation
 from avl_analysis.recordings.recording import Recording, load_recording
 from avl_app import code, state
-from avl_app.page import Context, keep, plain, plot, prose
+from avl_app.page import Context, Progress, keep, plain, plot, prose
 from avl_app.reporting import Measured, figures, fitting, section
 from avl_app.sent import sent_files
 from avl_app.uploads import from_bytes
@@ -61,7 +61,7 @@ def show(context: Context) -> None:
     try:
         made = _made(recording, str(name), measured)
         _section(made)
-        keep(made.figure, code.pattern(_source(context), str(name)), "pattern")
+        keep(made.figure, code.pattern(source_code(context), str(name)), "pattern")
     except NotMeasured as error:
         st.markdown(f"#### {plain(questions[str(name)])}")
         reason = _HINTS.get(str(name)) if not wrong else None
@@ -107,7 +107,7 @@ def further() -> Measured:
     )
 
 
-def _source(context: Context) -> str:
+def source_code(context: Context) -> str:
     """Code that gives the recording shown."""
     source = state.get("recording_of")
     if source == _SCENES:
@@ -153,17 +153,14 @@ def _scenes(context: Context) -> Recording | None:
     if right.button(
         "Record", icon=":material/radio_button_checked:", help="Any other click stops it."
     ):
-        bar = st.progress(0.0, text="Drawing scenes …")
-        samples = scene_samples(count, split="recording")
-        made = context.bench.corpus(
-            context.question.model,
-            samples,
-            tokens=_LONGEST,
-            progress=lambda done, total: bar.progress(
-                done / total, text=f"{done} of {total} scenes recorded"
-            ),
-        )
-        bar.empty()
+        with Progress("Drawing scenes", "scenes recorded") as bar:
+            made = context.bench.corpus(
+                context.question.model,
+                scene_samples(count, split="recording"),
+                tokens=_LONGEST,
+                progress=bar.done,
+                waiting=bar.waiting,
+            )
         st.session_state["scenes_recording"] = (context.question.model, made)
     model, known = st.session_state.get("scenes_recording", ("", None))
     if known is None or model != context.question.model:

@@ -5,13 +5,16 @@ Previewed and downloaded.
 
 from __future__ import annotations
 
+import time
+
 import streamlit as st
 
 from avl_analysis.errors import InputError
 from avl_analysis.recordings.recording import Recording
-from avl_app.page import Context, plain, problem, prose
+from avl_app import code
+from avl_app.page import Context, duration, keep, plain, problem, prose
 from avl_app.reporting import Built, build_report, figures, fitting
-from avl_app.views.patterns import choose_recording, further
+from avl_app.views.patterns import choose_recording, further, source_code
 
 _PREVIEW_HEIGHT = 900
 _ICON = ":material/description:"
@@ -40,22 +43,30 @@ def show(context: Context) -> None:
         st.markdown("\n".join(f"1. {plain(question)}" for question in questions))
     else:
         _offer(built)
+    if recording is not None:
+        keep(None, code.report(source_code(context)), "report")
 
 
 def _build(recording: Recording, title: str) -> Built | None:
-    """Build with progress; any click stops it."""
+    """Build with progress and a way out; any click stops it."""
     measured, wrong = fitting(recording, further())
     if wrong:
         st.info(f"Left out: {prose(wrong)}.", icon=":material/info:")
     with st.status("Building the report", expanded=True) as status:
         bar = st.progress(0.0, text="starting")
+        started = time.monotonic()
+        st.button("Cancel", key="cancel_report", icon=":material/stop:")
+
+        def progress(done: int, total: int, part: str) -> None:
+            left = (time.monotonic() - started) / max(done, 1) * (total - done)
+            rest = f" · about {duration(left)} left" if done else ""
+            bar.progress(min(done / max(total, 1), 1.0), text=f"drawing {part}{rest}")
+
         try:
             built = build_report(
                 recording,
                 title,
-                lambda done, total, part: bar.progress(
-                    min(done / max(total, 1), 1.0), text=f"drawing {part}"
-                ),
+                progress,
                 measured,
             )
         except InputError as error:
