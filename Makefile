@@ -1,4 +1,5 @@
-# Every target sets itself up from nothing: the first one run creates .venv with the exact versions of constraints.txt.
+# Every target sets itself up from nothing: the first one run creates .venv with the exact versions
+# of constraints.txt.
 # PYTHON picks the interpreter (3.11 or newer); VENV the environment's folder.
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,18 +10,22 @@ OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.17.0
 NEWEST := .venv-newest
 # prints the declared requirement, as in "transformers>=5.17,<6"
-DECLARED := import tomllib; print(next(d for d in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"] if d.startswith("transformers")))
-# what depends on the version of transformers: hooks, identities, reference traces, README, one type of each kind of attention
+DECLARED := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+  print(next(d for d in project["dependencies"] if d.startswith("transformers")))
+# what depends on the version of transformers: hooks, identities, reference traces, README, one type
+# of each kind of attention
 FACING := tests/test_readme.py tests/avl tests/avl_analysis/capture \
   tests/avl_analysis/conformance/test_types.py::test_a_representative_type_is_what_the_table_says
 OUT ?= out
 WORKERS ?= 2
 
-# Two test processes with one thread each: two OpenMP pools on the same cores slow each other down many times over.
+# Two test processes with one thread each: two OpenMP pools on the same cores slow each other down
+# many times over.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup report docs test test-slow test-oldest test-newest test-eval app check format clean
+.PHONY: help setup report docs test test-slow test-oldest test-newest test-eval app check \
+  format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,11 +36,17 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { \
 	  python=$${PYTHON:-}; \
 	  for candidate in python3.11 python3.12 python3.13 python3; do \
-	    test -z "$$python" && $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python=$$candidate; \
+	    test -z "$$python" \
+	      && $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	      && python=$$candidate; \
 	  done; \
-	  test -n "$$python" || { echo "make: no Python >= 3.11 found; install one or name it: make setup PYTHON=/path/to/python" >&2; exit 1; }; \
+	  test -n "$$python" || { \
+	    echo "make: no Python >= 3.11 found; install one or name it:" \
+	      "make setup PYTHON=/path/to/python" >&2; \
+	    exit 1; }; \
 	  $$python -m venv $(VENV); }
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[app,ray,zarr,test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	  --editable '.[app,ray,zarr,test,dev]'
 	@touch $@
 
 report: setup ## record the embedded model and build the report in out/report
@@ -51,7 +62,7 @@ test-oldest: $(OLDEST)/.installed ## run the model-facing tests on the oldest su
 	$(TEST_ENV) $(OLDEST)/bin/python -m pytest -n $(WORKERS) $(FACING) $(ARGS)
 
 # A new release is noticed here and not by users, so what pip chooses is looked up every time.
-test-newest: $(NEWEST)/.made ## run the model-facing tests on the newest transformers that pip installs today
+test-newest: $(NEWEST)/.made ## run the model-facing tests on the newest transformers of today
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade "$$($(NEWEST)/bin/python -c '$(DECLARED)')"
 	$(NEWEST)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
 	$(TEST_ENV) $(NEWEST)/bin/python -m pytest -n $(WORKERS) $(FACING) $(ARGS)
@@ -60,7 +71,8 @@ $(OLDEST)/.installed: $(OLDEST)/.made
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade 'transformers==$(OLDEST_TRANSFORMERS)'
 	@touch $@
 
-# Only transformers and what it insists on is installed anew; everything else is looked up in $(VENV).
+# Only transformers and what it insists on is installed anew; everything else is looked up in
+# $(VENV).
 $(OLDEST)/.made $(NEWEST)/.made: %/.made: $(STAMP)
 	$(BIN)/python -m venv $*
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
@@ -68,8 +80,9 @@ $(OLDEST)/.made $(NEWEST)/.made: %/.made: $(STAMP)
 	$*/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
-docs: $(DOCS_STAMP) ## build the documentation site in out/docs, running its notebooks
+docs: $(DOCS_STAMP) ## build the site in out/docs, running its notebooks, and check its links
 	$(TEST_ENV) $(BIN)/python -m sphinx -W --keep-going -q -b html docs $(OUT)/docs
+	$(BIN)/python docs/check_links.py $(OUT)/docs
 
 $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'

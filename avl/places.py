@@ -108,8 +108,8 @@ def remember_originals(
     """Remember how large the pictures behind prepared inputs were.
 
     Some families crop or tile by the size of the original picture and tell the model nothing of it
-    (LLaVA-1.5, InternVL). With the size known, whoever watches the model knows which part of the
-    picture every image token stands for. It is remembered with the tensors of `inputs` themselves:
+    (LLaVA-1.5, InternVL). With the size known, it can be told which part of the picture
+    every image token stands for. It is remembered with the tensors of `inputs` themselves:
     pass these on to the model, not copies.
 
     Args:

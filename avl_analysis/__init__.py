@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from avl_analysis.plots import plot as plot
     from avl_analysis.plots import plot_frontier as plot_frontier
     from avl_analysis.plots import plot_heads as plot_heads
+    from avl_analysis.plots import plot_knockout as plot_knockout
     from avl_analysis.plots import plot_overlay as plot_overlay
     from avl_analysis.plots import plot_patches as plot_patches
     from avl_analysis.recordings.recording import Recording as Recording
@@ -56,6 +57,7 @@ _HOME = {  # public name -> module it lives in; no module may have the name of s
     "plot_frontier": "plots",
     "plot_heads": "plots",
     "plot_grounding": "map_plots",
+    "plot_knockout": "plots",
     "plot_relevance": "map_plots",
     "read_samples": "corpus.questions",
     "record": "capture.recorder",
@@ -84,6 +86,7 @@ __all__ = [
     "plot_frontier",
     "plot_heads",
     "plot_grounding",
+    "plot_knockout",
     "plot_relevance",
     "read_samples",
     "record",

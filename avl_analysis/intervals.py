@@ -31,7 +31,7 @@ A strongly skewed quantity is covered less often than stated even by 50 samples.
 there is no interval, because none of these methods covers what it says there.
 
 The resamples come from one seed and depend on the number of samples alone, and values are sorted
-before they are resampled, so that one set of numbers has one interval, whoever asks and in
+before they are resampled, so that one set of numbers has one interval, in every caller and in
 whatever order the samples were recorded.
 """
 
@@ -110,7 +110,8 @@ class Estimate(Generic[Values]):
     @property
     def known(self) -> bool:
         """Whether the mean and both bounds of one number are known."""
-        return all(math.isfinite(part) for part in (self.mean, self.low, self.high))  # type: ignore[arg-type]
+        parts: tuple[Any, ...] = (self.mean, self.low, self.high)
+        return all(math.isfinite(part) for part in parts)
 
     @property
     def dataset(self) -> xr.Dataset:

@@ -28,6 +28,8 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = "avl-analysis"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 exclude_patterns = ["_build", "Thumbs.db"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
@@ -53,3 +55,13 @@ def setup(app):  # type: ignore[no-untyped-def]
     import generate
 
     app.connect("builder-inited", lambda _: generate.main(HERE))
+    # before sphinx.ext.viewcode, which is at 500
+    app.connect("html-collect-pages", _forget_modules_without_source, priority=400)
+
+
+def _forget_modules_without_source(app):  # type: ignore[no-untyped-def]
+    """Its list of modules would link to pages that viewcode does not write (`builtins`)."""
+    modules = getattr(app.env, "_viewcode_modules", {})
+    for name in [name for name, entry in modules.items() if not entry]:
+        del modules[name]
+    return []

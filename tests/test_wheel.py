@@ -1,12 +1,16 @@
 """The built wheel works beside a user's own modules of common names."""
 
+import base64
+import io
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"avl", "avl_analysis", "avl_app", "avl_reports"}
@@ -65,3 +69,34 @@ def test_a_recording_is_made_from_the_wheel(site: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run.nc").is_file()
+
+
+def test_the_python_of_the_readme_shows_a_picture_in_a_notebook(
+    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbclient = pytest.importorskip("nbclient", reason="notebooks need the extra [test]")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "picture.png")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    cells = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    where = "import avl_analysis; print(avl_analysis.__file__)"
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(cell) for cell in (*cells, where)]
+    )
+    nbclient.NotebookClient(
+        notebook,
+        timeout=1200,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()
+    assert str(site) in notebook.cells[-1].outputs[0].text
+    shown = [output.get("data", {}) for cell in notebook.cells for output in cell.outputs]
+    pictures = [data["image/png"] for data in shown if "image/png" in data]
+    assert len(pictures) == 1
+    with Image.open(io.BytesIO(base64.b64decode(pictures[0]))) as picture:
+        assert min(picture.size) > 200
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    assert sum("image/svg" in data.get("text/html", "") for data in shown) == 1

@@ -162,7 +162,7 @@ class AdaptivePolicy(CoredPolicy):
 
         It holds for every layer, at every moment.
 
-        The text rule keeps at most the share `budget`, and image keys outside the core give way,
+        The text rule keeps at most the share `budget`, and image keys outside the core are dropped,
         worst first, when the text needs their place. System keys, 20 text keys and the core never
         do; where these alone exceed the budget, it is missed. `changes` are further fields, for
         example `refresh_every`.
@@ -180,8 +180,8 @@ class AdaptivePolicy(CoredPolicy):
         With a budget a layer holds at most that share of the full cache's bytes at every moment:
         image keys in 8 bits from 0.75 on, in 4 from 0.5 on, in 2 below. What is left beside room
         for an answer of 64 tokens holds the best-ranked in full precision. Where the budget is too
-        small for that, text gives way by the text rule once it is reached, down to 20 keys, and
-        then the worst-ranked image keys are dropped. `changes` are further fields.
+        small for that, text keys are dropped by the text rule once it is reached, down to 20,
+        and then the worst-ranked image keys are dropped. `changes` are further fields.
         """
         cold = 4
         if budget is not None:

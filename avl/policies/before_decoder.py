@@ -41,8 +41,8 @@ class BeforeDecoderPolicy(BudgetPolicy):
     """Base of policies that choose image tokens by their features, before the decoder.
 
     As many image tokens go on as the budget leaves beside all system and text tokens. Later, when
-    the answer grows, those that were chosen last give way first. A later turn's images pass in
-    full, and their keys give way in order.
+    the answer grows, those that were chosen last are dropped first. A later turn's images pass in
+    full, and their keys are dropped in order.
     """
 
     reads_image_encoder: ClassVar[bool] = False

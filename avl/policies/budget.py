@@ -5,7 +5,7 @@ Of the keys the stock cache would hold, each row keeps a given share.
 `budget` covers *all* keys, the prompt's and the generated ones, and holds at every moment: with n
 true tokens seen (no padding), every row holds `int(budget * n)` keys per layer and key/value head,
 at least one; where layers differ, that is their mean. So when the answer grows, the worst-ranked
-key gives way now and then, in every policy alike. Most papers compress the prompt once and let
+key is dropped now and then, in every policy alike. Most papers compress the prompt once and let
 generated keys come on top; at equal bytes that would favour methods which compress the prompt
 harder, so it is changed here for all of them. A later turn ranks all keys that are left anew.
 

@@ -32,7 +32,7 @@ class PrefixKVPolicy(BudgetPolicy):
 
     Deviations: the program finds the sizes beforehand on ten samples and uses them for all prompts,
     here they are found for the prompt at hand; the keys held before others count among a layer's
-    keys and are not added to them; while decoding, the worst-ranked key gives way, where the
+    keys and are not added to them; while decoding, the worst-ranked key is dropped, where the
     program drops the key at a fixed distance from the end.
 
     Attributes:

@@ -19,7 +19,7 @@ class StridePolicy(BudgetPolicy):
 
     Keys are kept in the order of the base-2 radical inverse of their number, so that for every
     budget they are spread evenly (every second for 1/2, every fourth for 1/4), and stay so when
-    keys give way one by one.
+    keys are dropped one by one.
     """
 
     name: ClassVar[str] = "stride"

@@ -1,8 +1,8 @@
 """Which samples the passes of a model belong to: those of the KV cache they continue.
 
 A prefill begins a conversation, with one sample per row of its batch. Decode steps and later turns
-belong to the conversation of their cache, whichever ran last; so several may take turns. When the
-cache is gone, no pass can follow, and only the finished arrays are kept.
+belong to the conversation of their cache, whichever ran last; so several may run in any order. When
+the cache is gone, no pass can follow, and only the finished arrays are kept.
 """
 
 from __future__ import annotations

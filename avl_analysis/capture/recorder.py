@@ -391,7 +391,7 @@ def record(
     """Record the attention of `model` while the `with` block runs.
 
     Every prefill (a call with an empty cache) begins new samples, one per row of the batch; decode
-    steps and later turns belong to the samples of their cache, so conversations may take turns. A
+    steps and later turns belong to the samples of their cache, so conversations may alternate. A
     `generate` that raised leaves no sample. Logits stay bit-identical to those without recording,
     and the model is restored on leaving the block, also by an exception. Works on an adapted model
     (inside `avl.adaptive`) as well, and on a compiled one.

@@ -334,7 +334,7 @@ def _samples(
             raise InputError(
                 f"--scenes brings its own pictures and questions; leave out {' '.join(image)!r}"
             )
-        # Tasks take turns, so that any number covers them evenly.
+        # One task after the other, so that any number covers them evenly.
         kinds = (task,) if task else TASKS
         return [
             scene_sample(generate(seed, index, kinds[index % len(kinds)]))

@@ -33,7 +33,8 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     ),
     (r"embed_dim|image_token_embed_dim", WIDTH),
     (
-        r".*(intermediate_size|ffn_dim|mlp_dim|ffn_hidden_size)(_mlp)?|d_ff|share_expert_dim|.*intermediate_dim",
+        r".*(intermediate_size|ffn_dim|mlp_dim|ffn_hidden_size)(_mlp)?"
+        r"|d_ff|share_expert_dim|.*intermediate_dim",
         WIDTH,
     ),
     (r".*(num_)?key_value_heads", HEADS // 2),

@@ -4,8 +4,8 @@ A shard is a fixed range of samples. Its recording and then a small note (which 
 the digest of the recording) are each written whole or not at all, in a folder beside the result; a
 shard without a note, or whose recording is not the one the note was written for, was not done.
 When all are there they become one recording (`join_files.join`), which is the same however often
-the run was interrupted and whoever recorded which shard: what goes into a pass together depends on
-the samples alone.
+the run was interrupted and which worker recorded which shard: what goes into a pass together
+depends on the samples alone.
 
 A run is the same if the model and everything in its folder, the content of all questions and
 pictures, the options, the floating type, the device, the attention backend and the libraries are.

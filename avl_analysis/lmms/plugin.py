@@ -40,7 +40,8 @@ class PolicyMixin:
 
     def _check_policy(self) -> None:
         """Answer one grey picture, so that a policy that cannot work fails before the benchmark."""
-        processor = getattr(self, "processor", None) or self._image_processor  # type: ignore[attr-defined]
+        own = getattr(self, "processor", None)
+        processor = own or self._image_processor  # type: ignore[attr-defined]
         model = self.model  # type: ignore[attr-defined]
         vlm = VLM("lmms-eval", model, processor, "", None, "")
         inputs = vlm.prepare(np.full((64, 64, 3), 128, np.uint8), "What is this?")

@@ -58,7 +58,7 @@ _LOADED: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
 def name_and_revision(model: nn.Module) -> tuple[str, str]:
     """What a model is called wherever it is named, and its revision ("" if unknown).
 
-    A model of a `VLM` has that name, whoever records it; any other is called what transformers read
+    A model of a `VLM` has that name in every recording; any other is called what transformers read
     it from, or else by its class.
     """
     if model in _LOADED:

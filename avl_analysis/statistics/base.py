@@ -253,8 +253,8 @@ class RowTotals:
     """What a `RowStatistic` came to in one sample.
 
     Attributes:
-        steps: (layers, heads, steps, *extra) values of the rows that produce a token.
-        sums: (layers, heads, 3, *extra) over prompt rows by query modality, NaN left out; None
+        steps: (layers, heads, steps, extra ...) values of the rows that produce a token.
+        sums: (layers, heads, 3, extra ...) over prompt rows by query modality, NaN left out; None
             where no prompt was seen.
         counts: same shape, how many values each sum adds up.
     """
@@ -270,7 +270,7 @@ class SampleTotals:
 
     Attributes:
         rows: row statistic -> its totals.
-        cache: cache statistic -> (layers, key heads, *extra).
+        cache: cache statistic -> (layers, key heads, extra ...).
         keys: attention received by key; None where none was seen.
         trajectory: scores of the image tokens; of one token of which nothing is known where
             `has_image` is False.

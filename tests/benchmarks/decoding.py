@@ -380,7 +380,9 @@ def limits(result: Result) -> None:
         * setting.width
         * getattr(torch, setting.dtype).itemsize
     )
-    core = ((every - 1) * int(POLICY.core * image) + int(POLICY.secondary * image)) / every  # type: ignore[operator]
+    assert POLICY.core is not None
+    assert POLICY.secondary is not None
+    core = ((every - 1) * int(POLICY.core * image) + int(POLICY.secondary * image)) / every
     for name in VARIANTS:
         keys = image + text if name in ("stock", "full") else core + text
         result.limit_ms[name] = 1e3 * keys * size / speed
@@ -412,7 +414,8 @@ def show(result: Result) -> None:
         print(
             f"  {name:8}{result.attention_ms[name]:19.3f}"
             f"{result.attention_ms[name] / stock[0]:9.2f}"
-            f"{result.ordinary_ms[name]:10.3f}{result.refresh_ms[name]:9.3f}{result.limit_ms[name]:8.3f}"
+            f"{result.ordinary_ms[name]:10.3f}{result.refresh_ms[name]:9.3f}"
+            f"{result.limit_ms[name]:8.3f}"
             f"{result.whole_ms[name]:10.2f}{result.whole_ms[name] / stock[1]:9.2f}"
             f"{result.filled[name] / stock[2]:9.2f}{result.allocated[name] / stock[2]:11.2f}"
         )

@@ -116,6 +116,55 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(opened):
     page.wait_for_function("document.documentElement.scrollWidth <= 390", timeout=60_000)
 
 
+SEEN = """() => [...document.querySelectorAll('.modebar')].filter((bar) => {
+    // plotly fades the bar of a plot under the pointer; a bar of opacity 0 is not seen
+    const parts = [bar, ...bar.querySelectorAll('.modebar-group')];
+    return bar.getClientRects().length && parts.some((p) => getComputedStyle(p).opacity > 0.05
+        && getComputedStyle(bar).opacity > 0.05 && getComputedStyle(bar).visibility !== 'hidden');
+}).map((bar) => {
+    const bounds = (element) => element.getBoundingClientRect();
+    const plot = bar.closest('.plot');
+    const areas = [...plot.querySelectorAll('.plot-container .nsewdrag')].map(bounds);
+    const tools = [...bar.querySelectorAll('.modebar-btn')].map(bounds);
+    const covers = (a, b) => a.left < b.right - 1 && b.left < a.right - 1
+        && a.top < b.bottom - 1 && b.top < a.bottom - 1;
+    return [plot.id || plot.dataset.plot, areas.some((a) => tools.some((b) => covers(a, b)))];
+})"""
+"""Tool bars that are seen: plot, and whether a button lies over the data."""
+
+
+def test_the_tool_bar_is_there_under_a_pointer_only_and_never_over_data(opened):
+    page, _ = opened
+    page.set_viewport_size({"width": 1200, "height": 900})
+    page.mouse.move(2, 2)
+    page.wait_for_function(f"() => ({SEEN})().length === 0", timeout=60_000)
+    plots = page.locator(".plot:has(.modebar)")
+    assert plots.count() > 3
+    for number in range(plots.count()):
+        plot = plots.nth(number)
+        plot.scroll_into_view_if_needed()
+        box = plot.bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.wait_for_function(f"() => ({SEEN})().length === 1", timeout=60_000)
+        ((_, covered),) = page.evaluate(SEEN)
+        assert not covered, plot.get_attribute("data-plot")
+    page.mouse.move(2, 2)
+
+
+def test_a_touch_screen_has_no_tool_bar(browser, page_file):
+    context = browser.new_context(
+        viewport={"width": 820, "height": 1180}, has_touch=True, is_mobile=True, offline=True
+    )
+    page = context.new_page()
+    page.goto(page_file.as_uri(), timeout=WAIT)
+    page.wait_for_selector("html[data-ready=yes]", timeout=WAIT)
+    assert page.locator(".plot .nsewdrag").count() > 3
+    page.locator(".plot .nsewdrag").first.tap()
+    page.wait_for_timeout(500)
+    assert page.locator(".modebar-btn").count() == 0
+    context.close()
+
+
 def test_figures_are_downloaded_from_the_page_alone(browser, tmp_path):
     built = build(
         made.recording(), tmp_path, figures=(fig_modality,), formats=("svg",), document=False

@@ -1,4 +1,5 @@
-// Draws the plots in the page's theme. Plots come in light colours; dark ones are exchanged in the text of a plot.
+// Draws the plots in the page's theme. Plots come in light colours; dark ones are exchanged in the
+// text of a plot.
 // The plotting library lies in the page as base64 of gzip, a third of its size.
 "use strict";
 (() => {
@@ -7,8 +8,14 @@
   const dark = new Map(JSON.parse(document.getElementById("colours").textContent));
   const literal = (text) => text.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
   const light = new RegExp([...dark.keys()].map(literal).join("|"), "g");
-  const settings = { responsive: true, typesetMath: false, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
-  // Plotly's tool bar lies inside the plot's upper margin; without a pointer that hovers it would never go away.
+  const settings = {
+    responsive: true,
+    typesetMath: false,
+    displaylogo: false,
+    modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"],
+  };
+  // Plotly's tool bar lies inside the plot's upper margin; without a pointer that hovers it would
+  // never go away.
   const tools = window.matchMedia("(hover: hover) and (min-width: 561px)");
   const BAR = 34; // pixels the tool bar needs
   const preferred = window.matchMedia("(prefers-color-scheme: dark)");
@@ -16,8 +23,10 @@
   let run = 0;
 
   async function unpacked(id) {
-    const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), (c) => c.charCodeAt(0));
-    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+    const packed = atob(document.getElementById(id).textContent);
+    const bytes = Uint8Array.from(packed, (c) => c.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(stream).text();
   }
 
   async function loadPlotly() {

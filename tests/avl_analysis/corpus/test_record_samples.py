@@ -140,7 +140,7 @@ def test_an_empty_answer_is_an_answer(vlm: VLM, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("box", [(40, 0, 50, 9), (0, 30, 9, 40), (100, 100, 200, 200)])
 def test_a_region_outside_the_picture_is_refused(vlm: VLM, box: tuple[int, ...]) -> None:
-    sample = Sample("a", (tiny.picture((40, 30)),), "what?", regions=(box,))  # type: ignore[arg-type]
+    sample = Sample("a", (tiny.picture((40, 30)),), "what?", regions=(box,))
     with pytest.raises(InputError, match="outside its picture of 40 x 30"):
         record_samples(vlm, [sample], max_new_tokens=2)
 

@@ -36,7 +36,7 @@ def test_the_folder_is_small_and_loads_through_the_auto_classes() -> None:
 
 
 @pytest.mark.parametrize("task", ["what", "shape", "text_colour", "ocr"])
-def test_the_shipped_model_answers_held_out_questions(shipped, task: str) -> None:  # type: ignore[no-untyped-def]
+def test_the_shipped_model_answers_held_out_questions(shipped, task: str) -> None:
     asked = scenes.samples(20, task, HELD_OUT)
     given = evaluate.answers(*shipped, asked, batch=20)
     assert (
@@ -45,7 +45,7 @@ def test_the_shipped_model_answers_held_out_questions(shipped, task: str) -> Non
     )
 
 
-def test_with_another_samples_picture_it_cannot_read(shipped) -> None:  # type: ignore[no-untyped-def]
+def test_with_another_samples_picture_it_cannot_read(shipped) -> None:
     asked = scenes.samples(8, "ocr", HELD_OUT)
     given = evaluate.answers(*shipped, asked, asked[1:] + asked[:1])
     assert not any(
@@ -90,7 +90,7 @@ def test_chance_is_the_commonest_answer_of_each_kind_of_question() -> None:
     assert evaluate.chance(asked) == pytest.approx(right / 60)
 
 
-def test_evaluation_refuses_too_few_samples_and_unequal_pictures(shipped) -> None:  # type: ignore[no-untyped-def]
+def test_evaluation_refuses_too_few_samples_and_unequal_pictures(shipped) -> None:
     with pytest.raises(ValueError, match="n=1"):
         evaluate.evaluate_task(*shipped, "ocr", n=1)
     with pytest.raises(ValueError, match="2 prompts and 1 pictures"):

@@ -311,7 +311,8 @@ def test_every_statistic_says_what_it_is():
         assert statistic.source, statistic.name
         assert statistic.justifies, statistic.name
         assert type(statistic).__doc__, statistic.name
-        assert eval(repr(statistic), {type(statistic).__name__: type(statistic)}) == statistic  # noqa: S307
+        names = {type(statistic).__name__: type(statistic)}
+        assert eval(repr(statistic), names) == statistic  # noqa: S307
 
 
 def test_an_unknown_statistic_is_refused_with_the_known_ones():

@@ -67,7 +67,8 @@ class Reader(nn.Module):
 
 def labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     """The truth in the order of the reader's queries; the last class of each group is "none"."""
-    made = {"colour": [], "shape": [], "size": [], "character": [], "text_colour": [], "cell": []}  # type: dict[str, list[list[int]]]
+    groups = ("colour", "shape", "size", "character", "text_colour", "cell")
+    made: dict[str, list[list[int]]] = {group: [] for group in groups}
     for scene in scenes:
         colour, shape, size = [len(COLOURS)] * CELLS, [len(SHAPES)] * CELLS, [len(SIZES)] * CELLS
         for thing in scene.things:

@@ -163,7 +163,7 @@ def test_a_short_run_logs_saves_and_resumes(tmp_path) -> None:  # type: ignore[n
         assert torch.equal(p, again.model.state_dict()[name]), name
 
 
-def test_resuming_nothing_and_overwriting_a_run_are_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_resuming_nothing_and_overwriting_a_run_are_refused(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="without --resume"):
         train.train(train.Settings(1.0, processes=1), tmp_path / "none", resume=True)
     (tmp_path / "checkpoint.pt").touch()
