@@ -30,6 +30,18 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~$:&=^])")
 _SHORTCODE = re.compile(r":(?=[\w+\-/]+:)")
 _JOINER = "\u2060"
 _CONFIG = {"displayModeBar": False, "scrollZoom": False, "doubleClick": False}
+_TOOLS = {
+    "displayModeBar": "hover",
+    "displaylogo": False,
+    "scrollZoom": False,
+    "doubleClick": "reset",
+    "modeBarButtonsToRemove": [
+        *("toImage", "lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d"),
+    ],
+}
+"""Of a plot that is only looked at: zoom, reset and full screen, under a pointer."""
+_BAR = 34
+"""Pixels that plotly's tool bar needs above the data."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +149,12 @@ def plot(
     if isinstance(panel, Overlay) and panel.classes:
         drawn.update_layout(legend={"y": -0.01})
     drawn.update_yaxes(exponentformat="power")
+    above = _BAR - int(drawn.layout.margin.t or 0)
+    if above > 0:
+        drawn.update_layout(margin={"t": _BAR})
     if height is not None:
-        drawn.update_layout(height=height)
-    config = {**_CONFIG, "staticPlot": isinstance(panel, Overlay) and panel.patches is None}
-    st.plotly_chart(drawn, key=key, theme=None, config=config)
+        drawn.update_layout(height=height + max(above, 0))
+    st.plotly_chart(drawn, key=key, theme=None, config=_TOOLS)
 
 
 _KINDS = {

@@ -14,7 +14,7 @@ _ALWAYS = """
 /* A long answer scrolls instead of pushing the picture off the screen. */
 .st-key-token [role="radiogroup"] { max-height: 8.6rem; overflow-y: auto; padding: 2px; }
 /* Tables: without a pointer that hovers, their tool bar would cover the page for good. */
-@media (hover: none) { [data-testid="stElementToolbar"] { display: none; } }
+@media (hover: none) { [data-testid="stElementToolbar"], .modebar-container { display: none; } }
 @media (max-width: 640px) {
   .stMainBlockContainer { padding-top: 4.6rem; }
   .st-key-token [role="radiogroup"] { max-height: 5.6rem; }

@@ -360,6 +360,11 @@ def test_a_patch_is_pointed_at_clicked_and_several_are_framed(visitor: Visitor) 
         "element => element.textContent.includes('attention')", arg=hover.element_handle()
     )
     assert re.search(r"image token \d+.*attention: \d", hover.inner_text(), re.DOTALL)
+    # plotly's tools stand above the picture
+    tools = page.locator(".st-key-overlay .modebar-btn")
+    assert [tool.get_attribute("data-title") for tool in tools.all()][-1] == "Fullscreen"
+    bottom = max(box["y"] + box["height"] for box in (t.bounding_box() for t in tools.all()))
+    assert bottom <= overlay.bounding_box()["y"] + 1
     chart = page.locator(".st-key-patch_map .nsewdrag").first
 
     def place(across: float, down: float) -> tuple[float, float]:
@@ -424,6 +429,8 @@ def test_on_a_telephone_the_picture_comes_early_and_nothing_is_covered(
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     visitor.go("view=live&task=ocr", "What happens to every patch")
     assert page.locator('[data-testid="stElementToolbar"]:visible').count() == 0
+    assert page.locator(".nsewdrag").count() > 2
+    assert page.locator(".modebar-btn:visible").count() == 0
     assert visitor.complaints == []
     visitor.context.close()
 
