@@ -56,7 +56,7 @@ OnToken = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenChoice:
     """The distribution that one token was chosen from, in words.
 
     Attributes:
@@ -100,7 +100,7 @@ class Answer:
     usage: avl.Usage | None = None
     states: NDArray[np.int8] | None = None
     layers: tuple[int, ...] = ()
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[TokenChoice, ...] = ()
 
     @property
     def text(self) -> str:
@@ -123,7 +123,7 @@ class Answer:
 
 
 END = "(end)"
-"""What stands for the end-of-sequence token in `Disagreement.preferred` and `Choice.words`."""
+"""What stands for the end-of-sequence token in `Disagreement.preferred` and `TokenChoice.words`."""
 
 CHOICES = 8
 """Likeliest tokens that `observe` keeps of every distribution."""
@@ -556,10 +556,10 @@ def _states(selection: avl.Selection) -> tuple[NDArray[np.int8], tuple[int, ...]
     return _frozen(states), tuple(selection.layers)
 
 
-def _choices(vlm: VLM, kept: Sequence[NextToken]) -> Iterator[Choice]:
+def _choices(vlm: VLM, kept: Sequence[NextToken]) -> Iterator[TokenChoice]:
     """What `NextTokens` kept, in words."""
     for one in kept:
-        yield Choice(
+        yield TokenChoice(
             token_texts(vlm, one.ids), one.probabilities, one.probability, one.rank, one.entropy
         )
 
