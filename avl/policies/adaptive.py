@@ -40,6 +40,8 @@ TEXT_FLOOR = 20
 """Text keys that are always kept, however small the fraction."""
 HEAVY_SHARE = 0.7
 """Share of the text budget that goes to the best-scored keys; the rest goes to the newest."""
+CORE_OF_SECONDARY = 0.6
+"""Core tokens / secondary tokens in the paper's setting, 0.3 / 0.5."""
 ANSWER = 64
 """Generated tokens that a budget with a quantised tier leaves room for before it spends on
 precision.
@@ -170,6 +172,19 @@ class AdaptivePolicy(CoredPolicy):
         check_share("budget", budget)
         text = min(budget, cls.text) if cls.text is not None else budget
         return replace(cls(text=text), budget=budget, **changes)
+
+    @classmethod
+    def for_image_tokens(cls, tokens: int, of: int) -> AdaptivePolicy:
+        """The paper's policy with `tokens` secondary image keys beside all text.
+
+        The core keeps the paper's proportion to them (`CORE_OF_SECONDARY`).
+
+        Args:
+            tokens: secondary image keys, at least 1.
+            of: image tokens of the prompt.
+        """
+        share = min(tokens / of, 1.0)
+        return cls(secondary=share, core=CORE_OF_SECONDARY * share, text=None)
 
     @classmethod
     def with_cold_tier(cls, budget: float | None = None, **changes: Any) -> AdaptivePolicy:

@@ -130,6 +130,21 @@ class Policy(ABC):
         """
         raise TypeError(f"{cls.__name__} has no budget: leave out :{budget:g}")
 
+    @classmethod
+    def for_image_tokens(cls, tokens: int, of: int) -> Policy:
+        """The policy that holds, or reads, as many keys as image tokens were left beside all text.
+
+        By default the share `tokens / of` is the budget.
+
+        Args:
+            tokens: image tokens that could be left.
+            of: image tokens of the prompt, at least 1.
+
+        Raises:
+            TypeError: a policy without a budget.
+        """
+        return cls.for_budget(min(tokens / of, 1.0))
+
     @abstractmethod
     def measure(self, prompt: Prompt) -> Measure:
         """Look at one layer after its attention over a prompt."""

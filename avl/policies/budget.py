@@ -62,6 +62,10 @@ class BudgetPolicy(Policy):
     def for_budget(cls, budget: float) -> BudgetPolicy:
         return cls(budget=budget)
 
+    @classmethod
+    def for_image_tokens(cls, tokens: int, of: int) -> BudgetPolicy:
+        return cls(budget_tokens=min(tokens, of))
+
     @abstractmethod
     def importance(self, prompt: Prompt) -> Tensor:
         """Importance of every key, (batch, 1 or key/value heads, keys); higher is kept longer.

@@ -55,6 +55,10 @@ class QuestPolicy(PagedPolicy):
     def for_budget(cls, budget: float) -> QuestPolicy:
         return cls(budget=budget)
 
+    @classmethod
+    def for_image_tokens(cls, tokens: int, of: int) -> QuestPolicy:
+        return cls(budget_tokens=min(tokens, of))
+
     def measure(self, prompt: Prompt) -> Measure:
         return Measure(prompt.layer, prompt.positions, prompt.modality, prompt.positions)
 

@@ -101,13 +101,16 @@ def compare(
 
     With 95 % intervals.
     """
+    from avl_analysis.scenes import ALL_TASKS
+
     if policies:
         _list_policies()
         return
     if out is not None:
         _check_out(out, force)
     compared = _policies(policy or DEFAULT_POLICIES)
-    samples = read_or_draw(data, scenes, task, "comparison")
+    tasks = task or (list(ALL_TASKS) if data is None else None)
+    samples = read_or_draw(data, scenes, tasks, "comparison")
     _warn_of_seen(policy or DEFAULT_POLICIES, samples)
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 

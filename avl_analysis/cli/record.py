@@ -322,13 +322,13 @@ def _samples(
     image: list[str], scenes: int, task: str | None, seed: int, videos: _Videos
 ) -> list[Sample]:
     from avl_analysis.corpus.questions import Sample, check_count, scene_sample
-    from avl_analysis.scenes import TASKS, generate
+    from avl_analysis.scenes import ALL_TASKS, TASKS, generate
 
     if scenes < 0 or seed < 0:
         raise InputError(f"--scenes {scenes} and --seed {seed}: both must be 0 or more")
     check_count(scenes)
-    if task is not None and task not in TASKS:
-        raise InputError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
+    if task is not None and task not in ALL_TASKS:
+        raise InputError(f"unknown task {task!r}: choose one of {', '.join(ALL_TASKS)}")
     if scenes:
         if image:
             raise InputError(

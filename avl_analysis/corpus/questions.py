@@ -28,7 +28,7 @@ from avl_analysis.errors import InputError, one_line
 from avl_analysis.files import user_path
 from avl_analysis.models.images import MAX_PIXELS
 from avl_analysis.models.videos import Source, Video, parts_of
-from avl_analysis.scenes import TASKS, MovingScene, SceneSample
+from avl_analysis.scenes import ALL_TASKS, TASKS, MovingScene, SceneSample
 from avl_analysis.scenes import generate as draw_scene
 from avl_analysis.scenes.samples import SPLITS, split_of
 
@@ -134,9 +134,9 @@ def scene_samples(
     seed: int | None = None,
     first: int = 0,
 ) -> list[Sample]:
-    """`count` held-out scenes of each task (None: all tasks), grouped by task.
+    """`count` held-out scenes of each task (None: the twelve of `TASKS`), grouped by task.
 
-    Every task draws from a seed of its own, that of the split plus the task's place in `TASKS`,
+    Every task draws from a seed of its own, that of the split plus the task's place in `ALL_TASKS`,
     indices `first` and up: different splits, and ranges of indices that do not overlap, share no
     picture.
 
@@ -153,8 +153,8 @@ def scene_samples(
     """
     chosen = list(TASKS) if tasks is None else list(dict.fromkeys(tasks))
     for task in chosen:
-        if task not in TASKS:
-            raise InputError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
+        if task not in ALL_TASKS:
+            raise InputError(f"unknown task {task!r}: choose from {', '.join(ALL_TASKS)}")
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
     if count < 1 or not chosen:
@@ -162,7 +162,7 @@ def scene_samples(
     check_count(count * len(chosen))
     base = SPLITS[split] if seed is None else seed
     return [
-        scene_sample(draw_scene(base + TASKS.index(task), index, task))
+        scene_sample(draw_scene(base + ALL_TASKS.index(task), index, task))
         for task in chosen
         for index in range(first, first + count)
     ]

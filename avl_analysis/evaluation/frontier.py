@@ -2,17 +2,23 @@
 
     avl frontier --out frontier.jsonl --scenes 200 --workers 2
 
+A budget up to 1 is a share of the full cache's bytes, one above 1 a number of image tokens that
+could be held beside all text. Options of policies beside the budget are their own defaults, or
+those of a file that `python -m avl_analysis.evaluation.search` wrote.
+
 Each policy answers the same questions, by default of the split `comparison`, by which no policy or
 preset was chosen; what is plotted against accuracy is the share of
 the full cache's bytes that was really in use (`bytes`: of each row when its answer ended), never
-the budget asked for. Questions are grouped by length, so that nothing is padded and all rows of a
-pass hold equally many bytes. A group is a shard of a `sharded_run`: its results go to a file of
-their own, written whole or not at all, and a run that was interrupted goes on with the missing
-ones. Workers are processes of one thread.
+the budget asked for. Bytes and keys read are those of each row by itself, whatever padding or
+other rows stand beside it. Some questions under one policy are a shard of a `sharded_run`: its
+results go to a file of their own, written whole or not at all, and a run that was interrupted, or
+that is asked for more questions, tasks or policies, goes on with the missing ones. Workers are
+processes of one thread.
 
-What makes it affordable: the picture is encoded once per group and not once per policy (times are
-therefore not measured here; `compare` does that), and an answer is cut where it has become longer
-than any right one.
+What makes it affordable: the picture is encoded once per group and not once per policy (times of
+whole answers are therefore not measured here; `compare` does that), and an answer is cut where it
+has become longer than any right one. The time of attention alone is measured, as processor time, so
+that other work on the machine counts little.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,12 +35,13 @@ import numpy as np
 
 import avl
 from avl import Policy
+from avl.families import describe as describe_family
+from avl.kernels.codes import BITS
 from avl.policies.before_decoder import BeforeDecoderPolicy
 from avl.policies.registry import PRESETS, policies
 from avl_analysis.corpus.batches import (
     ANSWER_SLACK,
     Failure,
-    batches_by_length,
     halve_on_failure,
     images_encoded_once,
     longest_right_answer,
@@ -50,15 +57,17 @@ from avl_analysis.evaluation.generation import (
     decode_texts,
     generate,
 )
-from avl_analysis.evaluation.policy_files import with_budget
+from avl_analysis.evaluation.policy_files import changed, load_options, with_budget
 from avl_analysis.files import user_path, write_text
 from avl_analysis.intervals import paired_share_difference, share_interval
 from avl_analysis.models.loading import VLM, load_model
-from avl_analysis.scenes import TASKS
+from avl_analysis.scenes import ALL_TASKS, LONG_TASKS
 from avl_analysis.scenes.samples import SPLITS
 
 BUDGETS = (1.0, 0.75, 0.5, 0.35, 0.25, 0.1)
 """Shares of the full cache's bytes."""
+TOKENS = (128, 64, 32)
+"""Image tokens that could be held beside all text."""
 
 EQUAL_BYTES = 0.02
 """Relative difference of bytes up to which two policies count as using equally many."""
@@ -70,7 +79,8 @@ Line = dict[str, Any]
 class FrontierPoint:
     """One point of the plot.
 
-    A policy, the budget it was asked for (None: its own settings) and its name.
+    A policy, the budget it was asked for (None: its own settings; above 1: image tokens) and its
+    name.
     """
 
     name: str
@@ -83,20 +93,30 @@ class FrontierSettings:
     """What a run is made of; a run can only be continued with equal settings."""
 
     model: str = "scenes"
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[str, ...] = ALL_TASKS
     samples: int = 200
-    budgets: tuple[float, ...] = BUDGETS
-    batch: int = 100
+    budgets: tuple[float, ...] = (*BUDGETS, *TOKENS)
+    batch: int = 16
     seed: int = SPLITS["comparison"]
+    options: str = ""
+    """File of policies' options beside the budget; "": their defaults."""
 
 
 @dataclass(frozen=True, eq=False)
 class Unit(Shard):
-    """Work that is done at once: some samples of a task, and the file their results go to."""
+    """Work that is done at once: some samples of a task under one policy's points.
+
+    Attributes:
+        task: what is asked.
+        indices: numbers of the samples.
+        points: the policy at its budgets.
+        folder: where the results go.
+    """
 
     task: str
-    indices: list[int]
-    target: Path
+    indices: tuple[int, ...]
+    points: tuple[FrontierPoint, ...]
+    folder: Path
 
     @property
     def count(self) -> int:
@@ -106,32 +126,106 @@ class Unit(Shard):
         return self.target.exists()
 
     @property
+    def target(self) -> Path:
+        """The file of the results. Its name tells the points, so that other options are another."""
+        digest = hashlib.sha256(repr(self.points).encode()).hexdigest()[:12]
+        name = f"{self.task}-{self.indices[0]:05d}-{len(self.indices)}-{digest}.jsonl"
+        return self.folder / name
+
+    @property
     def size(self) -> int:
         """Roughly how long it takes; captions have ten times the tokens of other answers.
 
         Large ones go first.
         """
-        return len(self.indices) * (3 if self.task == "caption" else 1)
+        return len(self.indices) * (3 if self.task in ("caption", *LONG_TASKS) else 1)
 
 
-def entries(budgets: Sequence[float] = BUDGETS) -> list[FrontierPoint]:
+@dataclass(frozen=True)
+class Prompts:
+    """What a budget in image tokens needs to know: how long a prompt is, and how wide a number.
+
+    Attributes:
+        image_tokens: of a prompt.
+        itemsize: bytes of a number in the cache.
+    """
+
+    image_tokens: int = 144
+    itemsize: int = 4
+
+
+def entries(
+    budgets: Sequence[float] = BUDGETS,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    prompts: Prompts | None = None,
+) -> list[FrontierPoint]:
     """Full cache, A-VL with the paper's settings, presets, and every policy by budget.
 
     Presets stand at every budget, too.
+
+    Args:
+        budgets: shares of the full cache's bytes, or, above 1, image tokens.
+        options: name of a policy or preset -> its fields beside the budget, at every budget. The
+            paper's settings and a preset's own stay as they are.
+        prompts: what is asked; None: the embedded model's.
     """
+    options, prompts = options or {}, prompts or Prompts()
     found = [
         FrontierPoint("full", None, avl.FullPolicy()),
         FrontierPoint("A-VL (paper)", None, avl.AdaptivePolicy()),
     ]
     for name, preset in PRESETS.items():
-        found += [
-            FrontierPoint(_shown(name), None, preset.make()),
-            *(FrontierPoint(_shown(name), b, preset.make(b)) for b in budgets),
-        ]
-    for name, kind in policies().items():
-        if kind is not avl.FullPolicy:
-            found += [FrontierPoint(_shown(name), b, with_budget(kind, b)) for b in budgets]
+        found.append(FrontierPoint(_shown(name), None, preset.make()))
+    for name in (*PRESETS, *policies()):
+        if name != avl.FullPolicy.name:
+            found += [
+                FrontierPoint(_shown(name), b, policy_at(name, b, options.get(name, {}), prompts))
+                for b in budgets
+            ]
     return found
+
+
+def policy_at(
+    name: str, budget: float, options: Mapping[str, Any], prompts: Prompts | None = None
+) -> Policy:
+    """A policy or preset at a budget, with other fields changed.
+
+    Args:
+        name: on the command line.
+        budget: share of the full cache's bytes, or, above 1, image tokens beside all text.
+        options: its fields beside the budget; they may not be what the budget decides.
+        prompts: what is asked; None: the embedded model's.
+
+    Raises:
+        InputError: fields the policy does not have or does not accept.
+    """
+    prompts = prompts or Prompts()
+    tokens, of = int(budget), prompts.image_tokens
+    if budget <= 1:
+        made = (
+            PRESETS[name].make(budget) if name in PRESETS else with_budget(policies()[name], budget)
+        )
+    elif name in PRESETS:
+        made = PRESETS[name].make(cold=_bits_within(tokens, prompts))
+    else:
+        made = policies()[name].for_image_tokens(tokens, of)
+    return changed(made, options)
+
+
+def _bits_within(tokens: int, prompts: Prompts) -> int:
+    """Most bits in which all image keys take no more bytes than `tokens` of them in full.
+
+    2 if none do. A tenth is added to the codes for their scales.
+    """
+    full = 8 * prompts.itemsize
+    return next(
+        (
+            bits
+            for bits in sorted(BITS, reverse=True)
+            if 1.1 * bits / full * prompts.image_tokens <= tokens
+        ),
+        min(BITS),
+    )
 
 
 def _shown(name: str) -> str:
@@ -142,7 +236,7 @@ def _shown(name: str) -> str:
 def run_unit(
     vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], points: Sequence[FrontierPoint]
 ) -> list[Line]:
-    """Every point's answers to some samples of equal length: which are right, and at what cost."""
+    """Every point's answers to some samples: which are right, and at what cost."""
     # Answers are cut where none of the batch can be right any more; a caption that goes on is wrong
     # already.
     longest = longest_right_answer(vlm, [samples[index] for index in indices])
@@ -173,22 +267,32 @@ def run_unit(
 def _ask(
     vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], policy: Policy, longest: int
 ) -> list[Line]:
-    run = generate(vlm, samples, policy, max_new_tokens=longest)
+    on_cpu = vlm.model.device.type == "cpu"
+    run = generate(
+        vlm,
+        samples,
+        policy,
+        max_new_tokens=longest,
+        time_attention=True,
+        processor_time=on_cpu,
+    )
     assert run.usage is not None
     usage = run.usage
     shares = {
         "filled": usage.filled_share,
         "allocated": usage.allocated_share,
-        "attended": usage.attended_share,
         "bookkeeping": usage.bookkeeping / usage.full,
     }
+    if len(run.attention) > 1:
+        shares["attention"] = float(np.mean(run.attention[1:])) / len(samples)
     texts = decode_texts(vlm, run.tokens)
     return [
         {
+            **shares,
             "right": int(correct(text, sample)),
             "held": _held(run, row),
             "bytes": bytes_share_of_row(run, row),
-            **shares,
+            "attended": _attended(run, row),
         }
         for row, (text, sample) in enumerate(zip(texts, samples, strict=True))
     ]
@@ -202,6 +306,18 @@ def _held(run: Run, row: int) -> float:
     return float(np.mean([layer[row] for layer in end.held])) / (
         run.prompt_tokens[row] + len(run.tokens[row]) - 1
     )
+
+
+def _attended(run: Run, row: int) -> float:
+    """Keys that a row's newest token attended to / tokens it had seen.
+
+    Mean over layers and the row's own decode steps; 1.0 where there are none.
+    """
+    assert run.usage is not None
+    steps = run.usage.steps[1 : len(run.tokens[row])]
+    read = [float(np.mean([layer[row] for layer in step.attended])) for step in steps]
+    seen = [run.prompt_tokens[row] + number for number in range(1, len(steps) + 1)]
+    return float(np.mean(np.array(read) / seen)) if read else 1.0
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -238,6 +354,7 @@ def summarise(lines: Iterable[Line], points: Sequence[FrontierPoint], samples: i
         policy = next(
             point.policy for point in points if (point.name, point.budget) == (name, budget)
         )
+        seconds, of_full = _mean(cell, "attention"), _mean(by_cell[task, "full", None], "attention")
         found.append(
             {
                 "task": task,
@@ -255,6 +372,8 @@ def summarise(lines: Iterable[Line], points: Sequence[FrontierPoint], samples: i
                     key: _rounded(_mean(cell, key))
                     for key in ("bytes", "held", "filled", "allocated", "attended", "bookkeeping")
                 },
+                "attention_seconds": _rounded(seconds, 8),
+                "attention_time": _rounded(seconds / of_full),
                 "answer_tokens": max((line["answer_tokens"] for line in cell), default=None),
                 "settings": repr(policy),
                 "right": "".join("-" if np.isnan(value) else str(int(value)) for value in right),
@@ -262,7 +381,8 @@ def summarise(lines: Iterable[Line], points: Sequence[FrontierPoint], samples: i
         )
     order = {(point.name, point.budget): place for place, point in enumerate(points)}
     return sorted(
-        found, key=lambda line: (TASKS.index(line["task"]), order[line["policy"], line["budget"]])
+        found,
+        key=lambda line: (ALL_TASKS.index(line["task"]), order[line["policy"], line["budget"]]),
     )
 
 
@@ -279,11 +399,11 @@ def _mean(cell: Sequence[Line], key: str) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
-def _rounded(value: float) -> float | None:
-    return round(value, 5) if np.isfinite(value) else None
+def _rounded(value: float, digits: int = 5) -> float | None:
+    return round(value, digits) if np.isfinite(value) else None
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=len(ALL_TASKS))
 def _samples(settings: FrontierSettings, task: str) -> list[Sample]:
     return scene_samples(settings.samples, [task], seed=settings.seed)
 
@@ -300,7 +420,7 @@ class FrontierJob(Job[Unit]):
 
     def do(self, vlm: VLM, shard: Unit) -> None:
         samples = _samples(self.settings, shard.task)
-        lines = run_unit(vlm, samples, shard.indices, entries(self.settings.budgets))
+        lines = run_unit(vlm, samples, shard.indices, shard.points)
         text = "".join(json.dumps({"task": shard.task, **line}) + "\n" for line in lines)
         write_text(shard.target, text)
 
@@ -310,11 +430,13 @@ def run(
     folder: Path,
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
+    points: Sequence[FrontierPoint] | None = None,
 ) -> list[Line]:
     """Do the units that are missing in `folder`, then read all of them.
 
     Args:
         settings: what is asked of which policies.
+        points: the policies; None: those of `entries`. The first must be the full cache's.
         folder: where finished units are kept; made if it does not exist.
         workers: processes of one thread each.
         progress: called with (units done, units in all).
@@ -327,11 +449,13 @@ def run(
             is at work in it.
     """
     vlm = load_model(settings.model)
-    points = entries(settings.budgets)
+    if points is None:
+        points = entries(settings.budgets, options_of(settings), _prompts(settings, vlm))
     planned = [
-        Unit(task, batch, folder / f"{task}-{batch[0]:05d}-{len(batch)}.jsonl")
+        Unit(task, batch, group, folder)
+        for batch in _consecutive(settings.samples, settings.batch)
         for task in settings.tasks
-        for batch in batches_by_length(vlm, _samples(settings, task), settings.batch)
+        for group in _by_policy(points)
     ]
 
     def read_all(note: Mapping[str, Any]) -> list[Line]:
@@ -343,9 +467,10 @@ def run(
 
     lines = sharded_run(
         FrontierJob(settings, folder),
-        # The longest units go first, so that no worker is left with one at the end.
-        sorted(planned, key=lambda unit: -unit.size),
-        describe(settings, points, vlm),
+        # The first questions of all tasks go first; among these the longest, so that no worker is
+        # left with one at the end.
+        sorted(planned, key=lambda unit: (unit.indices[0], -unit.size)),
+        describe(settings, vlm),
         in_processes(workers),
         finish=read_all,
         progress=progress,
@@ -353,15 +478,42 @@ def run(
     return summarise(lines, points, settings.samples)
 
 
-def describe(
-    settings: FrontierSettings, points: Sequence[FrontierPoint], vlm: VLM
-) -> dict[str, Any]:
-    """What makes two runs the same one."""
-    return {
-        "settings": repr(settings),
-        "model_revision": vlm.revision,
-        "policies": hashlib.sha256(repr(points).encode()).hexdigest(),
-    }
+def _consecutive(samples: int, batch: int) -> list[tuple[int, ...]]:
+    """Indices of questions in units of work; those of a unit do not depend on how many follow."""
+    return [tuple(range(start, min(start + batch, samples))) for start in range(0, samples, batch)]
+
+
+def _by_policy(points: Sequence[FrontierPoint]) -> list[tuple[FrontierPoint, ...]]:
+    """Points of one name together, in the order of their first."""
+    groups: dict[str, list[FrontierPoint]] = {}
+    for point in points:
+        groups.setdefault(point.name, []).append(point)
+    return [tuple(group) for group in groups.values()]
+
+
+def describe(settings: FrontierSettings, vlm: VLM) -> dict[str, Any]:
+    """What makes two runs the same one.
+
+    Questions, tasks, budgets and options may change from one to the next: each file of results says
+    by its name what it is of.
+    """
+    same = replace(settings, samples=0, tasks=(), budgets=(), options="")
+    return {"settings": repr(same), "model_revision": vlm.revision}
+
+
+def options_of(settings: FrontierSettings) -> dict[str, dict[str, Any]]:
+    """Fields of policies beside their budget, from the file that the settings name."""
+    return load_options(settings.options) if settings.options else {}
+
+
+def _prompts(settings: FrontierSettings, vlm: VLM) -> Prompts:
+    """Image tokens of the first question's prompt, and the width of the cache's numbers."""
+    sample = _samples(settings, settings.tasks[0])[0]
+    inputs = vlm.prepare([list(sample.images)], [sample.prompt])
+    layout = describe_family(vlm.model).layout(
+        inputs["input_ids"], inputs["attention_mask"], inputs
+    )
+    return Prompts(int(layout.counts()[0, 1]), vlm.model.dtype.itemsize)
 
 
 def write(path: Path, lines: Sequence[Line], header: Mapping[str, Any]) -> None:

@@ -67,6 +67,7 @@ def generate(
     forced: Sequence[Sequence[int]] | None = None,
     on_logits: OnLogits | None = None,
     time_attention: bool = False,
+    processor_time: bool = False,
 ) -> Run:
     """Greedy answers to a batch of samples.
 
@@ -75,6 +76,8 @@ def generate(
         samples: questions of one batch.
         on_logits: called after every pass.
         time_attention: whether attention is timed apart, which costs time itself.
+        processor_time: whether that is time of this process's threads, which other work on the
+            machine lengthens little, in place of elapsed time. On a CPU only.
         policy: None leaves the model as it is, with its stock cache.
         max_new_tokens: longest answer, in tokens.
         forced: tokens of each row to follow instead of the model's own choice.
@@ -99,7 +102,7 @@ def generate(
         )
     watch = _Watch(on_logits)
     clock: AbstractContextManager[list[float]] = (
-        _attention_clock(vlm.model) if time_attention else nullcontext([])
+        _attention_clock(vlm.model, processor_time) if time_attention else nullcontext([])
     )
     scope: AbstractContextManager[Any] = (
         adaptive(vlm.model, policy) if policy is not None else nullcontext(None)
@@ -175,7 +178,7 @@ class _Watch:
 
 
 @contextmanager
-def _attention_clock(model: nn.Module) -> Iterator[list[float]]:
+def _attention_clock(model: nn.Module, processor_time: bool = False) -> Iterator[list[float]]:
     """Seconds inside attention modules but outside their linear projections.
 
     One number per pass through the model.
@@ -183,13 +186,16 @@ def _attention_clock(model: nn.Module) -> Iterator[list[float]]:
     passes: list[float] = []
     current = [0.0]
 
+    def now() -> float:
+        return time.process_time() if processor_time else _now(model)
+
     # Entering attention subtracts the time, leaving it adds it; around a linear projection inside
     # it the other way round, so that these do not count.
     def start(*_: Any) -> None:
-        current[0] -= _now(model)
+        current[0] -= now()
 
     def stop(*_: Any) -> None:
-        current[0] += _now(model)
+        current[0] += now()
 
     def finish(*_: Any) -> None:
         passes.append(current[0])

@@ -211,6 +211,28 @@ def load_evidence(path: str | PathLike[str]) -> dict[str, Any] | None:
         return None if evidence is None else dict(evidence)
 
 
+def load_options(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
+    """Options beside the budget that a search chose: name of a policy or preset -> fields.
+
+    Raises:
+        InputError: no such file, not one that `python -m avl_analysis.evaluation.search` wrote, or
+            options of a policy that is not known.
+    """
+    source = user_path(path)
+    if not source.is_file():
+        raise InputError(
+            f"there is no file of options {source}; make one with python -m"
+            f" avl_analysis.evaluation.search --out {source}"
+        )
+    with blamed_on_input(f"{source} holds no options that a search chose"):
+        chosen = json.loads(source.read_text(encoding="utf-8"))["chosen"]
+        found = {str(name): dict(values) for name, values in chosen.items()}
+    for name in found:
+        if name not in policies() and name not in PRESETS:
+            raise InputError(f"{source} has options of {name!r}, which is no policy known here")
+    return found
+
+
 def _read(path: str | PathLike[str]) -> dict[str, Any]:
     source = user_path(path)
     if not source.is_file():

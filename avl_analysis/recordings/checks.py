@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 
 from avl_analysis.recordings.schema import FIXED, RecordingError
-from avl_analysis.scenes import TASKS
+from avl_analysis.scenes import ALL_TASKS
 
 _TOKENS: Mapping[str, tuple[str, ...]] = {
     "token_id": ("sample", "position"),
@@ -127,7 +127,7 @@ def _box(value: Any) -> bool:
 
 
 def _scene(value: Any) -> bool:
-    if not isinstance(value, dict) or value.get("task") not in TASKS:
+    if not isinstance(value, dict) or value.get("task") not in ALL_TASKS:
         return False
     return _whole(value.get("seed")) and _whole(value.get("index"))
 

@@ -17,7 +17,7 @@ Importing this package loads neither torch nor transformers.
 from pathlib import Path
 
 from avl_analysis.scenes.moving import MovingScene, moving
-from avl_analysis.scenes.questions import TASKS, Question
+from avl_analysis.scenes.questions import ALL_TASKS, LONG_TASKS, TASKS, Question
 from avl_analysis.scenes.samples import SceneSample, generate, samples
 from avl_analysis.scenes.world import PLACES, Character, Scene, Text, Thing
 
@@ -25,6 +25,8 @@ MODEL_DIR = Path(__file__).parent / "model"
 """Folder with the shipped weights, tokenizer and processor."""
 
 __all__ = [
+    "ALL_TASKS",
+    "LONG_TASKS",
     "MODEL_DIR",
     "PLACES",
     "TASKS",

@@ -1,4 +1,8 @@
-"""Twelve kinds of question about a drawn scene, each with one right answer.
+"""Kinds of question about a drawn scene, each with one right answer.
+
+Twelve tasks are what the embedded model was trained and evaluated on (`TASKS`). A thirteenth,
+`story`, is made of them for measuring cache policies (`LONG_TASKS`): its answers are as long as the
+model can give.
 
 Every maker takes a random generator and a scene and returns a ``Question`` or None where the scene
 does not allow one (no string to read, nothing next to anything). A question names an object only by
@@ -13,7 +17,7 @@ cells a string touches are never asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -102,6 +106,16 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 TASKS = tuple(PHRASINGS)
+LONG_TASKS = ("story",)
+"""Tasks beyond `TASKS` that only comparisons of policies ask.
+
+`story`: describe a picture of six objects and a string of at least four characters, one object
+after the other. Its answers have 60 or 61 tokens with the end mark, the longest that the embedded
+model was trained to give; what is drawn and asked otherwise is as for `caption`.
+"""
+ALL_TASKS = (*TASKS, *LONG_TASKS)
+STORY_OBJECTS, STORY_CHARACTERS = 6, 4
+"""What a picture of the task `story` must show at least."""
 
 
 @dataclass(frozen=True)
@@ -347,6 +361,13 @@ def _caption(rng: np.random.Generator, scene: Scene) -> Question:
     )
 
 
+def _story(rng: np.random.Generator, scene: Scene) -> Question | None:
+    long = scene.text is not None and len(scene.text.string) >= STORY_CHARACTERS
+    if not long or len(scene.things) < STORY_OBJECTS:
+        return None
+    return replace(_caption(rng, scene), task="story", kind="story")
+
+
 _MAKERS: dict[str, Callable[[np.random.Generator, Scene], Question | None]] = {
     "colour": _attribute("colour"),
     "shape": _attribute("shape"),
@@ -360,6 +381,7 @@ _MAKERS: dict[str, Callable[[np.random.Generator, Scene], Question | None]] = {
     "character": _character,
     "ocr": _ocr,
     "caption": _caption,
+    "story": _story,
 }
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from avl_analysis.scenes import questions, world
-from avl_analysis.scenes.questions import TASKS, Question
+from avl_analysis.scenes.questions import ALL_TASKS, TASKS, Question
 
 TRAINING_SEED = 1_000_000
 """Seeds from here on belong to training; everything below is held out."""
@@ -98,12 +98,12 @@ class SceneSample:
 def generate(seed: int, index: int = 0, task: str | None = None) -> SceneSample:
     """The sample with this seed and index.
 
-    ``task`` (one of ``TASKS``) is drawn too when it is None.
+    ``task`` (one of ``ALL_TASKS``) is drawn too, from ``TASKS``, when it is None.
 
     Raises ValueError for an unknown task or a negative number.
     """
-    if task is not None and task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
+    if task is not None and task not in ALL_TASKS:
+        raise ValueError(f"unknown task {task!r}: choose one of {', '.join(ALL_TASKS)}")
     if seed < 0 or index < 0:
         raise ValueError(f"seed={seed}, index={index}: both must be 0 or more")
     rng = np.random.default_rng([seed, index])

@@ -8,6 +8,7 @@ import numpy as np
 
 from avl.policies.registry import label_of
 from avl_analysis.evaluation.frontier import EQUAL_BYTES
+from avl_analysis.evaluation.frontier_table import asked
 from avl_analysis.figures import Axis, Figure, Heat, Panel, Points, Rule, Scatter
 from avl_analysis.scenes.samples import split_of
 from avl_reports.findings import Finding, Verdict, judge
@@ -24,6 +25,8 @@ _OWN = (
     ("A-VL cold", "A-VL keeps the answers right with minor image keys kept in few bits"),
 )
 """What is asked with settings of its own, and the choice it stands for."""
+_COSTS = {"attended": "keys read / seen", "attention_time": "attention time / full"}
+"""What else a point may say it costs; processor time per decode step, other work beside it."""
 _SHOWN = 3
 """Tasks that get a panel of their own: those on which policies differ most."""
 
@@ -41,6 +44,8 @@ def section(run: Run) -> Section:
     ]
     if frontier.telling and frontier.one_token_tasks:
         panels.append(_scatter(frontier, frontier.one_token_tasks, "tasks answered in one token"))
+    if np.isfinite(frontier.cost((_FULL, None), "attended")):
+        panels.append(_scatter(frontier, None, f"{pooled}, by keys read", by_reads=True))
     panels.append(_heat(frontier))
     figure = Figure(
         "frontier",
@@ -136,11 +141,23 @@ def findings(frontier: Frontier) -> tuple[Finding, ...]:
 def table(frontier: Frontier) -> tuple[tuple[str, ...], ...]:
     """Bytes and accuracy of every point on the pooled tasks.
 
-    Its difference to the full cache, and its accuracy on the tasks answered in one token where
-    these are shown apart.
+    Keys read and time of attention where the file has them, its difference to the full cache, and
+    its accuracy on the tasks answered in one token where these are shown apart.
     """
     apart = frontier.one_token_tasks if frontier.telling else []
-    header = ("policy", "budget", "bytes in use / full", "right answers", "minus full cache")
+    costs = {
+        key: title
+        for key, title in _COSTS.items()
+        if np.isfinite(frontier.cost((_FULL, None), key))
+    }
+    header = (
+        "policy",
+        "budget",
+        "bytes in use / full",
+        *costs.values(),
+        "right answers",
+        "minus full cache",
+    )
     rows = [(*header, "answered in one token") if apart else header]
     for point in frontier.points:
         name, budget = point
@@ -149,8 +166,9 @@ def table(frontier: Frontier) -> tuple[tuple[str, ...], ...]:
         rows.append(
             (
                 name,
-                "own" if budget is None else f"{budget:g}",
+                asked(budget),
                 f"{frontier.bytes(point):.2f}",
+                *(f"{frontier.cost(point, key):.2f}" for key in costs),
                 accuracy,
                 change,
                 *((frontier.accuracy(point, apart).words("%"),) if apart else ()),
@@ -159,19 +177,35 @@ def table(frontier: Frontier) -> tuple[tuple[str, ...], ...]:
     return tuple(rows)
 
 
-def _scatter(frontier: Frontier, tasks: list[str] | None, title: str) -> Scatter:
+def _scatter(
+    frontier: Frontier, tasks: list[str] | None, title: str, *, by_reads: bool = False
+) -> Scatter:
+    """Accuracy of every point against its bytes.
+
+    Args:
+        frontier: what was measured.
+        tasks: None: the pooled ones.
+        title: of the panel.
+        by_reads: against the keys that a decode step reads instead.
+    """
     size = Axis("keys and values in use", "share of the full cache's bytes", (0.0, 1.08))
+    if by_reads:
+        size = Axis("keys read at a decode step", "share of the tokens seen", (0.0, 1.08))
+
+    def used(point: Point) -> float:
+        if by_reads:
+            return frontier.cost(point, "attended", tasks)
+        return frontier.bytes(point, tasks)
+
     full = frontier.accuracy((_FULL, None), tasks).mean
     series = []
     for name in dict.fromkeys(name for name, _ in frontier.points if name != _FULL):
-        points = sorted(
-            (p for p in frontier.points if p[0] == name), key=lambda p: frontier.bytes(p, tasks)
-        )
+        points = sorted((p for p in frontier.points if p[0] == name), key=used)
         found = [frontier.accuracy(point, tasks) for point in points]
         y, low, high = (
             np.array([getattr(one, end) for one in found]) for end in ("mean", "low", "high")
         )
-        x = np.array([frontier.bytes(point, tasks) for point in points])
+        x = np.array([used(point) for point in points])
         label = label_of(name)
         slot = color_slot(label)
         series.append(Points(label, x, y, low, high, slot=slot, joined=len(points) > 1))
@@ -182,7 +216,7 @@ def _scatter(frontier: Frontier, tasks: list[str] | None, title: str) -> Scatter
 
 def _heat(frontier: Frontier) -> Heat:
     """Accuracy by task at the middle budget, and of what has no budget."""
-    budgets = sorted({budget for _, budget in frontier.points if budget is not None})
+    budgets = sorted({b for _, b in frontier.points if b is not None and b <= 1})
     middle = min(budgets, key=lambda budget: abs(budget - 0.5)) if budgets else None
     points = [point for point in frontier.points if point[1] in (None, middle)]
     values = np.array(

@@ -23,7 +23,8 @@ from avl_analysis.intervals import Estimate, paired_share_difference, share_inte
 from avl_analysis.recordings.origin import Origin
 
 Point = tuple[str, float | None]
-"""Policy and the budget it was given; None: its own settings."""
+"""Policy and the budget it was given: a share of the bytes, or, above 1, image tokens beside all
+text; None: its own settings."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,19 @@ class Frontier:
         empty slots, do not count.
         """
         known = [line["bytes"] for line in self._cells(point, tasks) if line["bytes"] is not None]
+        return float(np.mean(known)) if known else float("nan")
+
+    def cost(self, point: Point, key: str, tasks: Sequence[str] | None = None) -> float:
+        """Another cost of a point, mean over tasks; NaN where the file does not say.
+
+        Args:
+            point: a policy and its budget.
+            key: "attended" (keys read at a decode step / tokens seen) or "attention_time"
+                (processor time of attention at a decode step / the full cache's).
+            tasks: None: pooled ones.
+        """
+        cells = self._cells(point, tasks)
+        known = [float(line[key]) for line in cells if line.get(key) is not None]
         return float(np.mean(known)) if known else float("nan")
 
     def difference(

@@ -123,6 +123,12 @@ def h2o(row: Row, head: int, count: int) -> set[int]:
     return best(received, count, newest(row, max(count // 2, 1)))
 
 
+def h2o_older(row: Row, head: int, count: int) -> set[int]:
+    """A quarter of them the newest, the others those that got most from all rows."""
+    received = row.received(head, range(len(row.positions)))
+    return best(received, count, newest(row, max(count // 4, 1)))
+
+
 def snapkv(row: Row, head: int, count: int) -> set[int]:
     """The window of the last eight, then what its rows look at, averaged over five neighbours."""
     tokens = len(row.positions)
@@ -164,6 +170,7 @@ RULES: list[tuple[avl.BudgetPolicy, Callable[[Row, int, int], set[int]]]] = [
     (avl.StreamingPolicy(budget=0.4), streaming),
     (avl.StreamingPolicy(budget=0.05), streaming),
     (avl.H2OPolicy(budget=0.4), h2o),
+    (avl.H2OPolicy(budget=0.4, recent_share=0.25), h2o_older),
     (avl.SnapKVPolicy(budget=0.4, window=8), snapkv),
     (avl.SnapKVPolicy(budget=0.05, window=8), snapkv),
     (avl.MixKVPolicy(budget=0.4, window=8), mixkv),

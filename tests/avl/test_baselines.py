@@ -153,6 +153,7 @@ def test_vl_cache_gives_layers_different_shares_with_the_budget_as_their_mean() 
         (lambda: avl.FastVPolicy(prefill_layer=0), "at least one layer"),
         (lambda: avl.VLCachePolicy(threshold=2), "got 2"),
         (lambda: avl.H2OPolicy(budget_tokens=-1), "budget_tokens must be >= 0"),
+        (lambda: avl.H2OPolicy(recent_share=1), "nothing would be left to choose"),
     ],
 )
 def test_values_out_of_range_are_refused(wrong: Any, says: str) -> None:

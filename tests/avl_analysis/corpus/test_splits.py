@@ -16,8 +16,9 @@ from avl_analysis.corpus.questions import (
     shared_questions,
 )
 from avl_analysis.errors import InputError
+from avl_analysis.evaluation import search
 from avl_analysis.evaluation.frontier import FrontierSettings
-from avl_analysis.scenes import TASKS, generate
+from avl_analysis.scenes import ALL_TASKS, TASKS, generate
 from avl_analysis.scenes.samples import SPLIT_WIDTH, SPLITS, TRAINING_SEED, split_of
 from tests import tiny
 
@@ -36,13 +37,13 @@ def test_every_split_either_chooses_or_judges() -> None:
 
 
 def test_no_seed_belongs_to_two_splits_or_to_training_whatever_the_task() -> None:
-    assert len(TASKS) <= SPLIT_WIDTH
+    assert len(ALL_TASKS) <= SPLIT_WIDTH
     for one, other in combinations(SPLITS.values(), 2):
         assert abs(one - other) >= SPLIT_WIDTH
     assert max(SPLITS.values()) + SPLIT_WIDTH <= TRAINING_SEED
     for name in SPLITS:
-        seeds = {sample.scene["seed"] for sample in scene_samples(1, split=name)}
-        assert len(seeds) == len(TASKS)
+        seeds = {sample.scene["seed"] for sample in scene_samples(1, ALL_TASKS, split=name)}
+        assert len(seeds) == len(ALL_TASKS)
         assert {split_of(seed) for seed in seeds} == {name}
     assert split_of(TRAINING_SEED + 5) == "training"
     assert split_of(0) == split_of(SPLITS["model"] - 1) == ""
@@ -58,8 +59,8 @@ def test_a_scene_is_drawn_from_its_seed_and_index_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("split", CHOOSING)
 def test_no_question_of_a_comparison_is_in_a_split_that_chooses_something(split) -> None:
-    final = scene_samples(6)
-    chosen_by = scene_samples(6, split=split)
+    final = scene_samples(6, ALL_TASKS)
+    chosen_by = scene_samples(6, ALL_TASKS, split=split)
     assert not shared_questions(final, chosen_by)
     assert not _contents(final) & _contents(chosen_by)
 
@@ -69,6 +70,35 @@ def test_comparisons_and_frontiers_ask_the_split_that_nothing_was_chosen_by() ->
     assert [sample.id for sample in scene_samples(2)] == [sample.id for sample in by_command]
     assert split_of(FrontierSettings().seed) == "comparison"
     assert describe_questions(by_command) == f"{2 * len(TASKS)} questions (split comparison)"
+
+
+def test_options_are_searched_on_the_tuning_split_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[FrontierSettings] = []
+
+    def run(settings: FrontierSettings, *_: object, **__: object) -> list[dict[str, object]]:
+        searched.append(settings)
+        return [
+            {
+                "policy": p.name,
+                "budget": p.budget,
+                "task": "ocr",
+                "accuracy": 1,
+                "bytes": 1,
+                "attended": 1,
+            }
+            for p in search.trial_points()
+        ]
+
+    monkeypatch.setattr(search, "run", run)
+    search.main(["--out", str(tmp_path / "options.json"), "--scenes", "3"])
+    (settings,) = searched
+    assert split_of(settings.seed) == "tuning"
+    tasks = list(settings.tasks)
+    asked = scene_samples(settings.samples, tasks, seed=settings.seed)
+    assert not shared_questions(asked, scene_samples(40, tasks))
+    assert not _contents(asked) & _contents(scene_samples(40, tasks))
 
 
 def test_shared_questions_are_known_by_id_and_by_content(tmp_path: Path) -> None:

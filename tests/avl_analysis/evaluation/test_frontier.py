@@ -3,7 +3,9 @@ interrupted run goes on.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 import avl
 from avl.policies.registry import PRESETS, policies
 from avl_analysis.cli.main import main
-from avl_analysis.corpus.batches import batches_by_length, images_encoded_once
+from avl_analysis.corpus.batches import batches_by_length, images_encoded_once, longest_right_answer
 from avl_analysis.corpus.questions import scene_samples
 from avl_analysis.corpus.sharded_run import in_this_process
 from avl_analysis.errors import InputError
@@ -41,6 +43,40 @@ def test_every_policy_stands_at_every_budget_beside_the_full_cache_and_the_paper
     others = len(policies()) - 1
     expected = 2 + others * 2 + 3 * len(PRESETS)
     assert len({(point.name, point.budget) for point in points}) == len(points) == expected
+
+
+def test_a_budget_above_one_is_image_tokens_beside_all_text(vlm: VLM) -> None:
+    prompts = frontier._prompts(frontier.FrontierSettings(tasks=("relation",)), vlm)
+    images = prompts.image_tokens
+    half = images // 2
+    points = [p for p in frontier.entries((0.5, half), None, prompts) if p.budget == half]
+    assert len(points) == len(policies()) - 1 + len(PRESETS)
+    samples = scene_samples(2, ["relation"])
+    inputs = vlm.prepare([list(s.images) for s in samples], [s.prompt for s in samples])
+    text = inputs["attention_mask"].sum(1).numpy() - images
+    longest = longest_right_answer(vlm, samples) - 1
+    for line in frontier.run_unit(vlm, samples, (0, 1), points):
+        answered = text[line["sample"]] + longest  # the last token is not in the cache
+        most = (answered + half) / (answered + images)
+        if line["policy"] == "fastv":  # whose filter stands behind the last layer of this model
+            assert "2 layers" in line["failed"]
+        elif line["policy"] not in ("quest", "kivi"):  # reads by it; has bits for it
+            assert line["bytes"] <= most + 0.01, line["policy"]
+    policies_at = {point.name: point.policy for point in points}
+    assert policies_at["quest"] == avl.QuestPolicy(budget_tokens=half)
+    assert policies_at["kivi"] == avl.KIVIPolicy.for_budget(0.5)
+
+
+def test_options_are_given_to_a_policy_at_every_budget_and_not_to_the_paper_or_presets() -> None:
+    options = {"snapkv": {"window": 8}, "a-vl": {"refresh_every": 1}, "a-vl-cold": {"text": 0.7}}
+    points = {(p.name, p.budget): p.policy for p in frontier.entries((0.5, 64), options)}
+    assert points["snapkv", 0.5] == avl.SnapKVPolicy(budget=0.5, window=8)
+    assert points["snapkv", 64] == avl.SnapKVPolicy(budget_tokens=64, window=8)
+    assert points["A-VL", 0.5] == avl.AdaptivePolicy.for_budget(0.5, refresh_every=1)
+    assert points["A-VL (paper)", None] == avl.AdaptivePolicy()
+    assert points["A-VL cold", None] == avl.AdaptivePolicy.with_cold_tier()
+    assert points["A-VL cold", 64] == avl.AdaptivePolicy.with_cold_tier(cold=8, text=0.7)
+    assert points["A-VL cold", 0.5] == avl.AdaptivePolicy.with_cold_tier(0.5, text=0.7)
 
 
 def test_samples_are_grouped_by_length_of_the_prompt_and_none_is_lost(vlm: VLM) -> None:
@@ -73,6 +109,10 @@ def test_each_line_is_what_compare_measures(vlm: VLM) -> None:
             assert line["right"] == float(row["correct"])
             np.testing.assert_allclose(line["held"], row["keys_held_share"])
             np.testing.assert_allclose(line["bytes"], line["held"])
+            read = np.array(row["keys_attended_by_step"])
+            read = read[np.isfinite(read)]
+            seen = float(row["prompt_tokens"]) + np.arange(1, len(read) + 1)
+            np.testing.assert_allclose(line["attended"], np.mean(read / seen) if len(read) else 1.0)
             np.testing.assert_allclose(line["filled"], row["kv_filled_share"])
             np.testing.assert_allclose(line["allocated"], row["kv_allocated_share"])
 
@@ -136,7 +176,7 @@ def test_a_summary_counts_right_answers_with_intervals_and_differences() -> None
 def small(tmp_path: Path, vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> frontier.FrontierSettings:
     """A run in this process with few points, so that tests need not start others."""
     monkeypatch.setattr(frontier, "load_model", lambda name: vlm)
-    monkeypatch.setattr(frontier, "entries", lambda budgets: POINTS)
+    monkeypatch.setattr(frontier, "entries", lambda *_: POINTS)
     frontier._samples.cache_clear()
 
     monkeypatch.setattr(frontier, "in_processes", lambda workers: in_this_process(vlm))
@@ -162,9 +202,11 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     monkeypatch.setattr(
         frontier.FrontierJob,
         "do",
-        lambda job, vlm, unit: done.append(unit.target.name) or work(job, vlm, unit),
+        lambda *given: done.append(given[-1].target.name) or work(*given),
     )
-    assert frontier.run(small, tmp_path / "part") == whole
+    assert frontier.run(small, tmp_path / "part") == [
+        {**line, "attention_seconds": ANY, "attention_time": ANY} for line in whole
+    ]
     assert len(done) == len(set(done))
 
 
@@ -173,9 +215,37 @@ def test_a_folder_of_another_run_is_refused(
 ) -> None:
     frontier.run(small, tmp_path / "work")
     with pytest.raises(InputError, match="other settings"):
-        frontier.run(
-            frontier.FrontierSettings(tasks=("colour",), samples=4, batch=2), tmp_path / "work"
-        )
+        frontier.run(replace(small, batch=4), tmp_path / "work")
+
+
+def test_more_questions_and_tasks_are_added_to_what_is_done(
+    small: frontier.FrontierSettings, tmp_path: Path
+) -> None:
+    first = frontier.run(small, tmp_path / "work")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").glob("*.jsonl")}
+    frontier._samples.cache_clear()
+    grown = replace(small, samples=6, tasks=("colour", "size", "ocr"))
+    more = frontier.run(grown, tmp_path / "work")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert [line["samples"] for line in more] == [6] * len(POINTS) * 3
+    for line, longer in zip(first, more, strict=False):
+        assert (line["task"], line["policy"]) == (longer["task"], longer["policy"])
+        assert longer["right"].startswith(line["right"])
+    frontier._samples.cache_clear()
+    assert frontier.run(grown, tmp_path / "fresh") == [
+        {**line, "attention_seconds": ANY, "attention_time": ANY} for line in more
+    ]
+
+
+def test_attention_is_timed_relative_to_the_full_cache(
+    small: frontier.FrontierSettings, tmp_path: Path
+) -> None:
+    lines = frontier.run(replace(small, tasks=("what",)), tmp_path / "work")
+    assert [line["policy"] for line in lines] == ["full", "random", "A-VL"]
+    assert lines[0]["attention_time"] == 1.0
+    for line in lines:
+        ratio = line["attention_seconds"] / lines[0]["attention_seconds"]
+        assert line["attention_time"] == pytest.approx(ratio, rel=1e-3)
 
 
 def test_what_was_written_is_read_and_anything_else_refused(tmp_path: Path) -> None:
@@ -202,16 +272,18 @@ def test_worker_processes_find_what_one_process_finds(tmp_path: Path) -> None:
         {"task": task, **line}
         for task in settings.tasks
         for samples in [scene_samples(4, [task], seed=settings.seed)]
-        for group in batches_by_length(vlm, samples, 2)
+        for group in ((0, 1), (2, 3))
         for line in frontier.run_unit(vlm, samples, group, points)
     ]
-    assert frontier.summarise(lines, points, 4) == whole
+    assert frontier.summarise(lines, points, 4) == [
+        {**line, "attention_seconds": ANY, "attention_time": ANY} for line in whole
+    ]
 
 
 def test_the_command_writes_a_frontier_that_it_can_show(
     vlm: VLM, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frontier, "entries", lambda budgets: POINTS)
+    monkeypatch.setattr(frontier, "entries", lambda *_: POINTS)
 
     monkeypatch.setattr(frontier, "in_processes", lambda workers: in_this_process(vlm))
     frontier._samples.cache_clear()
@@ -224,7 +296,10 @@ def test_the_command_writes_a_frontier_that_it_can_show(
     assert [(line["policy"], line["budget"]) for line in lines] == [
         (point.name, point.budget) for point in POINTS
     ]
-    assert about["command"].startswith("avl frontier --out f.jsonl --model scenes --scenes 2")
+    assert about["command"].startswith(
+        "avl frontier --out f.jsonl --batch-size 16 --model scenes --scenes 2"
+    )
+    assert (about["split"], about["scenes"]) == ("comparison", 2)
     for mistake, message in (
         (["--out", str(out)], "exists already"),
         ([], "pass either --out FILE"),

@@ -74,15 +74,74 @@ def test_the_verdicts_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         main(["frontier", "--show", str(tmp_path / "f.jsonl")])
     said = capsys.readouterr().out
-    assert "| A-VL cold |  | 35 % | 0.875 | 0.95, ocr |" in said
+    assert "| A-VL cold | own settings | 35 % | - | - | 0.875 |" in said
     assert "A-VL cold keeps 0.95" in said
     assert "- h2o beats A-VL cold at 10 % on ocr by 60.0 points" in said
-    assert "No baseline beats A-VL cold with no more bytes (0 comp" in frontier_table.show(
-        LINES[:6]
+    assert (
+        "No baseline beats A-VL cold on a task with no more bytes (0 comp"
+        in frontier_table.show(LINES[:6])
     )
     with pytest.raises(SystemExit) as done:
         main(["frontier", "--show", str(tmp_path / "g.jsonl")])
     assert done.value.code == 2
+
+
+MORE = [
+    {**one, "attended": one["bytes"], "attention_time": one["bytes"] / 2}
+    for one in [
+        line("full", None, "ocr", "1" * 20, 1.0),
+        line("full", None, "what", "1" * 20, 1.0),
+        line("A-VL (paper)", None, "ocr", "1" * 10 + "0" * 10, 0.5),
+        line("A-VL (paper)", None, "what", "1" * 20, 0.5),
+        line("h2o", 0.5, "ocr", "1" * 20, 0.505),
+        line("h2o", 0.5, "what", "1" * 20, 0.505),
+        line("h2o", 0.25, "ocr", "0" * 20, 0.25),
+        line("h2o", 0.25, "what", "0" * 20, 0.25),
+        line("stride", 0.5, "ocr", "0" * 20, 0.5),
+        line("stride", 0.5, "what", "0" * 20, 0.5),
+        line("random", 0.5, "ocr", "1" * 10 + "0" * 10, 0.52),
+        line("random", 32, "ocr", "1" * 9 + "0" * 11, 0.4),
+        line("random", 32, "what", "1" * 20, 0.4),
+        line("quest", 0.5, "ocr", "1" * 20, 1.1),
+        line("quest", 0.5, "what", "1" * 20, 1.1),
+    ]
+]
+MORE[-1]["attended"] = MORE[-2]["attended"] = 0.45
+
+
+def test_a_duel_is_over_all_tasks_with_the_rivals_largest_point_that_uses_no_more() -> None:
+    found = {duel.rival: duel for duel in frontier_table.duels(MORE, "A-VL (paper)", None)}
+    assert {name: duel.rival_budget for name, duel in found.items()} == {
+        "h2o": 0.5,
+        "stride": 0.5,
+        "random": 32,
+        "quest": 0.5,
+    }
+    assert {name: duel.verdict for name, duel in found.items()} == {
+        "h2o": "loses",
+        "stride": "wins",
+        "random": "undecided",
+        "quest": "loses",
+    }
+    assert found["h2o"].change.mean == -0.25
+    assert found["h2o"].change.n == 40
+    assert (found["h2o"].by, found["quest"].by, found["quest"].size) == ("bytes", "keys read", 0.45)
+
+
+def test_the_words_say_who_wins_by_how_much_and_what_is_apart() -> None:
+    one_token = [
+        {**line(policy, None, "size", right, 1.0), "answer_tokens": 1}
+        for policy, right in (("full", "1" * 20), ("A-VL (paper)", "0" * 20))
+    ]
+    said = frontier_table.show([*MORE, *one_token])
+    assert "| A-VL (paper) | own settings | 50 % | 50 % | 25 % | 0.750 | -25.0 [" in said
+    assert "| random | 32 image tokens |" in said
+    assert "- loses to: h2o at 50 %, 50 % of the bytes (-25.0 [" in said
+    assert "quest at 50 %, 45 % of the keys read" in said
+    assert (
+        "Apart, tasks answered in one token (size): the full cache's exact match is 1.000" in said
+    )
+    assert "A-VL (paper) (own settings) -100.0 [" in said
 
 
 def test_a_model_that_is_never_right_and_a_policy_that_failed_are_shown(
@@ -99,8 +158,8 @@ def test_a_model_that_is_never_right_and_a_policy_that_failed_are_shown(
         main(["frontier", "--show", str(tmp_path / "f.jsonl")])
     said = capsys.readouterr().out
     assert not done.value.code
-    assert "| full |  | 100 % | 0.000 | - |" in said
-    assert "| h2o | 10 % | - | - | - |" in said
+    assert "| full | own settings | 100 % | - | - | 0.000 |  | - |" in said
+    assert "| h2o | 10 % | - | - | - | - | - | - |" in said
     assert "What A-VL cold keeps cannot be said" in said
     assert [row.worst for row in frontier_table.rows([*LINES, failed])][2:4] == ["ocr", "count"]
 
@@ -108,14 +167,15 @@ def test_a_model_that_is_never_right_and_a_policy_that_failed_are_shown(
 def test_the_filed_frontier_is_whole_and_its_preset_keeps_what_is_claimed() -> None:
     about, lines = read(Path(__file__).parents[3] / "reports" / "reference" / "frontier.jsonl")
     assert "frontier --out frontier.jsonl" in about["command"]
-    # Policies that were added after the file was made are not in it; those that are, are complete.
-    measured = {x["policy"] for x in lines}
-    points = [point for point in entries() if point.name in measured]
+    # Policies and budgets that came after the file was made are not in it; what is in it is whole.
+    measured, budgets = {x["policy"] for x in lines}, {x["budget"] for x in lines}
+    points = [p for p in entries() if p.name in measured and p.budget in budgets]
     assert {"full", "A-VL", "A-VL (paper)", "A-VL cold", "random", "h2o"} <= measured
     assert {(x["task"], x["policy"], x["budget"]) for x in lines} == {
-        (task, point.name, point.budget) for task in TASKS for point in points
+        (task, point.name, point.budget) for task in {x["task"] for x in lines} for point in points
     }
-    assert all(x["samples"] >= 200 and x["failed"] == 0 for x in lines)
+    assert set(TASKS) <= {x["task"] for x in lines}
+    assert all(x["samples"] == lines[0]["samples"] and x["failed"] == 0 for x in lines)
     (preset,) = [
         row
         for row in frontier_table.rows(lines)

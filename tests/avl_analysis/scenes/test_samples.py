@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from avl_analysis import scenes
-from avl_analysis.scenes import drawing, world
+from avl_analysis.scenes import drawing, language, world
 from avl_analysis.scenes.drawing import CELL, GRID, PALETTE, PATCH, SHAPES, SIDE
 from tests.avl_analysis.scenes.slow_answers import answer
 
@@ -119,6 +119,18 @@ def test_every_character_of_the_font_differs_from_every_other_in_several_pixels(
 def test_every_shape_differs_from_every_other_at_the_small_size() -> None:
     masks = [drawing.coverage(shape, 16, 16, 6.0) for shape in SHAPES]
     assert min(np.abs(a - b).sum() for i, a in enumerate(masks) for b in masks[:i]) >= 12
+
+
+def test_a_story_is_a_caption_of_the_longest_kind_the_model_was_trained_on() -> None:
+    tokenizer = language.build_tokenizer()
+    told = scenes.samples(12, "story", seed=20)
+    for sample in told:
+        assert len(sample.scene.things) == 6
+        assert sample.answer == answer(sample.scene, "caption", sample.prompt)
+        assert len(tokenizer(sample.answer, add_special_tokens=False).input_ids) in (59, 60)
+    longest = [len(s.answer.split()) for s in scenes.samples(200, "caption", seed=20)]
+    assert {len(sample.answer.split()) for sample in told} == {max(longest)}
+    assert {s.task for s in scenes.samples(60, seed=20)} <= set(scenes.TASKS)
 
 
 @pytest.mark.parametrize("task", scenes.TASKS)
