@@ -27,9 +27,11 @@ class AdaSnapKVPolicy(SnapKVPolicy):
     attention is spread out so hold more than those that look at few keys, and what they hold is
     stored without gaps (ragged_buffer.py).
 
-    Deviations: the released program takes the best keys of all heads first and moves each head's
-    number towards the mean by the guaranteed part; here that part is each head's for certain, and
-    the rest is free. With grouped-query attention the heads of a group are summed, and a window
+    Deviations: scores are pooled as SnapKV's are, by the mean over five keys (the released
+    program's class takes the largest of seven by default); the program takes the best keys of all
+    heads first and moves each head's number towards the mean by the guaranteed part, and keeps the
+    window beside that; here that part is each head's for certain, the rest is free, and the window
+    counts. With grouped-query attention the heads of a group are summed, and a window
     larger than the budget is cut to its newest keys. While decoding every head drops one key when
     the layer's budget is exceeded.
 

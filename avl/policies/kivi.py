@@ -29,7 +29,7 @@ class KIVIPolicy(Policy):
 
     Attributes:
         bits: of a stored number: 8, 4 or 2.
-        newest: keys that stay in full precision (128 in the paper).
+        newest: keys that stay in full precision (128 in the paper; 32 in the released example).
     """
 
     name: ClassVar[str] = "kivi"

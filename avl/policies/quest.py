@@ -25,7 +25,8 @@ class QuestPolicy(PagedPolicy):
     them.
 
     Deviations: with grouped-query attention a page's worth is the largest over the query heads of a
-    group; the newest page is always read, and counts.
+    group, where the released program lets every query head choose for itself; the newest page is
+    always read, and counts; the program reads at least three pages whatever the budget.
 
     Attributes:
         budget: share of the keys that a layer reads at a step, (0, 1].

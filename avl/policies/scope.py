@@ -22,8 +22,11 @@ class SCOPEPolicy(BeforeDecoderPolicy):
     times the attention it gets from the encoder's class token in the last layer but one, as in the
     released program.
 
-    Deviations: cosines are those of features behind the projector; an encoder without class token
-    gives the attention a token gets from all others, in the mean; tokens keep their positions.
+    Deviations: cosines are those of features behind the projector (the released program takes the
+    encoder's last layer but one); an encoder without class token gives the attention a token gets
+    from all others, in the mean; all images of a prompt are pruned together (the program gives each
+    equally many tokens); the program's exponent of the attention is its default, 1; tokens keep
+    their positions.
     Encoders whose tokens do not become image tokens one by one are refused.
     """
 
