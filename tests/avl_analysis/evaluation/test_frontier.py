@@ -304,7 +304,7 @@ def test_the_command_writes_a_frontier_that_it_can_show(
         (["--out", str(out)], "exists already"),
         ([], "pass either --out FILE"),
         (["--out", str(tmp_path / "g.jsonl"), "--task", "smell"], "unknown task 'smell'"),
-        (["--out", str(tmp_path / "g.jsonl"), "--budgets", "2"], "is not a share"),
+        (["--out", str(tmp_path / "g.jsonl"), "--budgets", "1.5"], "is not a share"),
         (["--out", str(tmp_path / "g.jsonl"), "--budgets", "half"], "is not a list of numbers"),
     ):
         capsys.readouterr()
