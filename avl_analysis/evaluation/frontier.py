@@ -155,7 +155,7 @@ class Prompts:
 
 
 def entries(
-    budgets: Sequence[float] = BUDGETS,
+    budgets: Sequence[float] = (*BUDGETS, *TOKENS),
     options: Mapping[str, Mapping[str, Any]] | None = None,
     prompts: Prompts | None = None,
 ) -> list[FrontierPoint]:

@@ -6,7 +6,8 @@ import pytest
 
 from avl_analysis.cli.main import main
 from avl_analysis.evaluation import frontier_table
-from avl_analysis.evaluation.frontier import entries, read, write
+from avl_analysis.evaluation.frontier import entries, policy_at, read, write
+from avl_analysis.evaluation.policy_files import load_options
 from avl_analysis.scenes import TASKS
 
 
@@ -147,10 +148,10 @@ def test_the_words_say_who_wins_by_how_much_and_what_is_apart() -> None:
 def test_a_model_that_is_never_right_and_a_policy_that_failed_are_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    failed = {**line("h2o", 0.1, "ocr", "----", 0.0), "accuracy": None, "bytes": None}
+    failed = {**line("h2o", 0.1, "ocr", "-" * 20, 0.0), "accuracy": None, "bytes": None}
     wrong = [
-        line("full", None, "ocr", "0000", 1.0),
-        line("A-VL cold", None, "ocr", "0000", 0.3),
+        line("full", None, "ocr", "0" * 20, 1.0),
+        line("A-VL cold", None, "ocr", "0" * 20, 0.3),
         failed,
     ]
     write(tmp_path / "f.jsonl", wrong, {})
@@ -183,3 +184,30 @@ def test_the_filed_frontier_is_whole_and_its_preset_keeps_what_is_claimed() -> N
     ]
     assert preset.kept >= frontier_table.KEPT
     assert preset.most_bytes <= 0.5
+
+
+def test_the_page_on_the_frontier_says_what_the_filed_frontier_says() -> None:
+    root = Path(__file__).parents[3]
+    about, lines = read(root / "reports" / "reference" / "frontier.jsonl")
+    page = (root / "docs" / "frontier.md").read_text(encoding="utf-8")
+    for part in frontier_table.show(lines).split("\n\n"):
+        assert part in page
+    assert about["command"].partition(" --task")[0] in page
+    assert about["split"] == "comparison"
+    options = root / "reports" / "reference" / "policy-options.json"
+    asked = {(x["policy"], x["budget"]): x["settings"] for x in lines}
+    for name, fields in load_options(options).items():
+        shown = name.replace("a-vl", "A-VL").replace("-cold", " cold")
+        assert asked[shown, 0.5] == repr(policy_at(name, 0.5, fields))
+
+
+def test_readme_says_what_the_filed_frontier_says_of_long_answers() -> None:
+    _, lines = read(Path(__file__).parents[3] / "reports" / "reference" / "frontier.jsonl")
+    cells = {
+        (x["policy"], x["budget"], x["task"]): (x["right"].count("1"), round(100 * x["bytes"]))
+        for x in lines
+    }
+    long = ("caption", "story")
+    assert [cells["A-VL (paper)", None, task] for task in long] == [(0, 56), (0, 57)]
+    assert [cells["A-VL cold", None, task] for task in long] == [(16, 37), (16, 43)]
+    assert [cells["kivi", 0.25, task] for task in long] == [(16, 29), (16, 32)]
