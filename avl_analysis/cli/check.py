@@ -6,6 +6,7 @@ What is true of every model type of the installed transformers, found out on tin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import typer
@@ -50,11 +51,11 @@ def check_types(names: Sequence[str] | None, write: Path | None) -> None:
             except Mismatch as mismatch:
                 failures.append(f"{name}: {mismatch}")
     table = Table(box=None)
-    for heading in ("type", "recorded", "adapted", "picture map", "pixels"):
+    for heading in ("type", "recorded", "adapted", "picture map", "pixels", "video"):
         # In a narrow terminal names go on in the next line, uncut.
         table.add_column(heading, overflow="fold")
     for row in rows:
-        table.add_row(row.model_type, row.recorded, row.adapted, row.picture_map, row.pixels)
+        table.add_row(*astuple(row))
     Console().print(table, counts(rows), *failures, sep="\n")
     if failures:
         raise typer.Exit(1)

@@ -19,6 +19,7 @@ from avl_analysis.conformance.adapting import check_adapting
 from avl_analysis.conformance.build import Case
 from avl_analysis.conformance.painting import check_places
 from avl_analysis.conformance.recording import Mismatch, check_recording
+from avl_analysis.conformance.video_painting import PROCESSORS, check_video
 
 YES = "exact"
 NOT_CHECKED = "not checked"
@@ -34,6 +35,7 @@ class Row:
         adapted: "n of m layers" that a policy acts on, or why none.
         picture_map: what is recorded of places in the picture, and how that was checked.
         pixels: what the tiny model was shown: "processor" (its own image processor) or "random".
+        video: what is recorded of frames and places in a video, "-" where that was not checked.
     """
 
     model_type: str
@@ -41,6 +43,7 @@ class Row:
     adapted: str
     picture_map: str
     pixels: str
+    video: str = "-"
 
     @property
     def is_recorded(self) -> bool:
@@ -76,7 +79,7 @@ def check(model_type: str) -> Row:
         check_recording(case)
     except LookupError as missing:
         return Row(model_type, f"{NOT_CHECKED}: {missing}", "-", "-", "-")
-    return Row(model_type, YES, _adapted(case), _places(case), case.pixels_from)
+    return Row(model_type, YES, _adapted(case), _places(case), case.pixels_from, _video(case))
 
 
 def _adapted(case: Case) -> str:
@@ -103,6 +106,21 @@ def _places(case: Case) -> str:
     return "grid, confirmed by painting"
 
 
+def _video(case: Case) -> str:
+    """What is recorded of time and place in a video, and whether painting confirmed it."""
+    if case.model_type not in PROCESSORS:
+        return "-"
+    found = check_video(case)
+    if found.wrong:
+        raise Mismatch(
+            f"{found.wrong} tokens of a video of {case.model_type} do not lie where and when the"
+            " recording says"
+        )
+    if not (found.inside and found.outside):
+        return "frames, not confirmed"
+    return "frames, confirmed by painting"
+
+
 def _reason(refusal: UnsupportedModelError) -> str:
     """The reason inside a refusal, without the advice around it."""
     text = str(refusal)
@@ -113,7 +131,7 @@ def _reason(refusal: UnsupportedModelError) -> str:
 
 # -- the table as text -----------------------------------------------------------------------------
 
-_HEAD = ("type", "recorded", "adapted", "picture map", "pixels")
+_HEAD = ("type", "recorded", "adapted", "picture map", "pixels", "video")
 
 
 def counts(rows: Sequence[Row]) -> str:
