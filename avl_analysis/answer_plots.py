@@ -67,6 +67,92 @@ def plot_token(
     return _plot("token", "Where the model looked for a token", panels, what, seen, columns=3)
 
 
+MOST_FRAMES = 8
+"""Frames of a video that are drawn; of longer videos as many, evenly spread."""
+
+
+def plot_video(
+    seen: Observation,
+    frames: Sequence[Pixels],
+    token: int,
+    layer: int | None = None,
+    head: int | None = None,
+    *,
+    boxes: Sequence[Box] = (),
+) -> Plot:
+    """The frames of a video with the attention of one answer token, and a strip over time.
+
+    The strip has a row for every answer token and a column for every frame: the attention on that
+    frame while the token is written. Frames are those of the prompt's first video; where a model
+    makes one token of a patch in several frames, the first frame of each group is drawn.
+
+    Args:
+        seen: the answer, watched.
+        frames: (height, width, 3) uint8 each, all that were shown, in order.
+        token: number of the answer token, from 0.
+        layer: a decoder layer; None for the mean over layers.
+        head: a query head; None for the mean over heads.
+        boxes: an outline for every frame, in its pixels.
+
+    Raises:
+        InputError: no video in the prompt, or not known where its tokens lie, or a token, layer or
+            head that is not there.
+    """
+    timed = [number for number in seen.drawable if seen.images[number].frame >= 0]
+    timed = [one for one in timed if seen.images[one].image == seen.images[timed[0]].image]
+    if not timed:
+        raise InputError(
+            "no video with known places of its tokens was asked about: pass the answer to a"
+            " question about a Video"
+        )
+    together = -(-len(frames) // len(timed))
+    look = np.nan_to_num(seen.look(token, layer, head))
+    top = max(float(look[seen.images[one].position].max()) for one in timed)
+    picked = np.linspace(0, len(timed) - 1, min(MOST_FRAMES, len(timed))).round().astype(int)
+    panels: list[Panel] = []
+    for number in picked.tolist():
+        at, tokens = number * together, seen.images[timed[number]]
+        panels.append(
+            looks.token_overlay(
+                frames[at],
+                seen.on_image(look, timed[number]),
+                boxes=tuple(boxes[at : at + 1]),
+                title=f"frame {number}, {look[tokens.position].sum():.1%}",
+                top=top,
+            )
+        )
+    panels.append(_over_time(seen, timed, layer, head))
+    what = (
+        f"Attention of answer token {token}, {who(layer, head)}, on every frame, all on one scale"
+        " (above each its share of all attention), and attention on every frame while each token is"
+        " written."
+    )
+    return _plot("video", "Attention over time", panels, what, seen, columns=4)
+
+
+def _over_time(
+    seen: Observation, timed: Sequence[int], layer: int | None, head: int | None
+) -> Heat:
+    """Attention on every frame, by answer token.
+
+    Args:
+        seen: the answer, watched.
+        timed: which of its images are the frames.
+        layer: a decoder layer; None for the mean over layers.
+        head: a query head; None for the mean over heads.
+    """
+    words = [visible(word) for word in seen.answer.words[: seen.steps]]
+    rows = [np.nan_to_num(seen.look(step, layer, head)) for step in range(max(1, len(words)))]
+    mass = np.array([[row[seen.images[one].position].sum() for one in timed] for row in rows])
+    return Heat(
+        Axis("frame", "index", ticks=tuple((float(i), str(i)) for i in range(len(timed)))),
+        Axis("answer token", "index", ticks=tuple((float(i), w) for i, w in enumerate(words))),
+        Axis("attention", "share of the row"),
+        mass,
+        title="over time",
+    )
+
+
 def by_layer(seen: Observation, token: int, head: int | None = None) -> Lines:
     """How every layer divides one answer token's attention between system, image and text.
 

@@ -23,7 +23,16 @@ def asked(question: Question) -> str:
     ]
     picture, prompt = question.picture, question.prompt
     system = f", system={question.system!r}" if question.system else ""
-    if picture.scene is None:
+    if picture.moving is not None:
+        seed, index = picture.moving
+        lines += [
+            "from avl_analysis import Video, scenes",
+            "",
+            f"frames = scenes.moving({seed}, {index}).frames",
+            "image = frames[0]",
+            f'sample = Sample("question", (Video(frames),), {prompt!r}{system})',
+        ]
+    elif picture.scene is None:
         lines += [
             "from avl_analysis.models.images import open_image",
             "import numpy as np",
@@ -205,6 +214,18 @@ def over_answer(question: Question, layer: int | None, head: int | None) -> str:
         layer, head: the chosen ones; None for the mean.
     """
     return _plotted(question, "plot_over_answer", f"layer={layer}, head={head}", "over_answer")
+
+
+def video(question: Question, step: int, layer: int | None, head: int | None) -> str:
+    """The frames and the strip over time of Ask.
+
+    Args:
+        question: what was asked.
+        step: number of the answer token.
+        layer, head: the chosen ones; None for the mean.
+    """
+    arguments = f"frames, {step}, layer={layer}, head={head}"
+    return _of_answer(question, "plot_video", arguments, "video")
 
 
 def _plotted(question: Question, function: str, arguments: str, name: str) -> str:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avl_analysis.corpus.questions import Sample, scene_sample
+from avl_analysis.models.videos import Video
 from avl_app.examples import asked_scene
 from avl_app.pictures import Picture
 
@@ -78,7 +79,8 @@ class Question:
         system = self.system or None
         if (scene := asked_scene(self.picture, self.prompt)) is not None:
             return replace(scene_sample(scene), system=system)
-        return Sample("question", (self.picture.pixels,), self.prompt, system=system)
+        pictures = (Video(self.picture.frames) if self.picture.frames else self.picture.pixels,)
+        return Sample("question", pictures, self.prompt, system=system)
 
     @property
     def drawing(self) -> dict[str, Any]:

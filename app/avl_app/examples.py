@@ -13,9 +13,9 @@ from functools import lru_cache
 import numpy as np
 
 from avl_analysis import scenes
-from avl_analysis.scenes import SceneSample
+from avl_analysis.scenes import MovingScene, SceneSample
 from avl_analysis.scenes.questions import vocabulary
-from avl_app.pictures import Picture, picture
+from avl_app.pictures import Picture, picture, video
 
 EMBEDDED = "scenes"
 """Name of the model that ships with the package."""
@@ -44,6 +44,18 @@ TASK_NAMES = {
 def scene_picture(index: int) -> Picture:
     """Example picture `index`."""
     return picture(scenes.generate(SEED, index, "caption").image, f"scene {index}", (SEED, index))
+
+
+@lru_cache(maxsize=16)
+def moving_scene(index: int) -> MovingScene:
+    """Example video `index` with the truth about it."""
+    return scenes.moving(SEED, index)
+
+
+@lru_cache(maxsize=16)
+def moving_picture(index: int) -> Picture:
+    """Example video `index`."""
+    return video(moving_scene(index).frames, f"video {index}", (SEED, index))
 
 
 @lru_cache(maxsize=64)

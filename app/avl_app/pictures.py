@@ -1,4 +1,4 @@
-"""A picture that somebody asks about.
+"""A picture, or a video, that somebody asks about.
 
 Its pixels, its name, and the hash that results are kept under.
 """
@@ -6,6 +6,7 @@ Its pixels, its name, and the hash that results are kept under.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +22,26 @@ class Picture:
         name: what it is called on the page.
         digest: hash of the pixels, what results are kept under.
         scene: (seed, index) of a drawn scene, None for other pictures.
+        frames: of a video its frames, as `pixels`, which are then the first of them.
+        moving: (seed, index) of a drawn video, None for everything else.
     """
 
     pixels: NDArray[np.uint8]
     name: str
     digest: str
     scene: tuple[int, int] | None = None
+    frames: tuple[NDArray[np.uint8], ...] = ()
+    moving: tuple[int, int] | None = None
+
+
+def video(frames: Sequence[NDArray[np.uint8]], name: str, moving: tuple[int, int]) -> Picture:
+    """A drawn video from its frames, all of one size."""
+    whole = picture(np.concatenate(list(frames)), name)
+    height = frames[0].shape[0]
+    kept = tuple(
+        whole.pixels[start : start + height] for start in range(0, len(whole.pixels), height)
+    )
+    return Picture(kept[0], name, f"video {whole.digest}", frames=kept, moving=moving)
 
 
 def picture(pixels: NDArray[np.uint8], name: str, scene: tuple[int, int] | None = None) -> Picture:

@@ -35,7 +35,7 @@ _SCALES = {
 }
 """What the strongest colour over a picture stands for."""
 _TYPES = ["png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "ppm"]
-_SOURCE_NAMES = {"example": "Example", "upload": "Upload", "webcam": "Webcam"}
+_SOURCE_NAMES = {"example": "Example", "video": "Video", "upload": "Upload", "webcam": "Webcam"}
 
 
 def show(given: Settings, bench: ModelServer) -> Question | None:
@@ -245,6 +245,15 @@ def _picture(given: Settings, bench: ModelServer) -> Picture | None:
         )
         _gallery()
         picture = examples.scene_picture(int(state.get("scene")))
+    elif source == "video":
+        st.number_input(
+            "Video",
+            0,
+            examples.SCENES - 1,
+            key="clip",
+            help="A moving shape; the embedded model has seen single pictures only.",
+        )
+        picture = examples.moving_picture(int(state.get("clip")))
     elif source == "upload":
         sent = sent_files(
             "Picture file",
@@ -277,9 +286,14 @@ def _picture(given: Settings, bench: ModelServer) -> Picture | None:
         except InputError as error:
             problem(error)
             return None
+    caption = picture.name
+    if picture.moving is not None:
+        truth = examples.moving_scene(picture.moving[1])
+        caption += f", {len(picture.frames)} frames: the {truth.colour} {truth.shape} moves"
+        caption += f" {truth.direction}"
     st.image(
         thumbnail(picture.pixels),
-        caption=plain(picture.name),
+        caption=plain(caption),
         alt=f"the picture asked about, {picture.name}",
     )
     return picture

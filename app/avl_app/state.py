@@ -72,7 +72,7 @@ def _flag(text: str) -> bool:
 
 
 VIEWS = ("ask", "heads", "patterns", "live", "benchmark", "report")
-SOURCES = ("example", "upload", "webcam")
+SOURCES = ("example", "video", "upload", "webcam")
 
 BENCH_SOURCES = ("scenes", "jsonl", "saved")
 PAPER = "paper"
@@ -84,6 +84,7 @@ FIELDS: dict[str, Field] = {
     "model": Field("", _text),
     "source": Field("example", _one_of(*SOURCES)),
     "scene": Field(0, _number(0, 999)),
+    "clip": Field(0, _number(0, 999)),
     "task": Field("caption", _text),
     "prompt": Field("Describe the picture.", _text),
     "longest": Field(64, _number(1, 4096)),

@@ -86,8 +86,10 @@ def moving(seed: int, index: int = 0, frames: int = FRAMES) -> MovingScene:
     shapes = rng.choice(len(SHAPES), 2, replace=False)
     ground = drawing.background(rng)
     inks = [drawing.tinted(rng, COLOURS[colour]) for colour in colours]
-    across = rng.uniform(MARGIN, SIDE - MARGIN)  # of the moving shape, beside its way
-    beside = across + SIDE / 2 if across < SIDE / 2 else across - SIDE / 2
+    # The two shapes keep to one half of the picture each, so that neither covers the other and
+    # neither is cut off at the border.
+    near = rng.uniform(MARGIN, SIDE / 2 - MARGIN)
+    across, beside = (near, near + SIDE / 2) if rng.integers(2) else (near + SIDE / 2, near)
     along = rng.uniform(MARGIN, SIDE - MARGIN)
     way = np.linspace(MARGIN, SIDE - MARGIN, frames)
     if direction in ("left", "up"):

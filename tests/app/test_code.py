@@ -16,7 +16,11 @@ from streamlit.testing.v1 import AppTest
 
 from avl_analysis.figures.spec import Figure, rows
 from avl_app import page as parts
+from avl_app.examples import moving_scene
 from tests.app.pages import ONE_WORD, errors, page
+
+VIDEO = {"source": "video", "clip": "3", "task": "own question", "longest": "3"}
+"""The address of a drawn video."""
 
 PAIRS: list[tuple[Figure | None, str]] = []
 """Figure and code that the pages have offered since the last test began."""
@@ -81,6 +85,26 @@ def test_an_answer_that_is_drawn_comes_again_from_the_code() -> None:
 
 def test_ask_gives_the_code_of_its_relevance_maps() -> None:
     check(page(**ONE_WORD, token="0", layer="3", head="2", map="gradient"), 2)
+
+
+def test_a_video_is_shown_frame_by_frame_with_a_strip_over_time_and_their_code() -> None:
+    test = page(**VIDEO, prompt="Where is the picture?")
+    check(test, 1)
+    figures = [figure for figure, _ in PAIRS if figure is not None and figure.name == "video"]
+    scene = moving_scene(3)
+    *overlays, strip = figures[0].panels
+    assert all(np.array_equal(o.picture, f) for o, f in zip(overlays, scene.frames, strict=True))
+    assert strip.values.shape[1] == len(scene.frames)
+    step = int(test.session_state["token"])
+    shares = [float(panel.title.split(", ")[1].rstrip("%")) / 100 for panel in overlays]
+    np.testing.assert_allclose(strip.values[step], shares, atol=6e-4)
+
+
+def test_the_other_views_show_a_video_by_its_first_frame() -> None:
+    for view in ("heads", "live"):
+        test = page(view=view, prompt="Where is the picture?", layer="1", head="1", **VIDEO)
+        assert not errors(test)
+        assert any("first frame of the video" in one.value.lower() for one in test.caption)
 
 
 def test_heads_give_the_code_of_the_map_and_of_the_grid_of_heads() -> None:

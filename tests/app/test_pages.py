@@ -156,9 +156,9 @@ def test_a_folder_that_is_named_is_loaded_and_asked(
 
 
 def test_the_webcam_is_offered_only_where_it_was_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sources(page(**ONE_WORD, source="webcam")) == ["Example", "Upload"]
+    assert sources(page(**ONE_WORD, source="webcam")) == ["Example", "Video", "Upload"]
     monkeypatch.setenv(VARIABLE, Settings(webcam=True).as_json())
-    assert sources(page(**ONE_WORD)) == ["Example", "Upload", "Webcam"]
+    assert sources(page(**ONE_WORD)) == ["Example", "Video", "Upload", "Webcam"]
 
 
 def test_pictures_are_taken_by_content_and_refused_in_one_sentence() -> None:

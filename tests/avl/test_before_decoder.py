@@ -10,6 +10,7 @@ from torch import Tensor
 
 import avl
 from avl.families import UnsupportedModelError
+from avl.places import remember_originals
 from avl.policies.downsample import grid_within
 from tests import tiny
 from tests.avl.generating import difference, generate
@@ -220,3 +221,20 @@ def test_a_decoder_that_adds_image_features_behind_the_filter_is_refused(
     ):
         model(**tiny.inputs(model, [9]))
     hook.remove()
+
+
+def test_downsampling_divides_every_frame_of_a_video_by_itself() -> None:
+    """As it divides the same frames given as pictures; a video's tokens are otherwise one image."""
+    model = tiny.llava(grid=4)
+    batch = tiny.inputs(model, [9], images=3, between=4)
+    policy = avl.DownsamplePolicy(budget=0.5)
+    found = []
+    for frames in ([[0, 0, 0]], [[3]]):
+        shown = {name: tensor.clone() for name, tensor in batch.items()}
+        remember_originals(shown, [[(24, 24)] * len(frames[0])], None, frames)
+        with avl.adaptive(model, policy) as session:
+            out = model.generate(**shown, max_new_tokens=4, do_sample=False)
+        layout = session.selection.layout
+        found.append((out.tolist(), session.selection.state(0).tolist(), layout.frame.max()))
+    assert found[0][:2] == found[1][:2]
+    assert (int(found[0][2]), int(found[1][2])) == (-1, 2)

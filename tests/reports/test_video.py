@@ -70,7 +70,8 @@ def test_tokens_under_the_moving_shape_are_those_of_each_frames_own_box(recordin
     expected = []
     for number, position in enumerate(of_image):
         left, top, right, bottom = scene.boxes[int(tokens["frame"].values[position])]
-        edges = [96 * float(tokens[e].values[position]) for e in ("left", "top", "right", "bottom")]
+        names = ("left", "top", "right", "bottom")
+        edges = [round(96 * float(tokens[name].values[position])) for name in names]
         wide = min(edges[2], right) - max(edges[0], left)
         high = min(edges[3], bottom) - max(edges[1], top)
         if wide > 0 and high > 0 and wide * high >= 8 * 8 / 2:  # at least half of the token

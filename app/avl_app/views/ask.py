@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import streamlit as st
 
-from avl_analysis.answer_plots import plot_over_answer, plot_token
+from avl_analysis.answer_plots import by_layer, plot_over_answer, plot_token, plot_video
 from avl_analysis.corpus.regions import Region, on_tokens, word_regions
-from avl_analysis.figures import Box, Figure, looks
+from avl_analysis.figures import Box, Figure, Overlay, looks
 from avl_analysis.live import FOCUS, Focus, Observation
 from avl_analysis.relevance import METHODS
 from avl_analysis.scenes import SceneSample
@@ -30,6 +30,8 @@ from avl_app.page import (
 )
 from avl_app.views import maps, tokens
 
+_FRAMES_IN_A_ROW = 3
+
 
 def show(context: Context) -> None:
     """Draw the view."""
@@ -41,16 +43,23 @@ def show(context: Context) -> None:
         return
     with st.container(key="ask"):
         with st.container(key="ask_controls"):
-            method = maps.choose() if seen.drawable else "raw"
+            video = bool(context.question.picture.frames)
+            method = maps.choose() if seen.drawable and not video else "raw"
             layer, head = _layer_and_head(seen)
         region = _region(seen, sample, step)
         with st.container(key="ask_pictures"):
             st.markdown(f"#### {_sentence(seen, step, layer, head, region)}")
-            figure, python = _pictures(context, seen, step, layer, head, region, method)
+            if video and seen.drawable:
+                figure, python = _video(context, seen, step, layer, head)
+            else:
+                figure, python = _pictures(context, seen, step, layer, head, region, method)
             keep(figure, python, "ask")
         with st.container(key="ask_words"):
             _words(seen, step, layer, head)
             tokens.choices(context, seen, step)
+        if video:  # the parts below are about one picture
+            tokens.words(context, seen, layer, head)
+            return
         _over_answer(context, seen, layer, head)
         tokens.readers(context, seen, step, layer, head)
         tokens.words(context, seen, layer, head)
@@ -72,6 +81,7 @@ def _beside(
         layer, head: the chosen ones, for both; None for the mean.
     """
     known = [q for q in history.others(context.question) if q.model == context.question.model]
+    known = [question for question in known if not question.picture.frames]
     if not known:
         return
     names = dict(zip(known, history.titles(known), strict=True))
@@ -302,6 +312,48 @@ def _top(seen: Observation, layer: int | None, head: int | None) -> float | None
         looks_of_all = (seen.look(step, layer, head) for step in range(seen.steps))
         return max(float(np.nanmax(look[seen.image == 0], initial=1e-6)) for look in looks_of_all)
     return 1.0 if scale == "row" else None
+
+
+def _video(
+    context: Context, seen: Observation, step: int, layer: int | None, head: int | None
+) -> tuple[Figure, str]:
+    """The frames of a video with a map over each, and the strip over time.
+
+    Returns the figure to take away and the code that gives it.
+
+    Args:
+        seen: the answer, watched.
+        step: number of the chosen token.
+        layer, head: the chosen ones; None for the mean.
+    """
+    frames = context.question.picture.frames
+    figure = plot_video(seen, frames, step, layer, head).figure
+    overlays = [panel for panel in figure.panels if isinstance(panel, Overlay)]
+    st.markdown(f"**Every frame, for “{shown_token(seen.answer.words[step])}”**")
+    for start in range(0, len(overlays), _FRAMES_IN_A_ROW):
+        row = overlays[start : start + _FRAMES_IN_A_ROW]
+        columns = st.columns(_FRAMES_IN_A_ROW)
+        for number, (column, panel) in enumerate(zip(columns, row, strict=False), start):
+            with column:
+                plot(
+                    panel,
+                    f"frame{number}",
+                    opacity=float(state.get("opacity")),
+                    height=picture_height(frames[0], 240),
+                )
+    top = overlays[0].value.limits[1] if overlays[0].value.limits else 0.0
+    st.caption(
+        f"Full colour: {top:.1%} of all attention, in every frame. Above each frame: its share of"
+        " all attention."
+    )
+    left, right = st.columns(2)
+    with left:
+        st.markdown("**Over time: which frame each word looks at**")
+        plot(figure.panels[-1], "over_time", titled=False, height=320)
+    with right:
+        st.markdown("**Picture or text, layer by layer**")
+        plot(by_layer(seen, step, head), "by_layer", titled=False, height=320)
+    return figure, code.video(context.question, step, layer, head)
 
 
 def patch_frames(seen: Observation, region: Region) -> tuple[Box, ...]:

@@ -327,7 +327,11 @@ def _head(
                 f"o{name}",
                 height=picture_height(context.question.picture.pixels, 210 if narrow else 280),
             )
-            st.caption(f"Full colour: {top:.1%} of all attention" + ", in both heads." * narrow)
+            st.caption(
+                f"Full colour: {top:.1%} of all attention"
+                + ", in both heads." * narrow
+                + " The first frame of the video." * bool(context.question.picture.frames)
+            )
     with places[1]:
         st.markdown("**Over the answer**")
         mass = plot_mass(seen, layer, head).figure.panels[0]

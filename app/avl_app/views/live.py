@@ -344,6 +344,8 @@ def _player(context: Context, seen: Observation, said: Answer, layer: int, playi
             opacity=float(state.get("opacity")),
             height=420,
         )
+        if context.question.picture.frames:
+            st.caption("The first frame of the video; the numbers are of all frames.")
     with right:
         word = shown_token(said.words[step]) if step < len(said.words) else None
         when = "After the prompt" if step == 0 else f"After decode step {step}"

@@ -52,3 +52,11 @@ def test_the_same_numbers_give_the_same_video_and_all_directions_occur() -> None
 def test_what_is_no_video_is_refused(wrong: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="at least 2 frames"):
         moving(*wrong)
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_no_shape_is_cut_off_at_the_border(index: int) -> None:
+    scene = moving(7, index)
+    for box in (*scene.boxes, scene.still_box):
+        assert 0 < box[0] < box[2] < 96
+        assert 0 < box[1] < box[3] < 96
