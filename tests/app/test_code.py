@@ -89,7 +89,7 @@ def test_ask_gives_the_code_of_its_relevance_maps() -> None:
 
 def test_a_video_is_shown_frame_by_frame_with_a_strip_over_time_and_their_code() -> None:
     test = page(**VIDEO, prompt="Where is the picture?")
-    check(test, 1)
+    check(test, 2)
     figures = [figure for figure, _ in PAIRS if figure is not None and figure.name == "video"]
     scene = moving_scene(3)
     *overlays, strip = figures[0].panels
