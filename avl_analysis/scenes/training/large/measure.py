@@ -19,6 +19,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from avl_analysis.scenes import MODEL_DIR, questions, world
 from avl_analysis.scenes.language import ASSISTANT, conversation, load_processor, pixel_values
+from avl_analysis.scenes.questions import Question
 from avl_analysis.scenes.samples import SPLITS
 from avl_analysis.scenes.training import packed
 from avl_analysis.scenes.training.large import conversations, texts
@@ -122,6 +123,17 @@ def reading(model: LlavaForConditionalGeneration, head: Reader) -> dict[str, flo
     return accuracy(named, labels(scenes))
 
 
+def _caption(scene: Scene) -> Question:
+    question = questions.ask(np.random.default_rng(0), scene, "caption")
+    assert question is not None  # every scene has a caption
+    return question
+
+
+def caption_tokens(processor: LlavaProcessor, scene: Scene) -> list[str]:
+    """The tokens of a scene's caption, as the tokenizer spells them, without the end mark."""
+    return processor.tokenizer.tokenize(_caption(scene).answer)
+
+
 @torch.no_grad()
 def caption_attention(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, scene: Scene
@@ -137,8 +149,7 @@ def caption_attention(
         Weights (layers, heads, queries, keys), positions of the image tokens, row of the last
         prompt token, which is the first one that answers.
     """
-    question = questions.ask(np.random.default_rng(0), scene, "caption")
-    assert question is not None  # every scene has a caption
+    question = _caption(scene)
     answer = {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}
     text = processor.apply_chat_template([*conversation(question.prompt), answer])
     inputs = processor(text=text, images=scene.image, return_tensors="pt").to(model.device)
