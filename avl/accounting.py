@@ -135,13 +135,8 @@ class Usage:
 
         1.0 before the first decode step.
         """
-        shares = [
-            keys / step.seen
-            for step in self.steps
-            if step.step > 0
-            for layer in step.attended
-            for keys in layer
-        ]
+        decoded = [step for step in self.steps if step.step > 0]
+        shares = [keys / step.seen for step in decoded for layer in step.attended for keys in layer]
         return sum(shares) / len(shares) if shares else 1.0
 
 
