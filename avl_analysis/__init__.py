@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from avl_analysis.evaluation.policy_files import load_policy as load_policy
     from avl_analysis.evaluation.policy_files import save_policy as save_policy
     from avl_analysis.map_plots import plot_grounding as plot_grounding
+    from avl_analysis.map_plots import plot_patch_names as plot_patch_names
+    from avl_analysis.map_plots import plot_patch_words as plot_patch_words
     from avl_analysis.map_plots import plot_relevance as plot_relevance
     from avl_analysis.models.loading import VLM as VLM
     from avl_analysis.models.loading import load_model as load_model
@@ -58,6 +60,8 @@ _HOME = {  # public name -> module it lives in; no module may have the name of s
     "plot_heads": "plots",
     "plot_grounding": "map_plots",
     "plot_knockout": "plots",
+    "plot_patch_names": "map_plots",
+    "plot_patch_words": "map_plots",
     "plot_relevance": "map_plots",
     "read_samples": "corpus.questions",
     "record": "capture.recorder",
@@ -87,6 +91,8 @@ __all__ = [
     "plot_heads",
     "plot_grounding",
     "plot_knockout",
+    "plot_patch_names",
+    "plot_patch_words",
     "plot_relevance",
     "read_samples",
     "record",

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xarray as xr
 from numpy.typing import NDArray
 
+from avl_analysis.errors import InputError
 from avl_analysis.figures import (
     Axis,
     Bar,
@@ -30,6 +32,7 @@ from avl_analysis.figures.spec import Overlay, Panel
 from avl_analysis.figures.strip import visible
 from avl_analysis.heads.ablation import Head
 from avl_analysis.heads.grounding import LocalisationHeads, ground
+from avl_analysis.heads.patch_words import PatchWords
 from avl_analysis.intervals import METHOD, mean_intervals
 from avl_analysis.recordings.recording import Recording
 from avl_analysis.relevance import METHODS, UNITS
@@ -212,3 +215,94 @@ def _bars(values: Floats, axis: Axis, title: str, rules: tuple[Rule, ...]) -> Ba
     bar = Bar(title, found.mean, found.low, found.high, slot=1)
     category = Axis("map", "heads")
     return Bars(category, axis, SETS, (bar,), rules, horizontal=True, title=title)
+
+
+KIND_SLOTS = {"shape": 1, "colour": 3, "character": 2, "name": 1}
+"""Kind of a name -> colour slot of its curve."""
+
+
+def plot_patch_words(
+    found: PatchWords, image: Pixels, depth: int, *, boxes: tuple[Box, ...] = (), number: int = 0
+) -> Plot:
+    """The image, and over it the most probable word of every patch at one depth.
+
+    Args:
+        found: what `heads.patch_words.patch_words` gave.
+        image: (height, width, 3) uint8, what was asked about.
+        depth: decoder layers passed, 0 for what enters the first.
+        boxes: outlines in pixels of the image.
+        number: which image of the prompt.
+
+    Raises:
+        InputError: a depth or image that is not there, or unknown places.
+    """
+    words = found.words(depth)
+    if not 0 <= number < len(found.images) or not found.images[number].placed:
+        raise InputError(f"image {number} has no tokens with a known place to write words on")
+    tokens = found.images[number]
+    patches = tokens.patches(found.probability[depth, tokens.token, 0])
+    overlay = Overlay(
+        image,
+        Axis("probability of the word", "share", (0.0, 1.0)),
+        patches,
+        boxes=boxes,
+        title=_passed(depth),
+        words=tuple(visible(words[token]) for token in tokens.token),
+    )
+    caption = Caption(
+        f"The most probable word of each patch's state, {_passed(depth)}, through the final norm"
+        " and the output embedding (logit lens). The stronger the colour, the more probable.",
+        1,
+        found.model,
+        "one picture has no interval",
+    )
+    panels = (looks.plain_picture(image, boxes), overlay)
+    return Plot(Figure("patch_words", "What each patch says", panels, caption))
+
+
+def plot_patch_names(result: xr.Dataset) -> Plot:
+    """For which share of an object's patches the top words hold its name, by depth.
+
+    Args:
+        result: what `heads.patch_words.say_names` or `load_patch_names` gave.
+    """
+    caption = Caption(
+        names_caption(result),
+        result.sizes["picture"],
+        str(result.attrs.get("model", "unknown")),
+        METHOD,
+        of="pictures",
+    )
+    return Plot(Figure("patch_names", "What patches say", (names_panel(result),), caption))
+
+
+def names_panel(result: xr.Dataset) -> Lines:
+    """The curves of `plot_patch_names`: own patches, and the background as baselines."""
+    depth = result["depth"].values.astype(float)
+    lines = []
+    for kind in map(str, result["kind"].values):
+        part = result.sel(kind=kind).transpose("picture", "depth")
+        own = mean_intervals(part["own"].values)
+        slot = KIND_SLOTS.get(kind, 4)
+        lines.append(Line(f"its {kind}", depth, own.mean, own.low, own.high, slot=slot))
+    for kind in map(str, result["kind"].values):
+        usual = result["background"].sel(kind=kind).transpose("picture", "depth").values
+        mean = mean_intervals(usual).mean
+        slot = KIND_SLOTS.get(kind, 4)
+        lines.append(Line("the same name, background", depth, mean, slot=slot, role="baseline"))
+    value = Axis("patches that say it", "share", (0.0, 1.0))
+    return Lines(Axis("layers passed", "index"), value, tuple(lines), title="names by depth")
+
+
+def names_caption(result: xr.Dataset) -> str:
+    """What the curves of `plot_patch_names` are."""
+    return (
+        "Share of the patches of an object, or of a printed character, among whose"
+        f" {result.attrs.get('top', '?')} most probable words is its name, by layers passed; the"
+        " state goes through the final norm and the output embedding (logit lens). Baselines: the"
+        " same names on patches that show no object."
+    )
+
+
+def _passed(depth: int) -> str:
+    return f"after {depth} layer{'' if depth == 1 else 's'}" if depth else "before the first layer"

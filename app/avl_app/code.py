@@ -195,6 +195,18 @@ def without_head(question: Question, layer: int, head: int) -> str:
     )
 
 
+def patch_words(question: Question, depth: int) -> str:
+    """The words of patches in Ask."""
+    return (
+        "from avl_analysis import plot_patch_words\n"
+        + "from avl_analysis.heads.patch_words import patch_words\n"
+        + asked(question).replace("from avl_analysis.live import observe\n", "")
+        + "found = patch_words(vlm, sample)\n"
+        + f"\nplot = plot_patch_words(found, image, {depth})\n"
+        + 'plot.save("patch_words.svg")  # or .png, .pdf, .html, .csv\n'
+    )
+
+
 def head_overlays(question: Question, step: int, layer: int) -> str:
     """The grid of a layer's heads.
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import avl
     from avl_analysis.evaluation.comparison import Comparison
     from avl_analysis.heads.lens import Lens
+    from avl_analysis.heads.patch_words import PatchWords
     from avl_analysis.heads.rollout import Rollout
     from avl_analysis.live import Answer, Disagreement, Observation
     from avl_analysis.models.loading import VLM
@@ -393,6 +394,15 @@ class ModelServer:
                 )
 
         return self._once(f"without heads {tuple(heads)}", question, None, run, waiting)
+
+    def patch_words(self, question: Question, waiting: Waiting | None = None) -> PatchWords:
+        """What the patches of the picture say, layer by layer."""
+        from avl_analysis.heads import patch_words
+
+        def run(vlm: VLM) -> PatchWords:
+            return patch_words.patch_words(vlm, question.sample)
+
+        return self._once("patch_words", question, None, run, waiting)
 
     def comparison(
         self,

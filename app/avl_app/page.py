@@ -197,15 +197,16 @@ def _written(figure: Figure, suffix: str) -> bytes:
         return Plot(figure).save(Path(folder) / f"{figure.name}.{suffix}").read_bytes()
 
 
-def picture_height(pixels: NDArray[np.uint8], wide: int = 340) -> int:
+def picture_height(pixels: NDArray[np.uint8], wide: int = 340, most: int = 420) -> int:
     """Pixels a picture of this shape needs when it is drawn `wide` pixels wide, within reason.
 
     Args:
         pixels: (height, width, 3).
         wide: expected width of the column.
+        most: tallest picture.
     """
     height, width = pixels.shape[:2]
-    return int(np.clip(round(wide * height / width), 90, 420))
+    return int(np.clip(round(wide * height / width), 90, most))
 
 
 def cells(

@@ -133,6 +133,8 @@ FIELDS: dict[str, Field] = {
     "readers": Field(False, _flag),
     "patches": Field([], _several),
     "words": Field(False, _flag),
+    "patch_words": Field(False, _flag),
+    "depth": Field(0, _number(0, 9999)),
     "kinds": Field([], _several),
     "pattern": Field("", _text),
     "recording_of": Field("answer", _one_of(*RECORDINGS)),

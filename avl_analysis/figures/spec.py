@@ -243,6 +243,7 @@ class Overlay:
             picture alone.
         classes: names of classes if `patches` holds class numbers 0, 1, ... instead of quantities.
         boxes: outlines, e.g. where the object asked for really is.
+        words: a text per image token, written on its patch where there is room; none by default.
     """
 
     picture: NDArray[np.uint8]
@@ -251,6 +252,7 @@ class Overlay:
     classes: tuple[str, ...] = ()
     boxes: tuple[Box, ...] = ()
     title: str = ""
+    words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         picture = np.asarray(self.picture)
@@ -258,6 +260,11 @@ class Overlay:
             raise ValueError(
                 f"overlay {self.title!r} needs a (height, width, 3) uint8 picture; got"
                 f" {picture.shape} {picture.dtype}"
+            )
+        held = 0 if self.patches is None else len(self.patches.values)
+        if self.words and len(self.words) != held:
+            raise ValueError(
+                f"overlay {self.title!r} has {len(self.words)} words for {held} image tokens"
             )
         if self.patches is not None and self.classes:
             largest = np.nanmax(self.patches.values, initial=0)
@@ -419,7 +426,7 @@ def _panel_rows(panel: Panel) -> Iterator[dict[str, Any]]:
         yield from _matrix(panel.value.label, panel.values, panel.low, panel.high)
     elif isinstance(panel, Overlay):
         if panel.patches is not None:
-            yield from _patches(panel.value.label, panel.patches)
+            yield from _patches(panel.value.label, panel.patches, panel.words)
     else:
         for step, frame in zip(panel.steps, panel.frames, strict=True):
             if frame.patches is not None:
@@ -459,7 +466,7 @@ def _matrix(
         }
 
 
-def _patches(name: str, patches: Patches) -> Iterator[dict[str, Any]]:
+def _patches(name: str, patches: Patches, words: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
     """One row per image token, at the centre of its box in fractions of the picture."""
     left, top, right, bottom = patches.boxes.T
     for index, value in enumerate(patches.values):
@@ -468,7 +475,7 @@ def _patches(name: str, patches: Patches) -> Iterator[dict[str, Any]]:
             "x": float(left[index] + right[index]) / 2,
             "y": float(top[index] + bottom[index]) / 2,
             "value": float(value),
-            "label": f"image token {index}",
+            "label": f"image token {index}" + (f": {words[index]}" if words else ""),
         }
 
 

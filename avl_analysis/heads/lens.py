@@ -62,7 +62,7 @@ def logit_lens(vlm: VLM, sample: Sample, ids: Sequence[int]) -> Lens:
     """
     if not ids:
         raise InputError("the answer has no token, so there is nothing to look at behind layers")
-    layers = _layers(vlm.model)
+    layers = decoder_layers(vlm.model)
     states: list[list[Tensor]] = []
     logits: list[Tensor] = []
     with _kept(layers, states):
@@ -75,7 +75,7 @@ def logit_lens(vlm: VLM, sample: Sample, ids: Sequence[int]) -> Lens:
             on_logits=lambda step, row: logits.append(row[0].float()),
         )
     with torch.no_grad():
-        head = _head(vlm.model, states[0][-1], logits[0])
+        head = lens_head(vlm.model, states[0][-1], logits[0])
         shape = (len(ids), len(layers))
         likeliest = np.zeros(shape, np.int64)
         share, written = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -88,8 +88,12 @@ def logit_lens(vlm: VLM, sample: Sample, ids: Sequence[int]) -> Lens:
     return Lens(likeliest, share, written)
 
 
-def _layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder's layers."""
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers.
+
+    Raises:
+        avl.families.UnsupportedModelError: it has no single list of them.
+    """
     family = describe(model)
     lists = [
         part
@@ -127,13 +131,16 @@ def _kept(layers: nn.ModuleList, states: list[list[Tensor]]) -> Iterator[None]:
             handle.remove()
 
 
-def _head(model: nn.Module, last: Tensor, logits: Tensor) -> nn.Module:
+def lens_head(model: nn.Module, last: Tensor, logits: Tensor) -> nn.Module:
     """The last norm and the output embedding, tried on the last layer's state.
 
     Args:
         model: the model.
         last: (width,) state behind the last layer.
         logits: (vocabulary,) what the model made of it.
+
+    Raises:
+        avl.families.UnsupportedModelError: no norm gives the model's own distribution.
     """
     output = model.get_output_embeddings()
     decoder = describe(model).decoder

@@ -8,6 +8,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from avl.places import token_boxes, token_tiles
+from avl.tokens import TokenLayout
 from avl_analysis.figures.patches import Patches
 from avl_analysis.recordings.schema import EDGES
 
@@ -70,3 +72,21 @@ def images_of(tokens: xr.Dataset) -> list[ImageTokens]:
             at = np.flatnonzero(of_image & (frame[position] == shown))
             found.append(ImageTokens(at, position[at], boxes[at], tile[at], number, shown))
     return found
+
+
+def images_of_layout(layout: TokenLayout, row: int) -> tuple[ImageTokens, ...]:
+    """The tokens of every image of one row of a batch of prompts, as a recording would have them.
+
+    Args:
+        layout: of the prompts.
+        row: which of them.
+    """
+    boxes, tile = token_boxes(layout, row).double(), token_tiles(layout, row).long()
+    fields = {
+        "image": layout.image[row].cpu().numpy(),
+        "frame": layout.frame[row].cpu().numpy(),
+        "tile": tile.numpy(),
+    }
+    fields |= {edge: boxes[:, place].numpy() for place, edge in enumerate(EDGES)}
+    tokens = xr.Dataset({name: ("position", values) for name, values in fields.items()})
+    return tuple(images_of(tokens))

@@ -27,19 +27,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor
 
-from avl.places import token_boxes, token_tiles
 from avl.tokens import Modality, TokenLayout
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.errors import InputError
 from avl_analysis.figures.patches import Patches
 from avl_analysis.models.checkpoint import EMBEDDED
 from avl_analysis.models.loading import VLM
-from avl_analysis.recordings.image_tokens import ImageTokens, images_of
-from avl_analysis.recordings.schema import EDGES
+from avl_analysis.recordings.image_tokens import ImageTokens, images_of_layout
 from avl_analysis.relevance import METHODS
 from avl_analysis.relevance.gradients import attention_gradients, last_row_weights
 
@@ -205,7 +202,7 @@ def relevance(
         generic[0][..., torch.from_numpy(usual)].numpy(),
         found.propagated[0].numpy(),
         position,
-        _images(found.layout),
+        images_of_layout(found.layout, 0),
     )
 
 
@@ -241,12 +238,3 @@ def with_answer(inputs: Mapping[str, Any], answer: Sequence[int]) -> dict[str, A
 def _image_positions(layout: TokenLayout) -> NDArray[np.int64]:
     """(image tokens,) positions of the image tokens of the only row."""
     return (layout.modality[0] == Modality.IMAGE).nonzero().flatten().numpy()
-
-
-def _images(layout: TokenLayout) -> tuple[ImageTokens, ...]:
-    """The images of the only row, as a recording would have them."""
-    boxes, tile = token_boxes(layout, 0).double().numpy(), token_tiles(layout, 0).long().numpy()
-    fields = {"image": layout.image[0].numpy(), "frame": layout.frame[0].numpy(), "tile": tile}
-    fields |= {edge: boxes[:, place] for place, edge in enumerate(EDGES)}
-    tokens = xr.Dataset({name: ("position", values) for name, values in fields.items()})
-    return tuple(images_of(tokens))

@@ -35,7 +35,7 @@ def offered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         PAIRS.append((figure, code))
         keep(figure, code, key)
 
-    for view in ("ask", "heads", "patterns", "live", "benchmark", "tokens"):
+    for view in ("ask", "heads", "maps", "patterns", "live", "benchmark", "tokens"):
         monkeypatch.setattr(f"avl_app.views.{view}.keep", noted)
     monkeypatch.chdir(tmp_path)  # where the code saves
 
@@ -105,6 +105,10 @@ def test_the_other_views_show_a_video_by_its_first_frame() -> None:
         test = page(view=view, prompt="Where is the picture?", layer="1", head="1", **VIDEO)
         assert not errors(test)
         assert any("first frame of the video" in one.value.lower() for one in test.caption)
+
+
+def test_ask_gives_the_code_of_the_words_of_patches() -> None:
+    check(page(**ONE_WORD, token="0", layer="3", patch_words="1", depth="2"), 3)
 
 
 def test_heads_give_the_code_of_the_map_and_of_the_grid_of_heads() -> None:

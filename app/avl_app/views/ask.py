@@ -65,6 +65,7 @@ def show(context: Context) -> None:
         tokens.words(context, seen, layer, head)
         tokens.rollout(context, seen, step, layer, patch_frames(seen, region))
         tokens.lens(context, seen, step)
+        maps.words_of_patches(context, seen)
         _beside(context, seen, step, layer, head)
 
 

@@ -12,7 +12,7 @@ from avl_analysis.live import Observation
 from avl_analysis.relevance import METHODS
 from avl_analysis.relevance.maps import Relevance
 from avl_app import code, state
-from avl_app.page import Context, plain
+from avl_app.page import Context, keep, picture_height, plain, plot
 
 SHORT = {
     "raw": "raw attention",
@@ -100,3 +100,30 @@ def of_token(
         found = context.bench.relevance(context.question, seen.answer, step)
     drawn = plot_relevance(found, context.question.picture.pixels, layer, head, boxes=framed)
     return Shown(found, drawn.figure, code.relevance(context.question, step, layer, head, framed))
+
+
+def words_of_patches(context: Context, seen: Observation) -> None:
+    """The word each patch says after a number of layers, when asked for.
+
+    Args:
+        seen: the answer, watched.
+    """
+    if not seen.drawable or not st.toggle("What each patch says", key="patch_words"):
+        return
+    from avl_analysis.map_plots import plot_patch_words
+
+    with st.spinner("Reading the patches …"):
+        found = context.bench.patch_words(context.question)
+    depths = range(found.depths)
+    state.within("depth", depths, 0)
+    st.select_slider("Layers passed", depths, key="depth")
+    depth = int(state.get("depth"))
+    pixels = context.question.picture.pixels
+    drawn = plot_patch_words(found, pixels, depth).figure
+    plot(drawn.panels[1], "patch_words_plot", titled=False, height=picture_height(pixels, 700, 700))
+    st.caption(
+        "The most probable word of each patch's state, as if the layer were the last one (logit"
+        " lens); the stronger the colour, the more probable. That a state says a word does not mean"
+        " that the answer uses it."
+    )
+    keep(drawn, code.patch_words(context.question, depth), "patch_words")

@@ -106,7 +106,8 @@ def _panel_size(panels: Sequence[Panel]) -> tuple[float, float]:
         if isinstance(p, Overlay | Animation)
     ]
     if _pictures(panels):
-        width = 2.1 if len(panels) > 1 else 3.6
+        written = any(isinstance(p, Overlay) and p.words for p in panels)
+        width = 2.1 if len(panels) > 1 and not written else 3.6
         return width, 0.94 * width * max(
             p.picture.shape[0] / p.picture.shape[1] for p in pictures
         ) + 0.42

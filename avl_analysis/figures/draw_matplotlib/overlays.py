@@ -44,6 +44,7 @@ def draw_overlay(canvas: FigureBase, place: Axes, panel: Overlay, *, legend: boo
             cells = PcolorImage(place, raster.x * width, raster.y * height, colours, zorder=1)
             cells.set_in_layout(False)
             place.add_image(cells)
+        _words(place, panel)
     for box in panel.boxes:
         _box(place, box, height)
     place.set_title(textwrap.fill(panel.title, 28))
@@ -58,6 +59,33 @@ def draw_overlay(canvas: FigureBase, place: Axes, panel: Overlay, *, legend: boo
             ncols=3,
             handlelength=1.2,
         )
+
+
+_MOST_WORDS = 16
+"""Patches side by side up to which words are written on them; more are too small to read."""
+
+
+def _words(place: Axes, panel: Overlay) -> None:
+    """Write the word of every patch on it, so small that it fits in a picture of 3.6 inches."""
+    assert panel.patches is not None
+    raster = panel.patches.raster
+    if not panel.words or max(raster.token.shape) > _MOST_WORDS:
+        return
+    height, width = panel.picture.shape[:2]
+    effects = [Stroke(linewidth=1.0, foreground="black"), Normal()]
+    for token in np.unique(raster.token[raster.token >= 0]):
+        left, top, right, bottom = panel.patches.boxes[token]
+        word = panel.words[int(token)]
+        text = place.text(
+            width * (left + right) / 2,
+            height * (top + bottom) / 2,
+            word,
+            fontsize=min(1.0, 7 / max(1, len(word))) * 56 / max(12, raster.token.shape[1]),
+            color="white",
+            ha="center",
+            va="center",
+        )
+        text.set_path_effects(effects)
 
 
 def _patch_colours(panel: Overlay, values: np.ndarray) -> np.ndarray:

@@ -16,6 +16,9 @@ from avl_analysis.figures.palette import Theme
 from avl_analysis.figures.pictures import data_uri, dimmed
 from avl_analysis.figures.spec import Animation, Box, Overlay
 
+_MOST_WORDS = 16
+"""Patches side by side up to which words are written on them; more are shown when pointed at."""
+
 
 def draw_overlay(panel: Overlay, theme: Theme) -> go.Figure:
     """An image with its patches and outlines as a plot."""
@@ -77,6 +80,12 @@ def _patches(panel: Overlay) -> go.Heatmap:
         [1, palette.translucent(palette.ATTENTION, palette.ATTENTION_OPACITY)],
     ]
     label = literal(panel.value.label)
+    if panel.words:
+        words = np.array([*map(literal, panel.words), ""], dtype=object)
+        common |= {"text": words[raster.token]}
+        place += "%{text}<br>"
+        if max(raster.token.shape) <= _MOST_WORDS:
+            common |= {"texttemplate": "%{text}", "textfont": {"size": 11, "color": "white"}}
     return go.Heatmap(
         **common,
         zmin=low,
