@@ -241,6 +241,7 @@ class Observation:
         rows = rows if layer is None else rows[[self.layers.index(layer)]]
         rows = rows if head is None else rows[:, [head]]
         rows = rows.reshape(-1, rows.shape[-1])
+        # A key is unknown only if no chosen head read it; a head that did not read it counts as 0.
         read = ~np.isnan(rows).all(0)
         return np.where(read, np.nan_to_num(rows).mean(0), np.nan)
 
@@ -278,6 +279,8 @@ class Observation:
         if mass <= 0:
             return Focus(0.0, 0, int(look.size))
         share = look / mass
+        # Running sum from the largest share on; the first place that reaches `FOCUS`, counted from
+        # 1.
         patches = int(np.searchsorted(np.cumsum(np.sort(share)[::-1]), FOCUS - 1e-6)) + 1
         if not region:
             return Focus(mass, min(patches, look.size), int(look.size))
@@ -321,11 +324,14 @@ class Observation:
         at = self.modality == Modality.IMAGE
         if not at.any():
             return 0, self.layers[0]
+        # (steps, layers, image tokens), mean over heads
         rows = np.nan_to_num(self.weights[..., at].astype(np.float32)).mean(2)
         mass = rows.sum(-1)
         share = rows / np.maximum(mass[..., None], 1e-12)
         entropy = -(share * np.log(np.maximum(share, 1e-12))).sum(-1)
         score = mass * (1 - entropy / np.log(max(2, int(at.sum()))))
+        # Tokens that are only spaces and stops look at nothing in particular; they are not
+        # proposed.
         words = np.array(
             [bool(word.strip(" .,")) for word in self.answer.words[: self.steps]] or [True]
         )
@@ -451,6 +457,7 @@ def observe(
         )
     recording.annotate(**facts_of(vlm, sample, said.ids))
     raw = recording.drop_attention().isel(sample=0).transpose("query", "layer", "head", "position")
+    # 0 says that a key was seen and hardly attended to; NaN that it was not there to be seen.
     weights = np.where(raw["visible"].values > 0, raw["attention"].values, np.nan)
     tokens = recording.tokens.isel(sample=0)
     prompt = int(tokens["prompt_length"])
@@ -548,6 +555,7 @@ def _predictions(
 def _states(selection: avl.Selection) -> tuple[NDArray[np.int8], tuple[int, ...]]:
     """(layers, steps, positions): the selection log replayed."""
     steps, length = selection.steps + 1, selection.layout.length
+    # Positions that did not exist yet stay PADDING.
     states = np.full((len(selection.layers), steps, length), int(avl.State.PADDING), np.int8)
     for index, layer in enumerate(selection.layers):
         for step in range(steps):
@@ -575,6 +583,7 @@ def _words(vlm: VLM, ids: Sequence[int], ends: Sequence[int]) -> list[str]:
         if token in ends:
             break
         text = decode(list(ids[:count]), skip_special_tokens=True)
+        # The replacement character stands for the bytes of a character that is not complete yet.
         text = text.rstrip("\ufffd")
         words.append(
             text[len(before) :]

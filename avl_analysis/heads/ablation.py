@@ -85,6 +85,7 @@ class _Silencer(Intervention):
         output = inner(call)
         if (silent := self.by_layer.get(call.layer)) is None:
             return output
+        # The backend's tensor may be a view of a buffer that it reads again.
         output = output.clone()
         output[:, :, silent] = 0
         return output
@@ -154,6 +155,7 @@ def find_heads(recording: Recording, kind: str = "visual") -> tuple[list[Head], 
     found = kinds(recording, visual_head_score(recording))
     layers = [int(layer) for layer in recording["modality_mass"]["layer"].values]
     image = matrix(recording, measure(recording, "modality_mass/image"))
+    # Places (row, head) of the matrices; a row is a recorded layer, named by its number below.
     of_kind = sorted(zip(*np.nonzero(found == kind), strict=True), key=lambda at: -image[at])
     others = zip(*np.nonzero(found != kind), strict=True)
     return [(layers[row], int(head)) for row, head in of_kind], [
@@ -196,20 +198,17 @@ def plan(
         InputError: no heads to compare, or no draw.
     """
     rng = np.random.default_rng(seed)
-    pairs = (
-        [
-            ([h for h in of_kind if h[0] == layer], [h for h in others if h[0] == layer])
-            for layer in sorted({layer for layer, _ in of_kind})
-        ]
-        if same_layers
-        else [(of_kind, others)]
-    )
+    # The kind's heads and the others: once for all layers, or layer by layer.
+    pairs = [(list(of_kind), list(others))]
+    if same_layers:
+        layers = sorted({layer for layer, _ in of_kind})
+        pairs = [(_of_layer(of_kind, layer), _of_layer(others, layer)) for layer in layers]
     pools: list[tuple[list[Head], list[Head], int]] = []
     for own, rest in pairs:
         # half of all others at most, so that draws can differ; within a layer every one of them,
         # there are so few
         count = min(len(own), len(rest) if same_layers else (len(rest) + 1) // 2)
-        pools.append((list(own), list(rest), count))
+        pools.append((own, rest, count))
     if not sum(count for _, _, count in pools) or draws < 1:
         where = " in the same layers" if same_layers else ""
         raise InputError(
@@ -218,19 +217,24 @@ def plan(
             " heads"
         )
     sets: dict[tuple[Head, ...], None] = {}
+    # Draws may repeat where there are few others; after so many tries there are hardly any left.
     for _ in range(100 * draws):
-        chosen = [
-            rest[i]
-            for _, rest, count in pools
-            if count
-            for i in rng.choice(len(rest), count, replace=False)
-        ]
+        chosen: list[Head] = []
+        for _, rest, count in pools:
+            if count:
+                chosen += [rest[i] for i in rng.choice(len(rest), count, replace=False)]
         sets[tuple(sorted(chosen))] = None
         if len(sets) == draws:
             break
     random = [Silenced(f"random {number}", heads) for number, heads in enumerate(sets, 1)]
+    # Of the kind no more than there are others to compare with; those that look at the picture
+    # most.
     silent = tuple(head for own, _, count in pools for head in own[:count])
     return [Silenced("nothing", ()), Silenced(kind, silent), *random]
+
+
+def _of_layer(heads: Sequence[Head], layer: int) -> list[Head]:
+    return [head for head in heads if head[0] == layer]
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -327,6 +331,8 @@ class Ablation:
         """
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
         groups = content.pop("groups")
+        # Without the closing brace: the groups follow, a line each, since a list of heads with an
+        # entry per line would make files of thousands of lines.
         head = json.dumps(content, indent=1)[:-2]
         lines = ",\n  ".join(json.dumps(group) for group in groups)
         return write_text(path, f'{head},\n "groups": [\n  {lines}\n ]\n}}\n')
@@ -416,6 +422,7 @@ def ablate(
     found_on = "" if recording is None else f"a recording of {len(recording)} samples"
     if recording is None:
         if recorded is None:
+            # As `calibrate` parts questions: every third, as a file may be sorted by task.
             recorded = samples[2::3]
             samples = [sample for i, sample in enumerate(samples) if i % 3 != 2]
         _check_apart(shared_questions(samples, recorded))
@@ -497,12 +504,15 @@ def _ask_all(
 
     Questions of equal length share a pass and see their pictures once.
     """
+    # (groups, questions)
     letters = np.full((len(plans), len(samples)), "-", dtype="<U1")
     total, done = len(plans) * len(samples), 0
     for indices in _batches(vlm, samples, batch_size):
+        # An answer longer than any right one is wrong already.
         longest = min(
             max_new_tokens, longest_right_answer(vlm, [samples[index] for index in indices])
         )
+        # The decoder alone is silenced, so the pictures' features are the same for all groups.
         with images_encoded_once(vlm.model):
             for number, one in enumerate(plans):
 

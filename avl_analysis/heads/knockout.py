@@ -70,6 +70,7 @@ class _KnockOut(Intervention):
         if forward.kind == "prefill":
             self._groups = prompt_groups(forward)
         assert self._groups is not None
+        # Tokens generated since the last pass.
         missing = forward.layout.length - self._groups.shape[1]
         if missing:
             answer = self._groups.new_full((len(self._groups), missing), GROUPS.index("answer"))
@@ -96,6 +97,7 @@ class _KnockOut(Intervention):
         of_rows, of_keys = groups[:, row_index], groups[:, key_index]
         wanted = of_rows != _PADDING if self.target is None else of_rows == self.target
         cut = wanted[:, :, None] & (of_keys == self.source)[:, None]
+        # (batch, rows, keys). A row without any key left would have no softmax.
         cut &= row_index[:, None] != key_index[None]  # a row keeps its own key
         mask = _additive(call, row_index, key_index)
         lowest = torch.finfo(call.query.dtype).min
@@ -226,9 +228,11 @@ def knockout(
         raise InputError("no questions to ask: pass at least one sample")
     if not 1 <= window <= family.layers:
         raise InputError(f"window {window}: choose 1 to {family.layers} layers")
+    # The last window ends with the last layer.
     starts = list(range(family.layers - window + 1))
     names = [f"{source} -> {target}" for source, target in flows]
     shape = (len(flows), len(starts), len(samples))
+    # (flows, windows, questions)
     change, probability, same = (np.full(shape, np.nan) for _ in range(3))
     plain, answers = np.full(len(samples), np.nan), np.full(len(samples), "", object)
     groups = batches_by_length(vlm, samples, batch_size)
@@ -247,6 +251,8 @@ def knockout(
         ]
         if not kept:
             continue
+        # The model is led along its own answer also without a cut, so that both sides of the
+        # difference go through the same code and the same batch.
         uncut = _lead(vlm, kept, None)
         for (index, _, tokens), led in zip(kept, uncut, strict=True):
             plain[index] = float(np.exp(led.log_probs.sum()))
@@ -256,6 +262,8 @@ def knockout(
             for w, start in enumerate(starts):
                 cut = _lead(vlm, kept, (*flow, range(start, start + window)))
                 for (index, _, _), led, base in zip(kept, cut, uncut, strict=True):
+                    # Mean over the tokens of the answer, so that long answers count like short
+                    # ones.
                     change[f, w, index] = (led.log_probs - base.log_probs).mean()
                     probability[f, w, index] = np.exp(led.log_probs.sum())
                     same[f, w, index] = float(led.agrees.all())

@@ -63,6 +63,7 @@ def localise(recording: Recording, regions: Regions) -> xr.Dataset:
             int(counts.sel(sample=name)),
             int((recording.tokens["phase"].sel(sample=name) >= 0).sum()),
         )
+        # Per row with a region: lift and hit of every head, (layers, heads) each.
         found = [_row(scores, name, step, tokens, steps, inside) for step, inside in about.items()]
         lift.append(_mean_of_known([one for one, _ in found], shape))
         hits.append(np.mean([hit for _, hit in found], 0) if found else np.full(shape, np.nan))
@@ -126,6 +127,7 @@ def first_word_hits(recording: Recording, regions: Regions) -> xr.DataArray | No
     hits = np.full(scores.shape[:3], np.nan)
     for index, name in enumerate(recording.samples):
         if inside := regions.get(name, {}).get(0):
+            # Behind a sample's own image tokens the array is padded.
             weights = scores.values[index, :, :, : int(counts[index])]
             if np.isfinite(weights).any():
                 hits[index] = in_region(weights, inside)
@@ -177,6 +179,7 @@ def region_lift(weights: np.ndarray, inside: Sequence[int]) -> np.ndarray:
         out=np.full(total.shape, np.nan),
         where=total >= LOOKS,
     )
+    # Chance is the region's share of the tokens, len(inside) / N; the lift is the share over it.
     return share * weights.shape[-1] / len(inside)
 
 

@@ -91,6 +91,7 @@ def matrix(recording: Recording, chosen: Measure, step: int | None = None) -> Ma
         if step is not None and step in array["step"]:
             array = array.sel(step=step)
         else:
+            # Decode steps, unless the statistic is undefined at all of them (answers of one token).
             decoded = array.sel(step=slice(1, None))
             array = (decoded if bool(np.isfinite(decoded).any()) else array).mean("step")
     if "sample" in array.dims:
@@ -126,6 +127,7 @@ def kinds(recording: Recording, score: Matrix | None = None) -> NDArray[np.str_]
     recent = matrix(recording, measure(recording, f"recent_text_mass/{_RECENT}"))
     by_text = text >= TEXT
     missed = np.zeros(image.shape, bool) if score is None else ~(score >= HIT)
+    # In the order of `KINDS`: a head is of the first kind whose condition it meets.
     fits = [
         (image >= VISUAL) & ~missed,
         image >= VISUAL,
@@ -138,6 +140,7 @@ def kinds(recording: Recording, score: Matrix | None = None) -> NDArray[np.str_]
 
 def rank(values: Matrix, layers: tuple[int, ...]) -> list[tuple[int, int, float]]:
     """(layer, head, value) of every head, largest value first; heads without a value last."""
+    # Stable: of equal values the head of the earlier layer comes first.
     order = np.argsort(-np.nan_to_num(values, nan=-np.inf), axis=None, kind="stable")
     places = [np.unravel_index(int(i), values.shape) for i in order]
     return [(layers[int(row)], int(column), float(values[row, column])) for row, column in places]

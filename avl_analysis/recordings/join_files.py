@@ -95,6 +95,8 @@ def join(
             statistics and layers.
         InputError: the target cannot be written; what it held before is unchanged.
     """
+    # Two passes over the files: first only sizes, names and labels are read, so that the result can
+    # be laid out; then values are copied file by file, and memory holds one file at a time.
     plan = _Plan()
     for file in files:
         with _opened(file) as source:
@@ -105,6 +107,8 @@ def join(
             f" {files[0].parent} and record again"
         )
     with hdf5_for_writing(target) as written:
+        # h5netcdf makes dimensions as netCDF wants them; values are then written with h5py, whose
+        # handles are cheap.
         with h5netcdf.File(written, "w") as joined:
             joined.attrs.update({**plan.attrs, **attrs})
             for group in plan.variables:
@@ -208,6 +212,7 @@ def _describe(name: str, stored: h5py.Dataset) -> _Variable:
             "compression_opts": stored.compression_opts,
             "shuffle": stored.shuffle,
         }
+    # Labels that are the same in every shard are kept and compared; ragged dimensions are numbered.
     shared = _SAMPLE not in dims and not RAGGED & set(dims)
     attrs = {key: value for key, value in stored.attrs.items() if key not in _INTERNAL}
     values = stored[...] if shared else None
@@ -226,6 +231,7 @@ def _lay_out(plan: _Plan, group: str, target: Any) -> None:
     for name, variable in variables.items():
         options = dict(variable.compression)
         if options and variable.chunks is not None:
+            # A chunk that covered a whole dimension of the shard covers that of the result.
             options["chunks"] = tuple(
                 sizes[dim] if chunk == length and dim != _SAMPLE else min(chunk, sizes[dim])
                 for dim, chunk, length in zip(
@@ -242,6 +248,7 @@ def _lay_out(plan: _Plan, group: str, target: Any) -> None:
         if variable.values is not None:
             made[...] = variable.values
         elif _SAMPLE not in variable.dims:
+            # A ragged dimension's labels, as long as the longest sample of all shards.
             made[...] = np.arange(sizes[variable.dims[0]], dtype=variable.dtype)
 
 
@@ -262,6 +269,8 @@ def _fill(plan: _Plan, source: h5py.File, target: h5py.File, start: int) -> None
                 shape, variable.fill, dtype=object if variable.dtype.kind == "O" else variable.dtype
             )
             if name in here:
+                # Shorter samples are padded with the variable's own fill value, as `schema.stack`
+                # does.
                 values[tuple(slice(0, size) for size in here[name].shape)] = here[name][...]
             into[
                 tuple(

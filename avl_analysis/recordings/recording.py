@@ -88,6 +88,7 @@ class Recording:
         if source is None:
             return self._data or {}
         parts = source.parts()
+        # Lengths of all samples: arrays are stacked anew only if something was added since.
         state = tuple(int(part["tokens"]["token_id"][1].size) for part in parts)
         if self._data is None or state != self._state:
             self._data, self._state = stack(parts, source.names(), self._labels), state
@@ -154,6 +155,7 @@ class Recording:
             return (
                 total
                 if count is None
+                # 0 / 0 would be NaN, too, but with a warning.
                 else (total / count.where(count > 0)).rename(name).assign_attrs(total.attrs)
             )
         raise KeyError(f"this recording holds no {name!r}; it holds {', '.join(self.names)}")
@@ -310,6 +312,8 @@ class Recording:
                 " block"
             )
         groups = dict(self.data)
+        # Quotients of sums and counts are written beside them; reading drops them again, so that
+        # merged sums never meet quotients of their parts.
         groups["statistics"] = self.dataset.drop_attrs(deep=False)
         names = groups["tokens"]["sample"].values
         facts = [json.dumps(self._facts.get(str(name), {})) for name in names]
@@ -402,6 +406,7 @@ def _recording(data: dict[str, xr.Dataset], attrs: dict[str, Any]) -> Recording:
         unknown.attrs = {**TOKEN_FIELDS["frame"].attrs, "fill": -1}
         data["tokens"]["frame"] = unknown
     check_data(data, attrs)
+    # Quotients that `save` wrote for other readers.
     derived = [name for name in data["sums"].data_vars if name in data["statistics"]]
     values = data["statistics"].drop_vars(derived)
     data["statistics"] = values.drop_vars(

@@ -171,6 +171,8 @@ def _stack_group(
     for part in parts:
         for described, array in part.values():
             for dim, size in zip(described.dims, array.shape, strict=True):
+                # Ragged dimensions are as long as the longest sample; of all others every part has
+                # the same size.
                 sizes[dim] = max(size, sizes.get(dim, 0)) if dim in RAGGED else size
     variables = {}
     for name, described in fields.items():
@@ -186,6 +188,7 @@ def _stack_group(
     known |= {dim: range(sizes[dim]) for dim in RAGGED & dims}
     for described in fields.values():
         for dim, labels in described.coords.items():
+            # xarray would align by label and silently leave out what only one of them has.
             if dim in known and dim not in coords and list(known[dim]) != list(labels):
                 raise ValueError(
                     f"two statistics label {dim} differently: {list(known[dim])} and {list(labels)}"
@@ -200,6 +203,7 @@ def _stack_arrays(
     arrays: Sequence[np.ndarray | None], shape: tuple[int, ...], fill: Any
 ) -> np.ndarray:
     present = [array for array in arrays if array is not None]
+    # A single sample needs no copy; raw weights may take gigabytes.
     if len(arrays) == 1 and present[0].shape == shape:
         return present[0][None]
     stacked = np.full((len(arrays), *shape), fill, dtype=np.result_type(*present))
@@ -232,6 +236,7 @@ def concatenate(datasets: Sequence[xr.Dataset], what: str) -> xr.Dataset:
                     f"cannot merge: the recordings differ in {dim} ({_some(first[dim])} and"
                     f" {_some(other[dim])}); record them with the same model, layers and options"
                 )
+    # Padded first and then joined exactly: an outer join would sort labels and change types.
     sizes = {dim: max(d.sizes[dim] for d in datasets) for dim in RAGGED & set(first.dims)}
     grown = [pad(dataset, sizes) for dataset in datasets]
     return xr.concat(grown, dim="sample", join="exact", data_vars="all", combine_attrs="override")
