@@ -54,7 +54,9 @@ class Offline:
         (folder / "sitecustomize.py").write_text(
             textwrap.dedent(_REFUSE.format(noted=str(self._noted)))
         )
-        paths = [str(folder), str(Path(__file__).parents[1]), *self._own_paths()]
+        root = Path(__file__).parents[1]
+        paths = [str(folder), *(str(root / part) for part in ("", "app", "reports"))]
+        paths += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         self.environment = {
             name: value
             for name, value in os.environ.items()
@@ -65,10 +67,6 @@ class Offline:
             # with this, huggingface_hub asks the hub which agent that is, given half a chance
             "AI_AGENT": "test",
         }
-
-    @staticmethod
-    def _own_paths() -> list[str]:
-        return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
     def tried(self) -> list[str]:
         """The connections that were tried, in order."""

@@ -131,6 +131,7 @@ def plot(
     titled: bool = True,
     opacity: float | None = None,
     height: int | None = None,
+    legend: bool = True,
 ) -> None:
     """A panel as a plot in the visitor's theme.
 
@@ -140,6 +141,7 @@ def plot(
         titled: whether the panel's own title is drawn; not where the page says it above.
         opacity: of the patches of an overlay, 0 to 1; None as drawn.
         height: in pixels; None lets the kind of panel choose.
+        legend: whether the classes of an overlay are named; not where another plot does it.
     """
     drawn = draw_plotly.draw(panel, dark=is_dark(), titled=titled)
     if opacity is not None:
@@ -147,7 +149,7 @@ def plot(
     if isinstance(panel, Overlay) and not panel.classes:
         with_colours(drawn, str(state.get("colours")), smooth=bool(state.get("smooth")))
     if isinstance(panel, Overlay) and panel.classes:
-        drawn.update_layout(legend={"y": -0.01})
+        drawn.update_layout(legend={"y": -0.01}, showlegend=legend)
     drawn.update_yaxes(exponentformat="power")
     above = _BAR - int(drawn.layout.margin.t or 0)
     if above > 0:

@@ -56,8 +56,11 @@ def with_cells(
     plot.update_traces(colorbar={"title": {"text": ""}}, selector={"type": "heatmap"})
     plot.update_layout(clickmode="event+select", dragmode=False)
     plot.update_xaxes(range=[-0.5, columns - 0.5], fixedrange=True)
+    # Left to itself, the axis makes room for the squares' full size, beyond the cells.
     plot.update_yaxes(
-        range=[-0.5, rows - 0.5] if heat.upward else [rows - 0.5, -0.5], fixedrange=True
+        range=[-0.5, rows - 0.5] if heat.upward else [rows - 0.5, -0.5],
+        autorange=False,
+        fixedrange=True,
     )
     return plot
 

@@ -141,6 +141,28 @@ class Heat:
                 f"heat map {self.title!r} needs a non-empty matrix; got shape {self.values.shape}"
             )
 
+    @property
+    def texts(self) -> list[list[str]]:
+        """What is written into each cell: a class's name, or the value.
+
+        Values have two decimals. One that is not zero but would read like it is written as an
+        upper bound of its size; zero is "0", and a cell without a value is empty.
+        """
+        if self.value.ticks is not None:
+            names = dict(self.value.ticks)
+            return [[names.get(float(value), "") for value in row] for row in self.values]
+        return [[_two_decimals(float(value)) for value in row] for row in self.values]
+
+
+def _two_decimals(value: float) -> str:
+    if not np.isfinite(value):
+        return ""
+    if value == 0:
+        return "0"
+    if abs(value) < 0.005:
+        return "<0.01" if value > 0 else ">-0.01"
+    return f"{value:.2f}"
+
 
 @dataclass(frozen=True, eq=False)
 class Bar:

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,45 +38,56 @@ def chromium() -> str | None:
     )
 
 
+TRIES = 5
+"""How often a port is taken anew: another process may take a free one before the server does."""
+
+
 @contextmanager
-def server(log: Path, *arguments: str) -> Iterator[str]:
-    """`avl app` on a free port; yields its address."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-c",
-        "from avl_app.cli import main; main()",
-        "--no-browser",
-        f"--port={port}",
-        *arguments,
-    ]
+def server(
+    log: Path, *arguments: str, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """`avl app` on a free port, with other variables if given; yields its address."""
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env={**os.environ}
-        )
-        try:
-            wait_for(f"http://localhost:{port}/_stcore/health", process)
-            yield f"http://localhost:{port}"
-        finally:
-            process.kill()
-            process.wait(30)
+        for _ in range(TRIES):
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                port = free.getsockname()[1]
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-c",
+                    "from avl_app.cli import main; main()",
+                    "--no-browser",
+                    f"--port={port}",
+                    *arguments,
+                ],
+                cwd=ROOT,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(os.environ if environment is None else environment),
+            )
+            try:
+                if answers(f"http://localhost:{port}/_stcore/health", process):
+                    yield f"http://localhost:{port}"
+                    return
+            finally:
+                process.kill()
+                process.wait()
+            if "not available" not in log.read_text() and "in use" not in log.read_text():
+                break
+    raise RuntimeError(f"the server ended with code {process.returncode}: {log.read_text()}")
 
 
-def wait_for(address: str, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
-    """Until the server answers."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with code {process.returncode}")
+def answers(address: str, process: subprocess.Popen[bytes]) -> bool:
+    """Wait until the server answers (True) or ends (False); the test's own limit holds."""
+    while process.poll() is None:
         try:
-            urllib.request.urlopen(address, timeout=2).close()
+            urllib.request.urlopen(address, timeout=10).close()
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
         else:
-            return
-    raise TimeoutError(f"no answer from {address} within {seconds} s")
+            return True
+    return False
 
 
 def settled(page: Any, milliseconds: int = 240_000) -> None:

@@ -19,6 +19,7 @@ import avl
 from avl_analysis import load_model
 from avl_app.examples import questions
 from tests.app.server import chromium, server, settled
+from tests.offline import Offline
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="the browser tests need the extra [test]"
@@ -52,8 +53,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with server(tmp_path_factory.mktemp("server") / "log.txt") as where:
+    """A server that cannot connect to anything, and has not tried to."""
+    folder = tmp_path_factory.mktemp("server")
+    offline = Offline(folder / "offline")
+    with server(folder / "log.txt", environment=offline.environment) as where:
         yield where
+    assert offline.tried() == []
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +178,7 @@ def test_a_token_of_the_first_screen_is_clicked(visitor: Visitor) -> None:
     assert "of its attention to the picture" in page.inner_text("body")
     before = page.locator("h4").first.inner_text()
     click(page.locator(".st-key-token [role=radio]").nth(2), lambda: "token=2" in page.url)
-    settled(page, LONG)
-    assert page.locator("h4").first.inner_text() != before
+    sync_api.expect(page.locator("h4").first).not_to_have_text(before, timeout=LONG)
 
 
 def test_keys_alone_choose_another_token_and_another_view(visitor: Visitor) -> None:
@@ -314,9 +318,9 @@ def test_a_repeated_word_is_chosen_where_it_is_clicked(visitor: Visitor) -> None
     assert len(repeated) > 4
     for place in (repeated[0], repeated[1]):
         click(pills.nth(place), lambda place=place: f"token={place}" in page.url)
-        settled(page, LONG)
-        assert pills.nth(place).get_attribute("aria-checked") == "true"
-        assert f"To write “{words[place]}”" in page.locator("h4").first.inner_text()
+        sync_api.expect(pills.nth(place)).to_have_attribute("aria-checked", "true", timeout=LONG)
+        title = page.locator("h4").first
+        sync_api.expect(title).to_contain_text(f"To write “{words[place]}”", timeout=LONG)
 
 
 def test_keys_pressed_quickly_all_move_a_setting(visitor: Visitor) -> None:
@@ -328,7 +332,7 @@ def test_keys_pressed_quickly_all_move_a_setting(visitor: Visitor) -> None:
         page.keyboard.press("ArrowLeft")
     visitor.links("secondary=0.45")
     settled(page, LONG)
-    assert slider.get_attribute("aria-valuetext") == "0.45"
+    sync_api.expect(slider).to_have_attribute("aria-valuetext", "0.45", timeout=LONG)
     assert "secondary=0.45" in page.url
 
 
@@ -455,7 +459,12 @@ def test_every_word_can_be_read(browser: Any, address: str, theme: str) -> None:
         "view=report": "Build the report",
     }.items():
         visitor.go(link, text)
-        assert visitor.page.evaluate(CONTRASTS) == [], link
+        faint: list[object] = []
+        for _ in range(20):  # what has just been drawn fades in
+            if not (faint := visitor.page.evaluate(CONTRASTS)):
+                break
+            visitor.page.wait_for_timeout(500)
+        assert faint == [], link
     visitor.context.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from avl_analysis.cli.main import main
 from avl_app import cli
 from avl_app.settings import VARIABLE, Settings, settings
+from tests.app.server import server
+from tests.offline import Offline
 
 CONFIG = tomllib.loads(
     (Path(cli.__file__).parent / ".streamlit" / "config.toml").read_text(encoding="utf-8")
@@ -49,6 +52,16 @@ def test_the_command_hands_its_options_to_the_pages(monkeypatch: pytest.MonkeyPa
     assert "--server.port=9000" in flags
     assert "--server.headless=true" in flags
     assert "--server.address=localhost" in flags
+
+
+def test_the_server_starts_without_connecting_to_anything(tmp_path: Path) -> None:
+    offline = Offline(tmp_path / "offline")
+    with (
+        server(tmp_path / "log.txt", environment=offline.environment) as address,
+        urllib.request.urlopen(address, timeout=60) as page,
+    ):
+        assert b"streamlit" in page.read().lower()
+    assert offline.tried() == []
 
 
 def test_the_command_is_there_and_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,7 @@ def test_two_visitors_on_one_model_get_exactly_what_they_get_alone() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join()
     assert {job: {ids} for job, ids in expected.items()} == found
 
 
@@ -143,7 +143,7 @@ def test_visitors_are_served_in_order_and_told_their_place(bench: ModelServer) -
             while not places[name]:  # until this one waits
                 time.sleep(0.01)
     for thread in threads:
-        thread.join(30)
+        thread.join()
     assert served == ["first", "second"]
     assert set(places["first"]) == {1}
     assert places["second"][0] == 2
@@ -208,7 +208,7 @@ def test_a_comparison_lets_others_in_between_two_batches(
     samples = [question(seed=seed).sample for seed in range(2)]
     named = [type(s)(f"s{i}", s.images, s.prompt) for i, s in enumerate(samples)]
     result = bench.comparison("tiny", named, {"A-VL": POLICY}, tokens=6, progress=progress)
-    others[0].join(30)
+    others[0].join()
     assert result.policies == ["full", "A-VL"]
     numbers = [done for done in order if done != "other"]
     assert len(numbers) >= 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,10 +15,14 @@ from PIL import Image
 
 import avl
 from avl_analysis.evaluation.policy_files import save_policy
+from avl_analysis.figures import Axis, Box, draw_html
+from avl_analysis.figures.strip import Span, Strip
+from avl_analysis.scenes.drawing import SIDE
 from avl_app import examples, state
-from avl_app.page import distinct, plain, short_names
+from avl_app.page import distinct, doing, plain, short_names, shown_token
 from avl_app.settings import VARIABLE, Settings
 from avl_app.sidebar import EXAMPLE, thumbnail
+from avl_app.views.ask import patch_frames
 from tests import tiny
 from tests.app.pages import ONE_WORD, address, errors, page, texts
 
@@ -158,6 +163,39 @@ def test_a_folder_that_only_a_link_names_is_loaded_after_a_click(tmp_path: Path)
     next(b for b in test.button if b.label == "Load this model").click().run()
     assert errors(test) == []
     assert len(test.pills(key="token").options) >= 1
+
+
+def test_loading_is_said_only_of_a_model_that_is_not_in_memory() -> None:
+    loaded = {"scenes": object()}
+    for name, said in (("scenes", "Answering"), ("other", "Loading the model and answering")):
+        bench = SimpleNamespace(loaded=loaded.get)
+        context = SimpleNamespace(bench=bench, question=SimpleNamespace(model=name))
+        assert doing(context) == said  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("token", ["", " ", "\n", "  \n", " red"])
+def test_one_token_is_written_in_one_way_everywhere(token: str) -> None:
+    pill = shown_token(token).replace("\\", "")
+    strip = Strip((token,), np.array([0.5]), Axis("attention", "share"), (Span("answer", 0, 1),))
+    assert pill
+    assert f">{pill}<" in draw_html.draw(strip)
+
+
+def test_the_frame_around_what_a_word_is_about_holds_every_patch_that_counts() -> None:
+    """Patches are a 4 x 4 grid of the picture; the object covers one and touches others."""
+    edges = np.array([(c / 4, r / 4, (c + 1) / 4, (r + 1) / 4) for r in range(4) for c in range(4)])
+    box = Box(0.3 * SIDE, 0.2 * SIDE, 0.55 * SIDE, 0.4 * SIDE, "heart")
+    touched = [
+        place
+        for place, (left, top, right, bottom) in enumerate(edges * SIDE)
+        if left < box.right and right > box.left and top < box.bottom and bottom > box.top
+    ]
+    seen = SimpleNamespace(images=[SimpleNamespace(placed=True, boxes=edges)])
+    region = SimpleNamespace(tokens=tuple(touched), boxes=(box,))
+    (frame,) = patch_frames(seen, region)  # type: ignore[arg-type]
+    assert (frame.left, frame.top) == (0.25 * SIDE, 0)
+    assert (frame.right, frame.bottom) == (0.75 * SIDE, 0.5 * SIDE)
+    assert frame.label == "heart"
 
 
 # -- choices --------------------------------------------------------------------------------------

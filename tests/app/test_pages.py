@@ -208,6 +208,7 @@ def test_heads_are_mapped_ranked_filtered_and_compared() -> None:
     test = page(view="heads", **ONE_WORD, layer="2", head="1")
     assert errors(test) == []
     assert "Layer 2, head 1" in texts(test)
+    assert any(c.value.startswith("Chosen: layer 2, head 1, 0") for c in test.caption)
     ranking = test.dataframe[0].value
     assert len(ranking) == 30
     assert list(ranking["value"]) == sorted(ranking["value"], reverse=True)
@@ -220,6 +221,7 @@ def test_heads_are_mapped_ranked_filtered_and_compared() -> None:
     assert "Layer 0, head 3" in texts(test)
     assert "Layer 2, head 1" in texts(test)
     assert address(test, "other") == "0.3"
+    assert sum("of all attention, in both heads" in c.value for c in test.caption) == 2
 
 
 def test_ask_heads_and_patterns_of_one_question_run_the_model_once(
@@ -320,6 +322,10 @@ def test_a_recording_that_was_saved_is_read_back(tmp_path: Path) -> None:
     ).run()
     assert errors(test) == []
     assert "How is attention divided" in texts(test)
+    test.segmented_control(key="view").set_value("ask").run()  # and kept while one looks elsewhere
+    test.segmented_control(key="view").set_value("patterns").run()
+    assert "How is attention divided" in texts(test)
+    assert not test.info
 
 
 def test_a_file_that_is_no_recording_is_refused_in_one_sentence() -> None:

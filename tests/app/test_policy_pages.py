@@ -38,6 +38,7 @@ def test_a_vl_is_switched_on_and_off_beside_the_full_cache() -> None:
     assert list(test.dataframe[0].value["policy"]) == ["full cache"]
     test.pills(key="rivals").set_value(["random", "h2o"]).run()
     assert list(test.dataframe[0].value["policy"]) == ["full cache", "random", "H2O"]
+    assert any("is one draw of patches for one question" in c.value for c in test.caption)
     assert address(test, "rivals") == "random,h2o"
 
 
@@ -284,7 +285,7 @@ def test_two_sessions_one_with_a_vl_get_what_they_get_alone() -> None:
     def visit(view: str, more: dict[str, str]) -> None:
         try:
             for scene in (11, 12, 13):
-                start.wait(120)
+                start.wait()
                 test = page(view=view, scene=str(scene), task="caption", **more)
                 assert errors(test) == []
                 said = [letters(element.value) for element in test.markdown]
@@ -303,7 +304,7 @@ def test_two_sessions_one_with_a_vl_get_what_they_get_alone() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(240)
+        thread.join()
     assert shown["ask"] == plain_answers
     assert shown["live"] == list(zip(plain_answers, adapted_answers, strict=True))
 

@@ -64,9 +64,15 @@ def show(context: Context) -> None:
     left, right = st.columns([3, 2])
     with left:
         st.markdown(f"**{plain(chosen.title)}**, every head; click one")
+        place = (seen.layers.index(layer), head)
+        # Said beside the map, since on a narrow window the head itself is shown further down.
+        st.caption(
+            f"Chosen: layer {layer}, head {head}, {values[place]:.3g} {plain(chosen.unit)},"
+            f" {kinds[place]}. Where it looked is shown below."
+        )
         value = Axis(chosen.title, chosen.unit)
         heat = looks.head_map(values, seen.layers, value)
-        cells(heat, "head_map", (seen.layers.index(layer), head), lambda: _take(seen))
+        cells(heat, "head_map", place, lambda: _take(seen))
         _by_keys(seen, layer, head)
     with right:
         _ranking(seen, values, kinds, (layer, head))

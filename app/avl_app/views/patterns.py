@@ -214,7 +214,12 @@ def _section(shown: Section) -> None:
                 st.markdown(f"**{plain(panel.title)}**")
             height = 240 if isinstance(panel, Overlay) else None
             plot(
-                panel, f"{figure.name}{number}", titled=isinstance(panel, Animation), height=height
+                panel,
+                f"{figure.name}{number}",
+                titled=isinstance(panel, Animation),
+                height=height,
+                # The classes of all panels are the same, and the animation below names them.
+                legend=shown.moving is None and number == len(figure.panels) - 1,
             )
     if shown.moving is not None:
         plot(shown.moving, f"{figure.name}_moving")

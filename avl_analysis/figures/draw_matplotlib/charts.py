@@ -68,7 +68,7 @@ def draw_heat(canvas: FigureBase, place: Axes, panel: Heat) -> None:
             if np.isfinite(value):
                 dark = named is not None or value > middle
                 colour = LIGHT.ink if dark else LIGHT.paper
-                text = f"{value:.2f}" if named is None else dict(named).get(float(value), "")
+                text = panel.texts[row][column]
                 size = 6.5 if named is None else 5.0
                 place.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
     rows, columns = panel.values.shape

@@ -137,14 +137,8 @@ def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
         colorbar=_colour_bar(panel.value),
         customdata=interval_of(panel.low, panel.high),
         hovertemplate=hover_text(panel.x, panel.y, panel.value, interval=panel.low is not None),
-        text=_names(panel),
-        texttemplate=(
-            None
-            if not panel.annotate
-            else "%{text}"
-            if panel.value.ticks is not None
-            else "%{z:.2f}"
-        ),
+        text=[[literal(text) for text in row] for row in panel.texts],
+        texttemplate="%{text}" if panel.annotate else None,
         textfont={"size": 10} | ({"color": "#000000"} if panel.value.ticks is not None else {}),
         xgap=1 if columns <= 40 else 0,
         ygap=1,
@@ -158,14 +152,6 @@ def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
     )
     plot.update_layout(height=max(HEIGHT, 110 + 18 * rows))
     return plot
-
-
-def _names(panel: Heat) -> list[list[str]] | None:
-    """Names of the classes in the cells; None if the values are quantities."""
-    if panel.value.ticks is None:
-        return None
-    names = {at: literal(name) for at, name in panel.value.ticks}
-    return [[names.get(float(value), "") for value in row] for row in panel.values]
 
 
 def _flat(count: int) -> list[list[Any]]:

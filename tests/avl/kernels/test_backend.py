@@ -63,7 +63,7 @@ def three_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("three_threads")
 def test_work_is_divided_among_threads_that_use_one_thread_of_torch_each() -> None:
-    barrier = threading.Barrier(3, timeout=30)
+    barrier = threading.Barrier(3, timeout=250)
 
     def work(item: int) -> tuple[int, int, bool]:
         barrier.wait()  # three threads have to be here at the same time

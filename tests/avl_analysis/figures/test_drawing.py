@@ -1,8 +1,10 @@
 """Both drawings show the numbers, words and outlines of the spec, and text from
 outside stays text."""
 
+import html
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +86,30 @@ def test_both_heat_maps_hold_the_matrix_with_the_first_row_on_top():
     plot = draw_plotly.draw(panel)
     assert np.array_equal(plot.data[0].z, panel.values, equal_nan=True)
     assert plot.layout.yaxis.autorange == "reversed"
+
+
+def test_kinds_have_colours_without_an_order_in_both_drawings():
+    kinds = ("visual", "sink", "text")
+    ticks = tuple((float(place), name) for place, name in enumerate(kinds))
+    value = Axis("kind", "class", (-0.5, 2.5), ticks=ticks)
+    panel = replace(specs.heat(2, 3), values=np.array([[0, 1, 2], [2, 1, 0.0]]), value=value)
+    bar = draw_plotly.draw(panel).data[0].colorscale
+    colours = [colour for _, colour in bar][::2]
+    assert colours == palette.class_colours(3)
+    assert "Cividis" not in str(bar)
+    drawn = place(specs.figure("f", panel))
+    assert [text.get_text() for text in drawn.texts] == [*kinds, *reversed(kinds)]
+
+
+def test_cells_never_call_a_value_zero_that_is_not():
+    values = np.array([[0.0, 0.004, -0.004], [0.005, np.nan, 0.756]])
+    panel = replace(specs.heat(2, 3), values=values, value=Axis("share", "share", (-1, 1)))
+    wanted = [["0", "<0.01", ">-0.01"], ["0.01", "", "0.76"]]
+    assert panel.texts == wanted
+    texts = [text.get_text() for text in place(specs.figure("f", panel)).texts]
+    assert texts == [text for row in wanted for text in row if text]
+    trace = draw_plotly.draw(panel).data[0]
+    assert [html.unescape(text) for row in trace.text for text in row] == [*wanted[0], *wanted[1]]
 
 
 def test_bars_carry_their_intervals():

@@ -4,6 +4,8 @@ act.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -97,6 +99,18 @@ def test_every_cell_of_a_head_map_can_be_clicked_and_says_which_it_is() -> None:
     assert plot.layout.shapes[-1].x0 == 1.5
     assert plot.layout.shapes[-1].y1 == 1.5
     assert plot.layout.yaxis.range[0] > plot.layout.yaxis.range[1]  # layer 0 at the top
+
+
+@pytest.mark.parametrize("upward", [False, True])
+def test_a_map_that_can_be_clicked_ends_where_its_cells_end(upward: bool) -> None:
+    heat = replace(
+        looks.head_map(np.ones((32, 32)), tuple(range(32)), Axis("mass", "share")), upward=upward
+    )
+    plot = with_cells(draw_plotly.draw(heat), heat)
+    # with an automatic range, the clickable squares would widen the axis beyond the cells
+    assert plot.layout.yaxis.autorange is False
+    assert sorted(plot.layout.yaxis.range) == [-0.5, 31.5]
+    assert sorted(plot.layout.xaxis.range) == [-0.5, 31.5]
 
 
 def test_opacity_changes_the_patches_alone() -> None:
