@@ -271,6 +271,33 @@ def head_map(question: Question, measure: str, step: int | None) -> str:
     )
 
 
+def knockout(question: Question, per_task: int | None) -> str:
+    """What answers lose when attention is cut.
+
+    Args:
+        question: what was asked.
+        per_task: drawn scenes of each kind of question; None for the question alone.
+    """
+    samples = "[sample]"
+    if per_task is not None:
+        samples = f"scene_samples({per_task}, split='ablation')"
+    return (
+        observed(question)
+        + f"""
+from avl_analysis import scene_samples
+from avl_analysis.figures.plot import Plot
+from avl_analysis.heads.knockout import knockout
+from avl_reports import fig_knockout
+from avl_reports.run import Run
+
+cut = knockout(vlm, {samples}, max_new_tokens={question.tokens})
+run = Run(seen.recording, further={{"knockout": cut}})
+plot = Plot(fig_knockout.section(run).figure)
+plot.save("knockout.svg")  # or .png, .pdf, .html, .csv
+"""
+    )
+
+
 def pattern(source: str, name: str) -> str:
     """A figure of Patterns; `source` is code that gives `recording`."""
     return (

@@ -28,6 +28,8 @@ from avl_app.examples import asked_scene
 from avl_app.pictures import Picture
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     import avl
     from avl_analysis.evaluation.comparison import Comparison
     from avl_analysis.heads.lens import Lens
@@ -403,6 +405,33 @@ class ModelServer:
             return patch_words.patch_words(vlm, question.sample)
 
         return self._once("patch_words", question, None, run, waiting)
+
+    def knockout(
+        self,
+        model: str,
+        samples: Sequence[Sample],
+        *,
+        tokens: int,
+        progress: Callable[[int, int], None],
+    ) -> xr.Dataset:
+        """What answers lose when attention is cut; others may use the model between two cuts.
+
+        Args:
+            model: its name.
+            samples: the questions.
+            tokens: longest answer, in tokens.
+            progress: called with (cuts done, cuts in all); may raise to stop.
+        """
+        from avl_analysis.heads.knockout import knockout
+
+        shared = self.model(model)
+        with shared.use() as vlm:
+
+            def advance(done: int, total: int) -> None:
+                shared.yield_lock()
+                progress(done, total)
+
+            return knockout(vlm, samples, max_new_tokens=tokens, progress=advance)
 
     def comparison(
         self,

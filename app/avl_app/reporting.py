@@ -8,19 +8,21 @@ from __future__ import annotations
 import io
 import tempfile
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from avl_analysis.errors import InputError
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from avl_analysis.evaluation.comparison import Comparison
     from avl_analysis.heads.ablation import Ablation
     from avl_analysis.recordings.recording import Recording
     from avl_reports.frontiers import Frontier
-    from avl_reports.run import Section
+    from avl_reports.run import Run, Section
 
 
 def figures() -> dict[str, str]:
@@ -38,19 +40,29 @@ class Measured:
         comparison: policies compared on many questions.
         ablations: what switching heads off changed.
         frontier: quality against bytes over many budgets.
+        further: other measurements by name, see `avl_reports.further`.
     """
 
     comparison: Comparison | None = None
     ablations: tuple[Ablation, ...] = ()
     frontier: Frontier | None = None
+    further: Mapping[str, xr.Dataset] = field(default_factory=dict)
+
+    def run(self, recording: Recording) -> Run:
+        """The recording with all of it, as the report's figures take it.
+
+        Raises:
+            InputError: some of it is of another model.
+        """
+        from avl_reports.run import Run
+
+        return Run(recording, self.comparison, self.ablations, self.frontier, self.further)
 
 
 def fitting(recording: Recording, measured: Measured) -> tuple[Measured, str]:
     """What can stand beside a recording, and why the rest cannot: it is of another model."""
-    from avl_reports.run import Run
-
     try:
-        Run(recording, measured.comparison, measured.ablations, measured.frontier)
+        measured.run(recording)
     except InputError as error:
         return Measured(), str(error)
     return measured, ""
@@ -69,10 +81,7 @@ def section(recording: Recording, name: str, measured: Measured | None = None) -
     """
     from importlib import import_module
 
-    from avl_reports.run import Run
-
-    more = measured or Measured()
-    run = Run(recording, more.comparison, more.ablations, more.frontier)
+    run = (measured or Measured()).run(recording)
     made: Section = import_module(f"avl_reports.fig_{name}").section(run)
     return made
 
@@ -108,7 +117,7 @@ def build_report(
         recording: what the report is about.
         title: heading; by default it names the model.
         progress: called with (parts done, parts in all, name of the next part).
-        measured: comparison, ablations and frontier.
+        measured: comparison, ablations, frontier and others.
 
     Raises:
         InputError: the recording answers none of the report's questions.
@@ -123,6 +132,7 @@ def build_report(
             comparison=more.comparison,
             ablations=more.ablations,
             frontier=more.frontier,
+            further=more.further,
             title=title,
             progress=progress,
         )

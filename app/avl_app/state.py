@@ -78,6 +78,7 @@ BENCH_SOURCES = ("scenes", "jsonl", "saved")
 PAPER = "paper"
 """A-VL at the paper's settings, among the policies of a benchmark."""
 RECORDINGS = ("answer", "scenes", "file")
+CUT_SOURCES = ("answer", "scenes")
 
 FIELDS: dict[str, Field] = {
     "view": Field("ask", _one_of(*VIEWS)),
@@ -127,6 +128,8 @@ FIELDS: dict[str, Field] = {
     "step": Field(0, _number(0, 4096)),
     "single_token": Field(False, _flag),
     "all_heads": Field(False, _flag),
+    "cut": Field(False, _flag),
+    "cut_of": Field("answer", _one_of(*CUT_SOURCES)),
     "over_answer": Field(False, _flag),
     "rollout": Field(False, _flag),
     "lens": Field(False, _flag),

@@ -20,6 +20,7 @@ from avl_analysis.cli.options import (
     Tasks,
     check_target,
     load,
+    parse_numbers,
     progress,
     read_or_draw,
 )
@@ -38,6 +39,9 @@ def knockout(
         typer.Option(help="SOURCE:TARGET, e.g. image:question; repeat. Default: six flows."),
     ] = None,
     window: Annotated[int, typer.Option(min=1, help="Layers cut at once.")] = 1,
+    heads: Annotated[
+        str | None, typer.Option(help="Query heads to cut, e.g. 0,4-7. Default: all.")
+    ] = None,
     model: Model = "scenes",
     out: Annotated[Path, typer.Option(help="netCDF file to write.")] = Path("knockout.nc"),
     scenes: Annotated[int, typer.Option(min=1, help="Drawn scenes per task.")] = 4,
@@ -69,6 +73,7 @@ def knockout(
             samples,
             flows or FLOWS,
             window=window,
+            heads=None if heads is None else parse_numbers(heads, "--heads"),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             progress=advance,

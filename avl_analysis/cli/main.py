@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from avl.plugins import COMMANDS, PluginWarning, left_out, plugins
-from avl_analysis.cli import ablate, calibrate, compare, frontier, knockout, record
+from avl_analysis.cli import ablate, calibrate, compare, errors, frontier, knockout, record, sinks
 from avl_analysis.cli.eval import EXAMPLES as EVAL_EXAMPLES
 from avl_analysis.cli.eval import evaluate
 from avl_analysis.cli.options import Download, plain, printable
@@ -126,6 +126,8 @@ app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.command(epilog=ablate.EXAMPLES)(ablate.ablate)
 app.command(epilog=knockout.EXAMPLES)(knockout.knockout)
+app.command(epilog=sinks.EXAMPLES)(sinks.sinks)
+app.command(epilog=errors.EXAMPLES)(errors.errors)
 app.command(epilog=frontier.EXAMPLES)(frontier.frontier)
 app.command("eval", epilog=EVAL_EXAMPLES)(evaluate)
 

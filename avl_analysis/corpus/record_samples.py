@@ -13,7 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from avl.families import describe
 from avl_analysis.capture.recorder import record
@@ -64,6 +69,7 @@ def record_samples(
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: at least one question must go into a pass")
     arguments = {**greedy(vlm.model), "max_new_tokens": max_new_tokens, **(generate or {})}
+    own_processors = arguments.pop("logits_processor", None) or []
     with record(vlm.model, **options) as recording:
         for start in range(0, len(samples), batch_size):
             chosen = samples[start : start + batch_size]
@@ -75,14 +81,22 @@ def record_samples(
             watch = StoppingCriteriaList(
                 [_CountTokens(start, length, on_token)] if on_token else []
             )
-            out = vlm.model.generate(**inputs, stopping_criteria=watch, **arguments)
+            surprise = _Surprise()
+            out = vlm.model.generate(
+                **inputs,
+                stopping_criteria=watch,
+                logits_processor=LogitsProcessorList([*own_processors, surprise]),
+                **arguments,
+            )
+            surprises = surprise.of_rows(out[:, length:], len(chosen))
             # Of the prompt as it was given to the model, so with the inputs of this batch.
             inside = tokens_asked_about(vlm, chosen, inputs)
             for row, sample in enumerate(chosen):
+                facts = facts_of(vlm, sample, out[row, length:].tolist())
+                if surprises:
+                    facts["surprise"] = surprises[row][: len(facts.get("words", ()))]
                 about = {"region_tokens": inside[row]} if inside[row] else {}
-                recording.annotate(
-                    start + row, **facts_of(vlm, sample, out[row, length:].tolist()), **about
-                )
+                recording.annotate(start + row, **facts, **about)
     return recording
 
 
@@ -90,12 +104,13 @@ def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
     """What to remember about a sample and the answer it got, as `Recording.annotate` takes it.
 
     prompt, answer, words (text of each token of the answer); where known task, truth (all right
-    answers in `answers`), boxes (and, by `record_samples`, region_tokens: the image tokens under
-    them), meta (the user's own facts about the sample, which never take the place of these);
-    and scene (seed, index, task of a drawn picture) or picture and picture_size (a thumbnail
-    and the picture's own width and height, to which boxes refer; for samples with one picture), or
-    frames (thumbnails of all that are shown), frame_seconds and picture_size for samples with one
-    video.
+    answers in `answers`), truth_words (text of each token of truth), boxes (and, by
+    `record_samples`, region_tokens: the image tokens under them, and surprise: `-ln p` of each of
+    the words, in nats), meta (the user's own facts about the sample, which never take the place of
+    these); and scene (seed, index, task of a drawn picture) or picture and picture_size (a
+    thumbnail and the picture's own width and height, to which boxes refer; for samples with one
+    picture), or frames (thumbnails of all that are shown), frame_seconds and picture_size for
+    samples with one video.
     """
     tokenizer = vlm.processor.tokenizer
     ends = {*end_tokens(vlm.model), tokenizer.eos_token_id}
@@ -109,6 +124,7 @@ def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
         "answer": tokenizer.decode(answer, skip_special_tokens=True).strip(),
         "words": [tokenizer.decode([token]) for token in answer],
         "truth": sample.answers[0] if sample.answers else "",
+        "truth_words": _words_of(tokenizer, sample.answers[0]) if sample.answers else [],
         "answers": list(sample.answers or ()),
         "boxes": [list(box) for box in sample.regions],
         "scene": sample.scene,
@@ -127,6 +143,12 @@ def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
         for name, value in facts.items()
         if name == "answer" or value not in ("", [], {}, None)
     }
+
+
+def _words_of(tokenizer: Any, text: str) -> list[str]:
+    """Text of each token that a tokenizer makes of a text."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return [tokenizer.decode([token]) for token in ids]
 
 
 def tokens_asked_about(
@@ -213,3 +235,40 @@ class _CountTokens(StoppingCriteria):
     ) -> torch.Tensor:
         self.on_token(self.done, input_ids.shape[1] - self.prompt)
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class _Surprise(LogitsProcessor):
+    """Changes nothing; keeps `-ln p` of every token that was chosen, in nats.
+
+    p is the model's probability under the scores that `generate` chooses by. A token is known to
+    this class only when the next one is asked for, so that one distribution is held at a time.
+    """
+
+    def __init__(self) -> None:
+        self._latest: torch.Tensor | None = None
+        self._chosen: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._settle(input_ids[:, -1])
+        self._latest = torch.log_softmax(scores.float(), -1)
+        return scores
+
+    def _settle(self, tokens: torch.Tensor) -> None:
+        if self._latest is not None:
+            index = tokens.to(self._latest.device)[:, None]
+            self._chosen.append(-self._latest.gather(1, index)[:, 0])
+
+    def of_rows(self, tokens: torch.Tensor, rows: int) -> list[list[float]]:
+        """Surprise of every token of each row, in nats.
+
+        Empty where rows of the output are not the rows that were asked (several sequences a
+        question), because it is then unknown whose they are.
+
+        Args:
+            tokens: (rows, new tokens) that `generate` returned.
+            rows: how many questions were asked.
+        """
+        if self._latest is None or not len(tokens) == len(self._latest) == rows:
+            return []
+        self._settle(tokens[:, -1])
+        return [[round(float(v), 5) for v in row] for row in torch.stack(self._chosen, 1)]

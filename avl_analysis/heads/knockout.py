@@ -17,8 +17,8 @@ model needs that path: what one window of layers loses, another may have moved b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from itertools import product
 from os import PathLike
 from pathlib import Path
 
@@ -32,12 +32,18 @@ from avl.families import UnsupportedModelError, describe
 from avl.hooks import HookError, Intervention, attached
 from avl.tokens import Modality
 from avl_analysis.capture.provenance import provenance
-from avl_analysis.corpus.batches import Failure, batches_by_length, halve_on_failure
+from avl_analysis.corpus.batches import (
+    Failure,
+    batches_by_length,
+    halve_on_failure,
+    images_encoded_once,
+)
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.generation import generate
+from avl_analysis.heads.led_answers import lead
 from avl_analysis.models.loading import VLM
-from avl_analysis.recordings.netcdf import read_netcdf, write_netcdf
+from avl_analysis.recordings.netcdf import read_labelled, write_labelled
 
 GROUPS = ("system", "image", "question", "last", "answer")
 """Groups of tokens, in the order of their codes."""
@@ -84,22 +90,14 @@ class _KnockOut(Intervention):
     def _mask(self, call: AttentionCall) -> Tensor:
         """The call's mask with the cut added, (batch, 1 or query heads, rows, keys) additive."""
         assert self._groups is not None
-        groups, forward = self._groups.to(call.query.device), call.forward
-        rows, keys = call.query.shape[2], call.key.shape[2]
-        row_index = torch.arange(forward.start, forward.start + rows, device=groups.device)
-        key_index = (
-            torch.arange(keys, device=groups.device)
-            if call.key_positions is None
-            else call.key_positions
-        )
-        if key_index.dim() != 1:
-            raise UnsupportedModelError("knock-out needs one set of keys for all rows and heads")
+        groups = self._groups.to(call.query.device)
+        row_index, key_index = row_and_key_places(call)
         of_rows, of_keys = groups[:, row_index], groups[:, key_index]
         wanted = of_rows != _PADDING if self.target is None else of_rows == self.target
         cut = wanted[:, :, None] & (of_keys == self.source)[:, None]
         # (batch, rows, keys). A row without any key left would have no softmax.
         cut &= row_index[:, None] != key_index[None]  # a row keeps its own key
-        mask = _additive(call, row_index, key_index)
+        mask = additive_mask(call, row_index, key_index)
         lowest = torch.finfo(call.query.dtype).min
         cut = cut[:, None]
         if self.heads is not None:
@@ -126,7 +124,22 @@ def prompt_groups(forward: Forward) -> Tensor:
     return groups
 
 
-def _additive(call: AttentionCall, row_index: Tensor, key_index: Tensor) -> Tensor:
+def row_and_key_places(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Sequence index of every query row, (rows,), and of every key, (keys,), of a call.
+
+    Raises:
+        UnsupportedModelError: keys differ between rows of the batch or heads.
+    """
+    rows, keys, start = call.query.shape[2], call.key.shape[2], call.forward.start
+    device = call.query.device
+    places = call.key_positions
+    places = torch.arange(keys, device=device) if places is None else places.to(device)
+    if places.dim() != 1:
+        raise UnsupportedModelError("a cut needs one set of keys for all rows and heads")
+    return torch.arange(start, start + rows, device=device), places
+
+
+def additive_mask(call: AttentionCall, row_index: Tensor, key_index: Tensor) -> Tensor:
     """The mask of a call in additive form, (batch or 1, 1 or heads, rows, keys)."""
     dtype = call.query.dtype
     lowest = torch.finfo(dtype).min
@@ -183,20 +196,13 @@ def knocked_out(
         yield
 
 
-@dataclass(frozen=True)
-class _Led:
-    """One answer while the model is led along it: log-probability per token, greedy agreement."""
-
-    log_probs: np.ndarray
-    agrees: np.ndarray
-
-
 def knockout(
     vlm: VLM,
     samples: Sequence[Sample],
     flows: Sequence[tuple[str, str]] = FLOWS,
     *,
     window: int = 1,
+    heads: Sequence[int] | None = None,
     max_new_tokens: int = 32,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
@@ -208,6 +214,7 @@ def knockout(
         samples: questions, with or without known answers.
         flows: (source, target) pairs of groups.
         window: consecutive layers cut at once; a window is named by its first layer.
+        heads: query heads in which attention is cut; None for all.
         max_new_tokens: longest answer, in tokens.
         batch_size: questions per pass.
         progress: called with (windows done, windows in all) per batch of questions.
@@ -251,22 +258,24 @@ def knockout(
         ]
         if not kept:
             continue
+        asked = [sample for _, sample, _ in kept]
+        forced = [tokens for _, _, tokens in kept]
         # The model is led along its own answer also without a cut, so that both sides of the
         # difference go through the same code and the same batch.
-        uncut = _lead(vlm, kept, None)
-        for (index, _, tokens), led in zip(kept, uncut, strict=True):
-            plain[index] = float(np.exp(led.log_probs.sum()))
-            text = vlm.processor.tokenizer.decode(tokens, skip_special_tokens=True)
-            answers[index] = text.strip()
-        for f, flow in enumerate(flows):
-            for w, start in enumerate(starts):
-                cut = _lead(vlm, kept, (*flow, range(start, start + window)))
+        with images_encoded_once(vlm.model):
+            uncut = lead(vlm, asked, forced)
+            for (index, _, tokens), led in zip(kept, uncut, strict=True):
+                plain[index] = led.probability
+                text = vlm.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+                answers[index] = text.strip()
+            for (f, flow), (w, start) in product(enumerate(flows), enumerate(starts)):
+                layers = range(start, start + window)
+                scope = knocked_out(vlm.model, *flow, layers=layers, heads=heads)
+                cut = lead(vlm, asked, forced, scope)
                 for (index, _, _), led, base in zip(kept, cut, uncut, strict=True):
-                    # Mean over the tokens of the answer, so that long answers count like short
-                    # ones.
-                    change[f, w, index] = (led.log_probs - base.log_probs).mean()
-                    probability[f, w, index] = np.exp(led.log_probs.sum())
-                    same[f, w, index] = float(led.agrees.all())
+                    change[f, w, index] = led.change(base)
+                    probability[f, w, index] = led.probability
+                    same[f, w, index] = led.same
                 done += 1
                 if progress is not None:
                     progress(done, total)
@@ -285,46 +294,19 @@ def knockout(
         {
             **provenance(vlm.model, family, ()),
             "window": window,
+            "heads": "all" if heads is None else " ".join(map(str, heads)),
             "max_new_tokens": max_new_tokens,
         },
     )
 
 
-def _lead(
-    vlm: VLM,
-    kept: Sequence[tuple[int, Sample, list[int]]],
-    cut: tuple[str, str, range] | None,
-) -> list[_Led]:
-    """Lead the model along the answers of a batch, with attention cut or not."""
-    forced = [tokens for _, _, tokens in kept]
-    log_probs = [np.zeros(len(tokens)) for tokens in forced]
-    agrees = [np.zeros(len(tokens), bool) for tokens in forced]
-
-    def keep(step: int, logits: Tensor) -> None:
-        scores = torch.log_softmax(logits.float(), -1)
-        best = scores.argmax(-1).tolist()
-        for row, tokens in enumerate(forced):
-            if step < len(tokens):
-                log_probs[row][step] = float(scores[row, tokens[step]])
-                agrees[row][step] = best[row] == tokens[step]
-
-    scope: AbstractContextManager[None] = nullcontext()
-    if cut is not None:
-        source, target, layers = cut
-        scope = knocked_out(vlm.model, source, target, layers=layers)
-    with scope:
-        generate(
-            vlm,
-            [sample for _, sample, _ in kept],
-            None,
-            max_new_tokens=max(map(len, forced)),
-            forced=forced,
-            on_logits=keep,
-        )
-    return [_Led(*pair) for pair in zip(log_probs, agrees, strict=True)]
-
-
 FORMAT, VERSION = "avl-knockout", 1
+_VARIABLES = {
+    **dict.fromkeys(("log_prob_change", "same_answer"), ("flow", "layer", "sample")),
+    "plain_probability": ("sample",),
+    "flow": ("flow",),
+    "layer": ("layer",),
+}
 
 
 def save_knockout(result: xr.Dataset, path: str | PathLike[str]) -> Path:
@@ -333,7 +315,7 @@ def save_knockout(result: xr.Dataset, path: str | PathLike[str]) -> Path:
     Raises:
         InputError: the file cannot be written.
     """
-    return write_netcdf(path, {"/": result.assign_attrs(format=FORMAT, version=VERSION)})
+    return write_labelled(result, path, FORMAT, VERSION)
 
 
 def load_knockout(path: str | PathLike[str]) -> xr.Dataset:
@@ -342,13 +324,4 @@ def load_knockout(path: str | PathLike[str]) -> xr.Dataset:
     Raises:
         InputError: no such file, or not one of these.
     """
-    source = Path(path)
-    if not source.is_file():
-        raise InputError(f"there is no knock-out file {source}; make one with avl knockout")
-    try:
-        result = read_netcdf(source, ["/"])["/"]
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(f"{source} is not a readable netCDF file: {error}") from error
-    if result.attrs.pop("format", None) != FORMAT or result.attrs.pop("version", None) != VERSION:
-        raise InputError(f"{source} is not a file that avl knockout of this version wrote")
-    return result
+    return read_labelled(path, FORMAT, VERSION, "avl knockout", _VARIABLES)

@@ -111,6 +111,10 @@ def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
 def _whole(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
@@ -151,6 +155,8 @@ _FACTS: Mapping[str, Callable[[Any], bool]] = {
     "frame_seconds": _list_of(_seconds),
     "words": _list_of(_text),
     "answers": _list_of(_text),
+    "truth_words": _list_of(_text),
+    "surprise": _list_of(_number),
     "boxes": _list_of(_box),
     "region_tokens": _list_of(_whole),
     "picture_size": _size,

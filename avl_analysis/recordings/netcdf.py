@@ -18,7 +18,7 @@ import h5py
 import xarray as xr
 
 from avl_analysis.errors import InputError
-from avl_analysis.files import hdf5_for_writing
+from avl_analysis.files import hdf5_for_writing, user_path
 
 MOST_OBJECTS = 10_000
 """Groups and variables a file may hold; recordings have fewer than 200."""
@@ -99,6 +99,60 @@ def read_netcdf(
         with xr.open_dataset(cast(Any, path), engine="h5netcdf", group=name) as opened:
             read[name] = opened.load()
     return read
+
+
+def write_labelled(
+    dataset: xr.Dataset, path: str | os.PathLike[str], kind: str, version: int
+) -> Path:
+    """Write one dataset as a file that says what kind of measurement it holds.
+
+    Args:
+        dataset: what was measured.
+        path: the file; what it held before is replaced.
+        kind: name of the kind, kept as the attribute `format`.
+        version: of the file's layout.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    return write_netcdf(path, {"/": dataset.assign_attrs(format=kind, version=version)})
+
+
+def read_labelled(
+    path: str | os.PathLike[str],
+    kind: str,
+    version: int,
+    command: str,
+    needed: Mapping[str, tuple[str, ...]],
+) -> xr.Dataset:
+    """Read what `write_labelled` wrote.
+
+    Args:
+        path: the file.
+        kind: that it must be of.
+        version: of its layout.
+        command: that makes such a file, for messages.
+        needed: variables that figures read, with their dimensions.
+
+    Raises:
+        InputError: no such file, not one of this kind and version, or a damaged one.
+    """
+    source = user_path(path)
+    if not source.is_file():
+        raise InputError(f"there is no file {source}; make one with {command}")
+    try:
+        result = read_netcdf(source, ["/"])["/"]
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise InputError(f"{source} is not a readable netCDF file: {error}") from error
+    if result.attrs.pop("format", None) != kind or result.attrs.pop("version", None) != version:
+        raise InputError(f"{source} is not a file that {command} of this version wrote")
+    for name, dims in needed.items():
+        if name not in result.variables or result[name].dims != dims:
+            raise InputError(
+                f"{source} is damaged: {name} is missing or has other dimensions than"
+                f" {', '.join(dims)}; make it again with {command}"
+            )
+    return result
 
 
 def check_hdf5(path: Path | BinaryIO, most_bytes: int, *, called: str = "") -> None:

@@ -6,8 +6,8 @@
     findings out/provenance.json     the commands that make it again, and everything the recording
     says about where it comes from out/run.nc              the recording, from which every figure
     can be drawn again; likewise compare.nc,
-                            ablation.json, ablation-2.json and frontier.jsonl where these were
-                            measured
+                            ablation.json, ablation-2.json, frontier.jsonl and the files of
+                            `further.KINDS` where these were measured
 
 It decides which figures are asked and writes files; what a figure shows is said in the fig_*.py
 modules.
@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import xarray as xr
 
 from avl_analysis.evaluation import frontier as frontier_file
 from avl_analysis.evaluation.comparison import Comparison
@@ -34,10 +36,12 @@ from avl_reports import (
     fig_ablation,
     fig_core_age,
     fig_coverage,
+    fig_errors,
     fig_frontier,
     fig_grounding,
     fig_head_maps,
     fig_heads,
+    fig_knockout,
     fig_layer_agreement,
     fig_localisation,
     fig_modality,
@@ -48,6 +52,7 @@ from avl_reports import (
     fig_ppci,
     fig_prefill_recall,
     fig_sets,
+    fig_sink_tokens,
     fig_sinks,
     fig_sparsity,
     fig_text_age,
@@ -58,6 +63,7 @@ from avl_reports import (
 from avl_reports.document import write_document
 from avl_reports.facts import provenance
 from avl_reports.frontiers import Frontier
+from avl_reports.further import KINDS
 from avl_reports.page import render
 from avl_reports.run import NotAsked, NotMeasured, Run, Section
 from avl_reports.script import write_section
@@ -68,6 +74,7 @@ FIGURES: tuple[ModuleType, ...] = (
     fig_video,
     fig_localisation,
     fig_grounding,
+    fig_errors,
     fig_persistence,
     fig_sparsity,
     fig_coverage,
@@ -79,7 +86,9 @@ FIGURES: tuple[ModuleType, ...] = (
     fig_heads,
     fig_head_maps,
     fig_ablation,
+    fig_knockout,
     fig_sinks,
+    fig_sink_tokens,
     fig_position_bias,
     fig_layer_agreement,
     fig_values,
@@ -109,6 +118,7 @@ def build(
     comparison: Comparison | None = None,
     ablations: Sequence[Ablation] = (),
     frontier: Frontier | None = None,
+    further: Mapping[str, xr.Dataset] | None = None,
     beside: Recording | None = None,
     names: Sequence[str] = ("first", "second"),
     title: str = "",
@@ -126,6 +136,7 @@ def build(
         comparison: policies against the full cache; figures without their numbers are left out.
         ablations: heads of the same model silenced.
         frontier: accuracy of the same model against bytes.
+        further: other measurements of the same model by name, see `avl_reports.further`.
         beside: another recording, to be shown to the right of the first one, panel by panel.
         names: files of the two, which name them where their models and policies are the same.
         title: heading of the page; by default it names the model.
@@ -138,7 +149,7 @@ def build(
     Raises:
         NotMeasured: the recording is empty or answers none of the figures.
     """
-    run = Run(recording, comparison, ablations, frontier)
+    run = Run(recording, comparison, ablations, frontier, further)
     runs = [run] if beside is None else [run, Run(beside)]
     called = pair.labels(runs, names) if len(runs) > 1 else []
     title = title or (f"Attention report: {' and '.join(called)}" if called else "")
@@ -186,6 +197,8 @@ def build(
         frontier_file.write(
             folder / "frontier.jsonl", [dict(line) for line in frontier.lines], frontier.about
         )
+    for name, dataset in (further or {}).items():
+        KINDS[name].write(dataset, folder / KINDS[name].file)
     numbers = {name: _numbers(section) for name, section in sections.items()}
     write_text(folder / "numbers.json", json.dumps(_plain(numbers), indent=1))
     about = {"title": title, "commands": list(commands), "recording": dict(provenance(run))}

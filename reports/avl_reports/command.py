@@ -17,6 +17,8 @@ from avl_analysis.errors import InputError
 from avl_analysis.files import check_folder_writable
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from avl_analysis.corpus.questions import Sample
     from avl_analysis.evaluation.comparison import Comparison
     from avl_analysis.heads.ablation import Ablation
@@ -46,6 +48,12 @@ RIVALS = (
 """Policies that a report compares by itself; `avl compare` and `--comparison` show any others."""
 ABLATED = 17
 """Scenes per task that are asked with heads silenced unless told otherwise."""
+CUT = 4
+"""Scenes per task on which attention between groups of tokens is cut unless told otherwise."""
+SUNK = 4
+"""Scenes per task on which sinks among image tokens are studied unless told otherwise."""
+WORDS = 12
+"""Scenes per task whose words are judged, with noise on their pictures, unless told otherwise."""
 DRAWS = 6
 """Random sets of other heads that are silenced."""
 BATCH = 4
@@ -96,6 +104,25 @@ def report(
         Path | None,
         typer.Option(help="A file of avl frontier to show too."),
     ] = None,
+    cut: Annotated[
+        int,
+        typer.Option(min=0, help="Scenes per task to cut attention between tokens on; 0: none."),
+    ] = CUT,
+    sunk: Annotated[
+        int,
+        typer.Option(min=0, help="Scenes per task to study sinks of image tokens on; 0: none."),
+    ] = SUNK,
+    words: Annotated[
+        int,
+        typer.Option(min=0, help="Noisy scenes per task whose words are judged; 0: none."),
+    ] = WORDS,
+    further: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Another measurement to show instead, e.g. knockout=knockout.nc; repeatable.",
+        ),
+    ] = None,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "",
     dtype: Dtype = None,
     device: Device = None,
@@ -115,15 +142,18 @@ def report(
     from avl_analysis.recordings.recording import load_recording
     from avl_reports.build import build
     from avl_reports.frontiers import load_frontier
+    from avl_reports.further import KINDS, read_further
 
     compared = None if comparison is None else load_comparison(comparison)
     silenced = [load_ablation(path) for path in ablation or ()]
     held = None if frontier is None else load_frontier(frontier)
+    measured = read_further(further or ())
     given = [
         *_option("--comparison", comparison),
         *(part for path in ablation or () for part in ("--ablation", path)),
     ]
     given += _option("--frontier", frontier)
+    given += [part for text in further or () for part in ("--further", text)]
     beside = None
     if recording:
         if len(recording) > 2:
@@ -136,10 +166,17 @@ def report(
         recorded = record_scenes(vlm, samples, seed)
         if compared is None and compare:
             compared = compare_policies(vlm, compare)
-        numbers = ("--samples", samples, "--seed", seed, "--compare", compare, "--ablate", ablate)
+        numbers = ["--samples", samples, "--seed", seed, "--compare", compare, "--ablate", ablate]
+        numbers += ["--cut", cut, "--sunk", sunk, "--words", words]
         commands = [_line("avl report", "--model", model, *numbers, *given, "--out", out)]
         if not silenced and ablate:
             silenced = silence_heads(vlm, recorded, ablate, commands[0])
+        if "knockout" not in measured and cut:
+            measured["knockout"] = cut_attention(vlm, cut)
+        if "sinks" not in measured and sunk:
+            measured["sinks"] = look_for_sinks(vlm, sunk)
+        if "errors" not in measured and words:
+            measured["errors"] = judge_words(vlm, words)
     own = [out / "run.nc", *([out / "beside.nc"] if beside is not None else [])]
     again = _option("--comparison", out / "compare.nc" if compared is not None else None)
     for number, _ in enumerate(silenced, 1):
@@ -148,6 +185,8 @@ def report(
             out / ("ablation.json" if number == 1 else f"ablation-{number}.json"),
         ]
     again += _option("--frontier", out / "frontier.jsonl" if held is not None else None)
+    for name in measured:
+        again += ["--further", f"{name}={out / KINDS[name].file}"]
     commands.append(
         _line("avl report", *own, *again) + "    # the same figures from the same recording"
     )
@@ -161,6 +200,7 @@ def report(
             comparison=compared,
             ablations=silenced,
             frontier=held,
+            further=measured,
             beside=beside,
             names=[str(path) for path in recording or ()],
             title=title,
@@ -266,6 +306,49 @@ def silence_heads(
                 )
             )
     return found
+
+
+def cut_attention(vlm: VLM, per_task: int) -> xr.Dataset:
+    """What answers lose when attention between two groups of tokens is cut, layer by layer."""
+    from avl_analysis.corpus.questions import scene_samples
+    from avl_analysis.heads.knockout import knockout
+
+    with progress("cutting attention", unit="windows") as advance:
+        return knockout(
+            vlm,
+            scene_samples(per_task, split="ablation"),
+            max_new_tokens=MAX_NEW_TOKENS,
+            progress=advance,
+        )
+
+
+def look_for_sinks(vlm: VLM, per_task: int) -> xr.Dataset:
+    """Sinks among image tokens, where they are born, and what hiding them does."""
+    from avl_analysis.corpus.questions import scene_samples
+    from avl_analysis.heads.sink_study import study_sinks
+
+    with progress("studying sinks", unit="questions") as advance:
+        return study_sinks(
+            vlm,
+            scene_samples(per_task, split="ablation"),
+            max_new_tokens=MAX_NEW_TOKENS,
+            progress=advance,
+        )
+
+
+def judge_words(vlm: VLM, per_task: int) -> xr.Dataset:
+    """Attention while right and wrong words are written, about noisy pictures."""
+    from avl_analysis.corpus.questions import scene_samples
+    from avl_analysis.heads.word_errors import word_errors
+
+    samples = scene_samples(per_task)
+    with progress("judging words", unit="questions") as advance:
+        return word_errors(
+            vlm,
+            samples,
+            max_new_tokens=MAX_NEW_TOKENS,
+            on_token=lambda done, _: advance(done, len(samples)),
+        )
 
 
 def _option(name: str, value: object) -> list[object]:

@@ -23,9 +23,10 @@ from avl_analysis.heads.ablation import load_ablation
 from avl_analysis.recordings.recording import load_recording
 from avl_reports.build import Report, build
 from avl_reports.frontiers import load_frontier
+from avl_reports.further import KINDS, found_in
 
 FOLDER = Path(__file__).parents[1] / "reference"
-_LARGE = ("run.nc", "compare.nc")
+_LARGE = ("run.nc", "compare.nc", *(kind.file for kind in KINDS.values()))
 _ANIMATION = "sets.webp"
 
 
@@ -53,6 +54,7 @@ def condense(source: Path, target: Path = FOLDER, frontier: Path | None = None) 
         comparison=load_comparison(comparison) if comparison.exists() else None,
         ablations=[load_ablation(path) for path in silenced],
         frontier=load_frontier(held) if held.exists() else None,
+        further=found_in(source),
         title=known["title"],
         commands=known["commands"],
         formats=(),

@@ -34,6 +34,7 @@ from avl_analysis.recordings.origin import Origin, check_same_model
 from avl_analysis.recordings.recording import Recording, load_recording
 from avl_reports.findings import Finding
 from avl_reports.frontiers import Frontier, load_frontier
+from avl_reports.further import KINDS, read_further
 
 
 class NotMeasured(InputError):
@@ -109,6 +110,7 @@ class Run:
         recording: of at least one sample.
         comparison: policies against the full cache; ablations: heads silenced; frontier: accuracy
             against bytes.
+        further: other measurements by name, see `avl_reports.further`.
 
     Raises:
         NotMeasured: an empty recording.
@@ -121,6 +123,7 @@ class Run:
         comparison: Comparison | None = None,
         ablations: Sequence[Ablation] = (),
         frontier: Frontier | None = None,
+        further: Mapping[str, xr.Dataset] | None = None,
     ) -> None:
         if not len(recording):
             raise NotMeasured("the recording holds no samples, so there is nothing to report")
@@ -128,7 +131,9 @@ class Run:
         for part in (comparison, *ablations, frontier):
             if part is not None:
                 check_same_model(origin, part.origin)
-        self.recording = recording
+        for name, dataset in (further or {}).items():
+            check_same_model(origin, Origin.of_attrs(f"the {name} file", dataset.attrs))
+        self.recording, self._further = recording, dict(further or {})
         self._comparison, self._ablations, self._frontier = comparison, tuple(ablations), frontier
 
     @property
@@ -159,6 +164,12 @@ class Run:
                 "accuracy against bytes was not measured; pass a file that `avl frontier` wrote"
             )
         return self._frontier
+
+    def further(self, name: str) -> xr.Dataset:
+        """A measurement of `avl_reports.further`. Raises NotMeasured if there is none."""
+        if name not in self._further:
+            raise NotMeasured(KINDS[name].missing)
+        return self._further[name]
 
     def __getitem__(self, name: str) -> xr.DataArray:
         """A statistic per sample. Raises NotMeasured if the recording does not hold it."""
@@ -206,8 +217,16 @@ def load_run(
     comparison: str | PathLike[str] | None = None,
     ablations: Sequence[str | PathLike[str]] = (),
     frontier: str | PathLike[str] | None = None,
+    further: Sequence[str] = (),
 ) -> Run:
     """Read a recording file, and files of what else was measured, for reporting.
+
+    Args:
+        path: of the recording.
+        comparison: of `avl compare`.
+        ablations: of `avl ablate`.
+        frontier: of `avl frontier`.
+        further: "NAME=FILE" texts, see `avl_reports.further`.
 
     Raises:
         RecordingError, InputError: unreadable or foreign files.
@@ -218,6 +237,7 @@ def load_run(
         None if comparison is None else load_comparison(comparison),
         [load_ablation(one) for one in ablations],
         None if frontier is None else load_frontier(frontier),
+        read_further(further),
     )
 
 

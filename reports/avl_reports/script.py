@@ -63,10 +63,20 @@ def run_script(section: Callable[[Run], Section], arguments: Sequence[str] | Non
         "--ablation", action="append", default=[], help="file written by avl ablate; repeatable"
     )
     parser.add_argument("--frontier", help="file written by avl frontier")
+    parser.add_argument(
+        "--further",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="another measurement, e.g. knockout=knockout.nc; repeatable",
+    )
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder to write into")
     given = parser.parse_args(arguments)
     try:
-        made = section(load_run(given.recording, given.comparison, given.ablation, given.frontier))
+        run = load_run(
+            given.recording, given.comparison, given.ablation, given.frontier, given.further
+        )
+        made = section(run)
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -35,7 +35,8 @@ def offered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         PAIRS.append((figure, code))
         keep(figure, code, key)
 
-    for view in ("ask", "heads", "maps", "patterns", "live", "benchmark", "tokens"):
+    names = ("ask", "heads", "knockout", "maps", "patterns", "live", "benchmark", "tokens")
+    for view in names:
         monkeypatch.setattr(f"avl_app.views.{view}.keep", noted)
     monkeypatch.chdir(tmp_path)  # where the code saves
 
@@ -113,6 +114,21 @@ def test_ask_gives_the_code_of_the_words_of_patches() -> None:
 
 def test_heads_give_the_code_of_the_map_and_of_the_grid_of_heads() -> None:
     check(page(view="heads", **ONE_WORD, layer="2", head="1", all_heads="1"), 3)
+
+
+def test_what_was_cut_comes_with_its_code() -> None:
+    test = page(view="heads", **ONE_WORD, cut="1")
+    next(b for b in test.button if b.label == "Cut").click().run()
+    check_last(test, "knockout")
+
+
+def check_last(test: AppTest, name: str) -> None:
+    """The last figure offered has this name, and its code gives it."""
+    assert errors(test) == []
+    figure, code = PAIRS[-1]
+    assert figure is not None
+    assert figure.name == name
+    assert same(figure, run(code)["plot"].figure)
 
 
 def test_patterns_give_the_code_of_every_figure() -> None:

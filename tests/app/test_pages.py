@@ -269,6 +269,20 @@ def test_another_statistic_colours_the_map() -> None:
     assert list(test.dataframe[0].value["value"]) != before
 
 
+def test_attention_is_cut_when_asked_for_and_kept_for_the_question() -> None:
+    test = page(view="heads", **ONE_WORD, cut="1")
+    assert "Nothing is cut yet" in test.info[0].value
+    next(b for b in test.button if b.label == "Cut").click().run()
+    assert errors(test) == []
+    assert "Most is lost when" in texts(test)
+    assert "undecided" in texts(test)  # one answer has no interval
+    test.selectbox(key="head_field").set_value(3).run()
+    assert errors(test) == []
+    assert "Most is lost when" in texts(test)
+    test.segmented_control(key="cut_of").set_value("scenes").run()
+    assert "Nothing is cut yet" in test.info[0].value
+
+
 def test_choices_of_every_view_come_back_from_the_address() -> None:
     test = page(view="benchmark", **ONE_WORD)
     test.multiselect(key="tasks").set_value(["ocr", "count"])
@@ -309,6 +323,23 @@ def test_one_answer_has_numbers_without_intervals_and_many_scenes_have_both() ->
     assert errors(test) == []
     assert "no interval" not in texts(test).replace("\\", "")
     assert any("scenes are recorded" in caption.value for caption in test.caption)
+
+
+def test_a_file_of_further_measurements_is_shown_with_the_recording(tmp_path: Path) -> None:
+    from avl_analysis import scene_samples
+    from avl_analysis.heads.knockout import knockout, save_knockout
+
+    vlm = load_model("scenes")
+    cut = knockout(vlm, scene_samples(1, ["colour", "shape"]), [("image", "answer")])
+    data = save_knockout(cut, tmp_path / "k.nc").read_bytes()
+    test = page(view="patterns", **ONE_WORD, pattern="knockout")
+    assert "Send the file that avl knockout wrote" in test.info[-1].value
+    test.file_uploader(key="knockout_file").set_value(("k.nc", data, "application/x-netcdf")).run()
+    assert errors(test) == []
+    assert "Most is lost when answer tokens cannot read image tokens" in texts(test)
+    bad = ("k.nc", b"nothing", "application/x-netcdf")
+    test.file_uploader(key="knockout_file").set_value(bad).run()
+    assert len(errors(test)) == 1
 
 
 def test_a_recording_that_was_saved_is_read_back(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ from scipy import stats
 
 from avl_analysis import intervals
 from avl_analysis.intervals import (
+    LEAST_POSITIVE,
     LEAST_SAMPLES,
     Estimate,
+    auroc,
     crossed,
     estimate,
     mean_interval,
@@ -24,7 +26,7 @@ from avl_analysis.intervals import (
     share_interval,
     wilson,
 )
-from tests.benchmarks.interval_coverage import coverage
+from tests.benchmarks.interval_coverage import auroc_coverage, coverage
 
 NAN, INF = math.nan, math.inf
 
@@ -287,3 +289,77 @@ def test_crossed_draws_resample_questions_and_draws():
     assert widths[0] == pytest.approx(math.hypot(widths[1], widths[2]), rel=0.1)
     assert crossed(np.zeros((3, 4))).n == 4
     assert not crossed(np.zeros((3, 4))).known
+
+
+# -- telling two classes apart -----
+
+
+def slow_area(scores, positive, samples, strata):
+    """One comparison at a time."""
+    won = pairs = 0.0
+    for i in range(len(scores)):
+        for j in range(len(scores)):
+            if positive[i] and not positive[j] and strata[i] == strata[j]:
+                pairs += 1
+                won += 1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0
+    return won / pairs
+
+
+def items(seed, count=120, samples=30):
+    rng = np.random.default_rng(seed)
+    positive = rng.random(count) < 0.4
+    scores = np.round(rng.normal(size=count) + positive, 1)  # with ties
+    return scores, positive, rng.integers(samples, size=count), rng.integers(3, size=count)
+
+
+def test_the_area_under_the_curve_is_the_share_of_pairs_in_order():
+    scores, positive, samples, strata = items(0)
+    assert auroc(scores, positive, samples).mean == pytest.approx(
+        slow_area(scores, positive, samples, np.zeros(len(scores)))
+    )
+    within = auroc(scores, positive, samples, strata)
+    assert within.mean == pytest.approx(slow_area(scores, positive, samples, strata))
+    assert within.low < within.mean < within.high
+    gaps = scores.copy()
+    gaps[::7] = NAN
+    known = np.isfinite(gaps)
+    assert auroc(gaps, positive, samples).mean == pytest.approx(
+        auroc(scores[known], positive[known], samples[known]).mean
+    )
+
+
+def test_the_areas_interval_is_that_of_resampling_whole_samples_one_by_one():
+    scores, positive, samples, strata = items(1)
+    found = auroc(scores, positive, samples, strata)
+    rng = np.random.default_rng(3)
+    labels = np.unique(samples)
+    areas = []
+    for _ in range(400):
+        at = np.concatenate(
+            [np.flatnonzero(samples == one) for one in rng.choice(labels, labels.size)]
+        )
+        areas.append(slow_area(scores[at], positive[at], samples[at], strata[at]))
+    z = stats.t.ppf(0.975, found.n - 1) * math.sqrt(found.n / (found.n - 1))
+    low, high = np.quantile(areas, [stats.norm.cdf(-z), stats.norm.cdf(z)])
+    width = high - low
+    assert found.low == pytest.approx(low, abs=0.15 * width)
+    assert found.high == pytest.approx(high, abs=0.15 * width)
+
+
+def test_few_samples_with_a_class_have_an_area_and_no_interval():
+    scores = np.arange(40.0)
+    samples = np.arange(40)
+    few = auroc(scores, samples >= 40 - (LEAST_POSITIVE - 1), samples)
+    assert (few.mean, few.n, few.known) == (1.0, LEAST_POSITIVE - 1, False)
+    assert auroc(scores, samples >= 40 - LEAST_POSITIVE, samples).known
+    nothing = auroc(scores, np.zeros(40), samples)
+    assert math.isnan(nothing.mean)
+    assert not nothing.known
+    with pytest.raises(ValueError, match="one of each per item"):
+        auroc(scores, samples[:5], samples)
+
+
+@pytest.mark.slow
+def test_the_areas_interval_covers_the_truth_from_the_least_number_of_samples_on():
+    for separation in (0.0, 1.0):
+        assert auroc_coverage(LEAST_POSITIVE, separation, 200) > 0.88

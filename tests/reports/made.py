@@ -14,6 +14,7 @@ from avl_analysis.corpus.questions import Sample
 from avl_analysis.evaluation.comparison import Comparison
 from avl_analysis.evaluation.comparison import build as build_comparison
 from avl_analysis.heads.ablation import Ablation, Silenced
+from avl_analysis.heads.sinks import CONDITIONS
 from avl_analysis.recordings.recording import Recording
 from avl_reports.frontiers import Frontier
 
@@ -266,3 +267,79 @@ def frontier(*, hostile: bool = False) -> Frontier:
         )
     ]
     return Frontier({"command": "avl frontier --out f.jsonl", "split": "comparison"}, lines)
+
+
+def knockout() -> xr.Dataset:
+    """Ten answers, three layers: the first flow costs 2 nats in layer 1 and nothing elsewhere, the
+    others cost nothing; answers change where a nat or more is lost.
+    """
+    rng = np.random.default_rng(0)
+    flows = ["image -> question", "image -> answer", "question -> last"]
+    change = rng.normal(0, 0.01, (len(flows), LAYERS, 10))
+    change[0, 1] -= 2.0
+    dims = ("flow", "layer", "sample")
+    return xr.Dataset(
+        {
+            "log_prob_change": (dims, change),
+            "probability": (dims, np.exp(change) * 0.9),
+            "same_answer": (dims, (change > -1).astype(float)),
+            "plain_probability": ("sample", np.full(10, 0.9)),
+            "answer": ("sample", np.full(10, "a")),
+        },
+        {"flow": flows, "layer": range(LAYERS), "sample": [f"q{i}" for i in range(10)]},
+        {"model": "made-up", "model_revision": "1", "window": 1},
+    )
+
+
+def sinks() -> xr.Dataset:
+    """Ten questions with eight image tokens: the first, on the ground, gets half of the picture's
+    attention in layer 1; hidden it costs nothing, and it moves with its embedding.
+    """
+    rng = np.random.default_rng(0)
+    count, tokens = 10, 8
+    attention = np.ones((count, LAYERS, tokens))
+    attention[:, 1] = 0.5 / 7 * tokens
+    attention[:, 1, 0] = 0.5 * tokens
+    by_condition = rng.normal(0, 0.005, (count, len(CONDITIONS)))
+    unknown = np.full((count, LAYERS, tokens), np.nan)
+    layers, of_token = ("sample", "layer"), ("sample", "layer", "token")
+    return xr.Dataset(
+        {
+            "attention": (of_token, attention),
+            "value_norm": (of_token, np.ones_like(attention)),
+            "massive": (of_token, unknown),
+            "input_norm": (("sample", "token"), np.ones((count, tokens))),
+            "on_object": (("sample", "token"), np.tile([0.0, 1.0], (count, tokens // 2))),
+            **{
+                name: (layers, np.full((count, LAYERS), value))
+                for name, value in (
+                    ("image_mass", 0.8),
+                    ("image_largest", 3.0),
+                    ("first_mass", 0.01),
+                    ("first_value_norm", 1.0),
+                    ("first_largest", 3.0),
+                )
+            },
+            "before": ("sample", 4 + rng.normal(0, 0.1, count)),
+            "followed": ("sample", 3 + rng.normal(0, 0.1, count)),
+            "stayed": ("sample", 1 + rng.normal(0, 0.1, count)),
+            "log_prob_change": (("sample", "condition"), by_condition),
+            "same_answer": (("sample", "condition"), np.ones_like(by_condition)),
+            "hidden_attention": (("sample", "condition"), np.full_like(by_condition, 0.2)),
+        },
+        {
+            "sample": [f"q{i}" for i in range(count)],
+            "layer": range(LAYERS),
+            "condition": list(CONDITIONS),
+        },
+        {
+            "model": "made-up",
+            "model_revision": "1",
+            "signature": "concentration",
+            "dimensions": "",
+            "concentrated": 4.0,
+            "drained": 0.5,
+            "massive": 6.9,
+            "draws": 3,
+        },
+    )

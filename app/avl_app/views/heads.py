@@ -31,7 +31,7 @@ from avl_app.page import (
     shown_token,
     strip,
 )
-from avl_app.views import silence
+from avl_app.views import knockout, silence
 from avl_app.views.ask import observe, pick_token
 
 _FIRST = "modality_mass/image"
@@ -85,6 +85,7 @@ def show(context: Context) -> None:
     _compare(context, seen, recording, step, (layer, head), values, kinds, chosen)
     _all_heads(context, seen, step, layer)
     silence.show(context, seen, layer, head)
+    knockout.show(context, recording)
 
 
 def _all_heads(context: Context, seen: Observation, step: int, layer: int) -> None:

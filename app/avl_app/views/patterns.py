@@ -19,6 +19,7 @@ from avl_app.uploads import from_bytes
 from avl_app.views.ask import observe
 from avl_reports.findings import Finding, Verdict
 from avl_reports.frontiers import load_frontier
+from avl_reports.further import KINDS
 from avl_reports.run import NotMeasured, Section
 
 _HERE, _SCENES, _FILE = state.RECORDINGS
@@ -60,7 +61,7 @@ def show(context: Context) -> None:
         st.info(f"Left out: {prose(wrong)}.", icon=":material/info:")
     try:
         made = _made(recording, str(name), measured)
-        _section(made)
+        draw_section(made)
         keep(made.figure, code.pattern(source_code(context), str(name)), "pattern")
     except NotMeasured as error:
         st.markdown(f"#### {plain(questions[str(name)])}")
@@ -72,6 +73,7 @@ def show(context: Context) -> None:
 _FURTHER = {
     "ablation": ("What switching heads off changed, made by avl ablate (.json)", "json"),
     "frontier": ("Quality against bytes, made by avl frontier (.jsonl)", "jsonl"),
+    **{kind.name: (f"{kind.title}, made by {kind.command} (.nc)", "nc") for kind in KINDS.values()},
 }
 """Figures that need a file of their own: what is asked for, and the ending of its name."""
 _HINTS = {
@@ -79,6 +81,10 @@ _HINTS = {
     " this figure shows it.",
     "ablation": "Send the file that avl ablate wrote for this model.",
     "frontier": "Send the file that avl frontier wrote for this model.",
+    **{
+        kind.figure: f"Send the file that {kind.command} wrote for this model."
+        for kind in KINDS.values()
+    },
 }
 """What to do here where a report names the command line."""
 
@@ -91,6 +97,9 @@ def _send_further(name: str) -> None:
         sent, data = next(iter(files.items()))
         if name == "ablation":
             return from_bytes(load_ablation, data, sent)
+        for kind in KINDS.values():
+            if kind.figure == name:
+                return from_bytes(kind.read, data, sent)
         return from_bytes(load_frontier, data, sent)
 
     sent_files(label, [ending], read, key=f"{name}_file", most_megabytes=50)
@@ -104,6 +113,11 @@ def further() -> Measured:
         st.session_state.get("comparison"),
         () if ablation is None else (ablation.value,),
         None if frontier is None else frontier.value,
+        {
+            name: st.session_state[f"{kind.figure}_file_held"].value
+            for name, kind in KINDS.items()
+            if st.session_state.get(f"{kind.figure}_file_held") is not None
+        },
     )
 
 
@@ -120,7 +134,12 @@ def source_code(context: Context) -> str:
 def _made(recording: Recording, name: str, measured: Measured) -> Section:
     """A figure of this recording, made once per visitor."""
     held = st.session_state.get("sections")
-    parts = (measured.comparison, *measured.ablations, measured.frontier)
+    parts = (
+        measured.comparison,
+        *measured.ablations,
+        measured.frontier,
+        *measured.further.values(),
+    )
     if held is None or held[0] is not recording or held[1] != tuple(map(id, parts)):
         held = st.session_state["sections"] = (recording, tuple(map(id, parts)), {})
     if name not in held[2]:
@@ -201,7 +220,7 @@ def _from_file(context: Context) -> Recording | None:
     return sent.value
 
 
-def _section(shown: Section) -> None:
+def draw_section(shown: Section) -> None:
     """A figure with its question, its plots and its findings."""
     figure = shown.figure
     st.markdown(f"#### {plain(shown.question)}")

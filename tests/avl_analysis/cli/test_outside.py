@@ -136,6 +136,7 @@ def test_longer_commands_connect_to_nothing_either(folder: Path, tmp_path: Path)
     asked = _questions(work, 9)
     short: list[object] = ["--model", folder, "--max-new-tokens", 4]
     scenes: list[object] = ["--scenes", 1, "--task", "colour", "--budgets", 0.5, "--workers", 1]
+    few: list[object] = ["--compare", 0, "--ablate", 1, "--cut", 1, "--sunk", 1, "--words", 1]
     codes, said = _without_network(
         offline,
         work,
@@ -144,11 +145,13 @@ def test_longer_commands_connect_to_nothing_either(folder: Path, tmp_path: Path)
         ["knockout", asked, *short, "--flow", "image:last"],
         ["frontier", "--model", folder, "--out", "f.jsonl", *scenes],
         ["frontier", "--show", "f.jsonl"],
-        ["report", "--model", folder, "--samples", 12, "--compare", 0, "--ablate", 1],
+        ["sinks", asked, *short, "--draws", 1],
+        ["errors", "--model", folder, "--scenes", 1, "--task", "colour"],
+        ["report", "--model", folder, "--samples", 12, *few],
         ["report", "report/run.nc", "--frontier", "f.jsonl", "--out", "again"],
     )
     assert offline.tried() == []
-    assert codes == [0] * 7, said
+    assert codes == [0] * 9, said
     assert (work / "again" / "report.pdf").stat().st_size > 1000
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from avl_analysis.corpus.questions import Sample
 from avl_analysis.corpus.record_samples import facts_of, record_samples
@@ -38,7 +39,10 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> VLM:
 def test_samples_recorded_in_a_padded_batch_equal_samples_recorded_alone(vlm: VLM) -> None:
     alone = record_samples(vlm, SAMPLES, max_new_tokens=3)
     batch = record_samples(vlm, SAMPLES, max_new_tokens=3, batch_size=2)
-    assert [batch.facts(i) for i in range(3)] == [alone.facts(i) for i in range(3)]
+    facts, own = ([dict(made.facts(i)) for i in range(3)] for made in (batch, alone))
+    surprises = [[one.pop("surprise") for one in some] for some in (facts, own)]
+    np.testing.assert_allclose(*surprises, atol=1e-4)
+    assert facts == own
     np.testing.assert_allclose(
         batch["modality_mass"].values, alone["modality_mass"].values, atol=1e-5
     )
@@ -57,6 +61,31 @@ def test_every_sample_carries_its_question_its_answer_and_what_is_known_of_it(vl
     assert facts[2]["meta"] == {"source": "drawn"}
     assert "picture" in facts[0]
     assert "picture" not in facts[1]
+
+
+def test_surprise_is_the_negative_log_probability_of_every_word(vlm: VLM) -> None:
+    """Against one pass over prompt and answer, without `generate`."""
+    facts = record_samples(vlm, SAMPLES[:1], max_new_tokens=3).facts(0)
+    inputs = vlm.prepare(list(SAMPLES[0].images), SAMPLES[0].prompt)
+    length = inputs["input_ids"].shape[1]
+    answer = vlm.model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, length:]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], answer], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad():
+        logits = vlm.model(**inputs).logits[0]
+    logits[:, vlm.model.generation_config.suppress_tokens] = -torch.inf
+    expected = [
+        -float(torch.log_softmax(logits[length - 1 + step], -1)[token])
+        for step, token in enumerate(answer[0].tolist())
+    ]
+    np.testing.assert_allclose(facts["surprise"], expected[: len(facts["words"])], atol=1e-4)
+
+
+def test_no_surprise_is_kept_where_rows_are_not_the_questions(vlm: VLM) -> None:
+    twice = {"num_return_sequences": 2, "do_sample": True}
+    facts = record_samples(vlm, SAMPLES[:1], max_new_tokens=2, generate=twice).facts(0)
+    assert "surprise" not in facts
+    assert facts["words"]
 
 
 def test_boxes_given_with_a_question_become_the_image_tokens_under_them(vlm: VLM) -> None:

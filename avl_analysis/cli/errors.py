@@ -1,0 +1,82 @@
+"""`avl errors`: does attention say which words of an answer are wrong?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from avl_analysis.cli.options import (
+    Attention,
+    BatchSize,
+    Device,
+    Download,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Tasks,
+    check_target,
+    load,
+    progress,
+    read_or_draw,
+)
+from avl_analysis.errors import InputError
+
+EXAMPLES = """
+Examples: [bold]avl errors --scenes 20 --out errors.nc[/],
+[bold]avl errors questions.jsonl --model ./my-llava --noise 0[/]
+"""
+
+
+def errors(
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="JSONL file of questions with answers. Default: drawn scenes."),
+    ] = None,
+    noise: Annotated[
+        float | None,
+        typer.Option(help="Noise on the pictures, share of a pixel's range. Default: 0.15."),
+    ] = None,
+    model: Model = "scenes",
+    out: Annotated[Path, typer.Option(help="netCDF file to write.")] = Path("errors.nc"),
+    scenes: Annotated[int, typer.Option(min=1, help="Drawn scenes per task.")] = 12,
+    task: Tasks = None,
+    max_new_tokens: MaxNewTokens = 96,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = None,
+    device: Device = None,
+    attention: Attention = "sdpa",
+    download: Download = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Ask about noisy pictures: does attention tell wrong words from right ones?"""
+    if out.suffix != ".nc":
+        raise InputError(f"--out {out}: the file's name must end in .nc")
+    check_target(out, force)
+    samples = read_or_draw(data, scenes, task, "comparison")
+    vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
+
+    from avl_analysis.corpus.questions import describe_questions
+    from avl_analysis.heads.word_attention import SIGNALS, comparable, error_auroc
+    from avl_analysis.heads.word_errors import NOISE, save_word_errors, word_errors
+
+    with progress("asking", unit="questions") as advance:
+        table = word_errors(
+            vlm,
+            samples,
+            noise=NOISE if noise is None else noise,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_token=lambda done, _: advance(done, len(samples)),
+        )
+    save_word_errors(table, out)
+    judged = comparable(table)["right"].values
+    typer.echo(f"{'signal':42} {'within kinds':22} all words")
+    for signal in SIGNALS:
+        within, overall = (error_auroc(table, signal, within=part) for part in (True, False))
+        typer.echo(f"{signal.title:42} {within.words():22} {overall.words()}")
+    typer.echo(
+        f"area under the ROC curve for wrong words, {int((judged == 0).sum())} of {judged.size}"
+        f" words; asked: {describe_questions(samples)}; everything in {out}"
+    )

@@ -1,0 +1,100 @@
+"""`avl sinks`: sinks among image tokens, where they are born, and what hiding them does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from avl_analysis.cli.options import (
+    Attention,
+    BatchSize,
+    Device,
+    Download,
+    Dtype,
+    MaxNewTokens,
+    Model,
+    Tasks,
+    check_target,
+    load,
+    progress,
+    read_or_draw,
+)
+from avl_analysis.errors import InputError
+
+EXAMPLES = """
+Examples: [bold]avl sinks --scenes 4 --out sinks.nc[/],
+[bold]avl sinks questions.jsonl --model ./my-llava --by 'massive activation'[/]
+"""
+
+
+def sinks(
+    data: Annotated[
+        Path | None,
+        typer.Argument(help="JSONL file of questions. Default: drawn scenes."),
+    ] = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            help="Signature that chooses the sinks that are hidden: concentration, value drain or"
+            " massive activation."
+        ),
+    ] = "concentration",
+    draws: Annotated[int, typer.Option(min=1, help="Random sets of other tokens.")] = 3,
+    model: Model = "scenes",
+    out: Annotated[Path, typer.Option(help="netCDF file to write.")] = Path("sinks.nc"),
+    scenes: Annotated[int, typer.Option(min=1, help="Drawn scenes per task.")] = 4,
+    task: Tasks = None,
+    max_new_tokens: MaxNewTokens = 32,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = None,
+    device: Device = None,
+    attention: Attention = "sdpa",
+    download: Download = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Sinks among image tokens by three signatures: where they are born, what hiding them does."""
+    if out.suffix != ".nc":
+        raise InputError(f"--out {out}: the file's name must end in .nc")
+    check_target(out, force)
+
+    from avl_analysis.heads.sinks import SIGNATURES, check_signature, flags, save_sinks
+
+    check_signature(by)
+    samples = read_or_draw(data, scenes, task, "ablation")
+    vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
+
+    from avl_analysis.corpus.questions import describe_questions
+    from avl_analysis.heads.sink_study import study_sinks
+    from avl_analysis.intervals import mean_interval
+
+    with progress("studying sinks", unit="questions") as advance:
+        study = study_sinks(
+            vlm,
+            samples,
+            signature=by,
+            draws=draws,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=advance,
+        )
+    save_sinks(study, out)
+    typer.echo("image tokens that are sinks, mean per question, by layer:")
+    for signature in SIGNATURES:
+        counts = flags(study, signature).sum("token").mean("sample").values
+        typer.echo(f"  {signature:20}" + "".join(f"{count:8.2f}" for count in counts))
+    typer.echo(f"sink dimensions of the model: {study.attrs['dimensions'] or 'none'}")
+    typer.echo("attention of the sinks, times the mean image token:")
+    for name, what in (
+        ("before", "before the exchange"),
+        ("followed", "where the embedding went"),
+        ("stayed", "where it had been"),
+    ):
+        typer.echo(f"  {what:38}{mean_interval(study[name].values).words()}")
+    typer.echo("change of the answer's log-probability, nats per token; answers that stay:")
+    for condition in study["condition"].values:
+        part = study.sel(condition=condition)
+        change, same = (mean_interval(part[n].values) for n in ("log_prob_change", "same_answer"))
+        typer.echo(f"  {condition:38}{change.words():24}{same.words('%')}")
+    typer.echo(f"asked: {describe_questions(samples)}; everything in {out}")
