@@ -231,7 +231,13 @@ def cells(
 
 
 def patches(
-    overlay: Overlay, key: str, marked: Sequence[int], on_choice: Callable[[], None], height: int
+    overlay: Overlay,
+    key: str,
+    marked: Sequence[int],
+    on_choice: Callable[[], None],
+    *,
+    framing: bool,
+    height: int,
 ) -> None:
     """A picture whose patches can be chosen; `on_choice` reads them with `chosen_patches(key)`.
 
@@ -240,16 +246,18 @@ def patches(
         key: of the widget in the session.
         marked: image tokens that are framed.
         on_choice: called when the choice changes.
+        framing: whether a frame is drawn around patches; else one is clicked. Streamlit does not
+            take clicks where frames can be drawn.
         height: of the plot in pixels.
     """
     drawn = with_patches(draw_plotly.draw(overlay, dark=is_dark(), titled=False), overlay, marked)
-    drawn.update_layout(height=height)
+    drawn.update_layout(height=height, dragmode="select" if framing else False)
     st.plotly_chart(
         drawn,
         key=key,
         theme=None,
         on_select=on_choice,
-        selection_mode=("points", "box"),
+        selection_mode="box" if framing else "points",
         config=_CONFIG,
     )
 

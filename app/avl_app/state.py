@@ -135,6 +135,7 @@ FIELDS: dict[str, Field] = {
     "lens": Field(False, _flag),
     "readers": Field(False, _flag),
     "patches": Field([], _several),
+    "framing": Field(False, _flag),
     "words": Field(False, _flag),
     "patch_words": Field(False, _flag),
     "depth": Field(0, _number(0, 9999)),

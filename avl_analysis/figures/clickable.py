@@ -95,7 +95,7 @@ def with_patches(plot: Any, overlay: Overlay, marked: Sequence[int] = ()) -> Any
         edges = {"x0": left * width, "x1": right * width, "y0": top * height, "y1": bottom * height}
         plot.add_shape(type="rect", **edges, line={"color": palette.BOX_EDGE, "width": 4})
         plot.add_shape(type="rect", **edges, line={"color": palette.BOX, "width": 2})
-    plot.update_layout(clickmode="event+select", dragmode="select")
+    plot.update_layout(clickmode="event+select")
     plot.update_xaxes(fixedrange=True)
     plot.update_yaxes(fixedrange=True)
     return plot

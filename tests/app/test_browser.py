@@ -369,25 +369,29 @@ def test_a_patch_is_pointed_at_clicked_and_several_are_framed(visitor: Visitor) 
     assert [tool.get_attribute("data-title") for tool in tools.all()][-1] == "Fullscreen"
     bottom = max(box["y"] + box["height"] for box in (t.bounding_box() for t in tools.all()))
     assert bottom <= overlay.bounding_box()["y"] + 1
-    chart = page.locator(".st-key-patch_map .nsewdrag").first
 
-    def place(across: float, down: float) -> tuple[float, float]:
+    def place(key: str, across: float, down: float) -> tuple[float, float]:
+        chart = page.locator(f".st-key-{key} .nsewdrag").first
         chart.scroll_into_view_if_needed(timeout=5000)
         box = chart.bounding_box(timeout=5000)
         return box["x"] + across * box["width"], box["y"] + down * box["height"]
 
     # the 12 x 12 patches of a scene: the middle of the fourth in the third row
     until(
-        lambda: page.mouse.click(*place(3.5 / 12, 2.5 / 12)), lambda: "patches=27" in page.url, page
+        lambda: page.mouse.click(*place("patch_map", 3.5 / 12, 2.5 / 12)),
+        lambda: "patches=27" in page.url,
+        page,
     )
     visitor.sees("1 of 144 patches")
     settled(page, LONG)
+    switch(page, "framing", True)
+    settled(page, LONG)
 
     def frame() -> None:
-        page.mouse.move(*place(0.2 / 12, 0.2 / 12))
+        page.mouse.move(*place("patch_frame", 0.2 / 12, 0.2 / 12))
         page.mouse.down()
-        page.mouse.move(*place(1.0 / 12, 1.5 / 12), steps=4)
-        page.mouse.move(*place(1.8 / 12, 1.8 / 12), steps=4)
+        page.mouse.move(*place("patch_frame", 1.0 / 12, 1.5 / 12), steps=4)
+        page.mouse.move(*place("patch_frame", 1.8 / 12, 1.8 / 12), steps=4)
         page.mouse.up()
 
     until(frame, lambda: "patches=0%2C1%2C12%2C13" in page.url, page)
@@ -412,7 +416,7 @@ def test_an_answer_is_cancelled_and_had_after_all(visitor: Visitor) -> None:
 
 def test_a_figure_and_its_numbers_are_downloaded(visitor: Visitor, tmp_path: Path) -> None:
     page = visitor.go("task=ocr&token=0", "The words it looked at").page
-    starts = {"SVG": b"<?xml", "CSV": b"panel,series"}
+    starts = {"SVG": b"<?xml", "CSV": b"panel,x,y,value"}
     menu = page.locator(".st-key-keep_ask").get_by_role("button", name="Download")
     for kind, start in starts.items():
         file = page.locator(f".st-key-ask_{kind.lower()} button")

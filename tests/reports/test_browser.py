@@ -117,10 +117,9 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(opened):
 
 
 SEEN = """() => [...document.querySelectorAll('.modebar')].filter((bar) => {
-    // plotly fades the bar of a plot under the pointer; a bar of opacity 0 is not seen
-    const parts = [bar, ...bar.querySelectorAll('.modebar-group')];
-    return bar.getClientRects().length && parts.some((p) => getComputedStyle(p).opacity > 0.05
-        && getComputedStyle(bar).opacity > 0.05 && getComputedStyle(bar).visibility !== 'hidden');
+    // plotly fades the groups of a bar; they are not seen at opacity 0
+    const groups = [...bar.querySelectorAll('.modebar-group')];
+    return bar.getClientRects().length && groups.some((g) => getComputedStyle(g).opacity > 0.05);
 }).map((bar) => {
     const bounds = (element) => element.getBoundingClientRect();
     const plot = bar.closest('.plot');
@@ -146,8 +145,9 @@ def test_the_tool_bar_is_there_under_a_pointer_only_and_never_over_data(opened):
         box = plot.bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         page.wait_for_function(f"() => ({SEEN})().length === 1", timeout=60_000)
-        ((_, covered),) = page.evaluate(SEEN)
-        assert not covered, plot.get_attribute("data-plot")
+        # one that fades out may be seen for a moment more
+        covering = [name for name, covers in page.evaluate(SEEN) if covers]
+        assert covering == []
     page.mouse.move(2, 2)
 
 

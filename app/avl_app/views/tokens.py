@@ -94,9 +94,19 @@ def readers(
     pixels = context.question.picture.pixels
     left, right = st.columns([1, 2])
     with left:
-        st.markdown("**Click a patch, or draw a frame around several**")
+        framing = st.toggle("Draw a frame around several", key="framing")
+        told = "Draw a frame around patches" if framing else "Click a patch"
+        st.markdown(f"**{told}**")
         overlay = looks.token_overlay(pixels, seen.on_image(seen.look(step, layer, head), first))
-        patches(overlay, "patch_map", chosen, _take_patches, picture_height(pixels))
+        key = "patch_frame" if framing else "patch_map"
+        patches(
+            overlay,
+            key,
+            chosen,
+            lambda: _take_patches(key),
+            framing=framing,
+            height=picture_height(pixels),
+        )
         st.multiselect("Image tokens", known, key="patches", placeholder="or choose by number")
     with right:
         if not chosen:
@@ -111,9 +121,9 @@ def readers(
         keep(figure, code.patch(context.question, chosen, layer, head), "patch")
 
 
-def _take_patches() -> None:
+def _take_patches(key: str) -> None:
     """What was chosen in the picture becomes the choice."""
-    state.put("patches", [str(number) for number in chosen_patches("patch_map")[:64]])
+    state.put("patches", [str(number) for number in chosen_patches(key)[:64]])
 
 
 def rollout(
