@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from avl_analysis.map_plots import plot_grounding as plot_grounding
     from avl_analysis.map_plots import plot_patch_names as plot_patch_names
     from avl_analysis.map_plots import plot_patch_words as plot_patch_words
+    from avl_analysis.map_plots import plot_pointing as plot_pointing
     from avl_analysis.map_plots import plot_relevance as plot_relevance
     from avl_analysis.models.loading import VLM as VLM
     from avl_analysis.models.loading import load_model as load_model
@@ -62,6 +63,7 @@ _HOME = {  # public name -> module it lives in; no module may have the name of s
     "plot_knockout": "plots",
     "plot_patch_names": "map_plots",
     "plot_patch_words": "map_plots",
+    "plot_pointing": "map_plots",
     "plot_relevance": "map_plots",
     "read_samples": "corpus.questions",
     "record": "capture.recorder",
@@ -93,6 +95,7 @@ __all__ = [
     "plot_knockout",
     "plot_patch_names",
     "plot_patch_words",
+    "plot_pointing",
     "plot_relevance",
     "read_samples",
     "record",

@@ -306,3 +306,46 @@ def names_caption(result: xr.Dataset) -> str:
 
 def _passed(depth: int) -> str:
     return f"after {depth} layer{'' if depth == 1 else 's'}" if depth else "before the first layer"
+
+
+def plot_pointing(result: xr.Dataset) -> Plot:
+    """For which share of words the strongest patch of each map lies on what the word is about.
+
+    Args:
+        result: what `relevance.pointing.point` gave.
+    """
+    caption = Caption(
+        pointing_caption(result),
+        result.sizes["sample"],
+        str(result.attrs.get("model", "unknown")),
+        METHOD,
+    )
+    figure = Figure("pointing", "Which map points at it", (pointing_panel(result),), caption)
+    return Plot(figure)
+
+
+def pointing_panel(result: xr.Dataset) -> Lines:
+    """The curves of `plot_pointing`: a line per map over layers, and relevance propagation."""
+    layers = result["layer"].values.astype(float)
+    lines = []
+    for slot, method in enumerate(map(str, result["layered"].values), 1):
+        values = result["pointing"].sel(layered=method).transpose("sample", "layer").values
+        found = mean_intervals(values)
+        lines.append(Line(METHODS[method], layers, found.mean, found.low, found.high, slot=slot))
+    # Of one map for all layers the line is level, with the interval of its one number.
+    whole = mean_intervals(result["pointing_all"].sel(map="chefer").values)
+    mean, low, high = (np.full(layers.shape, p) for p in (whole.mean, whole.low, whole.high))
+    lines.append(Line(METHODS["chefer"], layers, mean, low, high, slot=len(lines) + 1))
+    value = Axis("strongest patch on the object", "share", (0.0, 1.0))
+    rules = (Rule(float(result["area"].mean()), "at random", "y"),)
+    return Lines(Axis("layer", "index"), value, tuple(lines), rules, title="by layer")
+
+
+def pointing_caption(result: xr.Dataset) -> str:
+    """What the curves of `plot_pointing` are."""
+    return (
+        "Share of rightly answered questions whose strongest patch, in each map of one word of the"
+        " answer, lies on what the word is about; mean over heads, layer by layer, and relevance"
+        " propagation through all layers. Relative attention is relative to"
+        f" “{result.attrs.get('instruction', '?')}”."
+    )
