@@ -20,7 +20,7 @@ from PIL import Image
 from avl_analysis.capture.recorder import record
 from avl_analysis.conformance.build import Case, quiet
 from avl_analysis.conformance.inputs import image_features, parts, pixels
-from avl_analysis.conformance.painting import _silenced
+from avl_analysis.conformance.painting import silenced
 from avl_analysis.figures import Overlay, draw_matplotlib, draw_plotly
 from avl_analysis.figures.pictures import data_uri
 from avl_analysis.recordings.recording import Recording
@@ -80,7 +80,7 @@ class Lit:
         painted = self.image.copy()
         box = tuple(round(v) for v in (left * width, top * height, right * width, bottom * height))
         painted.paste((255, 0, 0), box)
-        model = _silenced(self.case)
+        model = silenced(self.case.model)
         plain, other = (self._features(model, image) for image in (self.image, painted))
         difference = (plain - other).abs().amax(-1)
         # Resampling spreads some of the paint to neighbours, which change less.
