@@ -27,6 +27,8 @@ _OWN = (
 """What is asked with settings of its own, and the choice it stands for."""
 _COSTS = {"attended": "keys read / seen", "attention_time": "attention time / full"}
 """What else a point may say it costs; processor time per decode step, other work beside it."""
+_MOST = 1.12
+"""End of the axes of costs: a policy that keeps bounds of pages holds more than the full cache."""
 _SHOWN = 3
 """Tasks that get a panel of their own: those on which policies differ most."""
 
@@ -40,12 +42,12 @@ def section(run: Run) -> Section:
     pooled = "tasks with answers of several tokens" if frontier.one_token_tasks else "all tasks"
     panels: list[Panel] = [
         _scatter(frontier, None, pooled if frontier.telling else "all tasks"),
-        *(_scatter(frontier, [task], task) for task in _differing(frontier)),
     ]
+    if np.isfinite(frontier.cost((_FULL, None), "attended")):
+        panels.append(_scatter(frontier, None, "the same, by keys read", by_reads=True))
+    panels += [_scatter(frontier, [task], task) for task in _differing(frontier)]
     if frontier.telling and frontier.one_token_tasks:
         panels.append(_scatter(frontier, frontier.one_token_tasks, "tasks answered in one token"))
-    if np.isfinite(frontier.cost((_FULL, None), "attended")):
-        panels.append(_scatter(frontier, None, f"{pooled}, by keys read", by_reads=True))
     panels.append(_heat(frontier))
     figure = Figure(
         "frontier",
@@ -188,9 +190,9 @@ def _scatter(
         title: of the panel.
         by_reads: against the keys that a decode step reads instead.
     """
-    size = Axis("keys and values in use", "share of the full cache's bytes", (0.0, 1.08))
+    size = Axis("keys and values in use", "share of the full cache's bytes", (0.0, _MOST))
     if by_reads:
-        size = Axis("keys read at a decode step", "share of the tokens seen", (0.0, 1.08))
+        size = Axis("keys read at a decode step", "share of the tokens seen", (0.0, _MOST))
 
     def used(point: Point) -> float:
         if by_reads:

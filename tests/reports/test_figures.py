@@ -341,6 +341,28 @@ def test_the_frontier_pools_tasks_and_judges_equal_budgets_question_by_question(
     assert "the same questions (split comparison)" in section.figure.caption.what
 
 
+def test_a_frontier_that_counted_reads_and_time_shows_them_and_budgets_in_tokens(recording):
+    frontier = made.frontier()
+    lines = [
+        {
+            **line,
+            "budget": 64 if line["budget"] == 0.25 else line["budget"],
+            "attended": line["bytes"] / 2,
+            "attention_time": line["bytes"] * 2,
+        }
+        for line in frontier.lines
+    ]
+    section = fig_frontier.section(Run(recording, frontier=type(frontier)({}, lines)))
+    header, *rows = section.table
+    assert header[2:5] == ("bytes in use / full", "keys read / seen", "attention time / full")
+    assert ("A-VL", "64 image tokens", "0.25", "0.12", "0.50") in {row[:5] for row in rows}
+    by_reads = section.figure.panels[1]
+    assert by_reads.x.label == "keys read at a decode step"
+    ours = next(series for series in by_reads.points if series.name == "A-VL")
+    assert ours.x.tolist() == [0.125, 0.25]
+    assert [f for f in section.findings if "64" in f.choice] == []
+
+
 def test_a_frontier_whose_bytes_differ_or_whose_answers_are_one_token_decides_nothing():
     frontier = made.frontier()
     wins = [
