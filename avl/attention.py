@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from avl.kernels.row_products import row_products, row_sums
 from avl.tokens import TokenLayout
 
 if TYPE_CHECKING:
@@ -264,8 +265,9 @@ def attention_weights(
 def row_logits(call: AttentionCall, tier: QuantizedTier | None = None) -> Tensor:
     """Scaled and capped products of a decode step, reading every key once.
 
-    The products are in the keys' own dtype (as in transformers' eager attention); those with
-    quantised keys are in float32.
+    On a processor, float32 and bfloat16 keys are multiplied in float32 (`avl.kernels`), as are
+    quantised ones everywhere; otherwise the products are in the keys' own dtype, as in
+    transformers' eager attention.
 
     Args:
         call: one query row per row of the batch; its mask is not read.
@@ -275,9 +277,12 @@ def row_logits(call: AttentionCall, tier: QuantizedTier | None = None) -> Tensor
         (batch, key/value heads, groups, keys) float32.
     """
     batch, heads, _, dim = call.query.shape
-    shape = (batch, heads // call.groups, call.groups, -1)
-    query = call.query.reshape(-1, call.groups, dim).transpose(1, 2)
-    logits = _products(call.key.flatten(0, 1), query).transpose(1, 2).float().view(shape)
+    shape, keys = (batch, heads // call.groups, call.groups, -1), call.key.flatten(0, 1)
+    if _in_kernels(call.query, keys):
+        logits = row_products(call.query.reshape(-1, dim).float(), keys).view(shape)
+    else:
+        query = call.query.reshape(-1, call.groups, dim).transpose(1, 2)
+        logits = _products(keys, query).transpose(1, 2).float().view(shape)
     if tier is not None:
         logits = torch.cat([tier.products(call.query[:, :, 0]).view(shape), logits], -1)
     soft_cap(logits.mul_(call.scaling), call.softcap)
@@ -315,17 +320,28 @@ def attend_with(
         sunk = softmax_weights(logits.reshape(batch, heads, 1, -1), sinks)
         weights = sunk.view(logits.shape)
     coded = 0 if tier is None else tier.width
-    own = weights[..., coded:].to(call.value.dtype).flatten(0, 1)
-    output = _products(own, call.value.flatten(0, 1)).reshape(batch, 1, heads, -1)
+    own, values = weights[..., coded:], call.value.flatten(0, 1)
+    if _in_kernels(own, values):
+        output = row_sums(own.flatten(0, 2), values)
+    else:
+        output = _products(own.to(values.dtype).flatten(0, 1), values)
+    output = output.reshape(batch, 1, heads, -1)
     if tier is not None:
         few = tier.weighted_values(weights[..., :coded].reshape(batch, heads, coded))
-        output = (output.float() + few[:, None]).to(call.value.dtype)
-    return output, weights
+        output = output.float() + few[:, None]
+    return output.to(values.dtype), weights
 
 
 def attend_one_row(call: AttentionCall, empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Output and weights of a decode step; see `attend_with` for what is given and returned."""
     return attend_with(call, row_logits(call), empty)
+
+
+def _in_kernels(one: Tensor, other: Tensor) -> bool:
+    """Whether the kernels of `row_products` multiply these; they cut off gradients."""
+    if other.device.type != "cpu" or other.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return not (torch.is_grad_enabled() and (one.requires_grad or other.requires_grad))
 
 
 _COPIED_BYTES = 2**24

@@ -10,12 +10,9 @@ bits.
 
 from __future__ import annotations
 
-from typing import Any
+from numba import float32, int32, njit, uint8
 
-from numba import float32, int32, njit, types, uint8
-from numba.extending import overload
-
-from avl.kernels.compiled import compiled, from_bits, larger, nearest, smaller
+from avl.kernels.compiled import as_float32, compiled, larger, nearest, smaller
 
 exact = njit(nogil=True, cache=True, error_model="numpy")
 """Like `compiled`, with every operation as written: what is stored must not depend on who stored
@@ -23,25 +20,11 @@ it.
 """
 
 
-def _load(target: Any, source: Any) -> None:
+@compiled
+def _load(target, source):
     """Copy numbers as float32."""
-
-
-@overload(_load, jit_options={"nogil": True})
-def _load_compiled(target: Any, source: Any) -> Any:
-    if source.dtype == types.float32:
-
-        def from_float32(target: Any, source: Any) -> None:
-            for place in range(source.shape[0]):
-                target[place] = source[place]
-
-        return from_float32
-
-    def from_bfloat16(target: Any, source: Any) -> None:
-        for place in range(source.shape[0]):
-            target[place] = from_bits(int32(int32(source[place]) << int32(16)))
-
-    return from_bfloat16
+    for place in range(source.shape[0]):
+        target[place] = as_float32(source[place])
 
 
 # -- storing ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import float32, int32, njit
+from numba import float32, int32, njit, types
 from numba.extending import intrinsic
 
 SUMMING = {"reassoc", "contract", "nsz", "arcp"}
@@ -101,6 +101,24 @@ def from_bits(context: Any, value: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
 
     return float32(int32), generate
+
+
+@intrinsic
+def as_float32(context: Any, stored: Any) -> Any:
+    """A stored number as float32: float32 itself, or bfloat16 as its 16 bits.
+
+    numba compiles a caller once for each type of array, and this is then what fits the type.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if stored == types.float32:
+            return arguments[0]
+        wide = ir.IntType(32)
+        # A bfloat16 number is the upper half of a float32 number's bits.
+        upper = builder.shl(builder.zext(arguments[0], wide), ir.Constant(wide, 16))
+        return builder.bitcast(upper, ir.FloatType())
+
+    return float32(stored), generate
 
 
 @compiled

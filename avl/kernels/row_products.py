@@ -1,6 +1,16 @@
-"""Products of one row of queries with keys, in float32 whatever the keys' precision."""
+"""Attention of one row: products of a query with keys, and sums of values by weights.
+
+In float32, whatever the precision of keys and values, and reading each of them once. torch's own
+products do not: a product of bfloat16 matrices copies keys that are part of a larger buffer, sums
+by weights read values against the order in which they lie, and SDPA's kernels are made for many
+rows.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +22,15 @@ CONVERTED_BYTES = (6 << 20, 128 << 20)
 """Bytes of keys that the plain version converts to float32 at a time: on a processor, elsewhere."""
 _SMALL = 1 << 18
 """Numbers that a thread must have to itself to be worth starting."""
+_FEW = 1 << 16
+"""Float32 numbers below which starting a compiled function takes longer than torch's product."""
 
 
 def row_products(query: Tensor, keys: Tensor) -> Tensor:
     """Products of each query with the keys of its head.
 
-    The compiled version reads bfloat16 keys as they are. Keys in float32 need nothing of the kind,
-    and other precisions are converted, a few heads at a time.
+    The compiled version reads bfloat16 keys as they are. Keys in float32 need nothing of the kind
+    where a head has one query, and other precisions are converted, a few heads at a time.
 
     Args:
         query: (query heads, width) float32, a multiple of the key/value heads.
@@ -27,41 +39,82 @@ def row_products(query: Tensor, keys: Tensor) -> Tensor:
     Returns:
         (query heads, n) float32.
     """
-    if keys.dtype == torch.bfloat16 and backend_for(keys.device) == COMPILED:
-        return _compiled(query, keys)
-    heads, count, width = keys.shape
-    grouped = query.view(heads, -1, width)
-    result = torch.empty(*grouped.shape[:2], count, dtype=torch.float32, device=keys.device)
-    if keys.dtype == torch.float32:
-        _multiply(keys, grouped, result)
-    else:
-        most = CONVERTED_BYTES[keys.device.type != "cpu"]
-        together = max(1, min(heads, most // (count * width * 4)))
-        # One buffer for all: fresh memory costs more than the conversion.
-        buffer = torch.empty(together, count, width, dtype=torch.float32, device=keys.device)
-        for first in range(0, heads, together):
-            some = slice(first, min(first + together, heads))
-            converted = buffer[: some.stop - first].copy_(keys[some])
-            _multiply(converted, grouped[some], result[some])
+    if _compiled_for(keys) and (keys.dtype == torch.bfloat16 or len(query) > len(keys)):
+        result = torch.empty(len(query), keys.shape[1], dtype=torch.float32)
+        return _compiled("products", query, keys, result)
+    grouped = query.view(len(keys), -1, keys.shape[2])
+    result = torch.empty(*grouped.shape[:2], keys.shape[1], dtype=torch.float32, device=keys.device)
+
+    def multiply(some: slice, converted: Tensor) -> None:
+        if grouped.shape[1] == 1:  # a matrix times a vector is much faster this way round
+            out = result[some].transpose(1, 2)
+            torch.bmm(converted, grouped[some].transpose(1, 2), out=out)
+        else:
+            torch.bmm(grouped[some], converted.transpose(1, 2), out=result[some])
+
+    _in_float32(keys, multiply)
     return result.flatten(0, 1)
 
 
-def _multiply(keys: Tensor, query: Tensor, result: Tensor) -> None:
-    """keys (n, keys, width) x query (n, rows, width) transposed: result (n, rows, keys)."""
-    if query.shape[1] == 1:  # a matrix times a vector is much faster this way round
-        torch.bmm(keys, query.transpose(1, 2), out=result.view(*keys.shape[:2], 1))
-    else:
-        torch.bmm(query, keys.transpose(1, 2), out=result)
+def row_sums(weights: Tensor, values: Tensor) -> Tensor:
+    """Sums of the values of each head by weights.
+
+    Args:
+        weights: (query heads, n) float32, a multiple of the key/value heads.
+        values: (key/value heads, n, width), finite.
+
+    Returns:
+        (query heads, width) float32.
+    """
+    if _compiled_for(values):
+        result = torch.zeros(len(weights), values.shape[2], dtype=torch.float32)
+        return _compiled("sums", weights, values, result)
+    grouped = weights.view(len(values), -1, values.shape[1])
+    result = grouped.new_empty(*grouped.shape[:2], values.shape[2])
+
+    def multiply(some: slice, converted: Tensor) -> None:
+        torch.bmm(grouped[some], converted, out=result[some])
+
+    _in_float32(values, multiply)
+    return result.flatten(0, 1)
 
 
-def _compiled(query: Tensor, keys: Tensor) -> Tensor:
-    from avl.kernels.row_products_compiled import products  # importing numba takes a while
+def _in_float32(source: Tensor, use: Callable[[slice, Tensor], None]) -> None:
+    """Have keys or values used in float32, all at once or a few heads at a time."""
+    heads, count, width = source.shape
+    if source.dtype == torch.float32:
+        use(slice(0, heads), source)
+        return
+    most = CONVERTED_BYTES[source.device.type != "cpu"]
+    together = max(1, min(heads, most // max(1, count * width * 4)))
+    # One buffer for all: fresh memory costs more than the conversion.
+    buffer = torch.empty(together, count, width, dtype=torch.float32, device=source.device)
+    for first in range(0, heads, together):
+        some = slice(first, min(first + together, heads))
+        use(some, buffer[: some.stop - first].copy_(source[some]))
 
-    heads, count = len(query), keys.shape[1]
-    result = torch.empty(heads, count, dtype=torch.float32)
-    flat, strides = flat_view(keys)
-    arrays = query.contiguous().numpy(), flat, strides, heads // len(keys), result.numpy()
-    parts = max(1, min(torch.get_num_threads(), heads, query.numel() * count // _SMALL))
-    shares = torch.arange(heads).tensor_split(parts)
-    on_threads(lambda some: products(some.numpy(), *arrays), list(shares))
+
+def _compiled_for(source: Tensor) -> bool:
+    if backend_for(source.device) != COMPILED:
+        return False
+    return source.dtype == torch.bfloat16 or (
+        source.dtype == torch.float32 and source.numel() >= _FEW
+    )
+
+
+def _compiled(name: str, rows: Tensor, source: Tensor, result: Tensor) -> Tensor:
+    from avl.kernels import row_products_compiled  # importing numba takes a while
+
+    function, heads = getattr(row_products_compiled, name), len(source)
+    flat, strides = flat_view(source)
+    arrays = rows.contiguous().numpy(), flat, strides, len(rows) // heads, result.numpy()
+    parts = max(1, min(torch.get_num_threads(), heads, source.numel() // _SMALL))
+    on_threads(lambda some: function(some, *arrays), _parts(heads, parts))
     return result
+
+
+@lru_cache(64)
+def _parts(heads: int, parts: int) -> list[Any]:
+    """Numbers of all heads in this many parts; the same ones at every step of a generation."""
+    with torch.inference_mode(False):
+        return [some.numpy() for some in torch.arange(heads).tensor_split(parts)]

@@ -1,18 +1,23 @@
-"""Products of one query with keys in bfloat16; `row_products.py` says what they are for."""
+"""One query, or one row of weights, against keys and values as they lie in memory.
+
+`row_products.py` says what they are for. Both functions work on some of the key/value heads, so
+that threads can share the heads among them, and take keys and values as a flat view with strides:
+a cache hands out parts of larger buffers, in which the numbers of a head lie side by side and
+heads far apart.
+"""
 
 from __future__ import annotations
 
-from numba import float32, int32
+from numba import float32
 
-from avl.kernels.compiled import compiled, from_bits
+from avl.kernels.compiled import as_float32, compiled
 
 
 @compiled
 def _dot(key, query):
-    """A bfloat16 number is the upper half of a float32 number's bits."""
     total = float32(0.0)
     for channel in range(key.shape[0]):
-        total += from_bits(int32(int32(key[channel]) << int32(16))) * query[channel]
+        total += as_float32(key[channel]) * query[channel]
     return total
 
 
@@ -21,7 +26,7 @@ def products(heads, query, keys, strides, shared, result):
     """Products of queries with keys.
 
     Args:
-        heads: (n,) which query heads.
+        heads: (n,) which key/value heads.
         query: (query heads, width) float32.
         keys: flat view of the keys' memory, bfloat16 numbers as their 16 bits.
         strides: of key/value heads and of keys in it.
@@ -30,8 +35,67 @@ def products(heads, query, keys, strides, shared, result):
     """
     width = query.shape[1]
     for at in range(heads.shape[0]):
-        head = heads[at]
-        start, own, products_of_head = (head // shared) * strides[0], query[head], result[head]
+        start, first = heads[at] * strides[0], heads[at] * shared
+        # Queries inside keys: a key is read from memory once for all queries that share its head.
         for key in range(result.shape[1]):
             place = start + key * strides[1]
-            products_of_head[key] = _dot(keys[place : place + width], own)
+            for head in range(first, first + shared):
+                result[head, key] = _dot(keys[place : place + width], query[head])
+
+
+@compiled
+def _add_four(total, one, two, three, four, first, second, third, fourth):
+    """Add four values times their weights.
+
+    Four at a time, so that a sum is read and written once for four numbers read: with one value at
+    a time, moving the sums takes as long as reading the values.
+    """
+    for channel in range(total.shape[0]):
+        total[channel] += (
+            first * as_float32(one[channel])
+            + second * as_float32(two[channel])
+            + third * as_float32(three[channel])
+            + fourth * as_float32(four[channel])
+        )
+
+
+@compiled
+def _add_one(total, value, weight):
+    for channel in range(total.shape[0]):
+        total[channel] += weight * as_float32(value[channel])
+
+
+@compiled
+def sums(heads, weights, values, strides, shared, result):
+    """Sums of values by weights; values whose weight is 0 may be left unread.
+
+    Args:
+        heads: (n,) which key/value heads.
+        weights: (query heads, values) float32.
+        values: flat view of the values' memory, bfloat16 numbers as their 16 bits.
+        strides: of key/value heads and of values in it.
+        shared: query heads per key/value head.
+        result: (query heads, width) float32, zeros.
+    """
+    width, count, step = result.shape[1], weights.shape[1], strides[1]
+    fours = count - count % 4
+    for at in range(heads.shape[0]):
+        start, first = heads[at] * strides[0], heads[at] * shared
+        for key in range(0, fours, 4):
+            # Slices of the length of the sum: numba checks indices that are computed inside a loop
+            # for being negative, and does not vectorise a loop that does.
+            place = start + key * step
+            one = values[place : place + width]
+            two = values[place + step : place + step + width]
+            three = values[place + 2 * step : place + 2 * step + width]
+            four = values[place + 3 * step : place + 3 * step + width]
+            for head in range(first, first + shared):
+                a, b = weights[head, key], weights[head, key + 1]
+                c, d = weights[head, key + 2], weights[head, key + 3]
+                if a == float32(0.0) and b == a and c == a and d == a:
+                    continue  # not attended: a sparse step leaves out most of what is held
+                _add_four(result[head], one, two, three, four, a, b, c, d)
+        for key in range(fours, count):
+            place = start + key * step
+            for head in range(first, first + shared):
+                _add_one(result[head], values[place : place + width], weights[head, key])

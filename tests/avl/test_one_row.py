@@ -47,7 +47,7 @@ def test_one_row_gives_the_weights_and_the_weighted_sum_of_values(
 def test_half_precision_in_pieces_equals_half_precision_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    one = call(torch.bfloat16, 4)
+    one = call(torch.float16, 4)
     output, weights = attend_one_row(one)
     for size in (1, 2000, 10**9):
         monkeypatch.setattr(attention, "_COPIED_BYTES", size)
@@ -56,3 +56,26 @@ def test_half_precision_in_pieces_equals_half_precision_at_once(
         assert torch.equal(output, again)
     exact, _ = attend_one_row(call(torch.float32, 4))
     assert (output - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_bfloat16_is_rounded_once_at_the_end(kv_heads: int) -> None:
+    one = call(torch.bfloat16, kv_heads)
+    output, weights = attend_one_row(one)
+    wide = call(torch.bfloat16, kv_heads)
+    wide.query, wide.key, wide.value = (t.double() for t in (wide.query, wide.key, wide.value))
+    key, value = (t.repeat_interleave(wide.groups, 1) for t in (wide.key, wide.value))
+    expected = torch.softmax(wide.query @ key.transpose(2, 3) * wide.scaling, -1)
+    assert output.dtype == torch.bfloat16
+    assert torch.allclose(weights.reshape(2, 4, 1, 26).double(), expected, atol=1e-6)
+    exact = (expected @ value).transpose(1, 2)
+    assert bool(((output - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all())
+
+
+def test_gradients_pass_through_a_decode_step() -> None:
+    one = call(torch.float32, 2)
+    one.query.requires_grad_()
+    output, _ = attend_one_row(one)
+    output.sum().backward()
+    assert one.query.grad is not None
+    assert bool((one.query.grad != 0).any())
