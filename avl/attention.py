@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from avl.kernels.row_attention import compiled_for, row_attention
 from avl.kernels.row_products import row_products, row_sums
 from avl.tokens import TokenLayout
 
@@ -54,6 +55,25 @@ class Forward:
     changed_by: str = ""
 
 
+class _KeyPositions:
+    """The attribute `AttentionCall.key_positions`, which may be set to what makes the positions.
+
+    They are made when somebody asks: most decode steps are not recorded.
+    """
+
+    def __get__(self, call: AttentionCall | None, owner: type) -> Tensor | None:
+        if call is None:
+            return None  # what a call has that is made without positions
+        if callable(positions := call.__dict__["_positions"]):
+            positions = call.__dict__["_positions"] = positions()
+        return positions
+
+    def __set__(
+        self, call: AttentionCall, positions: Tensor | Callable[[], Tensor | None] | None
+    ) -> None:
+        call.__dict__["_positions"] = positions
+
+
 @dataclass(eq=False)
 class AttentionCall:
     """What an attention layer was about to compute.
@@ -68,7 +88,8 @@ class AttentionCall:
             (batch, keys) for flash kernels.
         scaling: factor on query . key.
         key_positions: sequence index of every key, -1 for a slot that holds nothing; shape (keys,),
-            (batch, keys) or (batch, key/value heads, keys). None means key j is position j.
+            (batch, keys) or (batch, key/value heads, keys). None means key j is position j. May be
+            set to a function that returns them; it is called before anything changes the keys.
         module: the attention module; `options` all further keyword arguments of the call.
         coded_keys: reads the keys and values that were attended to as they are stored, in few bits,
             and that `key` and `value` leave out in front; None if there are none. See `decode`.
@@ -83,7 +104,7 @@ class AttentionCall:
     mask: Tensor | None
     scaling: float
     options: dict[str, Any]
-    key_positions: Tensor | None = None
+    key_positions: _KeyPositions = _KeyPositions()
     coded_keys: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     def decode(self) -> None:
@@ -332,9 +353,20 @@ def attend_with(
     return output.to(values.dtype), weights
 
 
-def attend_one_row(call: AttentionCall, empty: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attend_one_row(
+    call: AttentionCall, empty: Tensor | None = None, tier: QuantizedTier | None = None
+) -> tuple[Tensor, Tensor]:
     """Output and weights of a decode step; see `attend_with` for what is given and returned."""
-    return attend_with(call, row_logits(call), empty)
+    plain = empty is None and not any(call.options.get(name) is not None for name in _BENDING)
+    if not plain or not compiled_for(call.query, call.key, call.value):
+        return attend_with(call, row_logits(call, tier), empty, tier)
+    codes = None if tier is None else tier.codes()
+    output, weights = row_attention(call.query, call.key, call.value, call.scaling, codes)
+    return output.to(call.value.dtype), weights
+
+
+_BENDING = ("softcap", "s_aux")
+"""Options of a call that make a decode step's weights other than a softmax of scaled products."""
 
 
 def _in_kernels(one: Tensor, other: Tensor) -> bool:

@@ -54,7 +54,11 @@ class _Name(str):
     __slots__ = ()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, str) and backend_name(str(other)) == backend_name(str(self))
+        if not isinstance(other, str):
+            return False
+        # A decoder asks some twenty times a token, with the backend's own name or with this one.
+        own = str.removeprefix(self, _PREFIX)
+        return str.__eq__(other, own) or str.removeprefix(other, _PREFIX) == own
 
     def __ne__(self, other: object) -> bool:
         return not self == other

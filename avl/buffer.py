@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from avl.kernels.slots import drop_worst, write_slot
 from avl.key_pages import KeyPages
 from avl.policies.base import Choice
 from avl.quantized_tier import QuantizedTier, Storage
@@ -205,6 +206,11 @@ class KeyBuffer:
         """First slot of the buffer that a step reads."""
         return self.first_used_slot if refresh else self.secondary_width
 
+    def slots_read(self, refresh: bool) -> int:
+        """Keys that `attended` returns."""
+        width = self.quantized_width if refresh and self.coded_tier(refresh) is None else 0
+        return width + self.filled - self.first_slot_read(refresh)
+
     def slots_before_core(self, refresh: bool) -> int:
         """Slots that a step reads in front of the core: quantised and secondary ones."""
         if not refresh:
@@ -256,8 +262,8 @@ class KeyBuffer:
 
     def _read_from(self, first: int, quantized: bool) -> tuple[Tensor, Tensor]:
         """Keys and values from a slot on, behind those of the quantised tier if wanted."""
-        keys = self.keys[:, :, first : self.filled]
-        values = self.values[:, :, first : self.filled]
+        count = self.filled - first
+        keys, values = self.keys.narrow(2, first, count), self.values.narrow(2, first, count)
         if self.quantized is None or not quantized:
             return keys, values
         decoded_keys, decoded_values = self.quantized.read()
@@ -461,12 +467,8 @@ class KeyBuffer:
 
     def _write_last(self, key: Tensor, value: Tensor, position: int, arrival: float) -> None:
         """Write a key and value into the last slot of every row."""
-        last = self.filled - 1
-        self.keys.narrow(2, last, 1).copy_(key)
-        self.values.narrow(2, last, 1).copy_(value)
-        self.positions.select(2, last).fill_(position)
-        if self.scores is not None:
-            self.scores.select(2, last).fill_(arrival)
+        new = key, value, position, arrival
+        write_slot(self.keys, self.values, self.positions, self.scores, self.filled - 1, new)
 
     def _clear_last(self) -> None:
         """Make the last slot of every row empty: zero, as what is read there must be finite."""
@@ -488,20 +490,15 @@ class KeyBuffer:
             (batch, heads, 1) int32 positions dropped, -1 for none.
         """
         assert self.scores is not None
-        positions = self.positions[:, :, self.secondary_width : self.filled]
-        scores = self.scores[:, :, self.secondary_width : self.filled]
-        # Protected keys (infinite) are dropped only when nothing else is left, empty slots never.
-        finite = scores.clamp_max(torch.finfo(scores.dtype).max)
-        safe = (positions >= newest) | (positions < 0)
-        worst = finite.masked_fill_(safe, torch.inf).argmin(2, keepdim=True)
-        dropped = positions.gather(2, worst)
-        if all(rows):
-            positions.scatter_(2, worst, -1)
-            self.next_free_slot = worst + self.secondary_width
-        else:
+        slots, dropped = drop_worst(
+            self.positions, self.scores, self.secondary_width, self.filled, newest
+        )
+        self.next_free_slot = slots
+        if not all(rows):
             self.next_free_slot = None
-            wanted = torch.tensor(list(rows), device=worst.device)[:, None, None]
-            positions.scatter_(2, worst, torch.where(wanted, -1, dropped))
+            wanted = torch.tensor(list(rows), device=slots.device)[:, None, None]
+            # Rows that had nothing to drop get back what was taken.
+            self.positions.scatter_(2, slots, torch.where(wanted, -1, dropped))
             dropped = dropped.masked_fill(~wanted, -1)
         counts = [int(row) for row in rows]
         self.free_slots = [free + n for free, n in zip(self.free_slots, counts, strict=True)]

@@ -8,7 +8,8 @@ wait for the end of the pass, so that a recorder sees what was attended.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from avl.attention import (
     Attend,
     AttentionCall,
     Forward,
+    attend_one_row,
     attend_with,
     for_query_heads,
     row_logits,
@@ -82,9 +84,8 @@ class DecodeStep:
         if layer is None:
             return inner(call)
         buffer, refresh = layer.filled_buffer, self.conversation.is_refresh
-        positions, tier = buffer.attended_positions(refresh=refresh), buffer.coded_tier(refresh)
         # Keys of a tier of codes are attended to where they are stored and are not in `call.key`.
-        given = positions.shape[2] - (0 if tier is None else tier.width)
+        given, tier = buffer.slots_read(refresh), buffer.coded_tier(refresh)
         if call.key.shape[2] != given:
             raise UnsupportedModelError(
                 f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave"
@@ -94,8 +95,13 @@ class DecodeStep:
             return self._attend_pages(call, layer)
         # `ragged` is known from numbers on the host: without empty slots nothing waits for the
         # device, and no mask is built.
-        hidden = positions < 0 if buffer.ragged(refresh) else None
-        logits = row_logits(call, tier)
+        hidden = None
+        if buffer.ragged(refresh):
+            hidden = buffer.attended_positions(refresh=refresh) < 0
+        positions = partial(buffer.attended_positions, refresh=refresh)
+        # Only a sparse step reads the same keys twice, and keeps their products for that.
+        sparse = self.cored is not None and self.cored.sparse
+        logits = row_logits(call, tier) if sparse else None
         output, weights = self._read(call, positions, hidden, logits, tier)
         self.reads[layer.index] = buffer.reads(refresh=refresh)
         # The step is taken once more for outdated rows only; the others get the same result again,
@@ -106,7 +112,7 @@ class DecodeStep:
         if refresh and buffer.has_secondary and self._ranks_at_refresh:
             assert self.cored is not None
             self._ranks[layer.index] = self.cored.core_scores(weights.detach())
-            if self.cored.sparse:
+            if sparse and logits is not None:
                 tier = buffer.coded_tier(True)
                 output, weights = self._narrow(call, layer, logits, tier)
         self._slots_before_core[layer.index] = buffer.slots_before_core(refresh)
@@ -124,26 +130,28 @@ class DecodeStep:
     def _read(
         self,
         call: AttentionCall,
-        positions: Tensor,
+        positions: Callable[[], Tensor],
         hidden: Tensor | None,
-        logits: Tensor,
+        logits: Tensor | None,
         tier: QuantizedTier | None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of one row.
 
         Args:
             call: with the keys to read, but for those of the tier.
-            positions: (batch, heads, keys) of all keys, the tier's first.
+            positions: returns (batch, heads, keys) of all keys, the tier's first.
             hidden: (batch, heads, keys) bool, keys that are not attended; None: all are.
-            logits: of all keys, as of `row_logits`.
+            logits: of all keys, as of `row_logits`, where they are known.
             tier: keys that are attended to as they are stored, or None.
 
         Returns:
             Output and weights, as of `attend_with`.
         """
         call.coded_keys = None if tier is None else tier.read
-        call.key_positions = positions[:, 0] if positions.shape[1] == 1 else positions
+        call.key_positions = partial(_without_heads, positions)
         call.mask = None if hidden is None else for_query_heads(~hidden, call)[:, :, None]
+        if logits is None:
+            return attend_one_row(call, hidden, tier)
         return attend_with(call, logits, hidden, tier)
 
     def _attend_pages(self, call: AttentionCall, layer: AdaptiveLayer) -> Tensor:
@@ -178,7 +186,7 @@ class DecodeStep:
         self.selection_log.note(layer.index, "core", positions)
         empty = positions < 0
         hidden = empty if bool(empty.any()) else None
-        return self._read(call, positions, hidden, row_logits(call), None)[0]
+        return self._read(call, lambda: positions, hidden, None, None)[0]
 
     def _drifted(self, buffer: KeyBuffer, weights: Tensor) -> list[bool] | None:
         """Rows whose core is outdated, by this step's weights on it; None if there are none."""
@@ -218,7 +226,7 @@ class DecodeStep:
         everything_visible = all(rows) and not buffer.ragged(True)
         logits = row_logits(call, tier)
         hidden = None if everything_visible else hidden
-        return *self._read(call, positions, hidden, logits, tier), logits
+        return *self._read(call, lambda: positions, hidden, logits, tier), logits
 
     def _narrow(
         self,
@@ -252,7 +260,7 @@ class DecodeStep:
         core_positions = positions[:, :1].gather(2, core.clamp_min(0))
         self._sparse_core[layer.index] = core_positions.masked_fill(core < 0, -1)
         self.reads[layer.index] = (~hidden[:, 0]).sum(1).tolist()
-        return self._read(call, positions, hidden, logits, tier)
+        return self._read(call, lambda: positions, hidden, logits, tier)
 
     # -- afterwards --------------------------------------------------------------------------------
 
@@ -353,3 +361,9 @@ class DecodeStep:
         )
         positions = droppable.nonzero()[:, 0]
         return int(positions[-count]) if len(positions) >= count else 0
+
+
+def _without_heads(positions: Callable[[], Tensor]) -> Tensor:
+    """(batch, heads, keys) positions; (batch, keys) where all heads read the same keys."""
+    each = positions()
+    return each[:, 0] if each.shape[1] == 1 else each

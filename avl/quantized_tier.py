@@ -18,6 +18,7 @@ the model itself runs there, and `nbytes` says so.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from avl.kernels import codes
+from avl.kernels.row_attention import Codes
 
 KEY_GROUP = 128
 """Image tokens that share the limits of a key's channel."""
@@ -78,6 +80,8 @@ class QuantizedTier:
     widths: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    _codes: Codes | None = None
+    _viewed: Sequence[Tensor] = ()
 
     @classmethod
     def hold(
@@ -203,6 +207,21 @@ class QuantizedTier:
         assert self.bits is not None
         _, stored, limits = self.moving
         return codes.weighted_values(weights, stored, limits, self.bits[1], self.widths[1])
+
+    def codes(self) -> Codes:
+        """What a tier of codes holds, for attention that reads it as it is."""
+        assert self.bits is not None
+        assert self.limits is not None
+        tensors = [self.groups, self.limits, *self.moving]
+        # The arrays stay right while numbers are exchanged in place; `append` and `select` make
+        # new tensors.
+        known = len(tensors) == len(self._viewed)
+        if not known or any(map(operator.is_not, tensors, self._viewed)):
+            keys, values, value_limits = self.moving
+            self._codes = Codes.of(keys, self.groups, self.limits, values, value_limits, self.bits)
+            self._viewed = tensors if all(part.is_contiguous() for part in tensors) else []
+        assert self._codes is not None
+        return self._codes
 
     def take(self, row: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values in some slots, (n,), of a row: (heads, n, width)."""

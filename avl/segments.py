@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from avl.buffer import KeyBuffer
+from avl.kernels.slots import swap_slots
 
 
 def refresh_core(buffer: KeyBuffer, scores: Tensor, rows: Sequence[bool] | None = None) -> None:
@@ -64,7 +65,7 @@ def _refresh_row(buffer: KeyBuffer, row: int, scores: Tensor) -> None:
     tensors = (buffer.keys[row], buffer.values[row], buffer.positions[row])
     # Numbers among candidates become slots: secondary keys stand behind the row's padding, the core
     # from `start` on.
-    _swap_slots(tensors, entering + padding, leaving + start)
+    swap_slots(tensors, entering + padding, leaving + start)
     if buffer.secondary_scores is not None:
         # The scores follow the keys: the place of an entering key now holds the leaving one.
         new_scores = secondary.index_copy(0, entering, core[leaving])
@@ -122,25 +123,3 @@ def _best(scores: Tensor, count: int) -> Tensor:
     """(n,) bool: the `count` largest of some scores."""
     best = torch.zeros_like(scores, dtype=torch.bool)
     return best.index_fill_(0, scores.topk(count).indices, True)
-
-
-def _swap_slots(tensors: Sequence[Tensor], first: Tensor, second: Tensor) -> None:
-    """Swap slots first[i] and second[i] in every head, in place.
-
-    The tensors, (heads, slots, ...) and contiguous, are taken as one long list of rows: on CPU an
-    index into a middle dimension is followed number by number, an index into the first row by row.
-
-    Args:
-        tensors: the first may have more heads than the others.
-        first: (n,) slots.
-        second: (n,) slots, none of them in `first`.
-    """
-    heads, slots = tensors[0].shape[:2]
-    # (heads, 1) + (2n,): for every head the rows to move, in the flat list of heads x slots.
-    head_starts = torch.arange(0, heads * slots, slots, device=first.device)[:, None]
-    targets = head_starts + torch.cat([first, second])
-    sources = head_starts + torch.cat([second, first])
-    for tensor in tensors:
-        rows, count = tensor.view(-1, *tensor.shape[2:]), tensor.shape[0]
-        moved = rows.index_select(0, sources[:count].flatten())
-        rows.index_copy_(0, targets[:count].flatten(), moved)

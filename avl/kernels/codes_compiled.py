@@ -291,30 +291,61 @@ def _score_two(numbers, of_key, folded, constants, result):
 
 
 @compiled
+def score_head(query, numbers, of_key, limits, bits, result, folded, constants):
+    """Products of one query with the stored keys of its head.
+
+    A group's limits are folded into the query before any of its keys is read, so that the loop
+    over keys, which is the long one, multiplies with codes alone.
+
+    Args:
+        query: (width,).
+        numbers: (n, bytes); of_key (n,) group of each key.
+        limits: (groups, 2, width), low and step.
+        bits: of a code.
+        result: (n,).
+        folded: (groups, bytes * codes per byte), 0 behind `width`; constants (groups,); scratch.
+    """
+    width = query.shape[0]
+    for group in range(limits.shape[0]):
+        low, step = limits[group]
+        constants[group] = _fold(query, low, step, folded[group, :width])
+    # One loop for each width of a code: a choice inside the loop would keep it from being
+    # vectorised.
+    if bits == 8:
+        _score_eight(numbers, of_key, folded, constants, result)
+    elif bits == 4:
+        _score_four(numbers, of_key, folded, constants, result)
+    else:
+        _score_two(numbers, of_key, folded, constants, result)
+
+
+@compiled
 def scores(pairs, query, stored, groups, limits, bits, result, folded, constants):
     """Products of queries with stored keys.
 
     Args:
-        pairs: (row, query head); query (batch, query heads, width), scaled.
+        pairs: (row, query head); query (batch, query heads, width).
         stored: (batch, key/value heads, n, bytes); groups (batch, 1 or key/value heads, n).
         limits: (batch, key/value heads, groups, 2, width), low and step.
+        bits: of a code.
         result: (batch, query heads, n).
-        folded: (groups, bytes * codes per byte), 0 behind `width`; constants (groups,); scratch.
+        folded: scratch, as in `score_head`; so is constants.
     """
-    width, shared = query.shape[2], query.shape[1] // stored.shape[1]
+    shared = query.shape[1] // stored.shape[1]
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
         own = head // shared
-        for group in range(limits.shape[2]):
-            low, step = limits[row, own, group]
-            constants[group] = _fold(query[row, head], low, step, folded[group, :width])
-        numbers, of_key = stored[row, own], groups[row, min(own, groups.shape[1] - 1)]
-        if bits == 8:
-            _score_eight(numbers, of_key, folded, constants, result[row, head])
-        elif bits == 4:
-            _score_four(numbers, of_key, folded, constants, result[row, head])
-        else:
-            _score_two(numbers, of_key, folded, constants, result[row, head])
+        of_key = groups[row, min(own, groups.shape[1] - 1)]
+        score_head(
+            query[row, head],
+            stored[row, own],
+            of_key,
+            limits[row, own],
+            bits,
+            result[row, head],
+            folded,
+            constants,
+        )
 
 
 # A code that does not begin at a byte's first bit is taken with a mask, as a number that is too
@@ -434,6 +465,30 @@ def _sum_one_by_one(weights, numbers, limits, bits, total, constants):
 
 
 @compiled
+def weighted_head(weights, numbers, limits, bits, total, constants):
+    """Add one head's stored values by weights.
+
+    Args:
+        weights: (n,); numbers (n, bytes).
+        limits: (n, groups of channels, 2), low and step.
+        bits: of a code.
+        total: (width,) where they are added.
+        constants: (groups of channels,) scratch.
+    """
+    groups = limits.shape[1]
+    size = total.shape[0] // groups
+    # What is to be added to all channels of a group is summed up apart, once per value.
+    constants[:] = float32(0.0)
+    done = 0
+    if size == 32 and numbers.shape[1] % 32 == 0:
+        done = _sum_by_four(weights, numbers, limits, bits, total, constants)
+    _sum_one_by_one(weights[done:], numbers[done:], limits[done:], bits, total, constants)
+    for group in range(groups):
+        for channel in range(group * size, (group + 1) * size):
+            total[channel] += constants[group]
+
+
+@compiled
 def weighted_values(pairs, weights, stored, limits, bits, result, constants):
     """Sums of stored values by weights.
 
@@ -441,20 +496,18 @@ def weighted_values(pairs, weights, stored, limits, bits, result, constants):
         pairs: (row, query head); weights (batch, query heads, n).
         stored: (batch, key/value heads, n, bytes).
         limits: (batch, key/value heads, n, groups of channels, 2), low and step.
+        bits: of a code.
         result: (batch, query heads, width), zeros; constants (groups of channels,) scratch.
     """
-    bytes_, width, groups = stored.shape[3], result.shape[2], limits.shape[3]
-    size, shared = width // groups, weights.shape[1] // stored.shape[1]
+    shared = weights.shape[1] // stored.shape[1]
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
         own = head // shared
-        mine, numbers, ends = weights[row, head], stored[row, own], limits[row, own]
-        total = result[row, head]
-        constants[:] = float32(0.0)
-        done = 0
-        if size == 32 and bytes_ % 32 == 0:
-            done = _sum_by_four(mine, numbers, ends, bits, total, constants)
-        _sum_one_by_one(mine[done:], numbers[done:], ends[done:], bits, total, constants)
-        for group in range(groups):
-            for channel in range(group * size, (group + 1) * size):
-                total[channel] += constants[group]
+        weighted_head(
+            weights[row, head],
+            stored[row, own],
+            limits[row, own],
+            bits,
+            result[row, head],
+            constants,
+        )

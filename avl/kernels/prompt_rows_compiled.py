@@ -35,7 +35,8 @@ def _copy_scaled(target, row, factor):
 
 
 @compiled
-def _largest(row):
+def largest(row):
+    """The largest number of a row of at least one; minus infinity counts, NaN may not."""
     result = row[0]
     for key in range(row.shape[0]):
         result = larger(result, row[key])
@@ -43,7 +44,7 @@ def _largest(row):
 
 
 @compiled
-def _exponentials(row, top, factor):
+def exponentials(row, top, factor):
     """Replace x by 2^((x - top) * factor); returns their sum."""
     total = float32(0.0)
     for key in range(row.shape[0]):
@@ -108,7 +109,7 @@ def add_rows(
             # Parts of rows are handed on as slices: numba checks an index such as `first + key` for
             # being negative, and does not vectorise a loop that does.
             row = products[number, at, :count]
-            top = _largest(row)
+            top = largest(row)
             if top < float32(-3e38) or (ready and top == float32(0.0)):
                 continue  # the row sees no key: all products are minus infinity, its weights are 0
             furthest = max(furthest, count)
@@ -117,9 +118,9 @@ def add_rows(
                 sink = sinks[number, min(query, sinks.shape[1] - 1)]
                 highest = larger(top, sink)
                 total = power_of_two((sink - highest) * factor)
-                total += _exponentials(row, highest, factor)
+                total += exponentials(row, highest, factor)
             elif not ready:
-                total = _exponentials(row, highest, factor)
+                total = exponentials(row, highest, factor)
             inverse = float32(1.0) / total
 
             for column in range(columns.shape[1]):

@@ -8,7 +8,7 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -108,13 +108,22 @@ def _compiled(name: str, rows: Tensor, source: Tensor, result: Tensor) -> Tensor
     function, heads = getattr(row_products_compiled, name), len(source)
     flat, strides = flat_view(source)
     arrays = rows.contiguous().numpy(), flat, strides, len(rows) // heads, result.numpy()
-    parts = max(1, min(torch.get_num_threads(), heads, source.numel() // _SMALL))
-    on_threads(lambda some: function(some, *arrays), _parts(heads, parts))
+    on_threads(lambda some: function(some, *arrays), head_parts(heads, source.numel()))
     return result
 
 
+def head_parts(heads: int, size: int) -> Sequence[Any]:
+    """Numbers of all heads, in as many parts as it pays to have threads.
+
+    Args:
+        heads: how many.
+        size: numbers that all of them together have to do with.
+    """
+    return _parts(heads, max(1, min(torch.get_num_threads(), heads, size // _SMALL)))
+
+
 @lru_cache(64)
-def _parts(heads: int, parts: int) -> list[Any]:
-    """Numbers of all heads in this many parts; the same ones at every step of a generation."""
+def _parts(heads: int, parts: int) -> Sequence[Any]:
+    """Arrays of head numbers; the same ones at every step of a generation."""
     with torch.inference_mode(False):
         return [some.numpy() for some in torch.arange(heads).tensor_split(parts)]

@@ -22,6 +22,24 @@ def _dot(key, query):
 
 
 @compiled
+def score_head(query, keys, start, step, result):
+    """Products of the queries that share a key/value head with its keys.
+
+    Args:
+        query: (queries, width) float32.
+        keys: flat view of the keys' memory, bfloat16 numbers as their 16 bits.
+        start: of the head's first key in it; `step` from one key to the next.
+        result: (queries, keys) float32.
+    """
+    width = query.shape[1]
+    # Queries inside keys: a key is read from memory once for all queries that share its head.
+    for key in range(result.shape[1]):
+        place = start + key * step
+        for head in range(result.shape[0]):
+            result[head, key] = _dot(keys[place : place + width], query[head])
+
+
+@compiled
 def products(heads, query, keys, strides, shared, result):
     """Products of queries with keys.
 
@@ -33,14 +51,9 @@ def products(heads, query, keys, strides, shared, result):
         shared: query heads per key/value head.
         result: (query heads, keys) float32.
     """
-    width = query.shape[1]
     for at in range(heads.shape[0]):
-        start, first = heads[at] * strides[0], heads[at] * shared
-        # Queries inside keys: a key is read from memory once for all queries that share its head.
-        for key in range(result.shape[1]):
-            place = start + key * strides[1]
-            for head in range(first, first + shared):
-                result[head, key] = _dot(keys[place : place + width], query[head])
+        own = slice(heads[at] * shared, (heads[at] + 1) * shared)
+        score_head(query[own], keys, heads[at] * strides[0], strides[1], result[own])
 
 
 @compiled
@@ -66,6 +79,38 @@ def _add_one(total, value, weight):
 
 
 @compiled
+def weighted_head(weights, values, start, step, result):
+    """Add a head's values by the weights of the queries that share it.
+
+    Args:
+        weights: (queries, values) float32.
+        values: flat view of the values' memory, bfloat16 numbers as their 16 bits.
+        start: of the head's first value in it; `step` from one value to the next.
+        result: (queries, width) float32, where they are added.
+    """
+    width, count = result.shape[1], weights.shape[1]
+    fours = count - count % 4
+    for key in range(0, fours, 4):
+        # Slices of the length of the sum: numba checks indices that are computed inside a loop for
+        # being negative, and does not vectorise a loop that does.
+        place = start + key * step
+        one = values[place : place + width]
+        two = values[place + step : place + step + width]
+        three = values[place + 2 * step : place + 2 * step + width]
+        four = values[place + 3 * step : place + 3 * step + width]
+        for head in range(result.shape[0]):
+            a, b = weights[head, key], weights[head, key + 1]
+            c, d = weights[head, key + 2], weights[head, key + 3]
+            if a == float32(0.0) and b == a and c == a and d == a:
+                continue  # not attended: a sparse step leaves out most of what is held
+            _add_four(result[head], one, two, three, four, a, b, c, d)
+    for key in range(fours, count):
+        place = start + key * step
+        for head in range(result.shape[0]):
+            _add_one(result[head], values[place : place + width], weights[head, key])
+
+
+@compiled
 def sums(heads, weights, values, strides, shared, result):
     """Sums of values by weights; values whose weight is 0 may be left unread.
 
@@ -77,25 +122,6 @@ def sums(heads, weights, values, strides, shared, result):
         shared: query heads per key/value head.
         result: (query heads, width) float32, zeros.
     """
-    width, count, step = result.shape[1], weights.shape[1], strides[1]
-    fours = count - count % 4
     for at in range(heads.shape[0]):
-        start, first = heads[at] * strides[0], heads[at] * shared
-        for key in range(0, fours, 4):
-            # Slices of the length of the sum: numba checks indices that are computed inside a loop
-            # for being negative, and does not vectorise a loop that does.
-            place = start + key * step
-            one = values[place : place + width]
-            two = values[place + step : place + step + width]
-            three = values[place + 2 * step : place + 2 * step + width]
-            four = values[place + 3 * step : place + 3 * step + width]
-            for head in range(first, first + shared):
-                a, b = weights[head, key], weights[head, key + 1]
-                c, d = weights[head, key + 2], weights[head, key + 3]
-                if a == float32(0.0) and b == a and c == a and d == a:
-                    continue  # not attended: a sparse step leaves out most of what is held
-                _add_four(result[head], one, two, three, four, a, b, c, d)
-        for key in range(fours, count):
-            place = start + key * step
-            for head in range(first, first + shared):
-                _add_one(result[head], values[place : place + width], weights[head, key])
+        own = slice(heads[at] * shared, (heads[at] + 1) * shared)
+        weighted_head(weights[own], values, heads[at] * strides[0], strides[1], result[own])

@@ -1,0 +1,147 @@
+"""Writing a new key into a slot of a buffer, and swapping the keys of slots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from avl.kernels.backend import COMPILED, backend_for
+
+
+def write_slot(
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    scores: Tensor | None,
+    slot: int,
+    new: tuple[Tensor, Tensor, int, float],
+) -> None:
+    """Write one key and value of every row and head into a slot, in place.
+
+    Args:
+        keys: (batch, key/value heads, slots, width).
+        values: (batch, key/value heads, slots, width of a value).
+        positions: (batch, heads, slots) int32, contiguous.
+        scores: (batch, heads, slots) float32, contiguous, or None.
+        slot: which slot.
+        new: key (batch, key/value heads, 1, width), value, position, and score.
+    """
+    key, value, position, score = new
+    same = key.dtype == keys.dtype and value.dtype == values.dtype
+    packed = key.stride(3) == 1 and value.stride(3) == 1
+    if not (same and packed) or backend_for(keys.device) != COMPILED:
+        keys.narrow(2, slot, 1).copy_(key)
+        values.narrow(2, slot, 1).copy_(value)
+        positions.select(2, slot).fill_(position)
+        if scores is not None:
+            scores.select(2, slot).fill_(score)
+        return
+    from avl.kernels import slots_compiled  # importing numba takes a while
+
+    batch, heads, _, width = keys.shape
+    slots_compiled.write_slot(
+        (batch, heads),
+        slot,
+        keys.data_ptr(),
+        _strides_in_bytes(keys),
+        key.data_ptr(),
+        _strides_in_bytes(key),
+        width * key.element_size(),
+        values.data_ptr(),
+        _strides_in_bytes(values),
+        value.data_ptr(),
+        _strides_in_bytes(value),
+        value.shape[3] * value.element_size(),
+        positions.data_ptr(),
+        positions.shape[1],
+        positions.shape[2],
+        position,
+        0 if scores is None else scores.data_ptr(),
+        float(score),
+    )
+
+
+def _strides_in_bytes(tensor: Tensor) -> tuple[int, int, int]:
+    row, head, slot, _ = tensor.stride()
+    size = tensor.element_size()
+    return row * size, head * size, slot * size
+
+
+def drop_worst(
+    positions: Tensor, scores: Tensor, start: int, stop: int, newest: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """Empty the slot of the worst key of each row and head, in place.
+
+    Protected keys, whose score is infinite, are dropped only when nothing else is left; empty slots
+    and safe keys never, unless there is nothing else at all.
+
+    Args:
+        positions: (batch, heads, slots) int32, contiguous, -1 for an empty slot.
+        scores: (batch, heads, slots) float32, contiguous.
+        start: first slot to look at; `stop` the one behind the last.
+        newest: keys at this position or later are safe; a number, or (batch, 1, 1).
+
+    Returns:
+        Slots (batch, heads, 1) int64 and the positions that were there, int32.
+    """
+    if isinstance(newest, int) and backend_for(positions.device) == COMPILED:
+        from avl.kernels import slots_compiled  # importing numba takes a while
+
+        batch, heads, capacity = positions.shape
+        slots = torch.empty(batch, heads, 1, dtype=torch.int64)
+        dropped = torch.empty(batch, heads, 1, dtype=torch.int32)
+        addresses = [part.data_ptr() for part in (positions, scores, slots, dropped)]
+        lines = batch * heads, capacity
+        slots_compiled.drop_worst(*addresses[:2], *lines, start, stop, newest, *addresses[2:])
+        return slots, dropped
+    own = positions[..., start:stop]
+    finite = scores[..., start:stop].clamp_max(torch.finfo(scores.dtype).max)
+    worst = finite.masked_fill_((own >= newest) | (own < 0), torch.inf).argmin(2, keepdim=True)
+    dropped = own.gather(2, worst)
+    own.scatter_(2, worst, -1)
+    return worst + start, dropped
+
+
+def swap_slots(tensors: Sequence[Tensor], first: Tensor, second: Tensor) -> None:
+    """Swap slots first[i] and second[i] in every head, in place.
+
+    Args:
+        tensors: (heads, slots, ...), contiguous; the first may have more heads than the others.
+        first: (n,) int64 slots.
+        second: (n,) int64 slots, none of them in `first`.
+    """
+    compiled = backend_for(first.device) == COMPILED
+    others = []
+    for tensor in tensors:
+        size = math.prod(tensor.shape[2:]) * tensor.element_size()
+        if compiled and size % 4 == 0:
+            from avl.kernels import slots_compiled  # importing numba takes a while
+
+            pairs = first.contiguous(), second.contiguous()
+            addresses = [part.data_ptr() for part in pairs]
+            shape = tensor.shape[0], tensor.shape[1], size // 4
+            slots_compiled.swap_slots(tensor.data_ptr(), *shape, *addresses, len(first))
+        else:
+            others.append(tensor)
+    if others:
+        _swap_as_rows(others, first, second)
+
+
+def _swap_as_rows(tensors: Sequence[Tensor], first: Tensor, second: Tensor) -> None:
+    """The plain version.
+
+    The tensors are taken as one long list of rows: on a processor torch follows an index into a
+    middle dimension number by number, an index into the first row by row.
+    """
+    heads, slots = tensors[0].shape[:2]
+    # (heads, 1) + (2n,): for every head the rows to move, in the flat list of heads x slots.
+    head_starts = torch.arange(0, heads * slots, slots, device=first.device)[:, None]
+    targets = head_starts + torch.cat([first, second])
+    sources = head_starts + torch.cat([second, first])
+    for tensor in tensors:
+        rows, count = tensor.view(-1, *tensor.shape[2:]), tensor.shape[0]
+        moved = rows.index_select(0, sources[:count].flatten())
+        rows.index_copy_(0, targets[:count].flatten(), moved)
