@@ -21,10 +21,20 @@ it.
 
 
 @compiled
-def _load(target, source):
-    """Copy numbers as float32."""
-    for place in range(source.shape[0]):
-        target[place] = as_float32(source[place])
+def _load(target, source, strides, row, head, number):
+    """Copy one key or value of a head as float32; number -1, for none, takes the first.
+
+    Args:
+        target: (width,).
+        source: flat view of all keys or values; strides from row to row, head to head, and so on.
+        row, head, number: which of them.
+    """
+    place = row * strides[0] + head * strides[1] + max(number, 0) * strides[2]
+    # A slice first: numba checks an index that is added up in the loop for being negative, and
+    # does not vectorise a loop that does.
+    numbers = source[place : place + target.shape[0]]
+    for channel in range(target.shape[0]):
+        target[channel] = as_float32(numbers[channel])
 
 
 # -- storing ---------------------------------------------------------------------------------------
@@ -43,16 +53,13 @@ def channel_extremes(pairs, source, strides, index, group_size, low, high, scrat
 
     `index` is -1 for no key.
     """
-    width = low.shape[3]
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
-        own = min(head, index.shape[1] - 1)
-        start = row * strides[0] + head * strides[1]
+        own = min(head, index.shape[1] - 1)  # one index set may stand for all heads
         for at in range(index.shape[2]):
             key = index[row, own, at]
             if key >= 0:
-                place = start + key * strides[2]
-                _load(scratch, source[place : place + width])
+                _load(scratch, source, strides, row, head, key)
                 group = at // group_size
                 _widen(low[row, head, group], high[row, head, group], scratch)
 
@@ -81,11 +88,9 @@ def value_extremes(pairs, source, strides, index, low, high, scratch):
     size = width // groups
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
-        own = min(head, index.shape[1] - 1)
-        start = row * strides[0] + head * strides[1]
+        own = min(head, index.shape[1] - 1)  # one index set may stand for all heads
         for at in range(index.shape[2]):
-            place = start + max(index[row, own, at], 0) * strides[2]
-            _load(scratch, source[place : place + width])
+            _load(scratch, source, strides, row, head, index[row, own, at])
             for group in range(groups):
                 some = scratch[group * size : (group + 1) * size]
                 ends = _extremes_of_32(some) if size == 32 else _extremes(some)
@@ -148,11 +153,9 @@ def store_keys(pairs, source, strides, index, groups, limits, bits, stored, scra
     width, most = scratch.shape[0], float32((1 << bits) - 1)
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
-        own = min(head, index.shape[1] - 1)
-        start = row * strides[0] + head * strides[1]
+        own = min(head, index.shape[1] - 1)  # one index set may stand for all heads
         for at in range(index.shape[2]):
-            place = start + max(index[row, own, at], 0) * strides[2]
-            _load(scratch, source[place : place + width])
+            _load(scratch, source, strides, row, head, index[row, own, at])
             group = groups[row, min(head, groups.shape[1] - 1), at]
             _round(
                 codes[:width],
@@ -171,11 +174,9 @@ def store_values(pairs, source, strides, index, limits, bits, stored, scratch, c
     size = width // groups
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
-        own = min(head, index.shape[1] - 1)
-        start = row * strides[0] + head * strides[1]
+        own = min(head, index.shape[1] - 1)  # one index set may stand for all heads
         for at in range(index.shape[2]):
-            place = start + max(index[row, own, at], 0) * strides[2]
-            _load(scratch, source[place : place + width])
+            _load(scratch, source, strides, row, head, index[row, own, at])
             for group in range(groups):
                 some = slice(group * size, (group + 1) * size)
                 low, step = limits[row, head, at, group]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,6 +81,19 @@ def _runs(ranks: Tensor) -> Tensor:
     return torch.stack(
         [torch.nn.functional.pad(each, (0, 0, 0, most - len(each))) for each in stretches]
     )
+
+
+class _Block(NamedTuple):
+    """The arguments of `RowSums.add`; `ready` says that products are weights already."""
+
+    products: Tensor
+    heads: slice
+    start: int
+    first: int
+    ends: Tensor
+    scaling: float
+    sinks: Tensor | None
+    ready: bool
 
 
 class RowSums:
@@ -168,29 +182,19 @@ class RowSums:
             weights: `products` are softmax weights already; the other arguments about them, `ends`
                 included, are then not read.
         """
-        ready = (products, heads, start, first, ends, scaling, sinks, weights)
+        block = _Block(products, heads, start, first, ends, scaling, sinks, weights)
         if self.backend == COMPILED:
-            self._add_compiled(*ready)
+            self._add_compiled(block)
         else:
-            self._add_reference(*ready)
+            self._add_reference(block)
 
     # -- the reference -----------------------------------------------------------------------------
 
-    def _add_reference(
-        self,
-        products: Tensor,
-        heads: slice,
-        start: int,
-        first: int,
-        ends: Tensor,
-        scaling: float,
-        sinks: Tensor | None,
-        ready: bool,
-    ) -> None:
-        request, (_, size, width) = self.request, products.shape
-        rows, keys = slice(start, start + size), slice(first, first + width)
-        own = None if sinks is None else sinks[:, _rows_of(sinks, rows)]
-        weights = products if ready else _softmax(products, ends, scaling, own)
+    def _add_reference(self, block: _Block) -> None:
+        request, (_, size, width) = self.request, block.products.shape
+        heads = block.heads
+        rows, keys = slice(block.start, block.start + size), slice(block.first, block.first + width)
+        weights = block.products if block.ready else _softmax(block, rows)
         for place, head in enumerate(range(heads.start, heads.stop)):
             columns = self._columns[self._sets[head]][:, keys]
             self.sums[head, :, rows] = columns @ weights[place].T
@@ -255,19 +259,10 @@ class RowSums:
         self._no_sinks = torch.zeros(0, 0, dtype=torch.float32).numpy()
         self._arrays = [tensor.contiguous().numpy() for tensor in tensors]
 
-    def _add_compiled(
-        self,
-        products: Tensor,
-        heads: slice,
-        start: int,
-        first: int,
-        ends: Tensor,
-        scaling: float,
-        sinks: Tensor | None,
-        ready: bool,
-    ) -> None:
+    def _add_compiled(self, block: _Block) -> None:
         from avl.kernels.prompt_rows_compiled import add_rows  # importing numba takes a while
 
+        products, sinks = block.products, block.sinks
         if (
             products.device.type != "cpu"
             or not products.is_contiguous()
@@ -279,30 +274,33 @@ class RowSums:
             )
         add_rows(
             products.numpy(),
-            ends.numpy(),
-            scaling / math.log(2),
+            block.ends.numpy(),
+            # Powers of two are what the kernel computes: e^x = 2^(x / ln 2).
+            block.scaling / math.log(2),
             self._no_sinks if sinks is None else sinks.float().contiguous().numpy(),
-            first,
-            start,
-            heads.start,
-            ready,
+            block.first,
+            block.start,
+            block.heads.start,
+            block.ready,
             *self._arrays,
         )
 
 
-def _rows_of(sinks: Tensor, rows: slice) -> slice:
-    return rows if sinks.shape[1] > 1 else slice(None)
-
-
-def _softmax(products: Tensor, ends: Tensor, scaling: float, sinks: Tensor | None) -> Tensor:
-    """Weights, (heads, rows, keys), in place of the products.
+def _softmax(block: _Block, rows: slice) -> Tensor:
+    """Weights, (heads, rows, keys), in place of the block's products.
 
     Rows that see no key have weights of 0.
     """
-    behind = torch.arange(products.shape[2], device=products.device) >= ends[:, None]
-    logits = products.mul_(scaling).masked_fill_(behind, -torch.inf)
+    products, sinks = block.products, block.sinks
+    behind = torch.arange(products.shape[2], device=products.device) >= block.ends[:, None]
+    logits = products.mul_(block.scaling).masked_fill_(behind, -torch.inf)
     blind = (logits == -torch.inf).all(-1, keepdim=True)
-    share = None if sinks is None else torch.sigmoid(logits.logsumexp(-1) - sinks)[..., None]
+    share = None
+    if sinks is not None:
+        # A sink takes its share of the softmax and stands for no key: what the keys keep is the
+        # logistic function of how far they are above it.
+        own = sinks[:, rows] if sinks.shape[1] > 1 else sinks
+        share = torch.sigmoid(logits.logsumexp(-1) - own)[..., None]
     weights = torch.softmax(logits, -1)
     if share is not None:
         weights *= share

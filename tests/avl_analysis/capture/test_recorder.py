@@ -429,7 +429,7 @@ class Watch(Observer):
 
 def test_a_recording_holds_the_weights_with_which_keys_in_few_bits_were_attended(sdpa, monkeypatch):
     batch, taken = tiny.inputs(sdpa, [12]), []
-    attend = decode_step.attend_with
+    attend = decode_step.attend_one_row
 
     def watched(call, *arguments):
         output, weights = attend(call, *arguments)
@@ -438,7 +438,7 @@ def test_a_recording_holds_the_weights_with_which_keys_in_few_bits_were_attended
         taken[-1][:, positions] = weights[0].flatten(0, 1)
         return output, weights
 
-    monkeypatch.setattr(decode_step, "attend_with", watched)
+    monkeypatch.setattr(decode_step, "attend_one_row", watched)
     policy = avl.AdaptivePolicy.with_cold_tier()
     with avl.adaptive(sdpa, policy), record(sdpa, keep="attention", queries="decode") as recording:
         generate(sdpa, batch, steps=3)

@@ -1,0 +1,71 @@
+"""Writing, dropping and swapping slots: the compiled version does what the plain one does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from avl.kernels import backend, slots
+
+pytestmark = pytest.mark.skipif(not backend.compiled_available(), reason="numba is not installed")
+
+
+def both(function, *arguments, patch):
+    """What each version makes of copies of the arguments: results and changed arguments."""
+    outcomes = []
+    for version in ("numba", "torch"):
+        patch.setattr(slots, "backend_for", lambda device, version=version: version)
+        own = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        outcomes.append((function(*own), own))
+    return outcomes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_new_key_goes_to_its_slot_and_nowhere_else(dtype, heads, monkeypatch):
+    keys, values = (torch.randn(2, 3, 9, width).to(dtype) for width in (5, 7))
+    positions = torch.arange(18 * heads, dtype=torch.int32).view(2, heads, 9)
+    key, value = (torch.randn(2, 1, 3, width).to(dtype).transpose(1, 2) for width in (5, 7))
+    for scores in (None, torch.rand(2, heads, 9)):
+
+        def write(keys, values, positions, scores):
+            slots.write_slot(keys, values, positions, scores, 4, (key, value, 77, 0.5))
+
+        (_, found), (_, expected) = both(write, keys, values, positions, scores, patch=monkeypatch)
+        for one, other in zip(found, expected, strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+        assert torch.equal(found[0][:, :, 4], key[:, :, 0])
+        assert torch.equal(found[0][:, :, 5:], keys[:, :, 5:])
+
+
+@pytest.mark.parametrize("newest", [0, 6, 100])
+def test_the_worst_key_is_dropped(newest, monkeypatch):
+    positions = torch.tensor([[[5, -1, 2, 9, 4, 7]], [[0, 1, 2, 3, 8, -1]]], dtype=torch.int32)
+    scores = torch.tensor(
+        [[[0.5, 0.0, torch.inf, 0.1, 0.5, 0.4]], [[torch.inf] * 6]], dtype=torch.float32
+    )
+
+    def drop(positions, scores):
+        return slots.drop_worst(positions, scores, 0, 6, newest)
+
+    (found, after), (expected, after_too) = both(drop, positions, scores, patch=monkeypatch)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(after[0], after_too[0])
+    if newest == 6:  # 9 is safe, and of the equal ones the first goes
+        assert found[1][0].item() == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slots_change_places_in_every_head(dtype, monkeypatch):
+    keys, narrow = torch.randn(3, 11, 6).to(dtype), torch.randn(3, 11, 1).to(dtype)
+    positions = torch.arange(11, dtype=torch.int32)[None]
+    first, second = torch.tensor([0, 7, 3]), torch.tensor([10, 1, 2])
+
+    def swap(*tensors):
+        slots.swap_slots(tensors, first, second)
+
+    (_, found), (_, expected) = both(swap, keys, narrow, positions, patch=monkeypatch)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert found[2].tolist() == [[10, 7, 3, 2, 4, 5, 6, 1, 8, 9, 0]]
