@@ -54,6 +54,7 @@ def key_limits(keys: Tensor, index: Tensor, group_size: int, bits: int) -> Tenso
     batch, heads, _, width = keys.shape
     shape = (batch, heads, -(-index.shape[2] // group_size), width)
     if _compiled_for(keys):
+        # What no key lowers or raises stays infinite, and becomes 0 below: groups of nothing.
         low = keys.new_full(shape, torch.inf, dtype=torch.float32)
         high = torch.full_like(low, -torch.inf)
         _each_pair("channel_extremes", keys, index, (group_size, low.numpy(), high.numpy()), width)
@@ -90,6 +91,8 @@ def value_limits(values: Tensor, index: Tensor, groups: int, bits: int) -> Tenso
 
 
 def _low_and_step(low: Tensor, high: Tensor, bits: int, dim: int) -> Tensor:
+    # The step is measured from `low` as it was rounded, not as it was: else the largest number of a
+    # group might lie beyond the largest code.
     low = low.clamp(-_LARGEST, _LARGEST).half()
     step = ((high - low.float()) / (2**bits - 1)).clamp_max(_LARGEST).half()
     return torch.stack([low, step], dim)
@@ -167,6 +170,7 @@ def _of_keys(limits: Tensor, groups: Tensor, heads: int) -> tuple[Tensor, Tensor
 
 
 def _codes(numbers: Tensor, low: Tensor, step: Tensor, bits: int) -> Tensor:
+    # A group of equal numbers has step 0: all its codes are 0, which reads as `low`.
     codes = ((numbers - low) / step.clamp_min(1e-12)).round_().clamp_(0, 2**bits - 1)
     return codes.nan_to_num_(0.0).to(torch.uint8)
 

@@ -143,6 +143,7 @@ class RowSums:
         kept = tuple(raw_heads) if request.raw is not None else ()
         self.raw = new(len(kept), 1 + max(request.raw_places, default=-1), keys)
         self._raw_heads = [kept.index(head) if head in kept else -1 for head in range(heads)]
+        # Which columns and ranks a query head has: those of its key/value head, or the only ones.
         sets = [head // groups for head in range(heads)]
         self._sets = sets if len(columns) > 1 else [0] * heads
         shared = request.key_ranks is None or len(request.key_ranks) == 1

@@ -58,6 +58,8 @@ class Codes(NamedTuple):
         value_groups = value_limits.shape[3]
         folded = key_groups * keys.shape[3] * (8 // bits[0])
         limits = key_groups * 2 * width + keys.shape[2] * value_groups * 2
+        # numba has no half precision: limits come as their bits, and are converted head by head, so
+        # that no second copy of them is ever held.
         halves = (limit.contiguous().view(torch.uint16) for limit in (key_limits, value_limits))
         of_keys, of_values = (limit.numpy() for limit in halves)
         coded = (part.contiguous().numpy() for part in (keys, groups, values))
@@ -116,12 +118,14 @@ def row_attention(
     attend = _attend()
     batch, heads, _, width = query.shape
     kv_heads, full, value_width = keys.shape[1], keys.shape[2], values.shape[3]
+    # No copies, where they are as attention layers make them: one row of a head follows another.
     # Held until the call is over: the compiled function gets addresses.
     query = query.float().contiguous()
     keys, key_strides = _in_rows(keys)
     values, value_strides = _in_rows(values)
     own = _NO_CODES if codes is None else codes
     shared = heads // kv_heads
+    # Every weight is written; output is added to.
     weights = torch.empty(batch, kv_heads, shared, own.width + full, dtype=torch.float32)
     output = torch.zeros(batch, 1, heads, value_width, dtype=torch.float32)
     arguments = (
@@ -144,11 +148,12 @@ def row_attention(
     results = weights.data_ptr(), output.data_ptr()
 
     def some(part: Any) -> None:
-        scratch = _LIKE[torch.float32]
+        scratch = _LIKE[torch.float32]  # nothing
         if own.scratch:
             scratch = torch.zeros(own.scratch, dtype=torch.float32).numpy()
         attend(part, *arguments, scratch, *results)
 
+    # As many threads as there is work for: a small model's step is over before a thread starts.
     size = batch * kv_heads * (own.width + full) * width
     on_threads(some, head_parts(batch * kv_heads, size))
     return output, weights

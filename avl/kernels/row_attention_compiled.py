@@ -100,7 +100,7 @@ def attend(
     for at in range(heads.shape[0]):
         flat = heads[at]
         row, own = flat // kv_heads, flat % kv_heads
-        first = flat * shared
+        first = flat * shared  # query head, counted over all rows of the batch
         query = carray(pointer(query_at + 4 * first * width), (shared, width), float32)
         weights = carray(
             pointer(weights_at + 4 * first * (coded + count)), (shared, coded + count), float32
@@ -110,6 +110,7 @@ def attend(
         )
         first_key = row * key_strides[0] + own * key_strides[1]
         first_value = row * value_strides[0] + own * value_strides[1]
+        # From the first key of all to the head's last: slices are checked against the length.
         keys = carray(
             pointer(keys_at), (first_key + (count - 1) * key_strides[2] + width,), like.dtype
         )
@@ -119,6 +120,7 @@ def attend(
             like.dtype,
         )
         row_products_compiled.score_head(query, keys, first_key, key_strides[2], weights[:, coded:])
+        # One softmax over both kinds of keys, whose weights lie side by side: nothing is joined.
         if coded == 0:
             for head in range(shared):
                 _softmax(weights[head], factor32)
@@ -130,6 +132,7 @@ def attend(
             halves = scratch[of_values:folded_at]
             _from_half(halves, value_limits[row, own].reshape(folded_at - of_values))
             limits_of_values = halves.reshape((coded, value_groups, 2))
+            # Padded to full bytes with zeros, which no call writes to.
             folded = scratch[folded_at:constants_at].reshape((key_groups, filled))
             constants = scratch[constants_at:]
             for head in range(shared):

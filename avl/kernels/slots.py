@@ -42,6 +42,7 @@ def write_slot(
     from avl.kernels import slots_compiled  # importing numba takes a while
 
     batch, heads, _, width = keys.shape
+    # In bytes: then one compiled version does for every precision.
     slots_compiled.write_slot(
         (batch, heads),
         slot,
@@ -93,6 +94,7 @@ def drop_worst(
         batch, heads, capacity = positions.shape
         slots = torch.empty(batch, heads, 1, dtype=torch.int64)
         dropped = torch.empty(batch, heads, 1, dtype=torch.int32)
+        # A threshold of its own for each row is left to the plain version: it is rare.
         addresses = [part.data_ptr() for part in (positions, scores, slots, dropped)]
         lines = batch * heads, capacity
         slots_compiled.drop_worst(*addresses[:2], *lines, start, stop, newest, *addresses[2:])
@@ -117,6 +119,7 @@ def swap_slots(tensors: Sequence[Tensor], first: Tensor, second: Tensor) -> None
     others = []
     for tensor in tensors:
         size = math.prod(tensor.shape[2:]) * tensor.element_size()
+        # In words of 32 bits; a head of an odd number of bfloat16 numbers has half a word left.
         if compiled and size % 4 == 0:
             from avl.kernels import slots_compiled  # importing numba takes a while
 

@@ -68,6 +68,7 @@ def write_slot(
     """
     _write(keys_at, key_strides, key_at, new_key_strides, heads, slot, key_size)
     _write(values_at, value_strides, value_at, new_value_strides, heads, slot, value_size)
+    # Positions and scores may be one for all heads; keys and values never are.
     lines = heads[0] * position_heads
     positions = carray(pointer(positions_at), (lines, capacity), int32)
     for line in range(lines):
