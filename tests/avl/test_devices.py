@@ -88,8 +88,10 @@ def on_a_device(patch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
 
     def laid_out(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = layout(self, *args, **kwargs)
-        fields = ("modality", "image", "row", "column")
-        return replace(found, **{name: there(getattr(found, name)) for name in fields})
+        tensors = {
+            name: there(value) for name, value in vars(found).items() if isinstance(value, Tensor)
+        }
+        return replace(found, **tensors)
 
     def counting(name: str) -> Any:
         original = getattr(DecodeStep, name)
