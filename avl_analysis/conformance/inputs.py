@@ -108,6 +108,9 @@ def image_features(
     """What the model makes of pixels, by its own method (`get_video_features` for videos)."""
     owners: list[Any] = [m for m in (model, getattr(model, "model", None)) if hasattr(m, method)]
     takes = {name for owner in owners for name in signature(getattr(owner, method)).parameters}
+    if "pixel_values_videos" in given and "pixel_values_videos" not in takes:
+        # before transformers 5.23 some families called it so in this method, too
+        given = {**given, "pixel_values": given["pixel_values_videos"]}
     fields = ("vision_feature_layer", "vision_feature_select_strategy")
     places = (model.config, getattr(model.config, "vision_config", None))
     defaults = {

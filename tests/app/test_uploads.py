@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -179,3 +180,9 @@ def test_files_with_the_right_form_and_the_wrong_content_are_one_sentence(tmp_pa
         from_bytes(load_comparison, (tmp_path / "run.nc").read_bytes(), "compare.nc")
     with pytest.raises(InputError, match="not a JSON file"):
         from_bytes(load_policy, b"\x80\x04K\x01.", "policy.json")  # a pickle
+
+
+def test_a_list_may_not_name_videos_of_the_server(tmp_path) -> None:
+    line = json.dumps({"video": str(tmp_path), "prompt": "what?"})
+    with pytest.raises(InputError, match="line 1: videos are not taken here"):
+        sent_samples({"q.jsonl": line.encode()}, most_bytes=10**6, most_pixels=10**6)
