@@ -128,7 +128,8 @@ def _by_place(words: xr.Dataset, signal: Signal) -> tuple[Line, ...]:
     group = words["step"].values // WIDTH
     samples, sample = np.unique(words["sample"].values.astype(str), return_inverse=True)
     places = np.arange(group.max() + 1)
-    lines = []
+    means: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    slots = {}
     for name, slot, wanted in (("right words", RIGHT, 1.0), ("wrong words", WRONG, 0.0)):
         chosen = (words["right"].values == wanted) & np.isfinite(values)
         total, count = (np.zeros((len(samples), len(places))) for _ in range(2))
@@ -140,9 +141,22 @@ def _by_place(words: xr.Dataset, signal: Signal) -> tuple[Line, ...]:
         mean, low, high = (
             np.where(few, np.nan, part) for part in (found.mean, found.low, found.high)
         )
-        x = places * WIDTH + (WIDTH - 1) / 2
-        lines.append(Line(name, x, mean, low, high, slot=slot))
-    return tuple(lines)
+        means[name], slots[name] = (mean, low, high), slot
+    # the places behind the last one that is drawn would only stretch the axis
+    drawn = np.flatnonzero(np.any([np.isfinite(mean) for mean, _, _ in means.values()], axis=0))
+    kept = places[: int(drawn[-1]) + 1] if drawn.size else places[:1]
+    x = kept * WIDTH + (WIDTH - 1) / 2
+    return tuple(
+        Line(name, x, *_first(parts, len(kept)), slot=slots[name]) for name, parts in means.items()
+    )
+
+
+def _first(
+    parts: tuple[np.ndarray, np.ndarray, np.ndarray], count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, low and high at the first places."""
+    mean, low, high = parts
+    return mean[:count], low[:count], high[:count]
 
 
 def _bars(table: xr.Dataset) -> Bars:

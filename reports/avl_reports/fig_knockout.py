@@ -17,6 +17,15 @@ LOSS = 0.1
 nine tenths of its probability.
 """
 NEEDED = "image -> answer"
+ROWS = {
+    "question": "question tokens",
+    "last": "the last prompt position",
+    "answer": "answer tokens",
+    "all": "all later tokens",
+    "image": "image tokens",
+    "system": "system tokens",
+}
+"""What a group of rows is called in a sentence."""
 
 
 def section(run: Run) -> Section:
@@ -73,9 +82,10 @@ def sentence(cut: xr.Dataset) -> str:
     place = mean.argmin(("flow", "layer"))
     flow, layer = (str(mean[name][int(place[name])].item()) for name in ("flow", "layer"))
     source, _, target = flow.partition(" -> ")
+    rows = ROWS.get(target, target)
     worst = mean_interval(cut["log_prob_change"].sel(flow=flow, layer=int(layer)).values)
     return (
-        f"Most is lost when {target} tokens cannot read {source} tokens in layer {layer}:"
+        f"Most is lost when {rows} cannot read {source} tokens in layer {layer}:"
         f" {worst.words('nats per answer token')}. A path that can be cut without loss may still"
         " have carried what another layer carries, too."
     )
