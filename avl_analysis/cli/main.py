@@ -24,7 +24,17 @@ from rich.console import Console
 from rich.table import Table
 
 from avl.plugins import COMMANDS, PluginWarning, left_out, plugins
-from avl_analysis.cli import ablate, calibrate, compare, errors, frontier, knockout, record, sinks
+from avl_analysis.cli import (
+    ablate,
+    calibrate,
+    compare,
+    errors,
+    frontier,
+    knockout,
+    maps,
+    record,
+    sinks,
+)
 from avl_analysis.cli.eval import EXAMPLES as EVAL_EXAMPLES
 from avl_analysis.cli.eval import evaluate
 from avl_analysis.cli.options import Download, plain, printable
@@ -127,6 +137,8 @@ app.command(epilog=calibrate.EXAMPLES)(calibrate.calibrate)
 app.command(epilog=ablate.EXAMPLES)(ablate.ablate)
 app.command(epilog=knockout.EXAMPLES)(knockout.knockout)
 app.command(epilog=sinks.EXAMPLES)(sinks.sinks)
+app.command(epilog=maps.MAPS_EXAMPLES)(maps.maps)
+app.command(epilog=maps.PATCHES_EXAMPLES)(maps.patches)
 app.command(epilog=errors.EXAMPLES)(errors.errors)
 app.command(epilog=frontier.EXAMPLES)(frontier.frontier)
 app.command("eval", epilog=EVAL_EXAMPLES)(evaluate)

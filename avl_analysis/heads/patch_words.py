@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from avl_analysis.models.images import open_image
 from avl_analysis.models.loading import VLM
 from avl_analysis.models.videos import Video
 from avl_analysis.recordings.image_tokens import ImageTokens, images_of_layout
+from avl_analysis.recordings.netcdf import read_labelled, write_labelled
 from avl_analysis.scenes import generate as draw_scene
 
 TOP = 5
@@ -308,3 +311,28 @@ def name_tokens(tokenizer: Any, name: str) -> tuple[int, ...]:
         elif ids and len(tokenizer.decode([ids[0]]).strip()) >= _LETTERS:
             begun.add(ids[0])
     return tuple(sorted(whole or begun))
+
+
+FORMAT, VERSION = "avl-patch-names", 1
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "own": ("kind", "picture", "depth"),
+    "background": ("kind", "picture", "depth"),
+}
+
+
+def save_patch_names(result: xr.Dataset, path: str | PathLike[str]) -> Path:
+    """Write what `say_names` gave as one netCDF file.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    return write_labelled(result, path, FORMAT, VERSION)
+
+
+def load_patch_names(path: str | PathLike[str]) -> xr.Dataset:
+    """Read what `save_patch_names` wrote.
+
+    Raises:
+        InputError: no such file, or not one of these.
+    """
+    return read_labelled(path, FORMAT, VERSION, "avl patches", _NEEDED)

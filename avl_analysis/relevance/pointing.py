@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -25,6 +27,7 @@ from avl_analysis.corpus.regions import Region, regions_of
 from avl_analysis.errors import InputError
 from avl_analysis.evaluation.generation import generate
 from avl_analysis.models.loading import VLM
+from avl_analysis.recordings.netcdf import read_labelled, write_labelled
 from avl_analysis.relevance import METHODS
 from avl_analysis.relevance.maps import Relevance, relevance
 
@@ -146,3 +149,32 @@ def _hit(values: np.ndarray, region: Region) -> float:
     if not np.isfinite(values).any():
         return float("nan")
     return float(int(np.nanargmax(values)) in set(region.tokens))
+
+
+FORMAT, VERSION = "avl-pointing", 1
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "pointing": ("sample", "layered", "layer"),
+    "pointing_all": ("sample", "map"),
+    "area": ("sample",),
+    "maps": ("sample", "map", "token"),
+    "position": ("sample", "token", "edge"),
+    "about": ("sample",),
+}
+
+
+def save_pointing(result: xr.Dataset, path: str | PathLike[str]) -> Path:
+    """Write what `point` gave as one netCDF file.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    return write_labelled(result, path, FORMAT, VERSION)
+
+
+def load_pointing(path: str | PathLike[str]) -> xr.Dataset:
+    """Read what `save_pointing` wrote.
+
+    Raises:
+        InputError: no such file, or not one of these.
+    """
+    return read_labelled(path, FORMAT, VERSION, "avl maps", _NEEDED)

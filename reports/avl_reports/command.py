@@ -52,6 +52,8 @@ CUT = 4
 """Scenes per task on which attention between groups of tokens is cut unless told otherwise."""
 SUNK = 4
 """Scenes per task on which sinks among image tokens are studied unless told otherwise."""
+MAPPED = 3
+"""Scenes per task of which relevance maps are computed, and patches read, unless told otherwise."""
 WORDS = 12
 """Scenes per task whose words are judged, with noise on their pictures, unless told otherwise."""
 DRAWS = 6
@@ -116,6 +118,10 @@ def report(
         int,
         typer.Option(min=0, help="Noisy scenes per task whose words are judged; 0: none."),
     ] = WORDS,
+    mapped: Annotated[
+        int,
+        typer.Option(min=0, help="Scenes per task for relevance maps and patch words; 0: none."),
+    ] = MAPPED,
     further: Annotated[
         list[str] | None,
         typer.Option(
@@ -167,7 +173,7 @@ def report(
         if compared is None and compare:
             compared = compare_policies(vlm, compare)
         numbers = ["--samples", samples, "--seed", seed, "--compare", compare, "--ablate", ablate]
-        numbers += ["--cut", cut, "--sunk", sunk, "--words", words]
+        numbers += ["--cut", cut, "--sunk", sunk, "--words", words, "--mapped", mapped]
         commands = [_line("avl report", "--model", model, *numbers, *given, "--out", out)]
         if not silenced and ablate:
             silenced = silence_heads(vlm, recorded, ablate, commands[0])
@@ -175,6 +181,10 @@ def report(
             measured["knockout"] = cut_attention(vlm, cut)
         if "sinks" not in measured and sunk:
             measured["sinks"] = look_for_sinks(vlm, sunk)
+        if "pointing" not in measured and mapped:
+            measured |= follow_words(vlm, mapped)
+        if "patches" not in measured and mapped:
+            measured["patches"] = read_patches(vlm, mapped)
         if "errors" not in measured and words:
             measured["errors"] = judge_words(vlm, words)
     own = [out / "run.nc", *([out / "beside.nc"] if beside is not None else [])]
@@ -349,6 +359,30 @@ def judge_words(vlm: VLM, per_task: int) -> xr.Dataset:
             max_new_tokens=MAX_NEW_TOKENS,
             on_token=lambda done, _: advance(done, len(samples)),
         )
+
+
+def follow_words(vlm: VLM, per_task: int) -> dict[str, xr.Dataset]:
+    """Which relevance map points at what words are about; nothing where no answer is right."""
+    from avl_analysis.corpus.questions import scene_samples
+    from avl_analysis.relevance.pointing import point
+
+    samples = scene_samples(per_task, split="recording")
+    with progress("following words", unit="questions") as advance:
+        try:
+            return {"pointing": point(vlm, samples, progress=advance)}
+        except InputError as error:
+            typer.echo(f"no relevance maps: {error}", err=True)
+            return {}
+
+
+def read_patches(vlm: VLM, per_task: int) -> xr.Dataset:
+    """Which share of an object's patches say its name."""
+    from avl_analysis.corpus.questions import scene_samples
+    from avl_analysis.heads.patch_words import say_names
+
+    samples = scene_samples(per_task, split="recording")
+    with progress("reading patches", unit="questions") as advance:
+        return say_names(vlm, samples, progress=advance)
 
 
 def _option(name: str, value: object) -> list[object]:

@@ -17,8 +17,10 @@ import xarray as xr
 
 from avl_analysis.errors import InputError
 from avl_analysis.heads.knockout import load_knockout, save_knockout
+from avl_analysis.heads.patch_words import load_patch_names, save_patch_names
 from avl_analysis.heads.sinks import load_sinks, save_sinks
 from avl_analysis.heads.word_errors import load_word_errors, save_word_errors
+from avl_analysis.relevance.pointing import load_pointing, save_pointing
 
 Path_ = str | PathLike[str]
 
@@ -84,6 +86,24 @@ KINDS: Mapping[str, Kind] = {
             load_word_errors,
             save_word_errors,
             "errors",
+        ),
+        Kind(
+            "pointing",
+            "What relevance maps point at",
+            "relevance maps were not computed",
+            "avl maps",
+            load_pointing,
+            save_pointing,
+            "relevance",
+        ),
+        Kind(
+            "patches",
+            "What patches say",
+            "the words of patches were not read",
+            "avl patches",
+            load_patch_names,
+            save_patch_names,
+            "patch_words",
         ),
     )
 }
