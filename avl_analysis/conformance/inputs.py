@@ -211,6 +211,9 @@ def video_prompt(model: Any, given: Mapping[str, Any], *, frames: int) -> dict[s
         given["pixel_values"] = given.pop("pixel_values_videos").flatten(0, 1)
     method = "get_image_features" if by_frame else "get_video_features"
     count = sum(map(len, parts(image_features(model, given, method))))
+    if config.model_type == "llava_onevision" and count % frames == 0:
+        # before transformers 5.23 the newline joins the features outside of the method
+        count += 1
     groups = frames if by_frame else 1
     if config.model_type.startswith("qwen3_vl"):  # groups of frames apart, times between them
         groups = int(given["video_grid_thw"][0, 0])
