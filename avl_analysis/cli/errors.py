@@ -13,15 +13,17 @@ from avl_analysis.cli.options import (
     Device,
     Download,
     Dtype,
+    Force,
     MaxNewTokens,
     Model,
+    NetCDFFile,
+    PerTask,
     Tasks,
-    check_target,
+    check_netcdf,
     load,
     progress,
     read_or_draw,
 )
-from avl_analysis.errors import InputError
 
 EXAMPLES = """
 Examples: [bold]avl errors --scenes 20 --out errors.nc[/],
@@ -39,8 +41,8 @@ def errors(
         typer.Option(help="Noise on the pictures, share of a pixel's range. Default: 0.15."),
     ] = None,
     model: Model = "scenes",
-    out: Annotated[Path, typer.Option(help="netCDF file to write.")] = Path("errors.nc"),
-    scenes: Annotated[int, typer.Option(min=1, help="Drawn scenes per task.")] = 12,
+    out: NetCDFFile = Path("errors.nc"),
+    scenes: PerTask = 12,
     task: Tasks = None,
     max_new_tokens: MaxNewTokens = 96,
     batch_size: BatchSize = 8,
@@ -48,12 +50,10 @@ def errors(
     device: Device = None,
     attention: Attention = "sdpa",
     download: Download = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
 ) -> None:
     """Ask about noisy pictures: does attention tell wrong words from right ones?"""
-    if out.suffix != ".nc":
-        raise InputError(f"--out {out}: the file's name must end in .nc")
-    check_target(out, force)
+    check_netcdf(out, force)
     samples = read_or_draw(data, scenes, task, "comparison")
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 

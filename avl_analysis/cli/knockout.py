@@ -16,9 +16,11 @@ from avl_analysis.cli.options import (
     Force,
     MaxNewTokens,
     Model,
+    NetCDFFile,
+    PerTask,
     Questions,
     Tasks,
-    check_target,
+    check_netcdf,
     load,
     parse_numbers,
     progress,
@@ -43,8 +45,8 @@ def knockout(
         str | None, typer.Option(help="Query heads to cut, e.g. 0,4-7. Default: all.")
     ] = None,
     model: Model = "scenes",
-    out: Annotated[Path, typer.Option(help="netCDF file to write.")] = Path("knockout.nc"),
-    scenes: Annotated[int, typer.Option(min=1, help="Drawn scenes per task.")] = 4,
+    out: NetCDFFile = Path("knockout.nc"),
+    scenes: PerTask = 4,
     task: Tasks = None,
     max_new_tokens: MaxNewTokens = 32,
     batch_size: BatchSize = 16,
@@ -55,9 +57,7 @@ def knockout(
     force: Force = False,
 ) -> None:
     """Cut attention between two groups of tokens, layer by layer: what does the answer lose?"""
-    if out.suffix != ".nc":
-        raise InputError(f"--out {out}: the file's name must end in .nc")
-    check_target(out, force)
+    check_netcdf(out, force)
     flows = [_flow(text) for text in flow or ()]
     samples = read_or_draw(data, scenes, task, "ablation")
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -12,15 +11,18 @@ from avl_analysis.cli.options import (
     Device,
     Download,
     Dtype,
+    Force,
     MaxNewTokens,
     Model,
+    NetCDFFile,
+    PerTask,
+    Questions,
     Tasks,
-    check_target,
+    check_netcdf,
     load,
     progress,
     read_or_draw,
 )
-from avl_analysis.errors import InputError
 
 MAPS_EXAMPLES = """
 Examples: [bold]avl maps --scenes 4 --out pointing.nc[/],
@@ -30,17 +32,12 @@ PATCHES_EXAMPLES = """
 Examples: [bold]avl patches --scenes 4 --out patches.nc[/],
 [bold]avl patches pictures.jsonl --model ./my-llava[/]
 """
-Questions = Annotated[
-    Path | None, typer.Argument(help="JSONL file of questions. Default: drawn scenes.")
-]
-PerTask = Annotated[int, typer.Option(min=1, help="Drawn scenes per task.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 
 
 def maps(
     data: Questions = None,
     model: Model = "scenes",
-    out: Annotated[Path, typer.Option(help="netCDF file to write.")] = Path("pointing.nc"),
+    out: NetCDFFile = Path("pointing.nc"),
     scenes: PerTask = 4,
     task: Tasks = None,
     max_new_tokens: MaxNewTokens = 32,
@@ -51,7 +48,7 @@ def maps(
     force: Force = False,
 ) -> None:
     """Which relevance map points at what a word is about: raw, relative, gradient, Chefer?"""
-    _check(out, force)
+    check_netcdf(out, force)
     samples = read_or_draw(data, scenes, task, "recording")
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 
@@ -75,7 +72,7 @@ def maps(
 def patches(
     data: Questions = None,
     model: Model = "scenes",
-    out: Annotated[Path, typer.Option(help="netCDF file to write.")] = Path("patches.nc"),
+    out: NetCDFFile = Path("patches.nc"),
     scenes: PerTask = 4,
     task: Tasks = None,
     dtype: Dtype = None,
@@ -85,7 +82,7 @@ def patches(
     force: Force = False,
 ) -> None:
     """Which share of an object's patches say its name, layer by layer (logit lens)?"""
-    _check(out, force)
+    check_netcdf(out, force)
     samples = read_or_draw(data, scenes, task, "recording")
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
 
@@ -99,9 +96,3 @@ def patches(
         "share of an object's patches that say its name, by layers passed;"
         f" {result.sizes['picture']} pictures; everything in {out}"
     )
-
-
-def _check(out: Path, force: bool) -> None:
-    if out.suffix != ".nc":
-        raise InputError(f"--out {out}: the file's name must end in .nc")
-    check_target(out, force)

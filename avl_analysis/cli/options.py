@@ -52,6 +52,8 @@ Questions = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Questions per pass.")]
+PerTask = Annotated[int, typer.Option(min=1, help="Drawn scenes per task.")]
+NetCDFFile = Annotated[Path, typer.Option(help="netCDF file to write.")]
 
 
 def load(
@@ -163,6 +165,21 @@ def check_target(out: Path, force: bool) -> None:
     check_writable(out)
     if out.exists() and not force:
         raise InputError(f"{out} exists already: choose another --out, or replace it with --force")
+
+
+def check_netcdf(out: Path, force: bool) -> None:
+    """Refuse a result file that does not end in .nc or cannot be written.
+
+    Args:
+        out: where a command writes what it measured.
+        force: whether an existing file may be replaced.
+
+    Raises:
+        InputError: another ending, an existing file without `force`, no right to write.
+    """
+    if out.suffix != ".nc":
+        raise InputError(f"--out {out}: the file's name must end in .nc")
+    check_target(out, force)
 
 
 def read_or_draw(

@@ -13,15 +13,18 @@ from avl_analysis.cli.options import (
     Device,
     Download,
     Dtype,
+    Force,
     MaxNewTokens,
     Model,
+    NetCDFFile,
+    PerTask,
+    Questions,
     Tasks,
-    check_target,
+    check_netcdf,
     load,
     progress,
     read_or_draw,
 )
-from avl_analysis.errors import InputError
 
 EXAMPLES = """
 Examples: [bold]avl sinks --scenes 4 --out sinks.nc[/],
@@ -30,10 +33,7 @@ Examples: [bold]avl sinks --scenes 4 --out sinks.nc[/],
 
 
 def sinks(
-    data: Annotated[
-        Path | None,
-        typer.Argument(help="JSONL file of questions. Default: drawn scenes."),
-    ] = None,
+    data: Questions = None,
     by: Annotated[
         str,
         typer.Option(
@@ -43,8 +43,8 @@ def sinks(
     ] = "concentration",
     draws: Annotated[int, typer.Option(min=1, help="Random sets of other tokens.")] = 3,
     model: Model = "scenes",
-    out: Annotated[Path, typer.Option(help="netCDF file to write.")] = Path("sinks.nc"),
-    scenes: Annotated[int, typer.Option(min=1, help="Drawn scenes per task.")] = 4,
+    out: NetCDFFile = Path("sinks.nc"),
+    scenes: PerTask = 4,
     task: Tasks = None,
     max_new_tokens: MaxNewTokens = 32,
     batch_size: BatchSize = 8,
@@ -52,12 +52,10 @@ def sinks(
     device: Device = None,
     attention: Attention = "sdpa",
     download: Download = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    force: Force = False,
 ) -> None:
     """Sinks among image tokens by three signatures: where they are born, what hiding them does."""
-    if out.suffix != ".nc":
-        raise InputError(f"--out {out}: the file's name must end in .nc")
-    check_target(out, force)
+    check_netcdf(out, force)
 
     from avl_analysis.heads.sinks import SIGNATURES, check_signature, flags, save_sinks
 
