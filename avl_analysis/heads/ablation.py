@@ -77,6 +77,7 @@ NEEDED = ("modality_mass", "first_token_mass", "recent_text_mass")
 
 class _Silencer(Intervention):
     def __init__(self, heads: Sequence[Head]) -> None:
+        # Layer -> its silenced query heads.
         self.by_layer: dict[int, list[int]] = {}
         for layer, head in heads:
             self.by_layer.setdefault(layer, []).append(head)
@@ -87,6 +88,7 @@ class _Silencer(Intervention):
             return output
         # The backend's tensor may be a view of a buffer that it reads again.
         output = output.clone()
+        # (batch, rows, query heads, head width): before the output projection mixes the heads.
         output[:, :, silent] = 0
         return output
 
@@ -134,6 +136,7 @@ class Silenced:
     @property
     def values(self) -> np.ndarray:
         """(questions,) 1, 0 or NaN."""
+        # A letter per question, as in the saved file; "-" becomes NaN.
         return np.array([{"1": 1.0, "0": 0.0}.get(letter, np.nan) for letter in self.right])
 
     @property
@@ -223,6 +226,8 @@ def plan(
         for _, rest, count in pools:
             if count:
                 chosen += [rest[i] for i in rng.choice(len(rest), count, replace=False)]
+        # The keys of a dict: equal draws fall together, and the order of drawing is kept, so that a
+        # seed gives the same numbering.
         sets[tuple(sorted(chosen))] = None
         if len(sets) == draws:
             break
@@ -298,6 +303,7 @@ class Ablation:
 
         Mean over draws, resampling questions and draws.
         """
+        # (draws, questions) differences of 1 and 0; NaN where either side was not measured.
         return crossed(np.array([group.values for group in self.random]) - self.nothing.values)
 
     @property
@@ -349,6 +355,7 @@ def load_ablation(path: str | PathLike[str]) -> Ablation:
         raise InputError(f"there is no ablation {source}; make one with avl ablate --out {source}")
     with blamed_on_input(f"{source} is not an ablation", ": make one with avl ablate"):
         content = json.loads(source.read_text(encoding="utf-8"))
+        # Popped, since what is left of the content becomes the arguments of `Ablation`.
         if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
             raise ValueError("another format or version")
         groups = [
@@ -375,6 +382,7 @@ def _check(result: Ablation) -> None:
     if not (type(result.found) is type(result.heads) is int and 0 < result.found < result.heads):
         raise ValueError(f"{result.found!r} of {result.heads!r} heads")
     count = len(result.samples)
+    # Three groups at least: nothing, the kind, and one random set.
     if count < 2 or len(result.tasks) != count or len(result.groups) < 3:
         raise ValueError(f"{count} questions, {len(result.groups)} groups")
     for group in result.groups:
@@ -419,6 +427,8 @@ def ablate(
             found by, no heads to compare, a
             recording of another model.
     """
+    # Questions by which heads are found are kept apart from those by which they are judged;
+    # otherwise a head could look needed for questions that it was chosen by.
     found_on = "" if recording is None else f"a recording of {len(recording)} samples"
     if recording is None:
         if recorded is None:
@@ -515,7 +525,7 @@ def _ask_all(
         # The decoder alone is silenced, so the pictures' features are the same for all groups.
         with images_encoded_once(vlm.model):
             for number, one in enumerate(plans):
-
+                # Defaults hold the values of this turn of the loop.
                 def ask(
                     part: Sequence[int], heads: Sequence[Head] = one.heads, longest: int = longest
                 ) -> list[Any]:

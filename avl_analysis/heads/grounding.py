@@ -71,6 +71,7 @@ def elbow(values: np.ndarray) -> float:
     needs a scale.
     """
     ordered = np.sort(np.asarray(values, dtype=float).ravel())
+    # A straight line has no elbow; every head passes.
     if ordered.size <= 2 or ordered[0] == ordered[-1]:
         return float(ordered[0])
     chord = np.linspace(ordered[0], ordered[-1], ordered.size)
@@ -91,6 +92,7 @@ def choose_heads(
         InputError: statistics or scores are missing, or fewer heads than `count` pass.
     """
     names = list(recording.samples if samples is None else samples)
+    # Samples without an image are NaN and left out of the mean.
     sums = _last_row(recording).sum("token").where(_seen(recording)).sel(sample=names)
     if "spatial_entropy" not in recording.names:
         raise InputError(
@@ -99,10 +101,14 @@ def choose_heads(
     entropy = recording["spatial_entropy"].sel(sample=names).transpose("sample", "layer", "head")
     mean = sums.mean("sample")
     least = elbow(mean.values)
+    # From here on layers and heads are one axis: head h of layer row l is at l * heads + h.
     passed = (mean >= least).values.ravel()
     ranked = entropy.values.reshape(len(entropy), -1)
+    # Heads that did not pass or have no entropy come last in every ranking and get no vote.
     ranked = np.where(passed & np.isfinite(ranked), ranked, np.inf)
     known = np.isfinite(ranked).any(1)
+    # If as many heads were voted for as passed, each would get a vote from every sample and the
+    # entropy would decide nothing.
     lowest = max(1, min(LOWEST, int(passed.sum()) // 2))
     votes = np.zeros(ranked.shape[1])
     for row in ranked[known]:
@@ -115,6 +121,8 @@ def choose_heads(
             f" fewer than {count}: record more samples, or choose fewer heads"
         )
     usual = np.where(np.isfinite(ranked), ranked, np.nan)[known]
+    # Between heads with equally many votes the lower mean entropy decides. `lexsort` sorts by its
+    # last key first, so votes come before ties.
     tie = np.array([np.nanmean(usual[:, head]) for head in chosen])
     order = chosen[np.lexsort((tie, -votes[chosen]))][:count]
     layers = mean["layer"].values
@@ -151,6 +159,7 @@ def ground(
         InputError: no sample has one image and one known box; unknown heads.
     """
     scores = _last_row(recording)
+    # Grouped by picture: questions about one picture are not independent of each other.
     found: dict[str, list[tuple[Any, ...]]] = {}  # name, area, hits, overlaps
     for name in recording.samples if samples is None else samples:
         image = only_image(recording, name)
@@ -161,6 +170,7 @@ def ground(
         grid = _Grid.of(recording, name, image)
         box = region.boxes[0]
         width, height = facts.get("picture_size") or (SIDE, SIDE)
+        # The known box in fractions of the picture, as the boxes under the tokens are.
         edges = np.array(
             [box.left / width, box.top / height, box.right / width, box.bottom / height]
         )
@@ -257,6 +267,7 @@ class _Grid:
     @classmethod
     def of(cls, recording: Recording, sample: str, image: ImageTokens) -> _Grid:
         tokens = recording.tokens.sel(sample=sample)
+        # Row and column are -1 for tokens outside the finest grid.
         row, column = (tokens[name].values[image.position] for name in ("row", "column"))
         token = np.flatnonzero((row >= 0) & np.isfinite(image.boxes).all(1))
         if not token.size:
@@ -268,12 +279,17 @@ class _Grid:
         total = np.zeros((int(self.row.max()) + 1, int(self.column.max()) + 1))
         for values in maps:
             grid = np.zeros_like(total)
+            # NaN means that the key was not attended, which is no weight.
             grid[self.row, self.column] = np.nan_to_num(values[self.token])
+            # "nearest" continues the border outwards; zeros outside would pull patches at the
+            # border down and with them the objects that stand there.
             total += ndimage.gaussian_filter(grid, SIGMA * np.array(total.shape), mode="nearest")
         return total
 
     def strongest(self, combined: np.ndarray) -> int:
         """The image token of the largest value."""
+        # Looked for among places that hold a token: smoothing spreads values to places that hold
+        # none.
         return int(self.token[int(combined[self.row, self.column].argmax())])
 
     def box(self, combined: np.ndarray) -> np.ndarray:
@@ -282,6 +298,7 @@ class _Grid:
         These have `STRONG` of its value or more; patches have 8 neighbours.
         """
         labels, _ = ndimage.label(combined >= STRONG * combined.max(), structure=_EIGHT)
+        # Looked for among places that hold a token, as in `strongest`.
         top = int(combined[self.row, self.column].argmax())
         inside = labels[self.row, self.column] == labels[self.row[top], self.column[top]]
         boxes = self.boxes[inside]

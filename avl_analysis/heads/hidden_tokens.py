@@ -33,12 +33,14 @@ class _HiddenTokens(Intervention):
         modality = forward.layout.modality
         if forward.kind == "prefill":
             layers = len(self.hidden[0])
+            # (layers, batch, positions), from flags that count image tokens only.
             flags = torch.zeros((layers, *modality.shape), dtype=torch.bool)
             for row, hidden in enumerate(self.hidden):
                 places = (modality[row] == Modality.IMAGE).nonzero().flatten().cpu()
                 flags[:, row, places] = torch.from_numpy(np.ascontiguousarray(hidden))
             self._by_layer = flags
         assert self._by_layer is not None
+        # Tokens generated since the last pass are not of the image, so nothing of them is hidden.
         missing = modality.shape[1] - self._by_layer.shape[2]
         self._by_layer = torch.nn.functional.pad(self._by_layer, (0, missing))
 
@@ -49,9 +51,13 @@ class _HiddenTokens(Intervention):
             return inner(call)
         row_index, key_index = row_and_key_places(call)
         modality = call.forward.layout.modality.to(hidden.device)
+        # Only text rows are cut off: image tokens still read the hidden ones, so that what they
+        # exchange among themselves stays as it was.
         text = modality[:, row_index] == Modality.TEXT
+        # (batch, 1, rows, keys). `key_index` is needed because a layer may have forgotten keys.
         cut = (text[:, :, None] & hidden[:, key_index][:, None])[:, None]
         mask = additive_mask(call, row_index, key_index)
+        # The lowest finite number rather than -inf: a row whose keys are all masked stays finite.
         call.mask = torch.where(cut, torch.finfo(call.query.dtype).min, mask)
         return inner(call)
 
@@ -90,6 +96,9 @@ def exchanged_embeddings(model: nn.Module, pairs: Pairs) -> Iterator[None]:
 
     def remember(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         ids = kwargs.get("input_ids")
+        # The decoder is given embeddings, in which image tokens cannot be told from text, so their
+        # places are read from the token ids that the whole model gets. Passes of one token are
+        # decode steps.
         if isinstance(ids, Tensor) and ids.shape[1] > 1:
             mask = kwargs.get("attention_mask")
             layout = family.layout(ids, mask if isinstance(mask, Tensor) else None, kwargs)
@@ -110,6 +119,8 @@ def exchanged_embeddings(model: nn.Module, pairs: Pairs) -> Iterator[None]:
         for row, chosen in enumerate(pairs):
             places = layouts[-1][row].nonzero().flatten().to(embeds.device)
             for one, other in chosen:
+                # Read from the original, written to the copy: both directions see the state before
+                # the exchange.
                 changed[row, places[one]] = embeds[row, places[other]]
                 changed[row, places[other]] = embeds[row, places[one]]
         return args, {**kwargs, "inputs_embeds": changed}

@@ -74,6 +74,8 @@ class _KnockOut(Intervention):
         if forward.kind == "extend":
             raise HookError("knock-out follows one question and its answer; start a new cache")
         if forward.kind == "prefill":
+            # (batch, positions); it grows by "answer" with every decode step, up to the length of
+            # the cache.
             self._groups = prompt_groups(forward)
         assert self._groups is not None
         # Tokens generated since the last pass.
@@ -92,6 +94,7 @@ class _KnockOut(Intervention):
         assert self._groups is not None
         groups = self._groups.to(call.query.device)
         row_index, key_index = row_and_key_places(call)
+        # (batch, rows) and (batch, keys) codes. With target "all" every row but padding is cut.
         of_rows, of_keys = groups[:, row_index], groups[:, key_index]
         wanted = of_rows != _PADDING if self.target is None else of_rows == self.target
         cut = wanted[:, :, None] & (of_keys == self.source)[:, None]
@@ -118,6 +121,8 @@ def prompt_groups(forward: Forward) -> Tensor:
     groups[modality == Modality.IMAGE] = GROUPS.index("image")
     groups[modality == Modality.PADDING] = _PADDING
     valid = modality != Modality.PADDING
+    # The last position that is no padding, whichever side the padding is on. It is set after the
+    # others, since it would count as question otherwise.
     place = torch.arange(modality.shape[1], device=modality.device).expand_as(modality)
     last = torch.where(valid, place, -1).amax(1)
     groups[torch.arange(len(groups), device=groups.device), last] = GROUPS.index("last")
@@ -130,6 +135,7 @@ def row_and_key_places(call: AttentionCall) -> tuple[Tensor, Tensor]:
     Raises:
         UnsupportedModelError: keys differ between rows of the batch or heads.
     """
+    # In a decode step the only row is at `start`, behind everything that is cached.
     rows, keys, start = call.query.shape[2], call.key.shape[2], call.forward.start
     device = call.query.device
     places = call.key_positions
@@ -144,6 +150,8 @@ def additive_mask(call: AttentionCall, row_index: Tensor, key_index: Tensor) -> 
     dtype = call.query.dtype
     lowest = torch.finfo(dtype).min
     if call.mask is None:
+        # Without a mask the kernel applies the causal rule itself, and it would no longer do so
+        # once it is given a mask, so the rule has to be written out.
         hidden = (key_index[None] > row_index[:, None])[None, None]
         hidden = hidden if call.causal else torch.zeros_like(hidden)
         return torch.where(hidden, lowest, 0.0).to(dtype)
@@ -152,6 +160,7 @@ def additive_mask(call: AttentionCall, row_index: Tensor, key_index: Tensor) -> 
             "knock-out needs a full mask, which flash kernels do not take; load the model with"
             " attn_implementation='sdpa' or 'eager'"
         )
+    # A mask made for a longer cache has more columns than the call has keys.
     mask = call.mask[..., : call.key.shape[2]]
     return torch.where(mask, 0.0, lowest).to(dtype) if mask.dtype == torch.bool else mask
 
@@ -256,12 +265,14 @@ def knockout(
             for index, sample, tokens in zip(indices, batch, first, strict=True)
             if not isinstance(tokens, Failure)
         ]
+        # Every question of this batch failed, and with it all of its cuts.
         if not kept:
             continue
         asked = [sample for _, sample, _ in kept]
         forced = [tokens for _, _, tokens in kept]
         # The model is led along its own answer also without a cut, so that both sides of the
         # difference go through the same code and the same batch.
+        # The cut is in the decoder only, so the pictures' features are the same in every run.
         with images_encoded_once(vlm.model):
             uncut = lead(vlm, asked, forced)
             for (index, _, tokens), led in zip(kept, uncut, strict=True):

@@ -66,9 +66,13 @@ def lead(
     agrees = [np.zeros(len(tokens), bool) for tokens in answers]
 
     def keep(step: int, logits: Tensor) -> None:
+        # (batch, vocabulary). In float32: half precision would round differences between two runs
+        # away.
         scores = torch.log_softmax(logits.float(), -1)
         best = scores.argmax(-1).tolist()
         for row, tokens in enumerate(answers):
+            # Passes go on until the longest answer of the batch ends; what follows the end of a
+            # shorter one is not counted.
             if step < len(tokens):
                 log_probs[row][step] = float(scores[row, tokens[step]])
                 agrees[row][step] = best[row] == tokens[step]

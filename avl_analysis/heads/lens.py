@@ -80,6 +80,8 @@ def logit_lens(vlm: VLM, sample: Sample, ids: Sequence[int]) -> Lens:
         likeliest = np.zeros(shape, np.int64)
         share, written = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         for token, (row, chosen) in enumerate(zip(states, ids, strict=False)):
+            # (layers, vocabulary), one token at a time, so that memory does not grow with the
+            # answer.
             shares = torch.softmax(head(torch.stack(row)).float(), -1)
             best = shares.max(-1)
             likeliest[token] = best.indices.cpu().numpy()
@@ -116,10 +118,13 @@ def _kept(layers: nn.ModuleList, states: list[list[Tensor]]) -> Iterator[None]:
         state = output[0] if isinstance(output, tuple) else output
         if first:
             states.append([])
+        # The batch is one sample. Only the last row predicts: in the prompt's pass the first token
+        # of the answer, in each later pass the next one.
         states[-1].append(state[0, -1])
 
     handles = [
         layer.register_forward_hook(
+            # The first layer begins the list of a new pass. The default binds its value now.
             lambda module, args, output, first=number == 0: keep(module, args, output, first)
         )
         for number, layer in enumerate(layers)
@@ -145,8 +150,11 @@ def lens_head(model: nn.Module, last: Tensor, logits: Tensor) -> nn.Module:
     output = model.get_output_embeddings()
     decoder = describe(model).decoder
     norms = [part for name, part in decoder.named_children() if "norm" in name or "ln" in name]
+    # Unlikely tokens are left out: rounding moves their log-probabilities most.
     wanted = torch.log_softmax(logits, -1)
     likely = wanted.exp() >= _LIKELY
+    # The last norm has no common name, so every candidate, and no norm at all, is tried on a state
+    # whose distribution is known.
     for norm in [*norms, nn.Identity()]:
         if output is None:
             break

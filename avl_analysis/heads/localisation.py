@@ -59,6 +59,7 @@ def localise(recording: Recording, regions: Regions) -> xr.Dataset:
         about = {
             step: list(tokens) for step, tokens in regions.get(name, {}).items() if len(tokens)
         }
+        # A phase of -1 marks steps that a sample, shorter than others, does not have.
         tokens, steps = (
             int(counts.sel(sample=name)),
             int((recording.tokens["phase"].sel(sample=name) >= 0).sum()),
@@ -96,6 +97,7 @@ def _mean_of_known(values: Sequence[np.ndarray], shape: tuple[int, int]) -> np.n
     if not values:
         return np.full(shape, np.nan)
     stacked = np.stack(values)
+    # `nanmean` would warn where a head has no known row.
     known = ~np.isnan(stacked)
     total = np.where(known, stacked, 0.0).sum(0)
     return np.divide(total, known.sum(0), out=np.full(shape, np.nan), where=known.any(0))
@@ -143,6 +145,7 @@ def _row(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lift and whether the top token lies inside, each (layers, heads), of one row."""
     last = min(steps, scores.sizes["step"]) - 1
+    # Negative indices would silently count from the end.
     if not 0 <= step <= last or min(inside) < 0 or max(inside) >= tokens:
         raise InputError(
             f"sample {sample} has steps 0 to {last} and image tokens 0 to {tokens - 1}, "
@@ -171,6 +174,7 @@ def region_lift(weights: np.ndarray, inside: Sequence[int]) -> np.ndarray:
         weights: softmax weights on image tokens; one that is NaN was not attended.
         inside: the tokens of the region.
     """
+    # In double precision, as many small weights are summed.
     known = np.nan_to_num(weights.astype(np.float64))
     total = known.sum(-1)
     share = np.divide(
@@ -188,5 +192,6 @@ def in_region(weights: np.ndarray, inside: Sequence[int]) -> np.ndarray:
 
     Weights are (..., image tokens).
     """
+    # `argmax` would return the place of a NaN.
     top = np.where(np.isnan(weights), -np.inf, weights).argmax(-1)
     return np.isin(top, list(inside)).astype(np.float64)

@@ -104,9 +104,12 @@ def patch_words(vlm: VLM, sample: Sample, top: int = TOP) -> PatchWords:
     family = describe(vlm.model)
     inputs = vlm.prepare(list(sample.images), sample.prompt)
     layout = family.layout(inputs["input_ids"], inputs.get("attention_mask"), inputs)
+    # (image tokens,) positions of the only row; `layout.image` is -1 outside images.
     at = (layout.image[0] >= 0).nonzero().flatten()
     with torch.no_grad(), _watched(decoder_layers(vlm.model), at) as states:
         output = vlm.model(**{**inputs, "use_cache": False})
+        # The last position behind the last layer is the one state whose distribution the model
+        # gives itself, so the lens is checked with it. All other uses leave this state out.
         head = lens_head(vlm.model, states[-1][-1], output.logits[0, -1].float())
         found = [_top(head, state[:-1], top) for state in states]
     tokenizer: Any = vlm.processor.tokenizer
@@ -131,12 +134,14 @@ def _watched(layers: nn.ModuleList, at: Tensor) -> Iterator[list[Tensor]]:
 
     def keep(hidden: Any) -> None:
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        # (image tokens + 1,): the rest of the prompt is not kept.
         places = torch.cat([at.to(hidden.device), torch.tensor([-1], device=hidden.device)])
         states.append(hidden[0, places])
 
     def enter(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
         keep(options["hidden_states"] if "hidden_states" in options else args[0])
 
+    # Depth 0 comes from in front of the first layer, all later ones from behind a layer.
     handles = [layers[0].register_forward_pre_hook(enter, with_kwargs=True)]
     for layer in layers:
         handles.append(layer.register_forward_hook(lambda module, args, output: keep(output)))
@@ -150,6 +155,7 @@ def _watched(layers: nn.ModuleList, at: Tensor) -> Iterator[list[Tensor]]:
 def _top(head: nn.Module, states: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Ids and probabilities of the most probable words, (states, count) each, on the CPU."""
     ids, probabilities = [], []
+    # A distribution is as long as the vocabulary, so only `_ROWS` of them are held at once.
     for part in states.split(_ROWS):
         chances = torch.softmax(head(part).float(), -1)
         best = chances.topk(min(count, chances.shape[-1]), -1)
@@ -203,6 +209,7 @@ def say_names(
     depths = 0
     for done, sample in enumerate(samples):
         scene = sample.scene or {}
+        # Scenes of one seed and index may be asked several questions about.
         key = f"{scene['seed']} {scene['index']}" if scene else sample.id
         if len(sample.images) != 1 or key in seen:
             continue  # a picture counts once, whatever is asked
@@ -221,6 +228,7 @@ def say_names(
             ' with boxes under "meta": {"objects": [[left, top, right, bottom, "cat"], ...]}'
         )
     kinds = list(dict.fromkeys(kind for row in rows for kind in row))
+    # (kinds, pictures, 2, depths): own and background.
     nothing = (np.full(depths, np.nan),) * 2
     values = np.array([[row.get(kind, nothing) for row in rows] for kind in kinds])
     dims = ("kind", "picture", "depth")
@@ -277,6 +285,7 @@ def _shares(
     """Kind -> (depths,) share of own patches, and of the background's, that say the name."""
     image = found.images[0]
     taken = {token for named in shown for token in named.tokens}
+    # Everything that anything covers is left out of the background, also things of another name.
     rest = [place for place in range(len(image.token)) if place not in taken]
     result: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for kind in dict.fromkeys(named.kind for named in shown):
@@ -285,6 +294,8 @@ def _shares(
             ids = name_tokens(vlm.processor.tokenizer, named.name)
             if named.kind != kind or not ids:
                 continue
+            # (depths, tokens of this image): `image.token` counts over the image tokens of all
+            # images.
             says = found.holds(ids)[:, image.token]
             own.append(says[:, list(named.tokens)].mean(1))
             background.append(says[:, rest].mean(1) if rest else np.full(len(says), np.nan))
@@ -304,6 +315,7 @@ def name_tokens(tokenizer: Any, name: str) -> tuple[int, ...]:
         ids = [
             token
             for token in tokenizer(text, add_special_tokens=False)["input_ids"]
+            # Some tokenizers write a space in front of a word as a token of its own.
             if tokenizer.decode([token]).strip()
         ]
         if len(ids) == 1:

@@ -97,6 +97,8 @@ class _Rows(Observer):
             return
         forward = call.forward
         seen = forward.start + forward.tokens
+        # A product of layers needs the weights on every earlier position; keys that a layer has
+        # dropped leave gaps in it.
         if call.key_positions is not None or call.key.shape[2] != seen:
             raise UnsupportedModelError(
                 f"layer {call.layer} holds {call.key.shape[2]} of {seen} keys, so what came before"
@@ -107,17 +109,21 @@ class _Rows(Observer):
             kept = replace(call, value=call.value.new_empty(0))
             self.prompt[call.layer], self.steps[call.layer] = kept, []
         else:
+            # A decode step has one row, so its weights are kept as they are, (keys so far,).
             self.steps[call.layer].append(_normalised(attention_weights(call))[0])
 
     def followed(self) -> Tensor:
         """(tokens, positions): the rows that produce tokens, times all layers."""
+        # The last token of the answer never enters the model, so it has no position here.
         first = self.prompt[self.last]
         prompt, later = first.query.shape[2], len(self.steps[self.last])
         device = first.query.device
         followed = torch.zeros(1 + later, prompt + later, device=device)
         producing = torch.arange(prompt - 1, prompt + later, device=device)
+        # Each row begins at the position that produces its token, as one row of the identity.
         followed[torch.arange(1 + later, device=device), producing] = 1.0
         for layer in sorted(self.prompt, reverse=True):
+            # r A_l with A_l = (W_l + I) / 2.
             followed = (followed + self._times_weights(followed, layer)) / 2
         return followed
 
@@ -125,11 +131,15 @@ class _Rows(Observer):
         """`followed` times the weights of a layer, which are never there as a whole."""
         call, result = self.prompt[layer], torch.zeros_like(followed)
         prompt = call.query.shape[2]
+        # Rows per block: float32 weights of all heads on all prompt keys take 4 x heads x prompt
+        # bytes a row.
         size = max(1, BLOCK_BYTES // (4 * call.query.shape[1] * prompt))
         for start in range(0, prompt, size):
             rows = slice(start, min(start + size, prompt))
             weights = _normalised(attention_weights(call, rows))
+            # Rows of the prompt see no later position, so its block of columns is enough.
             result[:, :prompt] += followed[:, rows] @ weights.to(followed.device)
+        # Rows of generated tokens, one each, with keys up to their own position.
         for step, row in enumerate(self.steps[layer]):
             at = prompt + step
             result[:, : at + 1] += followed[:, at, None] * row.to(followed.device)

@@ -62,11 +62,13 @@ class SinkObserver(Observer):
             self.first = np.zeros((self.layers, len(counts)))
             self.first_value_norm = np.full((self.layers, len(counts)), np.nan)
             self.rows = np.zeros(len(counts))
+        # (batch, rows of this pass); the layout is of everything that is cached.
         start, stop = forward.start, forward.start + forward.tokens
         self._text = forward.layout.modality[:, start:stop] == Modality.TEXT
         self.rows += self._text.sum(1).cpu().numpy()
 
     def observe(self, call: AttentionCall, output: Tensor) -> None:
+        # Image tokens have their values from the prompt's pass; decode steps only read them again.
         if call.forward.kind == "prefill":
             self._keep_values(call)
         text = self._text.to(call.query.device)
@@ -74,14 +76,18 @@ class SinkObserver(Observer):
         if not len(rows):
             return
         total: Tensor | None = None
+        # From the first to the last row that is text in any sample; others in between count 0
+        # times.
         for start in range(int(rows[0]), int(rows[-1]) + 1, _ROWS):
             block = slice(start, min(start + _ROWS, int(rows[-1]) + 1))
+            # (batch, rows, keys), mean over heads; then summed over each sample's own text rows.
             weights = attention_weights(call, block).mean(1)
             summed = torch.einsum("brk,br->bk", weights, text[:, block].float())
             total = summed if total is None else total + summed
         assert total is not None
         found = total.double().cpu().numpy()
         for row, places in enumerate(self._columns(call)):
+            # A key that the layer no longer holds is not attended and adds nothing.
             known = places >= 0
             self.received[row][call.layer][known] += found[row][places[known]]
         for row, place in enumerate(self._columns(call, first=True)):
@@ -95,11 +101,13 @@ class SinkObserver(Observer):
             return [places.numpy() for places in wanted]
         if call.key_positions.dim() != 1:
             raise UnsupportedModelError("sinks need one set of keys for all rows and heads")
+        # The inverse of `key_positions`: sequence position -> column of the held keys.
         column = np.full(call.forward.layout.length, -1)
         column[call.key_positions.cpu().numpy()] = np.arange(len(call.key_positions))
         return [column[places.numpy()] for places in wanted]
 
     def _keep_values(self, call: AttentionCall) -> None:
+        # (batch, keys), mean over key/value heads.
         norms = torch.linalg.vector_norm(call.value.float(), dim=-1).mean(1).cpu().numpy()
         for row, places in enumerate(self._columns(call)):
             known = places >= 0
@@ -134,6 +142,8 @@ class HiddenStates:
         """Reduce the states (batch, positions, width) that enter a layer."""
         states = hidden.float()
         size = torch.linalg.vector_norm(states, dim=-1)
+        # Root mean square = norm / sqrt(width). The lower bound is for padding, whose states may be
+        # 0.
         relative = states.abs() / (size / states.shape[-1] ** 0.5).clamp_min(1e-12)[..., None]
         self.norm[layer] = size.cpu().numpy()
         self.largest[layer] = relative.amax(-1).cpu().numpy()
@@ -159,12 +169,14 @@ def layer_inputs(model: nn.Module, keep: Any) -> Iterator[bool]:
     names = {id(module): name for name, module in decoder.named_modules()}
     layers: dict[int, nn.Module] = {}
     for module in attention_modules(model):
+        # The module that holds the attention module is taken for the decoder layer.
         parent = names.get(id(module), "").rpartition(".")[0]
         if parent and isinstance(module.layer_idx, int):
             layers[module.layer_idx] = decoder.get_submodule(parent)
 
     def hook(index: int) -> Any:
         def keep_states(module: nn.Module, args: Any, kwargs: Any) -> None:
+            # Decode steps have one position and are left out.
             states = args[0] if args else kwargs.get("hidden_states")
             if isinstance(states, Tensor) and states.dim() == 3 and states.shape[1] > 1:
                 keep(index, states.detach())

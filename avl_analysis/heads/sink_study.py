@@ -112,6 +112,8 @@ def study_sinks(
     for indices in batches_by_length(vlm, samples, batch_size):
 
         def study(part: Sequence[int]) -> list[dict[str, Any]]:
+            # Seeded by the first question, so that what is drawn does not depend on the batches
+            # before.
             rng = np.random.default_rng([seed, part[0]])
             chosen = [samples[index] for index in part]
             with images_encoded_once(vlm.model):
@@ -149,7 +151,10 @@ def find_dimensions(vlm: VLM, samples: Sequence[Sample]) -> tuple[list[int], int
         _, states, found = _watched(vlm, [sample], watch, (), max_new_tokens=1)
         if not found:
             return [], 1
+        # (layers, width) of the only row of the batch.
         firsts.append(np.stack([first[0] for first in states.first]))
+    # (width,): mean over samples, then the largest layer, as the first token is massive in some
+    # only.
     mean = np.mean(firsts, 0).max(0)
     order = np.argsort(-mean)
     least = Thresholds.of_width(mean.size).massive
@@ -174,6 +179,7 @@ def _watched(
     held: list[HiddenStates] = []
 
     def keep(layer: int, hidden: Any) -> None:
+        # Made late: the places of first tokens are known only once `watch` has seen the pass begin.
         if not held:
             held.append(HiddenStates(layers, watch.first_places, dimensions))
         held[0].keep(layer, hidden)
@@ -198,6 +204,7 @@ def _study_batch(
     objects = object_tokens(vlm, samples)
     pairs = [_partners(one, rng) for one in sinks]
     moved = SinkObserver(layers)
+    # Led along the first answer, so that both runs have the same text rows to sum over.
     with exchanged_embeddings(vlm.model, pairs):
         _watched(vlm, samples, moved, (), max_new_tokens=longest, forced=tokens)
     effects = _effects(vlm, samples, tokens, [some[0] for some in numbers], sinks, plan.draws, rng)
@@ -233,6 +240,7 @@ def _seen(watch: SinkObserver, states: HiddenStates | None, row: int) -> dict[st
         largest = np.stack([one[row][places].max() for one in states.largest])
         first_largest = np.stack([one[row].max() for one in states.first])
         norm = states.norm[0][row][places]
+    # (layers,). The median, as a few drained or very long values would move a mean.
     middle = np.median(values, 1)
     return {
         "attention": _relative_attention(watch, row),
@@ -252,6 +260,7 @@ def _partners(sinks: Flags, rng: np.random.Generator) -> list[tuple[int, int]]:
 
     Sinks beyond the number of ordinary tokens are left out.
     """
+    # The exchange is before the decoder, so one pair holds for all layers.
     is_sink = sinks.any(0)
     ordinary = rng.permutation(np.flatnonzero(~is_sink))
     return [
@@ -294,6 +303,7 @@ def _effects(
     shape = (len(samples), len(CONDITIONS))
     change, same, hidden_share = (np.full(shape, np.nan) for _ in range(3))
     for place, condition in enumerate(CONDITIONS):
+        # Conditions that draw nothing give the same every time.
         repeated = 1 if condition in ("sinks hidden", "only sinks shown") else draws
         runs = []
         for _ in range(repeated):
@@ -342,11 +352,14 @@ def _hidden(condition: str, sinks: Flags, attention: np.ndarray, rng: np.random.
         return ~sinks
     chosen = np.zeros_like(sinks)
     for layer, own in enumerate(sinks):
+        # Drawn anew in every layer, as sinks differ by layer, too.
         others = rng.permutation(np.flatnonzero(~own))
         count = int(own.sum())
         if condition == "others with as much attention hidden":
             wanted = np.nan_to_num(attention[layer][own]).sum()
             held = np.cumsum(np.nan_to_num(attention[layer][others]))
+            # The fewest of the others, in random order, that hold at least as much. If all together
+            # hold less, `count` is beyond their number and the slice takes all of them.
             count = int(np.searchsorted(held, wanted)) + 1 if count else 0
         chosen[layer, others[:count]] = True
     return ~chosen if condition == "only as many others shown" else chosen
@@ -364,6 +377,8 @@ def _dataset(
         for index, row in enumerate(rows):
             if row is not None:
                 value = np.asarray(row[name])
+                # The front of each axis; a sample with fewer image tokens stays NaN behind its
+                # last.
                 place: tuple[Any, ...] = tuple(slice(size) for size in value.shape)
                 array[(index, *place)] = value
         variables[name] = (dims, array)

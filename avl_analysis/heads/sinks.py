@@ -92,6 +92,7 @@ class Thresholds:
             InputError: another signature.
         """
         check_signature(signature)
+        # Comparisons with NaN are False, as wanted.
         with np.errstate(invalid="ignore"):
             if signature == "concentration":
                 return attention >= self.concentrated
@@ -135,6 +136,7 @@ def mass_on_sinks(study: xr.Dataset, signature: str) -> xr.DataArray:
         study: what `study_sinks` gave.
         signature: one of `SIGNATURES`.
     """
+    # `attention` is in units of the mean image token, whose share of a row is image mass / count.
     count = np.isfinite(study["attention"]).sum("token")
     on_sinks = study["attention"].where(flags(study, signature)).sum("token")
     return on_sinks / count.where(count > 0) * study["image_mass"]

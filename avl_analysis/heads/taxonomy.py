@@ -126,10 +126,12 @@ def kinds(recording: Recording, score: Matrix | None = None) -> NDArray[np.str_]
     first = matrix(recording, measure(recording, "first_token_mass"))
     recent = matrix(recording, measure(recording, f"recent_text_mass/{_RECENT}"))
     by_text = text >= TEXT
+    # A NaN score compares as False and so counts as missed: such a head is scanning, not visual.
     missed = np.zeros(image.shape, bool) if score is None else ~(score >= HIT)
     # In the order of `KINDS`: a head is of the first kind whose condition it meets.
     fits = [
         (image >= VISUAL) & ~missed,
+        # Reached only by heads that missed, which makes them scanning.
         image >= VISUAL,
         first >= SINK,
         by_text & (recent >= LOCAL),

@@ -79,6 +79,7 @@ def word_table(recording: Recording) -> xr.Dataset:
     for index, name in enumerate(recording.samples):
         facts = recording.facts(name)
         judged = judge_words(facts, only_image(recording, name))
+        # A word may lie behind the last step that was recorded.
         judged = [word for word in judged if word.step < arrays["image_mass"].shape[1]]
         if not judged:
             continue
@@ -143,6 +144,7 @@ def _of_sample(
 ) -> Mapping[str, np.ndarray]:
     """(words, layers) of every number of one sample."""
     steps = [word.step for word in words]
+    # (words, layers), the rows of the steps that produced them.
     mass, entropy = (arrays[name][index][steps] for name in ("image_mass", "image_entropy"))
     lift, share = np.full(mass.shape, np.nan), np.full(mass.shape, np.nan)
     tokens = int(arrays["tokens"][index])
@@ -151,6 +153,8 @@ def _of_sample(
         for row, word in enumerate(words):
             if word.region and word.step < len(scores):
                 lift[row] = region_lift(scores[word.step], word.region)
+                # The lift is the share over the region's share of the tokens; this undoes the
+                # division.
                 share[row] = lift[row] * len(word.region) / tokens
     return {
         "image_mass": mass,
@@ -186,6 +190,8 @@ def error_auroc(
     if "layer" in values.dims:
         values = values.mean("layer") if layer is None else values.sel(layer=layer)
     pairs = zip(words["task"].values, words["kind"].values, strict=True)
+    # Pairs of a right and a wrong word are compared within a stratum only.
     strata = [f"{task}/{kind}" for task, kind in pairs] if within else None
     wrong = words["right"].values == 0
+    # The sign turns every signal so that larger means wrong.
     return auroc(signal.wrong * values.values, wrong, words["sample"].values, strata)

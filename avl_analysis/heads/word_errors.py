@@ -53,11 +53,14 @@ def noisy(samples: Sequence[Sample], noise: float, seed: int = 0) -> list[Sample
         return list(samples)
     changed = []
     for index, sample in enumerate(samples):
+        # One generator per question: its noise does not depend on the size of the pictures before
+        # it.
         rng = np.random.default_rng([seed, index])
         stills = [image for image in sample.images if not isinstance(image, Video)]
         if len(stills) < len(sample.images):
             raise InputError(f"noise is put on images only, and {sample.id} shows a video: noise 0")
         pictures = [np.asarray(open_image(image), dtype=np.float64) for image in stills]
+        # Pixels are 0 to 255, `noise` is a share of that range.
         pictures = [one + rng.normal(0, 255 * noise, one.shape) for one in pictures]
         images = tuple(np.clip(one, 0, 255).round().astype(np.uint8) for one in pictures)
         changed.append(replace(sample, images=images))

@@ -86,6 +86,8 @@ def attention_gradients(
     _check_padding(inputs)
     watch = _Differentiated()
     with torch.enable_grad(), _frozen(model), attached(model, watch):
+        # Without a cache, so that the keys of a call are those of this pass and in the autograd
+        # graph.
         output = model(**{**inputs, "use_cache": False})
         # In double precision: of a word that is nearly certain, 1 - p is all there is to the
         # gradient, and float32 rounds it away. For the same reason the score is divided by 1 - p,
@@ -93,8 +95,13 @@ def attention_gradients(
         logits = output.logits[:, -1].double()
         chosen = targets.to(logits.device)[:, None]
         scores = torch.log_softmax(logits, -1).gather(1, chosen)[:, 0]
+        # (batch,) 1 - p. It is multiplied back into `weighted` below; being positive, it does not
+        # change which gradients the clamp in `see` removes.
         doubt = (1 - scores.detach().exp()).clamp_min(1e-12)
         watch.start("weighted")
+        # The gradient of the anchor is thrown away: asking for it makes the backward pass visit
+        # every layer, where `see` collects the results. The rows of a batch do not depend on each
+        # other, so one sum serves them all.
         torch.autograd.grad((scores / doubt).sum(), watch.anchor, retain_graph=True)
         watch.start("propagated")
         torch.autograd.grad(logits.gather(1, chosen).sum(), watch.anchor)
@@ -105,6 +112,7 @@ def attention_gradients(
         raise UnsupportedModelError("no gradient reached the attention layers of this model")
     return AttentionGradients(
         layers,
+        # (batch, layers, query heads, keys)
         torch.stack([watch.raw[layer] for layer in layers], 1),
         torch.stack([watch.weighted[layer] for layer in layers], 1)
         * doubt.float().cpu()[:, None, None, None],
@@ -151,6 +159,8 @@ def _check_padding(inputs: Mapping[str, Any]) -> None:
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Inside, no parameter asks for a gradient, so nothing is held for theirs."""
+    # Those that asked for no gradient before are left out, so that the way out does not switch
+    # theirs on.
     parameters = [one for one in model.parameters() if one.requires_grad]
     for one in parameters:
         one.requires_grad_(False)
@@ -210,6 +220,8 @@ class _Differentiated(Intervention):
 
     def start(self, doing: str) -> None:
         """A backward pass begins: "weighted" or "propagated"."""
+        # Above the number of any layer, so that the first layer that is reached passes the check in
+        # `enter`.
         self._doing, self._above = doing, 1 << 30
         self.row = None
 
@@ -225,19 +237,25 @@ class _Differentiated(Intervention):
 
     def see(self, call: AttentionCall, rows: slice, weights: Tensor, gradient: Tensor) -> None:
         """One block of rows; both tensors (batch, query heads, rows, keys) float32."""
+        # Weights are never negative, so this is the weight times the positive part of its gradient,
+        # and also the positive part of the product, which rule 5 of Chefer et al. asks for.
         positive = (weights * gradient).clamp_min_(0)
         last = call.query.shape[2] - 1
         if self._doing == "weighted":
+            # Only the block that ends with the last row holds the row that predicts the token.
             if rows.stop == last + 1:
                 self.weighted[call.layer] = positive[:, :, -1].cpu()
             return
         assert self._before is not None
         assert self.row is not None
+        # (batch, rows). The relevances from above this layer, and not `row`, which earlier blocks
+        # of the same layer have already added to.
         share = self._before[:, rows].to(positive.device)
         self.row += torch.einsum("br,brk->bk", share, positive.mean(1)).to(self.row.device)
 
     def enter(self, call: AttentionCall) -> None:
         """The backward pass reaches a layer."""
+        # Descending numbers are what makes r <- r + r A_l a product in the right order.
         if call.layer >= self._above:
             raise UnsupportedModelError(
                 f"the gradient reached layer {call.layer} after layer {self._above}; layers that"
@@ -247,6 +265,8 @@ class _Differentiated(Intervention):
         if self._doing == "propagated" and self.row is None:
             batch, _, length, _ = call.query.shape
             self.identity = torch.zeros(batch, length, device=call.query.device)
+            # The last row of the identity matrix: before any layer the last position draws from
+            # itself only.
             self.identity[:, -1] = 1.0
             self.row = self.identity.clone()
         self._before = None if self.row is None else self.row.clone()
@@ -274,9 +294,12 @@ class _Attention(torch.autograd.Function):
         call, watch = ctx.call, ctx.watch
         watch.enter(call)
         with torch.enable_grad():
+            # Cut off from the graph of the forward pass: the gradients inside this function are
+            # asked of these copies and handed on to autograd as the return value.
             query, key = (part.detach().float().requires_grad_() for part in (call.query, call.key))
         value = call.value.detach().float()
         own = replace(call, query=query, key=key, value=value)
+        # Float32 sums over the blocks of rows, whatever the model's dtype.
         grads = [torch.zeros_like(part) for part in (query, key, value)]
         batch, heads, length, _ = query.shape
         grad_heads = grad_output.float().transpose(1, 2)  # (batch, heads, rows, value dim)
@@ -286,12 +309,17 @@ class _Attention(torch.autograd.Function):
             with torch.enable_grad():
                 logits = attention_logits(own, rows)
             weights = softmax_weights(logits.detach(), sinks_of(call, rows))
+            # With grouped queries, consecutive query heads share a key/value head. Folding heads of
+            # a group and rows into one axis gives one product per key/value head, and sums the
+            # group's parts in the gradient of the values.
             shape = (batch, key.shape[1], -1)
             wanted = grad_heads[:, :, rows].reshape(*shape, grad_heads.shape[-1])
+            # d score / d weights, (batch, query heads, rows, keys)
             gradient = (wanted @ value.transpose(-1, -2)).view_as(weights)
             watch.see(call, rows, weights, gradient)
             grads[2] += weights.reshape(*shape, key.shape[2]).transpose(-1, -2) @ wanted
             # The softmax's own derivative; sinks take part in the normalisation only.
+            # Masked keys have weight 0, so their logits get no gradient.
             inner = (weights * gradient).sum(-1, keepdim=True)
             of_logits = weights * (gradient - inner)
             for total, part in zip(
@@ -300,6 +328,7 @@ class _Attention(torch.autograd.Function):
                 total += part
         given = (call.query, call.key, call.value)
         back = [grad.to(like.dtype) for grad, like in zip(grads, given, strict=True)]
+        # One gradient per argument of `forward`: anchor, query, key, value, and none for the rest.
         return torch.zeros((), device="cpu"), *back, None, None, None
 
 

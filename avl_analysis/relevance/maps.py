@@ -100,10 +100,14 @@ class Relevance:
             raise InputError(f"unknown map {method!r}: choose one of {', '.join(METHODS)}")
         if method == "chefer":
             return self.propagated[self.position].astype(np.float64)
+        # `raw` and `weighted` have a column per position of the sequence, `generic` one per image
+        # token.
         source = self.weighted if method == "gradient" else self.raw
         values = self._mean(source[..., self.position], layer, head)
         if method != "relative":
             return values
+        # The means are divided, rather than the mean taken of quotients: a head with hardly any
+        # weight on a token could otherwise dominate the map.
         usual = self._mean(self.generic, layer, head)
         return np.divide(values, usual, out=np.full(values.shape, np.nan), where=usual > 0)
 
@@ -141,6 +145,8 @@ class Relevance:
             )
         if head is not None and not 0 <= head < self.heads:
             raise InputError(f"head {head} is not there: this model has 0 to {self.heads - 1}")
+        # Lists as indices keep both axes, so that one mean serves all cases. `layers` holds numbers
+        # of decoder layers, which need not be their places in the array.
         rows = values if layer is None else values[[self.layers.index(layer)]]
         rows = rows if head is None else rows[:, [head]]
         return rows.astype(np.float64).mean((0, 1))
@@ -176,6 +182,7 @@ def relevance(
         raise InputError(f"token {step} is not there: the answer has tokens 0 to {len(answer) - 1}")
     instruction = instruction or generic_instruction(vlm)
     images = list(sample.images)
+    # The last row of prompt and answer[:step] is the one that predicts answer[step].
     inputs = with_answer(
         vlm.prepare(images, sample.prompt, system=sample.system), list(answer[:step])
     )
@@ -184,6 +191,8 @@ def relevance(
         vlm.model, vlm.prepare(images, instruction, system=sample.system)
     )
     position, usual = _image_positions(found.layout), _image_positions(other)
+    # Image tokens are matched by their order: their positions differ between two prompts. A
+    # processor that cuts the image differently for another prompt would leave nothing to match.
     if len(position) != len(usual):
         raise InputError(
             f"the image has {len(position)} tokens under the question and {len(usual)} under the"
@@ -227,6 +236,7 @@ def with_answer(inputs: Mapping[str, Any], answer: Sequence[int]) -> dict[str, A
         # Masks and token types have one number per token; of what an answer's tokens are, text,
         # processors write 0.
         if isinstance(value, Tensor) and value.shape == ids.shape:
+            # An answer's tokens are seen like all others, hence 1 in the mask.
             fill = {"input_ids": new, "attention_mask": torch.ones_like(new)}.get(
                 name, torch.zeros_like(new)
             )

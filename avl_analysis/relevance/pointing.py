@@ -79,6 +79,8 @@ def point(
         )
     layers = found[0][1].layers
     longest = max(len(maps.images[0].token) for _, maps, _, _ in found)
+    # (samples, layered maps, layers), and (samples, maps) below: 1 where the strongest token lies
+    # on the region, 0 where not, NaN without values.
     pointing = np.array(
         [
             [[_hit(maps.of(method, layer), region) for layer in layers] for method in LAYERED]
@@ -88,12 +90,14 @@ def point(
     together = np.array(
         [[_hit(maps.of(method), region) for method in METHODS] for _, maps, region, _ in found]
     )
+    # Samples have different numbers of image tokens; shorter rows stay NaN behind their last.
     drawn = np.full((len(found), len(METHODS), longest), np.nan, np.float32)
     places = np.full((len(found), longest, 4), np.nan, np.float32)
     for row, (_, maps, _, _) in enumerate(found):
         count = len(maps.images[0].token)
         drawn[row, :, :count] = [maps.of(method) for method in METHODS]
         places[row, :count] = maps.images[0].boxes
+    # What pointing at random would reach in each sample.
     area = [len(region.tokens) / len(maps.images[0].token) for _, maps, region, _ in found]
     return xr.Dataset(
         {
@@ -122,6 +126,7 @@ def _of_sample(
     vlm: VLM, sample: Sample, max_new_tokens: int
 ) -> tuple[Sample, Relevance, Region, str] | None:
     """Maps and region of one word, and facts; None where no region is known."""
+    # The boxes of a region are of one picture.
     if len(sample.images) != 1:
         return None
     (tokens,) = generate(vlm, [sample], None, max_new_tokens=max_new_tokens).tokens
@@ -130,13 +135,17 @@ def _of_sample(
     (inside,) = tokens_asked_about(vlm, [sample], inputs)
     facts |= {"region_tokens": inside} if inside else {}
     words = [str(word) for word in facts.get("words", ())]
+    # Boxes are enough to choose the word. Which tokens they cover needs the place of every image
+    # token, and those are found below with the maps, which cost two backward passes.
     known = [step for step, region in enumerate(regions_of(facts)) if region.boxes]
     if not known:
         return None
+    # Words of fewer letters serve only where no longer one has a known region.
     long = [step for step in known if len(words[step].strip()) >= _LETTERS]
     step = (long or known)[0]
     maps = relevance(vlm, sample, tokens, step)
     region = regions_of(facts, maps.images[0])[step]
+    # Also None where no token of the image has a known place, or where no token lies in the boxes.
     if not region.tokens:
         return None
     boxes = [[b.left, b.top, b.right, b.bottom] for b in region.boxes]

@@ -53,6 +53,7 @@ def _triangle(x: Field, y: Field, r: float) -> Field:
 
 
 def _diamond(x: Field, y: Field, r: float) -> Field:
+    # Times 1 / sqrt(2): the gradient of |x| + |y| is sqrt(2) long, that of a distance is 1.
     return (np.abs(x) + np.abs(y) - 1.12 * r) * 0.7071
 
 
@@ -167,6 +168,7 @@ def _stretch(coarse: Field) -> Field:
     """Bilinear enlargement of a small (k, k) field to (96, 96)."""
     k = coarse.shape[0]
     at = _AXIS * ((k - 1) / (SIDE - 1))
+    # The last pixel lies on the last sample itself and would have no upper neighbour otherwise.
     low = np.minimum(at.astype(np.int64), k - 2)
     weight = np.zeros((SIDE, k), dtype=np.float32)
     weight[np.arange(SIDE), low] = 1 - (at - low)

@@ -84,9 +84,12 @@ def answers(
         images = [sample.picture for sample in shown[at : at + batch]]
         inputs = processor(text=prompts, images=images, padding=True, return_tensors="pt")
         longest = (
+            # Eight tokens more than the longest right answer, so that an answer that goes on too
+            # long shows.
             max(len(processor.tokenizer(s.answer).input_ids) for s in asked[at : at + batch]) + 8
         )
         ids = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
+        # Prompts are padded on the left, so every answer begins in the same column.
         found += processor.batch_decode(
             ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
@@ -118,6 +121,7 @@ def evaluate_task(
     """
     if n < 2:
         raise ValueError(f"n={n}: need at least 2 samples per task to swap pictures between")
+    # Every task has a seed of its own, so no picture is shared between tasks.
     asked = samples(n, task, seed + TASKS.index(task))
     others = asked[1:] + asked[:1]
     given = answers(model, processor, asked)

@@ -62,6 +62,8 @@ def build_tokenizer(words: Iterable[str] | None = None) -> PreTrainedTokenizerFa
     if words is None:
         words = (f"▁{word}" for word in [*vocabulary(), "Answer", "answer", "from"])
     characters = ["▁", *string.ascii_letters, *string.digits, *string.punctuation]
+    # The likelier split wins: one word at -1 beats its characters at -10 each, so characters are
+    # used only where no longer piece fits.
     scores = dict.fromkeys(SPECIAL, 0.0) | dict.fromkeys(words, -1.0)
     pieces = list((scores | dict.fromkeys(characters, -10.0)).items())
     backend = Tokenizer(models.Unigram(pieces, unk_id=SPECIAL.index(UNK), byte_fallback=False))

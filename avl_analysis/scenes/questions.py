@@ -199,6 +199,7 @@ def _refer(
         ("size", "shape"),
         ("size", "colour"),
     ):
+        # Objects that these attributes fit; the words are used only if they fit one.
         same = [
             other
             for other in scene.things
@@ -260,6 +261,7 @@ def _absent(rng: np.random.Generator, scene: Scene) -> tuple[str, str]:
         (c, s) for c in {c for c, _ in there} for s in {s for _, s in there} if (c, s) not in there
     ]
     if apart and rng.random() < 0.75:
+        # Sorted, since the order of a set of strings differs between runs of Python.
         return _pick(rng, sorted(apart))
     while True:
         pair = (_pick(rng, COLOURS), _pick(rng, SHAPES))
@@ -305,6 +307,8 @@ def _relation(rng: np.random.Generator, scene: Scene) -> Question | None:
     for thing in scene.things:
         for word, (down, right) in DIRECTIONS.items():
             row, column = thing.cell // 3 + down, thing.cell % 3 + right
+            # Row and column are checked apart, or a step to the right of the last column would lead
+            # into the next row.
             if 0 <= row < 3 and 0 <= column < 3 and row * 3 + column in at:
                 pairs.append((thing, word, at[row * 3 + column]))
     if not pairs:

@@ -108,6 +108,8 @@ def generate(seed: int, index: int = 0, task: str | None = None) -> SceneSample:
         raise ValueError(f"seed={seed}, index={index}: both must be 0 or more")
     rng = np.random.default_rng([seed, index])
     chosen = task or TASKS[int(rng.integers(len(TASKS)))]
+    # Some scenes do not allow some questions. After four tries a new scene is drawn, from the same
+    # generator, so that a seed and index still give the same sample everywhere.
     while True:
         scene = world.draw(rng)
         for _ in range(4):

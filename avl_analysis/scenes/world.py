@@ -126,6 +126,7 @@ def _covered(mask: NDArray[np.bool_], left: int, top: int) -> tuple[Box, tuple[i
     """
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = (left + int(xs[0]), top + int(ys[0]), left + int(xs[-1]) + 1, top + int(ys[-1]) + 1)
+    # (rows, y, columns, x) of a cell's patches: whether any pixel of each is covered.
     blocks = mask.reshape(CELL // PATCH, PATCH, CELL // PATCH, PATCH).any((1, 3))
     rows, columns = np.nonzero(blocks)
     return box, tuple(int(i) for i in (rows + top // PATCH) * GRID + columns + left // PATCH)
@@ -133,6 +134,7 @@ def _covered(mask: NDArray[np.bool_], left: int, top: int) -> tuple[Box, tuple[i
 
 def _place_text(rng: np.random.Generator) -> Text:
     string = "".join(CHARACTERS[i] for i in rng.integers(len(CHARACTERS), size=rng.integers(3, 6)))
+    # The pitch is two pixels wider than a character; behind the last there is no gap.
     width = drawing.PITCH * len(string) - 2
     starts = [x for x in range(SIDE - width - 1) if 4 <= x % CELL <= 20]
     left, row = int(rng.choice(starts)), int(rng.integers(3))
@@ -178,8 +180,10 @@ def _paint_thing(
     dx, dy = rng.uniform(-JITTER, JITTER, 2)
     cover = drawing.coverage(shape, CELL / 2 + dx, CELL / 2 + dy, rng.uniform(*RADII[size]))
     left, top = CELL * (cell % 3), CELL * (cell // 3)
+    # A view: painting into it changes the canvas.
     window = canvas[top : top + CELL, left : left + CELL]
     window += cover[..., None] * (drawing.tinted(rng, colour) - window)
+    # Pixels that the soft edge only just tints count as covered.
     box, patches = _covered(cover > 0.0, left, top)
     return Thing(colour, shape, size, cell, box, patches)
 
@@ -194,6 +198,7 @@ def draw(rng: np.random.Generator, most: int = 6) -> Scene:
     while True:
         text = _place_text(rng) if rng.random() < 0.8 else None
         blocked = text_cells(text) if text else ()
+        # No object shares a cell with the string, so things never cover each other.
         free = [cell for cell in range(9) if cell not in blocked]
         count = min(int(rng.integers(2, most + 1)), len(free))
         cells = sorted(int(cell) for cell in rng.choice(free, size=count, replace=False))
@@ -209,5 +214,6 @@ def draw(rng: np.random.Generator, most: int = 6) -> Scene:
                 canvas[top:bottom, left:right][drawing.GLYPHS[character.character]] = ink
         image = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
         scene = Scene(image, things, text)
+        # A scene that is too full is drawn anew as a whole, from where the generator now stands.
         if len(scene.background) >= BACKGROUND_SHARE * GRID * GRID:
             return scene

@@ -62,6 +62,7 @@ def config(
         hidden_size=seen,
         intermediate_size=4 * seen,
         num_hidden_layers=vision_layers,
+        # Heads 32 wide, as in the decoder; `packed.HEAD` counts on it.
         num_attention_heads=seen // 32,
         image_size=SIDE,
         patch_size=patch,
@@ -89,6 +90,8 @@ def config(
         image_token_id=ids[IMAGE],
         image_seq_length=(SIDE // patch) ** 2,
         projector_hidden_act="gelu",
+        # The output of the last layer without its class token ("default"), as `packed.vision`
+        # computes it.
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,
@@ -120,6 +123,7 @@ def export(
         folder: made if it does not exist.
         processor: None for the small model's.
     """
+    # A second model, since `to` would turn the weights that are being trained into float16.
     half = LlavaForConditionalGeneration(model.config)
     half.load_state_dict(model.state_dict())
     half = half.to(torch.float16)

@@ -98,6 +98,8 @@ WORD_GROUPS: dict[str, tuple[int, ...]] = {
     "size": tuple(_word(word)[0] for word in SIZES),
     "row": tuple(_word(word)[0] for word in ROWS),
     "column": tuple(_word(word)[0] for word in COLUMNS),
+    # The last piece: a single character may be split into the mark of a word's beginning and
+    # itself.
     "character": tuple(_word(character)[-1] for character in CHARACTERS),
 }
 """Ids of the words that can be true of an image token, by group."""
@@ -138,8 +140,12 @@ def branch(turns: list[questions.Question]) -> Branch:
     ids: list[int] = []
     scored: list[int] = []
     for number, question in enumerate(turns):
+        # The prefix ends with the user's mark and the picture, so the first turn brings none of its
+        # own.
         ids += [*([_USER] if number else []), *encode(question.prompt), _ASSISTANT]
         answer = [*encode(question.answer), _EOS]
+        # Each position is scored on the token after it: the mark before the answer on its first
+        # token, and the last token of the answer on the end mark.
         scored += range(len(ids) - 1, len(ids) - 1 + len(answer))
         ids += answer
     return Branch(tuple(ids), tuple(scored), tuple(question.task for question in turns))
@@ -152,6 +158,7 @@ def _by_shape(rng: np.random.Generator, scene: Scene) -> Branch | None:
     """
     for _ in range(8):
         question = questions.ask(rng, scene, BY_SHAPE[int(rng.integers(len(BY_SHAPE)))])
+        # Compared below by how a word begins, so that plurals count as shapes too.
         words = question.prompt.strip("?.").split() if question else []
         if question and not set(words) & set(COLOURS) and any(w.startswith(SHAPES) for w in words):
             return branch([question])
@@ -166,6 +173,7 @@ def _turns(
     for task in rng.choice(len(tasks), size=count, p=odds):
         question = questions.ask(rng, scene, tasks[task])
         if question:
+            # By prompt, so that a conversation does not ask the same thing twice.
             asked[question.prompt] = question
     return branch(list(asked.values())) if asked else None
 
@@ -187,6 +195,7 @@ def lay(
     first = branch([caption])
     if extra and rng.random() < 0.3:
         both = branch([caption, extra] if rng.random() < 0.5 else [extra, caption])
+        # A branch cannot be split over rows.
         first = both if len(both.ids) <= ROW else first
     rows[0].append(first)
     room[0] -= len(first.ids)
@@ -198,6 +207,7 @@ def lay(
         if one is None or not fitting:
             misses += 1
             continue
+        # The fullest row that still has room, which keeps the others free for longer conversations.
         best = min(fitting, key=lambda i: room[i])
         rows[best].append(one)
         room[best] -= len(one.ids)
@@ -225,11 +235,13 @@ def patch_labels(scene: Scene) -> dict[str, NDArray[np.int64]]:
         for character in scene.text.characters:
             for patch in character.patches:
                 left = PATCH * (patch % GRID)
+                # All characters stand on one line, so the width they share with a token decides.
                 shared = min(character.box[2], left + PATCH) - max(character.box[0], left)
                 if shared > most[patch]:
                     most[patch] = shared
                     labels["character"][patch] = CHARACTERS.index(character.character)
     every = np.arange(GRID * GRID)
+    # Token -> its row or column in the grid -> pixel -> row or column of the 3x3 board.
     labels["row"], labels["column"] = every // GRID * PATCH // CELL, every % GRID * PATCH // CELL
     return labels
 
@@ -237,6 +249,8 @@ def patch_labels(scene: Scene) -> dict[str, NDArray[np.int64]]:
 def pack(scenes: list[Scene], laid: list[list[list[Branch]]]) -> Batch:
     """Arrays for scenes and their rows of branches."""
     shape = (len(scenes), ROWS_PER_PICTURE, ROW)
+    # Each (pictures, rows, tokens). Padding has the branch number -1, so no branch sees it, and
+    # none of its positions is scored.
     ids, offsets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     number = np.full(shape, -1, dtype=np.int64)
     scored: list[int] = []
@@ -254,11 +268,14 @@ def pack(scenes: list[Scene], laid: list[list[list[Branch]]]) -> Batch:
                     range(len(one.ids)),
                     n,
                 )
+                # Where the branch begins when (pictures, rows, tokens) is one axis.
                 flat = (b * ROWS_PER_PICTURE + r) * ROW + at
                 scored += [flat + position for position in one.scored]
                 targets += [one.ids[position + 1] for position in one.scored]
                 weights += [CAPTION_WEIGHT if "caption" in one.turns else 1.0] * len(one.scored)
                 owner += [len(tasks)] * len(one.scored)
+                # Exact match is counted by task, which a conversation about several tasks has none
+                # of.
                 tasks.append(one.turns[0] if len(one.turns) == 1 else "")
                 at = end
     labels = [patch_labels(scene) for scene in scenes]

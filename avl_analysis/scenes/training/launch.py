@@ -61,6 +61,7 @@ def in_processes(
         "MALLOC_TRIM_THRESHOLD_": keep,
     }.items():
         os.environ.setdefault(name, value)
+    # The rendezvous of torch must not find the file of an earlier run.
     meeting.unlink(missing_ok=True)
     arguments = (*arguments, f"file://{meeting.resolve()}")
     if count > 1:
@@ -75,6 +76,7 @@ class SettingsOption:
     def __init__(self, parser: argparse.ArgumentParser, settings: Any, without: int = 0) -> None:
         """Add the option; the first ``without`` fields cannot be set with it."""
         self.parser = parser
+        # The type of the default turns the text of an option into a value.
         self.kinds: dict[str, Any] = {
             field.name: type(field.default) for field in fields(settings)[without:]
         }

@@ -24,9 +24,14 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(torch.bfloat16)
     tall = x.shape[1] > x.shape[2]
+    # Wide matrices have the smaller Gram matrix, (rows, rows).
     x = x.transpose(1, 2) if tall else x
+    # The Frobenius norm is at least the largest singular value, so all of them start at 1 or less,
+    # the range in which the iteration pushes them towards 1.
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
+        # x <- a x + (b G + c G G) x with G = x x^T: the odd quintic, applied to every singular
+        # value.
         gram = x @ x.transpose(1, 2)
         x = a * x + torch.baddbmm(b * gram, gram, gram, alpha=c) @ x
     return x.transpose(1, 2) if tall else x
@@ -46,6 +51,8 @@ class Muon:
         shapes: dict[tuple[int, ...], list[str]] = {}
         for name, p in matrices.items():
             shapes.setdefault(tuple(p.shape), []).append(name)
+        # Of every shape each process takes its share, in one batch; a process may get none of a
+        # shape.
         self.mine = [names[rank::world] for names in shapes.values() if names[rank::world]]
         self.offsets, at = {}, 0
         for name, p in matrices.items():
@@ -62,10 +69,13 @@ class Muon:
         ahead = {}
         for name, gradient in gradients.items():
             self.velocity[name].lerp_(gradient, 1 - self.momentum)
+            # Nesterov momentum: the new gradient counts once more. Every process keeps the velocity
+            # of every matrix; the gradients they are given are equal, so these stay equal too.
             ahead[name] = gradient.lerp(self.velocity[name], self.momentum)
         for names in self.mine:
             stack = orthogonalise(torch.stack([ahead[name] for name in names])).float()
             rows, columns = stack.shape[1:]
+            # Tall matrices take larger steps, by the root of rows over columns.
             for name, update in zip(names, stack * max(1.0, rows / columns) ** 0.5, strict=True):
                 flat[self.offsets[name] : self.offsets[name] + update.numel()] = update.reshape(-1)
         return flat

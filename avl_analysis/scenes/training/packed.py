@@ -38,6 +38,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        # The mean is summed in float32; in bfloat16, with 8 bits of precision, it would be coarse.
         inverse = ((x * x).mean(-1, keepdim=True, dtype=torch.float32) + eps).rsqrt().to(x.dtype)
         unit = x * inverse
         ctx.save_for_backward(unit, inverse, weight)
@@ -47,6 +48,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         unit, inverse, weight = ctx.saved_tensors
         scaled = grad * weight
+        # The gradient's part along x, which normalisation takes out: d unit / dx = (1 - unit unit^T
+        # / n) / rms.
         shared = (scaled * unit).mean(-1, keepdim=True, dtype=torch.float32).to(grad.dtype)
         product = (grad * unit).reshape(-1, grad.shape[-1])
         return (
@@ -100,11 +103,14 @@ def vision(weights: Weights, config: LlavaConfig, pixels: Tensor) -> Tensor:
         w[VISION + "embeddings.class_embedding"].dtype,
     )
     patch, grid = tower.patch_size, tower.image_size // tower.patch_size
+    # (B, rows, columns, channels, y, x). Patches do not overlap, so the convolution that embeds
+    # them is one matrix product, with the axes in the order of its weight.
     tiles = pixels.to(dtype).view(count, 3, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
     x = (
         tiles.reshape(count, grid * grid, -1)
         @ w[VISION + "embeddings.patch_embedding.weight"].view(width, -1).T
     )
+    # The class token comes first, as the position embeddings expect, and is left out at the end.
     first = w[VISION + "embeddings.class_embedding"].expand(count, 1, width)
     x = torch.cat([first, x], 1) + w[VISION + "embeddings.position_embedding.weight"]
 
@@ -116,6 +122,7 @@ def vision(weights: Weights, config: LlavaConfig, pixels: Tensor) -> Tensor:
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, w[name + ".weight"], w[name + ".bias"])
 
+    # Spelt so in transformers.
     x = norm(x, VISION + "pre_layrnorm")
     for layer in range(tower.num_hidden_layers):
         at = f"{VISION}encoder.layers.{layer}."
@@ -124,6 +131,7 @@ def vision(weights: Weights, config: LlavaConfig, pixels: Tensor) -> Tensor:
             linear(h, f"{at}self_attn.{p}_proj").view(count, -1, heads, HEAD).transpose(1, 2)
             for p in "qkv"
         )
+        # (B, heads, 1 + patches, 32); every patch sees every other.
         mixed = ((q * HEAD**-0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
         x = x + linear(mixed.transpose(1, 2).reshape(x.shape), at + "self_attn.out_proj")
         h = F.gelu(linear(norm(x, at + "layer_norm2"), at + "mlp.fc1"))
@@ -142,6 +150,7 @@ def angles(config: LlavaConfig, positions: Tensor, dtype: torch.dtype) -> tuple[
     """cos and sin (..., 1, 16) of rotary angles at integer positions (...)."""
     theta = config.text_config.rope_parameters["rope_theta"]
     pairs = torch.arange(0, HEAD, 2, dtype=torch.float32, device=positions.device)
+    # Computed in float32: bfloat16 cannot tell large positions apart.
     speed = theta ** -(pairs / HEAD)
     angle = positions[..., None, None].float() * speed
     return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -177,12 +186,16 @@ def rows_attention(
         q.view(b, r, length, groups, per, HEAD).permute(0, 3, 1, 4, 2, 5).contiguous()
     )  # B, groups, R, per, L, 32
     k, v = (t.permute(0, 3, 1, 2, 4).reshape(b * groups * r, length, HEAD) for t in (k, v))
+    # On the prefix, (B, groups, R, per, L, P). All rows and query heads of a group share its keys,
+    # so they are one long axis of a single product.
     outer = (q.view(b, groups, -1, HEAD) @ kp.transpose(-1, -2)).view(
         b, groups, r, per, length, prefix
     )
     outer = outer if prefix_mask is None else outer + prefix_mask
+    # Inside the rows, (B, groups, R, per, L, L): every row has its own keys.
     inner = torch.bmm(q.view(b * groups * r, per * length, HEAD), k.transpose(1, 2))
     inner = inner.view(b, groups, r, per, length, length) + mask
+    # One softmax over both, as in a sequence that has the prefix in front of the row.
     weight = torch.cat([outer, inner], -1).softmax(-1)
     out = (weight[..., :prefix].reshape(b, groups, -1, prefix) @ vp).view(q.shape)
     inside = torch.bmm(weight[..., prefix:].reshape(b * groups * r, per * length, length), v)
@@ -203,6 +216,7 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         .permute(0, 2, 3, 1, 4)
         .reshape(b, groups, -1, HEAD)
     )
+    # (B, groups, query heads of a group, P, P)
     scores = (q @ k.transpose(-1, -2)).view(b, groups, -1, prefix, prefix) + mask
     out = (scores.softmax(-1).view(b, groups, -1, prefix) @ v).view(b, groups, -1, prefix, HEAD)
     return out.permute(0, 3, 1, 2, 4).reshape(b, prefix, heads * HEAD)
@@ -216,6 +230,7 @@ def _masks(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     length = batch.ids.shape[-1]
     same = batch.branch[..., :, None] == batch.branch[..., None, :]
     allowed = same & torch.ones(length, length, dtype=torch.bool).tril()
+    # exp(-1e4) is 0 in every dtype.
     rows = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, -1e4)
     return torch.full((PREFIX, PREFIX), -1e4, dtype=dtype).triu(1), rows[:, None, :, None]
 
@@ -228,9 +243,11 @@ def decode(weights: Weights, config: LlavaConfig, image: Tensor, batch: Batch) -
     w, text, dtype = weights, config.text_config, image.dtype
     b, r, length = batch.ids.shape
     table = w[DECODER + "embed_tokens.weight"]
+    # The prefix up to the picture, whose own ids are only placeholders.
     before = F.embedding(torch.tensor(prefix_ids()[: PREFIX - IMAGE_TOKENS]), table)
     rows = F.embedding(batch.ids, table).view(b, r * length, -1)
     x = torch.cat([before.expand(b, -1, -1), image, rows], 1)  # (B, P + R * L, width)
+    # Every branch counts from the end of the prefix, as if it were alone behind the picture.
     positions = torch.cat(
         [torch.arange(PREFIX).expand(b, -1), PREFIX + batch.offsets.view(b, -1)], 1
     )
@@ -239,15 +256,20 @@ def decode(weights: Weights, config: LlavaConfig, image: Tensor, batch: Batch) -
     heads, groups = text.num_attention_heads, text.num_key_value_heads
     for layer in range(text.num_hidden_layers):
         at, last = f"{DECODER}layers.{layer}.", layer == text.num_hidden_layers - 1
+        # The last layer needs queries of the rows only, but keys and values of everything.
         start = PREFIX if last else 0
         h = rms_norm(x, w[at + "input_layernorm.weight"], text.rms_norm_eps)
         q = F.linear(h[:, start:], w[at + "self_attn.q_proj.weight"]).view(b, -1, heads, HEAD)
+        # Rotation is linear, so scaling cos and sin scales the queries without another pass over
+        # them.
         q = rotate(q, cos[:, start:] * HEAD**-0.5, sin[:, start:] * HEAD**-0.5)
         k = rotate(
             F.linear(h, w[at + "self_attn.k_proj.weight"]).view(b, -1, groups, HEAD), cos, sin
         )
         v = F.linear(h, w[at + "self_attn.v_proj.weight"]).view(b, -1, groups, HEAD)
         kp, vp = (t[:, :PREFIX].transpose(1, 2).contiguous() for t in (k, v))
+        # The parts behind the prefix, (B, R, L, heads or groups, 32); q may have lost the prefix
+        # already.
         qr, kr, vr = (
             t[:, PREFIX - begin :].view(b, r, length, -1, HEAD)
             for t, begin in ((q, start), (k, 0), (v, 0))
@@ -255,6 +277,7 @@ def decode(weights: Weights, config: LlavaConfig, image: Tensor, batch: Batch) -
         mixed = rows_attention(qr, kr, vr, kp, vp, inside).view(b, r * length, -1)
         if last:  # nothing reads the other positions' outputs
             mixed = mixed.reshape(b * r * length, -1)[batch.scored]
+            # The residual of the same positions; from here on x is (N, width).
             x = x[:, PREFIX:].reshape(b * r * length, -1)[batch.scored]
         else:
             mixed = torch.cat([prefix_attention(q[:, :PREFIX], kp, vp, causal), mixed], 1)
@@ -264,4 +287,5 @@ def decode(weights: Weights, config: LlavaConfig, image: Tensor, batch: Batch) -
             h, w[at + "mlp.up_proj.weight"]
         )
         x = x + F.linear(h, w[at + "mlp.down_proj.weight"])
+    # Input and output embedding are tied.
     return F.linear(rms_norm(x, w[DECODER + "norm.weight"], text.rms_norm_eps), table)

@@ -98,12 +98,14 @@ def patch_loss(head: nn.Linear, features: Tensor, batch: Batch, background: floa
     """
     logits = head(features.float()).split([size + 1 for size in PATCH_CLASSES.values()], -1)
     labels = batch.patches
+    # Shape and size as one class, in the order of `batches.LOOKS`: all shapes of one size first.
     look = torch.where(
         labels["shape"] >= 0, labels["size"] * (PATCH_CLASSES["look"] // 2) + labels["shape"], -1
     )
     total = features.new_zeros((), dtype=torch.float32)
     for scores, (group, size) in zip(logits, PATCH_CLASSES.items(), strict=True):
         label = (look if group == "look" else labels[group]).flatten()
+        # The class "nothing", which most image tokens are of, counts `background_weight` times.
         weight = torch.ones(size + 1)
         weight[-1] = background
         total = total + F.cross_entropy(
@@ -115,9 +117,12 @@ def patch_loss(head: nn.Linear, features: Tensor, batch: Batch, background: floa
 def word_loss(table: Tensor, image: Tensor, batch: Batch) -> Tensor:
     """How well projected image tokens agree with the vectors of the words that are true of them."""
     image = image.float()
+    # Tokens of equal length, so that they cannot agree more by growing.
     unit = image * (image.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
     total = image.new_zeros(())
     for group, ids in WORD_GROUPS.items():
+        # (B, tokens, words of the group): a softmax among these words only. The gradient reaches
+        # the decoder's table as well.
         scores = unit @ table[list(ids)].T
         total = total + F.cross_entropy(
             scores.flatten(0, 1), batch.patches[group].flatten(), ignore_index=-1
@@ -131,10 +136,14 @@ class Trainer:
     def __init__(self, settings: Settings, rank: int, out: Path) -> None:
         self.settings, self.rank, self.out = settings, rank, out
         self.model = build_model(settings.seed)
+        # One class more per group, for "nothing of the kind".
         self.head = nn.Linear(
             self.model.config.vision_config.hidden_size, sum(PATCH_CLASSES.values()) + 3
         )
+        # The norm behind the vision tower acts on the class token only, which nothing here reads.
         named = {n: p for n, p in self.model.named_parameters() if "post_layernorm" not in n}
+        # Muon is for hidden matrices; embeddings, norms, biases and the patch classifier go to
+        # AdamW.
         matrices = {n: p for n, p in named.items() if p.dim() == 2 and "embed" not in n}
         self.named, self.matrices = named, matrices
         self.others = [p for n, p in named.items() if n not in matrices] + list(
@@ -162,9 +171,13 @@ class Trainer:
 
     def batch(self) -> Batch:
         s, share = self.settings, self.share()
+        # A function of rank and step, so that processes see different scenes and a resumed run goes
+        # on with new ones.
         rng = np.random.default_rng([TRAINING_SEED + s.seed, self.rank, self.step])
         mix = batches.FIRST_MIX if share < s.last_mix_from else batches.LAST_MIX
         pictures = s.early_pictures if share < s.early_share else s.pictures
+        # `looked` is empty until the first look at held-out questions, so a resumed run is taken
+        # for one that does not find objects yet, until it has looked.
         found = min(self.looked.get(task, 0.0) for task in ("colour", "where")) >= s.by_shape_until
         if not found and share < s.by_shape_latest:
             return batches.make(rng, pictures, mix, s.easy_objects, s.by_shape)
@@ -173,11 +186,13 @@ class Trainer:
         return batches.make(rng, pictures, mix, by_shape=0.1)
 
     def losses(self, batch: Batch, patches_only: bool) -> dict[str, Tensor]:
+        # The parameters stay float32; their gradients pass back through this conversion.
         weights = {n: p.to(torch.bfloat16) for n, p in self.named.items()}
         features = packed.vision(weights, self.model.config, batch.pixels)
         found = {"patches": patch_loss(self.head, features, batch, self.settings.background_weight)}
         if not patches_only:
             image = packed.project(weights, features)
+            # With the float32 table, not its bfloat16 copy, as `word_loss` computes in float32.
             found["words"] = word_loss(
                 self.named[packed.DECODER + "embed_tokens.weight"], image, batch
             )
@@ -195,11 +210,16 @@ class Trainer:
             + s.patch_weight * found["patches"]
             + s.word_weight * found.get("words", 0.0)
         )
+        # None rather than zero: parameters that a step does not use, such as the decoder's while
+        # only patches are named, are filled with zeros below, since all processes must send buffers
+        # of one length.
         for p in [*self.named.values(), *self.head.parameters()]:
             p.grad = None
         loss.backward()
         parameters = [*self.matrices.values(), *self.others]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        # The clock of process 0 and the losses travel with the gradients. The others add 0 to the
+        # clock, so that after the sum all processes have the same time and end at the same step.
         told = torch.tensor(
             [seconds if self.rank == 0 else 0.0, *(float(f.detach()) for f in found.values())]
         )
@@ -208,6 +228,7 @@ class Trainer:
             dist.all_reduce(flat)
             flat[: -len(told)] /= s.processes
         now, *values = flat[-len(told) :].tolist()
+        # After the sum, so that every process stops and none waits for the others.
         if not torch.isfinite(flat).all():
             raise FloatingPointError(
                 f"step {self.step}: a gradient is not finite; resume with a lower rate"
@@ -220,10 +241,12 @@ class Trainer:
         s, factor, at = self.settings, self.rate(), 0
         gradients: dict[str, Tensor] = {}
         for name, p in self.matrices.items():
+            # In the order in which `update` has flattened them: matrices first.
             gradients[name], at = flat[at : at + p.numel()].view_as(p), at + p.numel()
         for p in self.others:
             p.grad, at = flat[at : at + p.numel()].view_as(p).clone(), at + p.numel()
         directions = self.muon.directions(gradients)
+        # Each process has filled in its own share and zeros elsewhere; the sum is the whole update.
         if s.processes > 1:
             dist.all_reduce(directions)
         self.muon.apply(directions, s.muon_rate * factor, s.weight_decay)
@@ -240,12 +263,14 @@ class Trainer:
         right, asked = torch.zeros(len(TASKS)), torch.zeros(len(TASKS))
         weights = {n: p.to(torch.bfloat16) for n, p in self.named.items()}
         for part in range(pictures // 16):
+            # The same pictures at every look, other ones in every process.
             rng = np.random.default_rng([WATCH_SEED, self.rank, part])
             batch = batches.make(rng, 16, {task: 1.0 for task in TASKS if task != "caption"})
             image = packed.project(weights, packed.vision(weights, self.model.config, batch.pixels))
             hit = (
                 packed.decode(weights, self.model.config, image, batch).argmax(-1) == batch.targets
             )
+            # Wrong tokens per branch. Branches of several turns have no task and are left out.
             wrong = torch.zeros(len(batch.tasks)).index_add_(0, batch.owner, (~hit).float())
             for i, task in enumerate(batch.tasks):
                 if task:
@@ -270,6 +295,8 @@ class Trainer:
             "elapsed": self.elapsed,
         }
         torch.save(state, self.out / "checkpoint.tmp")
+        # Within a file system a rename is atomic: a run that is killed meanwhile leaves the old
+        # file.
         os.replace(self.out / "checkpoint.tmp", self.out / "checkpoint.pt")
         export(self.model, self.out / "model")
 
@@ -286,6 +313,7 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.matrices.items():
                 if name.startswith(packed.DECODER) and ("q_proj" in name or "k_proj" in name):
+                    # Queries and keys both, so attention logits shrink by the square of it.
                     p.mul_(self.settings.soften)
 
 
@@ -298,11 +326,14 @@ def _run(rank: int, settings: Settings, out: Path, resume: bool, rendezvous: str
     trainer = Trainer(settings, rank, out)
     if resume:
         trainer.resume()
+    # Time before a resumed run counts towards the budget.
     began = time.monotonic() - trainer.elapsed
     line_at, look_at, save_at = 0.0, trainer.elapsed + 120, trainer.elapsed + 300
     while trainer.share() < 1:
         found = trainer.update(time.monotonic() - began)
         looked = {}
+        # `watch` sums over processes, so all of them must call it at the same step; `elapsed` is
+        # equal in all of them.
         if trainer.elapsed >= look_at or trainer.share() >= 1:
             trainer.looked = looked = trainer.watch()
             look_at = trainer.elapsed + 180

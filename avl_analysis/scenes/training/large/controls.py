@@ -72,12 +72,14 @@ def run(name: str, steps: int, every: int, log: Path) -> None:
     changed = COMMON | CONTROLS[name]
     layers = changed.pop("text_layers")
     with tempfile.TemporaryDirectory() as folder:
+        # Nothing is saved, so the folder need not outlive the trainer's making.
         trainer = StageTrainer(
             "text", StageSettings(**changed), 0, Path(folder), text_layers=layers, **SIZES
         )
     began = time.process_time()
     bare = changed["bare"]
     for step in range(1, steps + 1):
+        # Rates warm up over 100 steps and stay; the trainer makes the data of each step itself.
         found: dict[str, Any] = trainer.update(min(1.0, step / 100))
         if step % every == 0 or step == steps:
             found |= measure.text_attention(trainer.model, 16, LENGTH, bare)

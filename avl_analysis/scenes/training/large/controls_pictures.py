@@ -29,7 +29,9 @@ from avl_analysis.scenes.training.large import measure
 from avl_analysis.scenes.training.train import Settings, Trainer
 
 # Rates a quarter of those of training: the weights are trained already, and a step at the full rate
-# would undo more than it teaches.
+# would undo more than it teaches. A budget of 1e6 minutes, together with a clock that stays at 0,
+# keeps what is scheduled by share of time at its beginning; warm-up counts steps, and
+# `by_shape_latest` 0 leaves out the easy scenes.
 FURTHER: dict[str, Any] = {
     "minutes": 1e6,
     "processes": 1,
@@ -73,6 +75,7 @@ def further(name: str, steps: int, every: int, log: Path, samples: int = 32) -> 
     found: dict[str, float] = {}
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
+            # A copy with eager attention: the trainer's own kind does not return weights.
             attention = measure.image_attention(
                 _eager(trainer.model.state_dict()), processor, samples
             )
@@ -114,6 +117,7 @@ def phrase_overlap(
     phrases = torch.tensor(phrase_numbers(answer))
     head_mean = weights[:, :, last:, image.start : image.stop].mean(1)[:, : len(answer)]
     size = int(measure.BEST * len(image))
+    # (layers, steps, image tokens): 1 for the most attended ones.
     best = torch.zeros_like(head_mean).scatter_(-1, head_mean.topk(size).indices, 1.0)
     found: dict[str, float] = {}
     for lag in (1, 2, 3):

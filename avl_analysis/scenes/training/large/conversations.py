@@ -74,6 +74,8 @@ def tokens(turns: list[Question]) -> tuple[list[int], list[bool]]:
         ask = [*([USER_ID] if number else []), *encode(question.prompt), ASSISTANT_ID]
         answer = [*encode(question.answer), EOS_ID]
         ids += ask + answer
+        # The last token of the question is followed by an answer's first, the end mark by no
+        # answer.
         answering += [False] * (len(ask) - 1) + [True] * len(answer) + [False]
     return ids, answering
 
@@ -96,6 +98,7 @@ def _lay(
                 questions.ask(rng, scene, tasks[i])
                 for i in rng.choice(len(tasks), count, p=odds / odds.sum())
             )
+            # By prompt, so that no conversation asks the same thing twice.
             turns = list({q.prompt: q for q in drawn if q}.values())
         size = len(tokens(turns)[0])
         fitting = [i for i in range(ROWS_PER_PICTURE) if size <= room[i]]
@@ -103,6 +106,7 @@ def _lay(
         if not turns or not fitting:
             misses += 1
             continue
+        # The fullest row that still has room.
         row = min(fitting, key=lambda i: room[i])
         rows[row].append(turns)
         room[row] -= size
@@ -140,7 +144,10 @@ def make(
                 )
                 answering[b, r, at:end] = answers
                 full = CAPTION_WEIGHT if turns[0].task == "caption" else 1.0
+                # The last token of a branch has no successor of its own: the next token begins
+                # another branch.
                 weights[b, r, at : end - 1] = np.where(answers[:-1], full, QUESTION_WEIGHT)
+                # Exact match is counted by task, so conversations of several turns have no span.
                 if len(turns) == 1:
                     places = np.flatnonzero(answers) + at
                     spans.append((turns[0].task, b, r, int(places[0]), int(places[-1])))

@@ -48,6 +48,7 @@ def layers(
     for layer in range(text.num_hidden_layers):
         at = f"{DECODER}layers.{layer}."
         h = rms_norm(x, w[at + "input_layernorm.weight"], text.rms_norm_eps)
+        # (B, S, heads or groups, 32)
         q, k, v = (
             F.linear(h, w[f"{at}self_attn.{p}_proj.weight"]).view(b, length, -1, HEAD)
             for p in "qkv"
@@ -71,6 +72,7 @@ def text_logits(weights: Weights, config: LlavaConfig, ids: Tensor, positions: T
     """Logits (B, S, vocabulary) of plain rows of text (B, S)."""
     table = weights[DECODER + "embed_tokens.weight"]
     mask = _causal(ids.shape[1], table)
+    # Text alone is a prefix with no rows behind it.
     hidden = layers(
         weights,
         config,
@@ -119,6 +121,7 @@ def packed_logits(
     same = batch.branch[..., :, None] == batch.branch[..., None, :]
     allowed = same & torch.ones_like(same).tril()
     inside = table.new_zeros(allowed.shape).masked_fill_(~allowed, -1e4)[:, None, :, None]
+    # (B, 1, R, 1, L, P) where image tokens are hidden; the system text in front of them never is.
     outer = None
     if dropped is not None:
         hidden = (

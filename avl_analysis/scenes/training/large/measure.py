@@ -52,6 +52,7 @@ def text_attention(
     drawn = texts.rows(np.random.default_rng([WATCH_SEED, 0]), rows, length, bare)
     drawn = drawn.to(model.device)
     received, opening = [], []
+    # Weights of all layers are held for 8 rows at a time.
     for part in range(0, rows, 8):
         out = model.model.language_model(
             # without a mask, a jump in the positions would be taken for the start of another text
@@ -63,6 +64,7 @@ def text_attention(
         )
         stack = torch.stack(out.attentions)  # (layers, rows, heads, queries, keys)
         received.append(stack[..., 0].mean(-1))
+        # Of rows behind the opening, the share of attention on it.
         opening.append(stack[..., len(OPENING) :, : len(OPENING)].sum(-1).mean(-1))
     first = torch.cat(received, 1)  # (layers, rows, heads)
     return {
@@ -85,6 +87,8 @@ def text_answers(model: LlavaForConditionalGeneration, rows: int = 32, length: i
     weights = dict(model.named_parameters())
     positions = torch.arange(length, device=model.device).expand(rows, -1)
     logits = text_logits(weights, model.config, ids, positions)
+    # hit[i] says whether token i + 1 is foretold, so the answer is from the mark to just before the
+    # end.
     hit = logits[:, :-1].argmax(-1) == ids[:, 1:]
     right = []
     for row, hits in zip(ids.tolist(), hit.tolist(), strict=True):
@@ -100,6 +104,8 @@ def text_answers(model: LlavaForConditionalGeneration, rows: int = 32, length: i
 
 def coverage(shares: Tensor, tau: float = 0.95) -> Tensor:
     """Share of keys that holds ``tau`` of the attention on them: (...) from weights (..., keys)."""
+    # Sorted and summed up; the number of keys still below tau, and one more, reach it. The margin
+    # is for rounding: a sum that equals tau must not ask for another key.
     ranked = (shares / shares.sum(-1, keepdim=True)).sort(-1, descending=True).values.cumsum(-1)
     return ((ranked < tau - 1e-6).sum(-1) + 1).float() / shares.shape[-1]
 
@@ -180,7 +186,10 @@ def describe_attention(weights: Tensor, image: range, last: int) -> dict[str, Te
     """
     picture = slice(image.start, image.stop)
     prompt = weights[:, :, : last + 1]
+    # Rows of the prompt that see each image token: under a causal mask a later token has fewer, and
+    # a plain mean over rows would make it look less attended.
     seen = torch.ones_like(prompt[0, 0]).tril().sum(0)[picture]
+    # From the last prompt token on, every row produces a token of the caption.
     steps, on_image = weights[:, :, last:], weights[:, :, last:, picture]
     head_mean, size = on_image.mean(1), int(BEST * len(image))
     best = torch.zeros_like(head_mean).scatter_(-1, head_mean.topk(size).indices, 1.0)
@@ -194,6 +203,7 @@ def describe_attention(weights: Tensor, image: range, last: int) -> dict[str, Te
         "keys95_head_mean": coverage(head_mean).mean(1),
     }
     for lag in LAGS:
+        # Share of the best image tokens that two steps `lag` apart have in common.
         found[f"overlap{lag}"] = ((best[:, :-lag] * best[:, lag:]).sum(-1) / size).mean(1)
     return found
 
@@ -245,6 +255,7 @@ def answers(
         pictures: number of held-out pictures, a multiple of 8.
         seed: which held-out pictures.
     """
+    # As in training, so that the numbers are those of the weights' bfloat16 copies.
     weights = {n: p.detach().to(torch.bfloat16) for n, p in model.named_parameters()}
     right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     mix = {task: 1.0 for task in questions.TASKS if task != "caption"}
@@ -258,10 +269,12 @@ def answers(
             "full": (image, None),
             "half": (image, (places > 0.5).to(model.device)),
             "quarter": (image, (places > 0.25).to(model.device)),
+            # Each question with another picture of its eight: what is still right was not seen.
             "other": (image.roll(1, 0), None),
         }
         for name, (tokens, dropped) in shown.items():
             logits = packed_logits(weights, model.config, tokens, batch, dropped)
+            # (B, R, L - 1); the spans name the positions whose successors belong to an answer.
             hit = (logits[..., :-1, :].argmax(-1) == batch.ids[..., 1:]).cpu()
             for task, b, r, first, last in batch.spans:
                 right[name][task].append(bool(hit[b, r, first : last + 1].all()))

@@ -33,6 +33,7 @@ class Reader(nn.Module):
     def __init__(self, width: int, heads: int = 4) -> None:
         super().__init__()
         self.heads = heads
+        # Nine for the cells, five for the characters of the longest text, one for the text itself.
         self.queries = nn.Parameter(torch.randn(CELLS + LONGEST + 1, width))
         self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.norm, self.out = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -44,6 +45,7 @@ class Reader(nn.Module):
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """Logits by group (B, queries of the group, classes + 1) from features (B, N, width)."""
         b, n, width = features.shape
+        # Each (B, heads, patches, width / heads).
         k, v = self.kv(self.norm(features)).view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         q = self.q(self.queries).view(-1, self.heads, width // self.heads).transpose(0, 1)
         mixed = (
@@ -52,6 +54,7 @@ class Reader(nn.Module):
             .reshape(b, -1, width)
         )
         x = self.queries + mixed
+        # Every query has logits of all groups; below, those that it is asked for are picked.
         split = self.classes(x + self.hidden(self.out(x))).split(
             [size + 1 for size in GROUPS.values()], -1
         )

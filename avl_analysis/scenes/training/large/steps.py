@@ -60,6 +60,7 @@ class StageSettings:
 
     def factor(self, step: int, last: int) -> float:
         """What the rates are multiplied with at a step of a stage that ends at step ``last``."""
+        # The last step has a factor just above 0.
         falling = self.anneal_from and step > self.anneal_from
         left = (last - step) / (last - self.anneal_from) if falling else 1.0
         return min(1.0, (step + 1) / self.warm_up) * left
@@ -92,6 +93,7 @@ class Steps(Dataset[Step]):
 
     def __getitem__(self, step: int) -> Step:
         s, found = self.settings, Step()
+        # Stages, processes and steps each have their own scenes and texts.
         rng = np.random.default_rng(
             [TRAINING_SEED + 1000 * s.seed, STAGES.index(self.stage), self.rank, step]
         )
@@ -102,6 +104,8 @@ class Steps(Dataset[Step]):
                 kinds = {"chain": 1.0}
             found.text = texts.rows(rng, rows, s.text_length, s.bare, kinds)
             if s.answers_only:
+                # Rows without an answer then have no weight; `mean_loss` gives 0 where no row has
+                # any.
                 found.text.weights *= texts.answering(found.text.ids)
         if self.stage != "text":
             scenes = [world.draw(rng) for _ in range(s.pictures)]

@@ -42,6 +42,7 @@ _TRIGGERS = 8
 
 def _chain() -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Followers of each token (vocabulary, 4), and the tokens that demand a copy."""
+    # A seed of its own: the chain must be the same in every row, process and run to be learnable.
     rng = np.random.default_rng(_CHAIN_SEED)
     words = np.arange(FIRST_WORD, len(TOKENIZER))
     return rng.choice(words, (len(TOKENIZER), _FOLLOWERS)), rng.choice(
@@ -60,6 +61,8 @@ def chain(rng: np.random.Generator, length: int) -> list[int]:
     while len(ids) < length:
         if len(ids) > 1 and IS_TRIGGER[ids[-1]] and not IS_TRIGGER[ids[-2]]:
             ids.append(ids[-2])
+        # One draw in ten gives a trigger. Below 0.1 the same number times 10 is uniform in [0, 1)
+        # again and chooses which.
         elif triggers[len(ids)] < 0.1:
             ids.append(int(_TRIGGER[int(triggers[len(ids)] * 10 * _TRIGGERS)]))
         else:
@@ -91,6 +94,7 @@ def conversation(rng: np.random.Generator, length: int) -> list[int]:
     first = True
     while len(ids) < length:
         question = questions.ask(rng, scene, TASKS[int(rng.integers(len(TASKS)))])
+        # Captions repeat the description that stands in front of them; most are left out.
         if question is None or (question.task == "caption" and rng.random() < 0.7):
             continue
         ids += [
@@ -146,14 +150,18 @@ def rows(
         for kind, opening in zip(drawn, openings, strict=True)
     ]
     begin = np.array([len(opening) for opening in openings])[:, None]
+    # (rows, 1): one jump per row, 0 in half of them. Rows that begin with <s> alone never jump.
     jump = rng.integers(0, IMAGE_TOKENS + 1, (count, 1)) * (rng.random((count, 1)) < 0.5)
     positions = np.arange(length)[None] + jump * (begin > 1) * (np.arange(length) >= begin)
     weights = torch.ones(count, length)
+    # The last token has no successor in its row.
     weights[:, -1] = 0.0
     return Rows(torch.tensor(ids), torch.from_numpy(positions), weights)
 
 
 def answering(ids: Tensor) -> Tensor:
     """Whether the token that follows belongs to an answer, its end mark included (rows, length)."""
+    # The running sum is 1 from the answer's mark up to the token before the end mark, each of which
+    # is followed by a token of the answer or the end mark.
     marks = torch.where(ids == ASSISTANT_ID, 1, torch.where(ids == EOS_ID, -1, 0))
     return marks.cumsum(-1) > 0

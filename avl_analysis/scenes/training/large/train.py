@@ -51,6 +51,7 @@ def mean_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     each = F.cross_entropy(
         logits[..., :-1, :].flatten(0, -2).float(), ids[..., 1:].flatten(), reduction="none"
     )
+    # A weight stands at a token and counts for its successor, as the logits do.
     used = weights[..., :-1].flatten()
     return (each * used).sum() / used.sum().clamp_min(1e-6)
 
@@ -66,6 +67,8 @@ class StageTrainer:
         self.steps = Steps(stage, settings, rank)
         self.model = build_model(settings.seed, **sizes).to(self.device)
         self.reader = reader.Reader(self.model.config.vision_config.hidden_size).to(self.device)
+        # What a stage does not train is left out of `named`, gets no optimiser state and is not
+        # decayed.
         trained = {"text": packed.DECODER, "vision": packed.VISION, "tune": "model."}[stage]
         self.named = {
             n: p
@@ -78,20 +81,26 @@ class StageTrainer:
         matrices = {
             n: p
             for n, p in self.named.items()
+            # The decoder's hidden matrices, without the embedding table.
             if n.startswith(f"{packed.DECODER}layers") and p.dim() == 2
         }
+        # Unlike in `training.train` the work is not shared out: gradients are equal in all
+        # processes after `_agree`, and each computes every update itself.
         self.muon = Muon({n: p.data for n, p in matrices.items()}) if settings.muon_rate else None
         self.matrices = matrices if self.muon else {}
+        # The rate given here is never used: `update` sets that of every group before each step.
         self.adam = torch.optim.AdamW(self._groups(), lr=1.0, betas=(0.9, 0.95))
         self.step, self.seconds, self.processor_seconds = 0, 0.0, 0.0
         self.asked_to_stop = self.stop = False
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameters by rate (vision tower and reader have their own) and by whether they decay."""
+        # By identity, since tensors compare element by element.
         s, by_muon = self.settings, {id(p) for p in self.matrices.values()}
         decoder = {id(p) for n, p in self.named.items() if not n.startswith(packed.VISION)}
         groups: list[dict[str, Any]] = []
         for in_decoder, rate in ((False, s.vision_rate), (True, s.rate)):
+            # Matrices decay, norms and biases do not.
             for decays in (True, False):
                 chosen = [
                     p
@@ -110,6 +119,7 @@ class StageTrainer:
         s, config = self.settings, self.model.config
         weights = {n: p.to(torch.bfloat16) for n, p in self.named.items()}
         found: dict[str, tuple[float, Tensor]] = {}
+        # Logits are (rows, length, vocabulary) here, (B, R, L, vocabulary) for packed rows below.
         if step.text:
             logits = text_logits(weights, config, step.text.ids, step.text.positions)
             loss = mean_loss(logits, step.text.ids, step.text.weights)
@@ -135,8 +145,10 @@ class StageTrainer:
         for p in self.parameters:
             p.grad = None
         torch.stack([weight * loss for weight, loss in found.values()]).sum().backward()
+        # Before the norm is taken, so that all processes clip by the same factor.
         self._agree()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        # Before any parameter is changed.
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"step {self.step}: the gradient is {float(norm)}; resume with a lower rate"
@@ -161,6 +173,8 @@ class StageTrainer:
             self.stop = self.asked_to_stop
             return
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        # One process that is asked to stop stops all after this step; the others would otherwise
+        # wait for it in the next sum.
         asked = torch.tensor([float(self.asked_to_stop)], device=self.device)
         flat = torch.cat([*(part.flatten() for part in parts), asked])
         dist.all_reduce(flat)
@@ -178,6 +192,7 @@ class StageTrainer:
                 "text_answers": measure.text_answers(self.model),
                 "bare_text": measure.text_attention(self.model, bare=1.0),
             }
+        # The decoder has no part in this stage.
         if self.stage == "vision":
             found = measure.reading(self.model, self.reader)
             return {"reader": {group: round(value, 4) for group, value in found.items()}}
@@ -198,6 +213,7 @@ class StageTrainer:
             "seconds": self.seconds,
             "processor_seconds": self.processor_seconds,
         }
+        # Written beside the old one and renamed, which is atomic within a file system.
         torch.save(state, self.out / f"{self.stage}.tmp")
         os.replace(self.out / f"{self.stage}.tmp", self.out / f"{self.stage}.pt")
         if self.stage == "tune":
@@ -209,6 +225,8 @@ class StageTrainer:
         )
         self.model.load_state_dict(state["model"])
         self.reader.load_state_dict(state["reader"])
+        # Loading the optimiser's state also loads the rates and decays of the earlier run, over
+        # those that this run was given, so they are put back below.
         rates = [group["rate"] for group in self.adam.param_groups]
         decays = [group["weight_decay"] for group in self.adam.param_groups]
         self.adam.load_state_dict(state["adam"])
@@ -230,6 +248,7 @@ class StageTrainer:
         )
         state = self.model.state_dict()
         for name in state:
+            # The projector is in neither: it begins untrained.
             if name.startswith((packed.DECODER, "lm_head")):
                 state[name] = text["model"][name]
             elif name.startswith(packed.VISION):
@@ -241,6 +260,8 @@ class StageTrainer:
         with torch.no_grad():
             image = measure.image_tokens(weights, self.model, [world.draw(rng) for _ in range(8)])
             words = self.model.get_input_embeddings().weight[texts.FIRST_WORD :]
+            # Root mean square of words over that of image tokens. Scaling weight and bias of the
+            # projector's last layer scales its output by exactly that.
             factor = words.pow(2).mean().sqrt() / image.pow(2).mean().sqrt()
             for part in ("weight", "bias"):
                 weights[f"{packed.PROJECTOR}linear_2.{part}"].mul_(factor)
@@ -274,15 +295,20 @@ def _run(
         trainer.asked_to_stop = True
 
     # SIGINT, too: it is what the processes of a run get when the one that started them has ended.
+    # The handler only leaves a note; the step that is being made is finished first.
     before = {name: signal.signal(name, ask) for name in (signal.SIGTERM, signal.SIGINT)}
     first, last = trainer.step, steps
+    # Both clocks go on from where the checkpoint left them.
     began = time.monotonic() - trainer.seconds
     worked = time.process_time() - trainer.processor_seconds
     line_at, watch_at, save_at = (
         trainer.seconds + every for every in (0.0, settings.watch_seconds, settings.save_seconds)
     )
+    # Data of a step depends on its number alone, so workers may make it ahead, and a resumed run
+    # gets what it would have had.
     data = DataLoader(
         trainer.steps,
+        # An item is a whole step already.
         batch_size=None,
         sampler=range(first, last),
         num_workers=settings.workers,
@@ -293,6 +319,8 @@ def _run(
         found: dict[str, Any] = trainer.update(factor, step)
         trainer.clock(began, worked)
         ends = trainer.stop or trainer.step == last
+        # Measuring sums nothing over processes, so one may do it alone while the others wait at
+        # their next sum.
         if rank == 0 and (ends or trainer.seconds >= watch_at):
             found["held_out"] = trainer.watch()
             watch_at = trainer.seconds + settings.watch_seconds
@@ -311,6 +339,7 @@ def _run(
             save_at = trainer.seconds + settings.save_seconds
         if ends:
             break
+    # The caller may be this very process, where `processes` is 1; its handlers come back.
     for name, handler in before.items():
         signal.signal(name, handler)
     if settings.processes > 1:
