@@ -67,6 +67,7 @@ SWITCHED = {"core": "core", "text": "text", "share": "budget", "drift": "drift"}
 
 def presets() -> list[str]:
     """Names of A-VL's presets: those above, and those one can name on the command line."""
+    # Presets of other policies stand among the rivals (policies.py).
     named = [
         name for name in registry.PRESETS if isinstance(named_policy(name), avl.AdaptivePolicy)
     ]
@@ -98,6 +99,7 @@ def choose_preset(*, disabled: bool) -> None:
         st.session_state[_TAKEN] = CUSTOM
         if state.get("preset") != CUSTOM:
             state.put("preset", CUSTOM)
+    # Another preset was chosen, or a link named one; the controls still show the one before.
     elif st.session_state.get(_TAKEN) != state.get("preset"):
         _take_preset()
     st.selectbox(
@@ -175,6 +177,7 @@ def by_controls() -> avl.Policy | None:
         with columns[3]:
             st.markdown("**Prefill filter**")
             _share("Prefill filter: image tokens passed on (P)", "prefill", help="1 is off.")
+            # At 1 all image tokens pass, so the layer has no effect.
             off = state.get("prefill") >= 1
             st.number_input(
                 "after this many layers", 1, 256, key="prefill_layer", on_change=_own, disabled=off
@@ -185,6 +188,8 @@ def by_controls() -> avl.Policy | None:
         )
         try:
             policy = from_state()
+        # The policy checks its settings when it is made. Its message names arguments; the page
+        # names its own controls where it knows the contradiction.
         except (TypeError, ValueError) as error:
             problem(f"These settings contradict each other: {_contradiction() or error}.")
             return None
@@ -194,6 +199,7 @@ def by_controls() -> avl.Policy | None:
 
 def _contradiction() -> str:
     """What is wrong with the controls, in their own names; empty if it is something else."""
+    # S, C and P of the labels above.
     held, read = float(state.get("secondary")), float(state.get("core"))
     passed = float(state.get("prefill"))
     if state.get("use_core") and read > held:
@@ -217,6 +223,7 @@ def present() -> avl.Policy:
     Raises:
         ValueError: settings that contradict each other; the message says which.
     """
+    # What `sent_files` keeps under this key: the policy and what it was chosen by.
     sent = st.session_state.get("policy_held") if state.get("preset") == FILE else None
     return from_state() if sent is None else sent.value[0]
 
@@ -227,12 +234,15 @@ def from_state() -> avl.AdaptivePolicy:
     Raises:
         ValueError: settings that contradict each other; the message says which.
     """
+    # A preset is taken whole: it can hold what no control shows, such as one number per layer.
     if state.get("preset") in presets():
         return preset(state.get("preset"))
     settings = {field: state.get(key) for key, field in PLAIN.items()}
     for key, field in SWITCHED.items():
+        # The slider keeps its value while it is off, so None stands for off only here.
         settings[field] = state.get(key) if state.get(f"use_{key}") else None
     settings["prefill"] = state.get("prefill") if state.get("prefill") < 1 else None
+    # An address can name a tier there is none of, which counts as dropped.
     settings["cold"] = COLD.get(str(state.get("cold")), (None,))[0]
     return avl.AdaptivePolicy(**settings)
 
@@ -248,6 +258,7 @@ def _take_preset() -> None:
         return
     policy = preset(state.get("preset"))
     for key, field in PLAIN.items():
+        # One number per layer has no place on a slider, which then stays as it was.
         if (value := getattr(policy, field)) is not None and not isinstance(value, tuple):
             state.put(key, value)
     for key, field in SWITCHED.items():
@@ -255,8 +266,11 @@ def _take_preset() -> None:
         state.put(f"use_{key}", value is not None)
         if value is not None and not isinstance(value, tuple):
             state.put(key, value)
+    # None holds all image keys, which is 1 on the slider. A float in any case: Streamlit refuses a
+    # slider with numbers of two types.
     state.put("secondary", 1.0 if policy.secondary is None else float(state.get("secondary")))
     state.put("prefill", policy.prefill or 1.0)
+    # The storage of every preset must be in `COLD`: this raises StopIteration for another one.
     state.put("cold", next(key for key, (value, _) in COLD.items() if value == policy.cold))
 
 
@@ -304,6 +318,8 @@ def from_file() -> avl.Policy | None:
         most_megabytes=1,
     )
     if sent is None:
+        # With a file in the uploader there is no policy because reading failed, which is said
+        # there.
         if not st.session_state.get("policy"):
             st.info("Send a policy file, or choose a preset.", icon=":material/upload_file:")
         return None
@@ -318,4 +334,5 @@ def from_file() -> avl.Policy | None:
 def _read(files: Mapping[str, bytes]) -> tuple[avl.Policy, Any]:
     """The policy of a file and what it was chosen by."""
     name, data = next(iter(files.items()))
+    # Each of the two readers opens the file by itself.
     return from_bytes(load_policy, data, name), from_bytes(load_evidence, data, name)

@@ -53,6 +53,7 @@ def app(
     os.environ[VARIABLE] = Settings(
         tuple(model or ("scenes",)), folders=folders, hub=hub, webcam=webcam
     ).as_json()
+    # A daemon, so that unfinished imports do not keep a server alive that was stopped.
     threading.Thread(target=_import_ahead, daemon=True, name="import ahead").start()
     script = str(Path(__file__).with_name("main.py"))
     flags = [
@@ -61,6 +62,7 @@ def app(
         # as a flag, since environment variables override the configuration file
         "--server.address=localhost",
     ]
+    # Otherwise click would end the process itself; this way errors reach the command line of avl.
     streamlit_cli.main(["run", script, *flags], standalone_mode=False)
 
 

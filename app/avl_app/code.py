@@ -15,6 +15,8 @@ from avl_app.examples import asked_scene
 
 def asked(question: Question) -> str:
     """The model, the image and the question, as `vlm`, `image` and `sample`."""
+    # Every value is written with !r: a prompt with quotes or line feeds stays one literal and
+    # cannot become code.
     lines = [
         "from avl_analysis import Sample, load_model",
         "from avl_analysis.live import observe",
@@ -24,6 +26,7 @@ def asked(question: Question) -> str:
     picture, prompt = question.picture, question.prompt
     system = f", system={question.system!r}" if question.system else ""
     if picture.moving is not None:
+        # A drawn video is made again from its numbers. Figures of one picture take its first frame.
         seed, index = picture.moving
         lines += [
             "from avl_analysis import Video, scenes",
@@ -33,6 +36,7 @@ def asked(question: Question) -> str:
             f'sample = Sample("question", (Video(frames),), {prompt!r}{system})',
         ]
     elif picture.scene is None:
+        # The server never sees the path of a file that is sent, only its name.
         lines += [
             "from avl_analysis.models.images import open_image",
             "import numpy as np",
@@ -43,6 +47,8 @@ def asked(question: Question) -> str:
     else:
         scene = asked_scene(picture, prompt)
         seed, index = picture.scene
+        # All known questions of a scene share its picture (`examples.questions`), so for a question
+        # of the visitor's own the caption's picture is the same.
         task = scene.task if scene is not None else "caption"
         lines += [
             "from avl_analysis import scenes",
@@ -55,6 +61,7 @@ def asked(question: Question) -> str:
 
 def observed(question: Question) -> str:
     """The same, and the answer watched, as `seen`."""
+    # Empty for a greedy answer.
     options = "".join(f", {name}={value!r}" for name, value in question.drawing.items())
     return (
         asked(question)
@@ -82,6 +89,8 @@ def token(
     arguments = f"{step}, layer={layer}, head={head}" + (f", top={top}" if top else "")
     if not boxes:
         return _plotted(question, "plot_token", arguments, "token")
+    # The repr of a `Box` is the expression that makes it. The comma after the last one makes a
+    # tuple of a single box too.
     framed = ", ".join(map(repr, boxes))
     return "from avl_analysis.figures import Box\n" + _plotted(
         question, "plot_token", f"{arguments}, boxes=({framed},)", "token"
@@ -188,6 +197,7 @@ def without_head(question: Question, layer: int, head: int) -> str:
     return (
         "from avl_analysis.heads.ablation import silenced\n"
         "from avl_analysis.live import answer\n"
+        # This code watches nothing, so the import of `observe` would be left unused.
         + asked(question).replace("from avl_analysis.live import observe\n", "")
         + f"\nwith silenced(vlm.model, [({layer}, {head})]):\n"
         + f"    said = answer(vlm, sample, max_new_tokens={question.tokens}{options})\n"
@@ -280,6 +290,7 @@ def knockout(question: Question, per_task: int | None) -> str:
     """
     samples = "[sample]"
     if per_task is not None:
+        # the split that the view itself cuts (views/knockout.py)
         samples = f"scene_samples({per_task}, split='ablation')"
     return (
         observed(question)
@@ -411,5 +422,6 @@ result.save("compare.nc")
 
 def _named(chosen: Mapping[str, avl.Policy]) -> str:
     """A dictionary of policies as Python writes it."""
+    # The repr of a policy is the expression that makes it, apart from the package's name.
     lines = [f"    {name!r}: avl.{policy!r}," for name, policy in chosen.items()]
     return "{\n" + "\n".join(lines) + "\n}"

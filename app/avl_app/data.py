@@ -27,6 +27,8 @@ from avl_analysis.models.videos import Video
 from avl_app.examples import asked_scene
 from avl_app.pictures import Picture
 
+# For annotations only. The methods import what they need when they are called, so that the first
+# page does not wait for it.
 if TYPE_CHECKING:
     import xarray as xr
 
@@ -65,6 +67,8 @@ class Question:
     """
 
     model: str
+    # A `Picture` is compared by identity, and a file that is sent twice gives two of them. In ==
+    # and in the hash `digest` stands for the pixels.
     picture: Picture = field(compare=False)
     prompt: str
     tokens: int
@@ -74,12 +78,16 @@ class Question:
     digest: str = field(init=False, repr=False, default="")
 
     def __post_init__(self) -> None:
+        # A frozen dataclass sets a derived field in no other way.
         object.__setattr__(self, "digest", self.picture.digest)
 
     @property
     def sample(self) -> Sample:
         """As the analysis takes it, with the truth where it is known."""
+        # `Sample` writes None for the model's own system prompt; the empty text field means the
+        # same.
         system = self.system or None
+        # A prompt of an example brings its right answer and the boxes of what is drawn with it.
         if (scene := asked_scene(self.picture, self.prompt)) is not None:
             return replace(scene_sample(scene), system=system)
         pictures = (Video(self.picture.frames) if self.picture.frames else self.picture.pixels,)
@@ -88,6 +96,7 @@ class Question:
     @property
     def drawing(self) -> dict[str, Any]:
         """How tokens are chosen, as arguments of `live.answer` and `live.observe`."""
+        # Greedy answers take the defaults of `live`: a seed has no meaning for them.
         return {"temperature": self.temperature, "seed": self.seed} if self.temperature else {}
 
 
@@ -106,6 +115,7 @@ class LruCache:
         """What is kept under `key`, or None."""
         with self._lock:
             if key in self._items:
+                # Reading counts as use, so what is read often is kept.
                 self._items.move_to_end(key)
             return self._items.get(key)
 
@@ -130,23 +140,31 @@ class Shared:
 
         Call it inside `use`, with nothing attached.
         """
+        # Afterwards this caller stands at the end of the queue. Were an exception to leave `_take`
+        # here, `use` would release a lock that this caller no longer holds.
         self.lock.release()
         time.sleep(_TURN)
         self._take(waiting)
 
     def _take(self, waiting: Waiting | None) -> None:
         """Take the lock when it is this caller's turn: first come, first served."""
+        # A new object equals nothing but itself, so one caller may stand in the queue several
+        # times.
         ticket = object()
         self._queue.append(ticket)
         try:
+            # Only the first in the queue tries the lock, so nobody is overtaken. Its timeout brings
+            # it back to `waiting`, in which Streamlit ends the run of a page that was closed.
             while self._queue[0] is not ticket or not self.lock.acquire(timeout=_POLL):
                 # the run that holds the lock comes first, then those who came before
                 ahead = self._queue.index(ticket)
                 if waiting is not None:
                     waiting(ahead + 1)
+                # The first has waited inside `acquire`; the others would turn without a pause.
                 if ahead:
                     time.sleep(_TURN)
         finally:
+            # Also when `waiting` raises: a ticket left in front would hold up everybody behind it.
             self._queue.remove(ticket)
 
     @contextmanager
@@ -195,6 +213,7 @@ class ModelServer:
     ) -> None:
         self._loader = loader or (lambda name: _load(name, allow_hub))
         self._models = LruCache(loaded)
+        # One lock for all names: models are read one after the other, each of them once.
         self._loading = threading.Lock()
         self._shelf = LruCache(results)
         self._pictures = LruCache(results)
@@ -209,6 +228,7 @@ class ModelServer:
         if known is not None:
             return known  # without waiting for another one that is being loaded
         with self._loading:
+            # Another caller may have loaded it while this one waited for the lock.
             if (known := self._models.get(name)) is None:
                 known = Shared(self._loader(name), threading.Lock())
                 self._models.put(name, known)
@@ -302,10 +322,14 @@ class ModelServer:
         """
         from avl_analysis import live
 
+        # One round more than is reported: the first warms up.
         shared, total = self.model(question.model), (rounds + 1) * len(policies)
+        # (ttft and tpot, policies, rounds with the warm-up first)
         seconds = np.full((2, len(policies), rounds + 1), np.nan)
         for place in range(total):
             round_, which = divmod(place, len(policies))
+            # Taken anew for every answer: others run between two answers, never during one that is
+            # timed.
             with shared.use(waiting) as vlm:
                 said = live.answer(
                     vlm,
@@ -316,6 +340,7 @@ class ModelServer:
                 )
             seconds[:, which, round_] = said.ttft, said.tpot
             progress(place + 1, total)
+        # without the warm-up
         return Timings(*seconds[..., 1:])
 
     def disagreement(
@@ -342,6 +367,8 @@ class ModelServer:
         def run(vlm: VLM) -> Relevance:
             return maps.relevance(vlm, question.sample, answer.ids, step)
 
+        # The ids of the answer are no part of the key: the question determines the full cache's
+        # answer. So it is for the rollout and the lens below.
         return self._once(f"relevance {step}", question, None, run, waiting)
 
     def rollout(
@@ -368,6 +395,8 @@ class ModelServer:
 
         def run(vlm: VLM) -> tuple[Lens, tuple[tuple[str, ...], ...]]:
             found = logit_lens(vlm, question.sample, answer.ids)
+            # One row of `likeliest` (tokens, layers) becomes the texts of one token, layer by
+            # layer.
             words = tuple(live.token_texts(vlm, row.tolist()) for row in found.likeliest)
             return found, words
 
@@ -390,6 +419,7 @@ class ModelServer:
                     vlm,
                     question.sample,
                     max_new_tokens=question.tokens,
+                    # the page compares the first token's probability with that of all heads
                     choices=live.CHOICES,
                     on_token=on_token,
                     **question.drawing,
@@ -425,6 +455,7 @@ class ModelServer:
         from avl_analysis.heads.knockout import knockout
 
         shared = self.model(model)
+        # Held for all cuts together; `advance` lets others in after each of them.
         with shared.use() as vlm:
 
             def advance(done: int, total: int) -> None:
@@ -487,6 +518,8 @@ class ModelServer:
         from avl_analysis.corpus.record_samples import record_samples
 
         shared, parts = self.model(model), []
+        # The lock is taken for each part rather than given up inside one, so statistics are never
+        # attached while somebody else runs the model.
         for start in range(0, len(samples), _PART):
             part = samples[start : start + _PART]
             with shared.use(waiting) as vlm:
@@ -506,8 +539,11 @@ class ModelServer:
         run: Callable[[VLM], Result],
         waiting: Waiting | None,
     ) -> Result:
+        # `kind` names everything else that a result depends on: token, layer, heads. Long work on
+        # many samples is not kept here but in the session of the visitor who asked for it.
         key = (kind, question, policy)
         shared = self.model(question.model)
+        # Before the lock, so that a page drawn again does not wait for the runs of others.
         if (known := self._shelf.get(key)) is not None:
             return known
         with shared.use(waiting) as vlm:

@@ -64,6 +64,7 @@ def questions(index: int) -> dict[str, SceneSample]:
 
     Tasks that need another picture are left out.
     """
+    # The generator may draw another scene for another task from the same numbers.
     shown = scene_picture(index).pixels
     asked = {task: scenes.generate(SEED, index, task) for task in ("caption", *scenes.TASKS)}
     return {task: sample for task, sample in asked.items() if np.array_equal(sample.image, shown)}
@@ -92,6 +93,7 @@ def about_model() -> str:
 def unknown_words(prompt: str) -> list[str]:
     """The words of a question that the embedded model was never trained on, each once."""
     known = set(vocabulary())
+    # runs of letters: no digits, no underscores
     words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt))
     # plurals are spelt as the word and its ending
     return [w for w in words if not {w, w.removesuffix("s"), w.removesuffix("es")} & known]

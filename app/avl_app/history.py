@@ -33,7 +33,9 @@ def note(question: Question) -> None:
     """Remember the present question, the newest last."""
     held: list[Asked] = st.session_state.setdefault(_KEY, [])
     choices = {name: state.get(name) for name in _CHOICES}
+    # A question that is asked again moves to the end instead of being listed twice.
     kept = [asked for asked in held if asked.question != question]
+    # `file_held` is what `sent_files` keeps of the picture uploader, whose key is `file`.
     kept.append(Asked(question, choices, st.session_state.get("file_held")))
     st.session_state[_KEY] = kept[-_MOST:]
 
@@ -75,5 +77,6 @@ def _again(question: Question) -> None:
         if asked.question == question:
             for name, value in asked.choices.items():
                 state.put(name, value)
+            # No script can fill an uploader; an empty one shows what is kept here.
             if asked.file is not None:
                 st.session_state["file_held"] = asked.file

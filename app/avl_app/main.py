@@ -40,6 +40,7 @@ def workbench(given: Settings) -> ModelServer:
 
 def _icon() -> Image.Image:
     """A few lit patches, drawn here, because a named icon would be fetched from the network."""
+    # Colour of each of 4 x 4 patches, which become 8 x 8 pixels each.
     lit = np.array([[0, 0, 1, 0], [0, 2, 2, 0], [1, 2, 2, 0], [0, 0, 0, 1]])
     colours = np.array([[0x3B, 0x47, 0x54], [0x00, 0x72, 0xB2], [0xFF, 0xB0, 0x00]], np.uint8)
     return Image.fromarray(colours[lit].repeat(8, 0).repeat(8, 1))
@@ -67,9 +68,12 @@ def main() -> None:
     """Draw the page."""
     st.set_page_config("avl: attention of vision-language models", _icon(), layout="wide")
     st.html(style.sheet(dark=is_dark()))
+    # Before any widget: the value of one that is drawn cannot be written any more.
     state.begin()
     try:
         _draw()
+    # Streamlit ends and restarts a run with exceptions that are not `Exception`, so the handlers in
+    # `_draw` let them pass.
     except BaseException:
         state.note_drawn(complete=False)  # a run that the next choice has ended
         raise
@@ -91,6 +95,8 @@ def _draw() -> None:
         bench = workbench(given)
         question = sidebar.show(given, bench)
         if question is not None:
+            # Before the view: another question resets token, layer and head, which cannot be done
+            # once their widgets are drawn.
             state.asked(question)
             show(view or "ask", Context(given, bench, question))
     except CancelledError:

@@ -26,9 +26,14 @@ from avl_app import state
 from avl_app.data import ModelServer, Question
 from avl_app.settings import Settings
 
+# Besides Markdown's own signs: $ begins a formula, : an icon or a colour, < a tag.
 _MARKUP = re.compile(r"([\\`*_{}\[\]()#+\-.!|<>~$:&=^])")
+# The colon that opens a name such as :smile: or :material/check:. The second colon is only looked
+# at, since it may open the next name.
 _SHORTCODE = re.compile(r":(?=[\w+\-/]+:)")
+# word joiner: no width, and no line may break there
 _JOINER = "\u2060"
+# Of a plot whose parts are clicked: dragging and the wheel leave it where it is.
 _CONFIG = {"displayModeBar": False, "scrollZoom": False, "doubleClick": False}
 _TOOLS = {
     "displayModeBar": "hover",
@@ -64,6 +69,7 @@ def plain(text: str) -> str:
     Names of icons and emojis between colons are found in the text after escapes are gone, so an
     invisible character parts them.
     """
+    # Before escaping, which puts backslashes into names such as :+1:.
     parted = _SHORTCODE.sub(f":{_JOINER}", text.replace("\n", " "))
     return _MARKUP.sub(r"\\\1", parted)
 
@@ -76,6 +82,7 @@ def prose(text: str) -> str:
     parts = text.split("`")
     if len(parts) % 2 == 0:  # a backtick that closes nothing
         return plain(text)
+    # Parts at odd places stood between two backticks.
     return "".join(f"`{part}`" if number % 2 else plain(part) for number, part in enumerate(parts))
 
 
@@ -110,6 +117,8 @@ def short_names(names: Sequence[str]) -> list[str]:
     while True:
         short = ["/".join(part[-length:]) for part, length in zip(parts, lengths, strict=True)]
         counts = Counter(short)
+        # A name grows until it is unlike the others or has no more parts, so the loop ends. Names
+        # equal even then differ by the invisible endings of `distinct`.
         longer = [
             i for i, name in enumerate(short) if counts[name] > 1 and lengths[i] < len(parts[i])
         ]
@@ -146,11 +155,14 @@ def plot(
     drawn = draw_plotly.draw(panel, dark=is_dark(), titled=titled)
     if opacity is not None:
         with_opacity(drawn, opacity)
+    # The visitor's colours are a scale from none to most; classes have a colour each.
     if isinstance(panel, Overlay) and not panel.classes:
         with_colours(drawn, str(state.get("colours")), smooth=bool(state.get("smooth")))
     if isinstance(panel, Overlay) and panel.classes:
         drawn.update_layout(legend={"y": -0.01}, showlegend=legend)
+    # Powers of ten, where plotly would write k, M or µ.
     drawn.update_yaxes(exponentformat="power")
+    # Room for the tool bar is added to the height, so the data keep the pixels asked for.
     above = _BAR - int(drawn.layout.margin.t or 0)
     if above > 0:
         drawn.update_layout(margin={"t": _BAR})
@@ -182,10 +194,13 @@ def keep(figure: Figure | None, code: str, key: str) -> None:
                 for suffix, kind in _KINDS.items():
                     st.download_button(
                         suffix.upper(),
+                        # a function, called at the click: drawing all kinds ahead would slow every
+                        # run
                         partial(_written, figure, suffix),
                         f"{figure.name}.{suffix}",
                         kind,
                         key=f"{key}_{suffix}",
+                        # a download does not draw the page anew
                         on_click="ignore",
                         width="stretch",
                     )
@@ -250,6 +265,7 @@ def patches(
             take clicks where frames can be drawn.
         height: of the plot in pixels.
     """
+    # Image tokens are counted from 0 within the picture drawn, here and in `chosen_patches`.
     drawn = with_patches(draw_plotly.draw(overlay, dark=is_dark(), titled=False), overlay, marked)
     drawn.update_layout(height=height, dragmode="select" if framing else False)
     st.plotly_chart(
@@ -265,6 +281,7 @@ def patches(
 def chosen_patches(key: str) -> list[int]:
     """The image tokens that were chosen last in `patches`; none if the choice was taken away."""
     points = st.session_state[key]["selection"]["points"]
+    # Points of the other traces, such as the drawn patches, carry no data of ours.
     return sorted({int(point["customdata"][0]) for point in points if "customdata" in point})
 
 
@@ -285,6 +302,7 @@ def strip(shown: Strip) -> None:
 
 def doing(context: Context, what: str = "answering") -> str:
     """What a run of the model does first: loading it, where it is not in memory."""
+    # `loaded` only looks; `model` would begin to load.
     loading = context.bench.loaded(context.question.model) is None
     return f"Loading the model and {what}" if loading else what.capitalize()
 
@@ -316,6 +334,7 @@ class Progress:
 
     def done(self, done: int, total: int) -> None:
         """Say that `done` parts of `total` are done."""
+        # mean seconds of a part so far, times the parts left
         left = (time.monotonic() - self.started) / max(done, 1) * (total - done)
         rest = f" · about {duration(left)} left" if 0 < done < total else ""
         self.bar.progress(
@@ -325,6 +344,7 @@ class Progress:
     def waiting(self, ahead: int) -> None:
         """Say how many runs of other visitors come before this one."""
         self.bar.progress(0.0, text=_queued(ahead))
+        # Time spent waiting for others does not count as time a part takes.
         self.started = time.monotonic()
 
 
@@ -364,6 +384,8 @@ def streaming(
     """
     if st.session_state.get(state.CANCELLED):
         raise CancelledError
+    # Several answers can be streamed in one run, and Streamlit refuses a second button under one
+    # key.
     number = st.session_state[_STREAMED] = st.session_state.get(_STREAMED, 0) + 1
     target, stop = place or st.empty(), st.empty()
     target.markdown(f":material/hourglass_top: {plain(title)} …")

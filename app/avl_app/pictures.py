@@ -36,17 +36,22 @@ class Picture:
 
 def video(frames: Sequence[NDArray[np.uint8]], name: str, moving: tuple[int, int]) -> Picture:
     """A drawn video from its frames, all of one size."""
+    # The frames one below the other, so that one hash covers them all and their order.
     whole = picture(np.concatenate(list(frames)), name)
     height = frames[0].shape[0]
+    # views of the one array, (height, width, 3) each and read-only like it
     kept = tuple(
         whole.pixels[start : start + height] for start in range(0, len(whole.pixels), height)
     )
+    # The word keeps the video apart from a picture of the same stacked pixels.
     return Picture(kept[0], name, f"video {whole.digest}", frames=kept, moving=moving)
 
 
 def picture(pixels: NDArray[np.uint8], name: str, scene: tuple[int, int] | None = None) -> Picture:
     """A picture from its pixels."""
+    # A copy: results are kept under these pixels, and the caller's array may change.
     kept = np.ascontiguousarray(pixels, dtype=np.uint8).copy()
     kept.setflags(write=False)
+    # With the shape, since the same bytes in another shape are another picture.
     digest = hashlib.sha256(repr(kept.shape).encode() + kept.tobytes()).hexdigest()[:24]
     return Picture(kept, name, digest, scene)

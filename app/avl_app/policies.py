@@ -38,6 +38,7 @@ def at_budget(name: str, budget: float) -> avl.Policy:
 
     One without a budget at its own settings.
     """
+    # A policy without a budget refuses one.
     try:
         return named_policy(f"{name}:{budget:g}")
     except InputError:
@@ -71,6 +72,7 @@ def choose() -> dict[str, avl.Policy]:
 
 
 def _asked_for() -> list[str]:
+    # Only whether there is any matters here, so the written ones are not taken apart properly.
     return [*(state.get("rivals") or []), *str(state.get("more")).split()]
 
 
@@ -106,6 +108,7 @@ def _others() -> dict[str, avl.Policy]:
     found = {names[name]: at_budget(name, float(state.get("budget"))) for name in picked}
     try:
         for name, policy in written(str(state.get("more"))).items():
+            # A policy picked above by this name must not be replaced by the written one.
             found[f"{name} (as written)" if name in found else name] = policy
     except InputError as error:
         problem(error)
@@ -124,6 +127,7 @@ def written(text: str) -> dict[str, avl.Policy]:
         InputError: unknown names or settings, or a file, which has to be sent.
     """
     parts = [part.strip() for part in text.split(";") if part.strip()]
+    # Checked first: `named_policy` would open the path on the server, whoever typed it.
     if files := [part for part in parts if part.endswith(".json")]:
         raise InputError(
             f"{files[0]} is a file on the server; choose the preset “{adaptive.OWN[adaptive.FILE]}”"

@@ -29,6 +29,7 @@ def figures() -> dict[str, str]:
     """The figures of a report by name, with the question each answers."""
     from avl_reports.build import FIGURES
 
+    # avl_reports.fig_NAME -> NAME
     return {module.__name__.rpartition(".fig_")[2]: str(module.QUESTION) for module in FIGURES}
 
 
@@ -62,8 +63,10 @@ class Measured:
 def fitting(recording: Recording, measured: Measured) -> tuple[Measured, str]:
     """What can stand beside a recording, and why the rest cannot: it is of another model."""
     try:
+        # Making the run is what checks the models; the run itself is not needed.
         measured.run(recording)
     except InputError as error:
+        # All is left out, also parts that would fit: the error names only the first that does not.
         return Measured(), str(error)
     return measured, ""
 
@@ -138,10 +141,12 @@ def build_report(
         )
         archive = io.BytesIO()
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+            # sorted: a folder lists its files in an order that differs between file systems
             for path in sorted(made.folder.rglob("*")):
                 if path.is_file():
                     file.write(path, Path("report") / path.relative_to(made.folder))
         pdf = next((path.read_bytes() for path in sorted(made.folder.glob("*.pdf"))), None)
         model = recording.attrs.get("model") or "unknown"
         about = f"Report on model {model}, {len(recording)} sample{'s' * (len(recording) != 1)}"
+        # Read into memory within the block, at whose end the folder is deleted.
         return Built(made.page.read_bytes(), archive.getvalue(), pdf, dict(made.missing), about)

@@ -58,6 +58,8 @@ def sent_files(
     held = f"{key}_held"
 
     def forget_removed() -> None:
+        # An uploader is empty after its view was left and after its file was taken away. Only the
+        # second calls this, so only then is the content forgotten.
         if not st.session_state.get(key):
             st.session_state.pop(held, None)
 
@@ -69,6 +71,7 @@ def sent_files(
         max_upload_size=most_megabytes,
         on_change=forget_removed,
     )
+    # a list, one file, or None, by what the widget accepts
     files = given if isinstance(given, list) else [given] if given is not None else []
     kept: Sent[Result] | None = st.session_state.get(held)
     if not files:
@@ -76,11 +79,14 @@ def sent_files(
             _still_used(kept, held)
         return kept
     ids = tuple(file.file_id for file in files)
+    # Streamlit gives every upload another id, so a file is read once and not in every run.
     if kept is not None and kept.ids == ids:
         return kept
+    # First, so that the file before is not used while this one cannot be read.
     st.session_state.pop(held, None)
     contents = {file.name: file.getvalue() for file in files}
     try:
+        # Contents are kept by name, and a second file of one name has replaced the first.
         if len(contents) < len(files):
             raise InputError(
                 "two of the files have the same name, so one of them would be taken for the other:"

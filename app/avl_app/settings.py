@@ -68,7 +68,9 @@ def settings(environment: Mapping[str, str] = os.environ) -> Settings:
         return Settings()
     try:
         values = json.loads(text)
+        # JSON has no tuples, so the models come back as a list.
         return Settings(**{**values, "models": tuple(values.get("models", ("scenes",)))})
+    # ValueError: no JSON. AttributeError: JSON, but no object. TypeError: a setting unknown here.
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(
             f"{VARIABLE} holds {text[:80]!r}, which are not settings of the dashboard: {error}"

@@ -61,9 +61,11 @@ def show(given: Settings, bench: ModelServer) -> Question | None:
                 help="Answers are remembered; asking again is immediate.",
             )
         _more(given)
+        # The place for what needs the question, which is complete only further down.
         listed = st.container()
     # Said in the page rather than here: on a telephone the sidebar is closed.
     if model not in given.models:
+        # Not offered by the server, so it was typed here or stands in a link.
         allowed(model, given)
         if not _meant(model):
             return None
@@ -96,11 +98,13 @@ def show(given: Settings, bench: ModelServer) -> Question | None:
 
 def _card(bench: ModelServer, question: Question) -> None:
     """What the model is, once it is in memory."""
+    # Looking at facts must not load a model.
     vlm = bench.loaded(question.model)
     if vlm is None:
         return
     with st.expander("About this model"):
         config = vlm.model.config.get_text_config()
+        # The first weight stands for all in number type and device.
         weights = next(vlm.model.parameters())
         facts = {
             "class": type(vlm.model).__name__,
@@ -114,6 +118,7 @@ def _card(bench: ModelServer, question: Question) -> None:
         seen = bench.known("observation", question)
         if seen is not None:
             facts["image tokens here"] = int((seen.image >= 0).sum())
+        # What the configuration does not say is None here and left out.
         lines = [f"{name}: **{plain(str(value))}**" for name, value in facts.items() if value]
         st.markdown("  \n".join(lines))
 
@@ -121,6 +126,8 @@ def _card(bench: ModelServer, question: Question) -> None:
 def _model(given: Settings) -> str:
     """Name of the chosen model."""
     typed = str(state.get("model"))
+    # A name that this server may not open is not even listed, and `within` goes back to the first
+    # model.
     options = list(
         dict.fromkeys([*given.models, *([typed] if typed and (given.folders or given.hub) else [])])
     )
@@ -142,6 +149,7 @@ def allowed(name: str, given: Settings) -> None:
         InputError: neither. A server that opens no folders says the same of folders that exist and
             of folders that do not.
     """
+    # A name can be a folder and a hub id; what lies on this machine comes first.
     if Path(name).expanduser().is_dir():
         if given.folders:
             return
@@ -161,6 +169,8 @@ def _meant(name: str) -> bool:
 
     A link can come from anybody, and loading a folder takes time and memory.
     """
+    # What is confirmed stays so for the visit. Hub ids get here only on a server started with
+    # --hub.
     if name in st.session_state.setdefault(_MEANT, set()) or not Path(name).expanduser().is_dir():
         return True
     st.info(
@@ -174,6 +184,7 @@ def _meant(name: str) -> bool:
 
 def _more(given: Settings) -> None:
     """What is seldom changed: how answers are generated and drawn, another model."""
+    # An address can ask for more tokens than this server allows, which the slider would refuse.
     if int(state.get("longest")) > given.longest:
         state.put("longest", given.longest)
     with st.expander("More"):
@@ -222,6 +233,7 @@ def _more(given: Settings) -> None:
 
 
 def _take_typed() -> None:
+    # A callback runs before the script, so the choice of another widget can still be written.
     if typed := st.session_state["typed_model"].strip():
         st.session_state.setdefault(_MEANT, set()).add(typed)
         state.put("model", typed)
@@ -260,8 +272,10 @@ def _picture(given: Settings, bench: ModelServer) -> Picture | None:
             _TYPES,
             lambda files: _read(given, *next(iter(files.items()))),
             key="file",
+            # in whole megabytes, as the widget wants it, and at least one
             most_megabytes=max(1, given.upload_bytes >> 20),
         )
+        # Without a file of one's own the picture may be known by the hash in the link.
         linked = None if sent is not None else bench.picture(str(state.get("picture")))
         if sent is None and linked is None:
             if state.get("picture"):
@@ -275,6 +289,7 @@ def _picture(given: Settings, bench: ModelServer) -> Picture | None:
             st.caption("The picture comes from the link.")
         else:
             picture = sent.value
+        # In every run, so that a picture in use is not the next one to be given away.
         bench.remember(picture)
         state.put("picture", picture.digest)
     else:
@@ -303,6 +318,7 @@ def _gallery() -> None:
     """The scenes around the present one as pictures to choose from, when asked for."""
     if not st.toggle("Show them as pictures", key="gallery"):
         return
+    # The gallery turns in whole pages; this is the page of the present scene.
     first = int(state.get("scene")) // _SHOWN * _SHOWN
     numbers = range(first, min(first + _SHOWN, examples.SCENES))
     for row in range(0, len(numbers), 3):
@@ -351,6 +367,7 @@ def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _prompt(model: str, picture: Picture) -> str:
     """The chosen or written question."""
+    # empty for anything but a drawn scene, about which only the visitor's own question remains
     known = examples.questions(picture.scene[1]) if picture.scene else {}
     options = [*known, OWN]
     state.within("task", options, options[0])

@@ -43,6 +43,7 @@ class Field:
 def _number(low: float, high: float, kind: type = int) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
+            # "nan" passes `float`, but fails both comparisons below, as it should.
             value = kind(text)
         except ValueError:
             return None
@@ -60,10 +61,13 @@ def _text(text: str) -> str:
 
 
 def _index(text: str) -> str | None:
+    # `isdecimal` refuses signs and blanks. Whether the model has such a layer is checked by
+    # `within` as soon as the answer is there.
     return text if text == ALL or (text.isdecimal() and len(text) < 5) else None
 
 
 def _several(text: str) -> list[str]:
+    # An address can name any number of values; 64 are taken.
     return [part for part in text.split(",") if part][:64]
 
 
@@ -178,6 +182,7 @@ def begin() -> None:
     script writes back to the browser, where it would replace what the visitor has chosen since.
     """
     kept: dict[str, Any] = st.session_state.setdefault(_KEPT, {})
+    # `put` fills it in the first run.
     first = not kept
     went_back = not first and _went_back(kept)
     st.session_state[_ADOPTED] = went_back
@@ -189,10 +194,14 @@ def begin() -> None:
         if first or went_back:
             text = st.query_params.get(name)
             value = None if text is None else field.read(text)
+            # Copied because some defaults are lists, which all sessions would share.
             put(name, copy(field.default if value is None else value))
+        # Its widget was on the page, so the session holds what the visitor chose: noted, not
+        # written.
         elif name in drawn and name in st.session_state:
             kept[name] = st.session_state[name]
         else:
+            # Without its widget Streamlit drops a key or goes back to an older value.
             st.session_state[name] = kept[name]
 
 
@@ -202,6 +211,7 @@ def _went_back(kept: dict[str, Any]) -> bool:
     A choice just made arrives together with the address of before it, so an address that differs
     counts only where no choice has moved.
     """
+    # None until a run has come to its end; then there is nothing to compare with.
     written = st.session_state.get(_WRITTEN)
     if written is None or dict(st.query_params.items()) == written:
         return False
@@ -222,10 +232,12 @@ def note_drawn(*, complete: bool) -> None:
         complete: whether the run came to its end; one that was interrupted has left the other
             widgets on the page.
     """
+    # A run that was cut short can only add widgets to those of the run before.
     drawn = set() if complete else set(st.session_state.get(_DRAWN, ()))
     kept = st.session_state[_KEPT]
     for name in FIELDS:
         try:
+            # The assignment is the test. Where it succeeds, the value is the one already there.
             st.session_state[name] = kept[name]
         except StreamlitAPIException:
             drawn.add(name)
@@ -242,11 +254,13 @@ def finish() -> None:
     note_drawn(complete=True)
     kept = st.session_state[_KEPT]
     if not st.session_state[_ADOPTED]:
+        # None is what a widget without a choice returns.
         wanted = {
             name: _written(kept[name])
             for name, field in FIELDS.items()
             if kept.get(name, field.default) not in (field.default, None)
         }
+        # Only a change is written, since each write is an entry in the browser's history.
         if dict(st.query_params.items()) != wanted:
             st.query_params.from_dict(wanted)
     st.session_state[_WRITTEN] = dict(st.query_params.items())
@@ -268,6 +282,7 @@ def asked(question: object) -> None:
 
     Another question than before starts without a chosen token, layer or step.
     """
+    # Where nothing was asked before, the token, layer and head of a link stay.
     before = st.session_state.get(_ASKED, question)
     st.session_state[_ASKED] = question
     if before != question:
@@ -294,8 +309,10 @@ def within(name: str, options: Sequence[Value], fallback: Value) -> Value:
 
 def among(name: str, options: Iterable[Any]) -> list[Any]:
     """The present values of a choice of several that are among the options now possible."""
+    # None is what Streamlit returns for some widgets with nothing chosen.
     present = list(st.session_state[name] or [])
     known = [value for value in present if value in set(options)]
+    # Only if something fell away: what a run writes replaces what is chosen meanwhile.
     if known != present:
         put(name, known)
     return known
@@ -314,8 +331,11 @@ def chosen(name: str) -> int | None:
 
 
 def _written(value: Any) -> str:
+    # Before the numbers: bool is a kind of int, and `_flag` reads "1", not "True".
     if isinstance(value, bool):
         return "1" if value else "0"
     if isinstance(value, list):
+        # `_several` splits at commas, so no value of such a choice may contain one.
         return ",".join(map(str, value))
+    # Six digits, more than the finest step of a slider (0.01).
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -41,6 +41,7 @@ def sheet(*, dark: bool) -> str:
     theme = palette.DARK if dark else palette.LIGHT
     rules = _ALWAYS + _COLOURS + _CHOSEN
     chosen = "#86ccf5" if dark else "#00568a"
+    # MUTED, INK and CHOSEN in the rules stand for colours of the theme.
     for name, colour in (("MUTED", theme.muted), ("INK", theme.ink), ("CHOSEN", chosen)):
         rules = rules.replace(name, colour)
     return f"<style>{rules}</style>"

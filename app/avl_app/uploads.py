@@ -60,6 +60,8 @@ def uploaded(data: bytes, name: str, *, most_bytes: int, most_pixels: int) -> Pi
     Raises:
         InputError: too large, too many pixels, not an image, damaged.
     """
+    # First the bytes, then the header, then the pixels: no check decodes what a cheaper one would
+    # have refused.
     if len(data) > most_bytes:
         raise InputError(
             f"the file has {len(data) / 2**20:.1f} MB; at most {most_bytes / 2**20:.0f} MB are"
@@ -67,6 +69,7 @@ def uploaded(data: bytes, name: str, *, most_bytes: int, most_pixels: int) -> Pi
         )
     width, height = _size(data)
     if width * height > most_pixels:
+        # infinite where Pillow refuses to name a size
         counted = f"{width} x {height}" if math.isfinite(width) else "too many"
         raise InputError(
             f"the picture has {counted} pixels; at most {most_pixels / 1e6:.0f} million"
@@ -75,6 +78,7 @@ def uploaded(data: bytes, name: str, *, most_bytes: int, most_pixels: int) -> Pi
     try:
         return picture(np.asarray(open_image(data)), name)
     except InputError as error:
+        # `open_image` knows no name for what it is given as bytes.
         said = str(error).replace(f"the {len(data)} bytes given", f"the file sent ({name})")
         raise InputError(said) from error
     except ValueError as error:  # Pillow: a text chunk that unpacks to more than it accepts
@@ -95,11 +99,16 @@ def from_bytes(read: Callable[[Path], Result], data: bytes, name: str) -> Result
         InputError: as `read` does, or a file with content that no version of this toolkit wrote.
     """
     with tempfile.TemporaryDirectory() as folder:
+        # The ending is believed only so far as to say which format is expected; the reader then
+        # judges the content.
         netcdf = name.lower().endswith(".nc")
         suffix = Path(name).suffix.lower()
+        # Nothing the sender wrote becomes part of the path, except one of these known endings.
         path = Path(folder) / f"sent{suffix if suffix in ('.nc', '.jsonl') else '.json'}"
         path.write_bytes(data)
         try:
+            # Before `read`: a small file can unpack to more memory than there is, or link to other
+            # files.
             if netcdf:
                 with suppress(OSError):  # no HDF5 file, which the reader says better
                     check_hdf5(path, MOST_UNPACKED)
@@ -144,8 +153,11 @@ def sent_samples(files: Mapping[str, bytes], *, most_bytes: int, most_pixels: in
         raise InputError(
             f"{len(lists)} JSONL files were sent: send one, together with the pictures it names"
         )
+    # By now there is exactly one list, whatever else was sent with it.
     lines = _lines(files[lists[0]])
     _check_names(lines, files)
+    # From the headers alone, before any picture is decoded: all of them are held at once later, and
+    # each by itself may be within its limit.
     sizes = [_size(data) for name, data in files.items() if name not in lists]
     if (pixels := sum(width * height for width, height in sizes)) > MOST_PICTURES * most_pixels:
         raise InputError(
@@ -155,20 +167,25 @@ def sent_samples(files: Mapping[str, bytes], *, most_bytes: int, most_pixels: in
         )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # The reader looks for pictures beside the list, so their paths are cut down to file names.
         (folder / "samples.jsonl").write_text(
             "\n".join(map(_local, lines, itertools.count(1))), encoding="utf-8"
         )
         pictures = {}
         for sent in set(files) - set(lists):
+            # A name with folders in it would lead out of the temporary folder.
             path = folder / Path(sent).name
             pictures[path] = uploaded(
                 files[sent], sent, most_bytes=most_bytes, most_pixels=most_pixels
             ).pixels
+            # An empty file satisfies the reader, which only checks that there is one; its path is
+            # exchanged for the decoded pixels at the end.
             path.touch()
         try:
             samples = read_samples(folder / "samples.jsonl")
         except InputError as error:
             said = str(error).replace(f"{folder}/samples.jsonl", lists[0])
+            # The temporary folder means nothing to the visitor.
             raise InputError(said.replace(f"{folder}/", "")) from error
     return [
         replace(s, images=tuple(pictures[Path(str(image))] for image in s.images)) for s in samples
@@ -196,6 +213,7 @@ def _check_names(lines: Sequence[str], files: Mapping[str, bytes]) -> None:
     for number, line in enumerate(lines, 1):
         for path in _pictures_of(_parsed(line, number)):
             name = Path(path).name
+            # `setdefault` returns the path that the name was first met with.
             if named.setdefault(name, path) != path:
                 raise InputError(
                     f"the list names {named[name]} and {path}, but pictures are sent without their"
@@ -215,6 +233,7 @@ def _parsed(line: str, number: int) -> Any:
     """
     try:
         return json.loads(line)
+    # It is a ValueError as well, so it must be caught before the other ones.
     except json.JSONDecodeError:
         return None
     except (ValueError, RecursionError) as error:

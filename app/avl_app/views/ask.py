@@ -44,6 +44,7 @@ def show(context: Context) -> None:
     with st.container(key="ask"):
         with st.container(key="ask_controls"):
             video = bool(context.question.picture.frames)
+            # Relevance maps are drawn over one picture with known patches.
             method = maps.choose() if seen.drawable and not video else "raw"
             layer, head = _layer_and_head(seen)
         region = _region(seen, sample, step)
@@ -81,6 +82,7 @@ def _beside(
         step: number of its chosen token.
         layer, head: the chosen ones, for both; None for the mean.
     """
+    # Layers and heads of another model are not comparable, nor would the chosen ones exist in it.
     known = [q for q in history.others(context.question) if q.model == context.question.model]
     known = [question for question in known if not question.picture.frames]
     if not known:
@@ -106,9 +108,12 @@ def _beside(
         default=min(twin.most_telling[0], len(words) - 1),
         format_func=labels.__getitem__,
         required=True,
+        # a widget for each question: a token chosen in one answer may not exist in another
         key=f"beside_token_{hash(other)}",
     )
     shown = [(context.question, seen, step), (other, twin, int(chosen or 0))]
+    # Largest attention on a patch of the first image, one for each answer. Never 0, so that the
+    # colour scale has a length where nothing is looked at.
     tops = [
         float(np.nanmax(one.look(at, layer, head)[one.image == 0], initial=1e-6))
         for _, one, at in shown
@@ -128,6 +133,8 @@ def _beside(
 
 def _words(seen: Observation, step: int, layer: int | None, head: int | None) -> None:
     """The words the token looked at, and what their shade means."""
+    # Positions of the whole row: the answer begins at `seen.prompt`, and the chosen token stands
+    # `step` further on.
     shown = looks.token_strip(
         seen.tokens, seen.look(step, layer, head), seen.modality, seen.prompt, seen.prompt + step
     )
@@ -162,6 +169,7 @@ def pick_token(seen: Observation, sample: SceneSample | None = None) -> int | No
         seen: the answer, watched.
         sample: the question with its truth, which is then said too.
     """
+    # Weights were kept of the first `steps` tokens only; the others cannot be looked at.
     words = seen.answer.words[: seen.steps]
     if not words:
         st.info(
@@ -169,6 +177,7 @@ def pick_token(seen: Observation, sample: SceneSample | None = None) -> int | No
             icon=":material/info:",
         )
         return None
+    # -1 while none is chosen; a link can name a token that this answer does not have.
     if state.get("token") not in range(len(words)):
         state.put("token", seen.most_telling[0])
     truth = ""
@@ -196,6 +205,7 @@ def pick_token(seen: Observation, sample: SceneSample | None = None) -> int | No
 def _layer_and_head(seen: Observation) -> tuple[int | None, int | None]:
     """Controls for layer, head and opacity, in one row."""
     layers, heads = state.indices(seen.layers), state.indices(seen.heads)
+    # Until a layer is chosen: the one whose attention says most about the picture.
     state.within("layer", layers, str(seen.most_telling[1]))
     state.within("head", heads, state.ALL)
     first, second, third = st.columns([3, 3, 2])
@@ -214,8 +224,10 @@ def _layer_and_head(seen: Observation) -> tuple[int | None, int | None]:
 
 def _region(seen: Observation, sample: SceneSample | None, step: int) -> Region:
     """What the token is about; empty where that is not known."""
+    # The known regions belong to the words of the right answer; no word of a wrong one has any.
     if sample is None or seen.answer.text != sample.answer:
         return Region()
+    # With several images it is not known which one the regions are of.
     image = seen.images[0] if len(seen.images) == 1 else None
     return on_tokens(word_regions(sample, seen.answer.words)[step], image)
 
@@ -228,12 +240,14 @@ def _sentence(
     word = f"“{shown_token(seen.answer.words[step])}”"
     who = "the model" if layer is None else f"layer {layer}"
     who = who if head is None else f"head {head} of {who}"
+    # no image tokens at all in the prompt
     if focus.of == 0:
         return f"To write {word}, {who} had no picture to look at."
     said = (
         f"To write {word}, {who} gives {focus.mass:.0%} of its attention to the picture,"
         f" {FOCUS:.0%} of that to {focus.patches} of {focus.of} patches"
     )
+    # NaN where no region is known: there is nothing to compare with chance.
     if not np.isfinite(focus.lift):
         return f"{said}."
     return (
@@ -265,6 +279,7 @@ def _pictures(
     pixels = context.question.picture.pixels
     framed = patch_frames(seen, region)
     top = _top(seen, layer, head)
+    # Panels: the picture, the overlay where places of patches are known, and by layer.
     figure = plot_token(seen, pixels, step, layer, head, boxes=framed, top=top).figure
     shown = None
     if method != "raw":
@@ -286,6 +301,8 @@ def _pictures(
                 opacity=float(state.get("opacity")),
                 height=height,
             )
+            # Largest attention of this token on a patch; under a common scale it can be far below
+            # `top`.
             most = float(np.nanmax(seen.look(step, layer, head)[seen.image == 0], initial=0.0))
             full = "Full colour" if top is None else f"Full colour: {top:.1%}; here at most"
             st.caption(
@@ -312,6 +329,7 @@ def _top(seen: Observation, layer: int | None, head: int | None) -> float | None
     if scale == "answer":
         looks_of_all = (seen.look(step, layer, head) for step in range(seen.steps))
         return max(float(np.nanmax(look[seen.image == 0], initial=1e-6)) for look in looks_of_all)
+    # A whole row of attention adds up to 1.
     return 1.0 if scale == "row" else None
 
 
@@ -329,6 +347,7 @@ def _video(
     """
     frames = context.question.picture.frames
     figure = plot_video(seen, frames, step, layer, head).figure
+    # One overlay for each frame drawn; the last panel is the strip over time.
     overlays = [panel for panel in figure.panels if isinstance(panel, Overlay)]
     st.markdown(f"**Every frame, for “{shown_token(seen.answer.words[step])}”**")
     for start in range(0, len(overlays), _FRAMES_IN_A_ROW):
@@ -342,6 +361,7 @@ def _video(
                     opacity=float(state.get("opacity")),
                     height=picture_height(frames[0], 240),
                 )
+    # All frames are drawn on one scale, so the first says it for all.
     top = overlays[0].value.limits[1] if overlays[0].value.limits else 0.0
     st.caption(
         f"Full colour: {top:.1%} of all attention, in every frame. Above each frame: its share of"
@@ -365,9 +385,13 @@ def patch_frames(seen: Observation, region: Region) -> tuple[Box, ...]:
     """
     if not region.tokens or len(seen.images) != 1 or not seen.images[0].placed:
         return region.boxes
+    # (tokens, 4): left, top, right, bottom. Boxes of image tokens are shares of the picture's width
+    # and height; the regions are in pixels of the drawn scene.
     patches = seen.images[0].boxes[list(region.tokens)] * SIDE
     frames = []
     for box in region.boxes:
+        # Two boxes overlap unless one lies wholly beside, above or below the other; a common edge
+        # alone is no overlap.
         touched = patches[
             (patches[:, 0] < box.right)
             & (patches[:, 2] > box.left)
@@ -375,6 +399,7 @@ def patch_frames(seen: Observation, region: Region) -> tuple[Box, ...]:
             & (patches[:, 3] > box.top)
         ]
         if len(touched):
+            # the smallest box around all touched patches
             low, high = touched[:, :2].min(0), touched[:, 2:].max(0)
             edges = (float(low[0]), float(low[1]), float(high[0]), float(high[1]))
             frames.append(Box(*edges, box.label))

@@ -61,12 +61,14 @@ def show(context: Context) -> None:
     if source == _SAVED:
         _load()
     else:
+        # A function, not the questions: scenes are drawn only when the button is pressed.
         ask = _scenes() if source == _SCENES else _own(context)
         chosen = _policies()
         if (
             st.button("Compare", type="primary", disabled=ask is None or not chosen)
             and ask is not None
         ):
+            # Kept with its code: the controls may move on, and the code must give what is shown.
             st.session_state["comparison"] = _run(context, ask, chosen)
             st.session_state["comparison_code"] = code.compared(
                 context.question.model, _samples_code(), chosen, context.question.tokens
@@ -134,10 +136,12 @@ def _policies() -> dict[str, avl.Policy]:
     )
     with right:
         budgets = _budgets()
+    # Made only if chosen: contradicting settings in A-VL live must not stop the others.
     fixed = {_PAPER: avl.AdaptivePolicy, _LIVE: adaptive.present}
     try:
         chosen: dict[str, avl.Policy] = {}
         for name in wanted:
+            # these have their own settings and take part once, whatever the budgets are
             if name in fixed:
                 chosen[names[name]] = fixed[name]()
                 continue
@@ -161,12 +165,14 @@ def _budgets() -> list[float]:
         key="bench_budgets",
         format_func=lambda share: f"{float(share):.0%}",
     )
+    # The address keeps text, and its order is that of the clicks.
     return [float(share) for share in sorted(chosen, key=float)]
 
 
 def _run(context: Context, ask: Asking, chosen: Mapping[str, avl.Policy]) -> Comparison | None:
     """Compare with a bar and a way out; any click stops it, because the page is drawn anew."""
     stop = st.empty()
+    # It needs no callback: the next call of the bar's `done` notices that a new run is due.
     stop.button("Cancel", key="cancel", icon=":material/stop:")
     try:
         with Progress(doing(context, "answering the first questions"), "answers") as bar:
@@ -181,6 +187,7 @@ def _run(context: Context, ask: Asking, chosen: Mapping[str, avl.Policy]) -> Com
     except InputError as error:
         problem(error)
         return None
+    # Also when comparing fails: without a run there is nothing to cancel.
     finally:
         stop.empty()
 
@@ -217,6 +224,7 @@ def _result(comparison: Comparison) -> None:
     )
     shown = [metric for metric in QUALITIES if metric in comparison.metrics]
     figure = plot_comparison(comparison).figure
+    # Rows of two plots; the last row may hold one.
     for first in range(0, len(figure.panels), 2):
         for column, panel in zip(st.columns(2), figure.panels[first : first + 2], strict=False):
             with column:
@@ -232,6 +240,7 @@ def _result(comparison: Comparison) -> None:
             st.dataframe(failures, hide_index=True)
     if shown_code := st.session_state.get("comparison_code"):
         keep(figure, shown_code, "benchmark")
+    # `save` writes netCDF to a path only.
     with tempfile.TemporaryDirectory() as folder:
         data = comparison.save(Path(folder) / "compare.nc").read_bytes()
     left, right, _ = st.columns([1, 1, 3])

@@ -58,6 +58,7 @@ def show(context: Context) -> None:
     if step is None:
         return
     chosen, single = _measure(recording)
+    # (layers, heads); rows are places in `seen.layers`, which need not be the layers' numbers
     values = taxonomy.matrix(recording, chosen, step if single else None)
     _, kinds = _known(recording)
     layer, head = _present(seen, values)
@@ -110,12 +111,14 @@ def _measure(recording: Recording) -> tuple[Measure, bool]:
     """The chosen statistic, and whether it is that of the chosen token alone."""
     keys, _ = _known(recording)
     first, second = st.columns([3, 2], vertical_alignment="bottom")
+    # A statistic named in a link may have no values in this recording.
     state.within("measure", list(keys), _FIRST if _FIRST in keys else next(iter(keys)))
     first.selectbox("Statistic", list(keys), key="measure", format_func=lambda key: keys[key].title)
     chosen = keys[state.get("measure")]
     if about := _about(chosen):
         st.caption(about)
     single = False
+    # A statistic kept once for the whole answer has no value for a single token.
     if taxonomy.has_steps(recording, chosen):
         single = second.toggle("of the chosen token alone", key="single_token")
     return chosen, single
@@ -123,6 +126,7 @@ def _measure(recording: Recording) -> tuple[Measure, bool]:
 
 def _about(chosen: Measure) -> str:
     """What a statistic is, from where it is computed; empty for what is not a statistic."""
+    # A key is "name" or "name/label"; the prompt's version of a statistic shares its entry.
     name = chosen.key.partition("/")[0].removesuffix("_prefill")
     entry = next((one for one in _statistics() if one["name"] == name), None)
     return "" if entry is None else f"{plain(entry['meaning'])} · {prose(entry['formula'])}"
@@ -140,6 +144,7 @@ def _known(recording: Recording) -> tuple[dict[str, Measure], np.ndarray]:
     Found once per visitor.
     """
     held = st.session_state.get("heads_of")
+    # By identity: comparing two recordings would compare all their arrays.
     if held is None or held[0] is not recording:
         known = [
             m
@@ -157,9 +162,11 @@ def _present(seen: Observation, values: taxonomy.Matrix) -> tuple[int, int]:
 
     What is chosen here is chosen in Ask as well, so looking at this view alone chooses nothing.
     """
+    # As text, since both can be "all" or empty, or beyond this model's layers and heads.
     layer, head = str(state.get("layer")), str(state.get("head"))
     if layer in map(str, seen.layers) and head in map(str, range(seen.heads)):
         return int(layer), int(head)
+    # `rank` gives the number of the layer, not its row in `values`.
     layer_index, head_index, _ = taxonomy.rank(values, seen.layers)[0]
     return layer_index, head_index
 
@@ -179,6 +186,8 @@ def _by_keys(seen: Observation, layer: int, head: int) -> None:
         (right, "head", head, range(seen.heads)),
     ):
         field = f"{key}_field"
+        # Follows a click on the map or in the table. The field has a key of its own because its
+        # value is a number, while the shared choice is text and can be "all".
         if st.session_state.get(field) != value:
             st.session_state[field] = value
         place.selectbox(key.capitalize(), list(options), key=field, on_change=_take_fields)
@@ -210,6 +219,7 @@ def _ranking(
         help="; ".join(f"{kind}: {text}" for kind, text in KIND_TEXTS.items()),
     )
     ranked = [
+        # `kinds` has a row for each watched layer, `rank` the layers' numbers
         (layer, head, value, str(kinds[seen.layers.index(layer), head]))
         for layer, head, value in taxonomy.rank(values, seen.layers)
     ]
@@ -266,6 +276,7 @@ def _compare(
     if second:
         layer, _, number = str(second).partition(".")
         shown.append((int(layer), int(number)))
+    # The largest of them is the scale of both pictures, so that their colours are comparable.
     tops = [_most(seen, step, row, head) for row, head in shown]
     for column, (row, head) in zip(
         st.columns(2) if len(shown) == 2 else [st.container()], shown, strict=True
@@ -300,6 +311,7 @@ def _age_limits(recording: Recording, shown: list[tuple[int, int]]) -> tuple[flo
         return None
     profile = recording["text_age_profile"].mean("sample")
     top = max(float(profile.sel(layer=row, head=head).max()) for row, head in shown)
+    # a little room above the highest point of any head shown
     return (0.0, 1.05 * top) if top > 0 else None
 
 
@@ -324,6 +336,7 @@ def _head(
     """
     name = f"{layer}_{head}"
     look = seen.look(step, layer, head)
+    # Beside another head: two narrow columns, and a row of its own for the third plot.
     places = list(st.columns(2)) + list(st.columns(1)) if narrow else list(st.columns(3))
     word = shown_token(seen.answer.words[step])
     with places[0]:
@@ -348,6 +361,7 @@ def _head(
         _ages(recording, layer, head, name, ages)
     framed = plot_token(seen, context.question.picture.pixels, step, layer, head).figure
     keep(framed, code.token(context.question, step, layer, head), f"head{name}")
+    # position of the chosen token in prompt and answer together
     place = seen.prompt + step
     strip(looks.token_strip(seen.tokens, look, seen.modality, seen.prompt, place))
 
@@ -360,6 +374,7 @@ def _ages(
         st.info("The recording holds no profile of text ages.", icon=":material/info:")
         return
     profile = recording["text_age_profile"].sel(layer=layer, head=head).mean("sample")
+    # Ages that no phase has a value for are cut off; a phase without values stays NaN there.
     kept = profile.isel(age=np.flatnonzero(np.isfinite(profile).any("age_phase").values))
     if not kept.sizes["age"]:
         st.info("No text token was old enough to measure.", icon=":material/info:")

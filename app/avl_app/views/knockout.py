@@ -48,6 +48,8 @@ def show(context: Context, recording: Recording) -> None:
     if result is None:
         st.info("Nothing is cut yet: press Cut.", icon=":material/info:")
         return
+    # The report's own figure. It wants a recording, and that of the present answer is of the same
+    # model.
     made = section(recording, "knockout", Measured(further={"knockout": result}))
     draw_section(made)
     keep(made.figure, code.knockout(context.question, per_task), "knockout")
@@ -57,6 +59,7 @@ def _result(context: Context, per_task: int | None, *, pressed: bool) -> xr.Data
     """What was cut before, or is cut now because the button was pressed."""
     question = context.question
     held = st.session_state.setdefault(_HELD, {})
+    # Drawn scenes do not depend on the question asked, apart from its model and longest answer.
     key = question if per_task is None else (question.model, per_task, question.tokens)
     if key not in held and pressed:
         samples: list[Sample] = (

@@ -37,6 +37,7 @@ def show(context: Context) -> None:
     keep(figure, code.policies(context.question, chosen), "live")
     _times(context, chosen)
     if off:
+        # Policies only: the full cache drops no patch, so there is nothing to draw of it.
         _patches(context, observe(context), {name: answers[name] for name in off})
         _fidelity(full, off)
         _curves(answers, off)
@@ -52,11 +53,13 @@ def _answers(context: Context, chosen: dict[str, avl.Policy]) -> dict[str, Answe
             places[name] = st.empty()
     answers: dict[str, Answer] = {}
     for name, policy in chosen.items():
+        # An answer that is known is shown at once, without a button to cancel it.
         known: Answer | None = context.bench.known("answer", context.question, policy)
         if known is None:
             with streaming(doing(context), places[name]) as (on_token, waiting):
                 known = context.bench.answer(context.question, policy, on_token, waiting)
         answers[name] = known
+        # `policies.choose` puts the full cache first, so its words are there for every policy.
         reference = answers[policies.FULL].words
         places[name].markdown(marked(known.words, reference) + ("" if known.finished else " …"))
     return answers
@@ -93,8 +96,10 @@ def marked(words: tuple[str, ...], reference: tuple[str, ...]) -> str:
         words, reference: text of each token of the answer, and of the full cache's.
     """
     own, full = "".join(words), "".join(reference)
+    # Whole words rather than tokens: a word may be split in two ways and still be the same.
     ours, theirs = _WORD.findall(own), _WORD.findall(full)
     parts: list[str] = []
+    # One part of Markdown for each run of words of one kind.
     for kind, group in groupby(_differences(theirs, ours), lambda step: step[0]):
         text = plain(_spaced([word for _, word in group], own if kind != "out" else full))
         parts.append(
@@ -107,6 +112,7 @@ def marked(words: tuple[str, ...], reference: tuple[str, ...]) -> str:
 
 def _spaced(words: list[str], source: str) -> str:
     """Words that follow each other in a text, with the blanks they have there."""
+    # A source with blanks is joined by blanks, one in a script without them by nothing.
     return (" " if re.search(r"\s", source.strip()) or len(words) == 1 else "").join(words)
 
 
@@ -118,6 +124,7 @@ def _differences(theirs: list[str], ours: list[str]) -> list[tuple[str, str]]:
 
     The longest common subsequence, by dynamic programming over the ends of both lists.
     """
+    # common[i, j]: most words that theirs[i:] and ours[j:] have in common; 0 at either end.
     common = np.zeros((len(theirs) + 1, len(ours) + 1), dtype=int)
     for i in reversed(range(len(theirs))):
         for j in reversed(range(len(ours))):
@@ -131,6 +138,7 @@ def _differences(theirs: list[str], ours: list[str]) -> list[tuple[str, str]]:
         if i < len(theirs) and j < len(ours) and theirs[i] == ours[j]:
             steps.append(("same", ours[j]))
             i, j = i + 1, j + 1
+        # Where both ways keep as many words, what is left out comes before what is put in.
         elif j == len(ours) or (i < len(theirs) and common[i + 1, j] >= common[i, j + 1]):
             steps.append(("out", theirs[i]))
             i += 1
@@ -146,6 +154,7 @@ def _table(answers: dict[str, Answer], off: dict[str, Disagreement]) -> None:
     for name, said in answers.items():
         usage, differs = said.usage, off.get(name)
         assert usage is not None
+        # Decode steps only: step 0 is the pass over the prompt.
         keys = [np.mean(step.attended) for step in usage.steps if step.step > 0]
         rows.append(
             {
@@ -204,6 +213,7 @@ _ROUNDS = 5
 def _times(context: Context, chosen: dict[str, avl.Policy]) -> None:
     """Times on demand: all policies in turn, again and again, so that they can be compared."""
     key = (context.question, tuple(chosen.items()))
+    # Measured times stay until the question or a policy changes; they are of this visit alone.
     measured: tuple[object, Timings] | None = st.session_state.get("timings")
     if measured is None or measured[0] != key:
         if not st.button(
@@ -224,6 +234,7 @@ def _times(context: Context, chosen: dict[str, avl.Policy]) -> None:
     times = measured[1]
     rows: dict[str, list[str]] = {"policy": list(chosen)}
     for name, seconds in (("TTFT, ms", times.ttft), ("TPOT, ms", times.tpot)):
+        # (policies, rounds) in seconds; shown in milliseconds
         rows[name] = [_median(1000 * row) for row in seconds]
     st.dataframe(rows, hide_index=True, alt="times of every policy")
     st.caption(
@@ -242,6 +253,7 @@ def _median(values: np.ndarray) -> str:
 
 def _first_difference(said: Answer, full: Answer) -> str:
     """Index of the first token that differs from the full cache's, a dash if none does."""
+    # Where one answer is the beginning of the other, they differ where the shorter one ends.
     for index, (one, other) in enumerate(zip(said.ids, full.ids, strict=False)):
         if one != other:
             return str(index)
@@ -280,6 +292,7 @@ def _fidelity(full: Answer, off: dict[str, Disagreement]) -> None:
         " follows the arrow"
     )
     for name, differs in off.items():
+        # token of the full cache's answer -> what the policy would write in its place
         other = {int(at): visible(differs.preferred[at]) for at in np.flatnonzero(~differs.agree)}
         strip(looks.fidelity_strip(name, full.words, differs.kl, other, color_slot(name)))
 
@@ -302,6 +315,7 @@ def _patches(context: Context, seen: Observation, answers: dict[str, Answer]) ->
     first, second, fourth, third = st.columns([2, 2, 2, 1], vertical_alignment="bottom")
     fourth.slider("Opacity of the patches", 0.0, 1.0, step=0.05, key="opacity")
     names = list(answers)
+    # A link, or the run before, may name a policy that is not chosen now.
     if st.session_state.get("drawn_policy") not in names:
         st.session_state["drawn_policy"] = names[0]
     first.segmented_control("Policy", names, key="drawn_policy", required=True, format_func=plain)
@@ -310,6 +324,7 @@ def _patches(context: Context, seen: Observation, answers: dict[str, Answer]) ->
     state.within("live_layer", layers, layers[len(layers) // 2])
     second.select_slider("Layer", layers, key="live_layer")
     playing = third.toggle("Play", key="playing")
+    # Only the fragment runs at each tick; the rest of the page stays as it is.
     st.fragment(_player, run_every=_TICK if playing else None)(
         context, seen, said, int(state.get("live_layer")), playing
     )
@@ -318,9 +333,11 @@ def _patches(context: Context, seen: Observation, answers: dict[str, Answer]) ->
 def _player(context: Context, seen: Observation, said: Answer, layer: int, playing: bool) -> None:
     """The step slider and the picture at that step; moves on by itself while playing."""
     assert said.states is not None
+    # (steps, positions) of one layer; step 0 is after the prompt
     states = said.states[said.layers.index(layer)]
     last = len(states) - 1
     step = min(int(state.get("step")), last)
+    # Other widgets cause runs as well; one soon after a move must not move again.
     if playing and time.monotonic() - st.session_state.get("moved", 0.0) > _TICK / 2:
         step = (step + 1) % (last + 1)
         st.session_state["moved"] = time.monotonic()
@@ -330,10 +347,14 @@ def _player(context: Context, seen: Observation, said: Answer, layer: int, playi
         )
         step = 0
     else:
+        # Before the slider is drawn, which cannot be moved by the script afterwards.
         state.put("step", step)
         st.slider("Decode step", 0, last, key="step", help="0 is the choice made after the prompt.")
     codes = states[step].astype(np.float64)
+    # PADDING: the position did not exist yet, and nothing is drawn for it.
     codes[codes < 0] = np.nan
+    # The policy's answer and the watched one may differ in length, so both are cut to the shorter.
+    # The prompt is the same in both, and with it the places of the first image's tokens.
     image = codes[: len(seen.image)][seen.image[: len(codes)] == 0]
     counts = {int(code): int((image == code).sum()) for code in avl.State if code >= 0}
     left, right = st.columns([1, 1])
@@ -365,6 +386,7 @@ def _player(context: Context, seen: Observation, said: Answer, layer: int, playi
             if seen.modality.size
             else states[step]
         )
+        # without positions that did not exist yet; above 0 is held (SECONDARY, CORE)
         known = text[text >= 0]
         st.markdown(
             f"Of the text so far, {int((known > 0).sum())} of {known.size} tokens are held."
@@ -375,5 +397,6 @@ def _player(context: Context, seen: Observation, said: Answer, layer: int, playi
 def _read_and_held(said: Answer, step: int, layer: int) -> tuple[float, float]:
     """Keys one layer read in a pass, and holds after it."""
     assert said.usage is not None
+    # `attended` and `held` are (layers, rows); the one question is the only row.
     at, usage = said.usage.layers.index(layer), said.usage.steps[step]
     return float(np.mean(usage.attended[at])), float(np.mean(usage.held[at]))

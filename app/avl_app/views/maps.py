@@ -30,6 +30,8 @@ all layers. None says that the model would answer otherwise without a patch."""
 
 def choose() -> str:
     """The choice of a map; returns its name."""
+    # `Shown.overlay` finds a map's panel by its place in `SHORT`; the figure has them in the order
+    # of `METHODS`.
     assert tuple(SHORT) == tuple(METHODS)
     st.segmented_control(
         "Map over the picture",
@@ -58,6 +60,7 @@ class Shown:
 
     def overlay(self, method: str) -> Overlay:
         """One map over the picture."""
+        # panel 0 is the picture alone
         panel = self.figure.panels[1 + list(SHORT).index(method)]
         assert isinstance(panel, Overlay)
         return panel
@@ -120,6 +123,7 @@ def words_of_patches(context: Context, seen: Observation) -> None:
     depth = int(state.get("depth"))
     pixels = context.question.picture.pixels
     drawn = plot_patch_words(found, pixels, depth).figure
+    # panel 0 is the picture alone, which the sidebar shows already
     plot(drawn.panels[1], "patch_words_plot", titled=False, height=picture_height(pixels, 700, 700))
     st.caption(
         "The most probable word of each patch's state, as if the layer were the last one (logit"

@@ -54,6 +54,7 @@ def show(context: Context) -> None:
         required=True,
         wrap=True,
     )
+    # Before `further`, which then finds the file that was just sent.
     if str(name) in _FURTHER:
         _send_further(str(name))
     measured, wrong = fitting(recording, further())
@@ -65,6 +66,7 @@ def show(context: Context) -> None:
         keep(made.figure, code.pattern(source_code(context), str(name)), "pattern")
     except NotMeasured as error:
         st.markdown(f"#### {plain(questions[str(name)])}")
+        # Where a file was left out as another model's, asking for one again would mislead.
         reason = _HINTS.get(str(name)) if not wrong else None
         said = reason or f"This figure cannot be drawn here: {prose(str(error))}."
         st.info(said, icon=":material/info:")
@@ -97,6 +99,7 @@ def _send_further(name: str) -> None:
         sent, data = next(iter(files.items()))
         if name == "ablation":
             return from_bytes(load_ablation, data, sent)
+        # what is left after these kinds is the frontier
         for kind in KINDS.values():
             if kind.figure == name:
                 return from_bytes(kind.read, data, sent)
@@ -107,6 +110,7 @@ def _send_further(name: str) -> None:
 
 def further() -> Measured:
     """What this visitor has measured or sent beside recordings."""
+    # Keys of `sent_files`, which adds `_held` to the uploader's key.
     ablation = st.session_state.get("ablation_file_held")
     frontier = st.session_state.get("frontier_file_held")
     return Measured(
@@ -134,6 +138,7 @@ def source_code(context: Context) -> str:
 def _made(recording: Recording, name: str, measured: Measured) -> Section:
     """A figure of this recording, made once per visitor."""
     held = st.session_state.get("sections")
+    # Compared by identity below, not by the numbers they hold.
     parts = (
         measured.comparison,
         *measured.ablations,
@@ -180,6 +185,7 @@ def _scenes(context: Context) -> Recording | None:
                 progress=bar.done,
                 waiting=bar.waiting,
             )
+        # With the model's name, since another model's scenes are not those of this page.
         st.session_state["scenes_recording"] = (context.question.model, made)
     model, known = st.session_state.get("scenes_recording", ("", None))
     if known is None or model != context.question.model:
@@ -199,6 +205,7 @@ def _from_file(context: Context) -> Recording | None:
 
     def read(files: Mapping[str, bytes]) -> Recording:
         name, data = next(iter(files.items()))
+        # The widget's limit is in whole megabytes; this one is exact.
         if len(data) > limit:
             raise InputError(
                 f"the file has {len(data) >> 20} MB; at most {limit >> 20} MB are accepted: record"
@@ -226,9 +233,11 @@ def draw_section(shown: Section) -> None:
     st.markdown(f"#### {plain(shown.question)}")
     for finding in shown.findings:
         _finding(finding)
+    # At most four side by side; further panels go below.
     columns = st.columns(min(figure.columns, len(figure.panels), 4))
     for number, panel in enumerate(figure.panels):
         with columns[number % len(columns)]:
+            # an animation has no other place on the page for its title
             if panel.title and not isinstance(panel, Animation):
                 st.markdown(f"**{plain(panel.title)}**")
             height = 240 if isinstance(panel, Overlay) else None

@@ -55,9 +55,11 @@ def _build(recording: Recording, title: str) -> Built | None:
     with st.status("Building the report", expanded=True) as status:
         bar = st.progress(0.0, text="starting")
         started = time.monotonic()
+        # It needs no callback: a click starts a new run, and this one ends where it draws next.
         st.button("Cancel", key="cancel_report", icon=":material/stop:")
 
         def progress(done: int, total: int, part: str) -> None:
+            # Mean seconds of a part so far, times the parts left.
             left = (time.monotonic() - started) / max(done, 1) * (total - done)
             rest = f" · about {duration(left)} left" if done else ""
             bar.progress(min(done / max(total, 1), 1.0), text=f"drawing {part}{rest}")
@@ -86,6 +88,7 @@ def _offer(built: Built) -> None:
     ]
     if built.pdf is not None:
         offers.insert(1, ("PDF", built.pdf, "report.pdf", "application/pdf"))
+    # two or three offers for three columns
     for column, (label, data, name, kind) in zip(st.columns(3), offers, strict=False):
         size = f"{label}, {max(len(data) / 2**20, 0.1):.1f} MB"
         column.download_button(

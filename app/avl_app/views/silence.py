@@ -30,6 +30,7 @@ def show(context: Context, seen: Observation, layer: int, head: int) -> None:
                 context.question, ((layer, head),), on_token, waiting
             )
         place.markdown(f"**Without it**  \n{marked(said.words, seen.answer.words)}")
+    # An answer has at least one id, if only that of its end, which has a choice but no word.
     first, other = seen.answer.choices[0], said.choices[0]
     written = shown_token(seen.answer.words[0])
     if said.ids[0] == seen.answer.ids[0]:

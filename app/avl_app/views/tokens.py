@@ -70,6 +70,7 @@ def words(context: Context, seen: Observation, layer: int | None, head: int | No
     if not st.toggle("From every token to every word", key="words"):
         return
     figure = plot_words(seen, layer, head).figure
+    # 24 pixels for each answer token and 120 for the axis; six rows at least.
     plot(figure.panels[0], "words_map", titled=False, height=120 + 24 * max(6, seen.steps))
     keep(figure, code.words(context.question, layer, head), "words")
 
@@ -87,8 +88,11 @@ def readers(
     """
     if not seen.drawable or not st.toggle("Which tokens looked at a patch?", key="readers"):
         return
+    # The picture is that of the first image with known patches, and chosen numbers count its tokens
+    # from 0.
     first = seen.drawable[0]
     count = len(seen.images[first].position)
+    # Text, because that is what a choice of several is in the address.
     known = [str(number) for number in range(count)]
     chosen = [int(number) for number in state.among("patches", known)]
     pixels = context.question.picture.pixels
@@ -98,6 +102,7 @@ def readers(
         told = "Draw a frame around patches" if framing else "Click a patch"
         st.markdown(f"**{told}**")
         overlay = looks.token_overlay(pixels, seen.on_image(seen.look(step, layer, head), first))
+        # A widget for each way of choosing: the two have different selection modes.
         key = "patch_frame" if framing else "patch_map"
         patches(
             overlay,
@@ -123,6 +128,7 @@ def readers(
 
 def _take_patches(key: str) -> None:
     """What was chosen in the picture becomes the choice."""
+    # As many as the address is read back with (`state`).
     state.put("patches", [str(number) for number in chosen_patches(key)[:64]])
 
 
@@ -158,6 +164,7 @@ def rollout(
                 opacity=float(state.get("opacity")),
                 height=picture_height(pixels, 420),
             )
+    # (positions,): image tokens of any picture in the prompt
     on_image = seen.image >= 0
     share = float(np.nansum(found.values[step][on_image]))
     st.caption(
