@@ -153,10 +153,15 @@ def build(
     Raises:
         NotMeasured: the recording is empty or answers none of the figures.
     """
+    # Run refuses measurements of another model, before anything is written.
     run = Run(recording, comparison, ablations, frontier, further)
+    # The second recording has no further measurements, so figures that need a comparison, an
+    # ablation or a frontier are listed as missing when two recordings are shown.
     runs = [run] if beside is None else [run, Run(beside)]
     called = pair.labels(runs, names) if len(runs) > 1 else []
     title = title or (f"Attention report: {' and '.join(called)}" if called else "")
+    # What `progress` names, in the order of the work. The JSON files are written under the name of
+    # the part before them.
     parts = [
         *(module.__name__.rpartition(".")[2] for module in figures),
         "recording",
@@ -179,11 +184,14 @@ def build(
             sections[name] = (
                 module.section(run) if len(runs) == 1 else pair.section(module, runs, called)
             )
+        # NotAsked is a NotMeasured, so it has to be caught first: such a figure is not listed as
+        # missing.
         except NotAsked:
             continue
         except NotMeasured as error:
             missing[name] = str(error)
             continue
+        # The page reads the SVG files written here, so figures come before the page.
         write_section(sections[name], folder / "figures", formats)
     if not sections:
         raise NotMeasured(
@@ -196,6 +204,8 @@ def build(
     if comparison is not None:
         comparison.save(folder / "compare.nc")
     for number, ablation in enumerate(ablations, 1):
+        # `avl report` prints the same names in the command that draws the report again; the two
+        # must agree (command.py).
         ablation.save(folder / ("ablation.json" if number == 1 else f"ablation-{number}.json"))
     if frontier is not None:
         frontier_file.write(
@@ -203,6 +213,7 @@ def build(
         )
     for name, dataset in (further or {}).items():
         KINDS[name].write(dataset, folder / KINDS[name].file)
+    # Every number of every figure by the name of its module, "fig_modality" for example.
     numbers = {name: _numbers(section) for name, section in sections.items()}
     write_text(folder / "numbers.json", json.dumps(_plain(numbers), indent=1))
     about = {"title": title, "commands": list(commands), "recording": dict(provenance(run))}
@@ -228,6 +239,8 @@ def build(
 
 def _drawings(folder: Path, sections: Iterable[Section]) -> dict[str, bytes]:
     """Name of a figure -> its SVG, of all that were written as one."""
+    # If "svg" is not among the formats there are no such files, and the page offers no drawings.
+    # Files of an earlier report in the same folder would be taken for those of this one.
     names = [section.figure.name for section in sections]
     paths = {name: folder / f"{name}.svg" for name in names}
     return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
@@ -251,4 +264,5 @@ def _plain(value: Any) -> Any:
         return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_plain(entry) for entry in value]
+    # Infinities as well: JSON has no number for them either.
     return None if isinstance(value, float) and not math.isfinite(value) else value

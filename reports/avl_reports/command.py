@@ -139,10 +139,13 @@ def report(
 
     One page, one PDF, and a folder of figures and numbers.
     """
+    # Recording may take long, so a folder that cannot be written is refused before it.
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; name a folder to write the report into")
     check_folder_writable(out)
 
+    # Imported inside the function so that `avl --help` and other commands do not load the models
+    # and the figures.
     from avl_analysis.evaluation.comparison import load_comparison
     from avl_analysis.heads.ablation import load_ablation
     from avl_analysis.recordings.recording import load_recording
@@ -150,10 +153,12 @@ def report(
     from avl_reports.frontiers import load_frontier
     from avl_reports.further import KINDS, read_further
 
+    # Files are read before a model is loaded, so that a wrong one is refused at once.
     compared = None if comparison is None else load_comparison(comparison)
     silenced = [load_ablation(path) for path in ablation or ()]
     held = None if frontier is None else load_frontier(frontier)
     measured = read_further(further or ())
+    # The options as they were given, for the command line that the report prints.
     given = [
         *_option("--comparison", comparison),
         *(part for path in ablation or () for part in ("--ablation", path)),
@@ -162,6 +167,7 @@ def report(
     given += [part for text in further or () for part in ("--further", text)]
     beside = None
     if recording:
+        # With a recording no model is loaded: what is missing beside it is left out, not measured.
         if len(recording) > 2:
             raise InputError(f"{len(recording)} recordings: pass one, or two to set side by side")
         recorded = load_recording(recording[0])
@@ -170,23 +176,29 @@ def report(
     else:
         vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
         recorded = record_scenes(vlm, samples, seed)
+        # A measurement that was given as a file is not made again. From here on every number of
+        # scenes is per task, and 0 leaves the measurement out.
         if compared is None and compare:
             compared = compare_policies(vlm, compare)
         numbers = ["--samples", samples, "--seed", seed, "--compare", compare, "--ablate", ablate]
         numbers += ["--cut", cut, "--sunk", sunk, "--words", words, "--mapped", mapped]
         commands = [_line("avl report", "--model", model, *numbers, *given, "--out", out)]
         if not silenced and ablate:
+            # Heads are found in the recording made above, so this follows it.
             silenced = silence_heads(vlm, recorded, ablate, commands[0])
         if "knockout" not in measured and cut:
             measured["knockout"] = cut_attention(vlm, cut)
         if "sinks" not in measured and sunk:
             measured["sinks"] = look_for_sinks(vlm, sunk)
         if "pointing" not in measured and mapped:
+            # Joined and not assigned: without a right answer there is nothing to add.
             measured |= follow_words(vlm, mapped)
         if "patches" not in measured and mapped:
             measured["patches"] = read_patches(vlm, mapped)
         if "errors" not in measured and words:
             measured["errors"] = judge_words(vlm, words)
+    # The names under which `build` writes these files: the second printed command makes the same
+    # report from the folder alone.
     own = [out / "run.nc", *([out / "beside.nc"] if beside is not None else [])]
     again = _option("--comparison", out / "compare.nc" if compared is not None else None)
     for number, _ in enumerate(silenced, 1):
@@ -217,8 +229,10 @@ def report(
             commands=commands,
             progress=lambda done, total, name: advance(done, total, name),
         )
+    # These notes go to standard error; standard output has one line, where the report is.
     for name, reason in built.missing.items():
         typer.echo(f"not shown: {name.removeprefix('fig_')} ({reason})", err=True)
+    # Verdicts stand in a column, right-aligned to "not supported" and one blank more.
     for section in built.sections:
         for finding in section.findings:
             typer.echo(f"{finding.verdict.value:>14}  {finding.choice}", err=True)
@@ -250,6 +264,7 @@ def draw_samples(count: int, seed: int) -> list[Sample]:
     from avl_analysis.scenes import TASKS, generate
 
     check_count(count)
+    # The index runs over all tasks, so no two samples show the same scene.
     drawn = [generate(seed, index, TASKS[index % len(TASKS)]) for index in range(count)]
     return [
         scene_sample(sample)
@@ -265,11 +280,14 @@ def compare_policies(vlm: VLM, per_task: int) -> Comparison:
     from avl_analysis.evaluation.compare import compare
     from avl_analysis.evaluation.policy_files import with_budget
 
+    # Differences are taken to "full". The first A-VL in this order is the one that the figure of
+    # policies judges.
     policies: dict[str, avl.Policy] = {
         "full": avl.FullPolicy(),
         "A-VL (paper)": avl.AdaptivePolicy(),
     }
     for name, kind in registry.policies().items():
+        # In the order of the registry, not of `RIVALS`.
         if name in RIVALS:
             policies |= {f"{name}:{budget:g}": with_budget(kind, budget) for budget in BUDGETS}
     with progress("comparing policies", unit="answers") as advance:
@@ -294,8 +312,11 @@ def silence_heads(
     from avl_analysis.heads.ablation import ablate, find_heads, plan
 
     found = []
+    # First against heads of all layers, then against heads of the same layers, because layers
+    # differ in how much every answer needs them (`avl_analysis.heads.ablation`).
     for same_layers in (False, True):
         try:
+            # Only to learn whether there are heads to compare: `plan` does not run the model.
             plan(*find_heads(recorded), "visual", DRAWS, same_layers=same_layers)
         except (
             InputError
@@ -369,6 +390,8 @@ def follow_words(vlm: VLM, per_task: int) -> dict[str, xr.Dataset]:
     samples = scene_samples(per_task, split="recording")
     with progress("following words", unit="questions") as advance:
         try:
+            # A map can be judged only for a right word, so a model without a right answer has none;
+            # the report is built without them.
             return {"pointing": point(vlm, samples, progress=advance)}
         except InputError as error:
             typer.echo(f"no relevance maps: {error}", err=True)
@@ -390,4 +413,5 @@ def _option(name: str, value: object) -> list[object]:
 
 
 def _line(command: str, *parts: object) -> str:
+    # Quoted for a shell, so that paths with blanks can be pasted.
     return " ".join([command, *(shlex.quote(str(part)) for part in parts if part is not None)])

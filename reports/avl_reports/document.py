@@ -25,6 +25,7 @@ def write_document(
     """Write the PDF; sections in the order of the mapping."""
     pages = text_pages([*_cover(run, sections, title)])
     for number, section in enumerate(sections.values(), 1):
+        # Question, how to read it and verdicts go above the figure; the table goes below it.
         above = [Paragraph(f"{number}  {section.question}", size=13, bold=True, after=0.14)]
         above += [Paragraph(section.text, muted=True)] if section.text else []
         above += [paragraph for finding in section.findings for paragraph in _judged(finding)]
@@ -43,6 +44,7 @@ def _cover(run: Run, sections: Mapping[str, Section], title: str) -> list[Paragr
             "   ".join(f"{name}: {value}" for name, value in facts(run)), muted=True, after=0.3
         )
     )
+    # All verdicts stand on the cover, and each again above its figure.
     findings = [finding for section in sections.values() for finding in section.findings]
     if findings:
         words += [
@@ -64,6 +66,7 @@ def _table(section: Section) -> list[Paragraph]:
     """A table as lines of "heading value", since a page is narrow."""
     if not section.table:
         return []
+    # The first column names the row, so its heading is not repeated in every line.
     header, *rows = section.table
     lines = [
         f"{row[0]}:  " + ";  ".join(f"{h} {v}" for h, v in zip(header[1:], row[1:], strict=True))

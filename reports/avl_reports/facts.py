@@ -46,7 +46,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
     attrs, recording = run.recording.attrs, run.recording
     sums = recording.tokens["modality_count"].sum("sample")
     phases = recording.tokens["phase"]
+    # A recording may lack this statistic; layers and heads are then left out of the list.
     shape = run["modality_mass"].sizes if "modality_mass" in recording.names else {}
+    # Samples without an expected answer are neither right nor wrong.
     known = [example for example in run.examples if example.truth]
     right = sum(example.correct for example in known)
     found = [
@@ -59,6 +61,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("decode steps", f"{int((phases > 0).sum())}"),
         ("recorded", str(attrs.get("date", ""))[:10]),
     ]
+    # Facts of which the recording says nothing are left out.
     return [(name, value) for name, value in found if value]
 
 

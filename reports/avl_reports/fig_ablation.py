@@ -16,6 +16,7 @@ QUESTION = "Do right answers need the visual heads more than as many other heads
 
 def section(run: Run) -> Section:
     """Accuracy with nothing, the kind's heads, and each random set silenced; the loss by task."""
+    # A row of the figure for every ablation: accuracy on the left, loss by task on the right.
     panels = [panel for done in run.ablations for panel in (_overall(done), _by_task(done))]
     first = run.ablations[0]
     figure = Figure(
@@ -41,6 +42,8 @@ def section(run: Run) -> Section:
 
 def finding(done: Ablation) -> Finding:
     """Whether silencing the kind costs more right answers than silencing as many others."""
+    # `contrast` is above 0 where the kind's heads cost more. Its interval resamples what another
+    # run would draw anew: questions, and random sets where there are several.
     contrast, count = done.contrast, len(done.of_kind.heads)
     loss, other = done.loss, done.random_loss
     return Finding(
@@ -104,6 +107,8 @@ def _by_task(done: Ablation) -> Bars:
         (f"{done.kind} heads", 1, [part.loss for part in parts]),
         (done.others, 2, [part.random_loss for part in parts]),
     ):
+        # A loss is kept as the change of accuracy, below 0 where answers are lost; the bars show
+        # what is lost. With the sign the bounds change places, hence "high" before "low".
         values, low, high = (
             -np.array([getattr(one, end) for one in losses]) for end in ("mean", "high", "low")
         )

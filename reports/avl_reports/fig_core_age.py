@@ -59,7 +59,10 @@ def section(run: Run) -> Section:
 
 def finding(hits: xr.DataArray) -> Finding:
     """Whether a core of the paper's size, K steps old, catches nearly what a fresh one does."""
+    # (samples, ages). Old over fresh is taken within each sample, so that what makes a sample easy
+    # for any core does not widen the interval.
     mass = per_sample(hits.sel(core=CORE, hit="mass"), ("core_age",))
+    # Ages count from 0 in steps of one, so places along `core_age` are ages.
     kept = estimate(mass.isel(core_age=REFRESH) / mass.isel(core_age=0)).number
     now = estimate(mass.isel(core_age=REFRESH)).number
     return Finding(
@@ -74,11 +77,13 @@ def finding(hits: xr.DataArray) -> Finding:
 def _by_age(run: Run, hits: xr.DataArray) -> tuple[Line, ...]:
     lines: list[Line] = []
     for slot, core in enumerate(hits["core"].values):
+        # Old cores occur in long answers only; the tail that few samples reach is cut off.
         ages = reached(estimate(hits.sel(core=core), ("core_age",), least=least(run)), "core_age")
         lines.append(curve(f"core {100 * core:.0f} %", ages, "core_age", slot + 1))
     sizes = hits["core"].values
     return (
         *lines,
+        # At any age, a random core of a share of the tokens catches that share on average.
         *(constant("random core", one.x, float(c)) for one, c in zip(lines, sizes, strict=True)),
     )
 

@@ -27,6 +27,8 @@ def section(run: Run) -> Section:
     """
     decode, last = run.decode("coverage"), run["coverage"].sel(step=0)
     shared, shared_last = run.decode("shared_coverage"), run["shared_coverage"].sel(step=0)
+    # Reference lines: at decode steps the policy reads its core (C) and the text it kept (T); the
+    # last prompt row is what the held image tokens (S) are chosen by.
     attended = (
         Rule(CORE, f"C = {100 * CORE:.0f} %", "y"),
         Rule(TEXT, f"T = {100 * TEXT:.0f} %", "y"),
@@ -38,6 +40,7 @@ def section(run: Run) -> Section:
         _by_layer(decode, shared),
         _by_layer(last, shared_last),
     )
+    # One axis for all four panels, so that decode steps and the last prompt row can be compared.
     low = min(float(np.nanmin(line.y)) for group in lines for line in group)
     keys = Axis("keys needed", "share", (low / 2, 1.1), log=True)
     figure = Figure(
@@ -78,6 +81,7 @@ def findings(
         shared_last: `shared_coverage` at the last prompt row.
     """
     text = decode.sel(key_modality="text")
+    # Choice, who needs the keys, whose attention, modality, statistic, share that the policy keeps.
     checks = (
         (
             "A core of C = 30 % is enough to attend to",
@@ -118,7 +122,10 @@ def _curves(array: xr.DataArray, shared: xr.DataArray) -> tuple[Line, ...]:
         curve(f"{name}, every head", needed.at(key_modality=name), "tau", SLOTS[name])
         for name in ("image", "text")
     ]
+    # `shared_coverage` has no dimensions head and key_modality: it is of the image keys of a whole
+    # layer.
     together = curve("image, one set", estimate(shared, ("tau",)), "tau", _ONE_SET)
+    # Uniform attention needs the share tau of the keys to hold tau of the attention.
     return (*lines, together, constant("uniform", *[np.linspace(0.5, 1.0, 11)] * 2))
 
 

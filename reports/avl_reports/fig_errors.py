@@ -39,6 +39,7 @@ def section(run: Run) -> Section:
             f"all {bad.size} words that could be judged are {which}, so nothing tells them apart;"
             " `avl errors` asks about noisy pictures"
         )
+    # The model's own surprise is one number per word, without layers; only the bars show it.
     curves = [signal for signal in SIGNALS if "layer" in shown[signal.name].dims]
     panels = [_curve(shown, signal) for signal in curves]
     noise = float(table.attrs.get("noise", 0))
@@ -69,6 +70,8 @@ def words_of(run: Run) -> xr.Dataset:
         try:
             return word_table(run.recording)
         except (InputError, KeyError) as error:
+            # Recordings without judged words (InputError) or without a statistic of the table
+            # (KeyError).
             raise NotMeasured(str(error)) from error
 
 
@@ -96,6 +99,7 @@ def findings(table: xr.Dataset) -> tuple[Finding, ...]:
 def sentence(table: xr.Dataset) -> str:
     """How attention compares with the model's own probability, in one plain sentence."""
     areas = {signal.name: error_auroc(table, signal) for signal in SIGNALS}
+    # Told apart from attention, because it is what attention has to be better than.
     own = areas.pop("surprise")
     said = {signal.title: areas[signal.name].words() for signal in SIGNALS if signal.name in areas}
     told = ", ".join(f"{title} {area}" for title, area in said.items())
@@ -124,17 +128,23 @@ def _rules(signal: Signal) -> tuple[Rule, ...]:
 
 def _by_place(words: xr.Dataset, signal: Signal) -> tuple[Line, ...]:
     """Means over samples of each sample's own mean in a group of places."""
+    # (words,) mean over layers; below, the group of places and the sample of each word.
     values = words[signal.name].mean("layer").values
     group = words["step"].values // WIDTH
+    # `sample` (words,) is the row of each word's sample in the tables below.
     samples, sample = np.unique(words["sample"].values.astype(str), return_inverse=True)
     places = np.arange(group.max() + 1)
     means: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     slots = {}
     for name, slot, wanted in (("right words", RIGHT, 1.0), ("wrong words", WRONG, 0.0)):
         chosen = (words["right"].values == wanted) & np.isfinite(values)
+        # (samples, groups of places)
         total, count = (np.zeros((len(samples), len(places))) for _ in range(2))
+        # Several words share a place of the table. `add.at` adds all of them; indexed `+=` would
+        # keep one.
         np.add.at(total, (sample[chosen], group[chosen]), values[chosen])
         np.add.at(count, (sample[chosen], group[chosen]), 1)
+        # NaN where a sample has no such word, so that it is left out and not counted as 0.
         own = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
         found = mean_intervals(own)
         few = found.n < LEAST
@@ -145,6 +155,7 @@ def _by_place(words: xr.Dataset, signal: Signal) -> tuple[Line, ...]:
     # the places behind the last one that is drawn would only stretch the axis
     drawn = np.flatnonzero(np.any([np.isfinite(mean) for mean, _, _ in means.values()], axis=0))
     kept = places[: int(drawn[-1]) + 1] if drawn.size else places[:1]
+    # The middle of each group, in words.
     x = kept * WIDTH + (WIDTH - 1) / 2
     return tuple(
         Line(name, x, *_first(parts, len(kept)), slot=slots[name]) for name, parts in means.items()
@@ -162,6 +173,8 @@ def _first(
 def _bars(table: xr.Dataset) -> Bars:
     """How well each signal tells wrong words, against words of one kind and against all."""
     bars = []
+    # Kinds of words may differ both in attention and in how often they are wrong. Compared within a
+    # kind, a signal gains nothing from telling kinds apart.
     for name, slot, within in (("words of one kind", 1, True), ("all words", 2, False)):
         areas = [error_auroc(table, signal, within=within) for signal in SIGNALS]
         mean, low, high = (

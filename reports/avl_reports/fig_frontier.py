@@ -43,6 +43,7 @@ def section(run: Run) -> Section:
     panels: list[Panel] = [
         _scatter(frontier, None, pooled if frontier.telling else "all tasks"),
     ]
+    # Not every file counts the keys read.
     if np.isfinite(frontier.cost((_FULL, None), "attended")):
         panels.append(_scatter(frontier, None, "the same, by keys read", by_reads=True))
     panels += [_scatter(frontier, [task], task) for task in _differing(frontier)]
@@ -86,6 +87,7 @@ def _split(frontier: Frontier) -> str:
     """Which split the questions are of, in brackets; "" where the file does not say."""
     split = str(frontier.about.get("split") or "")
     if not split:
+        # Where the file names no split, it follows from the seed in its settings.
         seed = re.search(r"seed=(\d+)", str(frontier.about.get("settings", "")))
         split = split_of(int(seed[1])) if seed else ""
     if split == "tuning":
@@ -115,9 +117,12 @@ def findings(frontier: Frontier) -> tuple[Finding, ...]:
                 f"At {100 * frontier.bytes(own):.0f} % of the bytes accuracy changes by"
                 f" {change.words('%')} ({asked}).",
                 f"at least {100 * LOSS:.0f} points",
+                # Where every answer is one token long nothing can be lost while decoding, so equal
+                # accuracy supports nothing.
                 verdict if frontier.telling else Verdict.UNDECIDED,
             )
         )
+    # Shares of the bytes only; above 1 a budget is a number of image tokens.
     for budget in sorted(
         {b for name, b in points if name == _OURS and b is not None and b < 1}, reverse=True
     ):
@@ -125,6 +130,8 @@ def findings(frontier: Frontier) -> tuple[Finding, ...]:
         if rival not in points:
             continue
         gain = frontier.difference(ours, rival)
+        # At unequal bytes a difference of accuracy may come from the size of what is kept, not from
+        # the way it is chosen.
         fair = frontier.telling and frontier.equal_bytes(ours, rival)
         sizes = f"{100 * frontier.bytes(ours):.1f} %", f"{100 * frontier.bytes(rival):.1f} %"
         found.append(
@@ -202,6 +209,7 @@ def _scatter(
     full = frontier.accuracy((_FULL, None), tasks).mean
     series = []
     for name in dict.fromkeys(name for name, _ in frontier.points if name != _FULL):
+        # By cost, so that the line that joins the points does not run back.
         points = sorted((p for p in frontier.points if p[0] == name), key=used)
         found = [frontier.accuracy(point, tasks) for point in points]
         y, low, high = (
@@ -218,6 +226,7 @@ def _scatter(
 
 def _heat(frontier: Frontier) -> Heat:
     """Accuracy by task at the middle budget, and of what has no budget."""
+    # One budget for all policies that have one, so that their rows differ in the policy only.
     budgets = sorted({b for _, b in frontier.points if b is not None and b <= 1})
     middle = min(budgets, key=lambda budget: abs(budget - 0.5)) if budgets else None
     points = [point for point in frontier.points if point[1] in (None, middle)]
@@ -245,6 +254,7 @@ def _differing(frontier: Frontier) -> list[str]:
         t: np.std([frontier.accuracy(p, [t]).mean for p in frontier.points])
         for t in frontier.pooled
     }
+    # The panel of a single task would repeat that of the pooled ones.
     chosen = sorted(spread, key=lambda task: -spread[task])[:_SHOWN] if len(spread) > 1 else []
     return [task for task in frontier.tasks if task in chosen]
 

@@ -30,6 +30,8 @@ EXAMPLES = 3
 
 def section(run: Run) -> Section:
     """Heads chosen on every second picture, scored on the others: pointing and IoU."""
+    # Heads that were chosen and scored on the same pictures would partly be those that fit by
+    # chance.
     choosing, scoring = halves(run.recording)
     try:
         chosen = choose_heads(run.recording, samples=choosing)
@@ -51,6 +53,8 @@ def section(run: Run) -> Section:
         ),
         columns=3,
     )
+    # `pointing` is (pictures, sets of heads): column 0 the chosen heads, column 1 the mean over all
+    # heads.
     gain = paired_difference(found.pointing[:, 0], found.pointing[:, 1])
     pointing = mean_interval(found.pointing[:, 0])
     finding = Finding(
@@ -59,6 +63,7 @@ def section(run: Run) -> Section:
         f" {pointing.words('%')} of pictures (at random: {100 * found.area:.0f} %); minus the"
         f" mean over all heads: {gain.words('%')}.",
         "the chosen heads gain nothing",
+        # The finding is about A-VL's ranking, so a gain of the chosen heads speaks against it.
         judge(gain, "at most", 0.0),
     )
     text = (
@@ -82,7 +87,10 @@ def halves(recording: Recording) -> tuple[list[str], list[str]]:
     parts: tuple[list[str], list[str]] = ([], [])
     for name in recording.samples:
         facts = recording.facts(name)
+        # Samples whose picture is not known count as pictures of their own.
         picture, task = picture_of(facts) or name, str(facts.get("task", ""))
+        # Decided by the first question about a picture: further ones join it, so that no picture is
+        # on both sides.
         if picture not in half:
             half[picture] = count.get(task, 0) % 2
             count[task] = count.get(task, 0) + 1
@@ -103,8 +111,10 @@ def _examples(run: Run, names: Sequence[str], heads: Sequence[Head]) -> tuple[Ov
         assert example.picture is not None
         values, edges = found_box(run.recording, example.name, heads)
         height, width = example.picture.shape[:2]
+        # Fractions of the picture to pixels of the thumbnail or drawing shown.
         left, top, right, bottom = edges * [width, height, width, height]
         boxes = (*example.boxes, Box(left, top, right, bottom, "found"))
+        # (image tokens,) as shares of the combined map; a map without any attention stays as it is.
         total = np.nansum(values)
         patches = places[example.name].patches(values / total if total > 0 else values)
         axis = Axis(
@@ -121,6 +131,7 @@ def _table(
 ) -> tuple[tuple[str, ...], ...]:
     """Every chosen head by itself."""
     sets = {f"{layer}.{head}": [(layer, head)] for layer, head in chosen.heads}
+    # Scored on the pictures that the heads were not chosen by, like the heads together.
     alone = ground(run.recording, sets, scoring)
     rows = [("layer.head", "samples that voted for it", "points at the object, alone")]
     for layer, head in chosen.heads:

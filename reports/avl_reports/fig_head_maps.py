@@ -20,6 +20,7 @@ def section(run: Run) -> Section:
 
     Else of those with most image attention.
     """
+    # Recordings keep maps of single heads at the last prompt row; it produces the first word.
     last = run["image_score_last"]
     places = drawable(run)
     shown = choose(run, places)
@@ -32,10 +33,15 @@ def section(run: Run) -> Section:
         assert example.picture is not None
         image = places[example.name]
         question = short(f"{example.prompt} → {example.answer}", 52)
+        # The first column shows picture and question without a map.
         panels.append(Overlay(example.picture, value, boxes=example.boxes, title=question))
         boxes = example.regions[0].boxes if example.regions else ()
         for layer, head in heads:
+            # `token` is padded to the sample with most image tokens; `image.token` picks those of
+            # this picture, in the order of its boxes.
             weights = last.sel(sample=example.name, layer=layer, head=head).values[image.token]
+            # Of the attention on the picture alone, so that heads with much and with little of it
+            # can be compared.
             patches = image.patches(weights / np.nansum(weights))
             panels.append(
                 Overlay(
@@ -76,6 +82,8 @@ def _heads(run: Run) -> tuple[list[tuple[int, int]], str]:
             estimate(mass, ("layer", "head")).mean,
             "Heads: those with the largest share of attention on pictures.",
         )
+    # Places in the flattened (layers, heads). Scores are not below 0, so heads without a score come
+    # last; of equal ones the earlier head comes first.
     ranked = np.argsort(-np.nan_to_num(score.values, nan=-1.0), axis=None, kind="stable")[:HEADS]
     places = [np.unravel_index(int(index), score.shape) for index in ranked]
     return [

@@ -19,14 +19,17 @@ QUESTION = "Which heads read the picture, and which of them look at the right pl
 
 def section(run: Run) -> Section:
     """The kind of every head, its image attention, how often it hits the region, its spread."""
+    # Asked for the error alone: `decode` says what is missing where the kinds cannot be told.
     for name in ("modality_mass", "first_token_mass", "recent_text_mass"):
         run.decode(name)
     hits = hit_rate(run)
     found = kinds(run.recording, None if hits is None else hits.mean("sample").values)
+    # (layers, heads) number of each head's kind in `KINDS`
     places = np.vectorize(KINDS.index)(found).astype(float)
     value = Axis(
         "kind of head",
         "class",
+        # Half a class on either side, so that every whole number lies in the middle of its colour.
         (-0.5, len(KINDS) - 0.5),
         ticks=tuple((float(i), k) for i, k in enumerate(KINDS)),
     )
@@ -45,6 +48,8 @@ def section(run: Run) -> Section:
         )
     entropy = estimate(run["spatial_entropy"], ("layer", "head"))
     if bool(np.isfinite(entropy.mean).any()):
+        # At least a tenth of a nat, so that heads with one place each do not get a scale without
+        # width.
         top = float(np.nanmax(entropy.mean.values))
         panels.append(
             layer_head_map(

@@ -33,11 +33,14 @@ def section(run: Run) -> Section:
     cut = run.further("knockout")
     flows = [str(flow) for flow in cut["flow"].values]
     picture = [flow for flow in flows if flow.startswith("image")]
+    # A file may hold flows of one group only; the other then gets no panels.
     parts = [(title, chosen) for title, chosen in _split(flows, picture) if chosen]
     window = int(cut.attrs.get("window", 1))
     layer = Axis("layer" if window == 1 else f"first of {window} layers", "index")
     loss = Axis("change of log-probability", "nats per token")
     stay = Axis("answers that stay the same", "share", (0.0, 1.05))
+    # Rows: what is lost, what stays. Columns: the groups of flows, hence `len(parts)` columns
+    # below.
     panels = [
         Lines(layer, axis, _lines(cut, variable, chosen, flows), rules, title=f"{title}: {kept}")
         for variable, axis, rules, kept in (
@@ -46,6 +49,7 @@ def section(run: Run) -> Section:
         )
         for title, chosen in parts
     ]
+    # Samples that failed have NaN.
     count = int(np.isfinite(cut["plain_probability"]).sum())
     what = (
         "Above: change of the answer's log-probability, per token, when rows of the second group"
@@ -79,10 +83,14 @@ def sentence(cut: xr.Dataset) -> str:
     mean = cut["log_prob_change"].mean("sample")
     if not bool(np.isfinite(mean).any()):
         return "No answer could be measured."
+    # The most negative change is the largest loss; (flow, layer) where nothing was measured is left
+    # out.
     place = mean.argmin(("flow", "layer"))
     flow, layer = (str(mean[name][int(place[name])].item()) for name in ("flow", "layer"))
     source, _, target = flow.partition(" -> ")
     rows = ROWS.get(target, target)
+    # Picked because it is the largest, so noise makes it larger still; it is told, and no verdict
+    # is drawn from it.
     worst = mean_interval(cut["log_prob_change"].sel(flow=flow, layer=int(layer)).values)
     return (
         f"Most is lost when {rows} cannot read {source} tokens in layer {layer}:"

@@ -18,6 +18,7 @@ QUESTION = "Can an early layer choose the image tokens for all layers behind it?
 def section(run: Run) -> Section:
     """Overlap of the second layer's best image tokens with every later layer's."""
     agreement = run["layer_agreement"]
+    # The filter's layer and those before it are NaN in every sample.
     later = agreement.isel(layer=np.flatnonzero(np.isfinite(agreement).any(("sample", "p"))))
     if not later.sizes["layer"]:
         raise NotMeasured("the second layer and one behind it must be recorded to compare them")
@@ -26,6 +27,7 @@ def section(run: Run) -> Section:
         lines.append(
             curve(f"best {100 * p:.0f} %", estimate(later.sel(p=p), ("layer",)), "layer", slot + 1)
         )
+    # Two random sets of a share p of the tokens have the share p of their members in common.
     chance = [
         constant("random sets", line.x, float(p))
         for line, p in zip(lines, later["p"].values, strict=True)

@@ -22,6 +22,8 @@ def section(run: Run) -> Section:
     if lift is None:
         raise NotMeasured("the recording does not say what part of the picture any word is about")
     by_layer = estimate(lift, ("layer",))
+    # Chosen as the largest mean, so the bars of this layer are no test of it; the finding below is
+    # over all layers.
     best = int(by_layer.mean["layer"].values[int(np.argmax(by_layer.mean.values))])
     measured = int(np.isfinite(lift).any("layer").sum())
     axis = Axis("attention on the region / chance", "times")
@@ -81,23 +83,32 @@ def lifts(run: Run) -> xr.DataArray | None:
     names, rows = scores["sample"].values, []
     counts = run.recording.tokens["modality_count"].sel(key_modality="image").values
     for index, example in enumerate(run.examples):
+        # Examples and statistics are both in the recording's order; rows are matched by it.
         assert example.name == str(names[index])
         tokens = int(counts[index])
+        # Words that are about a known part of the picture; words behind the last recorded step have
+        # no map.
         steps = [
             t
             for t, region in enumerate(example.regions)
             if region.tokens and t < scores.sizes["step"]
         ]
         if not steps or not tokens:
+            # Kept as NaN, so that rows stay in step with samples.
             rows.append(np.full(scores.sizes["layer"], np.nan))
             continue
+        # (steps, layers, image tokens). The dimension is padded to the sample with most image
+        # tokens; this sample has the first `tokens`.
         maps = (
             scores.isel(sample=index, step=steps, token=slice(0, tokens))
             .transpose("step", "layer", "token")
             .values
         )
+        # Of the attention on the picture; the step's other attention does not count.
         share = np.nan_to_num(maps) / np.nansum(maps, axis=-1, keepdims=True)
         places = [list(example.regions[step].tokens) for step in steps]
+        # Attention on the region over the region's share of the image tokens, (layers,) for each
+        # word.
         on = [
             one[:, place].sum(-1) * tokens / len(place)
             for one, place in zip(share, places, strict=True)

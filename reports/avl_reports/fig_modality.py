@@ -66,6 +66,8 @@ def findings(mass: xr.DataArray, efficiency: xr.DataArray) -> tuple[Finding, ...
     And whether the image still matters while decoding.
     """
     tokens = per_sample(efficiency, ("key_modality",))
+    # (samples,), text over image within each sample. Averaged as a logarithm, a ratio and its
+    # inverse count alike; the mean of the ratios themselves would follow the largest ones.
     ratio = tokens.sel(key_modality="text") / tokens.sel(key_modality="image")
     ratio_interval = estimate(np.log(ratio)).number.exp()
     image = estimate(mass.sel(key_modality="image")).number

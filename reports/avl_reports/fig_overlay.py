@@ -77,6 +77,7 @@ def on_one_scale(panels: Sequence[Overlay]) -> tuple[Panel, ...]:
 
     def scaled(panel: Overlay) -> Overlay:
         low, high = panel.value.limits or (0.0, np.inf)
+        # A tiny upper end keeps the scale from having no width where all maps are 0.
         limits = (low, float(np.clip(largest, 1e-6, high)))
         return replace(panel, value=replace(panel.value, limits=limits))
 
@@ -88,6 +89,7 @@ def drawable(run: Run) -> dict[str, ImageTokens]:
     tokens, found = run.recording.tokens, {}
     for name in run.recording.samples:
         images = images_of(tokens.sel(sample=name))
+        # An example keeps one picture, so maps of several pictures have nothing to be drawn on.
         if len(images) == 1 and images[0].placed:
             found[name] = images[0]
     return found
@@ -108,6 +110,7 @@ def views(images: Iterable[ImageTokens]) -> str:
     """What a caption says where pictures are seen in several views, or in part."""
     shown = list(images)
     words = ""
+    # Tile 0 is the view of the whole picture, larger numbers are parts of it.
     if any((image.tile > 0).any() and (image.tile == 0).any() for image in shown):
         words += (
             " The model sees the whole picture and parts of it in higher resolution; patches of the"
@@ -122,6 +125,8 @@ def _leaves_out(image: ImageTokens) -> bool:
     """Whether a border of the picture lies under no token."""
     left, top = np.nanmin(image.boxes[:, :2], axis=0)
     right, bottom = np.nanmax(image.boxes[:, 2:], axis=0)
+    # Left out where more than one per cent of a side lies under no token; edges are fractions of
+    # the picture.
     return bool(max(left, top, 1 - right, 1 - bottom) > 0.01)
 
 
@@ -149,6 +154,7 @@ def choose(run: Run, places: dict[str, ImageTokens]) -> list[Example]:
     Then whatever else has an image.
     """
     drawable = [e for e in run.examples if e.picture is not None and e.name in places]
+    # One per task, the first in the recording's order, whatever its map looks like.
     ranked = [
         e for task in _TASKS for e in [e for e in drawable if e.task == task and e.correct][:1]
     ]
@@ -164,6 +170,7 @@ def _example(run: Run, example: Example, image: ImageTokens, layer: int) -> list
     panels = [Overlay(example.picture, value, boxes=example.boxes, title=short(question, 52))]
     scores = run["image_score"].sel(sample=example.name)
     for step, shown in _maps(example, scores, layer):
+        # (image tokens of this picture,); `token` is padded to the sample with most image tokens.
         weights = scores.sel(step=step, layer=shown).values[image.token]
         patches = image.patches(weights / np.nansum(weights))
         boxes = example.regions[step].boxes if step < len(example.regions) else ()
@@ -186,12 +193,16 @@ def _maps(example: Example, scores: xr.DataArray, layer: int) -> list[tuple[int,
     For a short answer its first word in more layers.
     """
     measured = np.flatnonzero(np.isfinite(scores).any(("token", "layer")).values)
+    # Steps behind the last word produced the end token. Without words step 0 is left.
     steps = [int(t) for t in measured if t < max(1, len(example.words))]
+    # Words, not blanks and punctuation; of these, those of more than three letters come first.
     said = [t for t in steps if t < len(example.words) and example.words[t].strip(" ,.")]
     long = [t for t in said if len(example.words[t].strip()) > 3]
+    # The first pool that fills all maps, else a single word: the first one said.
     pool = next((pool for pool in (long, said) if len(pool) >= MAPS_PER_EXAMPLE), said[:1] or steps)
     if len(pool) >= MAPS_PER_EXAMPLE:
         return [(pool[i], layer) for i in _spread(len(pool))]
+    # Too few words: one word in the chosen layer and in others spread over the model.
     layers = [int(number) for number in scores["layer"].values]
     others = [number for number in layers if number != layer]
     chosen = sorted({layer, *(others[i] for i in _spread(len(others))[: MAPS_PER_EXAMPLE - 1])})
@@ -201,6 +212,7 @@ def _maps(example: Example, scores: xr.DataArray, layer: int) -> list[tuple[int,
 def _spread(count: int) -> list[int]:
     """Up to `MAPS_PER_EXAMPLE` places spread evenly over `count`."""
     return np.unique(
+        # `unique` because rounding may give a place twice.
         np.linspace(0, count - 1, min(count, MAPS_PER_EXAMPLE)).round().astype(int)
     ).tolist()
 

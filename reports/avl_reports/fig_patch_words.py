@@ -16,7 +16,9 @@ def section(run: Run) -> Section:
     found = run.further("patches")
     count = found.sizes["picture"]
     caption = Caption(names_caption(found), count, run.model, METHOD, of="pictures")
+    # Samples here are pictures, not questions, so the caption counts them as such.
     figure = Figure("patch_words", "What patches say", (names_panel(found),), caption)
+    # Depth counts layers passed: 0 is the state that enters the first layer.
     kind, last = str(found["kind"].values[0]), int(found["depth"].values[-1])
     first, end = (
         mean_interval(found["own"].sel(kind=kind, depth=depth).values) for depth in (0, last)

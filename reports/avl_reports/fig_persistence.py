@@ -35,6 +35,7 @@ def section(run: Run) -> Section:
         *_with_fit("a text token, by its age", text, 2, log_x=True),
     )
     change = curve("image attention", estimate(slope, ("layer",)), "layer", 1)
+    # Both curves are relative to their own mean and share one logarithmic axis.
     values = np.concatenate([line.y[np.isfinite(line.y)] for line in lines])
     scale = Axis(
         _RELATIVE.label,
@@ -91,6 +92,7 @@ def finding(image: xr.DataArray, text: xr.DataArray, measured: str) -> Finding:
         measured: which answers the image part is of, in words.
     """
     change, power = estimate(image).number, estimate(text).number
+    # A fall that is certain is a fall, however small: within `STEADY` it would pass as lasting.
     falls = change.known and change.high < 0
     lasts = Verdict.NOT_SUPPORTED if falls else judge_within(change, STEADY)
     return Finding(
@@ -117,6 +119,7 @@ def change_in_all_layers(run: Run, slope: xr.DataArray) -> xr.DataArray:
     mass = run.decode("modality_mass").sel(key_modality="image", sample=slope["sample"])
     # slopes are of the first `MAX_TRAJECTORY` steps, so the mean they are relative to is, too
     mean = mass.sel(step=slice(1, MAX_TRAJECTORY - 1)).mean(("head", "step"))
+    # (samples, layers). A layer that lacks one of the two must enter neither sum.
     known = np.isfinite(of_mass) & np.isfinite(mean)
     total = mean.where(known).sum("layer")
     return of_mass.where(known).sum("layer") / total.where(total > 0)
@@ -139,6 +142,7 @@ def _slopes(run: Run) -> tuple[xr.DataArray, str]:
     slope = run["image_persistence"].sel(slope_of="relative")
     if not bool(np.isfinite(slope).any()):
         raise NotMeasured("no answer has the three decode steps that a slope needs")
+    # (samples,). `phase` is above 0 at steps after the prompt, -1 behind the end of an answer.
     long = ((run.recording.tokens["phase"] > 0).sum("step") >= LONG).values & np.isfinite(
         slope
     ).any("layer").values
@@ -161,6 +165,7 @@ def _image(run: Run) -> tuple[Estimate, str]:
 def _text(run: Run) -> tuple[Estimate, str]:
     profile = run["text_age_profile"].sel(age_phase="decode")
     ages = estimate(_relative(profile, "age"), ("age",), least=least(run))
+    # Age 0 is a token's weight on itself, and weights of 0 have no logarithm.
     keep = np.isfinite(ages.mean.values) & (ages.mean["age"].values > 0) & (ages.mean.values > 0)
     if not keep.any():
         raise NotMeasured("no text token was attended to by a later one while decoding")
@@ -173,6 +178,7 @@ def _relative(array: xr.DataArray, along: str) -> xr.DataArray:
     Divided by the mean of all of them.
     """
     samples = per_sample(array, (along,))
+    # One number for all samples, so that only the unit changes and not their spread.
     return samples / float(samples.mean())
 
 
@@ -182,8 +188,10 @@ def _with_fit(
     """A curve and its fit `log y = a + b x`, or `a + b log(1 + x)`."""
     measured = curve(name, *found, slot)
     use = np.isfinite(measured.y) & (measured.y > 0)
+    # log(1 + age), as in the statistic `text_age_fit`; the slope is the power of 1 + age.
     x = np.log1p(measured.x) if log_x else measured.x
     b, a = np.polyfit(x[use], np.log(measured.y[use]), 1) if use.sum() > 1 else (0.0, 0.0)
+    # Of the image fit, b is a change of the logarithm per step; expm1 makes it a relative change.
     label = f"fit: power {b:.2f}" if log_x else f"fit: {100 * np.expm1(b):+.1f} % per step"
     return measured, Line(label, measured.x, np.exp(a + b * x), slot=slot, role="fit")
 

@@ -41,11 +41,14 @@ def section(run: Run) -> Section:
     Accuracy by task, and the cost table.
     """
     compared = run.comparison
+    # Quality is drawn against bytes, so a comparison without costs has no figure.
     if _size(compared) not in compared.metrics:
         raise NotMeasured("the comparison holds no cost; compare with --metric cost too")
     size = Axis("keys and values in use", "share of the full cache's bytes", (0.0, 1.08))
     panels: list[Panel] = []
     for metric, axis, asked in (
+        # Accuracy leaves out tasks that cannot show a loss; KL looks at every token of the full
+        # cache's answer and keeps all tasks.
         ("correct", share("accuracy"), compared.pooled()),
         ("kl", Axis("KL from the full cache", "nats"), compared),
     ):
@@ -100,6 +103,7 @@ def findings(compared: Comparison) -> tuple[Finding, ...]:
     Accuracy is that of the tasks that can show a loss; if there are none, it decides nothing, and
     neither does a comparison with a random policy that uses other bytes.
     """
+    # The first A-VL setting of the comparison speaks for it.
     ours = next((name for name in compared.policies if family(compared, name) == "A-VL"), None)
     if ours is None:
         return ()
@@ -129,6 +133,7 @@ def findings(compared: Comparison) -> tuple[Finding, ...]:
     if (rival := _rival(asked, ours)) is not None:
         gain = asked.difference("correct", ours, rival)
         sizes = [asked.mean(size, name).mean for name in (ours, rival)]
+        # At unequal bytes a difference of accuracy may come from the size of what is kept.
         fair = telling and max(sizes) <= (1 + EQUAL_BYTES) * min(sizes)
         found.append(
             Finding(
@@ -147,6 +152,7 @@ def table(compared: Comparison) -> tuple[tuple[str, ...], ...]:
     """The cost table as text: a header and a row per policy, means with intervals."""
     columns = [column for column in _COLUMNS if column[0] in compared.metrics]
     if _size(compared) == "kv_row_share":
+        # Both columns have the same heading; bytes of a question's own row are the ones compared.
         columns = [column for column in columns if column[0] != "kv_filled_share"]
     rows = [("policy", *(heading for _, heading, _, _ in columns))]
     asked = compared.pooled()
@@ -162,6 +168,7 @@ def table(compared: Comparison) -> tuple[tuple[str, ...], ...]:
 def family(compared: Comparison, name: str) -> str:
     """What kind of policy a name of the comparison stands for."""
     described = json.loads(compared.dataset.attrs["policies"])[name]
+    # Policies are described by their text, the name of the class in front of the bracket.
     kind = described.partition("(")[0]
     return label_of_class(kind)
 
@@ -176,11 +183,13 @@ def _frontiers(compared: Comparison, metric: str) -> tuple[Points, ...]:
     for kind in kinds:
         names = [name for name in compared.policies if family(compared, name) == kind]
         held = np.array([compared.mean(_size(compared), name).mean for name in names])
+        # By bytes, so that the line that joins the points does not run back.
         order = np.argsort(held)
         found = [compared.mean(metric, names[i]) for i in order]
         y, low, high = (
             np.array([getattr(e, end) for e in found]) for end in ("mean", "low", "high")
         )
+        # A series has intervals at all of its points or at none.
         known = bool(np.isfinite(low).all() and np.isfinite(high).all())
         series.append(
             Points(
@@ -229,6 +238,7 @@ def _batch(compared: Comparison) -> str:
 def _cell(estimate: Estimate, scale: float, unit: str) -> str:
     """Mean in three digits, with its interval where that is wider than a twentieth of it."""
     mean, low, high = (
+        # Zero but for rounding; three digits would show it as a power of ten.
         0.0 if abs(scale * v) < 1e-6 else scale * v
         for v in (estimate.mean, estimate.low, estimate.high)
     )

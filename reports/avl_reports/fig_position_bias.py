@@ -64,12 +64,14 @@ def finding(bias: xr.DataArray) -> Finding:
     Args:
         bias: the statistic `position_bias`, (sample, layer, bias_parameter).
     """
+    # sigma is the logarithm of last over first, so a factor is a distance from 0 either way.
     bound = float(np.log(FACTOR))
     trends = estimate(bias.sel(bias_parameter="sigma"), ("layer",))
     layers = [int(layer) for layer in trends.mean["layer"].values]
     each = [trends.at(layer=layer).number for layer in layers]
     verdicts = [judge_within(one, bound) for one in each]
     inside, outside = (verdicts.count(v) for v in (Verdict.SUPPORTED, Verdict.NOT_SUPPORTED))
+    # -1: a layer that was not measured is never the strongest.
     size = [abs(one.mean) if np.isfinite(one.mean) else -1.0 for one in each]
     strongest = int(np.argmax(size))
     explained = estimate(bias.sel(bias_parameter="r2")).number
@@ -95,8 +97,10 @@ def _received(run: Run) -> xr.DataArray:
     counts = (positions >= 0).sum("token").values
     if not counts.max(initial=0):
         raise NotMeasured("no sample has a picture")
+    # Samples can be averaged token by token only where they have equally many.
     same = np.flatnonzero(counts == counts[0])
     tokens = int(counts[0])
+    # Scores are by position in the prompt; `token_position` says where the image tokens stand.
     values = [scores.isel(sample=s).values[positions.isel(sample=s).values[:tokens]] for s in same]
     coords = {"sample": scores["sample"].values[same], "token": np.arange(tokens)}
     return xr.DataArray(np.stack(values), dims=("sample", "token"), coords=coords)
@@ -104,6 +108,8 @@ def _received(run: Run) -> xr.DataArray:
 
 def _raster(received: xr.DataArray) -> tuple[Line, Line]:
     found = estimate(received, ("token",))
+    # The middle of each token's stretch. The statistic counts from i / N; the half token moves the
+    # height of the fit and not its slope.
     x = (found.mean["token"].values + 0.5) / found.mean.sizes["token"]
     measured = Line("measured", x, found.mean.values, found.low.values, found.high.values, slot=1)
     use = measured.y > 0
@@ -120,6 +126,8 @@ def _map(run: Run, received: xr.DataArray) -> list[Heat]:
     raster order, and newline tokens and a second, coarser view have no place in the grid.
     """
     tokens = run.recording.tokens.sel(sample=received["sample"])
+    # Positions of the first sample, used for all: where another sample has its image elsewhere, its
+    # rows and columns differ below and no map is drawn.
     position = tokens["token_position"].isel(sample=0, token=slice(0, received.sizes["token"]))
     row, column = (tokens[name].isel(position=position.values).values for name in ("row", "column"))
     known = row[0] >= 0
@@ -127,6 +135,7 @@ def _map(run: Run, received: xr.DataArray) -> list[Heat]:
         return []
     mean = received.mean("sample").values[known]
     grid = np.full((int(row[0].max()) + 1, int(column[0].max()) + 1), np.nan)
+    # (rows, columns), NaN where no token stands
     grid[row[0][known], column[0][known]] = mean / mean.mean()
     value = Axis("attention", "times the mean", (0.0, float(max(2.0, np.nanmax(grid)))))
     down, across = Axis("row", "patches"), Axis("column", "patches")

@@ -63,8 +63,10 @@ def section(run: Run) -> Section:
 
 def findings(continuity: xr.DataArray, heterogeneity: xr.DataArray) -> tuple[Finding, ...]:
     """Whether a core lasts K steps, and whether layers differ enough to choose for themselves."""
+    # Lags count from 1, so lag K is at place K - 1.
     at_lag = estimate(continuity.isel(lag=REFRESH - 1).sel(p=CORE)).number
     size = heterogeneity.sizes["layer"]
+    # Without the diagonal: a layer agrees with itself wholly, which would raise the mean.
     pairs = xr.DataArray(~np.eye(size, dtype=bool), dims=("layer", "other_layer"))
     between = estimate(heterogeneity.sel(p=CORE).where(pairs)).number
     limit = midway(CORE)
@@ -103,6 +105,7 @@ def _first(continuity: xr.DataArray) -> float:
 
 
 def _prefill(run: Run) -> tuple[Line, ...]:
+    # Step 0 is the prompt row itself.
     overlap = run["ppci_prefill"].sel(step=slice(1, None))
     lines: list[Line] = []
     for slot, p in enumerate(overlap["p"].values):

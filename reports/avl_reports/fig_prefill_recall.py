@@ -18,6 +18,7 @@ _KEPT = Axis("image tokens kept (S)", "share", (0.0, 1.0))
 
 def section(run: Run) -> Section:
     """Attention and core tokens that prefill's choice still catches, against S and by layer."""
+    # Both by layer and share kept (`secondary`); recall also by size of the decode-time core.
     mass, recall = run["prefill_mass"], run["prefill_recall"]
     if not bool(np.isfinite(mass).any()):
         raise NotMeasured("nothing was decoded, so prefill's choice cannot be held against it")
@@ -77,6 +78,7 @@ def section(run: Run) -> Section:
 
 
 def _chance(lines: tuple[Line, ...]) -> Line:
+    # Tokens kept at random catch the share that is kept, which is x itself.
     return constant("random tokens", lines[0].x, lines[0].x)
 
 

@@ -32,6 +32,7 @@ def section(run: Run) -> Section:
     )
     caption = Caption(what, found.sizes["sample"], run.model, METHOD)
     figure = Figure("relevance", "Relevance maps of a word", panels, caption, columns=4)
+    # (samples,) whether the strongest token of each map is on what the word is about
     raw, chefer = (found["pointing_all"].sel(map=name).values for name in ("raw", "chefer"))
     gain = paired_difference(chefer, raw)
     finding = Finding(
@@ -40,6 +41,7 @@ def section(run: Run) -> Section:
         f" {100 * float(np.nanmean(chefer)):.0f} % of questions, raw attention (mean over layers)"
         f" in {100 * float(np.nanmean(raw)):.0f} %; the difference: {gain.words('%')}.",
         "relevance propagation gains nothing",
+        # The finding is about ranking by raw attention, so a gain of relevance speaks against it.
         judge(gain, "at most", 0.0),
     )
     return Section(QUESTION, figure, (finding,), _sentence(found))
@@ -48,6 +50,7 @@ def section(run: Run) -> Section:
 def _sentence(found: xr.Dataset) -> str:
     """Which map points best in which layer."""
     means = found["pointing"].mean("sample")
+    # Maps by layers, cut down to those that hold the maximum; of several the first is named.
     best = means.where(means == means.max(), drop=True)
     method, layer = str(best["layered"].values[0]), int(best["layer"].values[0])
     return (
@@ -62,6 +65,7 @@ def _example(found: xr.Dataset) -> tuple[Overlay, ...]:
     facts = [json.loads(str(text)) for text in found["about"].values]
     order = sorted(
         range(len(facts)),
+        # 9 is behind every place in `_TASKS`; the sort keeps the order of the file otherwise.
         key=lambda row: _TASKS.index(task) if (task := facts[row].get("task")) in _TASKS else 9,
     )
     for row in order:
@@ -72,8 +76,10 @@ def _example(found: xr.Dataset) -> tuple[Overlay, ...]:
         panels = []
         for method in METHODS:
             values = found["maps"].isel(sample=row).sel(map=method).values
+            # Padding and tokens without a known place, (tokens, 4) edges of NaN, are not drawn.
             kept = np.isfinite(places).all(1)
             patches = Patches(values[kept], places[kept])
+            # Units differ from map to map, so each has its own scale.
             top = float(np.nanmax(patches.values, initial=0.0))
             axis = Axis(METHODS[method], UNITS[method], (0.0, top if top > 0 else 1.0))
             title = f"{METHODS[method]}: “{visible(facts[row]['word'])}”"

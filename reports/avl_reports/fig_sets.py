@@ -28,6 +28,7 @@ def section(run: Run) -> Section:
     assert chosen.picture is not None
     scores = run["image_score"].sel(sample=chosen.name)
     layer = int(scores["layer"].values[scores.sizes["layer"] // 2])
+    # (steps, image tokens); steps behind the end of this answer are NaN and drop out below.
     one = scores.sel(layer=layer).isel(token=image.token).transpose("step", "token").values
     sets = choose_sets(one[np.isfinite(one).all(1)], SECONDARY, CORE, REFRESH)
     frames = tuple(
@@ -41,6 +42,7 @@ def section(run: Run) -> Section:
         )
         for step, classes in enumerate(sets)
     )
+    # The figure shows some steps, first and last among them; the animation shows all.
     picks = np.unique(np.linspace(0, len(frames) - 1, min(SHOWN, len(frames))).round().astype(int))
     figure = Figure(
         "sets",
@@ -84,12 +86,16 @@ def choose_sets(
     new core counts from step t + 1.
     """
     n = scores.shape[1]
+    # What is not held here is dropped for good: later choices are among `held` only.
     held = _best(scores[0], np.arange(n), size_of(secondary, n))
     attended = _best(scores[0], held, min(size_of(core, n), held.size))
     classes = np.zeros(scores.shape, dtype=np.int64)
     for step in range(len(scores)):
+        # The core lies within the held tokens, so it is written over them.
         classes[step, held] = 1
         classes[step, attended] = 2
+        # After the classes of this step, because a refresh step reads all held tokens and its core
+        # counts from the next step on.
         if refresh > 0 and step > 0 and step % refresh == 0:
             attended = _best(scores[step], held, attended.size)
     return classes
@@ -111,6 +117,7 @@ def _longest(run: Run) -> tuple[Example, ImageTokens]:
     ]
     if not able or max(len(example.words) for example in able) < 2:
         raise NotMeasured(missing(run, "an answer of at least two words"))
+    # Rightness comes before length.
     best = max(able, key=lambda example: (example.correct, len(example.words)))
     return best, places[best.name]
 

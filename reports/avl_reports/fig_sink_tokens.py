@@ -107,6 +107,7 @@ def birth_difference(study: xr.Dataset) -> Estimate[float]:
 
 
 def _loss(study: xr.Dataset, condition: str) -> Estimate[float]:
+    # The change is below 0 where the answer loses; a loss is above.
     return mean_interval(-study["log_prob_change"].sel(condition=condition).values)
 
 
@@ -118,8 +119,11 @@ def sentence(study: xr.Dataset) -> str:
         parts.append("The model's own first token is massive in no dimension, so no image token is")
         parts[-1] += " a sink by that signature."
     signature = str(study.attrs["signature"])
+    # (samples, layers, image tokens)
     found = flags(study, signature)
+    # A token that is a sink in any layer counts once.
     per_question = float(found.any("layer").sum("token").mean())
+    # NaN where a token is no sink, or where it is not known what it shows.
     known = study["on_object"].where(found)
     parts.append(f"By {signature}, {per_question:.1f} image tokens of a question are sinks.")
     if bool(np.isfinite(known).any()):
@@ -144,6 +148,7 @@ def _mass(study: xr.Dataset) -> tuple[Line, ...]:
     total = study["image_mass"].transpose("sample", "layer")
     arrays = {"all image tokens": (total, 0)}
     for signature in SIGNATURES:
+        # Without such a sink the curve would repeat the one of all tokens.
         if bool(flags(study, signature).any()):
             on_sinks = mass_on_sinks(study, signature).transpose("sample", "layer")
             arrays[WITHOUT[signature]] = (total - on_sinks, SLOTS[signature])

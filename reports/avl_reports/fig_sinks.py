@@ -41,7 +41,9 @@ def section(run: Run) -> Section:
         ),
     )
     efficiency = per_sample(run.decode("efficiency"), ("key_modality",))
+    # Averaged as a logarithm, so that a ratio and its inverse count alike.
     ratio = np.log(efficiency.sel(key_modality="system") / efficiency.sel(key_modality="image"))
+    # One sample with an infinite logarithm would make the mean infinite, without an interval.
     times = estimate(ratio.where(np.isfinite(ratio))).number.exp()
     finding = Finding(
         "System tokens are always kept",

@@ -56,6 +56,9 @@ def section(run: Run) -> Section:
     return Section(
         QUESTION,
         figure,
+        # The maps above let every head and row have negligible keys of its own. A policy that holds
+        # one set per layer needs tokens that are negligible, in the mean over heads, at every
+        # decode step; the finding is about those.
         (finding(run["shared_sparsity"]),),
         "The effective number of keys is the exponential of the entropy.",
     )

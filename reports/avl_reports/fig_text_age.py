@@ -65,6 +65,7 @@ def _profile(run: Run, phase: str) -> tuple[Line, ...]:
     shown = run["text_age_profile"].sel(age_phase=phase)
     ages = np.asarray(shown["age"].values)
     means = estimate(shown, ("age",), least=least(run))
+    # Both axes are logarithmic; age 0 is a token's weight on itself and enters no fit either.
     keep = np.isfinite(means.mean.values) & (ages > 0) & (means.mean.values > 0)
     if not keep.any():
         raise NotMeasured(f"no text token was attended to by another one ({phase})")
@@ -77,6 +78,8 @@ def _fits(run: Run, phase: str, ages: np.ndarray, weights: np.ndarray) -> list[L
 
     The height is set so that the mean logarithm agrees with the curve.
     """
+    # Sums of weights and numbers of pairs, (ages,) each: the fit weighs every age by its pairs,
+    # which the means over samples no longer show.
     sums = run.recording.data["sums"]
     parts = [
         sums[name].sel(age_phase=phase).sum(("sample", "layer", "head")).values
@@ -88,7 +91,10 @@ def _fits(run: Run, phase: str, ages: np.ndarray, weights: np.ndarray) -> list[L
         names, decay_fits(AGE_STARTS, *parts), strict=True
     ):
         if np.isfinite(rate):
+            # `decay_fits` gives rates and no height. The curve is a mean over samples, the fit one
+            # over weights, so the two heights could differ.
             level = np.exp(np.mean(np.log(weights) + rate * x))
+            # Infinite where the fitted weight does not fall.
             decays = np.isfinite(half_life)
             life = f"half-life {half_life:.3g} tokens, " if decays else "no decay, "
             label = f"{name}: {life}R² {r2:.2f}"

@@ -21,6 +21,7 @@ def section(run: Run) -> Section:
     for name in ("image", "text"):
         one = estimate(plain.sel(key_modality=name), ("layer",))
         both.append(curve(f"{name}, attention", one, "layer", SLOTS[name]))
+    # Colours other than those of the modalities, which the plain curves have.
     for slot, name in ((6, "image"), (5, "text")):
         one = estimate(weighted.sel(key_modality=name), ("layer",))
         both.append(curve(f"{name}, value-weighted", one, "layer", slot))

@@ -42,6 +42,7 @@ def section(run: Run) -> Section:
     overlays = _overlays(run, shown, tokens, layer)
     panels: list[Panel] = [*overlays, _strip(run, shown, layer), _by_layer(run), _cores(run)]
     known = int(np.isfinite(mass).any(("layer", "step", "frame")).sum())
+    # Frames per group of tokens, rounded up because the last group may hold fewer.
     together = -(-len(shown.frames) // len(tokens))
     grouped = (
         f" This model makes one token of a patch in {together} frames; of each group the first"
@@ -77,12 +78,15 @@ def section(run: Run) -> Section:
 
 def _frames(run: Run, name: str) -> list[ImageTokens]:
     """The frames of a sample's first video, in order; none without a video of known places."""
+    # `frame` is -1 for pictures.
     images = [i for i in images_of(run.recording.tokens.sel(sample=name)) if i.frame >= 0]
+    # Further videos of the sample are left out: an example keeps the frames of one.
     return [i for i in images if i.image == images[0].image and i.placed]
 
 
 def _layer(run: Run) -> int:
     """The layer with most attention on frames, over all samples."""
+    # With `min_count` a sample without a video stays NaN; a plain sum would count it as 0.
     mass = run["frame_mass"].sum("frame", min_count=1).mean(("sample", "step"))
     return int(mass["layer"].values[int(np.nanargmax(mass.values))])
 
@@ -91,7 +95,9 @@ def _overlays(
     run: Run, example: Example, tokens: list[ImageTokens], layer: int
 ) -> tuple[Overlay, ...]:
     """The frames with what the first answer token looked at, on one scale."""
+    # Step 0 is the last prompt row, which produces the first word: (image tokens,).
     scores = run["image_score"].sel(sample=example.name, layer=layer).values[0]
+    # Over all frames, also those not drawn, so that shares of different frames can be compared.
     total = sum(float(np.nansum(scores[frame.token])) for frame in tokens)
     value = Axis("attention on the patch", "share", (0.0, 1.0))
     together = -(-len(example.frames) // len(tokens))
@@ -99,6 +105,7 @@ def _overlays(
     panels = []
     for number in picked:
         frame = tokens[int(number)]
+        # The first of the frames that this group of tokens stands for.
         at = int(number) * together
         weights = scores[frame.token] / total if total > 0 else scores[frame.token]
         panels.append(
@@ -124,6 +131,7 @@ def _strip(run: Run, example: Example, layer: int) -> Heat:
     mass = run["frame_mass"].sel(sample=example.name, layer=layer)
     values: NDArray[np.float64] = mass.transpose("step", "frame").values.astype(np.float64)
     values = values[: max(1, min(len(example.words), MOST_WORDS))]
+    # The dimension is padded to the longest video of the recording.
     values = values[:, np.isfinite(values).any(0)]
     words = [visible(word) for word in example.words[: len(values)]] or ["first word"]
     ticks = tuple((float(step), word) for step, word in enumerate(words))
@@ -159,6 +167,7 @@ def _cores(run: Run) -> Lines:
         by_lag = estimate(overlap.sel(core=core), ("frame_lag",), least=least(run))
         known = reached(by_lag, "frame_lag")
         line = curve(f"core {100 * core:.0f} %", known, "frame_lag", slot + 1)
+        # A random core of a share of the tokens has that share in common with any other.
         lines += [line, constant("random core", line.x, core)]
     return Lines(
         Axis("distance in time", "frames"), share("core shared"), tuple(lines), title="cores"

@@ -57,11 +57,15 @@ def judge(
 
     An interval without width is undecided, so that "above 0" and "at least 0" are one question.
     """
+    # Samples that all give one number say nothing about how others would differ.
     if not interval.known or interval.low >= interval.high:
         return Verdict.UNDECIDED
+    # Moved so that the threshold lies at 0.
     low, high = interval.low - threshold, interval.high - threshold
     if side == "at most":
+        # “At most” is “at least” of the mirrored number; mirrored bounds change places.
         low, high = -high, -low
+    # A bound exactly at the threshold counts as on the right side.
     if low >= 0:
         return Verdict.SUPPORTED
     return Verdict.NOT_SUPPORTED if high < 0 else Verdict.UNDECIDED
@@ -74,6 +78,8 @@ def judge_within(interval: Estimate[float], bound: float) -> Verdict:
 
 def judge_all(verdicts: Iterable[Verdict]) -> Verdict:
     """Verdict on several statements together: supported if all are, not supported if one is not."""
+    # One statement that fails decides, also beside undecided ones. No statement at all is
+    # undecided.
     together = set(verdicts)
     if Verdict.NOT_SUPPORTED in together:
         return Verdict.NOT_SUPPORTED

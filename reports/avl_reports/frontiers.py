@@ -40,6 +40,7 @@ class Frontier:
     @property
     def origin(self) -> Origin:
         """The model it was measured on."""
+        # The settings are kept as the text of a call, the model's name among its arguments.
         named = re.search(r"\bmodel='([^']*)'", str(self.about.get("settings") or ""))
         revision = str(self.about.get("model_revision") or "")
         return Origin("the frontier", named[1] if named else "", revision)
@@ -64,6 +65,8 @@ class Frontier:
 
         Those with longer answers, or all if there are none.
         """
+        # Where all tasks are answered in one token they are pooled all the same, to have something
+        # to show; `telling` is then False, and figures draw no verdict.
         alone = self.one_token_tasks
         return [task for task in self.tasks if task not in alone] or self.tasks
 
@@ -75,12 +78,16 @@ class Frontier:
     @property
     def questions(self) -> int:
         """How many questions of the pooled tasks each point was asked."""
+        # Every point is asked the same questions, so the first one stands for all.
         first = self.points[0]
         return int(sum(np.isfinite(self.right(first, [task])).sum() for task in self.pooled))
 
     def right(self, point: Point, tasks: Sequence[str] | None = None) -> np.ndarray:
         """(questions,) 1 right, 0 wrong, NaN not measured, task after task; None: pooled tasks."""
+        # Task after task in the order of `tasks`, each in the order of its questions: two points
+        # then have the same question in the same place, which the paired intervals rely on.
         letters = "".join(str(line["right"]) for line in self._cells(point, tasks))
+        # “-” stands for a question that was not measured.
         return np.array([{"1": 1.0, "0": 0.0}.get(letter, np.nan) for letter in letters])
 
     def accuracy(self, point: Point, tasks: Sequence[str] | None = None) -> Estimate[float]:
@@ -95,6 +102,7 @@ class Frontier:
         Keys kept in few bits count with the bytes they take. What other rows of the batch held, and
         empty slots, do not count.
         """
+        # Every task weighs the same, however many questions it has.
         known = [line["bytes"] for line in self._cells(point, tasks) if line["bytes"] is not None]
         return float(np.mean(known)) if known else float("nan")
 
@@ -125,6 +133,7 @@ class Frontier:
 
     def equal_bytes(self, one: Point, other: Point) -> bool:
         """Whether two points use equally many bytes, to within `EQUAL_BYTES` of the smaller."""
+        # NaN fails the comparison, so points whose bytes are unknown are not called equal.
         sizes = sorted((self.bytes(one), self.bytes(other)))
         return sizes[1] <= (1 + EQUAL_BYTES) * sizes[0]
 

@@ -118,6 +118,7 @@ def read_further(named: Iterable[str]) -> dict[str, xr.Dataset]:
     """
     found = {}
     for text in named:
+        # Cut at the first sign only: the path may hold further ones.
         name, equals, path = text.partition("=")
         if not equals or name not in KINDS:
             raise InputError(

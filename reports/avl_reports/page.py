@@ -48,9 +48,11 @@ def render(
     environment = Environment(
         loader=PackageLoader("avl_reports", "templates"),
         autoescape=True,
+        # A name that the template is not given is an error here and not an empty place on the page.
         undefined=StrictUndefined,
         trim_blocks=True,
     )
+    # A no-break space, so that no line ends between a number and its per cent sign.
     environment.filters["close"] = lambda text: str(text).replace(" %", "\u00a0%")
     findings = [finding for section in sections.values() for finding in section.findings]
     templates = resources.files("avl_reports") / "templates"
@@ -72,8 +74,10 @@ def render(
             f"Made by avl from {run.n} recorded samples. The folder this page was made in also"
             " holds every figure as PDF, SVG and PNG, the numbers and the recording."
         ),
+        # These two enter unescaped; they come from the package, not from a recording.
         css=(templates / "page.css").read_text("utf-8"),
         script=(templates / "page.js").read_text("utf-8"),
+        # Compressed, the library takes a third of its size; the script of the page unpacks it.
         plotly=_packed(draw_plotly.library().encode()),
         svgs=svgs,
         colours=json.dumps(_colours()),
@@ -93,6 +97,7 @@ def _glance(sections: Mapping[str, Section]) -> list[dict[str, Any]]:
         if name not in figures or len(found) == GLANCED:
             continue
         section = figures[name]
+        # Pictures without a map only show the question.
         panels = [
             panel
             for panel in section.figure.panels
@@ -106,6 +111,7 @@ def _glance(sections: Mapping[str, Section]) -> list[dict[str, Any]]:
 
 def _packed(data: bytes) -> str:
     """Base64 of the gzip, the same for the same content."""
+    # gzip writes the time into its header unless told otherwise.
     return base64.b64encode(gzip.compress(data, mtime=0)).decode("ascii")
 
 
@@ -127,6 +133,7 @@ def _view(name: str, section: Section, svgs: Mapping[str, str]) -> dict[str, Any
         "classes": _classes(figure),
         "table": section.table,
         "csv": (
+            # Inside the page, because it may be sent without its folder.
             "data:text/csv;base64," + base64.b64encode(csv_text(figure).encode()).decode("ascii")
         ),
         "drawn": figure.name in svgs,
@@ -144,8 +151,10 @@ def _plot(panel: Panel, name: str) -> dict[str, str]:
         plot.update_layout(showlegend=False)  # the figure's own legend stands below all pictures
     size = f"height: {plot.layout.height}px"
     if isinstance(panel, Overlay):
+        # A picture is (height, width, 3).
         size = f"aspect-ratio: {panel.picture.shape[1]} / {panel.picture.shape[0]}"
     title = "" if isinstance(panel, Animation) else panel.title
+    # Maps with named columns, of words or policies for example, take the whole width.
     wide = isinstance(panel, Heat) and panel.x.ticks is not None
     return {
         "id": f"plot-{name}",
@@ -170,6 +179,7 @@ def _legend(figure: Figure) -> str:
         for p in figure.panels
         if isinstance(p, Overlay) and not p.classes
     }
+    # Pictures on different scales have no common sentence.
     if len(scales) != 1:
         return ""
     text, limits = scales.pop()
@@ -198,6 +208,7 @@ def _samples(run: Run) -> list[dict[str, str]]:
         shown.append(
             {**fields, "picture": "" if example.picture is None else data_uri(example.picture, 96)}
         )
+    # Without any known question the table would be names alone.
     return shown if any(sample["prompt"] for sample in shown) else []
 
 
@@ -206,6 +217,8 @@ def _colours() -> list[tuple[str, str]]:
     pairs = []
     for light, dark in palette.dark_pairs():
         pairs.append((light, dark))
+        # The page exchanges colours in the text of the plots, where translucent ones are written as
+        # rgba with an opacity of their own behind.
         starts = ["rgba({},{},{},".format(*palette.rgb(colour)) for colour in (light, dark)]
         pairs.append((starts[0], starts[1]))
     return pairs

@@ -22,6 +22,7 @@ from avl_reports.run import NotMeasured, Run, Section
 def labels(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
     """What tells two recordings apart: their models, else their policies, else their files."""
     policies = [str(run.recording.attrs.get("policy") or "full cache") for run in runs]
+    # The first kind of name in which the two differ.
     for names in ([run.model for run in runs], policies, list(files)):
         if len(set(names)) == len(names):
             return names
@@ -45,12 +46,15 @@ def section(module: ModuleType, runs: Sequence[Run], names: Sequence[str]) -> Se
         try:
             both.append(module.section(run))
         except NotMeasured as error:
+            # NotAsked becomes NotMeasured here: a question that does not arise for one of the two
+            # is listed with its reason and not left out without a word.
             raise NotMeasured(f"{name}: {error}") from error
     left, right = (one.figure.panels for one in both)
     if [type(panel) for panel in left] != [type(panel) for panel in right]:
         raise NotMeasured("the two recordings give figures with different panels")
     panels: list[Panel] = []
     for pair in zip(left, right, strict=True):
+        # Left, right, left, right: with two columns each panel stands beside its counterpart.
         panels += [
             _named(panel, name) for panel, name in zip(_one_scale(*pair), names, strict=True)
         ]
@@ -69,6 +73,7 @@ def section(module: ModuleType, runs: Sequence[Run], names: Sequence[str]) -> Se
         for one, name in zip(both, names, strict=True)
         for finding in one.findings
     )
+    # Without tables and animations, which are of one recording.
     return Section(both[0].question, figure, findings, both[0].text)
 
 
@@ -93,12 +98,15 @@ def _one_scale(left: Panel, right: Panel) -> tuple[Panel, Panel]:
         return replace(left, value=value), replace(right, value=value)
     if isinstance(left, Bars) and isinstance(right, Bars):
         drawn = [bar.values for p in (left, right) for bar in p.bars]
+        # Bars start at 0, so 0 belongs to the range.
         value = _limits(left.value, [*drawn, np.zeros(1)])
         return replace(left, value=value), replace(right, value=value)
     return left, right
 
 
 def _together(left: Axis, right: Axis, series: Sequence[object]) -> Axis:
+    # A margin below the smallest value could reach 0, which a logarithmic axis does not have. Only
+    # limits that the panels bring are joined.
     if left.log or right.log:
         known = [axis.limits for axis in (left, right) if axis.limits is not None]
         low = [limits[0] for limits in known]
@@ -116,6 +124,8 @@ def _together(left: Axis, right: Axis, series: Sequence[object]) -> Axis:
 def _limits(axis: Axis, arrays: Sequence[np.ndarray]) -> Axis:
     """The axis with the range of the values, unless it has limits already."""
     known = np.concatenate([np.ravel(array)[np.isfinite(np.ravel(array))] for array in arrays])
+    # The axis stays as it is where a panel brings limits, or where equal values give no range; in
+    # the second case the drawing chooses.
     if axis.limits is not None or not known.size or known.min() == known.max():
         return axis
     margin = 0.05 * (known.max() - known.min())

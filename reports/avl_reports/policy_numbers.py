@@ -34,6 +34,7 @@ def color_slot(label: str) -> int:
     Args:
         label: what the policy is called in figures.
     """
+    # `PAPER` is the name of a setting, not of a policy, so the registry gives it no style.
     return {**color_slots(), PAPER: _PAPER_SLOT}.get(label, 0)
 
 

@@ -46,7 +46,9 @@ def condense(source: Path, target: Path = FOLDER, frontier: Path | None = None) 
         raise InputError(f"{source} is no folder that avl report wrote: it has no provenance.json")
     known = json.loads(about.read_text(encoding="utf-8"))
     comparison, held = source / "compare.nc", frontier or source / "frontier.jsonl"
+    # By length first: ablation.json, ablation-2.json, ..., ablation-10.json.
     silenced = sorted(source.glob("ablation*.json"), key=lambda path: (len(path.name), path.name))
+    # Drawings that an earlier report left here would be put into the new page.
     shutil.rmtree(target / "figures", ignore_errors=True)
     built = build(
         load_recording(source / "run.nc"),
@@ -56,11 +58,14 @@ def condense(source: Path, target: Path = FOLDER, frontier: Path | None = None) 
         frontier=load_frontier(held) if held.exists() else None,
         further=found_in(source),
         title=known["title"],
+        # Those that measured, not the one that condenses.
         commands=known["commands"],
         formats=(),
     )
     for name in _LARGE:
+        # `build` writes everything it was given; what is large goes again.
         (target / name).unlink(missing_ok=True)
+    # Without formats no animation is drawn, so the one of the source is taken.
     if (moving := source / "figures" / _ANIMATION).exists():
         shutil.copyfile(moving, target / "figures" / _ANIMATION)
     return built
@@ -77,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         built = condense(given.source, given.out, given.frontier)
+    # InputError and NotMeasured are ValueErrors.
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -127,6 +127,8 @@ class Run:
     ) -> None:
         if not len(recording):
             raise NotMeasured("the recording holds no samples, so there is nothing to report")
+        # Numbers of two models must not stand in one report. What a file does not say about its
+        # model is not held against it (`check_same_model`).
         origin = Origin.of_attrs("the recording", recording.attrs)
         for part in (comparison, *ablations, frontier):
             if part is not None:
@@ -168,6 +170,7 @@ class Run:
     def further(self, name: str) -> xr.Dataset:
         """A measurement of `avl_reports.further`. Raises NotMeasured if there is none."""
         if name not in self._further:
+            # The message names the command that makes the file.
             raise NotMeasured(KINDS[name].missing)
         return self._further[name]
 
@@ -192,6 +195,8 @@ class Run:
 
         Raises NotMeasured if nothing was decoded.
         """
+        # Labels, not places: step 0 is the last prompt row. A recording that decoded nothing has
+        # step 0 only, or NaN in all others.
         steps = self[name].sel(step=slice(1, None))
         if not steps.sizes["step"] or not bool(np.isfinite(steps).any()):
             raise NotMeasured(
@@ -253,18 +258,23 @@ def example(name: str, facts: Mapping[str, Any], image: ImageTokens | None = Non
     prompt, answer, truth, task = (
         str(facts.get(key) or "") for key in ("prompt", "answer", "truth", "task")
     )
+    # One region for each word; none where the answer is known to be wrong or no part is known.
     regions = tuple(regions_of(facts, image))
     found = Example(
         name, prompt, answer, truth, task, words, boxes_of(facts.get("boxes", ())), regions
     )
+    # Pictures of one's own lie in the recording as thumbnails, while boxes are given in pixels of
+    # the picture that was asked about; `_reduced` brings the two together.
     if not (scene := facts.get("scene")):
         frames = [_thumbnail(address) for address in facts.get("frames", ())]
         found = replace(
             found,
             picture=_thumbnail(facts.get("picture")),
+            # A frame that is not kept as a thumbnail drops out, and those behind it move forward.
             frames=tuple(frame for frame in frames if frame is not None),
         )
         return _reduced(found, facts.get("picture_size"))
+    # Drawn again in full size from seed and index, so boxes fit without a change.
     drawn = scenes.generate(int(scene["seed"]), int(scene["index"]), scene["task"])
     return replace(found, picture=drawn.image)
 
@@ -274,9 +284,12 @@ def _reduced(found: Example, size: Any) -> Example:
 
     `size` is that of the picture they were given for.
     """
+    # The first frame stands for all frames of a video.
     shown = found.picture if found.picture is not None else next(iter(found.frames), None)
     if shown is None or not size:
         return found
+    # Thumbnail pixels per pixel of the picture; `size` is (width, height), a shape (height, width,
+    # 3).
     wide, high = shown.shape[1] / size[0], shown.shape[0] / size[1]
 
     def on_thumbnail(boxes: tuple[Box, ...]) -> tuple[Box, ...]:
@@ -291,6 +304,7 @@ def _reduced(found: Example, size: Any) -> Example:
 
 def _thumbnail(address: object) -> NDArray[np.uint8] | None:
     """A picture kept as a "data:" address."""
+    # Paths and web addresses are not followed: a report shows nothing from outside the recording.
     if not isinstance(address, str) or not address.startswith("data:image/"):
         return None
     return np.asarray(open_image(base64.b64decode(address.partition(",")[2])))

@@ -29,6 +29,7 @@ def write_section(section: Section, folder: Path, formats: tuple[str, ...] = FOR
     """
     figure = section.figure
     paths = save(figure, folder, formats)
+    # No formats means no drawings, moving ones among them: numbers and words only.
     if section.moving is not None and formats:
         paths += [
             save_animation(section.moving, folder / f"{figure.name}.{kind}") for kind in MOVING
@@ -48,6 +49,7 @@ def write_section(section: Section, folder: Path, formats: tuple[str, ...] = FOR
 def csv_text(figure: Figure) -> str:
     """Every number of a figure as CSV."""
     text, table = io.StringIO(), rows(figure)
+    # A figure without numbers still gets a header, so that the file can be read as CSV.
     writer = csv.DictWriter(text, list(table[0]) if table else ["panel"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(table)
@@ -56,6 +58,7 @@ def csv_text(figure: Figure) -> str:
 
 def run_script(section: Callable[[Run], Section], arguments: Sequence[str] | None = None) -> None:
     """Draw one figure from the command line; a mistake is one line on stderr and exit code 2."""
+    # The first line of a figure module is its question, which --help then shows.
     parser = argparse.ArgumentParser(description=sys.modules[section.__module__].__doc__)
     parser.add_argument("recording", help="file written by avl record or avl report (run.nc)")
     parser.add_argument("--comparison", help="file written by avl compare --out compare.nc")
@@ -77,6 +80,7 @@ def run_script(section: Callable[[Run], Section], arguments: Sequence[str] | Non
             given.recording, given.comparison, given.ablation, given.frontier, given.further
         )
         made = section(run)
+    # InputError and NotMeasured are ValueErrors; line breaks go, so that the message is one line.
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

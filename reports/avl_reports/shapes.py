@@ -27,6 +27,7 @@ def log_share(label: str, lines: Iterable[Line]) -> Axis:
 
     Intervals that reach towards zero do not stretch it.
     """
+    # Means only: intervals may reach towards 0, where a logarithmic axis has no end.
     values = np.concatenate([line.y[np.isfinite(line.y) & (line.y > 0)] for line in lines])
     if not values.size:
         return share(label)
@@ -69,6 +70,8 @@ def modality_curves(
 def reached(estimate: Estimate, along: str) -> Estimate:
     """The estimate without the tail that too few samples reach."""
     other = [dim for dim in estimate.mean.dims if dim != along]
+    # Places at which any of the other dimensions has a value. Gaps before the last one stay; one
+    # place is kept where there is none, because a curve needs one.
     known = np.flatnonzero(np.isfinite(estimate.mean).any(other))
     stop = int(known[-1]) + 1 if known.size else 1
     return estimate.map(lambda part: part.isel({along: slice(0, stop)}))
@@ -84,6 +87,7 @@ def matrix(
 ) -> Heat:
     """An estimate over two dimensions as a map; values are written in where there is room."""
     values, low, high = (a.transpose(rows, columns).values for a in (one.mean, one.low, one.high))
+    # (rows, columns); with more than twelve columns the numbers would not fit into the cells.
     return Heat(x, y, value, values, low, high, annotate=values.shape[1] <= 12, title=title)
 
 
