@@ -98,6 +98,7 @@ def plot_video(
         InputError: no video in the prompt, or not known where its tokens lie, or a token, layer or
             head that is not there.
     """
+    # Indices into `seen.images` that are frames; of these, the frames of the first video.
     timed = [number for number in seen.drawable if seen.images[number].frame >= 0]
     timed = [one for one in timed if seen.images[one].image == seen.images[timed[0]].image]
     if not timed:
@@ -105,8 +106,10 @@ def plot_video(
             "no video with known places of its tokens was asked about: pass the answer to a"
             " question about a Video"
         )
+    # Frames that share their tokens, rounded up, because the last group may be smaller.
     together = -(-len(frames) // len(timed))
     look = np.nan_to_num(seen.look(token, layer, head))
+    # One scale for all frames.
     top = max(float(look[seen.images[one].position].max()) for one in timed)
     picked = np.linspace(0, len(timed) - 1, min(MOST_FRAMES, len(timed))).round().astype(int)
     panels: list[Panel] = []
@@ -116,6 +119,7 @@ def plot_video(
             looks.token_overlay(
                 frames[at],
                 seen.on_image(look, timed[number]),
+                # A slice, so that without boxes it is empty.
                 boxes=tuple(boxes[at : at + 1]),
                 title=f"frame {number}, {look[tokens.position].sum():.1%}",
                 top=top,
@@ -143,6 +147,7 @@ def _over_time(
     """
     words = [visible(word) for word in seen.answer.words[: seen.steps]]
     rows = [np.nan_to_num(seen.look(step, layer, head)) for step in range(max(1, len(words)))]
+    # (answer tokens, frames)
     mass = np.array([[row[seen.images[one].position].sum() for one in timed] for row in rows])
     return Heat(
         Axis("frame", "index", ticks=tuple((float(i), str(i)) for i in range(len(timed)))),
@@ -275,6 +280,7 @@ def plot_choices(seen: Observation, token: int) -> Plot:
         horizontal=True,
         title=f"instead of token {token}",
     )
+    # Choices include that of the end of the answer, which has no word.
     written = np.array([one.probability for one in choices[: len(seen.answer.words)]])
     likeliest = np.array([one.probabilities[0] for one in choices[: len(seen.answer.words)]])
     series = {"of the token written": written, "of the likeliest token": likeliest}
@@ -337,6 +343,7 @@ def plot_lens(seen: Observation, found: Lens) -> Plot:
         ),
         Axis("layer", "index"),
         Axis("probability", "share", (0.0, 1.0)),
+        # (layers, answer tokens)
         found.written[: len(steps)].T.astype(np.float64),
         upward=True,
     )
@@ -410,6 +417,7 @@ def plot_words(seen: Observation, layer: int | None = None, head: int | None = N
     rows = []
     for step in steps:
         look = seen.look(step, layer, head)
+        # The row that writes token `step` is at position prompt + step - 1 and reads no later key.
         unread = np.arange(look.size) >= seen.prompt + step
         parts = [
             np.nan_to_num(look[seen.modality == kind]).sum()
@@ -435,6 +443,7 @@ def _word(seen: Observation, token: int) -> str:
 
 def _largest(seen: Observation, row: NDArray[np.float64]) -> float:
     """Attention on the patch of the first image that gets most."""
+    # Not 0 where the image got no attention, because the value is the end of a scale.
     return float(np.nanmax(row[seen.image == 0], initial=1e-6))
 
 

@@ -63,6 +63,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         unfinished = _new_name(target)
         try:
             with open(unfinished, "xb") as file:
+                # Written and forced to the disk, because a full disk may show only then.
                 file.write(b"\0" * 4096)
                 file.flush()
                 os.fsync(file.fileno())
@@ -99,9 +100,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         unfinished = _new_name(target)
         try:
             yield unfinished
+            # The content must be on the disk before the name is, or a loss of power leaves an empty
+            # file.
             with open(unfinished, "rb") as written:
                 os.fsync(written.fileno())
             if target.exists():
+                # The new file has the rights of a new file; those of the old one are kept.
                 os.chmod(unfinished, stat.S_IMODE(target.stat().st_mode))
             os.replace(unfinished, target)
             _sync(target.parent)
@@ -163,6 +167,7 @@ def _take_place(new: Path, target: Path) -> None:
         try:
             os.rename(new, target)
         except BaseException:
+            # Interruptions included: the old folder gets its name back whatever went wrong.
             os.rename(aside, target)
             raise
         shutil.rmtree(aside, ignore_errors=True)
@@ -293,6 +298,7 @@ class _Forgiving(io.RawIOBase):
         except OSError as error:
             self.failure = error
         if done < len(content):
+            # The rest of this write; `readinto` lays it over what the disk holds.
             self._kept.append((start + done, bytes(content[done:])))
             self._end = max(self._end, start + len(content))
             self.raw.seek(start + len(content))
@@ -302,6 +308,7 @@ class _Forgiving(io.RawIOBase):
         into, start = memoryview(buffer).cast("B"), self.tell()
         got = self.raw.readinto(into) or 0
         if self._kept:
+            # Behind the end of the real file, zeros stand where nothing was kept.
             into[got:] = bytes(len(into) - got)
             got = len(into)
             for place, content in self._kept:
@@ -371,6 +378,7 @@ def _remove_leftovers(target: Path) -> None:
 
 def _runs(process: int) -> bool:
     try:
+        # Signal 0 is not delivered; it only asks whether there is such a process.
         os.kill(process, 0)
     except ProcessLookupError:
         return False

@@ -237,6 +237,7 @@ class Observation:
             )
         if head is not None and not 0 <= head < self.heads:
             raise InputError(f"head {head} is not there: heads 0 to {self.heads - 1} were watched")
+        # (layers, heads, positions); a list with one index keeps the dimension it selects from.
         rows = self.weights[step].astype(np.float64)
         rows = rows if layer is None else rows[[self.layers.index(layer)]]
         rows = rows if head is None else rows[:, [head]]
@@ -517,6 +518,7 @@ class _FollowTokens(StoppingCriteria):
         self.seconds: tuple[float, ...] = ()
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        # Taken first: what follows is not the model's time and is added to `paused`.
         now = time.perf_counter()
         self.seconds = (*self.seconds, now - self.start - self.paused)
         if self.next_tokens is not None:
@@ -596,6 +598,7 @@ def _words(vlm: VLM, ids: Sequence[int], ends: Sequence[int]) -> list[str]:
 
 def _pieces(vlm: VLM, ids: Sequence[int]) -> list[str]:
     """Text of each prompt token by itself, special ones by name."""
+    # Tokenizers mark a blank in front of a word with "▁" or "Ġ", and a line break with "Ċ".
     names = vlm.processor.tokenizer.convert_ids_to_tokens(list(ids))
     return [
         str(name).replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")

@@ -68,6 +68,7 @@ def map_overlay(
     """
     patches = found.patches(method, layer, head, number)
     largest = float(np.nanmax(patches.values, initial=0.0))
+    # Limits must differ, also for a map without a positive value.
     axis = Axis(METHODS[method], UNITS[method], (0.0, largest if largest > 0 else 1.0))
     return Overlay(image, axis, patches, boxes=boxes, title=METHODS[method])
 
@@ -169,6 +170,7 @@ def grounding(
     """
     layers = chosen.sums["layer"].values
     every = [(int(layer), head) for layer in layers for head in range(chosen.sums.sizes["head"])]
+    # A fixed seed: the same recording and heads give the same random sets and so the same figure.
     rng = np.random.default_rng(0)
     sets: dict[str, Sequence[Head]] = {SETS[0]: chosen.heads, SETS[1]: every}
     for number in range(RANDOM):
@@ -176,6 +178,8 @@ def grounding(
         sets[f"random {number}"] = [every[index] for index in drawn]
     found = ground(recording, sets, samples)
     pointing, iou = (
+        # Rows are sets, in the order they were given: the first two stay, all random ones become
+        # their mean. Transposed to (pictures, 3), in the order of `SETS`.
         np.concatenate([found[name].values[:2], found[name].values[2:].mean(0, keepdims=True)]).T
         for name in ("pointing", "iou")
     )
@@ -240,6 +244,7 @@ def plot_patch_words(
     if not 0 <= number < len(found.images) or not found.images[number].placed:
         raise InputError(f"image {number} has no tokens with a known place to write words on")
     tokens = found.images[number]
+    # Probability of the likeliest word at this depth, (tokens of the image,)
     patches = tokens.patches(found.probability[depth, tokens.token, 0])
     overlay = Overlay(
         image,
@@ -285,6 +290,7 @@ def names_panel(result: xr.Dataset) -> Lines:
         own = mean_intervals(part["own"].values)
         slot = KIND_SLOTS.get(kind, 4)
         lines.append(Line(f"its {kind}", depth, own.mean, own.low, own.high, slot=slot))
+    # The baselines share one name, so they share one entry of the legend.
     for kind in map(str, result["kind"].values):
         usual = result["background"].sel(kind=kind).transpose("picture", "depth").values
         mean = mean_intervals(usual).mean

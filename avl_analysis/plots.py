@@ -115,6 +115,7 @@ def plot_overlay(
         **({} if layer is None else {"layer": layer}),
         **({} if head is None else {"head": head}),
     }
+    # Called to refuse labels that are not there; the step is among them, so it adds none.
     chosen_labels(array, labels, None)
     images = images_of(recording.tokens.sel(sample=sample_name))
     if not 0 <= number < len(images):
@@ -129,6 +130,7 @@ def plot_overlay(
     pixels = _picture(recording, sample_name, image)
     where = "mean over layers" if layer is None else f"layer {layer}"
     who = "mean over heads" if head is None else f"head {head}"
+    # Scores are of all image tokens of the prompt in a row; `token` picks those of this image.
     panel = token_overlay(pixels, images[number].patches(values.values[images[number].token]))
     figure = Figure(
         "overlay",
@@ -238,6 +240,7 @@ def plot_frontier(path: str | PathLike[str], tasks: Sequence[str] | None = None)
 
 def _frontier_point(cell: Sequence[Mapping[str, Any]]) -> tuple[float, float, float, float]:
     """Bytes, accuracy and its interval over the pooled questions of one policy and budget."""
+    # A mark per question: 1 right, 0 wrong, "-" not measured, which is left out.
     right = "".join(line["right"] for line in cell).replace("-", "")
     asked, correct = len(right), right.count("1")
     bytes_in_use = float(np.mean([line["bytes"] for line in cell]))
@@ -249,9 +252,11 @@ def _picture(recording: Recording, sample: str, image: ImageSource | None) -> ND
     if image is not None:
         return np.asarray(open_image(image))
     facts = recording.facts(sample)
+    # A scene is drawn again from its seed, which gives the same picture.
     if scene := facts.get("scene"):
         return np.asarray(draw_scene(int(scene["seed"]), int(scene["index"]), scene["task"]).image)
     if "picture" in facts:
+        # The picture is kept as a "data:" address, whose content stands behind the comma.
         return np.asarray(open_image(base64.b64decode(str(facts["picture"]).partition(",")[2])))
     raise InputError(f"sample {sample} keeps no image; pass the image that was asked about")
 

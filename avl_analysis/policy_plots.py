@@ -46,7 +46,9 @@ def color_slot(name: str) -> int:
     slots = color_slots()
     known = [label for label in slots if name == label or name.startswith(f"{label} ")]
     if known:
+        # A label may begin with another label; the longer one is the more exact.
         return slots[max(known, key=len)]
+    # What stands before a budget or settings is the name used on a command line.
     command = re.split(r"[:,(\s]", name, maxsplit=1)[0]
     return slots.get(label_of(command), 0)
 
@@ -93,6 +95,7 @@ def plot_divergence(off: Mapping[str, Disagreement], model: str = "the one shown
     """
     axis = Axis("KL(full || policy)", "nats")
     lines = looks.evolution("divergence", {name: d.kl for name, d in off.items()}, axis)
+    # `evolution` numbers the slots in turn; here every policy gets the one it has everywhere.
     coloured = tuple(replace(line, slot=color_slot(line.name)) for line in lines.lines)
     caption = Caption(
         "KL(full || policy) at every token of the full cache's answer.",

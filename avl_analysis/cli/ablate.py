@@ -93,6 +93,8 @@ def ablate(
         check_target(out, force)
     samples, recorded = read_or_draw(data, scenes, task, "ablation"), None
     told = _recording(recording)
+    # Kinds of heads must not be read from the questions that are asked under ablation. Questions of
+    # a file are divided by `silence` itself.
     if data is None and told is None:
         recorded = read_or_draw(None, max(1, scenes // 2), task, "heads")
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
@@ -118,6 +120,7 @@ def ablate(
             same_layers=same_layers,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            # Kept with the result: the command that makes it again.
             command=shlex.join(
                 [
                     "avl",

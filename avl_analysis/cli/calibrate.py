@@ -87,6 +87,7 @@ def calibrate(
             f"--target {target}: choose a share of the attention between 0 and 1, for example 0.95"
         )
     check_target(out, force)
+    # Each part has at least one scene of a task: the option takes two or more.
     verifying = max(1, scenes // 3)
     if data is None:
         samples = read_or_draw(None, scenes - verifying, task, "calibration")

@@ -109,6 +109,7 @@ def compare(
     if out is not None:
         _check_out(out, force)
     compared = _policies(policy or DEFAULT_POLICIES)
+    # A file brings its own questions, so tasks apply to drawn scenes only.
     tasks = task or (list(ALL_TASKS) if data is None else None)
     samples = read_or_draw(data, scenes, tasks, "comparison")
     _warn_of_seen(policy or DEFAULT_POLICIES, samples)
@@ -135,6 +136,7 @@ def compare(
         f"asked: {comparison.dataset.attrs['questions']}", markup=False, highlight=False
     )
     _show(comparison)
+    # Only after the tables and the file: what the other policies gave is kept.
     failed = comparison.failures
     for name in comparison.policies:
         reasons = failed[failed["policy"] == name]["reason"]
@@ -169,6 +171,7 @@ def _policies(names: list[str] | tuple[str, ...]) -> dict[str, Policy]:
     policies: dict[str, Policy] = {}
     written: dict[str, str] = {}
     for name in names:
+        # A policy file becomes a row under its name without folder and ending, which may collide.
         row = Path(name).stem if name.endswith(".json") else name
         if row in policies:
             raise InputError(
@@ -185,6 +188,7 @@ def _warn_of_seen(names: Sequence[str], samples: Sequence[Sample]) -> None:
     from avl_analysis.evaluation.policy_files import load_evidence
 
     for name in (name for name in names if name.endswith(".json")):
+        # A policy file that was not calibrated has no evidence and names no questions.
         seen = set((load_evidence(name) or {}).get("asked", ()))
         if count := sum(question_digest(sample) in seen for sample in samples):
             typer.echo(

@@ -56,6 +56,7 @@ def record_many(
                 progress=advance,
                 **options,
             )
+    # Raised again, so that the command ends with the exit code of an interruption.
     except KeyboardInterrupt:
         typer.echo(
             f"what was recorded is kept in {out}.parts; the same command goes on from there",

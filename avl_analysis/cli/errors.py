@@ -65,6 +65,8 @@ def errors(
         table = word_errors(
             vlm,
             samples,
+            # The option cannot have this default itself: its module is imported only when the
+            # command runs.
             noise=NOISE if noise is None else noise,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,

@@ -63,6 +63,7 @@ def evaluate(
             "lmms-eval is not installed: pip install 'avl-analysis[lmms]', in an environment of"
             " its own if it asks for other versions"
         )
+    # The stock cache is always measured and comes first: other scores are divided by its scores.
     names = [*dict.fromkeys([STOCK, *(policy or [])])]
     folders: dict[str, str] = {}
     for name in names:
@@ -154,8 +155,10 @@ def _run(
     command += ["--tasks", ",".join(tasks), "--batch_size", "1", "--output_path", str(folder)]
     command += ["--include_path", str(include.resolve())] if include is not None else []
     command += ["--limit", str(limit)] if limit is not None else []
+    # Without --download the libraries may only use what this machine holds.
     offline = {} if download else {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     folder.mkdir(parents=True, exist_ok=True)
+    # The folder may hold the result of an earlier run, which must not be taken for this one's.
     before = newest_result(folder)
     log = folder / "log.txt"
     with log.open("w", encoding="utf-8") as file:
@@ -166,6 +169,7 @@ def _run(
     # lmms-eval may exit with 0 after an error, so only a new result that counts its costs is one.
     if done.returncode or after is None or after == before:
         lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # The last line that names an error, else the last line; all of them are in the log.
         reason = next((line for line in reversed(lines) if "Error" in line), lines[-1:] or "?")
         raise InputError(f"lmms-eval failed with policy {policy}; see {log}: {reason}")
     read_result(after)

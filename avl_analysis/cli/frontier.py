@@ -67,6 +67,7 @@ def frontier(
     from avl_analysis.scenes import ALL_TASKS
     from avl_analysis.scenes.samples import split_of
 
+    # Both or neither.
     if (out is None) == (show is None):
         raise InputError("pass either --out FILE to make a frontier or --show FILE to print one")
     if show is not None:
@@ -83,6 +84,7 @@ def frontier(
         budgets=tuple(parse_floats(budgets, "--budgets")),
         batch=batch_size,
         options="" if options is None else str(options),
+        # Without the option the default of FrontierSettings holds.
         **({} if seed is None else {"seed": seed}),
     )
     for budget in settings.budgets:
@@ -91,6 +93,7 @@ def frontier(
                 f"--budgets: {budget:g} is not a share above 0 and at most 1, nor a whole number of"
                 " image tokens above 1"
             )
+    # The result is not used here: a file that cannot be read is refused before any work begins.
     frontiers.options_of(settings)
     folder = work or out.with_name(out.name + ".work")
     with progress("frontier", unit="parts") as advance:

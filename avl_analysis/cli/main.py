@@ -128,6 +128,7 @@ def models(
     Console().print(table)
 
 
+# Commands live in modules of their own that do not know `app`, so they are registered here.
 app.command(epilog=record.RECORD_EXAMPLES)(record.record)
 app.command(epilog="Examples: [bold]avl stats run.nc[/], [bold]avl stats run.nc modality_mass[/]")(
     record.stats
@@ -149,16 +150,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     0 on success, 2 on input that cannot be used, 130 when interrupted.
     """
+    # Before anything imports the libraries that read these settings when they are imported.
     _quiet()
     words = list(sys.argv[1:] if arguments is None else arguments)
     _add_commands(words)
     try:
+        # Not standalone: typer would print errors itself, in its own form and with other exit
+        # codes.
         code = app(words or ["--help"], prog_name="avl", standalone_mode=False)
     except _UsageError as error:
         _fail(getattr(error, "format_message", error.__str__)())
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except BrokenPipeError:  # what reads the output has seen enough, as in avl stats run.nc | head
+        # Python flushes stdout once more at exit, which would raise again; what is left goes
+        # nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:  # only what `explained` knows becomes a line; the rest is raised
@@ -183,9 +189,11 @@ def _add_commands(words: Sequence[str]) -> None:
     if words and words[0] in ours:
         return
     with warnings.catch_warnings(record=True) as problems:
+        # Shown also where the same warning was given before in this process.
         warnings.simplefilter("always", PluginWarning)
         commands = plugins(COMMANDS)
         for name, function in commands.items():
+            # Another package cannot take the place of a command of this one.
             if name in ours:
                 continue
             if callable(function):
@@ -230,6 +238,7 @@ def _no_memory(error: Exception) -> bool:
 
 
 def _fail(message: str) -> NoReturn:
+    # One line, whatever breaks the message has.
     print(f"avl: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
 
@@ -239,6 +248,7 @@ def _quiet() -> None:
 
     The commands show their own.
     """
+    # What the user has set already stays.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

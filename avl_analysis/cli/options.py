@@ -60,6 +60,7 @@ def load(
     name: str, *, dtype: str | None, device: str | None, attention: str, download: bool
 ) -> VLM:
     """`load_model` with the options of the command line, saying that it is at work."""
+    # On stderr, and only on a terminal, so that output sent to a file holds results alone.
     console = Console(stderr=True)
     with console.status(f"loading {plain(name)}") if console.is_terminal else _nothing():
         from avl_analysis.models.loading import load_model
@@ -97,10 +98,12 @@ def parse_numbers(text: str, option: str) -> list[int]:
     numbers: list[int] = []
     for part in text.replace(" ", "").split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
+        # Without a match the range is empty, which the next line refuses.
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first:
             shown = text if len(text) <= 60 else f"{text[:57]}..."
             raise InputError(f"{option} {shown!r} is not a list of numbers: write it like 0,4-7")
+        # Before the range is built, so that 0-999999999 takes no memory.
         if last - first + len(numbers) >= MOST_NUMBERS:
             raise InputError(f"{option} lists more than {MOST_NUMBERS} numbers: name fewer")
         numbers += range(first, last + 1)
@@ -143,6 +146,7 @@ def progress(what: str, unit: str = "tokens") -> Iterator[Callable[..., None]]:
         transient=True,
         disable=not console.is_terminal,
     ) as bar:
+        # How much there is to do is known with the first call of `advance`.
         task = bar.add_task(what, total=None)
 
         def advance(done: int, total: int, what: str = what) -> None:

@@ -136,6 +136,7 @@ def record(
             " makes a zarr folder of it"
         )
     check_target(out, force)
+    # All options are read before the model is loaded, so that a mistake in them shows at once.
     samples = (
         (_drawn_videos(videos, image or [], scenes, task, seed, frames))
         if videos and data is None
@@ -159,6 +160,7 @@ def record(
         "statistics": names,
         **kept,
     }
+    # Only these runs keep parts beside the file and can be resumed; others are recorded in one go.
     if data is not None or workers > 1 or address is not None:
         how = {
             "dtype": dtype,
@@ -174,6 +176,7 @@ def record(
 
     from avl_analysis.corpus.record_samples import record_samples
 
+    # The most there can be: answers may end earlier, and the bar then jumps to the next question.
     total = len(samples) * max_new_tokens
     with progress("recording") as advance:
         recording = record_samples(
@@ -247,6 +250,7 @@ def _raw(keep: bool, heads: str | None, queries: str | None) -> dict[str, Any]:
                 " only"
             )
         return {}
+    # A text that begins with a digit lists positions; any other names a kind of rows.
     named = queries is None or not queries[:1].isdigit()
     return {
         "keep": "attention",
@@ -257,6 +261,7 @@ def _raw(keep: bool, heads: str | None, queries: str | None) -> dict[str, Any]:
 
 def _check_kept(recording: Recording, queries: str | None) -> None:
     """Refuse rows that no prompt has."""
+    # How long prompts are is known only after recording, so this cannot be refused before.
     if any(array.size for array in recording.data["attention"].values()):
         return
     longest = int(recording.tokens["prompt_length"].max())
@@ -278,6 +283,7 @@ class _Videos(NamedTuple):
         from avl_analysis.models.videos import Video, is_video
 
         if self.together:
+            # One name is a folder or a file that holds the frames; several names are the frames.
             source = names[0] if len(names) == 1 else names
             return (Video(source, self.frames, self.fps),)
         shown = tuple(
@@ -344,6 +350,7 @@ def _samples(
         raise InputError("--task chooses questions about drawn scenes: add --scenes with how many")
     if not image:
         raise InputError("nothing to record: pass a picture and a question, or --scenes 20")
+    # The question is the last argument, everything before it a picture or video.
     *pictures, prompt = image
     if not pictures:
         if Path(prompt).exists():
@@ -360,6 +367,8 @@ def _samples(
 def _heading(console: Console, recording: Recording) -> None:
     attrs = recording.attrs
     lengths = recording.tokens["prompt_length"]
+    # The phase is -1 behind a sample's last step. Step 0, the last prompt row, gives the first
+    # token, so an answer has one token more than it has decode steps.
     steps = (recording.tokens["phase"] >= 0).sum("step") - 1
     console.print(
         plain(

@@ -59,6 +59,7 @@ def sinks(
 
     from avl_analysis.heads.sinks import SIGNATURES, check_signature, flags, save_sinks
 
+    # Before the model is loaded, so that a wrong name is refused at once.
     check_signature(by)
     samples = read_or_draw(data, scenes, task, "ablation")
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)
@@ -80,6 +81,7 @@ def sinks(
     save_sinks(study, out)
     typer.echo("image tokens that are sinks, mean per question, by layer:")
     for signature in SIGNATURES:
+        # (layers,)
         counts = flags(study, signature).sum("token").mean("sample").values
         typer.echo(f"  {signature:20}" + "".join(f"{count:8.2f}" for count in counts))
     typer.echo(f"sink dimensions of the model: {study.attrs['dimensions'] or 'none'}")

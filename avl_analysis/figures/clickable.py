@@ -43,6 +43,7 @@ def with_cells(
     )
     if marked is not None:
         row, column = marked
+        # Cells are centred on whole numbers, so a cell reaches half a unit to either side.
         corners = {
             "x0": column - 0.5,
             "x1": column + 0.5,
@@ -50,6 +51,8 @@ def with_cells(
             "y1": row + 0.5,
             "type": "rect",
         }
+        # A wide frame in the paper's colour below a narrow one in ink: visible on cells of any
+        # colour.
         plot.add_shape(**corners, line={"color": theme.paper, "width": 7})
         plot.add_shape(**corners, line={"color": theme.ink, "width": 3})
     # The page's heading says it.
@@ -78,7 +81,10 @@ def with_patches(plot: Any, overlay: Overlay, marked: Sequence[int] = ()) -> Any
     assert overlay.patches is not None
     height, width = overlay.picture.shape[:2]
     raster, boxes = overlay.patches.raster, overlay.patches.boxes
+    # -1 marks cells of the raster without a token. Tokens that finer ones cover are not in the
+    # raster, so they cannot be chosen.
     shown = [int(token) for token in sorted(set(raster.token.ravel().tolist()) - {-1})]
+    # Boxes are fractions of the picture, the axes of an overlay are in its pixels.
     plot.add_scatter(
         x=[width * (boxes[token, 0] + boxes[token, 2]) / 2 for token in shown],
         y=[height * (boxes[token, 1] + boxes[token, 3]) / 2 for token in shown],
@@ -95,6 +101,7 @@ def with_patches(plot: Any, overlay: Overlay, marked: Sequence[int] = ()) -> Any
         edges = {"x0": left * width, "x1": right * width, "y0": top * height, "y1": bottom * height}
         plot.add_shape(type="rect", **edges, line={"color": palette.BOX_EDGE, "width": 4})
         plot.add_shape(type="rect", **edges, line={"color": palette.BOX, "width": 2})
+    # Dragging stays allowed, unlike for cells, because a frame may be drawn around several patches.
     plot.update_layout(clickmode="event+select")
     plot.update_xaxes(fixedrange=True)
     plot.update_yaxes(fixedrange=True)
@@ -141,4 +148,5 @@ def with_colours(plot: Any, name: str, *, smooth: bool = False) -> Any:
 
 
 def _plain(text: str) -> str:
+    # "%{" would begin a placeholder of plotly's hover templates.
     return text.replace("<", "&lt;").replace("%{", "%&#123;")

@@ -42,16 +42,22 @@ def _span(strip: Strip, span: Span, dark: bool) -> str:
 def _token(strip: Strip, at: int, dark: bool) -> str:
     theme = palette.DARK if dark else palette.LIGHT
     value, text = float(strip.values[at]), strip.tokens[at]
+    # Without limits the scale runs from 0 to the largest value, or to 1 where no value is above 0,
+    # because the share below is divided by its length.
     low, high = strip.value.limits or (0.0, float(np.nanmax(strip.values, initial=0.0)) or 1.0)
     known = np.isfinite(value)
+    # An unknown value has no shade, as 0 has; its muted colour and its tooltip tell them apart.
     share = float(np.clip((value - low) / (high - low), 0, 1)) if known else 0.0
     colour = palette.style(strip.slot).colour(dark)
     opacity = _STRONGEST * share
     style = _BOX + f"background:{palette.translucent(colour, opacity)};"
+    # The ink is chosen for the colour that is seen, which the opacity of the shade decides.
     if share > 0:
         style += f"color:{palette.ink_on(colour, opacity, theme.paper)};"
     if share > 0.5:
         style += "text-decoration:underline;text-decoration-color:currentColor;"
+    # A noted token and the marked one are both outlined. Of two outlines the later counts, so a
+    # marked token with a note gets the dashed one.
     if at == strip.marked:
         style += f"outline:2px solid {theme.ink};"
     if at in strip.notes:
@@ -66,4 +72,5 @@ def _token(strip: Strip, at: int, dark: bool) -> str:
             f'<span style="color:{theme.muted};font-size:0.8rem;margin-left:3px">'
             f"→{escape(strip.notes[at])}</span>"
         )
+    # The blank behind the span lets a browser break the line between two tokens.
     return f'<span title="{escape(said, quote=True)}" style="{style}">{shown}</span>{note} '

@@ -49,6 +49,7 @@ def token_overlay(
         top: value drawn at full strength; None takes the largest.
     """
     largest = float(np.nanmax(patches.values, initial=0.0))
+    # Limits must differ, also where no token of the picture got any attention.
     axis = Axis(ATTENTION.label, ATTENTION.unit, (0.0, max(top or largest, 1e-6)))
     return Overlay(picture, axis, patches, boxes=boxes, title=title)
 
@@ -78,15 +79,19 @@ def token_strip(
     unread = (0, len(tokens) - len(modality))
     modality = np.pad(modality, unread, constant_values=2)
     values = np.pad(np.asarray(values, dtype=float), unread, constant_values=np.nan)
+    # Positions of the prompt and answer that are shown; places below are indices into these.
     kept = np.flatnonzero(modality != 1)
     text = tuple(tokens[int(i)] for i in kept)
     shown = values[kept]
+    # System tokens are taken to come first. `question` is the number of prompt tokens shown, so it
+    # is the place of the first token of the answer.
     system, question = int((modality[kept] == 0).sum()), int((kept < prompt).sum())
     spans = (
         Span("system", 0, system),
         Span("question", system, question),
         Span("answer", question, len(text)),
     )
+    # Empty without a marked token, and for one that is not among the tokens shown.
     place = np.flatnonzero(kept == marked)
     largest = float(np.nanmax(shown, initial=0.0))
     axis = Axis(ATTENTION.label, ATTENTION.unit, (0.0, max(largest, FAINT)))
@@ -111,6 +116,7 @@ def fidelity_strip(
         kl: (tokens,) divergence in nats; `UNLIKE` is drawn at full strength.
         other: place -> token the policy prefers, where it prefers another one.
     """
+    # The end of an answer has a divergence and no word; the shorter of both lengths counts.
     shown = np.asarray(kl, dtype=float)[: len(words)]
     axis = Axis("KL(full || policy)", "nats", (0.0, UNLIKE))
     notes = {at: word for at, word in other.items() if at < shown.size}
@@ -122,6 +128,7 @@ def mass_by_layer(layers: Sequence[int], mass: Mapping[str, Sequence[float]]) ->
     """How one token divides its attention between system, image and text, layer by layer."""
     lines = tuple(
         Line(name, np.array(layers, dtype=float), np.array(mass[name], dtype=float), slot=slot)
+        # The order is that of the palette's slots for modalities.
         for slot, name in enumerate(("system", "image", "text"))
     )
     return Lines(LAYER, Axis("attention", "share of the row", (0.0, 1.0)), lines, title="by layer")
@@ -162,6 +169,7 @@ def age_profile(ages: Array, weights: Mapping[str, Array], title: str = "") -> L
     """Mean attention on a text token by how many tokens ago it was."""
     lines = tuple(
         Line(name, np.asarray(ages, dtype=float), np.asarray(series, dtype=float), slot=slot)
+        # Slot 2 is that of text, which the ages are of.
         for slot, (name, series) in enumerate(weights.items(), start=2)
     )
     return Lines(

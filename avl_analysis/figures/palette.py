@@ -125,6 +125,7 @@ def translucent(colour: str, opacity: float) -> str:
 
 def luminance(colour: str) -> float:
     """Relative luminance of an sRGB colour, 0 (black) to 1 (white); IEC 61966-2-1."""
+    # Light adds up linearly, the stored numbers of sRGB do not, so its transfer curve is undone.
     linear = [
         c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
         for c in (v / 255 for v in rgb(colour))

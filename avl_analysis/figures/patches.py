@@ -40,6 +40,7 @@ class Raster:
 
     def take(self, values: Array) -> Array:
         """(rows, columns): the values (tokens,) of the tokens seen, NaN where there is none."""
+        # -1, a cell without a token, picks the NaN at the end.
         return np.append(values, np.nan)[self.token]
 
     def pixels(self, height: int, width: int) -> NDArray[np.int64]:
@@ -83,6 +84,8 @@ class Patches:
             )
         if np.isinf(values).any():
             raise ValueError("a patch is infinite; use NaN for what was not measured")
+        # Copies that cannot be written to: `raster` is computed once and would not follow a change.
+        # The class is frozen, so the fields are set past its own check.
         for name, array in (("values", values), ("boxes", boxes), ("tile", tile)):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
@@ -102,6 +105,8 @@ class Patches:
         left, top, right, bottom = box
         x = np.linspace(left, right, columns + 1)
         y = np.linspace(top, bottom, rows + 1)
+        # Tokens in row order: left and right edges repeat for every row, top and bottom for every
+        # column.
         corners = [np.tile(x[:-1], rows), np.repeat(y[:-1], columns)]
         corners += [np.tile(x[1:], rows), np.repeat(y[1:], columns)]
         return cls(matrix.ravel(), np.stack(corners, 1))

@@ -15,6 +15,7 @@ from PIL import Image
 
 DIMMED = 0.62
 """Brightness of a picture under a map, as a factor."""
+# Weights of red, green and blue in the luma of ITU-R BT.601.
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 
@@ -30,6 +31,7 @@ def data_uri(picture: NDArray[np.uint8], longest: int = 512) -> str:
     Reduced to at most `longest` pixels a side.
     """
     image = Image.fromarray(picture)
+    # Keeps the proportions and never enlarges.
     image.thumbnail((longest, longest))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)

@@ -92,6 +92,7 @@ class Plot:
         from avl_analysis.figures import draw_plotly
 
         plots = [
+            # The source of plotly.js is put into the page once, not once per panel.
             plot.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
             for plot in self.plotly(dark=dark)
         ]
@@ -106,12 +107,14 @@ class Plot:
 
     def show(self) -> None:
         """Show the figure here in a notebook, or as an interactive page in the browser."""
+        # Inside a notebook IPython is loaded already; elsewhere it need not be installed.
         notebook = sys.modules.get("IPython")
         if notebook is not None and notebook.get_ipython() is not None:
             from IPython.display import display
 
             display(self)
             return
+        # The browser reads the page after this function has returned, so the file is not deleted.
         with tempfile.NamedTemporaryFile(
             "w", suffix=f"-{self.figure.name}.html", delete=False, encoding="utf-8"
         ) as page:

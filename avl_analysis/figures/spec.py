@@ -301,6 +301,7 @@ class Overlay:
         assert self.patches is not None
         if self.value.limits is not None:
             return self.value.limits
+        # A scale without length would divide by zero where every value is 0.
         return 0.0, max(float(np.nanmax(self.patches.values, initial=0.0)), 1e-12)
 
 
@@ -382,6 +383,7 @@ class Figure:
 
     def __post_init__(self) -> None:
         if (
+            # isalnum also accepts letters beyond ASCII, which the check of isascii refuses.
             not self.name.replace("_", "").isalnum()
             or self.name != self.name.lower()
             or not self.name.isascii()
@@ -398,8 +400,11 @@ def log_ticks(low: float, high: float) -> list[float]:
 
     Powers of ten, with their doubles and halves where there is room for them.
     """
+    # One decade more than needed on either side; ticks outside of the limits are left out below.
     decades = range(int(np.floor(np.log10(low))) - 1, int(np.ceil(np.log10(high))) + 1)
+    # 300 is about two and a half decades; beyond that the doubles and halves would crowd.
     steps = (1, 2, 5) if high < 300 * low else (1,)
+    # Parsed from text, because 5 * 10.0**-6 is not the number that is written 5e-06.
     return [
         tick for d in decades for step in steps if low <= (tick := float(f"{step}e{d}")) <= high
     ]
@@ -410,6 +415,7 @@ def repeated(panel: Lines, line: Line) -> bool:
 
     Then the legend needs no second entry.
     """
+    # Lines compare by identity, so this finds the very line, not one of equal values.
     before = panel.lines[: panel.lines.index(line)]
     return line.role == "baseline" and any(
         other.role == "baseline" and other.name == line.name for other in before
@@ -427,6 +433,7 @@ def rows(figure: Figure) -> list[Row]:
     table = []
     for number, panel in enumerate(figure.panels, 1):
         title = panel.title or f"panel {number}"
+        # Every row has the same keys in the same order, whatever kind of panel it comes from.
         empty: Row = dict.fromkeys(("x", "y", "value", "low", "high", "label"))
         table += [{"panel": title, **empty, **row} for row in _panel_rows(panel)]
     return table
@@ -490,6 +497,7 @@ def _matrix(
 
 def _patches(name: str, patches: Patches, words: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
     """One row per image token, at the centre of its box in fractions of the picture."""
+    # A token without a place has NaN for its place here, and still its value.
     left, top, right, bottom = patches.boxes.T
     for index, value in enumerate(patches.values):
         yield {
@@ -512,6 +520,7 @@ def _series(
     arrays |= {
         key: _floats(getattr(spec, key)) for key in optional if getattr(spec, key) is not None
     }
+    # The last of the required arrays is the value that an interval belongs to.
     value = arrays[required[-1]]
     for key, array in arrays.items():
         if array.shape != value.shape:
@@ -522,11 +531,14 @@ def _series(
             raise ValueError(
                 f"{kind} {name!r}: {key} is infinite somewhere; use NaN for what was not measured"
             )
+        # The specs are frozen dataclasses, whose own assignment refuses.
         object.__setattr__(spec, key, array)
     if ("low" in arrays) != ("high" in arrays):
         raise ValueError(
             f"{kind} {name!r} has one end of its interval only; give both low and high"
         )
+    # Rounding may put a bound a little beyond its value. NaN compares as False, so points that were
+    # not measured pass.
     slack = 1e-6 * (1 + np.abs(value))
     if (
         "low" in arrays

@@ -22,6 +22,7 @@ def visible(token: str) -> str:
     """
     if token in _SIGNS:
         return _SIGNS[token]
+    # A token of several blanks strips to nothing, which would not be seen on the page.
     return token.strip().replace("\n", "↵") or "␣"
 
 

@@ -41,6 +41,7 @@ def tradeoff(places: Sequence[Place], quality: Axis, title: str = "") -> Scatter
 
 def _point(place: Place, slot: int) -> Points:
     known = bool(np.isfinite([place.low, place.high]).all())
+    # A spec takes both ends of an interval or none.
     low, high = (np.array([place.low]), np.array([place.high])) if known else (None, None)
     return Points(
         place.name, np.array([place.share]), np.array([place.value]), low, high, slot=slot

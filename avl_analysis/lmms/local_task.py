@@ -40,6 +40,7 @@ metric_list:
 metadata:
   version: 1.0
 """
+# Stands beside the YAML file, whose "!function utils.NAME" entries lmms-eval looks up here.
 _UTILS = """\
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def write_task(
     questions = folder / f"{name}.jsonl"
     write_text(questions, "".join(json.dumps(line) + "\n" for line in lines))
     write_text(folder / "utils.py", _UTILS)
+    # The path is absolute, since lmms-eval may be started in any folder.
     text = _YAML.format(name=name, questions=questions.resolve(), max_new_tokens=max_new_tokens)
     return write_text(folder / f"{name}.yaml", text)
 

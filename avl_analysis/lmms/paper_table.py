@@ -76,6 +76,7 @@ def result_files(folder: Path) -> dict[str, Path]:
             f"{folder} has no results without a policy ({folder / STOCK}): run avl eval with --out"
             f" {folder} first"
         )
+    # The entry is taken out before the others are listed, so that it stands first and once.
     return {STOCK: found.pop(STOCK), **found}
 
 
@@ -122,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         paper = read_paper(given.paper)
         frame = beside_paper(table(result_files(given.folder), reference=STOCK), paper)
+    # InputError is a ValueError, too.
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

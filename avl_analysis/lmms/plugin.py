@@ -40,6 +40,7 @@ class PolicyMixin:
 
     def _check_policy(self) -> None:
         """Answer one grey picture, so that a policy that cannot work fails before the benchmark."""
+        # Wrappers keep their processor under one of two names.
         own = getattr(self, "processor", None)
         processor = own or self._image_processor  # type: ignore[attr-defined]
         model = self.model  # type: ignore[attr-defined]
@@ -55,7 +56,10 @@ class PolicyMixin:
 
         with Tally(self.model, self.policy) as tally:  # type: ignore[attr-defined]
             answers = super().generate_until(requests)  # type: ignore[misc]
+        # The wrapper may have swallowed an exception of `generate`; this raises it.
         tally.check(len(requests))
+        # The zeros are lmms-eval's own totals of time, tokens and speed, which a tally does not
+        # give.
         log_metrics(0.0, 0, 0.0, additional_metrics=tally.summary())
         return list(answers)
 
@@ -72,7 +76,10 @@ def __getattr__(name: str) -> Any:
     if name not in WRAPPERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, wrapper = WRAPPERS[name]
+    # The mix-in comes first, so that its methods are found before the wrapper's and can call them.
     made = type(name, (PolicyMixin, getattr(import_module(module), wrapper)), {"is_simple": False})
+    # lmms-eval imports the class by this module and name; kept in the module's globals, it is made
+    # once.
     made.__module__ = __name__
     globals()[name] = made
     return made

@@ -71,6 +71,7 @@ def table(results: Mapping[str, Path], reference: str | None = None) -> pd.DataF
         }
     frame = pd.DataFrame.from_dict(rows, orient="index")
     scores = [column for column in frame.columns if column not in ("questions", *COSTS.values())]
+    # A score that one file lacks is NaN in its row: the files are of different tasks.
     if frame[[*scores, "questions"]].isna().any(axis=None) or frame["questions"].nunique() > 1:
         raise InputError("the result files are of different tasks or numbers of questions")
     for column in scores if reference is not None else []:
@@ -81,10 +82,12 @@ def table(results: Mapping[str, Path], reference: str | None = None) -> pd.DataF
 def _scores(content: Mapping[str, Any]) -> dict[str, float]:
     """Score by "task metric", leaving out standard errors and what is not a number."""
     return {
+        # lmms-eval names a metric with its filter behind a comma.
         f"{task} {metric.split(',')[0]}": float(value)
         for task, metrics in content["results"].items()
         for metric, value in metrics.items()
         if isinstance(value, (int, float))
+        # True and False are integers to isinstance.
         and not isinstance(value, bool)
         and "stderr" not in metric
         and metric not in ("alias", "samples")

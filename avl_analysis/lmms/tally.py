@@ -52,6 +52,7 @@ class _Clock(StoppingCriteria):
         self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        # Work on the device runs behind the program; without waiting, times would be of launches.
         if input_ids.device.type == "cuda":
             torch.cuda.synchronize(input_ids.device)
         self.times.append(time.perf_counter())
@@ -74,6 +75,8 @@ class Tally:
         self._stack = ExitStack()
 
     def __enter__(self) -> Tally:
+        # If a step fails, those before it are undone; after the last, `pop_all` leaves that to
+        # __exit__.
         with ExitStack() as stack:
             if self.policy is not None:
                 self._session = stack.enter_context(avl.adaptive(self.model, self.policy))
@@ -90,6 +93,8 @@ class Tally:
         criteria = [*(kwargs.pop("stopping_criteria", None) or []), clock]
         started = time.perf_counter()
         try:
+            # The class's method: the model's own attribute is this function, which would call
+            # itself.
             output = type(self.model).generate(
                 self.model, *args, stopping_criteria=StoppingCriteriaList(criteria), **kwargs
             )
@@ -128,6 +133,7 @@ class Tally:
 def summarise(answers: Sequence[AnswerCost]) -> dict[str, float]:
     """Number of questions, summed bytes, share of bytes, mean share of keys read, mean times."""
     full, filled = sum(a.full for a in answers), sum(a.filled for a in answers)
+    # An answer of one token has no time per further token.
     later = [answer.tpot for answer in answers if answer.tpot is not None]
     count = max(len(answers), 1)
     found = {

@@ -39,6 +39,7 @@ def check_data(data: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> None
         RecordingError: says what is wrong.
     """
     tokens = data["tokens"]
+    # What is not needed may be missing, but what is there must have the right form.
     for name, dims in _TOKENS.items():
         if name not in tokens.data_vars and name not in _NEEDED:
             continue
@@ -52,11 +53,15 @@ def check_data(data: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> None
     for name in _NUMBERS:
         if name in attrs and not str(attrs[name]).isdecimal():
             raise RecordingError(f"attribute {name} is {attrs[name]!r}, not a number")
+    # The first group with a dimension decides its labels, and later groups must agree. Raw
+    # attention, which may be of some heads only, is the last group.
     labels: dict[str, np.ndarray] = {"sample": samples.values}
     for group, dataset in data.items():
         for name, variable in dataset.data_vars.items():
             if "sample" not in variable.dims:
                 raise RecordingError(f"{name} in {group} is not told by sample")
+            # Floats, whole numbers and truth values. The facts, the only texts, have been taken out
+            # before.
             if variable.dtype.kind not in "fiub":
                 raise RecordingError(f"{name} in {group} holds other things than numbers")
         for name, label in dataset.coords.items():
@@ -89,6 +94,7 @@ def facts_of_text(text: str, sample: str) -> dict[str, Any]:
     """
     try:
         facts = json.loads(text)
+    # Brackets nested many thousand deep are valid JSON that the parser cannot follow.
     except (ValueError, RecursionError) as error:
         raise RecordingError(f"the facts about sample {sample} are no JSON") from error
     if not isinstance(facts, dict):
@@ -103,6 +109,8 @@ def digest(texts: Iterable[str]) -> str:
     """A digest of the facts of all samples, in order; it is stored with them."""
     total = hashlib.sha256()
     for text in texts:
+        # JSON on one line holds no line break, so the break keeps the texts apart. A changed file
+        # may hold lone surrogates, which plain UTF-8 refuses.
         total.update(text.encode("utf-8", "surrogatepass") + b"\n")
     return total.hexdigest()
 
@@ -112,6 +120,7 @@ def _text(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
+    # isinstance would take True and False for numbers.
     return type(value) in (int, float)
 
 
@@ -126,6 +135,8 @@ def _list_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
 def _box(value: Any) -> bool:
     if not isinstance(value, list) or len(value) < 4:
         return False
+    # More than the four edges may follow. The limit also refuses NaN and infinity, which Python's
+    # JSON can hold.
     edges = value[:4]
     return all(type(edge) in (int, float) and abs(edge) < 2**31 for edge in edges)
 

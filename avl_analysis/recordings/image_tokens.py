@@ -68,7 +68,10 @@ def images_of(tokens: xr.Dataset) -> list[ImageTokens]:
     for number in range(int(image.max(initial=-1)) + 1):
         of_image = image[position] == number
         last = int(frame[position][of_image].max(initial=-1))
+        # A picture has the one "frame" -1.
         for shown in range(last + 1) if last >= 0 else (-1,):
+            # Places among the image tokens, which is what `token` counts, not positions of the
+            # prompt.
             at = np.flatnonzero(of_image & (frame[position] == shown))
             found.append(ImageTokens(at, position[at], boxes[at], tile[at], number, shown))
     return found

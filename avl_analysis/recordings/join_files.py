@@ -29,6 +29,7 @@ from avl_analysis.recordings.schema import FACTS_DIGEST, GROUPS, RAGGED, Recordi
 
 _SAMPLE = "sample"
 _SAME = ("model", "model_type", "model_revision", "statistics", "policy")
+# Attributes that HDF5 and netCDF keep for themselves; h5netcdf writes them anew.
 _INTERNAL = frozenset(
     [
         "CLASS",
@@ -40,6 +41,7 @@ _INTERNAL = frozenset(
         "_NCProperties",
     ]
 )
+# The netCDF library writes this as the NAME of a dimension that has no labels.
 _NO_VARIABLE = "This is a netCDF dimension but not a netCDF variable"
 
 
@@ -117,6 +119,8 @@ def join(
             for file, start in zip(files, plan.starts, strict=True):
                 with _opened(file) as source:
                     _fill(plan, source, joined, start)
+            # The digest copied from the first file is of its facts alone; digests of parts cannot
+            # be combined.
             if FACTS_DIGEST in joined.attrs:
                 facts = joined["tokens/facts"].asstr()[...]
                 joined.attrs[FACTS_DIGEST] = digest(map(str, facts))
@@ -201,6 +205,7 @@ def _note(plan: _Plan, group: str, name: str, stored: h5py.Dataset, file: str) -
 
 
 def _describe(name: str, stored: h5py.Dataset) -> _Variable:
+    # A dimension's own labels are a scale: other variables refer to it, and it refers to none.
     if stored.attrs.get("CLASS") == b"DIMENSION_SCALE":
         dims: tuple[str, ...] = (name,)
     else:
@@ -261,6 +266,7 @@ def _fill(plan: _Plan, source: h5py.File, target: h5py.File, start: int) -> None
             if _SAMPLE not in variable.dims:
                 continue
             into = target[group][name]
+            # As many samples as the shard has; every other dimension as long as in the result.
             shape = tuple(
                 count if dim == _SAMPLE else into.shape[axis]
                 for axis, dim in enumerate(variable.dims)

@@ -68,6 +68,7 @@ def _dump(
     encoding: Mapping[str, Mapping[str, Any]] | None,
 ) -> None:
     for name, dataset in groups.items():
+        # Each group is added to what the file holds already.
         store = xr.backends.H5NetCDFStore(netcdf, group=name, mode="a")
         dataset.dump_to_store(store, encoding=dict((encoding or {}).get(name, {})))
 
@@ -142,6 +143,7 @@ def read_labelled(
         raise InputError(f"there is no file {source}; make one with {command}")
     try:
         result = read_netcdf(source, ["/"])["/"]
+    # h5py, h5netcdf and xarray raise any of these about a damaged file.
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"{source} is not a readable netCDF file: {error}") from error
     if result.attrs.pop("format", None) != kind or result.attrs.pop("version", None) != version:
@@ -172,11 +174,13 @@ def check_hdf5(path: Path | BinaryIO, most_bytes: int, *, called: str = "") -> N
     source = called or str(path)
     with h5py.File(path, "r") as file:
         total, count = 0, 0
+        # A list in place of recursion: groups of a damaged file may contain each other without end.
         waiting: list[tuple[h5py.Group, int]] = [(file, 0)]
         while waiting:
             group, depth = waiting.pop()
             for name in group:
                 shown = repr(str(name)[:60])
+                # The link itself is looked at before anything behind it is opened.
                 if not isinstance(group.get(name, getlink=True), h5py.HardLink):
                     raise InputError(
                         f"{source} takes {shown} from another place, perhaps another file, which is"
@@ -190,7 +194,9 @@ def check_hdf5(path: Path | BinaryIO, most_bytes: int, *, called: str = "") -> N
                         raise InputError(
                             f"{source} takes {shown} from another file, which is not read"
                         )
+                    # A variable without any value has the size None.
                     total += (item.size or 0) * item.dtype.itemsize
+                # Asked inside the loop, which would not end in a file whose groups form a circle.
                 if depth > MOST_DEPTH or count > MOST_OBJECTS:
                     raise InputError(
                         f"{source} holds groups within groups without end, or more than"

@@ -54,6 +54,7 @@ def check_same_model(first: Origin, second: Origin) -> None:
         pairs.append(("revision", first.revision, second.revision))
     elif first.model and second.model:
         pairs.append(("name", _whole(first.model), _whole(second.model)))
+    # Sorted, because sets have no fixed order: the message names the same difference every time.
     for name, one, other in sorted(pairs):
         if one != other:
             raise InputError(
@@ -64,6 +65,7 @@ def check_same_model(first: Origin, second: Origin) -> None:
 
 def _whole(model: str) -> str:
     """The name, with a folder written in one way."""
+    # A hub id is not a path; asking the system about one may fail, for example if it is too long.
     try:
         return str(Path(model).resolve()) if Path(model).is_dir() else model
     except (OSError, ValueError):

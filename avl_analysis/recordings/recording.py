@@ -178,6 +178,7 @@ class Recording:
         arrays = [
             self[name].to_dataset(name=name) for name in self.names if name not in self.data["maps"]
         ]
+        # Labels must be equal: joined in another way, arrays would be filled with NaN or shortened.
         return xr.merge(
             arrays, join="exact", compat="equals", combine_attrs="override"
         ).assign_attrs(self.attrs)
@@ -218,6 +219,7 @@ class Recording:
             KeyError: unknown name.
             RecordingError: a dimension it does not have.
         """
+        # Sums are divided first, so that the mean is of quotients per sample.
         array = self[name].sel(labels)
         kept = tuple(keep)
         if unknown := set(kept) - set(map(str, array.dims)):
@@ -251,6 +253,7 @@ class Recording:
             RecordingError: no such sample, or a fact JSON cannot hold.
         """
         name = self.name_of(sample)
+        # Tried here, where the caller can see which fact it is, and not when the file is written.
         try:
             json.dumps(facts)
         except TypeError as error:
@@ -379,6 +382,7 @@ def _read(path: str | PathLike[str] | BinaryIO) -> tuple[str, str, dict[str, xr.
     wanted, netcdf = ("/", *GROUPS), "netCDF file"
     if not isinstance(path, (str, PathLike)):
         name = "the file object given"
+        # HDF5 needs to seek, which not every file object can, so all of it is read into memory.
         with blamed_on_input(f"{name} does not hold a readable netCDF file, so not a recording"):
             return name, netcdf, read_netcdf(io.BytesIO(path.read()), wanted, called=name)
     source = user_path(path)
@@ -398,6 +402,7 @@ def _recording(data: dict[str, xr.Dataset], attrs: dict[str, Any]) -> Recording:
     """The recording that a file's groups and attributes hold."""
     stored = data["tokens"].get("facts")
     texts = [] if stored is None else [str(text) for text in stored.values]
+    # A file without a digest is accepted; one with another digest is not.
     if attrs.pop(FACTS_DIGEST, None) not in (None, digest(texts)):
         raise RecordingError("the facts about the samples are not those that were written")
     data["tokens"] = data["tokens"].drop_vars("facts", errors="ignore")
@@ -409,6 +414,8 @@ def _recording(data: dict[str, xr.Dataset], attrs: dict[str, Any]) -> Recording:
     # Quotients that `save` wrote for other readers.
     derived = [name for name in data["sums"].data_vars if name in data["statistics"]]
     values = data["statistics"].drop_vars(derived)
+    # Labels that only the dropped quotients had would stay behind, with dimensions that no variable
+    # has.
     data["statistics"] = values.drop_vars(
         [dim for dim in values.coords if all(dim not in v.dims for v in values.values())]
     )
@@ -440,6 +447,7 @@ def merge(recordings: Sequence[Recording]) -> Recording:
         ("statistics", ""),
         ("policy", FULL_CACHE),
     ):
+        # An attribute that one of the recordings lacks counts as the usual value.
         values = {str(recording.attrs.get(key) or usual) for recording in filled}
         if len(values) > 1:
             raise RecordingError(

@@ -166,6 +166,7 @@ def _stack_group(
     names: Sequence[str],
     coords: Mapping[str, Sequence[Any]],
 ) -> xr.Dataset:
+    # Taken from all samples: some may lack a statistic, such as one about pictures.
     fields = {name: described for part in parts for name, (described, _) in part.items()}
     sizes: dict[str, int] = {}
     for part in parts:
@@ -185,6 +186,7 @@ def _stack_group(
         )
     dims = {dim for dims, _, _ in variables.values() for dim in dims}
     known: dict[str, Any] = {"sample": np.array(list(names), dtype=object), **FIXED, **coords}
+    # Ragged dimensions are numbered from 0, as far as the longest sample reaches.
     known |= {dim: range(sizes[dim]) for dim in RAGGED & dims}
     for described in fields.values():
         for dim, labels in described.coords.items():
@@ -244,6 +246,7 @@ def concatenate(datasets: Sequence[xr.Dataset], what: str) -> xr.Dataset:
 
 def pad(dataset: xr.Dataset, sizes: Mapping[str, int]) -> xr.Dataset:
     """Pad the ragged dimensions of every variable to `sizes` with the variable's own fill value."""
+    # Labels of ragged dimensions are 0, 1, 2, ..., so new labels append behind the old ones.
     wanted = {dim: np.arange(n) for dim, n in sizes.items()}
     fills = {
         name: variable.attrs.get("fill", np.nan) for name, variable in dataset.data_vars.items()

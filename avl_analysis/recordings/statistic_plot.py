@@ -56,6 +56,7 @@ def plot(
     labels, rows = chosen_labels(array, labels, by)
     array = array.sel(labels)
     kept = _dimensions(array, by)
+    # What is neither averaged over nor drawn gets a line or a map for each of its labels.
     averaged = ("sample", "layer", "head", "step")
     others = [dim for dim in map(str, array.dims) if dim not in (*averaged, *kept)]
     title, unit = (
@@ -63,6 +64,7 @@ def plot(
         str(array.attrs.get("units") or "dimensionless"),
     )
     value = Axis(title, unit)
+    # The estimate selects the labels itself; `array` only told which dimensions are left.
     mean = recording.estimate(name, [*kept, *others], **labels)
     if len(kept) == 2:
         panels: tuple[Any, ...] = tuple(
@@ -109,6 +111,7 @@ def chosen_labels(
         if dim not in array.dims:
             known = ", ".join(str(d) for d in array.dims if d != "sample")
             raise InputError(f"{array.name} has no dimension {dim!r}; it has {known}")
+        # A slice may reach beyond the labels there are.
         if not isinstance(label, slice) and label not in array[dim].values:
             known = ", ".join(map(str, array[dim].values[:12]))
             raise InputError(f"{dim} has no label {label!r}; it has {known}")
@@ -137,6 +140,7 @@ def _parts(mean: xr.Dataset, dims: Sequence[str]) -> list[tuple[str, xr.Dataset]
     """The estimate for every label of `dims`, with the label in words."""
     if not dims:
         return [("", mean)]
+    # Stacked only to list all combinations of labels; values are taken from the estimate itself.
     stacked = mean.stack(series=list(dims))
     count = stacked.sizes["series"]
     if count > _MOST_SERIES:
@@ -156,6 +160,7 @@ def _parts(mean: xr.Dataset, dims: Sequence[str]) -> list[tuple[str, xr.Dataset]
 def _lines(mean: xr.Dataset, along: str, others: Sequence[str], value: Axis) -> Lines | Bars:
     parts = _parts(mean, others)
     places = mean[along].values
+    # Words have no order that a line could follow.
     if not np.issubdtype(places.dtype, np.number):
         bars = tuple(
             Bar(label or value.label, *_bounds(part), slot=_slot(label, i))

@@ -46,6 +46,8 @@ def _chunk(variable: xr.DataArray) -> tuple[int, ...] | None:
         dim: 1 if dim in ("sample", "layer", "head", "rows") else size
         for dim, size in sizes.items()
     }
+    # A chunk begins as one head of one layer of one sample and is extended until it is large
+    # enough, heads last, so that a head can be read alone as long as possible.
     for dim in ("rows", "layer", "sample", "head"):
         if dim in chunk and np.prod(list(chunk.values())) * variable.dtype.itemsize < LEAST_CHUNK:
             chunk[dim] = sizes[dim]
@@ -55,6 +57,7 @@ def _chunk(variable: xr.DataArray) -> tuple[int, ...] | None:
 def _compressed(variable: xr.DataArray) -> dict[str, Any]:
     if variable.dtype == object or variable.ndim < 2 or variable.size == 0:
         return {}
+    # Shuffling puts bytes of equal significance side by side, which compress better.
     encoding: dict[str, Any] = {"zlib": True, "complevel": 4, "shuffle": True}
     if (shape := _chunk(variable)) is not None:
         encoding["chunksizes"] = shape

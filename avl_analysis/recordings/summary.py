@@ -22,6 +22,7 @@ def describe(recording: Readable) -> list[tuple[str, str]]:
     tokens = recording.tokens
     if "modality" in tokens:
         modality = tokens["modality"].values
+        # (samples, positions); padding is -1 and counts as none of them.
         by_kind = [
             f"{(modality == code).sum(-1).mean():.0f} {name}"
             for code, name in enumerate(("system", "image", "text"))

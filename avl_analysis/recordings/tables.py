@@ -100,6 +100,7 @@ def _split(title: str, values: xr.DataArray) -> list[LayerTable]:
             for table in _split(f"{title}, {own[0]} {at}", values.sel({own[0]: at}))
         ]
     flat = values.transpose("layer", "sample", *own).values
+    # (layers, samples, columns)
     flat = flat.reshape(*flat.shape[:2], -1)
     columns = tuple(str(label) for label in values[own[0]].values) if own else ("value",)
     cells = tuple(

@@ -115,6 +115,8 @@ def check_zarr(path: Path, most_bytes: int) -> None:
         InputError: any of these, or metadata that is not that of zarr 3.
     """
     total = count = 0
+    # os.walk does not enter linked folders, so what they hold would not be counted: links are
+    # refused.
     for folder, folders, files in os.walk(path):
         depth = len(Path(folder).relative_to(path).parts)
         for name in (*folders, *files):

@@ -89,6 +89,8 @@ def save(
         if suffix not in _UNDATED:
             raise ValueError(f"cannot write figures as {suffix!r}; possible: {', '.join(FORMATS)}")
         path = folder / f"{figure.name}.{suffix}"
+        # svg.hashsalt and pdf.fonttype are read while a file is written, so the settings must be in
+        # force here, not only while the canvas is made.
         with matplotlib.rc_context(RC), atomic_write(path) as unfinished:
             canvas.savefig(unfinished, dpi=dpi, metadata=_UNDATED[suffix])
         paths.append(path)
@@ -113,6 +115,7 @@ def save_animation(animation: Animation, path: Path, *, dpi: int = 110) -> Path:
     if path.suffix not in (".gif", ".webp"):
         raise ValueError(f"animations are written as .gif or .webp; got {path.name!r}")
     images = [raster(frame, dpi) for frame in animation.frames]
+    # Pillow takes milliseconds for each frame; loop=0 below repeats without end.
     duration = round(1000 * animation.seconds)
     options: dict[str, Any] = (
         {"quality": 82, "method": 4} if path.suffix == ".webp" else {"optimize": True}

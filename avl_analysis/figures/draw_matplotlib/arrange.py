@@ -52,11 +52,13 @@ def fill(canvas: FigureBase, figure: Figure) -> None:
         elif _wide(row):
             axes = part.subplots(1, 1, squeeze=False).ravel()
         else:  # a row that is not full stands in the middle
+            # Hidden axes on both sides take half of the missing width each.
             gap = (columns - len(row)) / 2
             every = part.subplots(1, len(row) + 2, width_ratios=[gap, *[1] * len(row), gap])
             for edge in (every[0], every[-1]):
                 edge.set_visible(False)
             axes = every[1:-1]
+        # A legend that serves all rows stands once, below the last of them.
         _fill(part, list(axes), row, shared, legend=number == len(rows) - 1)
 
 
@@ -64,9 +66,12 @@ def _fill(
     canvas: FigureBase, axes: list[Axes], panels: Sequence[Panel], shared: bool, legend: bool = True
 ) -> None:
     """Draw panels onto axes; below them one legend, if they share it and it is wanted here."""
+    # `shared` is about all panels of the figure, `shared_legend` here about those of this row. A
+    # legend of one row alone is always drawn with its row.
     together = shared or shared_legend(panels)
     for place, panel in zip(axes, panels, strict=False):
         _draw_panel(canvas, place, panel, legend=not together)
+    # The last row of a grid may have more places than pictures.
     for place in axes[len(panels) :]:
         place.set_visible(False)
     attention_bar(canvas, axes, panels)
@@ -84,6 +89,8 @@ def _rows(figure: Figure) -> list[tuple[Panel, ...]]:
 
 def _heights(figure: Figure) -> list[float]:
     """Inches of each row."""
+    # Rows of one grid are all as tall as the tallest picture needs; a row of charts has its own
+    # height.
     return [
         _panel_size(figure.panels if _pictures(figure.panels) else row)[1] for row in _rows(figure)
     ]
@@ -107,6 +114,7 @@ def _panel_size(panels: Sequence[Panel]) -> tuple[float, float]:
     ]
     if _pictures(panels):
         written = any(isinstance(p, Overlay) and p.words for p in panels)
+        # Words on patches need the wide format, also where several pictures stand side by side.
         width = 2.1 if len(panels) > 1 and not written else 3.6
         return width, 0.94 * width * max(
             p.picture.shape[0] / p.picture.shape[1] for p in pictures
@@ -116,12 +124,14 @@ def _panel_size(panels: Sequence[Panel]) -> tuple[float, float]:
         (len(p.categories) for p in panels if isinstance(p, Bars) and p.horizontal), default=0
     )
     legend = 0.16 * max(_legend_rows(panel) for panel in panels)
+    # Inches: 0.17 for a row of a heat map, 0.26 for a category of lying bars, and no panel above 6.
     return PANEL_WIDTH, min(6.0, max(PANEL_HEIGHT + legend, 0.9 + 0.17 * rows, 0.9 + 0.26 * bars))
 
 
 def _legend_rows(panel: Panel) -> int:
     """Rows of a panel's legend beyond the first."""
     handles = handles_of(panel)
+    # -(-a // b) is a / b, rounded up.
     return -(-len(handles) // legend_columns(handles)) - 1 if handles else 0
 
 
@@ -133,6 +143,7 @@ def _letters(canvas: FigureBase, place: Axes) -> int:
     """Letters of a title that fit above a panel, so that titles side by side never touch."""
     spec = place.get_subplotspec()
     columns = 1 if spec is None else spec.get_gridspec().ncols
+    # The box of a canvas or subfigure is in pixels of the root figure.
     inches = canvas.bbox.width / canvas.get_figure(root=True).dpi / columns
     return max(12, int((inches - 0.1) / _TITLE_LETTER))
 
@@ -149,6 +160,7 @@ def _draw_panel(canvas: FigureBase, place: Axes, panel: Panel, *, legend: bool) 
     elif isinstance(panel, Overlay):
         draw_overlay(canvas, place, panel, legend=legend)
     else:
+        # An animation on paper is its first frame.
         draw_overlay(canvas, place, panel.frames[0], legend=legend)
     if panel.title:
         # Rule labels stand above the frame.

@@ -27,6 +27,7 @@ def draw_lines(place: Axes, panel: Lines) -> None:
     """Draw curves with their bands and reference lines onto axes."""
     for line in panel.lines:
         look = line_look(line)
+        # Markers on every n-th point only: on a long curve they would touch and hide its dashes.
         every = max(1, line.x.size // 9)
         place.plot(line.x, line.y, markevery=every, **look)
         if line.low is not None and line.high is not None:
@@ -47,6 +48,7 @@ def draw_heat(canvas: FigureBase, place: Axes, panel: Heat) -> None:
         if named is not None
         else colormaps["cividis"]
     )
+    # NaN cells are not painted, so the colour of the grid shows where nothing was measured.
     place.set_facecolor(LIGHT.grid)
     place.imshow(
         panel.values,
@@ -66,10 +68,13 @@ def draw_heat(canvas: FigureBase, place: Axes, panel: Heat) -> None:
         middle = (limits[0] + limits[1]) / 2
         for (row, column), value in np.ndenumerate(panel.values):
             if np.isfinite(value):
+                # Cividis rises in lightness, so dark ink is read above the middle of the scale and
+                # light ink below it. The fills of classes are pale throughout.
                 dark = named is not None or value > middle
                 colour = LIGHT.ink if dark else LIGHT.paper
                 text = panel.texts[row][column]
                 size = 6.5 if named is None else 5.0
+                # imshow centres cell (row, column) at x = column, y = row.
                 place.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
     rows, columns = panel.values.shape
     _category_ticks(place.xaxis, panel.x, columns)
@@ -83,9 +88,11 @@ def _category_ticks(axis: Any, spec: Axis, count: int) -> None:
         axis.set_ticks([at for at, _ in spec.ticks], [name for _, name in spec.ticks])
         if axis.axis_name == "x" and sum(len(name) for _, name in spec.ticks) > 40:
             axis.set_tick_params(rotation=40)
+            # Rotated around their right end, which then stays at the tick.
             for label in axis.get_ticklabels():
                 label.set(ha="right", rotation_mode="anchor")
     else:
+        # At most twelve ticks, a whole number of cells apart.
         axis.set_ticks(np.arange(0, count, max(1, -(-count // 12))))
 
 
@@ -94,9 +101,12 @@ def draw_bars(place: Axes, panel: Bars) -> None:
     at = np.arange(len(panel.categories), dtype=float)
     width = 0.8 / len(panel.bars)
     for number, bar in enumerate(panel.bars):
+        # Bars of a category share 0.8 of its width and are centred on its whole number.
         offset = at + (number - (len(panel.bars) - 1) / 2) * width
         colour = palette.style(bar.slot).light
         hatch = HATCHES[number % 4] if len(panel.bars) > 1 else ""
+        # (2, categories): distances below and above. Within the tolerance of the spec a bound may
+        # lie on the wrong side of its value, and matplotlib refuses negative distances.
         error = (
             None
             if bar.low is None or bar.high is None
@@ -140,6 +150,7 @@ def draw_scatter(place: Axes, panel: Scatter) -> None:
                 points.x,
                 points.y,
                 error,
+                # Intervals only; the points follow below, so that they lie on top.
                 fmt="none",
                 ecolor=style.light,
                 elinewidth=0.8,
@@ -150,6 +161,7 @@ def draw_scatter(place: Axes, panel: Scatter) -> None:
         place.plot(
             points.x, points.y, linestyle=dash, marker=style.marker, color=style.light, markersize=5
         )
+        # Labels are one per point or none at all, hence the zip that is not strict.
         for x, y, label in zip(points.x, points.y, points.labels, strict=False):
             place.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=6.5)
     _axes(place, panel.x, panel.y)
@@ -163,18 +175,22 @@ def _axes(place: Axes, x: Axis, y: Axis) -> None:
     ):
         axis.set_label_text(_label(spec, axis))
         if spec.log:
+            # Setting the scale replaces locators and formatters, so it must come before them.
             scale("log")
             axis.set_major_locator(
                 LogLocator(subs=(1, 2, 5))
                 if spec.limits is None
                 else FixedLocator(log_ticks(*spec.limits))
             )
+            # The formatter of log axes would write powers of ten as mathematical typesetting, which
+            # is off.
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
         else:
             axis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], nbins=8, integer=spec.counted))
         if spec.limits is not None:
             limit(*spec.limits)
+        # Named ticks come last, because they replace the locators set above.
         if spec.ticks is not None:
             axis.set_ticks([at for at, _ in spec.ticks], [name for _, name in spec.ticks])
 
@@ -195,6 +211,8 @@ def _rules(place: Axes, rules: Sequence[Rule]) -> None:
     for rule in rules:
         line = place.axvline if rule.axis == "x" else place.axhline
         line(rule.at, color=LIGHT.muted, linewidth=0.8, linestyle=(0, (4, 2)), zorder=1)
+        # The name stands at the end of the line: one coordinate in units of the data, the other as
+        # a fraction of the frame, where 1.0 is the upper or right edge.
         if rule.axis == "x":
             at, frame, shift, align = (
                 (rule.at, 1.0),

@@ -47,7 +47,9 @@ RC = {
     "legend.fontsize": 7.5,
     "text.color": LIGHT.ink,
     "text.parse_math": False,
+    # A fixed salt gives elements of an SVG the same ids in every run.
     "svg.hashsalt": "avl",
+    # Type 42 embeds TrueType fonts, so text of a PDF stays text that can be searched and copied.
     "pdf.fonttype": 42,
     "savefig.facecolor": LIGHT.paper,
 }
@@ -59,6 +61,7 @@ HATCHES = ("", "///", "...", "xxx")
 def line_look(line: Line) -> dict[str, Any]:
     """Colour, dash, marker and width of a curve, as arguments of `Axes.plot`."""
     style = palette.style(line.slot)
+    # Baselines and fits have no markers, because markers stand for measured points.
     if line.role == "baseline":
         return {
             "color": LIGHT.muted,

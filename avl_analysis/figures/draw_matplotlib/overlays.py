@@ -32,12 +32,16 @@ _ATTENTION = LinearSegmentedColormap.from_list("attention", ["#3a3a3a", palette.
 def draw_overlay(canvas: FigureBase, place: Axes, panel: Overlay, *, legend: bool) -> None:
     """Draw an image with its patches and outlines onto axes."""
     height, width = panel.picture.shape[:2]
+    # Left, right, bottom and top in pixels; y runs downwards, as it does for boxes.
     extent = (0.0, float(width), float(height), 0.0)
+    # Quantities are drawn over a grey picture, so that the only colour is the measurement; under
+    # the fills of classes the picture stays as it is.
     picture = panel.picture if panel.patches is None or panel.classes else dimmed(panel.picture)
     place.imshow(picture, extent=extent, interpolation="bilinear")
     if panel.patches is not None:
         raster = panel.patches.raster
         colours = _patch_colours(panel, raster.take(panel.patches.values))
+        # Without any token that has a place the raster is empty.
         if colours.size:
             # An image whose cells differ in size; unlike a mesh it has no seams between them. It
             # does not know its extent, so layout must not ask it; the picture below has the same.
@@ -73,6 +77,7 @@ def _words(place: Axes, panel: Overlay) -> None:
         return
     height, width = panel.picture.shape[:2]
     effects = [Stroke(linewidth=1.0, foreground="black"), Normal()]
+    # Only tokens that are seen: the words of covered ones would lie under those of others.
     for token in np.unique(raster.token[raster.token >= 0]):
         left, top, right, bottom = panel.patches.boxes[token]
         word = panel.words[int(token)]
@@ -80,6 +85,8 @@ def _words(place: Axes, panel: Overlay) -> None:
             width * (left + right) / 2,
             height * (top + bottom) / 2,
             word,
+            # Points. Smaller for words of more than seven letters and for more patches side by
+            # side.
             fontsize=min(1.0, 7 / max(1, len(word))) * 56 / max(12, raster.token.shape[1]),
             color="white",
             ha="center",
@@ -107,6 +114,7 @@ def _patch_colours(panel: Overlay, values: np.ndarray) -> np.ndarray:
                 for c, a in zip(palette.CLASS_COLOURS, palette.CLASS_OPACITY, strict=True)
             ]
         )
+        # NaN has no whole number, so only cells with a token are looked up.
         colours[seen] = fills[values[seen].astype(int)]
         return colours
     low, high = panel.scale
@@ -128,6 +136,7 @@ def _box(place: Axes, box: Box, height: int) -> None:
         linewidth=1.3,
     )
     effects = [Stroke(linewidth=2.8, foreground=palette.BOX_EDGE), Normal()]
+    # A dark stroke below the light line, so that it is visible on any picture.
     outline.set_path_effects(effects)
     place.add_patch(outline)
     if box.label:
@@ -151,6 +160,7 @@ def attention_bar(canvas: FigureBase, axes: list[Axes], panels: Sequence[Panel])
         if isinstance(p, Overlay) and p.patches is not None
     ]
     scales = {(p.value.text, p.value.limits) for _, p in found if not p.classes}
+    # One bar cannot serve pictures on different scales; then there is none.
     if len(scales) != 1:
         return
     text, limits = scales.pop()
@@ -169,7 +179,10 @@ def raster(frame: Overlay, dpi: int) -> Image.Image:
     with matplotlib.rc_context(RC):
         canvas = Canvas(figsize=(3.2, 3.6), dpi=dpi)
         agg = FigureCanvasAgg(canvas)
+        # A fixed place on the canvas, not a layout engine, so that the picture stands at the same
+        # pixels in every frame.
         place = canvas.add_axes((0.03, 0.1, 0.94, 0.8))
         draw_overlay(canvas, place, frame, legend=True)
         agg.draw()
+        # (height, width, 3). The canvas owns the buffer, hence the copy.
         return Image.fromarray(np.asarray(agg.buffer_rgba())[..., :3].copy())

@@ -42,6 +42,7 @@ class Paragraph:
     after: float = 0.08
 
     def lines(self) -> list[str]:
+        # 72 points are an inch; bold letters are taken to be a tenth wider.
         letters = int(
             (WIDTH - 2 * MARGIN - self.indent)
             * 72
@@ -62,12 +63,14 @@ def text_pages(paragraphs: Sequence[Paragraph]) -> list[Canvas]:
     next.
     """
     pages: list[Canvas] = []
+    # Inches still free on the current page; none, so the first paragraph opens one.
     left = 0.0
     for number, paragraph in enumerate(paragraphs):
         with_next = paragraph.after <= _GLUED and number + 1 < len(paragraphs)
         if paragraph.height() + (paragraphs[number + 1].height() if with_next else 0.0) > left:
             pages.append(_page())
             left = HEIGHT - 2 * MARGIN
+        # _write counts from the lower edge of the page, `left` from the lower margin.
         left = _write(pages[-1], [paragraph], left + MARGIN) - MARGIN
     return pages
 
@@ -82,9 +85,11 @@ def figure_pages(
     caption = Paragraph(f"{figure.title}. {figure.caption.text}", size=8)
     width, height = size_of(figure)
     wanted = min(height * (WIDTH - 2 * MARGIN) / width, 1.15 * height)
+    # Inches for words, once the caption and the least height of the figure are taken off.
     room = HEIGHT - 2 * MARGIN - 0.3 - caption.height() - _LEAST * wanted
     before: list[Canvas] = []
     behind: list[Canvas] = []
+    # Words above are decided first: once they have moved away, their room goes to the words below.
     if _tall(above) > room:
         before, above = text_pages(above), ()
     if _tall(above) + _tall(below) > room:
@@ -95,6 +100,8 @@ def figure_pages(
     bottom = max(top - wanted, MARGIN + _tall(under) + 0.1)
     inner = min(WIDTH - 2 * MARGIN, 1.25 * width)
     with matplotlib.rc_context(RC):
+        # The figure stands in the middle cell; the outer cells are the margins and the room for
+        # words.
         grid = page.add_gridspec(
             3,
             3,

@@ -51,6 +51,8 @@ def as_json(plot: go.Figure) -> str:
     """The plot as JSON that is safe inside a script element."""
     data = json.loads(plot.to_json())
     return (
+        # "</script>" in a label would end the element. In JSON the escapes mean the same
+        # characters.
         json.dumps(data, separators=(",", ":"))
         .replace("<", "\\u003c")
         .replace(">", "\\u003e")

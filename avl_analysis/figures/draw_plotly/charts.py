@@ -60,6 +60,7 @@ def draw_lines(panel: Lines, theme: Theme, dark: bool) -> go.Figure:
                     "size": 6,
                     "maxdisplayed": 14,
                 },
+                # A click on the legend's entry hides the band together with its curve.
                 legendgroup=str(number),
                 showlegend=not repeated(panel, line),
                 customdata=interval_of(line.low, line.high),
@@ -100,6 +101,8 @@ def line_look(line: Line, theme: Theme, dark: bool) -> dict[str, Any]:
 
 def _band(plot: go.Figure, x: Array, low: Array, high: Array, fill: str, group: str) -> None:
     """The interval as a filled outline, one for each unbroken stretch of measured points."""
+    # Split where known and unknown points meet: one outline across a gap would show an interval
+    # where nothing was measured.
     finite = np.isfinite(low) & np.isfinite(high)
     for stretch in np.split(
         np.arange(finite.size), np.flatnonzero(np.diff(finite.astype(int))) + 1
@@ -111,6 +114,7 @@ def _band(plot: go.Figure, x: Array, low: Array, high: Array, fill: str, group: 
                 go.Scatter(
                     x=outline_x,
                     y=outline_y,
+                    # The outline runs forth along the upper bounds and back along the lower ones.
                     fill="toself",
                     fillcolor=fill,
                     line={"width": 0, "color": CLEAR},
@@ -139,6 +143,7 @@ def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
         hovertemplate=hover_text(panel.x, panel.y, panel.value, interval=panel.low is not None),
         text=[[literal(text) for text in row] for row in panel.texts],
         texttemplate="%{text}" if panel.annotate else None,
+        # Fills of classes are pale in both themes, so their words are black.
         textfont={"size": 10} | ({"color": "#000000"} if panel.value.ticks is not None else {}),
         xgap=1 if columns <= 40 else 0,
         ygap=1,
@@ -147,6 +152,7 @@ def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
     frame(plot, panel.x, panel.y, theme, ())
     edge = {"showgrid": False, "minallowed": None}  # cell 0 begins at -0.5
     plot.update_xaxes(**edge, **_index_ticks(panel.x, columns))
+    # Plotly counts rows upwards, a heat map has row 0 at the top unless it says otherwise.
     plot.update_yaxes(
         **edge, autorange=None if panel.upward else "reversed", **_index_ticks(panel.y, rows)
     )
@@ -157,6 +163,7 @@ def draw_heat(panel: Heat, theme: Theme) -> go.Figure:
 def _flat(count: int) -> list[list[Any]]:
     """A flat step for each class; the colours have no order, because the classes have none."""
     colours = palette.class_colours(count)
+    # Each colour stands at both ends of its step, so that plotly does not blend it into the next.
     return [[at / count, colour] for i, colour in enumerate(colours) for at in (i, i + 1)]
 
 
@@ -214,6 +221,7 @@ def draw_bars(panel: Bars, theme: Theme, dark: bool) -> go.Figure:
             customdata=interval_of(bar.low, bar.high),
             hovertemplate=hover + "<extra>%{fullData.name}</extra>",
         )
+        # Lying bars exchange the roles of x and y, names of the error bars included.
         trace.update({along: bar.values, across: names, f"error_{along}": error})
         plot.add_trace(trace)
     axes = (panel.value, panel.category) if panel.horizontal else (panel.category, panel.value)
@@ -222,6 +230,7 @@ def draw_bars(panel: Bars, theme: Theme, dark: bool) -> go.Figure:
         plot.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
         plot.update_layout(height=max(HEIGHT, 110 + 26 * len(names)))
     else:
+        # Plotly would read names that look like numbers or dates as such.
         plot.update_xaxes(showgrid=False, type="category")
     plot.update_layout(showlegend=len(panel.bars) > 1, barmode="group")
     return plot

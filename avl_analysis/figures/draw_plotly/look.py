@@ -79,6 +79,7 @@ def _axis(axis: Axis, theme: Theme) -> dict[str, Any]:
     if axis.log:
         settings["type"] = "log"
     if axis.limits is not None:
+        # Plotly takes the range of a log axis as exponents of ten, its ticks as values.
         settings["range"] = list(np.log10(axis.limits)) if axis.log else list(axis.limits)
         if axis.log:
             ticks = log_ticks(*axis.limits)
@@ -87,6 +88,7 @@ def _axis(axis: Axis, theme: Theme) -> dict[str, Any]:
                 "tickvals": ticks,
                 "ticktext": [f"{tick:g}" for tick in ticks],
             }
+    # Named ticks replace whatever ticks were chosen above.
     if axis.ticks is not None:
         settings |= {"tickmode": "array", "tickvals": [at for at, _ in axis.ticks]}
         settings["ticktext"] = [literal(name) for _, name in axis.ticks]
@@ -147,4 +149,6 @@ def hover_text(x: Axis, y: Axis, z: Axis | None = None, *, interval: bool) -> st
 
 def literal(text: str) -> str:
     """Text that plotly shows as it is: neither HTML nor TeX nor a template."""
+    # "$" would begin TeX and "%{" a placeholder. They are replaced after escaping, or the "&" of
+    # their entities would be escaped too.
     return html.escape(text, quote=False).replace("$", "&#36;").replace("%{", "%&#123;")

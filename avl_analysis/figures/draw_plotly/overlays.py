@@ -25,6 +25,7 @@ def draw_overlay(panel: Overlay, theme: Theme) -> go.Figure:
     height, width = panel.picture.shape[:2]
     plot = go.Figure()
     if panel.patches is not None:
+        # The patches must be trace 0, which the frames of an animation replace.
         plot.add_trace(_patches(panel))
     if panel.classes:
         _class_legend(plot, panel, theme)
@@ -44,6 +45,7 @@ def draw_overlay(panel: Overlay, theme: Theme) -> go.Figure:
         _box(plot, box, height)
     dress(plot, theme)
     plot.update_xaxes(range=[0, width], visible=False, constrain="domain")
+    # The y axis runs downwards, as rows of pixels do, and a pixel is as tall as it is wide.
     plot.update_yaxes(range=[height, 0], visible=False, scaleanchor="x", constrain="domain")
     plot.update_layout(height=300, margin={"l": 4, "r": 4, "t": 4, "b": 4})
     return plot
@@ -64,10 +66,14 @@ def _patches(panel: Overlay) -> go.Heatmap:
     }
     place = "image token %{customdata}<br>"
     if panel.classes:
+        # The entry behind the last class is for cells without a token. NaN must be replaced before
+        # the numbers are made whole.
         names = np.array([*map(literal, panel.classes), "none"], dtype=object)
         picked = np.where(np.isnan(values), len(panel.classes), np.nan_to_num(values)).astype(int)
         return go.Heatmap(
             **common,
+            # Half a class beyond both ends, so that each class number is in the middle of its
+            # colour step.
             zmin=-0.5,
             zmax=len(panel.classes) - 0.5,
             colorscale=_class_scale(len(panel.classes)),
@@ -82,6 +88,7 @@ def _patches(panel: Overlay) -> go.Heatmap:
     label = literal(panel.value.label)
     if panel.words:
         words = np.array([*map(literal, panel.words), ""], dtype=object)
+        # -1, a cell without a token, picks the empty text at the end.
         common |= {"text": words[raster.token]}
         place += "%{text}<br>"
         if max(raster.token.shape) <= _MOST_WORDS:
@@ -116,6 +123,7 @@ def _class_legend(plot: go.Figure, panel: Overlay, theme: Theme) -> None:
             "line": {"color": theme.muted, "width": 1},
         }
         plot.add_trace(
+            # Points without a place are not drawn and still have an entry in the legend.
             go.Scatter(x=[None], y=[None], mode="markers", name=literal(name), marker=marker)
         )
 
@@ -124,6 +132,7 @@ def _box(plot: go.Figure, box: Box, height: int) -> None:
     """Outline a box; its name stands above it, at the upper border of the picture inside it."""
     corners = {"x0": box.left, "y0": box.top, "x1": box.right, "y1": box.bottom, "type": "rect"}
     plot.add_shape(**corners, line={"color": palette.BOX_EDGE, "width": 4})
+    # A wide dark frame below a narrow light one: visible on any picture.
     plot.add_shape(**corners, line={"color": palette.BOX, "width": 2})
     if box.label:
         plot.add_annotation(
@@ -152,6 +161,7 @@ def draw_animation(panel: Animation, theme: Theme) -> go.Figure:
         for step, frame in zip(panel.steps, panel.frames, strict=True)
     ]
     wait = round(1000 * panel.seconds)
+    # Heat maps change in an animation only when the whole plot is drawn again, hence `redraw`.
     instant = {
         "mode": "immediate",
         "frame": {"duration": 0, "redraw": True},
@@ -164,6 +174,7 @@ def draw_animation(panel: Animation, theme: Theme) -> go.Figure:
     }
     buttons = [
         {"label": "play", "method": "animate", "args": [None, play]},
+        # To animate to the frame [None] at once is how plotly stops an animation.
         {"label": "pause", "method": "animate", "args": [[None], instant]},
     ]
     steps = [
