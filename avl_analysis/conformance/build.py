@@ -75,17 +75,24 @@ class Case:
     @property
     def model_class(self) -> Any:
         """The class that is registered for the type."""
+        # The registry names one class, or several, of which the first is taken.
         name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[self.model_type]
         return getattr(transformers, name if isinstance(name, str) else name[0])
 
     def _make(self, attention: str) -> nn.Module:
+        # The backend is written into the configuration, which the SDPA and the eager model must not
+        # share.
         config = copy.deepcopy(self.config)
         config._attn_implementation = attention
+        # The same weights for every build of a type, and the caller's random numbers stay as they
+        # were.
         with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(0)
             model = self.model_class(config).eval()
         _fill_zeros(model)
         if (settings := getattr(model, "generation_config", None)) is not None:
+            # Random weights might choose an end token; without one every generation has the length
+            # asked for.
             settings.eos_token_id, settings.pad_token_id = None, 0
         return model
 
@@ -95,6 +102,7 @@ class Case:
         with quiet():
             try:
                 return self._make("sdpa")
+            # transformers raises ValueError for a class that does not offer SDPA.
             except ValueError:
                 return self._make("eager")
 
@@ -121,6 +129,7 @@ class Case:
         """One prompt that shows this image, whose size is remembered with the inputs."""
         with quiet():
             inputs = prompt(self.model, pixels(self.model_type, self.config, [image]))
+        # One row that shows one picture.
         remember_originals(inputs, [[image.size]], self.processor)
         return inputs
 
@@ -144,6 +153,7 @@ class Case:
         try:
             with torch.no_grad():
                 self.model(**self.inputs)
+        # Only the error of the known defect; anything else is raised as a failure of the check.
         except AttributeError as error:
             return f"transformers {transformers.__version__} cannot run it: {error}"
         return ""
@@ -161,8 +171,11 @@ def _fill_zeros(model: nn.Module) -> None:
     """
     draw = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
+        # Vectors are left alone: a bias of zeros adds nothing and hides nothing.
         if parameter.dim() > 1 and not bool(parameter.any()):
             parameter.data = (
+                # The square root of the input width as divisor keeps the size of what passes
+                # through.
                 torch.randn(parameter.shape, generator=draw) * parameter.shape[-1] ** -0.5
             )
 

@@ -16,6 +16,7 @@ from avl_analysis.conformance import random_pixels as px
 from avl_analysis.conformance.shrink import DROP, HEAD, PATCH, SIDE, VOCABULARY, WIDTH
 from avl_analysis.conformance.tower import toy_tower
 
+# Below the ids that text is drawn from (128 and up), so that no text token is taken for a picture.
 IMAGE_ID = 90
 """Image token id given to families whose default configuration names none."""
 
@@ -58,12 +59,14 @@ def _thirds(text: str = "text_config", **more: Any) -> dict[str, Any]:
         f"{text}.rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
+            # Rotary pairs for time, height and width: 8 together, half of `HEAD`.
             "mrope_section": [2, 3, 3],
             **more,
         }
     }
 
 
+# Replaces the nested configuration as a whole; "model_type" says which class is made of it.
 _GEMMA4_VISION = {
     "model_type": "gemma4_vision",
     "hidden_size": WIDTH,
@@ -76,6 +79,8 @@ _GEMMA4_VISION = {
     "patch_size": PATCH,
     "position_embedding_size": 64,
 }
+# A SAM encoder of two layers: the first attends within windows of 2 x 2 patches, the second
+# globally. 64 pixels are 16 patches a side.
 _SAM = {
     "output_channels": 16,
     "window_size": 2,
@@ -92,6 +97,7 @@ _CLIP = {
     "image_size": SIDE,
     "patch_size": PATCH,
 }
+# The default inserts the vision merger behind layer 6, which a tower of two layers does not have.
 _MINICPM = {
     "image_token_id": IMAGE_ID,
     "video_token_id": IMAGE_ID + 1,
@@ -108,12 +114,16 @@ _CONVOLUTIONS = {
     "patch_size": PATCH,
     "hidden_size": WIDTH,
 }
+# Pictures are cut into tiles of `SIDE` pixels, two along the longest edge. `px.marked_tiles` reads
+# the rows and columns that the processor returns on request.
 _SPLIT = {
     "size": {"longest_edge": 2 * SIDE},
     "max_image_size": {"longest_edge": SIDE},
     "return_row_col_info": True,
 }
 _SOFT = {"patch_size": PATCH, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+# Height and width a picture may be resized to before it is cut into tiles of `SIDE`: 1 x 2, 2 x 1
+# and 2 x 2 tiles.
 _PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 _VQ = {
     "base_channels": 32,
@@ -129,6 +139,7 @@ _ROPES = {
 
 ENTRIES: dict[str, Entry] = {
     "aria": Entry(
+        # The 6 x 6 patches of a picture of `SIDE` pixels become 9 image tokens.
         {"projector_patch_to_query_dict": {36: 9}, "max_value_projector_patch_to_query_dict": 9},
         pixels=px.square,
     ),
@@ -138,6 +149,9 @@ ENTRIES: dict[str, Entry] = {
             "vq_config.num_embeddings": 32,
             "vq_config.resolution": SIDE,
             **{f"vq_config.{k}": v for k, v in _VQ.items()},
+            # A name for each of the 32 codes of the quantizer. transformers reads the letters
+            # between IMGIMG and Z as decimal digits (A is 0), so names run from AA, AB, ... to CJ
+            # (29) and DA, DB (30, 31).
             "vocabulary_map": {
                 "<image>": IMAGE_ID,
                 **{
@@ -228,6 +242,7 @@ ENTRIES: dict[str, Entry] = {
             "image_token_id": IMAGE_ID,
             "vocabulary_map": {
                 "<image>": IMAGE_ID,
+                # The token at the end of a line; then one token for each of the 16 codes.
                 "<|extra_200|>": 91,
                 **{f"<|visual token {i:06d}|>": 92 + i for i in range(16)},
             },
@@ -236,6 +251,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "fast_vlm": Entry({"vision_config": _CONVOLUTIONS}, processor="llava"),
     "fuyu": Entry({"text_config.num_attention_heads": 4}, pixels=px.fuyu),
+    # 6 x 6 patches pooled to 3 x 3.
     "gemma3": Entry({"mm_tokens_per_image": 9}),
     "gemma3n": Entry(
         {
@@ -246,12 +262,16 @@ ENTRIES: dict[str, Entry] = {
                 "sliding_attention",
                 "full_attention",
             ],
+            # The last two layers read the keys of an earlier layer of their own kind, so both kinds
+            # must stand among the first two.
             "text_config.num_kv_shared_layers": 2,
             "text_config.intermediate_size": WIDTH,
             "text_config.activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
             "text_config.laurel_rank": 8,
             "vision_config": toy_tower(),
             "audio_config.vocab_size": 8,
+            # Ids of text, vision (16 of them, see `toy_tower`) and audio follow one another without
+            # overlap.
             "audio_config.vocab_offset": VOCABULARY + 16,
             "vision_soft_tokens_per_image": (SIDE // PATCH) ** 2,
         },
@@ -302,6 +322,7 @@ ENTRIES: dict[str, Entry] = {
     "instructblipvideo": Entry(
         {"video_token_index": IMAGE_ID, "num_query_tokens": 8},
         pixels=px.frames,
+        # `px.frames` shows four frames.
         tokens=lambda c, _: 4 * c.num_query_tokens,
     ),
     "internvl": Entry(options={"crop_to_patches": True}),
@@ -319,6 +340,7 @@ ENTRIES: dict[str, Entry] = {
             "vision_config.projector_output_dim": WIDTH,
             "vision_config.vision_output_dim": WIDTH,
             "vision_config.intermediate_size": 4 * WIDTH,
+            # Despite the name, 1 means with rotary embedding and 0 without.
             "text_config.no_rope_layers": [1, 0],
             "text_config.attention_chunk_size": 8,
         },
@@ -329,6 +351,8 @@ ENTRIES: dict[str, Entry] = {
     "llava_onevision": Entry({"image_grid_pinpoints": _PINPOINTS}),
     "lighton_ocr": Entry({"vision_config.image_size": 48}, shown=px.broken_rows),
     "mistral3": Entry({"vision_config.image_size": 48}, shown=px.broken_rows),
+    # Pixels are one strip of patches, (1, channels, patch, width): several pictures are joined
+    # along its width, dimension 3.
     "minicpm_ocr": Entry(_MINICPM, pixels=px.minicpm, along=3),
     "minicpmv4_6": Entry(_MINICPM, pixels=px.minicpm, along=3),
     "minicpmv4_7": Entry(_MINICPM, pixels=px.minicpm, along=3),
@@ -344,6 +368,7 @@ ENTRIES: dict[str, Entry] = {
     "mistral_large4": Entry(
         {
             "text_config.num_hidden_layers": 3,
+            # Index of the layer whose keys each layer reads: the second reads those of the first.
             "text_config.kv_source_layers": [0, 0, 2],
             "text_config.no_rope_layers": [1, 1, 0],
             "text_config.index_topk": 8,
@@ -442,6 +467,7 @@ ENTRIES: dict[str, Entry] = {
         },
         pixels=px.large_square,
     ),
+    # The default names layers that a tower of two does not have.
     "vipllava": Entry({"vision_feature_layer": [-1, -2]}),
 }
 

@@ -50,6 +50,7 @@ def image_processor(model_type: str, config: PreTrainedConfig, options: Mapping[
         )
     kind = getattr(transformers, name)
     try:
+        # Made once with its defaults, which say by what names it takes sizes.
         default, vision = kind(), getattr(config, "vision_config", None) or config
     except (
         ImportError
@@ -64,6 +65,8 @@ def image_processor(model_type: str, config: PreTrainedConfig, options: Mapping[
     if "height" in size:
         wanted["size"] = {"height": side, "width": side}
     elif getattr(default, "merge_size", None) is not None:
+        # In processors that merge patches these names bound the number of pixels, not a length.
+        # With merged patches of 8 pixels that is 36 to 81 image tokens.
         wanted["size"] = {"shortest_edge": 48 * 48, "longest_edge": 72 * 72}
     elif size:
         wanted["size"] = dict.fromkeys(size, side)
@@ -81,6 +84,7 @@ def image_processor(model_type: str, config: PreTrainedConfig, options: Mapping[
             wanted[ours] = getattr(vision, theirs)
     if getattr(config, "image_grid_pinpoints", None):
         wanted["image_grid_pinpoints"] = config.image_grid_pinpoints
+    # The entry's options last, because they are the more specific ones.
     return kind(**{**wanted, **options})
 
 
@@ -107,12 +111,16 @@ def image_features(
 ) -> Any:
     """What the model makes of pixels, by its own method (`get_video_features` for videos)."""
     owners: list[Any] = [m for m in (model, getattr(model, "model", None)) if hasattr(m, method)]
+    # Parameters of both methods count: an outer one that only hands `**kwargs` on names none
+    # itself.
     takes = {name for owner in owners for name in signature(getattr(owner, method)).parameters}
     if "pixel_values_videos" in given and "pixel_values_videos" not in takes:
         # before transformers 5.23 some families called it so in this method, too
         given = {**given, "pixel_values": given["pixel_values_videos"]}
     fields = ("vision_feature_layer", "vision_feature_select_strategy")
     places = (model.config, getattr(model.config, "vision_config", None))
+    # What `forward` takes from the configuration and the method, called directly, would lack.
+    # Reversed, so that the model's own value overwrites that of its vision tower.
     defaults = {
         n: getattr(place, n) for n in fields for place in reversed(places) if hasattr(place, n)
     }
@@ -130,6 +138,8 @@ def parts(output: Any) -> Iterator[Tensor]:
             getattr(output, n, None)
             for n in ("pooler_output", "last_hidden_state", "deepstack_features")
         )
+        # Where a family has several, the features projected to the decoder's width are the pooler
+        # output.
         output = next(part for part in found if part is not None)
         # Granite 4 Vision: what it adds to every decoder layer, of equal length.
         if isinstance(output[0], tuple):
@@ -176,14 +186,17 @@ def prompt(
     rows = []
     for length in after:
         text = torch.randint(_PLAIN, VOCABULARY, (before + length,), generator=draw).tolist()
+        # `image` is a list of one id: repeated, not multiplied.
         shown = image * count if help.shown is None else help.shown(config, given, image[0])
         rows.append([*text[:before], *start, *shown, *end, *text[before:]])
     longest = max(map(len, rows))
+    # (prompts, longest)
     ids = torch.tensor([[_PAD] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     kinds = (ids == image[0]).long()
     result = {**_repeat(given, len(rows), help.along), "input_ids": ids, "attention_mask": mask}
     result |= {"mm_token_type_ids": kinds, "token_type_ids": 0 * kinds if help.prefix else kinds}
+    # A model refuses arguments that its `forward` does not name.
     return {
         name: value for name, value in result.items() if name in signature(model.forward).parameters
     }
@@ -206,8 +219,11 @@ def video_prompt(model: Any, given: Mapping[str, Any], *, frames: int) -> dict[s
     image = _id(config, "image_token_id", "image_token_index")
     start = _id(config, "vision_start_token_id", "image_start_token_id")
     end = _id(config, "vision_end_token_id", "image_end_token_id")
+    # Frames go as pictures where the video part names them so (SmolVLM) or where the family has no
+    # id for videos.
     by_frame = "pixel_values" in given or not video
     if by_frame and "pixel_values_videos" in given:  # InternVL: frames are pictures
+        # (videos, frames, 3, height, width) to (pictures, 3, height, width)
         given["pixel_values"] = given.pop("pixel_values_videos").flatten(0, 1)
     method = "get_image_features" if by_frame else "get_video_features"
     count = sum(map(len, parts(image_features(model, given, method))))
@@ -222,6 +238,7 @@ def video_prompt(model: Any, given: Mapping[str, Any], *, frames: int) -> dict[s
     draw = torch.Generator().manual_seed(0)
     text = torch.randint(_PLAIN, VOCABULARY, (10,), generator=draw).tolist()
     ids = torch.tensor([[*text[:4], *shown, *text[4:]]])
+    # `mm_token_type_ids` has 1 for tokens of pictures and 2 for those of videos.
     kinds = torch.isin(ids, torch.tensor(own)).long() * (1 if by_frame else 2)
     result = {**given, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     result |= {"mm_token_type_ids": kinds, "token_type_ids": 0 * kinds}

@@ -42,6 +42,7 @@ PAINTED = (
 )
 """Painted parts as fractions: two corners, the middle, a row, a column."""
 
+# Names that families give to the output projection of vision attention.
 _OUTPUTS = ("out_proj", "o_proj", "proj", "projection_layer", "wo", "dense")
 
 
@@ -83,12 +84,16 @@ def check_places(case: Case) -> Painted:
         boxes = _recorded(model, inputs, size)
         layout = family.layout(inputs["input_ids"], inputs["attention_mask"], inputs)
         mapped = family.picture_map(layout, {**given, **inputs}, [[size]], case.processor)
+        # From (length, 4) boxes of the whole prompt to (image tokens, 4).
         _agree(boxes, mapped.boxes[0][layout.image[0] >= 0], case)
         assumption = assumption or mapped.assumption
+        # (image tokens, width)
         plain = torch.cat(list(parts(image_features(model, given))))
         placed, of = placed + int((~boxes[:, 0].isnan()).sum()), of + len(boxes)
         for part, painted in _paint(picture):
             features = torch.cat(list(parts(image_features(model, _pixels(case, painted)))))
+            # Tokens that do not depend on the painted part compute the same numbers again; the
+            # margin is for rounding.
             changed = (features - plain).abs().amax(-1) > 1e-6
             within, beyond = sides(boxes, part, _reach(case, size))
             inside, outside = inside + int(within.sum()), outside + int(beyond.sum())
@@ -133,6 +138,8 @@ def _pixels(case: Case, picture: Image.Image) -> dict[str, Any]:
 def silenced(model: nn.Module) -> Any:
     """A copy of the model with vision attention that adds nothing."""
     model = copy.deepcopy(model)
+    # The decoder keeps its attention: `generate` runs through it, and features are compared before
+    # it.
     own = {id(module) for module in model.get_decoder().modules()}
     for module in model.modules():
         if id(module) in own or not any(
@@ -141,6 +148,7 @@ def silenced(model: nn.Module) -> Any:
             continue
         for name in _OUTPUTS:
             layer = getattr(module, name, None)
+            # Some families wrap the projection in a module that holds it as `linear`.
             if isinstance(layer := getattr(layer, "linear", layer), nn.Linear):
                 nn.init.zeros_(layer.weight)
                 if layer.bias is not None:
@@ -151,6 +159,7 @@ def silenced(model: nn.Module) -> Any:
 def _noise(size: tuple[int, int]) -> Image.Image:
     draw = torch.Generator().manual_seed(0)
     return Image.fromarray(
+        # (height, width, 3). Values stay away from 0 and 255, so that pure red changes every pixel.
         torch.randint(60, 190, (size[1], size[0], 3), generator=draw, dtype=torch.uint8).numpy()
     )
 
@@ -178,5 +187,7 @@ def sides(boxes: Tensor, part: tuple[int, int, int, int], reach: float) -> tuple
     within &= (wide > 0.5) & (high > 0.5)
     beyond = (left >= part[2] + reach) | (top >= part[3] + reach)
     beyond |= (right <= part[0] - reach) | (bottom <= part[1] - reach)
+    # Comparisons with NaN are False, so tokens without a place are on neither side up to here. If
+    # no token has a place, none is put on a side.
     known = ~left.isnan()
     return within, (beyond | ~known) & known.any()

@@ -67,6 +67,7 @@ def positions(config: Any) -> dict[str, Any]:
     """Merged patches of one picture with their coordinates (Gemma 4), unpadded."""
     vision = config.vision_config
     side = getattr(vision, "model_patch_size", vision.patch_size)
+    # (24, 2), x first and running fastest.
     where = torch.tensor([[x, y] for y in range(4) for x in range(6)])
     return {
         "pixel_values": _noise(1, 24, 3 * side * side).sigmoid(),
@@ -81,6 +82,8 @@ def minicpm(config: Any) -> dict[str, Any]:
 
 def molmo(config: Any) -> dict[str, Any]:
     """One low-resolution crop whose 6 x 6 patches are pooled two by two (Molmo 2)."""
+    # Rows and columns of the patches split into (block row, row, block column, column); then blocks
+    # in front: (9, 4), the four patches of each token.
     index = torch.arange(36).view(3, 2, 3, 2).permute(0, 2, 1, 3).reshape(9, 4)
     return {
         "pixel_values": _noise(1, 36, 3 * PATCH * PATCH),
@@ -153,8 +156,10 @@ def tiles(config: Any) -> dict[str, Any]:
 
 def broken_rows(config: Any, given: Mapping[str, Any], image: int) -> list[int]:
     """A break token after each row of merged patches, an end token after the last (Pixtral)."""
+    # Side of a merged patch in pixels.
     cell = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
     rows, columns = (int(n) // cell for n in given["image_sizes"][0])
+    # The break after the last row gives way to the end token.
     return [*([*[image] * columns, BREAK] * rows)[:-1], END]
 
 
@@ -165,6 +170,8 @@ def marked_tiles(config: Any, given: Mapping[str, Any], image: int) -> list[int]
     rows, columns = int(given["rows"][0][0]), int(given["cols"][0][0])
     ids: list[int] = []
     for row in range(rows):
+        # An id for every row and column: from 110 on, clear of the other markers, and below the ids
+        # of text (128) for three rows of up to six columns.
         ids += [
             i for column in range(columns) for i in (END, BREAK + 10 + 6 * row + column, *view)
         ] + [NEWLINE]

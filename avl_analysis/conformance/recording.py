@@ -54,10 +54,13 @@ class Watch(Observer):
 
     def observe(self, call: AttentionCall, output: Tensor) -> None:
         """Keep the weights of one call."""
+        # (batch, query heads, rows, keys)
         weights = attention_weights(call)
         self.weights[-1].append((call.layer, weights))
         total = call.forward.start + call.forward.tokens
         at = torch.arange(weights.shape[3]) if call.key_positions is None else call.key_positions
+        # The last row by sequence position, (batch, query heads, total): a layer with a sliding
+        # window is handed fewer keys than there are positions; the others keep 0.
         self.last[call.layer] = torch.zeros(*weights.shape[:2], total)
         self.last[call.layer][..., at] = weights[:, :, -1]
 
@@ -94,6 +97,7 @@ def check_recording(case: Case) -> Recorded:
     plain = case.model(**case.batch).logits
     with attached(case.model, padded):
         _same(plain, case.model(**case.batch).logits, "logits of a padded batch")
+    # Where padding decides which blocks of keys are read, SDPA and eager read different ones.
     batch_difference = _eager_weights(case, case.batch, padded if case.ignores_padding else None)
     _generation(case)
     layers = {layer for layer, _ in watch.weights[0]}
@@ -146,9 +150,12 @@ def _eager_weights(case: Case, inputs: dict[str, Any], sdpa: Watch | None) -> fl
             f"eager attention returned weights of {len(returned)} layers, the attention hooks saw"
             f" {len(watch.weights[0])}"
         )
+    # (batch, 1, rows, 1). Rows of padding tokens are left out: nothing reads their output.
     valid = inputs["attention_mask"].bool()[:, None, :, None]
     worst = 0.0
+    # Without SDPA's weights those of eager stand in, and the second comparison repeats the first.
     fast = sdpa or watch
+    # All (batch, query heads, rows, keys), layer by layer.
     for own, (_, eager), (_, other) in zip(
         returned, watch.weights[0], fast.weights[0], strict=True
     ):
@@ -190,6 +197,7 @@ def _generation(case: Case) -> None:
     watch = Watch()
     with attached(case.eager, watch):
         output = case.eager.generate(**case.inputs, **options, output_attentions=True)
+    # Empty for families that return no weights; that case passes.
     for returned, seen in zip(output.attentions or (), watch.weights, strict=False):
         own = [weights for weights in returned if weights is not None]
         for weights, (_, recorded_weights) in zip(own, seen, strict=True):
@@ -211,6 +219,7 @@ def _recorder(case: Case, watch: Watch, options: dict[str, Any]) -> None:
         sums = [float(weights[0, :, modality == code].sum()) for code in range(3)]
         found = mass.sel(layer=layer).sum("head").values
         difference = max(abs(one - other) for one, other in zip(sums, found, strict=True))
+        # Negated, so that NaN is a mismatch too.
         if not difference < STEPWISE:
             raise Mismatch(
                 f"the recorder's modality mass of layer {layer} is off by {difference:.1e}"
@@ -222,10 +231,12 @@ def _positions(case: Case, stepwise: Watch, sequence: Tensor) -> None:
 
     It is compared with the same row of the whole sequence as one prompt.
     """
+    # The last token was chosen but never fed to the model, so no row belongs to it.
     fed, length = sequence[:, :-1], case.inputs["input_ids"].shape[1]
     inputs = {**case.inputs, "input_ids": fed}
     for name in ("attention_mask", "mm_token_type_ids", "token_type_ids"):
         if name in inputs:
+            # Generated tokens are attended to, and are text (type 0).
             filler = 1 if name == "attention_mask" else 0
             inputs[name] = torch.nn.functional.pad(
                 inputs[name], (0, fed.shape[1] - length), value=filler
@@ -234,6 +245,8 @@ def _positions(case: Case, stepwise: Watch, sequence: Tensor) -> None:
     with attached(case.model, whole):
         case.model(**inputs)
     layers = sorted(stepwise.last)
+    # Where a prompt sees ahead, generated tokens change the earlier hidden states once they are
+    # part of it. Queries and keys of the first layer do not depend on other tokens yet.
     for layer in layers[:1] if case.sees_ahead else layers:
         difference = float((stepwise.last[layer] - whole.last[layer]).abs().max())
         if difference > STEPWISE:

@@ -25,6 +25,8 @@ PATCH = 4
 SIDE = 24
 _FIRST_SPECIAL = 16  # ids below stay; ids from here on are numbered anew
 
+# Field names as patterns and their small values; of several patterns that match a whole name the
+# first counts.
 _SIZES: tuple[tuple[str, Any], ...] = (
     (r"vocab_size.*|.*_vocab_size", VOCABULARY),
     (
@@ -49,6 +51,8 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     (r"num_experts_per_tok|moe_topk|top_k_experts|moe_k", 2),
     (r"n_group|topk_group|num_nextn_predict_layers", 1),
     (r"first_k_dense_replace", 1),
+    # Windows and selections of 8 keys are shorter than the prompts, which have ten text tokens
+    # beside the picture: layers with them do leave keys out.
     (r"index_topk", 8),
     (r"index_kpool", 4),
     (r"(window_size|sliding_window.*)", 8),
@@ -88,12 +92,15 @@ _KEPT = (
     "tie_word_embeddings",
     "is_encoder_decoder",
 )
+# What every configuration has (output flags, names of classes) is left to the class's defaults,
+# except what changes the model.
 _BASE_FIELDS = frozenset(PreTrainedConfig().to_dict()) - {*_KEPT, "decoder_start_token_id"}
 
 
 def _shrink(
     config: PreTrainedConfig, ids: Mapping[int, int], override: Mapping[str, Any], path: str
 ) -> dict[str, Any]:
+    # `vars` also holds attributes that a class derives from its fields, at the original size.
     known = set(type(config).__dataclass_fields__)
     fields: dict[str, Any] = {}
     for name, value in vars(config).items():
@@ -102,15 +109,19 @@ def _shrink(
         if isinstance(value, PreTrainedConfig):
             fields[name] = {
                 **_shrink(value, ids, override, f"{path}{name}."),
+                # The outer class chooses the class of the nested configuration by it.
                 "model_type": value.model_type,
             }
         else:
             fields[name] = _small(name, value, ids)
     given = vars(config)
+    # A family without grouped heads stays without.
     if "num_key_value_heads" in fields and given["num_key_value_heads"] == given.get(
         "num_attention_heads"
     ):
         fields["num_key_value_heads"] = fields["num_attention_heads"]
+    # An overridden number of layers counts already here, because lists with one entry per layer
+    # must be as long.
     counts = [n for n in ("num_hidden_layers", "num_layers", "n_layers") if n in fields]
     layers = override.get(path + counts[0], fields[counts[0]]) if counts else None
     for name, value in list(fields.items()):
@@ -136,6 +147,7 @@ def _small(name: str, value: Any, ids: Mapping[int, int]) -> Any:
             if isinstance(value, (list, tuple))
             else ids.get(value, value)
         )
+    # Before the numbers: bool is an int to Python.
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, dict) and "rope" in name:
@@ -145,6 +157,7 @@ def _small(name: str, value: Any, ids: Mapping[int, int]) -> Any:
     if isinstance(value, (int, float)):
         for pattern, size in _SIZES:
             if re.fullmatch(pattern, name):
+                # Never larger than the original: a family with one key/value head keeps one.
                 return size if isinstance(size, float) else min(size, value) or value
     return copy.deepcopy(value)
 
@@ -159,6 +172,7 @@ def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             value = _rope(value)
         elif name == "mrope_section":
+            # 4 + 2 + 2 rotary pairs, as many as half a head has.
             value = [HEAD // 2 - 2 * (HEAD // 8), HEAD // 8, HEAD // 8]
         result[name] = value
     return result
@@ -190,4 +204,5 @@ def _special_ids(config: PreTrainedConfig) -> dict[int, int]:
 
     collect(config)
     large = [i for i in dict.fromkeys(found) if i >= _FIRST_SPECIAL]
+    # Sorted, so that a smaller id stays the smaller one.
     return {old: _FIRST_SPECIAL + new for new, old in enumerate(sorted(large))}

@@ -67,6 +67,8 @@ def check(model_type: str) -> Row:
         family = case.family
     except UnsupportedModelError as refusal:
         return Row(model_type, _reason(refusal), "-", "-", "-")
+    # The model's class asks for a package that is not installed; the first line of the message
+    # names it.
     except ImportError as missing:
         return Row(
             model_type, f"{NOT_CHECKED}: {str(missing).strip().splitlines()[0]}", "-", "-", "-"
@@ -77,6 +79,7 @@ def check(model_type: str) -> Row:
         if case.defect:
             return Row(model_type, f"{NOT_CHECKED}: {case.defect}", "-", "-", "-")
         check_recording(case)
+    # From `image_processor`, where there are no pixels to show the model.
     except LookupError as missing:
         return Row(model_type, f"{NOT_CHECKED}: {missing}", "-", "-", "-")
     return Row(model_type, YES, _adapted(case), _places(case), case.pixels_from, _video(case))
@@ -101,6 +104,8 @@ def _places(case: Case) -> str:
         raise Mismatch(
             f"{found.wrong} image tokens of {case.model_type} do not lie where the recording says"
         )
+    # No token lay clearly inside or none clearly outside a painted part: that none is wrong says
+    # nothing then.
     if not (found.inside and found.outside):
         return "grid, not confirmed"
     return "grid, confirmed by painting"
@@ -158,6 +163,8 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def parse(text: str) -> list[Row]:
     """The rows of a committed table; a page may hold other tables above its `MARK`."""
+    # Rows begin with "| "; the line under the head begins with "|-", and the head itself is cut
+    # off.
     lines = [line for line in text.split(MARK)[-1].splitlines() if line.startswith("| ")][1:]
     rows = [Row(*(cell.strip() for cell in line.strip("|").split("|"))) for line in lines]
     if any(len(fields(Row)) != len(astuple(row)) for row in rows):

@@ -43,6 +43,7 @@ class ToyTower(PreTrainedModel):
         )
 
 
+# Gemma 3n makes its tower by `AutoModel.from_config`, which now finds the stand-in.
 AutoModel.register(ToyTowerConfig, ToyTower, exist_ok=True)
 
 

@@ -71,6 +71,7 @@ def check_video(case: Case) -> Painted:
     def prepare(frames: np.ndarray) -> dict[str, Any]:
         given = part.make([frames])
         inputs = video_prompt(model, given, frames=len(frames))
+        # frames: (frames, height, width, 3); sizes are width first.
         size = (frames.shape[2], frames.shape[1])
         remember_originals(inputs, [[size]], _WithVideo(part), [[len(frames)]])
         return inputs
@@ -96,6 +97,7 @@ def _part(case: Case) -> FrameProcessor:
     kind = PARTS[PROCESSORS[case.model_type]]
     settings: dict[str, Any] = {"size": square, "crop_size": square}
     if "patch_size" in kind.defaults:
+        # Qwen3-VL bounds the pixels of all frames together, Qwen2-VL those of one frame.
         frames = FRAMES if kind.__name__ == "Qwen3Frames" else 1
         settings = {
             "size": {"shortest_edge": 48 * 48 * frames, "longest_edge": 72 * 72 * frames},
@@ -128,8 +130,10 @@ def paint_video(
     draw = np.random.default_rng(0)
     video = draw.integers(60, 190, (FRAMES, height, width, 3), dtype=np.uint8)
     boxes, frame = recorded_video(model, prepare(video), SIZE)
+    # Groups are numbered from 0, the last one possibly not full, hence the rounding up.
     if sorted(set(frame.tolist()) - {-1}) != list(range(-(-FRAMES // group))):
         raise Mismatch(f"a video of {FRAMES} frames was recorded with frames {set(frame.tolist())}")
+    # (image tokens, width)
     plain = embedded(model, prepare(video))
     inside = outside = wrong = 0
     for painted, (left, top, right, bottom) in PAINTED:
@@ -141,6 +145,7 @@ def paint_video(
         changed = (embedded(model, prepare(other)) - plain).abs().amax(-1) > 1e-6
         within, beyond = sides(boxes, area, REACH)
         now = frame == painted // group
+        # Nothing in another group may change, wherever in the frame it lies.
         within, beyond = within & now, beyond | ~now
         inside, outside = inside + int(within.sum()), outside + int(beyond.sum())
         wrong += int((within & ~changed).sum()) + int((beyond & changed).sum())
@@ -184,4 +189,5 @@ def embedded(model: Any, inputs: dict[str, Any]) -> Tensor:
     finally:
         hook.remove()
     ids = torch.tensor([*family.image_token_ids, *video_ids(family.config)])
+    # The first pass is the prompt's: (1, length, width).
     return seen[0][0, torch.isin(inputs["input_ids"][0], ids)]

@@ -53,6 +53,7 @@ def halve_on_failure(
         UnsupportedModelError: the model, not a sample, is the reason.
     """
     results: list[R | Failure] = []
+    # A part is one failed sample, or samples that went through together.
     for _, found in halved(run, items):
         results += [found] if isinstance(found, Failure) else list(found)
     return results
@@ -145,6 +146,7 @@ def batches_of_similar_length(
 
 def longest_right_answer(vlm: VLM, samples: Sequence[Sample]) -> int:
     """Tokens after which an answer to any of the samples can no longer be a right one."""
+    # Of several right wordings the first stands for all; unknown answers count as empty.
     texts = [(sample.answers or ("",))[0] for sample in samples]
     ids = vlm.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
     return max(map(len, ids)) + ANSWER_SLACK

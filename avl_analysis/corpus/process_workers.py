@@ -37,9 +37,12 @@ def _do_shards(job: Job[S], shards: Sequence[S], *, workers: int) -> Iterator[S]
     try:
         futures = {pool.submit(_do, job, shard): shard for shard in shards}
         for future in as_completed(futures):
+            # Raises what the worker raised.
             future.result()
             yield futures[future]
     finally:
+        # Reached also when the caller stops asking for shards; those that have not begun are
+        # dropped.
         pool.shutdown(cancel_futures=True)
         for name, value in saved.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
@@ -65,7 +68,9 @@ def _end_with_parent() -> None:
     assert parent is not None
 
     def watch() -> None:
+        # Returns when the parent process has ended.
         wait([parent.sentinel])
+        # `sys.exit` would end this thread alone.
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="end with parent").start()

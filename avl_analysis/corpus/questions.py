@@ -160,6 +160,7 @@ def scene_samples(
     if count < 1 or not chosen:
         raise InputError(f"{count} samples of {len(chosen)} tasks: ask for at least one of each")
     check_count(count * len(chosen))
+    # Tasks take consecutive seeds from here on, which stay inside the split's range.
     base = SPLITS[split] if seed is None else seed
     return [
         scene_sample(draw_scene(base + ALL_TASKS.index(task), index, task))
@@ -198,6 +199,8 @@ def question_digest(sample: Sample) -> str:
     """
     # Lone surrogates may stand in a prompt from a JSON file and must not stop the digest.
     content = hashlib.sha256(sample.prompt.encode("utf-8", "surrogatepass"))
+    # Nothing is added for questions without a video, so their digests are those of prompt and
+    # pictures alone.
     content.update(repr(shown_videos(sample)).encode() if any(shown_videos(sample)) else b"")
     for image in [part for source in sample.images for part in parts_of(source)]:
         if isinstance(image, (str, os.PathLike)):
@@ -207,6 +210,7 @@ def question_digest(sample: Sample) -> str:
             content.update(image)
         else:
             pixels = np.asarray(image)
+            # The shape, because pictures of other proportions may have the same bytes.
             content.update(str(pixels.shape).encode() + pixels.tobytes())
     return content.hexdigest()[:16]
 
@@ -337,6 +341,7 @@ def _video(entry: Mapping[str, Any], folder: Path) -> Video | None:
     """The video of a line, None where it names none."""
     value, frames, fps = (entry.get(key) for key in ("video", "frames", "fps"))
     for key, given, kinds in (("frames", frames, (int,)), ("fps", fps, (int, float))):
+        # `type`, because True is an int to `isinstance`.
         if given is not None and (type(given) not in kinds or value is None):
             raise InputError(
                 f"{key!r} must be a number beside a 'video': {_KEYS[key]}; got {_shown(given)}"

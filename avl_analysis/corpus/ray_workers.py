@@ -53,11 +53,13 @@ def _do_shards(
         raise InputError(
             "several workers need Ray: pip install 'avl-analysis[ray]', or use one worker"
         ) from error
+    # A Ray that runs already belongs to somebody else and is left running.
     started = not ray.is_initialized()
     if started:
         _start(ray, workers, address)
     try:
         remote: Any = ray.remote(num_cpus=1, num_gpus=gpus)(_Worker)
+        # Every worker loads the model, so none is started that would get no shard.
         idle = [remote.remote(job) for _ in range(min(workers, len(shards)))]
         waiting = list(shards)
         busy: dict[Any, tuple[Any, S]] = {}
@@ -78,6 +80,7 @@ def _do_shards(
             f" command again, with fewer workers if it happens again ({str(error).splitlines()[0]})"
         ) from error
     except ray.exceptions.RayTaskError as error:
+        # As the type of what the job raised, so that an InputError is reported as in one process.
         raise error.as_instanceof_cause() from error
     finally:
         if started:

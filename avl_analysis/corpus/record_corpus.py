@@ -114,6 +114,7 @@ class SampleShard(Shard):
         The recording must be the one that the note was written for.
         """
         note = read_note(self.files(folder)[1])
+        # More failures than samples: the note is not of this shard.
         if note is None or len(note["failed"]) > len(self.samples):
             return False
         file = self.files(folder)[0]
@@ -169,6 +170,7 @@ def record_corpus(
     if target.exists() and not folder.exists() and not replace:
         raise InputError(f"{target} exists already: choose another name, or delete it")
     job = RecordingJob(model, folder, dict(load or {}), options)
+    # Also where other processes do the work: name, revision and floating type describe the run.
     vlm = job.load()
     _check_options(vlm, options)
     shards = [
@@ -229,6 +231,8 @@ def _record(
     """Recordings of the samples that can be recorded, and the others; halves what fails."""
 
     def run(places: Sequence[int]) -> Recording:
+        # Places count from the beginning of the corpus, `samples` from that of the shard. Halves of
+        # a range are ranges, so the first and last place say it all.
         part = samples[places[0] - start : places[-1] + 1 - start]
         return record_samples(vlm, part, first_sample=places[0], **options)
 
@@ -255,6 +259,7 @@ def _finish(folder: Path, target: Path, shards: Sequence[SampleShard], date: str
             f"none of the {len(failed)} samples could be recorded; {first.id} failed with:"
             f" {first.reason}"
         )
+    # Shards of which every sample failed have no recording.
     files = [
         shard.files(folder)[0]
         for shard, note in zip(shards, notes, strict=True)
@@ -286,6 +291,8 @@ def described(
     return {
         "model": vlm.name,
         "revision": vlm.revision,
+        # The revision of a local folder is a hash of its weights alone; processor, tokenizer and
+        # chat template change answers as well.
         "model folder": folder_digest(vlm.path),
         "loading": _loading(vlm),
         "libraries": f"torch {torch.__version__}, transformers {transformers.__version__}",
@@ -315,6 +322,8 @@ def fingerprint(samples: Sequence[Sample]) -> str:
         ]
         further = [sorted((given or {}).items()) for given in (sample.meta, sample.scene)]
         fields += [shown for shown in shown_videos(sample) if shown is not None]
+        # `repr` of a list keeps the fields apart: the same letters divided otherwise are another
+        # text.
         digest.update(repr([*fields, *further]).encode("utf-8", "surrogatepass"))
         for image in [part for source in sample.images for part in parts_of(source)]:
             if isinstance(image, (str, os.PathLike)):

@@ -69,6 +69,7 @@ def record_samples(
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: at least one question must go into a pass")
     arguments = {**greedy(vlm.model), "max_new_tokens": max_new_tokens, **(generate or {})}
+    # Removed here and put in front of `_Surprise` below, so that it sees the scores after them.
     own_processors = arguments.pop("logits_processor", None) or []
     with record(vlm.model, **options) as recording:
         for start in range(0, len(samples), batch_size):
@@ -94,6 +95,8 @@ def record_samples(
             for row, sample in enumerate(chosen):
                 facts = facts_of(vlm, sample, out[row, length:].tolist())
                 if surprises:
+                    # A row that ended early was padded; what stands behind its words is not its
+                    # answer.
                     facts["surprise"] = surprises[row][: len(facts.get("words", ()))]
                 about = {"region_tokens": inside[row]} if inside[row] else {}
                 recording.annotate(start + row, **facts, **about)
@@ -141,6 +144,7 @@ def facts_of(vlm: VLM, sample: Sample, tokens: Sequence[int]) -> dict[str, Any]:
     return {
         name: value
         for name, value in facts.items()
+        # An empty answer is a fact; other empty values say that nothing is known.
         if name == "answer" or value not in ("", [], {}, None)
     }
 
@@ -177,6 +181,8 @@ def tokens_asked_about(
     boxes = family.picture_map(layout, inputs, sizes, vlm.processor).boxes
     found: list[list[int]] = []
     for row, sample in enumerate(samples):
+        # Of (length, 4) and (length,) the image tokens of this row, in order: indices below are
+        # places among them.
         of_image = layout.image[row].cpu() >= 0
         places, frame = boxes[row][of_image].numpy(), layout.frame[row].cpu()[of_image].numpy()
         found.append(_under_boxes(places, frame, sample.regions) if asked[row] else [])
@@ -199,6 +205,7 @@ def _under_boxes(
     together = -(-len(regions) // groups)  # frames in one group
     inside: list[int] = []
     for group in range(groups):
+        # Image tokens of the group; `tokens_in_boxes` answers with places among these.
         at = np.flatnonzero(frame == group)
         own = regions[group * together : (group + 1) * together]
         inside += at[tokens_in_boxes(places[at], own)].tolist()
@@ -249,6 +256,7 @@ class _Surprise(LogitsProcessor):
         self._chosen: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        # The newest token was chosen from the distribution of the call before.
         self._settle(input_ids[:, -1])
         self._latest = torch.log_softmax(scores.float(), -1)
         return scores
@@ -270,5 +278,6 @@ class _Surprise(LogitsProcessor):
         """
         if self._latest is None or not len(tokens) == len(self._latest) == rows:
             return []
+        # No call follows the last token, which is settled here.
         self._settle(tokens[:, -1])
         return [[round(float(v), 5) for v in row] for row in torch.stack(self._chosen, 1)]

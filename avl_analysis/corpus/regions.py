@@ -101,6 +101,7 @@ def on_tokens(region: Region, image: ImageTokens | None) -> Region:
     if image.boxes.shape == grid.shape and np.allclose(image.boxes, grid, atol=1e-4):
         return region
     edges = [(b.left, b.top, b.right, b.bottom) for b in region.boxes]
+    # Boxes of tokens are fractions of the picture, those of drawn objects pixels.
     return replace(region, tokens=tuple(tokens_in_boxes(image.boxes * SIDE, edges)))
 
 
@@ -117,6 +118,7 @@ def word_regions(sample: scenes.SceneSample, words: Sequence[str]) -> list[Regio
     spelled = [word.strip() for word in words if word.strip()]
     about = Region(boxes_of(sample.boxes), tuple(map(int, sample.patches)))
     if sample.task == "ocr" and text is not None and spelled == list(text.string):
+        # One word for each character: compared above with the string's characters.
         letters = iter(text.characters)
         return [_part(next(letters)) if word.strip() else about for word in words]
     return [about for _ in words]
@@ -138,6 +140,7 @@ def _caption_regions(sample: scenes.SceneSample, words: Sequence[str]) -> list[R
     parts.sort(key=lambda part: part.cell)
     regions, number = [], 0
     for word in words:
+        # A comma belongs to the part before it. Words behind the last part stay with it.
         regions.append(_part(parts[min(number, len(parts) - 1)]))
         number += "," in word
     return regions

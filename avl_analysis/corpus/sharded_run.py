@@ -130,6 +130,7 @@ def check_same_run(folder: Path, described: Mapping[str, Any]) -> dict[str, Any]
         ):
             found = dict(json.loads(note.read_text(encoding="utf-8")))
             date = str(found["date"])
+        # Only what this run is described by: the note also has the date.
         different = [name for name, value in described.items() if found.get(name) != value]
         if different:
             raise InputError(

@@ -80,6 +80,7 @@ def judge_words(facts: Mapping[str, Any], image: ImageTokens | None = None) -> l
     regions = _regions(facts, truth, image)
     drawn = facts.get("scene") is not None
     judged = []
+    # place: index into the words of the right answer.
     for step, place in enumerate(align(words, truth)):
         word = words[step]
         if not word:
@@ -101,6 +102,7 @@ def align(words: Sequence[str], truth: Sequence[str]) -> list[int | None]:
     Among alignments of equal cost, the one that pairs words latest in both texts is taken.
     """
     rows, columns = len(words) + 1, len(truth) + 1
+    # cost[i, j]: fewest edits that turn the first i words into the first j words of the truth.
     cost = np.zeros((rows, columns), int)
     cost[:, 0], cost[0] = np.arange(rows), np.arange(columns)
     for i in range(1, rows):
@@ -109,6 +111,8 @@ def align(words: Sequence[str], truth: Sequence[str]) -> list[int | None]:
             cost[i, j] = min(cost[i - 1, j - 1] + unequal, cost[i - 1, j] + 1, cost[i, j - 1] + 1)
     places: list[int | None] = [None] * len(words)
     i, j = len(words), len(truth)
+    # Back from the end; a pair is preferred to a gap of equal cost, which pairs words as late as
+    # possible. Words left over at the beginning are insertions.
     while i and j:
         if cost[i, j] == cost[i - 1, j - 1] + (words[i - 1] != truth[j - 1]):
             i, j = i - 1, j - 1

@@ -110,6 +110,7 @@ def compare(
         _warm_up(vlm, samples)
     for number, chunk in enumerate(batches_of_similar_length(vlm, samples, batch_size)):
         references = halve_on_failure(job.references, chunk)
+        # chunk holds indices of samples; references come in the same order.
         facts |= {pair[0]: _facts(pair[1]) for pair in zip(chunk, references, strict=True)}
         failed = {i: r for i, r in zip(chunk, references, strict=True) if isinstance(r, Failure)}
         # A sample whose reference failed counts as failed under every policy.
@@ -167,6 +168,7 @@ class _Job:
         """
         if not self.wanted & {"fidelity", "text"}:
             return [Reference([], "", None, None) for _ in part]
+        # One (batch, vocabulary) tensor for each step.
         steps: list[Tensor] = []
 
         def keep(step: int, logits: Tensor) -> None:
@@ -183,6 +185,8 @@ class _Job:
                 tokens,
                 text,
                 prompt,
+                # (steps, vocabulary): rows that ended go on in the batch, so each is cut at its own
+                # answer.
                 torch.stack([s[row] for s in steps[: len(tokens)]]) if steps else None,
             )
             for row, (tokens, text, prompt) in enumerate(
@@ -200,6 +204,7 @@ class _Job:
             # Led along the full cache's answer, so that both caches predict the same next token and
             # differences do not come from texts that have parted.
             found = [values | extra for values, extra in zip(found, more, strict=True)]
+        # Nothing else needs an answer of the policy's own.
         if self.wanted == {"fidelity"}:
             return found
         run = generate(self.vlm, samples, policy, max_new_tokens=self.max_new_tokens)
@@ -251,12 +256,14 @@ def _fidelity(
         for at, row in enumerate(rows):
             kl[row].append(divergence[at])
             agreement[row].append(float(same[at]))
+            # Of the full cache's token, not of the policy's likeliest.
             nll[row].append(-float(mine[at, references[row].tokens[step]]))
 
     run = generate(
         vlm,
         samples,
         policy,
+        # Replaced by the longest of the forced answers.
         max_new_tokens=1,
         forced=[reference.tokens for reference in references],
         on_logits=watch,
@@ -277,6 +284,7 @@ def _fidelity(
             torch.arange(len(reference.tokens)), torch.tensor(reference.tokens)
         ]
         values["perplexity"] = float(np.exp(np.mean(nll[row])))
+        # exp(mean policy - mean full) - 1: the ratio of both perplexities, less 1.
         values["perplexity_change"] = float(
             np.exp(np.mean(nll[row]) - full.double().mean().item()) - 1
         )

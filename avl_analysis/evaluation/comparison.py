@@ -343,7 +343,9 @@ class Comparison:
         Raises:
             InputError: the file cannot be written.
         """
+        # One row per policy and sample; numbers by step do not fit such a table.
         samples = self.dataset.drop_dims("step") if "step" in self.dataset.dims else self.dataset
+        # Through pandas, which writes NaN as null: `json` would write NaN, which is no JSON.
         content = {
             "provenance": {key: str(value) for key, value in self.dataset.attrs.items()},
             "table": json.loads(self.table().to_json(orient="records")),
@@ -374,6 +376,7 @@ def load_comparison(path: str | PathLike[str]) -> Comparison:
         )
     with blamed_on_input(f"{source} is not a readable netCDF file, so not a comparison"):
         dataset = read_netcdf(source, ["/"])["/"]
+    # Taken out, because they belong to the file and `save` adds them again.
     if dataset.attrs.pop("format", None) != FORMAT:
         raise InputError(
             f"{source} is a netCDF file but not a comparison (no format = {FORMAT!r} in it)"
@@ -402,6 +405,8 @@ def _check(dataset: xr.Dataset) -> None:
         if name not in dataset or dataset[name].dims != dims:
             raise InputError(f"{name} is missing, or has other dimensions")
     for name in (*VARIABLES, *BY_STEP):
+        # Numbers by step have a third dimension, so only the first two are compared. Kinds f, i and
+        # u are floats, signed and unsigned whole numbers.
         if name in dataset and (
             dataset[name].dims[:2] != ("policy", "sample") or dataset[name].dtype.kind not in "fiu"
         ):
@@ -460,8 +465,10 @@ def build(
         array = np.full((*shape, steps), np.nan)
         for at, value in places:
             if name in value:
+                # at is (policy, sample): a row of steps, NaN before its first and behind its last.
                 array[at][first : first + len(value[name])] = value[name]
         data[name] = (("policy", "sample", "step"), array, _described(BY_STEP[name]))
+    # Python strings; a fixed-width dtype would cut longer texts off.
     texts = np.full(shape, "", dtype=object)
     failures = np.full(shape, "", dtype=object)
     for p, name in enumerate(policies):
@@ -473,6 +480,8 @@ def build(
     per_sample = {
         "prompt": [sample.prompt for sample in samples],
         "task": [sample.task for sample in samples],
+        # As JSON, because a variable holds one text for each sample, not a list; null where
+        # unknown.
         "answers": [json.dumps(sample.answers) for sample in samples],
         "full_text": [str(facts.get(s, {}).get("full_text", "")) for s in range(len(samples))],
     }

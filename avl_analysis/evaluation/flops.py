@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from avl.families import Family, describe
 
+# Parts of the names of operators that compute attention, and of convolutions.
 _NOT_LINEAR = ("bmm", "baddbmm", "scaled_dot_product", "flash", "efficient", "conv")
 
 
@@ -57,6 +58,7 @@ def _plain_token(family: Family) -> int:
     """An id that does not stand for a picture."""
     return next(
         token
+        # Among n + 1 ids at least one is none of the n.
         for token in range(len(family.image_token_ids) + 1)
         if token not in family.image_token_ids
     )

@@ -150,6 +150,7 @@ class Prompts:
         itemsize: bytes of a number in the cache.
     """
 
+    # The embedded model's: a grid of 12 x 12 patches, and float32.
     image_tokens: int = 144
     itemsize: int = 4
 
@@ -206,6 +207,7 @@ def policy_at(
             PRESETS[name].make(budget) if name in PRESETS else with_budget(policies()[name], budget)
         )
     elif name in PRESETS:
+        # A preset keeps all image keys; fewer bytes come from fewer bits for each.
         made = PRESETS[name].make(cold=_bits_within(tokens, prompts))
     else:
         made = policies()[name].for_image_tokens(tokens, of)
@@ -243,6 +245,7 @@ def run_unit(
     right = {index: longest_right_answer(vlm, [samples[index]]) - ANSWER_SLACK for index in indices}
     lines: list[Line] = []
     with images_encoded_once(vlm.model) as forget:
+        # `ask` takes the policy as a default, which binds that of its own turn of the loop.
         for point in points:
 
             def ask(part: Sequence[int], policy: Policy = point.policy) -> list[Line]:
@@ -267,6 +270,7 @@ def run_unit(
 def _ask(
     vlm: VLM, samples: Sequence[Sample], indices: Sequence[int], policy: Policy, longest: int
 ) -> list[Line]:
+    # On a GPU the processor's time does not count what the device does.
     on_cpu = vlm.model.device.type == "cpu"
     run = generate(
         vlm,
@@ -317,6 +321,7 @@ def _attended(run: Run, row: int) -> float:
     assert run.usage is not None
     steps = run.usage.steps[1 : len(run.tokens[row])]
     read = [float(np.mean([layer[row] for layer in step.attended])) for step in steps]
+    # Decode step n sees the prompt and n generated tokens.
     seen = [run.prompt_tokens[row] + number for number in range(1, len(steps) + 1)]
     return float(np.mean(np.array(read) / seen)) if read else 1.0
 
@@ -375,8 +380,12 @@ def summarise(lines: Iterable[Line], points: Sequence[FrontierPoint], samples: i
                 },
                 "attention_seconds": _rounded(seconds, 8),
                 "attention_time": _rounded(seconds / of_full),
+                # Longest right answer of the task: 1 marks tasks that cannot show losses in
+                # decoding.
                 "answer_tokens": max((line["answer_tokens"] for line in cell), default=None),
                 "settings": repr(policy),
+                # One letter for each question, so that differences can be paired again from the
+                # file alone.
                 "right": "".join("-" if np.isnan(value) else str(int(value)) for value in right),
             }
         )
@@ -449,6 +458,7 @@ def run(
         InputError: the folder holds a run with other settings or other weights, or another process
             is at work in it.
     """
+    # Loaded here for its revision and the length of prompts; the workers load their own.
     vlm = load_model(settings.model)
     if points is None:
         points = entries(settings.budgets, options_of(settings), _prompts(settings, vlm))
@@ -548,6 +558,7 @@ def _check(line: Line) -> None:
     for name in ("task", "policy", "settings"):
         if not isinstance(line.get(name, ""), str):
             raise ValueError(f"{name} is no text")
+    # Letters that `summarise` writes: 1 right, 0 wrong, - failed.
     if set(line.get("right", "")) - set("01-"):
         raise ValueError("what was right is told by other letters than 0, 1 and -")
     for name in line.keys() - {"task", "policy", "settings", "right"}:

@@ -149,6 +149,7 @@ def _mean(cell: Sequence[Line], key: str) -> float:
 def _change(cell: Sequence[Line], other: Sequence[Line]) -> Estimate[float]:
     """Right answers of one point minus another's, over the questions of all their tasks."""
     tasks = {line["task"]: line for line in other}
+    # Both sides in the same order of tasks, so that places in the arrays are the same questions.
     shared = [line for line in cell if line["task"] in tasks]
     mine = np.concatenate([_right(line) for line in shared])
     return paired_share_difference(mine, np.concatenate([_right(tasks[x["task"]]) for x in shared]))
@@ -200,6 +201,7 @@ def duels(lines: Sequence[Line], policy: str, budget: float | None) -> list[Duel
         allowed = {
             point: _mean(cell, key)
             for point, cell in cells.items()
+            # A rival without known bytes has NaN here, which is not <= anything.
             if point[0] == rival and _mean(cell, key) <= most
         }
         if allowed:
@@ -223,6 +225,7 @@ def _compared(lines: Sequence[Line], preset: str) -> list[Beaten]:
     rivals: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         ours = line["policy"].startswith("A-VL")
+        # Rivals count at the budgets they were asked for, where their bytes are known.
         known = None not in (line["budget"], line["bytes"])
         if known and not ours and line["policy"] not in READS_LITTLE:
             rivals.setdefault((line["task"], line["policy"]), []).append(line)
@@ -250,6 +253,7 @@ def _right(line: Line) -> np.ndarray:
 def show(lines: Sequence[Line], preset: str = PRESET) -> str:
     """Table and verdicts in Markdown."""
     parts = [_table(lines), _apart(lines), _kept(lines, preset)]
+    # The points that are put into words; those a file does not have are left out.
     own = [(PAPER, None), *((preset, b) for b in (None, 0.25, 0.1))]
     known = _by_point(lines)
     parts += [_duels(lines, *point) for point in own if point in known]

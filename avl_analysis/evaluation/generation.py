@@ -96,6 +96,7 @@ def generate(
     length = int(inputs["input_ids"].shape[1])
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if forced is not None:
+        # As many steps as the longest of the given answers has; shorter rows go on unseen.
         options["max_new_tokens"] = max(map(len, forced))
         options["logits_processor"] = LogitsProcessorList(
             [_Forced(forced, length, vlm.model.device)]
@@ -111,6 +112,7 @@ def generate(
     with torch.no_grad(), scope as session, clock as attention, watch.on(vlm.model):
         started = _now(vlm.model)
         out = vlm.model.generate(**inputs, **greedy(vlm.model), **options)
+    # A pass for each new token: the prompt's gives the first.
     steps = int(out.shape[1]) - length
     times = watch.times[:steps]
     return Run(
@@ -135,6 +137,7 @@ def decode_texts(vlm: VLM, tokens: Sequence[Sequence[int]]) -> list[str]:
 
 def _until_end(row: list[int], model: nn.Module) -> list[int]:
     ends = end_tokens(model)
+    # The end token belongs to the answer, the padding behind it does not.
     return next((row[: at + 1] for at, token in enumerate(row) if token in ends), row)
 
 
@@ -152,6 +155,7 @@ class _Forced(LogitsProcessor):
         self.prompt = prompt
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # Probability 0 for every token but one; the score of that one does not matter.
         only = torch.full_like(scores, -torch.inf)
         return only.scatter_(1, self.tokens[:, input_ids.shape[1] - self.prompt, None], 0.0)
 
@@ -168,6 +172,8 @@ class _Watch:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.times.append(_now(model))
             if self.on_logits is not None:
+                # (batch, positions, vocabulary), of which the last position predicts the next
+                # token.
                 self.on_logits(len(self.times) - 1, output.logits[:, -1])
 
         handle = model.register_forward_hook(hook)
@@ -184,6 +190,7 @@ def _attention_clock(model: nn.Module, processor_time: bool = False) -> Iterator
     One number per pass through the model.
     """
     passes: list[float] = []
+    # A list, so that the functions below change the same number.
     current = [0.0]
 
     def now() -> float:
@@ -205,6 +212,7 @@ def _attention_clock(model: nn.Module, processor_time: bool = False) -> Iterator
     try:
         for module in attention_modules(model):
             handles += [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
+            # Projections may lie in a module inside the attention module.
             for inner in module.modules():
                 if isinstance(inner, nn.Linear):
                     handles += [
@@ -225,6 +233,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
         for m in describe(model).decoder.modules()
         if isinstance(getattr(m, "layer_idx", None), int)
     ]
+    # A module around attention may know the layer's index, too (a whole decoder layer).
     return [
         m for m in having if not any(other is not m for other in m.modules() if other in having)
     ]
@@ -251,7 +260,9 @@ def bytes_share_of_row(run: Run, row: int) -> float:
         row: which of the batch.
     """
     assert run.usage is not None
+    # The pass that produced the row's last token; step 0 produced the first.
     end = run.usage.steps[len(run.tokens[row]) - 1]
-    # Bytes of one token in the stock cache, all layers.
+    # Bytes of one token in the stock cache, all layers. `full` counts padding too, as the stock
+    # cache holds it; the share below counts true tokens only.
     of_token = end.full / (end.seen * len(end.by_row))
     return end.by_row[row] / (of_token * (run.prompt_tokens[row] + len(run.tokens[row]) - 1))

@@ -62,12 +62,14 @@ class NextTokens(LogitsProcessor):
         self._logs: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # (vocabulary,) of the first row.
         self._logs = torch.log_softmax(scores[0].float() / self.temperature, -1)
         return scores
 
     def note(self, chosen: int) -> None:
         """Say which token was chosen from the latest distribution."""
         assert self._logs is not None
+        # Taken away, so that a second call without a new distribution fails.
         logs, self._logs = self._logs, None
         best = logs.topk(min(self.count, logs.numel()))
         shares = logs.exp()
@@ -109,8 +111,10 @@ def sampling(model: PreTrainedModel, temperature: float, seed: int) -> Iterator[
     if temperature == 0:
         yield options
         return
+    # top_k 0 and top_p 1 switch both cuts off, whatever the model's own settings say.
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     device = model.device
+    # Forked on the model's device, where tokens are drawn; the CPU's state is always included.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield {**options, **drawn}

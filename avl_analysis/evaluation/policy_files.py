@@ -50,6 +50,7 @@ def named_policy(text: str) -> Policy:
             raise InputError(
                 f"{setting!r} in {text!r} is no setting: write name=value, for example core=0.3"
             )
+        # Later settings of the same name win.
         values[key.strip()] = _value(value.strip())
     share = _number(budget, text) if budget else None
     return changed(
@@ -163,11 +164,13 @@ def policy_from_json(content: Any, source: str = "this content") -> Policy:
         raise InputError(
             f"{source} does not describe a policy: an object with 'policy' and 'fields' is needed"
         )
+    # A list or object cannot be looked up among the names, so the type is checked first.
     if not isinstance(content.get("policy"), str) or content["policy"] not in classes:
         raise InputError(
             f"{source} names policy {content.get('policy')!r}; possible are {', '.join(classes)}"
         )
     given = {
+        # JSON has no tuples; shares per layer are tuples in the policies.
         name: tuple(value) if isinstance(value, list) else value
         for name, value in content.get("fields", {}).items()
     }
@@ -255,6 +258,7 @@ def _value(text: str) -> Any:
     plain = {"none": None, "true": True, "false": False}
     if text.lower() in plain:
         return plain[text.lower()]
+    # Whole numbers first: `float` would take them too, and some settings must be whole.
     for kind in (int, float):
         try:
             return kind(text)

@@ -38,6 +38,7 @@ from avl_analysis.scenes.samples import SPLITS
 
 TASKS = ("caption", "ocr", "relation", "what")
 """Tasks with answers of several tokens; those of one token cannot tell trials apart."""
+# Shares of the full cache's bytes.
 BUDGETS = (0.5, 0.25)
 SLACK = 0.02
 """Difference of right answers, and of bytes, up to which two trials count as equal."""
@@ -107,6 +108,7 @@ def choose(
     for name, tried in trials.items():
         scores, sizes = [], []
         for fields in tried:
+            # One line for each task and budget, all of equal weight in the means.
             cell = [line for line in lines if line["policy"] == trial_name(name, fields)]
             scores.append(float(np.mean([line["accuracy"] for line in cell])))
             sizes.append(float(np.mean([line["bytes"] for line in cell])))
@@ -133,10 +135,12 @@ def _best(scores: Sequence[float], sizes: Sequence[float]) -> int:
         scores: share of right answers of each trial.
         sizes: share of the full cache's bytes of each.
     """
+    # The first of equal ones, so defaults win a tie.
     best = int(np.argmax(scores))
     cheaper = [
         place
         for place, (score, size) in enumerate(zip(scores, sizes, strict=True))
+        # Both against the best trial, not against each other.
         if score >= scores[best] - SLACK and size <= sizes[best] - SLACK
     ]
     return min(cheaper, key=lambda place: sizes[place], default=best)
@@ -165,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = given.work or given.out.with_name(given.out.name + ".work")
     try:
         lines = run(settings, folder, given.workers, points=trial_points())
+    # InputError is a ValueError: a message for the user and no traceback.
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

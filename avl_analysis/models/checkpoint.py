@@ -49,6 +49,7 @@ from avl_analysis.scenes import MODEL_DIR
 EMBEDDED = "scenes"
 """Name of the model that comes with the package."""
 
+# A layer's number inside the name of a weight, as in `layers.12.mlp`.
 _NUMBER = re.compile(r"\.\d+\.")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # Larger folders get no content hash, because reading them twice would take too long.
@@ -89,6 +90,7 @@ class Checkpoint:
                 self.path,
                 name,
                 local_files_only=self.local,
+                # A missing file is None here; whoever needs it says so, with the model's name.
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
                 _raise_exceptions_for_gated_repo=False,
@@ -127,6 +129,8 @@ def fingerprint(folder: str | Path) -> str:
         return hashlib.sha256(str(folder).encode()).hexdigest()
     for path in sorted(files):
         size = path.stat().st_size
+        # Name and size before the content: bytes that move from one file to another change the
+        # digest.
         digest.update(f"{path.relative_to(folder)} {size}\n".encode("utf-8", "surrogateescape"))
         with open(path, "rb") as file:
             if size <= _HASHED_BYTES:
@@ -147,6 +151,7 @@ def locate(name: str, *, allow_download: bool = False) -> Checkpoint:
         InputError: no such folder, a folder without config.json, a name that can be none of the
             three.
     """
+    # First of all, so that a folder of that name in the working directory is not taken for it.
     if name == EMBEDDED:
         if not (MODEL_DIR / "config.json").is_file():
             raise InputError(
@@ -219,6 +224,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     with blamed_on_input(f"cannot read the config of {name}"):
         file = checkpoint.file("config.json")
     if file is not None:
+        # Before transformers reads it: some classes make lists as long as the numbers in it say.
         check_config(read_json(file, f"the config of {name}"), name)
     try:
         with checkpoint.network(), blamed_on_input(f"cannot read the config of {name}"):
@@ -264,6 +270,7 @@ def read_weights(
     check_attention(attn_implementation)
     _check_generation_config(checkpoint)
     if (index := checkpoint.file("model.safetensors.index.json")) is not None:
+        # Files that the index lists may be fetched later where downloads are allowed.
         check_weight_files(index.parent, name, fetched=checkpoint.local)
     try:
         with checkpoint.network(), blamed_on_input(f"cannot load the weights of {name}"):
@@ -277,6 +284,7 @@ def read_weights(
                 **checkpoint.options,
             )
     except InputError as error:
+        # The library's own exception as the cause; the InputError in between adds nothing.
         raise _about_weights(name, attn_implementation, error) from error.__cause__
     if missing := sorted(info["missing_keys"]):
         raise InputError(
@@ -322,6 +330,7 @@ def _check_generation_config(checkpoint: Checkpoint) -> None:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(settings, key, None)
         ids = value if isinstance(value, (list, tuple)) else [value]
+        # `type`, because True and False are ints to `isinstance`.
         if value is not None and not all(type(one) is int for one in ids):
             raise InputError(
                 f"{GENERATION_CONFIG_NAME} of {checkpoint.name} has {key} = {value!r}: it must be"

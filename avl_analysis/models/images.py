@@ -76,11 +76,14 @@ def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
         with Image.open(file, formats=FORMATS) as image:
             return _rgb(image, name)
     except Image.DecompressionBombError as error:
+        # Pillow's own limit, twice its MAX_IMAGE_PIXELS, is raised by `open`, before the size is
+        # known here.
         raise InputError(_too_large(name, "more than 178 million")) from error
     except UnidentifiedImageError as error:
         raise InputError(
             f"{name} is not an image this program reads; possible: {', '.join(FORMATS)}"
         ) from error
+    # From `_rgb`; the handler below would call the picture damaged.
     except InputError:
         raise
     except Exception as error:  # decoders raise SyntaxError, struct.error and others
@@ -91,6 +94,7 @@ def _decode(file: Path | io.BytesIO, name: str) -> Image.Image:
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
+    # Of a file this is its header's; pixels are decoded further down, after these checks.
     width, height = image.size
     if not width or not height:
         raise InputError(
@@ -99,6 +103,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise InputError(_too_large(name, f"{width} x {height} ="))
     if image.mode in ("I;16", "I;16B", "I;16L"):
+        # 65535 becomes 255.
         image = Image.fromarray((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise InputError(
@@ -106,6 +111,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
             " first"
         )
     image = ImageOps.exif_transpose(image)
+    # True also for palettes and single colours that are transparent, not for alpha channels only.
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

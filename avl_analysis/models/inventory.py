@@ -66,6 +66,7 @@ def inspect_model(name: str, *, allow_download: bool = False) -> ModelFacts:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     try:
         family = describe(model)
+        # The observer does nothing; attaching it raises what recording would raise.
         with attached(model, Observer()):
             tokens = _image_tokens(checkpoint, config, family.image_token_ids)
     except UnsupportedModelError as error:

@@ -52,6 +52,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 """Floating types a model can be loaded in by name."""
 
 
+# Weak, so that a name does not keep a model in memory.
 _LOADED: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
 
 
@@ -152,11 +153,14 @@ class VLM:
             inputs = self.processor(**given, text=texts, padding=True, return_tensors="pt")
         self._check_length(inputs["input_ids"].shape[1])
         self._check_pictures(inputs["input_ids"], [len(row) for row in rows])
+        # Only floating tensors take the type; ids and masks stay integers.
         inputs = inputs.to(device=self.model.device, dtype=self.model.dtype)
         sizes = [[one.size for one in row] for row in rows]
         frames = [
             [len(one.images) if isinstance(one, Frames) else 0 for one in row] for row in rows
         ]
+        # After `to`, because sizes are remembered by the identity of the tensors that go to the
+        # model.
         remember_originals(inputs, sizes, self.processor, frames)
         return inputs
 
@@ -313,6 +317,7 @@ def load_model(
     checkpoint = locate(str(name_or_path), allow_download=allow_download)
     device = _device(device)
     chosen = _dtype(dtype, device)
+    # Cheap checks first: the weights are read only if config and processor can be used.
     config = read_config(checkpoint)
     processor = read_processor(checkpoint, config)
     model = read_weights(checkpoint, config, dtype=chosen, attn_implementation=attn_implementation)
@@ -330,6 +335,8 @@ def load_model(
 def _device(device: str | torch.device | None) -> torch.device:
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with blamed_on_input(f"no device {str(name)!r} here", ": use 'cpu' or leave it out"):
+        # A device that is named but cannot be used raises here, not in the middle of moving
+        # weights.
         found = torch.ones(1, device=name).device
         if found.type == "meta":
             raise ValueError("it holds no numbers")
@@ -368,6 +375,7 @@ def greedy(model: PreTrainedModel) -> dict[str, Any]:
 
     Penalties, token limits and suppressed tokens of that file stay: they belong to the model.
     """
+    # Settings that this version of transformers no longer has would be refused by `generate`.
     return {
         name: value for name, value in _GREEDY.items() if hasattr(model.generation_config, name)
     }

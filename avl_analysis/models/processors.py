@@ -84,6 +84,8 @@ def _read_processor(checkpoint: Checkpoint, config: PreTrainedConfig | None) -> 
             processor.image_processor = AutoImageProcessor.from_pretrained(
                 checkpoint.path, backend="pil", **checkpoint.options
             )
+        # Generated tokens follow the last position of a row, which must be its prompt's own last
+        # token.
         processor.tokenizer.padding_side = "left"
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -179,6 +181,7 @@ def _with_own_video(kind: type[ProcessorMixin], checkpoint: Checkpoint) -> Proce
     video = PARTS.get(kind.__name__, MissingVideo)(_video_settings(checkpoint, settings))
 
     def check(self: Any, name: str, part: Any) -> Any:
+        # The original returns the class that a part was checked against, and so does this.
         if isinstance(part, VideoSettings):
             return VideoSettings
         return kind.check_argument_for_proper_class(self, name, part)

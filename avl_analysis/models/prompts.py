@@ -71,6 +71,7 @@ def render(processor: Any, conversation: Conversation) -> str:
     if not getattr(processor, "chat_template", None):
         return _plain(turns, answers, conversation.system, marks)
     text = _templated(processor, turns, answers, conversation.system)
+    # Of the question its last piece; a mark there is no text and cannot be searched for.
     for what, value in (("system prompt", conversation.system), ("prompt", turns[-1][-1])):
         if isinstance(value, str) and value.strip() not in text:
             raise InputError(
@@ -154,6 +155,8 @@ def _place(
     written = [text for question in questions for text in either.findall(question)]
     if not written:
         return [[*chain(*shown), first], *[[question] for question in rest]]
+    # One placeholder for each picture or video, also for a video that is shown as many pictures: a
+    # person writes it once.
     expected = [marks.get(one[0], "") for one in shown if one]
     if written != expected:
         raise InputError(
@@ -168,6 +171,7 @@ def _place(
 def _split(question: str, either: re.Pattern[str], left: Iterator[Marks]) -> list[Piece]:
     """A question as pieces; `left` is what stands for the pictures that are still to come."""
     pieces: list[Piece] = []
+    # Between n placeholders and around them are n + 1 texts: each but the first follows a picture.
     for index, text in enumerate(either.split(question)):
         pieces += next(left) if index else ()
         pieces += [text.strip()] if text.strip() else []

@@ -36,6 +36,7 @@ MOST_SIDE = 2**16
 MOST_JSON = 64 * 2**20
 """Bytes of a JSON file that is read."""
 
+# Names of fields that count layers, blocks or experts: num_hidden_layers, depths, n_experts.
 _COUNTED = re.compile(r"(^|_)(n_?layers?|layers?|depth|depths|blocks?|experts)($|_)")
 _TOKENS = re.compile(r"(tokens|seq_len|seq_length|patches|tiles|crops)")
 _INDEX = "model.safetensors.index.json"
@@ -51,6 +52,7 @@ def no_network() -> Iterator[None]:
     """
     from huggingface_hub import constants
 
+    # Set on the module, because the environment variable of that name is read once, at import.
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
     try:
@@ -68,6 +70,7 @@ def cached_folder(name: str) -> Path | None:
         config = try_to_load_from_cache(name, "config.json")
     except HFValidationError:
         return None
+    # A file that is known not to exist is told by an object, one never asked for by None.
     return Path(config).parent if isinstance(config, str) else None
 
 
@@ -79,6 +82,7 @@ def read_json(path: Path, what: str) -> Any:
             thousands of digits.
     """
     with blamed_on_input(f"cannot read {what}", ": repair the file, or copy it again"):
+        # Asked of the file system, before any of it is read.
         if path.stat().st_size > MOST_JSON:
             raise InputError(f"{path} is larger than {MOST_JSON >> 20} MB: that is no config")
         return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -101,6 +105,7 @@ def check_config(content: Any, name: str) -> None:
         )
     for place, part in _objects(content):
         for key, value in part.items():
+            # Some fields have one number for each stage or layer.
             numbers = value if isinstance(value, list) else [value]
             if not numbers or not all(isinstance(n, (int, float)) for n in numbers):
                 continue
@@ -114,6 +119,7 @@ def check_config(content: Any, name: str) -> None:
                     f"the config.json of {name} asks for {place}{key} = {value}; at most"
                     f" {MOST_SIZE} is built"
                 )
+        # Without a patch size every pixel counts as a place.
         side, patch = _largest(part.get("image_size")), _largest(part.get("patch_size")) or 1
         if side and (side / patch) ** 2 > MOST_PLACES:
             raise InputError(
@@ -165,6 +171,7 @@ def check_weight_files(folder: Path, name: str, *, fetched: bool = True) -> None
     if not isinstance(files, dict) or not files:
         raise InputError(f"{folder / _INDEX} lists no weights (no weight_map): copy it again")
     inside = folder.resolve()
+    # The cache has <repository>/snapshots/<commit>, with links to <repository>/blobs.
     if inside.parent.name == "snapshots":
         inside = inside.parents[1]
     for file in sorted({str(file) for file in files.values()}):
@@ -174,6 +181,7 @@ def check_weight_files(folder: Path, name: str, *, fetched: bool = True) -> None
                 f"the weights of {name} are in {file!r}, which is not a safetensors file; other"
                 " formats are not read: convert them with save_pretrained"
             )
+        # `resolve` follows links, so a link that leads out of the folder is refused as well.
         if Path(file).is_absolute() or not path.resolve().is_relative_to(inside):
             raise InputError(
                 f"the weights of {name} are in {file!r}, outside its folder, which is not read:"
@@ -205,11 +213,14 @@ def check_attention(name: str) -> None:
     """
     from transformers import utils
 
+    # Names of kernels have a slash (org/kernel), which no identifier has.
     if not name.isidentifier():
         raise InputError(
             f"unknown attention {name!r}: possible are sdpa, eager and flash_attention_2; kernels"
             " of the hub are never run"
         )
+    # transformers has a function for every version, such as is_flash_attn_2_available; a version
+    # without one is taken as missing.
     available = getattr(utils, f"is_flash_attn_{name.rpartition('_')[2]}_available", None)
     if name.startswith("flash_attention_") and not (available is not None and available()):
         raise InputError(
@@ -220,6 +231,7 @@ def check_attention(name: str) -> None:
 
 def _objects(content: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The object and all objects in it, with where they are ("text_config.")."""
+    # A list and not recursion, because the depth comes from the file.
     waiting: list[tuple[str, Any]] = [("", content)]
     while waiting:
         place, part = waiting.pop()
@@ -234,5 +246,6 @@ def _largest(value: Any) -> float:
     if isinstance(value, dict):
         value = list(value.values())
     numbers = value if isinstance(value, list) else [value]
+    # NaN is not equal to itself and is left out.
     known = [float(n) for n in numbers if isinstance(n, (int, float)) and n == n]
     return max(known, default=0.0)

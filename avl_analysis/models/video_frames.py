@@ -31,6 +31,7 @@ from transformers.video_utils import make_batched_metadata
 
 from avl_analysis.errors import InputError
 
+# Pillow's numbers for resampling: 1 is Lanczos, 3 is bicubic.
 _CLIP = {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD, "resample": 3}
 _STANDARD = {"image_mean": IMAGENET_STANDARD_MEAN, "image_std": IMAGENET_STANDARD_STD}
 _STEPS = (
@@ -95,6 +96,7 @@ class FrameProcessor(VideoSettings):
                 " family takes videos with equally many frames together; set batch size 1, or take"
                 " equally many frames of each"
             )
+        # (videos, frames, 3, height, width)
         return {"pixel_values_videos": torch.stack(stacked)}
 
     def frames(self, video: np.ndarray) -> Tensor:
@@ -145,6 +147,8 @@ class SmolFrames(FrameProcessor):
 
     def make(self, videos: Sequence[np.ndarray]) -> dict[str, Any]:
         pixels = super().make(videos)["pixel_values_videos"]
+        # (videos, frames, height, width): all ones, because videos of one batch have the same shape
+        # here and none is padded.
         mask = torch.ones(*pixels.shape[:2], *pixels.shape[3:], dtype=torch.int64)
         return {"pixel_values": pixels, "pixel_attention_mask": mask}
 
@@ -158,10 +162,13 @@ class SmolFrames(FrameProcessor):
             for edge in (high, wide)
         )
         square = self.max_image_size["longest_edge"]
+        # Resized twice, as in transformers' processor. The first result stays in 0-255, because the
+        # second call rescales and normalises.
         once = self._pictures(
             size={"height": high, "width": wide}, do_rescale=False, do_normalize=False
         )
         resized = [
+            # (3, height, width) back to (height, width, 3)
             np.asarray(frame).transpose(1, 2, 0)
             for frame in once([Image.fromarray(frame) for frame in video])["pixel_values"]
         ]
@@ -204,6 +211,8 @@ class QwenFrames(FrameProcessor):
         cut = pixels.reshape(
             groups, group, 3, rows // merge, merge, patch, columns // merge, merge, patch
         )
+        # To (groups, merged rows, merged columns, merge, merge, 3, group, patch, patch): patches
+        # that the model merges into one token follow each other.
         flat = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(groups * rows * columns, -1)
         return flat, [groups, rows, columns]
 
@@ -217,6 +226,8 @@ class QwenFrames(FrameProcessor):
 
     def _bounds(self) -> tuple[int, int]:
         size, usual = self.size, self.defaults["size"]
+        # min_pixels and max_pixels are older names of the same bounds; a checkpoint that has them
+        # means them.
         least = self.min_pixels or size.get("shortest_edge") or usual["shortest_edge"]
         most = self.max_pixels or size.get("longest_edge") or usual["longest_edge"]
         return int(least), int(most)
@@ -236,6 +247,7 @@ class Qwen3Frames(QwenFrames):
 
     def resized(self, frames: int, high: int, wide: int) -> tuple[int, int]:
         factor, group = self.patch_size * self.merge_size, self.temporal_patch_size
+        # As `smart_resize` beside transformers' Qwen3VLVideoProcessor does before it rounds.
         if min(high, wide) < factor:
             scale = factor / min(high, wide)
             high, wide = int(high * scale), int(wide * scale)
@@ -265,6 +277,8 @@ def _within(
             " this family does not take; crop them"
         )
     new_high, new_wide = (round(edge / factor) * factor for edge in (high, wide))
+    # Rounding comes before the comparison; if a bound is broken, sizes are computed anew from the
+    # unrounded ones.
     if whole * new_high * new_wide > most:
         ratio = math.sqrt(frames * high * wide / most)
         new_high, new_wide = (

@@ -162,6 +162,7 @@ def parts_of(source: Source) -> list[ImageSource]:
 def frame_files(folder: Path) -> list[Path]:
     """The pictures of a folder in the order of their names; frame 2 comes before frame 10."""
     files = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES]
+    # Hidden files are no frames, also where their names end like one.
     files = [path for path in files if path.is_file() and not path.name.startswith(".")]
     return sorted(files, key=lambda path: _natural(path.name))
 
@@ -169,6 +170,8 @@ def frame_files(folder: Path) -> list[Path]:
 def _natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts numbers in names as numbers."""
     parts = re.split(r"(\d+)", name.lower())
+    # With the group in the pattern digits stand at odd places. Pairs, so that no number is compared
+    # with a text.
     return [(int(part), "") if place % 2 else (0, part) for place, part in enumerate(parts)]
 
 
@@ -211,16 +214,20 @@ def _of_list(
 def _animation(path: Path) -> tuple[list[Image.Image], float | None] | None:
     """The frames of an animated picture and their rate; None for anything Pillow does not read."""
     try:
+        # Reads the header only; a video file is none of these formats and goes to a decoder.
         picture = Image.open(path, formats=FORMATS)
     except (OSError, Image.DecompressionBombError):
         return None
     with blamed_on_input(f"{path} is a damaged picture"), closing(picture):
         frames = []
         for frame in ImageSequence.Iterator(picture):
+            # The iterator gives the same object every time, moved on to the next frame.
             frames.append(frame.copy())
+            # All frames are decoded before some are chosen, so their number is bounded.
             if len(frames) > 100 * MOST_FRAMES:
                 raise InputError(f"{path} has more than {100 * MOST_FRAMES} frames: shorten it")
         duration = picture.info.get("duration")
+        # Duration is in milliseconds per frame.
         return frames, 1000 / duration if duration else None
 
 
@@ -244,6 +251,7 @@ def _of_file(path: Path, video: Video) -> Frames:
 def _picked(count: int, arrays: Iterator[np.ndarray], wanted: int) -> tuple[Any, tuple[int, ...]]:
     """The wanted ones of `count` frames that come one after another, and which they are."""
     indices = chosen(count, wanted) if count else ()
+    # Arrays come one at a time, and only the wanted ones are kept.
     images = {
         place: Image.fromarray(array) for place, array in enumerate(arrays) if place in indices
     }
@@ -281,6 +289,7 @@ def _with_cv2(path: Path, wanted: int) -> Frames:
     capture = cv2.VideoCapture(str(path))
     rate = capture.get(cv2.CAP_PROP_FPS)
     capture.release()
+    # Decoded twice, as with PyAV: once to count, once to keep the chosen frames.
     count = sum(1 for _ in decoded())
     return Frames(*_picked(count, decoded(), wanted), count, float(rate or FPS))
 
