@@ -14,7 +14,7 @@ from avl_app.page import distinct
 _KEY = "history"
 _MOST = 20
 _CHOICES = (
-    *("model", "source", "scene", "task", "prompt"),
+    *("model", "source", "scene", "clip", "task", "prompt"),
     *("longest", "temperature", "seed", "system"),
 )
 """Choices that make a question."""

@@ -241,7 +241,8 @@ def _heat(frontier: Frontier) -> Heat:
         share("right answers"),
         values,
         annotate=True,
-        title=f"by task, at {middle:g} of the bytes",
+        # A file of settings without budgets of bytes has no middle one.
+        title="by task" if middle is None else f"by task, at {middle:g} of the bytes",
     )
 
 

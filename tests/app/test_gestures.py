@@ -324,6 +324,14 @@ def test_questions_are_listed_asked_again_and_set_beside_each_other() -> None:
     assert address(test, "task") == "colour"
 
 
+def test_a_question_about_a_video_is_asked_again_about_the_same_video() -> None:
+    test = page(source="video", clip="1", longest="2")
+    test.number_input(key="clip").set_value(2).run()
+    next(b for b in test.button if b.key == "history_0").click().run()
+    assert errors(test) == []
+    assert test.session_state["clip"] == 1
+
+
 def test_the_model_says_what_it_is() -> None:
     test = page(**ONE_WORD)
     test.run()

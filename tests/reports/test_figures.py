@@ -363,6 +363,14 @@ def test_a_frontier_that_counted_reads_and_time_shows_them_and_budgets_in_tokens
     assert [f for f in section.findings if "64" in f.choice] == []
 
 
+def test_a_frontier_of_token_budgets_alone_is_drawn_by_task(recording):
+    frontier = made.frontier()
+    lines = [{**line, "budget": line["budget"] and 64} for line in frontier.lines]
+    section = fig_frontier.section(Run(recording, frontier=type(frontier)({}, lines)))
+    heats = [panel for panel in section.figure.panels if isinstance(panel, Heat)]
+    assert [heat.title for heat in heats] == ["by task"]
+
+
 def test_a_frontier_whose_bytes_differ_or_whose_answers_are_one_token_decides_nothing():
     frontier = made.frontier()
     wins = [
