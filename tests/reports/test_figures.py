@@ -20,11 +20,13 @@ from avl_reports import (
     fig_knockout,
     fig_localisation,
     fig_modality,
+    fig_patch_words,
     fig_persistence,
     fig_policies,
     fig_position_bias,
     fig_ppci,
     fig_prefill_recall,
+    fig_relevance,
     fig_sets,
     fig_sink_tokens,
     fig_sparsity,
@@ -47,6 +49,8 @@ NEEDS_MORE = {
     fig_knockout,
     fig_errors,
     fig_sink_tokens,
+    fig_relevance,
+    fig_patch_words,
 }
 """Figures that need known regions, several pictures, a video, or more than a recording."""
 
@@ -103,7 +107,8 @@ def test_every_figure_can_be_made_of_any_recording(recording, module):
 def test_a_figure_says_what_it_lacks(recording, module):
     with pytest.raises(
         NotMeasured,
-        match=r"not say|compared|silenced|not measured|video|is one|not cut|judged|looked for",
+        match=r"not say|compared|silenced|not measured|video|is one|not cut|judged|looked for"
+        r"|not computed|not read",
     ):
         module.section(Run(recording))
 
