@@ -4,11 +4,12 @@ one sample at a time.
 Nothing here is shared with the code it checks. A sample is its weights as eager attention returns
 them, unpadded:
 
-    Seen.prompt     (layers, heads, n, n)       the prompt's map Seen.steps[t]   (layers, heads, n +
-    t + 1)  the row of decode step t + 1 Seen.modality, image, row, column, frame    of the n + T
-    tokens; 0 system, 1 image, 2 text Seen.value_norm (layers, heads, n + T)      length of every
-    value vector, repeated to query heads Seen.keys       (layers, key heads, n, d)   key vectors of
-    the prompt
+    Seen.prompt      (layers, heads, n, n)       the prompt's map
+    Seen.steps[t]    (layers, heads, n + t + 1)  the row of decode step t + 1
+    Seen.modality, image, row, column, frame     of the n + T tokens; 0 system, 1 image, 2 text
+    Seen.value_norm  (layers, heads, n + T)      length of every value vector, repeated to query
+                                                 heads
+    Seen.keys        (layers, key heads, n, d)   key vectors of the prompt
 
 `of_rows(seen, f)` gives what the recording holds of a statistic per row: the mean over prompt rows
 by query modality (layers, heads, 3, ...) and the values of the token-producing rows (layers, heads,

@@ -3,9 +3,10 @@
 Four groups of numbers, each of which can be left out:
 
     fidelity   teacher-forced on the full cache's own answer: KL divergence, top-1 agreement,
-    perplexity text       answering freely: how far the answer agrees with the full cache's accuracy
-    answering freely: right or wrong, where the right answer is known cost       answering freely:
-    bytes, keys read, operations, seconds
+               perplexity
+    text       answering freely: how far the answer agrees with the full cache's
+    accuracy   answering freely: right or wrong, where the right answer is known
+    cost       answering freely: bytes, keys read, operations, seconds
 
 The yardstick of fidelity and text is the model as it was loaded, with the stock cache and no
 policy; `FullPolicy` is measured like any other, and its zeros show that nothing but the policies

@@ -1,9 +1,10 @@
 """A finished comparison: labelled numbers per policy and sample, their means with intervals, files.
 
-    comparison["kl"]                 xarray.DataArray (policy, sample) comparison.table()
-    pandas.DataFrame: means with intervals, paired differences to the full cache
-    comparison.save("compare.nc"); load_comparison("compare.nc") comparison.to_csv("compare.csv");
-    comparison.to_json("compare.json")
+    comparison["kl"]      xarray.DataArray (policy, sample)
+    comparison.table()    pandas.DataFrame: means with intervals, paired differences to the full
+                          cache
+    comparison.save("compare.nc"); load_comparison("compare.nc")
+    comparison.to_csv("compare.csv"); comparison.to_json("compare.json")
 
 `VARIABLES` is the one place that says what the numbers are. A number that does not exist (accuracy
 without a known answer, anything of a sample that failed) is NaN, never zero.

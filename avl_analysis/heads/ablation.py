@@ -2,7 +2,7 @@
 
 Silence the heads of one kind, and as many others, and ask the same questions.
 
-The taxonomy of `headmaps.kinds` is read from attention weights, and weights are not contributions.
+The kinds of `heads.taxonomy` are read from attention weights, and weights are not contributions.
 So the claim behind "visual head" is tested by taking such heads away: a silenced head's output
 (weights times values, before the output projection) is zero at every position, which is what Voita
 et al. (ACL 2019) and Michel et al. (NeurIPS 2019) do to find heads a model can be without. The

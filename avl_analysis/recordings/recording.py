@@ -3,9 +3,10 @@
 Saved, loaded, merged, estimated.
 
     recording["modality_mass"]           per sample, layer, head and step (step 0: the last prompt
-    row) recording["modality_mass_prefill"]   mean over prompt rows, by query modality
+                                         row)
+    recording["modality_mass_prefill"]   mean over prompt rows, by query modality
     recording.dataset                    all of them; `recording.tree` with tokens, sums, maps and
-    raw attention too
+                                         raw attention too
 
 Sums are kept with their counts and divided only when asked, so that merging recordings is
 concatenation over samples and exact in any order and any split.

@@ -1,13 +1,15 @@
 """Builds a report: one page, one document, a folder of figures, and the numbers behind them.
 
-    out/index.html          everything in one file that works without a network out/report.pdf
-    the same for print out/figures/<name>.*    each figure as SVG, PDF and PNG, its numbers as CSV,
-    its caption as text, its animation out/numbers.json        every number of every figure with the
-    findings out/provenance.json     the commands that make it again, and everything the recording
-    says about where it comes from out/run.nc              the recording, from which every figure
-    can be drawn again; likewise compare.nc,
-                            ablation.json, ablation-2.json, frontier.jsonl and the files of
-                            `further.KINDS` where these were measured
+    out/index.html          everything in one file that works without a network
+    out/report.pdf          the same for print
+    out/figures/<name>.*    each figure as SVG, PDF and PNG, its numbers as CSV, its caption as
+                            text, its animation
+    out/numbers.json        every number of every figure with the findings
+    out/provenance.json     the commands that make it again, and everything the recording says about
+                            where it comes from
+    out/run.nc              the recording, from which every figure can be drawn again; likewise
+                            compare.nc, ablation.json, ablation-2.json, frontier.jsonl and the files
+                            of `further.KINDS` where these were measured
 
 It decides which figures are asked and writes files; what a figure shows is said in the fig_*.py
 modules.

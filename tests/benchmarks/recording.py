@@ -1,8 +1,8 @@
 """What recording costs, at the width of LLaVA-1.5-7B: 32 heads of 128 in decoder layers with random
 weights.
 
-    python tests/benchmarks/recording.py                 every setting, half an hour and more on 2
-    cores python tests/benchmarks/recording.py --quick         one layer, the short prompt, float32
+    python tests/benchmarks/recording.py             # every setting: half an hour and more, 2 cores
+    python tests/benchmarks/recording.py --quick     # one layer, the short prompt, float32
     python tests/benchmarks/recording.py --out cost.json
 
 Prefills are measured in rounds: plain SDPA, the same with all statistics recorded, and eager
