@@ -127,7 +127,7 @@ def written(text: str) -> dict[str, avl.Policy]:
         InputError: unknown names or settings, or a file, which has to be sent.
     """
     parts = [part.strip() for part in text.split(";") if part.strip()]
-    # Checked first: `named_policy` would open the path on the server, whoever typed it.
+    # Checked first: `named_policy` would open the path on the server, for any visitor who typed it.
     if files := [part for part in parts if part.endswith(".json")]:
         raise InputError(
             f"{files[0]} is a file on the server; choose the preset “{adaptive.OWN[adaptive.FILE]}”"

@@ -115,7 +115,7 @@ def _play(prompt: np.ndarray, steps: Sequence[np.ndarray], share: float) -> tupl
         held[:, seen - 1] = True
         kept += float((weights * held[:, :seen]).sum())
         scores[:, :seen] += weights
-        # A key that is dropped after the last step is missed by nobody.
+        # A key dropped after the last step would have been read by no later one: not counted.
         dropped |= step < len(steps) and _drop(scores, held, seen, share)
     return kept, dropped
 

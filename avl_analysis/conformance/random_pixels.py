@@ -159,7 +159,7 @@ def broken_rows(config: Any, given: Mapping[str, Any], image: int) -> list[int]:
     # Side of a merged patch in pixels.
     cell = config.vision_config.patch_size * getattr(config, "spatial_merge_size", 1)
     rows, columns = (int(n) // cell for n in given["image_sizes"][0])
-    # The break after the last row gives way to the end token.
+    # The break after the last row is replaced by the end token.
     return [*([*[image] * columns, BREAK] * rows)[:-1], END]
 
 
