@@ -386,7 +386,9 @@ def answer(
         InputError: a picture or prompt that cannot be used, a temperature or seed out of range.
         avl.UnsupportedModelError, avl.HookError: the policy cannot be put on this model.
     """
-    inputs = vlm.prepare(list(sample.images), sample.prompt, system=sample.system)
+    inputs = vlm.prepare(
+        list(sample.images), sample.prompt, system=sample.system, history=sample.history
+    )
     length = inputs["input_ids"].shape[1]
     on: AbstractContextManager[Any] = (
         nullcontext() if policy is None else avl.adaptive(vlm.model, policy)

@@ -1,4 +1,4 @@
-"""Figures of relevance maps: one answer token, four maps over the image.
+"""Figures of relevance maps: one answer token, five maps over the image.
 
 found = relevance(vlm, sample, seen.answer.ids, step=3)
 plot_relevance(found, image, layer=2).save("relevance.pdf")
@@ -82,7 +82,7 @@ def plot_relevance(
     boxes: tuple[Box, ...] = (),
     number: int = 0,
 ) -> Plot:
-    """The image, and raw attention with the three relevance maps of one answer token over it.
+    """The image, and raw attention with the other maps of one answer token over it.
 
     Args:
         found: the maps of one answer token.
@@ -102,13 +102,13 @@ def plot_relevance(
     ]
     word = visible(found.word)
     what = (
-        f"Four maps of answer token {found.step} (“{word}”, probability"
+        f"Five maps of answer token {found.step} (“{word}”, probability"
         f" {found.probability:.2g}), {who(layer, head)}; relevance propagation runs through all"
         " layers and heads. Each map is on its own scale; relative attention is relative to"
         f" “{found.instruction}”."
     )
     caption = Caption(what, 1, found.model, "one answer has no interval")
-    return Plot(Figure("relevance", f"What mattered for “{word}”", tuple(panels), caption, 5))
+    return Plot(Figure("relevance", f"What mattered for “{word}”", tuple(panels), caption, 3))
 
 
 RANDOM = 20

@@ -24,7 +24,8 @@ def asked(question: Question) -> str:
         f"vlm = load_model({question.model!r})",
     ]
     picture, prompt = question.picture, question.prompt
-    system = f", system={question.system!r}" if question.system else ""
+    options = {"system": question.system, "history": question.history}
+    given = "".join(f", {name}={value!r}" for name, value in options.items() if value)
     if picture.moving is not None:
         # A drawn video is made again from its numbers. Figures of one picture take its first frame.
         seed, index = picture.moving
@@ -33,7 +34,7 @@ def asked(question: Question) -> str:
             "",
             f"frames = scenes.moving({seed}, {index}).frames",
             "image = frames[0]",
-            f'sample = Sample("question", (Video(frames),), {prompt!r}{system})',
+            f'sample = Sample("question", (Video(frames),), {prompt!r}{given})',
         ]
     elif picture.scene is None:
         # The server never sees the path of a file that is sent, only its name.
@@ -42,7 +43,7 @@ def asked(question: Question) -> str:
             "import numpy as np",
             "",
             f"image = np.asarray(open_image({picture.name!r}))  # the file that was sent",
-            f'sample = Sample("question", (image,), {prompt!r}{system})',
+            f'sample = Sample("question", (image,), {prompt!r}{given})',
         ]
     else:
         scene = asked_scene(picture, prompt)
@@ -54,7 +55,7 @@ def asked(question: Question) -> str:
             "from avl_analysis import scenes",
             "",
             f"image = scenes.generate({seed}, {index}, {task!r}).image",
-            f'sample = Sample("question", (image,), {prompt!r}{system})',
+            f'sample = Sample("question", (image,), {prompt!r}{given})',
         ]
     return "\n".join(lines) + "\n"
 

@@ -64,6 +64,7 @@ class Question:
         temperature: 0 takes the likeliest token every time; above, tokens are drawn.
         seed: of the draws.
         system: system prompt, empty for the model's own.
+        history: earlier (question, answer) pairs of the conversation, the oldest first.
     """
 
     model: str
@@ -75,6 +76,7 @@ class Question:
     temperature: float = 0.0
     seed: int = 0
     system: str = ""
+    history: tuple[tuple[str, str], ...] = ()
     digest: str = field(init=False, repr=False, default="")
 
     def __post_init__(self) -> None:
@@ -89,9 +91,9 @@ class Question:
         system = self.system or None
         # A prompt of an example brings its right answer and the boxes of what is drawn with it.
         if (scene := asked_scene(self.picture, self.prompt)) is not None:
-            return replace(scene_sample(scene), system=system)
+            return replace(scene_sample(scene), system=system, history=self.history)
         pictures = (Video(self.picture.frames) if self.picture.frames else self.picture.pixels,)
-        return Sample("question", pictures, self.prompt, system=system)
+        return Sample("question", pictures, self.prompt, system=system, history=self.history)
 
     @property
     def drawing(self) -> dict[str, Any]:
@@ -101,7 +103,7 @@ class Question:
 
 
 class LruCache:
-    """Results by key, the least recently used given away first.
+    """Results by key; the least recently used are dropped first.
 
     Safe to use from several threads.
     """
@@ -127,22 +129,24 @@ class LruCache:
                 self._items.popitem(last=False)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Shared:
     """A loaded model, the lock of who runs it, and who waits for it, in order of arrival."""
 
     vlm: VLM
     lock: threading.Lock
     _queue: deque[object] = field(default_factory=deque, repr=False)
+    # Number of the thread that holds the lock, which a lock itself does not know.
+    _holder: int | None = field(default=None, repr=False)
 
     def yield_lock(self, waiting: Waiting | None = None) -> None:
         """Let others run for a moment in the middle of long work.
 
-        Call it inside `use`, with nothing attached.
+        Call it inside `use`, with nothing attached. `waiting` may raise to stop; the work must then
+        end, since the model is no longer this caller's.
         """
-        # Afterwards this caller stands at the end of the queue. Were an exception to leave `_take`
-        # here, `use` would release a lock that this caller no longer holds.
-        self.lock.release()
+        # Afterwards this caller stands at the end of the queue.
+        self._release()
         time.sleep(_TURN)
         self._take(waiting)
 
@@ -153,8 +157,9 @@ class Shared:
         ticket = object()
         self._queue.append(ticket)
         try:
-            # Only the first in the queue tries the lock, so nobody is overtaken. Its timeout brings
-            # it back to `waiting`, in which Streamlit ends the run of a page that was closed.
+            # Only the first in the queue tries the lock, so turns are taken in order of arrival.
+            # Its timeout brings it back to `waiting`, in which Streamlit ends the run of a page
+            # that was closed.
             while self._queue[0] is not ticket or not self.lock.acquire(timeout=_POLL):
                 # the run that holds the lock comes first, then those who came before
                 ahead = self._queue.index(ticket)
@@ -164,8 +169,14 @@ class Shared:
                 if ahead:
                     time.sleep(_TURN)
         finally:
-            # Also when `waiting` raises: a ticket left in front would hold up everybody behind it.
+            # Also when `waiting` raises: behind a ticket that is left in front nobody gets a turn.
             self._queue.remove(ticket)
+        self._holder = threading.get_ident()
+
+    def _release(self) -> None:
+        # Before the release: afterwards another thread may already have written its own number.
+        self._holder = None
+        self.lock.release()
 
     @contextmanager
     def use(self, waiting: Waiting | None = None) -> Iterator[VLM]:
@@ -177,7 +188,10 @@ class Shared:
         try:
             yield self.vlm
         finally:
-            self.lock.release()
+            # Not held where an exception has left `yield_lock` while it waited; by then the lock
+            # can be somebody else's. Only this thread writes its own number, so the test is safe.
+            if self._holder == threading.get_ident():
+                self._release()
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +267,10 @@ class ModelServer:
     def known(self, kind: str, question: Question, policy: avl.Policy | None = None) -> Any:
         """A result that is there already, or None.
 
-        `kind` is the name of the method that makes it.
+        Args:
+            kind: name of the method that makes it.
+            question: what was asked.
+            policy: under which policy; None for the stock cache.
         """
         return self._shelf.get((kind, question, policy))
 
@@ -264,7 +281,14 @@ class ModelServer:
         on_token: OnToken | None = None,
         waiting: Waiting | None = None,
     ) -> Observation:
-        """The answer with where every token looked."""
+        """The answer with where every token looked.
+
+        Args:
+            question: what is asked.
+            policy: what is switched on; None for the stock cache.
+            on_token: called with the answer so far and its number of tokens after every token.
+            waiting: called while others use the model.
+        """
         from avl_analysis import live
 
         def run(vlm: VLM) -> Observation:
@@ -286,7 +310,14 @@ class ModelServer:
         on_token: OnToken | None = None,
         waiting: Waiting | None = None,
     ) -> Answer:
-        """The answer alone, with nothing but the policy on the model."""
+        """The answer alone, with nothing but the policy on the model.
+
+        Args:
+            question: what is asked.
+            policy: what is switched on; None for the stock cache.
+            on_token: called with the answer so far and its number of tokens after every token.
+            waiting: called while others use the model.
+        """
         from avl_analysis import live
 
         def run(vlm: VLM) -> Answer:
@@ -316,6 +347,8 @@ class ModelServer:
         of them alike. A round before the first is not counted: it warms caches and allocators.
 
         Args:
+            question: what is asked.
+            policies: which are measured.
             rounds: how often each policy is measured.
             progress: called with (answers given, answers in all); may raise to stop.
             waiting: called while others use the model.
@@ -350,7 +383,14 @@ class ModelServer:
         reference: Answer,
         waiting: Waiting | None = None,
     ) -> Disagreement:
-        """How the policy's predictions differ along the full cache's answer."""
+        """How the policy's predictions differ along the full cache's answer.
+
+        Args:
+            question: what is asked.
+            policy: whose predictions are compared.
+            reference: the full cache's answer to the same question.
+            waiting: called while others use the model.
+        """
         from avl_analysis import live
 
         def run(vlm: VLM) -> Disagreement:
@@ -361,7 +401,14 @@ class ModelServer:
     def relevance(
         self, question: Question, answer: Answer, step: int, waiting: Waiting | None = None
     ) -> Relevance:
-        """The relevance maps of one token of the full cache's answer."""
+        """The relevance maps of one token of the full cache's answer.
+
+        Args:
+            question: what is asked.
+            answer: the full cache's answer to it.
+            step: number of the token, from 0.
+            waiting: called while others use the model.
+        """
         from avl_analysis.relevance import maps
 
         def run(vlm: VLM) -> Relevance:
@@ -378,7 +425,14 @@ class ModelServer:
         layer: int | None,
         waiting: Waiting | None = None,
     ) -> Rollout:
-        """Attention rollout of the full cache's answer, through the layers up to one."""
+        """Attention rollout of the full cache's answer, through the layers up to one.
+
+        Args:
+            question: what is asked.
+            answer: the full cache's answer to it.
+            layer: the last layer that is followed; None for all.
+            waiting: called while others use the model.
+        """
         from avl_analysis.heads import rollout
 
         def run(vlm: VLM) -> Rollout:
@@ -389,7 +443,13 @@ class ModelServer:
     def lens(
         self, question: Question, answer: Answer, waiting: Waiting | None = None
     ) -> tuple[Lens, tuple[tuple[str, ...], ...]]:
-        """Logit lens of the full cache's answer, and the likeliest words: a tuple a token."""
+        """Logit lens of the full cache's answer, and the likeliest words: a tuple a token.
+
+        Args:
+            question: what is asked.
+            answer: the full cache's answer to it.
+            waiting: called while others use the model.
+        """
         from avl_analysis import live
         from avl_analysis.heads.lens import logit_lens
 
@@ -409,7 +469,14 @@ class ModelServer:
         on_token: OnToken | None = None,
         waiting: Waiting | None = None,
     ) -> Answer:
-        """The answer while the output of some heads, (layer, head), is zero."""
+        """The answer while the output of some heads is zero.
+
+        Args:
+            question: what is asked.
+            heads: the silenced ones, (layer, head).
+            on_token: called with the answer so far and its number of tokens after every token.
+            waiting: called while others use the model.
+        """
         from avl_analysis import live
         from avl_analysis.heads.ablation import silenced
 

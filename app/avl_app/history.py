@@ -15,7 +15,7 @@ _KEY = "history"
 _MOST = 20
 _CHOICES = (
     *("model", "source", "scene", "clip", "task", "prompt"),
-    *("longest", "temperature", "seed", "system"),
+    *("longest", "temperature", "seed", "system", "earlier"),
 )
 """Choices that make a question."""
 
@@ -77,6 +77,8 @@ def _again(question: Question) -> None:
         if asked.question == question:
             for name, value in asked.choices.items():
                 state.put(name, value)
+            # The conversation of these choices is about their own picture.
+            st.session_state.pop(state.CONVERSATION, None)
             # No script can fill an uploader; an empty one shows what is kept here.
             if asked.file is not None:
                 st.session_state["file_held"] = asked.file

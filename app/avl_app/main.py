@@ -16,9 +16,18 @@ import streamlit as st
 from PIL import Image
 
 from avl_analysis.errors import InputError
+from avl_analysis.figures import looks
 from avl_app import sidebar, state, style
 from avl_app.data import ModelServer
-from avl_app.page import CancelledError, Context, is_dark, plain, problem
+from avl_app.page import (
+    CancelledError,
+    Context,
+    is_dark,
+    picture_height,
+    plain,
+    plot,
+    problem,
+)
 from avl_app.settings import Settings, settings
 
 _LOG = logging.getLogger("avl.app")
@@ -50,7 +59,20 @@ def show(view: str, context: Context) -> None:
     """Draw a view; each is imported when first looked at, so that the first screen comes early."""
     from importlib import import_module
 
-    import_module(f"avl_app.views.{view}").show(context)
+    module, place = f"avl_app.views.{view}", st.empty()
+    if module not in sys.modules:
+        # Only once in the life of a server: the libraries of models take seconds to import.
+        with place.container():
+            st.markdown(f"### {plain(context.question.prompt)}")
+            st.markdown(":material/hourglass_top: Starting …")
+            # A plot, so that the browser fetches and reads its plotting library, 4.6 MB, while the
+            # imports run here; it would begin with that after the answer otherwise.
+            pixels = context.question.picture.pixels
+            picture = looks.plain_picture(pixels)
+            plot(picture, "first_picture", titled=False, height=picture_height(pixels))
+    drawn = import_module(module)
+    place.empty()
+    drawn.show(context)
 
 
 def _for_visitors(error: Exception) -> bool:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from avl_analysis.errors import InputError
 from avl_analysis.figures.clickable import COLOURS
-from avl_app import examples, history, state
+from avl_app import chat, examples, history, state
+from avl_app.chat import OWN
 from avl_app.data import ModelServer, Question
 from avl_app.page import plain, problem, short_names
 from avl_app.pictures import Picture
@@ -19,7 +20,6 @@ from avl_app.sent import sent_files
 from avl_app.settings import Settings
 from avl_app.uploads import uploaded
 
-OWN = "own question"
 EXAMPLE = "Describe the picture."
 """A question that every model here understands, the embedded one included."""
 _WIDEST, _TALLEST = 210, 220  # pixels of the picture in the sidebar
@@ -46,6 +46,7 @@ def show(given: Settings, bench: ModelServer) -> Question | None:
     Raises:
         InputError: a model this server does not offer, an empty question, or one that is too long;
             the whole sidebar is drawn before.
+        CancelledError: the visitor has cancelled the answer to an earlier question.
     """
     with st.sidebar:
         st.markdown("### avl · where a model looks")
@@ -89,6 +90,7 @@ def show(given: Settings, bench: ModelServer) -> Question | None:
         int(state.get("seed")) if state.get("temperature") else 0,
         str(state.get("system")).strip(),
     )
+    question = chat.continued(bench, question)
     history.note(question)
     with listed:
         history.show(question)

@@ -9,6 +9,7 @@ Not in the address: uploaded pictures, files and results.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ AUTO = ""
 """No layer chosen yet: the one that says most is taken."""
 MOST_TEXT = 2000
 """Characters of a question that are taken from an address or a text field."""
+MOST_EARLIER = 4000
+"""Characters that the earlier questions of a conversation may take in an address."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,30 @@ def _flag(text: str) -> bool:
     return text == "1"
 
 
+def conversation(text: str) -> str | None:
+    """The earlier questions of a conversation as an address has them, a JSON list of texts.
+
+    None if the text is no such list, or longer than `MOST_EARLIER`.
+    """
+    if not text or len(text) > MOST_EARLIER:
+        return None
+    try:
+        questions = json.loads(text)
+    # RecursionError: brackets nested by the thousand.
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(questions, list):
+        return None
+    written = all(isinstance(question, str) and question.strip() for question in questions)
+    return text if written else None
+
+
+def earlier() -> list[str]:
+    """The questions before the present one, the oldest first."""
+    text = str(st.session_state["earlier"])
+    return list(json.loads(text)) if text else []
+
+
 VIEWS = ("ask", "heads", "patterns", "live", "benchmark", "report")
 SOURCES = ("example", "video", "upload", "webcam")
 
@@ -92,6 +119,7 @@ FIELDS: dict[str, Field] = {
     "clip": Field(0, _number(0, 999)),
     "task": Field("caption", _text),
     "prompt": Field("Describe the picture.", _text),
+    "earlier": Field("", conversation),
     "longest": Field(64, _number(1, 4096)),
     "temperature": Field(0.0, _number(0.0, 2.0, float)),
     "seed": Field(0, _number(0, 999_999)),
@@ -167,6 +195,8 @@ _WRITTEN = "written_address"
 """Session key of the address as this page wrote it last."""
 CANCELLED = "cancelled"
 """Session key that says that the visitor cancelled the answer to the present question."""
+CONVERSATION = "conversation_about"
+"""Session key of the model, picture and system prompt that the earlier questions are about."""
 _ASKED = "asked"
 """Session key of the question that the chosen token, layer and head belong to."""
 _ADOPTED = "adopted_address"
@@ -189,6 +219,7 @@ def begin() -> None:
     if went_back:
         # the choices that belong to another question are in the address as well
         st.session_state.pop(_ASKED, None)
+        st.session_state.pop(CONVERSATION, None)
     drawn = st.session_state.get(_DRAWN, frozenset())
     for name, field in FIELDS.items():
         if first or went_back:

@@ -47,7 +47,7 @@ def maps(
     download: Download = False,
     force: Force = False,
 ) -> None:
-    """Which relevance map points at what a word is about: raw, relative, gradient, Chefer?"""
+    """Which relevance map points at what a word is about: raw, value-weighted, relative, ...?"""
     check_netcdf(out, force)
     samples = read_or_draw(data, scenes, task, "recording")
     vlm = load(model, dtype=dtype, device=device, attention=attention, download=download)

@@ -75,6 +75,9 @@ class Sample:
         scene: of a drawn scene, what it is drawn from again (seed, index, task).
         system: system prompt of this question, where one answer at a time is given (`live`); runs
             over many samples take theirs as an option. None for the model's own.
+        history: earlier (question, answer) pairs of the conversation that the prompt continues, the
+            oldest first, where one answer at a time is given; the pictures belong to the first of
+            these questions.
     """
 
     id: str
@@ -87,6 +90,7 @@ class Sample:
     meta: Mapping[str, Any] | None = None
     scene: Mapping[str, Any] | None = None
     system: str | None = None
+    history: tuple[tuple[str, str], ...] = ()
 
 
 def scene_sample(sample: SceneSample) -> Sample:

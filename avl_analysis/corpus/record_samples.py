@@ -64,10 +64,17 @@ def record_samples(
 
     Raises:
         InputError: pictures or prompts that cannot be used, layers or heads out of range, a batch
-            size below 1.
+            size below 1, a question that continues a conversation.
     """
     if batch_size < 1:
         raise InputError(f"batch_size {batch_size}: at least one question must go into a pass")
+    for sample in samples:
+        if sample.history:
+            raise InputError(
+                f"sample {sample.id!r} continues a conversation of {len(sample.history)} earlier"
+                " question(s), which runs over many samples leave out: watch such a question with"
+                " avl_analysis.live.observe"
+            )
     arguments = {**greedy(vlm.model), "max_new_tokens": max_new_tokens, **(generate or {})}
     # Removed here and put in front of `_Surprise` below, so that it sees the scores after them.
     own_processors = arguments.pop("logits_processor", None) or []

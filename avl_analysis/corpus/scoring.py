@@ -12,10 +12,12 @@ import re
 import string
 from collections.abc import Sequence
 from functools import lru_cache
-
-from rouge_score.rouge_scorer import RougeScorer
+from typing import TYPE_CHECKING
 
 from avl_analysis.corpus.questions import Sample
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation, " "))
@@ -81,4 +83,7 @@ class _Characters:
 
 @lru_cache(maxsize=2)
 def _scorer(characters: bool = False) -> RougeScorer:
+    # It imports nltk with all its parts, which only those who score texts should wait for.
+    from rouge_score.rouge_scorer import RougeScorer
+
     return RougeScorer(["rougeL"], tokenizer=_Characters() if characters else None)

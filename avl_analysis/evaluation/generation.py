@@ -83,16 +83,27 @@ def generate(
         forced: tokens of each row to follow instead of the model's own choice.
 
     Raises:
-        InputError: pictures or prompts that cannot be used. Whatever the model raises is passed on.
+        InputError: pictures or prompts that cannot be used; several questions, one of which
+            continues a conversation. Whatever the model raises is passed on.
     """
     systems = {sample.system for sample in samples}
     if len(systems) > 1:
         raise InputError("the questions of one batch have different system prompts; ask them apart")
-    inputs = vlm.prepare(
-        [list(sample.images) for sample in samples],
-        [sample.prompt for sample in samples],
-        system=next(iter(systems), None),
-    )
+    system = next(iter(systems), None)
+    if any(sample.history for sample in samples):
+        if len(samples) > 1:
+            raise InputError(
+                f"a batch of {len(samples)} questions, of which some continue a conversation:"
+                " ask these one at a time"
+            )
+        (one,) = samples
+        inputs = vlm.prepare(list(one.images), one.prompt, system=system, history=one.history)
+    else:
+        inputs = vlm.prepare(
+            [list(sample.images) for sample in samples],
+            [sample.prompt for sample in samples],
+            system=system,
+        )
     length = int(inputs["input_ids"].shape[1])
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
     if forced is not None:

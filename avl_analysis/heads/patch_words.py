@@ -102,7 +102,9 @@ def patch_words(vlm: VLM, sample: Sample, top: int = TOP) -> PatchWords:
     if not sample.images:
         raise InputError("a question without an image has no image tokens to say anything")
     family = describe(vlm.model)
-    inputs = vlm.prepare(list(sample.images), sample.prompt)
+    inputs = vlm.prepare(
+        list(sample.images), sample.prompt, system=sample.system, history=sample.history
+    )
     layout = family.layout(inputs["input_ids"], inputs.get("attention_mask"), inputs)
     # (image tokens,) positions of the only row; `layout.image` is -1 outside images.
     at = (layout.image[0] >= 0).nonzero().flatten()

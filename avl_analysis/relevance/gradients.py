@@ -52,6 +52,8 @@ class AttentionGradients:
         raw: (batch, layers, query heads, keys) float32 weights of the last row.
         weighted: the same weights times the positive part of the gradient of the token's
             log-probability with respect to them.
+        value_norm: (batch, layers, query heads, keys) float32, Euclidean length of the value vector
+            that each query head reads at each key.
         propagated: (batch, keys) float32, the last row of R - I for the token's logit.
         log_prob: (batch,) log-probability of the token.
         layout: what every position is.
@@ -60,6 +62,7 @@ class AttentionGradients:
     layers: tuple[int, ...]
     raw: Tensor
     weighted: Tensor
+    value_norm: Tensor
     propagated: Tensor
     log_prob: Tensor
     layout: TokenLayout
@@ -116,6 +119,7 @@ def attention_gradients(
         torch.stack([watch.raw[layer] for layer in layers], 1),
         torch.stack([watch.weighted[layer] for layer in layers], 1)
         * doubt.float().cpu()[:, None, None, None],
+        torch.stack([watch.value_norm[layer] for layer in layers], 1),
         (row - watch.identity).cpu(),
         scores.detach().float().cpu(),
         watch.layout,
@@ -191,6 +195,14 @@ def _last_row(call: AttentionCall) -> Tensor:
     return attention_weights(call, slice(last, last + 1))[:, :, 0].detach().cpu()
 
 
+def _value_norm(call: AttentionCall) -> Tensor:
+    """(batch, query heads, keys) float32 on the CPU: length of the value that a head reads."""
+    # Query heads of a group stand next to each other and read the same key/value head.
+    group = call.query.shape[1] // call.value.shape[1]
+    lengths = call.value.detach().float().norm(dim=-1)
+    return lengths.repeat_interleave(group, 1).cpu()
+
+
 class _Differentiated(Intervention):
     """Puts a function into every attention layer whose backward pass sees weights and gradients.
 
@@ -198,6 +210,7 @@ class _Differentiated(Intervention):
         anchor: what gradients are asked of. Every layer's output depends on it by zero, so that the
             backward pass visits every layer though nothing else needs a gradient.
         raw, weighted: (batch, query heads, keys) of the last row, by layer.
+        value_norm: (batch, query heads, keys) lengths of the value vectors, by layer.
         row, identity: (batch, keys) running row of relevances, and what it began as.
     """
 
@@ -205,6 +218,7 @@ class _Differentiated(Intervention):
         self.anchor = torch.zeros((), requires_grad=True)
         self.raw: dict[int, Tensor] = {}
         self.weighted: dict[int, Tensor] = {}
+        self.value_norm: dict[int, Tensor] = {}
         self.row: Tensor | None = None
         self.identity: Tensor = torch.zeros(())
         self.layout: TokenLayout | None = None
@@ -233,6 +247,7 @@ class _Differentiated(Intervention):
                 " in a pass, so its weights are not one matrix"
             )
         self.raw[call.layer] = _last_row(call)
+        self.value_norm[call.layer] = _value_norm(call)
         return _Attention.apply(self.anchor, call.query, call.key, call.value, call, inner, self)
 
     def see(self, call: AttentionCall, rows: slice, weights: Tensor, gradient: Tensor) -> None:

@@ -1,8 +1,12 @@
 """Relevance maps of one answer token over the image, beside the raw attention weights.
 
-Four answers to "which image tokens mattered for this word", each by its own formula:
+Five answers to "which image tokens mattered for this word", each by its own formula:
 
 * raw: the softmax weights A of the row that produces the word.
+* value: A |v|, v the value vector that the head reads at the token. A weight says how much of a
+  token is taken, its product with the length of what is taken how much arrives (Kobayashi et al.,
+  "Attention is not only a weight", 2004.10102). Their f(x) also goes through the head's part of the
+  output projection, which is left out here as in the statistic `value_weighted_mass`.
 * relative: A over the weights of the last row of a generic instruction about the same image, image
   token by image token, each averaged over heads before the division ("MLLMs Know Where to Look",
   2502.17422, relative attention). 1 means: no more than under any question.
@@ -60,6 +64,7 @@ class Relevance:
         instruction: the generic instruction that relative attention is relative to.
         layers: decoder layers with attention weights.
         raw: (layers, heads, positions) weights of the row that produces the token.
+        value_norm: (layers, heads, positions) length of the value vector that a head reads there.
         weighted: the same times the positive part of their gradient.
         generic: (layers, heads, image tokens) weights of the last row of the generic prompt.
         propagated: (positions,) Chefer relevance.
@@ -74,6 +79,7 @@ class Relevance:
     instruction: str
     layers: tuple[int, ...]
     raw: NDArray[np.float32]
+    value_norm: NDArray[np.float32]
     weighted: NDArray[np.float32]
     generic: NDArray[np.float32]
     propagated: NDArray[np.float32]
@@ -100,9 +106,12 @@ class Relevance:
             raise InputError(f"unknown map {method!r}: choose one of {', '.join(METHODS)}")
         if method == "chefer":
             return self.propagated[self.position].astype(np.float64)
-        # `raw` and `weighted` have a column per position of the sequence, `generic` one per image
-        # token.
+        # `raw`, `value_norm` and `weighted` have a column per position of the sequence, `generic`
+        # one per image token.
         source = self.weighted if method == "gradient" else self.raw
+        if method == "value":
+            # Multiplied head by head: the mean over heads is of what each of them reads.
+            source = self.raw * self.value_norm
         values = self._mean(source[..., self.position], layer, head)
         if method != "relative":
             return values
@@ -184,7 +193,8 @@ def relevance(
     images = list(sample.images)
     # The last row of prompt and answer[:step] is the one that predicts answer[step].
     inputs = with_answer(
-        vlm.prepare(images, sample.prompt, system=sample.system), list(answer[:step])
+        vlm.prepare(images, sample.prompt, system=sample.system, history=sample.history),
+        list(answer[:step]),
     )
     found = attention_gradients(vlm.model, inputs, torch.tensor([int(answer[step])]))
     layers, generic, other = last_row_weights(
@@ -207,6 +217,7 @@ def relevance(
         instruction,
         layers,
         found.raw[0].numpy(),
+        found.value_norm[0].numpy(),
         found.weighted[0].numpy(),
         generic[0][..., torch.from_numpy(usual)].numpy(),
         found.propagated[0].numpy(),

@@ -31,7 +31,7 @@ def section(run: Run) -> Section:
         else ""
     )
     caption = Caption(what, found.sizes["sample"], run.model, METHOD)
-    figure = Figure("relevance", "Relevance maps of a word", panels, caption, columns=4)
+    figure = Figure("relevance", "Relevance maps of a word", panels, caption, columns=3)
     # (samples,) whether the strongest token of each map is on what the word is about
     raw, chefer = (found["pointing_all"].sel(map=name).values for name in ("raw", "chefer"))
     gain = paired_difference(chefer, raw)
@@ -74,7 +74,8 @@ def _example(found: xr.Dataset) -> tuple[Overlay, ...]:
             continue
         places = found["position"].isel(sample=row).values
         panels = []
-        for method in METHODS:
+        # those of the file: one written by an earlier version has fewer
+        for method in map(str, found["map"].values):
             values = found["maps"].isel(sample=row).sel(map=method).values
             # Padding and tokens without a known place, (tokens, 4) edges of NaN, are not drawn.
             kept = np.isfinite(places).all(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 import urllib.request
 from pathlib import Path
@@ -62,6 +64,19 @@ def test_the_server_starts_without_connecting_to_anything(tmp_path: Path) -> Non
     ):
         assert b"streamlit" in page.read().lower()
     assert offline.tried() == []
+
+
+def test_the_first_page_waits_for_no_library_that_it_does_not_use() -> None:
+    script = (
+        "import gc, sys; from avl_app import cli; cli._import_ahead();"
+        " assert gc.isenabled(); assert gc.get_freeze_count() > 100_000;"
+        " print('avl_app.views.ask' in sys.modules,"
+        " {'scipy.stats', 'nltk', 'matplotlib', 'numba'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.split("\n")[0] == "True set()", done.stderr
 
 
 def test_the_command_is_there_and_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,6 +149,42 @@ def test_visitors_are_served_in_order_and_told_their_place(bench: ModelServer) -
     assert places["second"][0] == 2
 
 
+def test_who_leaves_while_letting_others_run_does_not_free_the_model_under_them(
+    bench: ModelServer,
+) -> None:
+    class Gone(Exception):
+        pass
+
+    def leave(ahead: int) -> None:
+        raise Gone
+
+    shared, held, done = bench.model("tiny"), threading.Event(), threading.Event()
+
+    def visit() -> None:
+        with shared.use():
+            held.set()
+            done.wait(60)
+
+    other = threading.Thread(target=visit)
+
+    def long_work() -> None:
+        with shared.use():
+            other.start()
+            while not shared._queue:  # until the other one waits
+                time.sleep(0.01)
+            shared.yield_lock(leave)
+
+    with pytest.raises(Gone):
+        long_work()
+    assert held.wait(60)
+    assert shared.lock.locked()  # by the other one, whose run goes on
+    done.set()
+    other.join()
+    with shared.use():
+        assert shared.lock.locked()
+    assert not shared.lock.locked()
+
+
 def test_times_are_measured_in_turn(bench: ModelServer, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[avl.Policy | None] = []
     plain = live.answer

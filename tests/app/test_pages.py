@@ -4,7 +4,9 @@ wrong, links.
 
 from __future__ import annotations
 
+import importlib
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,30 @@ def test_the_first_screen_shows_an_answered_example_and_one_sentence_about_it() 
     assert any("answer" in html.proto.body for html in test.get("html"))
 
 
+def test_question_and_picture_are_there_before_the_libraries_of_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    imported = importlib.import_module
+
+    def stops(name: str, package: str | None = None) -> object:
+        if name == "avl_app.views.ask":
+            raise InputError("the import has begun")
+        return imported(name, package)
+
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "avl_app.views.ask")
+        patch.setattr(importlib, "import_module", stops)
+        test = page(**ONE_WORD)
+    assert errors(test) == ["the import has begun"]
+    assert "Starting" in texts(test)
+    assert f"### {questions(0)['colour'].prompt}".replace("?", "") in texts(test)
+    assert [chart.key for chart in test.get("plotly_chart")] == ["first_picture"]
+    test.run()
+    assert errors(test) == []
+    assert "Starting" not in texts(test)
+    assert "first_picture" not in [chart.key for chart in test.get("plotly_chart")]
+
+
 def test_choosing_another_token_layer_and_head_changes_the_sentence_and_the_address() -> None:
     test = page(**ONE_WORD, layer="1", head="2")
     assert "head 2 of layer 1" in texts(test)
@@ -54,6 +80,7 @@ def test_every_map_of_a_token_is_drawn_on_its_own_scale() -> None:
     said = set()
     for method, words in (
         ("raw", "of all attention, on the patch"),
+        ("value", "attention times the length of the value vector"),
         ("relative", "times its attention under “Describe the picture"),
         ("gradient", "adds to the log"),
         ("chefer", "layer and head above do not change this map"),
@@ -63,7 +90,7 @@ def test_every_map_of_a_token_is_drawn_on_its_own_scale() -> None:
         captions = "\n".join(element.value for element in test.caption)
         assert words in captions
         said.add(captions)
-    assert len(said) == 4
+    assert len(said) == 5
     assert address(test, "map") == "chefer"
 
 

@@ -57,6 +57,12 @@ def test_a_mean_has_the_bca_interval_of_scipy_at_levels_widened_for_the_number_o
     assert mine.high == pytest.approx(theirs.high, abs=0.12 * width)
 
 
+def test_the_widened_quantile_is_student_s():
+    for n in (2, 3, 5, 30, 5000):
+        expected = stats.t.ppf(0.975, n - 1) * math.sqrt(n / (n - 1))
+        assert intervals._widened_quantile(n, 0.95) == expected
+
+
 def test_intervals_cover_what_the_documentation_says():
     """Percentile intervals cover .84, .92, .80, .77 and .86 here."""
     documented = {

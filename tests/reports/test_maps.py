@@ -9,6 +9,7 @@ import pytest
 
 from avl_analysis.cli.main import main
 from avl_analysis.heads.patch_words import load_patch_names
+from avl_analysis.relevance import METHODS
 from avl_analysis.relevance.pointing import load_pointing
 from avl_reports import fig_patch_words, fig_relevance
 from avl_reports.further import read_further
@@ -41,7 +42,7 @@ def test_commands_write_files_and_figures_show_their_numbers(
     run = run_of(found)
     section = fig_relevance.section(run)
     *maps, lines = section.figure.panels
-    assert len(maps) == 4
+    assert len(maps) == len(METHODS) == 5
     held = load_pointing(pointing)
     expected = held["pointing"].mean("sample").sel(layered="raw")
     np.testing.assert_allclose(lines.lines[0].y, expected)

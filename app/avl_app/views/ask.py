@@ -14,7 +14,7 @@ from avl_analysis.live import FOCUS, Focus, Observation
 from avl_analysis.relevance import METHODS
 from avl_analysis.scenes import SceneSample
 from avl_analysis.scenes.drawing import SIDE
-from avl_app import code, history, state
+from avl_app import chat, code, history, state
 from avl_app.examples import asked_scene
 from avl_app.page import (
     Context,
@@ -35,6 +35,7 @@ _FRAMES_IN_A_ROW = 3
 
 def show(context: Context) -> None:
     """Draw the view."""
+    chat.said(context.question)
     st.markdown(f"### {plain(context.question.prompt)}")
     seen = observe(context)
     sample = asked_scene(context.question.picture, context.question.prompt)
@@ -58,6 +59,7 @@ def show(context: Context) -> None:
         with st.container(key="ask_words"):
             _words(seen, step, layer, head)
             tokens.choices(context, seen, step)
+            chat.further(context.question)
         if video:  # the parts below are about one picture
             tokens.words(context, seen, layer, head)
             return

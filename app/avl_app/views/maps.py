@@ -16,16 +16,19 @@ from avl_app.page import Context, keep, picture_height, plain, plot
 
 SHORT = {
     "raw": "raw attention",
+    "value": "value-weighted",
     "relative": "relative",
     "gradient": "gradient-weighted",
     "chefer": "Chefer relevance",
 }
 """Name of a map -> what the choice calls it."""
 _HELP = """\
-**Raw attention**: the weights as the model computed them. **Relative**: divided by the weights
-under a generic instruction about the same picture. **Gradient-weighted**: times the part of their
-gradient that raises the word's probability. **Chefer relevance**: such products multiplied through
-all layers. None says that the model would answer otherwise without a patch."""
+**Raw attention**: the weights as the model computed them. **Value-weighted**: times the length of
+the value vector that is read, which can be nearly zero where the weight is large. **Relative**:
+divided by the weights under a generic instruction about the same picture. **Gradient-weighted**:
+times the part of their gradient that raises the word's probability. **Chefer relevance**: such
+products multiplied through all layers. None says that the model would answer otherwise without a
+patch."""
 
 
 def choose() -> str:
@@ -73,6 +76,8 @@ class Shown:
         if method == "relative":
             usual = plain(self.found.instruction)
             return f"Full colour: {top:.1f} times its attention under “{usual}”"
+        if method == "value":
+            return f"Full colour: {top:.2g}, attention times the length of the value vector."
         if method == "gradient":
             return f"Full colour: {top:.2g}, attention times what it adds to the log-probability."
         return (

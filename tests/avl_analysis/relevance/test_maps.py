@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,58 @@ def eager_rows(vlm: VLM, sample: Sample, answer: list[int]) -> torch.Tensor:
     finally:
         vlm.model.set_attn_implementation("sdpa")
     return torch.stack([weights[0, :, -1] for weights in output.attentions]).detach()
+
+
+def slow_value_lengths(vlm: VLM, inputs: dict[str, Any]) -> torch.Tensor:
+    """(layers, heads, keys) lengths of value vectors, from what each layer's projection returns."""
+    layers = vlm.model.get_decoder().layers
+    config = vlm.model.config.get_text_config()
+    returned: list[torch.Tensor] = []
+    handles = [
+        layer.self_attn.v_proj.register_forward_hook(lambda *call: returned.append(call[-1][0]))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        vlm.model(**inputs)
+    for handle in handles:
+        handle.remove()
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    width = returned[0].shape[1] // groups
+    lengths = torch.zeros(len(layers), heads, len(returned[0]))
+    for layer, values in enumerate(returned):
+        for head in range(heads):
+            own = head * groups // heads
+            for key, value in enumerate(values[:, own * width : (own + 1) * width]):
+                lengths[layer, head, key] = sum(float(part) ** 2 for part in value) ** 0.5
+    return lengths
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_weight_counts_as_much_as_the_value_is_long_that_its_head_reads(step: int) -> None:
+    vlm = shared.vlm(kv_heads=2)  # four query heads: two read one value
+    sample = Sample("two", TWO, "what is red")
+    ids = live.answer(vlm, sample, max_new_tokens=5).ids
+    found = relevance(vlm, sample, ids, step)
+    inputs = with_answer(vlm.prepare(list(TWO), sample.prompt), list(ids[:step]))
+    rows = eager_rows(vlm, sample, list(ids[:step])) * slow_value_lengths(vlm, inputs)
+    image = vlm.model.config.image_token_id
+    places = (inputs["input_ids"][0] == image).nonzero().flatten()
+    assert np.ptp(found.value_norm[0, :, 0]) > 0  # heads of different groups read different values
+    for layer, head in ((None, None), (1, None), (0, 2), (0, 0)):
+        chosen = [slice(None) if one is None else slice(one, one + 1) for one in (layer, head)]
+        mean = rows[chosen[0], chosen[1]][..., places].mean((0, 1))
+        np.testing.assert_allclose(found.of("value", layer, head), mean, rtol=1e-3)
+
+
+def test_maps_continue_a_conversation() -> None:
+    vlm = shared.vlm()
+    sample = Sample("one", TWO[:1], "what is red", history=(("where is it?", "left"),))
+    seen = live.observe(vlm, sample, max_new_tokens=3)
+    found = relevance(vlm, sample, seen.answer.ids, 1)
+    watched = seen.weights[1][..., : found.raw.shape[-1]].astype(np.float32)
+    np.testing.assert_allclose(found.raw, watched, atol=1e-3)
+    plain = live.observe(vlm, Sample("one", TWO[:1], "what is red"), max_new_tokens=3)
+    assert seen.prompt > plain.prompt
 
 
 @pytest.mark.parametrize("step", [0, 3])
@@ -99,7 +152,7 @@ def found() -> Relevance:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("other",), "choose one of raw, relative, gradient, chefer"),
+        (("other",), "choose one of raw, value, relative, gradient, chefer"),
         (("raw", 7), "layer 7 is not there: layers 0 to 1"),
         (("raw", 0, 9), "head 9 is not there: this model has 0 to 3"),
         (("raw", None, None, 3), "image 3 has no tokens with a known place.*: 0"),

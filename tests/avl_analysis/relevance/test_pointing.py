@@ -11,6 +11,7 @@ import pytest
 from avl_analysis import Sample, live, load_model, scene_samples, scenes
 from avl_analysis.errors import InputError
 from avl_analysis.map_plots import plot_pointing
+from avl_analysis.relevance import METHODS
 from avl_analysis.relevance.maps import relevance
 from avl_analysis.relevance.pointing import LAYERED, point
 from tests import tiny
@@ -47,9 +48,13 @@ def test_hits_are_those_of_the_maps_of_one_word_of_each_right_answer() -> None:
         row += 1
     assert row == result.sizes["sample"] >= 3
     (panel,) = plot_pointing(result).figure.panels
-    means = result["pointing"].mean("sample").sel(layered="gradient")
-    np.testing.assert_allclose(panel.lines[2].y, means)
-    assert set(panel.lines[3].y) == {float(result["pointing_all"].mean("sample")[3])}
+    lines = {line.name: line.y for line in panel.lines}
+    assert list(lines) == list(METHODS.values())
+    means = result["pointing"].mean("sample")
+    for method in LAYERED:
+        np.testing.assert_allclose(lines[METHODS[method]], means.sel(layered=method))
+    chefer = float(result["pointing_all"].mean("sample").sel(map="chefer"))
+    assert set(lines[METHODS["chefer"]]) == {chefer}
 
 
 def test_own_questions_with_regions_are_asked_on_other_families(tmp_path: Path) -> None:
