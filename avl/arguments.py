@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from inspect import signature
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -28,10 +29,11 @@ def named_arguments(
 
 def find_cache(arguments: Mapping[str, Any]) -> Any:
     """The KV cache among the arguments of a decoder's call, whatever its name; None without one."""
-    named = [arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None]
-    # Known names first; anything else that counts its tokens like a cache is one.
-    others = [value for value in arguments.values() if hasattr(value, "get_seq_length")]
-    return next(iter((*named, *others)), None)
+    # Known names first; anything else that counts its tokens like a cache is one. Others are not
+    # looked at where a name is known: asking every argument takes a while at every step.
+    named = (arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None)
+    others = (value for value in arguments.values() if hasattr(value, "get_seq_length"))
+    return next(chain(named, others), None)
 
 
 def uses_cache(decoder: nn.Module, arguments: Mapping[str, Any]) -> bool:

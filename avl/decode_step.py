@@ -27,6 +27,7 @@ from avl.attention import (
 from avl.buffer import KeyBuffer
 from avl.cache import AdaptiveLayer, Conversation
 from avl.families import UnsupportedModelError
+from avl.kernels.slots import add_received
 from avl.policies.base import CoredPolicy, PagedPolicy, Policy
 from avl.quantized_tier import QuantizedTier
 from avl.selection import SelectionLog, best
@@ -283,9 +284,8 @@ class DecodeStep:
             # Weights are of all keys read, scores are added for the always attended and core keys,
             # which are the last of them: the columns from `first` on are the slots from
             # `secondary_width` on.
-            scores = buffer.scores[:, :, buffer.secondary_width : buffer.filled]
-            # Summed over the query heads of a key/value head: (batch, key/value heads, keys).
-            scores.add_(weights[..., first:].sum(2))
+            slots = slice(buffer.secondary_width, buffer.filled)
+            add_received(buffer.scores, weights, slots, first)
         log.note(layer.index, "added", self._arrived)
         self._evict(layer)
         self._drop_secondary(layer)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from avl.buffer import KeyBuffer
-from avl.kernels.slots import swap_slots
+from avl.kernels.slots import exchange_best
 
 
 def refresh_core(buffer: KeyBuffer, scores: Tensor, rows: Sequence[bool] | None = None) -> None:
@@ -56,25 +56,24 @@ def _refresh_row(buffer: KeyBuffer, row: int, scores: Tensor) -> None:
         held = buffer.quantized_held[row]
         quantized = scores[tier_width - held : tier_width]
         secondary, core = _exchange_with_tier(buffer, row, quantized, secondary, core)
-    # Which of the candidates, secondary keys first, are the new core.
-    # As many enter the core as leave it, because the size of the core stays: entering and leaving
-    # are of one length and swap pairwise, whichever with whichever.
-    best = _best(torch.cat([secondary, core]), len(core))
-    entering = best[: len(secondary)].nonzero()[:, 0]  # numbers among the secondary keys
-    leaving = (~best[len(secondary) :]).nonzero()[:, 0]  # numbers among the core's keys
+    # A copy, as the scores follow their keys below. Where no slot between the segments is free they
+    # lie side by side.
+    count, adjacent = stop - start, buffer.quantized is None and start == buffer.secondary_width
+    if adjacent:
+        scores = buffer_scores[padding - front : stop - front].clone()
+    else:
+        scores = torch.cat([secondary, core])
     tensors = (buffer.keys[row], buffer.values[row], buffer.positions[row])
-    # Numbers among candidates become slots: secondary keys stand behind the row's padding, the core
-    # from `start` on.
-    swap_slots(tensors, entering + padding, leaving + start)
+    # Secondary keys stand behind the row's padding, the core from `start` on.
+    exchange_best(tensors, scores, (padding, start), count)
     if buffer.secondary_scores is not None:
-        # The scores follow the keys: the place of an entering key now holds the leaving one.
-        new_scores = secondary.index_copy(0, entering, core[leaving])
-        buffer.secondary_scores[row, padding : buffer.secondary_width] = new_scores
+        buffer.secondary_scores[row, padding : buffer.secondary_width] = scores[
+            : len(scores) - count
+        ]
     if buffer.core_scores_at_refresh is not None:
         # Rows with a smaller core have their scores at the end, as `core_positions` has them.
-        core = core.index_copy(0, leaving, secondary[entering])
         width = buffer.core_scores_at_refresh.shape[2]
-        buffer.core_scores_at_refresh[row, :, width - len(core) :] = core
+        buffer.core_scores_at_refresh[row, :, width - count :] = scores[len(scores) - count :]
 
 
 def _exchange_with_tier(

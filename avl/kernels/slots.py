@@ -30,7 +30,7 @@ def write_slot(
         new: key (batch, key/value heads, 1, width), value, position, and score.
     """
     key, value, position, score = new
-    same = key.dtype == keys.dtype and value.dtype == values.dtype
+    same = key.dtype == keys.dtype == value.dtype == values.dtype
     packed = key.stride(3) == 1 and value.stride(3) == 1
     if not (same and packed) or backend_for(keys.device) != COMPILED:
         keys.narrow(2, slot, 1).copy_(key)
@@ -42,20 +42,21 @@ def write_slot(
     from avl.kernels import slots_compiled  # importing numba takes a while
 
     batch, heads, _, width = keys.shape
-    # In bytes: then one compiled version does for every precision.
+    # Copied as bytes: then one compiled version does for every precision.
     slots_compiled.write_slot(
         (batch, heads),
         slot,
+        key.element_size(),
         keys.data_ptr(),
-        _strides_in_bytes(keys),
+        keys.stride(),
         key.data_ptr(),
-        _strides_in_bytes(key),
-        width * key.element_size(),
+        key.stride(),
+        width,
         values.data_ptr(),
-        _strides_in_bytes(values),
+        values.stride(),
         value.data_ptr(),
-        _strides_in_bytes(value),
-        value.shape[3] * value.element_size(),
+        value.stride(),
+        value.shape[3],
         positions.data_ptr(),
         positions.shape[1],
         positions.shape[2],
@@ -65,10 +66,27 @@ def write_slot(
     )
 
 
-def _strides_in_bytes(tensor: Tensor) -> tuple[int, int, int]:
-    row, head, slot, _ = tensor.stride()
-    size = tensor.element_size()
-    return row * size, head * size, slot * size
+def add_received(scores: Tensor, weights: Tensor, slots: slice, first: int) -> None:
+    """Add what the keys in some slots received to their scores, in place.
+
+    Args:
+        scores: (batch, key/value heads, slots) float32, contiguous.
+        weights: (batch, key/value heads, query heads of each, keys) float32; summed over the query
+            heads.
+        slots: which slots, one behind the other.
+        first: key of the first of them; the keys behind it are those of the next slots.
+    """
+    compiled = backend_for(scores.device) == COMPILED and weights.is_contiguous()
+    if not compiled or weights.dtype != torch.float32 or scores.shape[:2] != weights.shape[:2]:
+        scores[:, :, slots].add_(weights[..., first:].sum(2))
+        return
+    from avl.kernels import slots_compiled  # importing numba takes a while
+
+    batch, heads, shared, keys = weights.shape
+    lines = batch * heads, scores.shape[2], shared, keys
+    slots_compiled.add_received(
+        scores.data_ptr(), weights.data_ptr(), lines, slots.start, slots.stop, first
+    )
 
 
 def drop_worst(
@@ -105,6 +123,47 @@ def drop_worst(
     dropped = own.gather(2, worst)
     own.scatter_(2, worst, -1)
     return worst + start, dropped
+
+
+def exchange_best(
+    tensors: Sequence[Tensor], scores: Tensor, slots: tuple[int, int], count: int
+) -> None:
+    """Swap keys of two segments so that the second holds the best of both, in place.
+
+    As many enter the second segment as leave it, because its size stays: entering and leaving keys
+    are of one number and swap pairwise, in the order of their slots.
+
+    Args:
+        tensors: (heads, slots, ...), contiguous; the first may have more heads than the others.
+        scores: (n,) float32, contiguous, of the keys of the first segment, then of the `count` keys
+            of the second; they follow their keys.
+        slots: first slot of either segment.
+        count: keys of the second segment.
+    """
+    best, others = scores.topk(count).indices, len(scores) - count
+    sizes = [math.prod(tensor.shape[2:]) * tensor.element_size() for tensor in tensors]
+    # In words of 32 bits; a head of an odd number of bfloat16 numbers has half a word left.
+    compiled = backend_for(scores.device) == COMPILED and scores.dtype == torch.float32
+    if compiled and all(size % 4 == 0 for size in sizes):
+        from avl.kernels import slots_compiled  # importing numba takes a while
+
+        pairs = torch.empty(2, count, dtype=torch.int64)
+        chosen = torch.zeros(len(scores), dtype=torch.uint8)
+        work = chosen.data_ptr(), pairs.data_ptr()
+        number = slots_compiled.pair_up(
+            best.data_ptr(), count, scores.data_ptr(), others, slots, *work
+        )
+        for tensor, size in zip(tensors, sizes, strict=True):
+            shape = tensor.shape[0], tensor.shape[1], size // 4
+            first, second = pairs.data_ptr(), pairs.data_ptr() + 8 * count
+            slots_compiled.swap_slots(tensor.data_ptr(), *shape, first, second, number)
+        return
+    chosen = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True)
+    entering = chosen[:others].nonzero()[:, 0]  # numbers among the first segment's keys
+    leaving = (~chosen[others:]).nonzero()[:, 0]  # numbers among the second segment's keys
+    swap_slots(tensors, entering + slots[0], leaving + slots[1])
+    moved = torch.cat([entering, leaving + others])
+    scores[moved] = scores[torch.cat([leaving + others, entering])]
 
 
 def swap_slots(tensors: Sequence[Tensor], first: Tensor, second: Tensor) -> None:

@@ -18,15 +18,15 @@ LARGEST = 3.4028234663852886e38
 
 
 @compiled
-def _write(target_at, target_strides, source_at, source_strides, heads, slot, size):
-    """Copy one slot of each head, `size` bytes; strides, from row to row and so on, in bytes."""
+def _write(target_at, target_strides, source_at, source_strides, heads, slot, width, size):
+    """Copy one slot of each head: `width` numbers of `size` bytes; strides count numbers."""
     for row in range(heads[0]):
         for head in range(heads[1]):
-            to = target_at + row * target_strides[0] + head * target_strides[1]
-            start = source_at + row * source_strides[0] + head * source_strides[1]
-            target = carray(pointer(to + slot * target_strides[2]), (size,), uint8)
-            source = carray(pointer(start), (size,), uint8)
-            for byte in range(size):
+            to = row * target_strides[0] + head * target_strides[1] + slot * target_strides[2]
+            start = row * source_strides[0] + head * source_strides[1]
+            target = carray(pointer(target_at + size * to), (width * size,), uint8)
+            source = carray(pointer(source_at + size * start), (width * size,), uint8)
+            for byte in range(width * size):
                 target[byte] = source[byte]
 
 
@@ -34,16 +34,17 @@ def _write(target_at, target_strides, source_at, source_strides, heads, slot, si
 def write_slot(
     heads,
     slot,
+    size,
     keys_at,
     key_strides,
     key_at,
     new_key_strides,
-    key_size,
+    key_width,
     values_at,
     value_strides,
     value_at,
     new_value_strides,
-    value_size,
+    value_width,
     positions_at,
     position_heads,
     capacity,
@@ -56,9 +57,10 @@ def write_slot(
     Args:
         heads: rows and key/value heads.
         slot: which.
-        keys_at: address of the buffer's keys; key_strides in bytes; values likewise.
-        key_at: address of the new keys, one a head; new_key_strides in bytes; key_size bytes of
-            one; values likewise.
+        size: bytes of a number.
+        keys_at: address of the buffer's keys; key_strides in numbers; values likewise.
+        key_at: address of the new keys, one a head; new_key_strides in numbers; key_width numbers
+            of one; values likewise.
         positions_at: address of (rows, position_heads, capacity) int32.
         position_heads: heads of positions and scores.
         capacity: slots of the buffer.
@@ -66,8 +68,8 @@ def write_slot(
         scores_at: address of as many float32 numbers; 0 where there are none.
         score: of the new key.
     """
-    _write(keys_at, key_strides, key_at, new_key_strides, heads, slot, key_size)
-    _write(values_at, value_strides, value_at, new_value_strides, heads, slot, value_size)
+    _write(keys_at, key_strides, key_at, new_key_strides, heads, slot, key_width, size)
+    _write(values_at, value_strides, value_at, new_value_strides, heads, slot, value_width, size)
     # Positions and scores may be one for all heads; keys and values never are.
     lines = heads[0] * position_heads
     positions = carray(pointer(positions_at), (lines, capacity), int32)
@@ -77,6 +79,29 @@ def write_slot(
         scores = carray(pointer(scores_at), (lines, capacity), float32)
         for line in range(lines):
             scores[line, slot] = score
+
+
+@compiled
+def add_received(scores_at, weights_at, shape, start, stop, first):
+    """Add the weights of the query heads that share a head to its scores.
+
+    Args:
+        scores_at: address of (lines, capacity) float32.
+        weights_at: address of (lines, query heads, keys) float32.
+        shape: lines (rows times heads), capacity, query heads, keys.
+        start: first slot that is added to, for the key `first`; stop: the slot behind the last.
+    """
+    lines, capacity, shared, keys = shape
+    scores = carray(pointer(scores_at), (lines, capacity), float32)
+    weights = carray(pointer(weights_at), (lines, shared, keys), float32)
+    for line in range(lines):
+        target = scores[line, start:stop]
+        # Query heads inside: their sum is taken first, as in the plain version.
+        for at in range(stop - start):
+            total = weights[line, 0, first + at]
+            for head in range(1, shared):
+                total += weights[line, head, first + at]
+            target[at] += total
 
 
 @compiled
@@ -107,6 +132,41 @@ def drop_worst(positions_at, scores_at, lines, capacity, start, stop, newest, sl
                 worst, least = slot, score
         slots[line], dropped[line] = worst, positions[line, worst]
         positions[line, worst] = -1
+
+
+@compiled
+def pair_up(best_at, count, scores_at, others, slots, chosen_at, pairs_at):
+    """Slots that change places, and their scores swapped; see `slots.exchange_best`.
+
+    Args:
+        best_at: address of (count,) int64, numbers of the best keys of both segments.
+        count: keys of the second segment.
+        scores_at: address of (others + count,) float32.
+        others: keys of the first segment.
+        slots: first slot of either segment.
+        chosen_at: address of (others + count,) bytes, zeros, to work in.
+        pairs_at: address of (2, count) int64, the slots found.
+
+    Returns:
+        How many pairs there are.
+    """
+    best = carray(pointer(best_at), (count,), int64)
+    scores = carray(pointer(scores_at), (others + count,), float32)
+    pairs = carray(pointer(pairs_at), (2, count), int64)
+    chosen = carray(pointer(chosen_at), (others + count,), uint8)
+    for at in range(count):
+        chosen[best[at]] = 1
+    number, leaving = 0, others
+    for entering in range(others):
+        if chosen[entering] == 0:
+            continue
+        # As many enter as leave, so that there is one left for each.
+        while chosen[leaving] == 1:
+            leaving += 1
+        pairs[0, number], pairs[1, number] = slots[0] + entering, slots[1] + leaving - others
+        scores[entering], scores[leaving] = scores[leaving], scores[entering]
+        number, leaving = number + 1, leaving + 1
+    return number
 
 
 @compiled

@@ -74,22 +74,24 @@ def share_of_maps(view: SampleCall, least: int, most: int) -> int:
 
 def product_blocks(view: SampleCall, kv_heads: slice) -> Iterator[ProductBlock]:
     """Products of the query heads that read these key heads, head after head and row after row."""
-    (keys, dim), rows = view.key.shape[1:], view.query.shape[1]
-    # One buffer for all products, too; every block overwrites the last one's.
+    keys, dim = view.key.shape[1:]
+    # One buffer for all products; every block overwrites the last one's.
     together, size = _block_size(view, kv_heads)
     new, converts = view.query.new_empty, view.key.dtype != torch.float32
     buffer = new(together * view.groups * size * keys, dtype=torch.float32)
     # One buffer for all keys and one for all queries: fresh memory costs more than the conversion.
+    # Keys are converted once for all rows of their heads, queries a block of rows at a time, which
+    # is once, too.
     some_keys = new(together, keys, dim, dtype=torch.float32) if converts else None
-    some_queries = new(together * view.groups, rows, dim, dtype=torch.float32) if converts else None
+    some_queries = new(together * view.groups, size, dim, dtype=torch.float32) if converts else None
     for first in range(kv_heads.start, kv_heads.stop, together):
         # Key heads `some`, and the query heads that read them.
         some = slice(first, min(first + together, kv_heads.stop))
         heads = slice(some.start * view.groups, some.stop * view.groups)
-        key, query = view.key[some], view.query[heads]
-        if some_keys is not None and some_queries is not None:
-            key, query = some_keys[: len(key)].copy_(key), some_queries[: len(query)].copy_(query)
-        yield from _row_blocks(view, heads, query, key, size, buffer)
+        key = view.key[some]
+        if some_keys is not None:
+            key = some_keys[: len(key)].copy_(key)
+        yield from _row_blocks(view, heads, key, size, buffer, some_queries)
 
 
 def _block_size(view: SampleCall, kv_heads: slice) -> tuple[int, int]:
@@ -111,10 +113,25 @@ def _block_size(view: SampleCall, kv_heads: slice) -> tuple[int, int]:
 
 
 def _row_blocks(
-    view: SampleCall, heads: slice, query: Tensor, key: Tensor, size: int, buffer: Tensor
+    view: SampleCall,
+    heads: slice,
+    key: Tensor,
+    size: int,
+    buffer: Tensor,
+    queries: Tensor | None,
 ) -> Iterator[ProductBlock]:
-    """Blocks of the query heads `heads`; their queries and keys, (heads, n, dim) float32."""
-    count, rows, dim = len(key), query.shape[1], query.shape[2]
+    """Blocks of some query heads.
+
+    Args:
+        view: the layer.
+        heads: query heads.
+        key: (key heads, keys, dim) float32, what they read.
+        size: most rows of a block.
+        buffer: float32 numbers, room for the products of a block.
+        queries: (query heads or more, size, dim) float32, room for queries that are to be
+            converted; None where they are float32.
+    """
+    (rows, dim), count = view.query.shape[1:], len(key)
     # Whatever is added to products, or bends them, needs them scaled; else the kernel does it.
     scaled = not view.visible_keys.causal or any(
         part is not None for part in (view.softcap, view.bias, view.sinks)
@@ -124,11 +141,14 @@ def _row_blocks(
         # Keys outside of the span are seen by no row of the block and not computed: under a causal
         # mask that halves the work.
         span = view.visible_keys.span(at)
-        shape = (len(query), at.stop - at.start, span.stop - span.start)
+        query = view.query[heads, at]
+        if queries is not None:
+            query = queries[: len(query), : query.shape[1]].copy_(query)
+        shape = (len(query), query.shape[1], span.stop - span.start)
         products = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
         # (key heads, group x rows, dim) with (key heads, span, dim): the query heads of a key head
         # are further rows of its product.
-        _products(query[:, at].reshape(count, -1, dim), key[:, span], products)
+        _products(query.reshape(count, -1, dim), key[:, span], products)
         if scaled:
             _bend(products.mul_(view.scaling), view, heads, at, span)
             if not view.visible_keys.causal:

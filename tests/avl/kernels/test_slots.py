@@ -69,3 +69,43 @@ def test_slots_change_places_in_every_head(dtype, monkeypatch):
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     assert found[2].tolist() == [[10, 7, 3, 2, 4, 5, 6, 1, 8, 9, 0]]
+
+
+@pytest.mark.parametrize("shared", [1, 3])
+def test_received_weights_are_added_to_the_slots_that_were_read(shared, monkeypatch):
+    scores, weights = torch.rand(2, 3, 12), torch.rand(2, 3, shared, 9)
+
+    def add(scores, weights):
+        slots.add_received(scores, weights, slice(4, 11), 2)
+
+    (_, found), (_, expected) = both(add, scores, weights, patch=monkeypatch)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    for key in range(2, 9):
+        want = scores[:, :, key + 2] + weights[..., key].sum(2)
+        torch.testing.assert_close(found[0][:, :, key + 2], want, rtol=1e-6, atol=0)
+    assert torch.equal(found[0][:, :, :4], scores[:, :, :4])
+    assert torch.equal(found[0][:, :, 11:], scores[:, :, 11:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_second_segment_gets_the_best_keys_of_both(dtype, seed, monkeypatch):
+    torch.manual_seed(seed)
+    # Slots 2 to 6 are the first segment, 9 to 11 the second; each key holds its slot's number.
+    number = torch.arange(14)
+    keys = number[None, :, None].expand(3, -1, 4).contiguous().to(dtype)
+    positions, scores = number[None].to(torch.int32).contiguous(), torch.randperm(8).float()
+
+    def exchange(keys, positions, scores):
+        slots.exchange_best((keys, positions), scores, (2, 9), 3)
+
+    (_, found), (_, expected) = both(exchange, keys, positions, scores, patch=monkeypatch)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    places = [2, 3, 4, 5, 6, 9, 10, 11]
+    score_of = dict(zip(places, scores.tolist(), strict=True))
+    best = {slot for slot, score in score_of.items() if score >= 5}
+    assert set(found[1][0, 9:12].tolist()) == best
+    assert torch.equal(found[0][0, :, 0].int(), found[1][0])  # positions go with their keys
+    # ... and so do the scores.
+    assert found[2].tolist() == [score_of[slot] for slot in found[1][0, places].tolist()]
