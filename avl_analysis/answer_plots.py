@@ -40,6 +40,7 @@ def plot_token(
     *,
     boxes: tuple[Box, ...] = (),
     top: float | None = None,
+    whole: bool = False,
 ) -> Plot:
     """The image, the attention of one answer token over it, and how layers divide their attention.
 
@@ -50,7 +51,10 @@ def plot_token(
         layer: a decoder layer; None for the mean over layers.
         head: a query head; None for the mean over heads.
         boxes: outlines in pixels of the image, such as what the word is about.
-        top: attention on a patch that is drawn at full strength; None takes the largest.
+        top: attention on a patch that is drawn at full strength; None takes the largest that is
+            seen.
+        whole: of an image that the model saw as a whole and in parts of higher resolution, show the
+            view of the whole; the parts cover it otherwise.
 
     Raises:
         InputError: a token, layer or head that is not there.
@@ -59,9 +63,9 @@ def plot_token(
     panels: list[Panel] = [looks.plain_picture(image, boxes)]
     if seen.drawable:
         title = f"“{visible(seen.answer.words[token])}”, {who(layer, head)}"
-        panels.append(
-            looks.token_overlay(image, seen.on_image(look), boxes=boxes, title=title, top=top)
-        )
+        patches = seen.on_image(look)
+        patches = patches.of_whole() if whole else patches
+        panels.append(looks.token_overlay(image, patches, boxes=boxes, title=title, top=top))
     panels.append(by_layer(seen, token, head))
     what = f"Attention of answer token {token}, {who(layer, head)}, on the image and by layer."
     return _plot("token", "Where the model looked for a token", panels, what, seen, columns=3)

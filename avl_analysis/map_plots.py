@@ -51,6 +51,7 @@ def map_overlay(
     *,
     boxes: tuple[Box, ...] = (),
     number: int = 0,
+    whole: bool = False,
 ) -> Overlay:
     """One relevance map over its image, on a scale of its own.
 
@@ -62,12 +63,15 @@ def map_overlay(
         head: a query head; None for the mean over heads.
         boxes: outlines in pixels of the image.
         number: which image of the prompt.
+        whole: of an image that the model saw as a whole and in parts of higher resolution, show the
+            view of the whole; the parts cover it otherwise.
 
     Raises:
         InputError: a method, layer, head or image that is not there, or unknown places.
     """
     patches = found.patches(method, layer, head, number)
-    largest = float(np.nanmax(patches.values, initial=0.0))
+    patches = patches.of_whole() if whole else patches
+    largest = patches.largest
     # Limits must differ, also for a map without a positive value.
     axis = Axis(METHODS[method], UNITS[method], (0.0, largest if largest > 0 else 1.0))
     return Overlay(image, axis, patches, boxes=boxes, title=METHODS[method])
@@ -81,6 +85,7 @@ def plot_relevance(
     *,
     boxes: tuple[Box, ...] = (),
     number: int = 0,
+    whole: bool = False,
 ) -> Plot:
     """The image, and raw attention with the other maps of one answer token over it.
 
@@ -91,13 +96,14 @@ def plot_relevance(
         head: a query head; None for the mean over heads.
         boxes: outlines in pixels of the image, such as what the word is about.
         number: which image of the prompt.
+        whole: as in `map_overlay`.
 
     Raises:
         InputError: a layer, head or image that is not there, or unknown places.
     """
     panels: list[Panel] = [looks.plain_picture(image, boxes)]
     panels += [
-        map_overlay(found, image, method, layer, head, boxes=boxes, number=number)
+        map_overlay(found, image, method, layer, head, boxes=boxes, number=number, whole=whole)
         for method in METHODS
     ]
     word = visible(found.word)

@@ -77,6 +77,7 @@ def token(
     head: int | None,
     boxes: tuple[Box, ...] = (),
     top: float | None = None,
+    whole: bool = False,
 ) -> str:
     """The figure of Ask.
 
@@ -86,8 +87,10 @@ def token(
         layer, head: the chosen ones; None for the mean.
         boxes: frames drawn over the picture.
         top: attention on a patch that is drawn at full strength; None for the largest.
+        whole: whether the view of the whole picture is drawn without its parts.
     """
     arguments = f"{step}, layer={layer}, head={head}" + (f", top={top}" if top else "")
+    arguments += ", whole=True" if whole else ""
     if not boxes:
         return _plotted(question, "plot_token", arguments, "token")
     # The repr of a `Box` is the expression that makes it. The comma after the last one makes a
@@ -104,6 +107,7 @@ def relevance(
     layer: int | None,
     head: int | None,
     boxes: tuple[Box, ...] = (),
+    whole: bool = False,
 ) -> str:
     """The relevance maps of Ask.
 
@@ -112,6 +116,7 @@ def relevance(
         step: number of the answer token.
         layer, head: the chosen ones; None for the mean.
         boxes: frames drawn over the picture.
+        whole: as in `token`.
     """
     framed = ", ".join(map(repr, boxes))
     return (
@@ -121,7 +126,8 @@ def relevance(
         + observed(question)
         + f"found = relevance(vlm, sample, seen.answer.ids, {step})\n"
         + f"\nplot = plot_relevance(found, image, layer={layer}, head={head}"
-        + (f", boxes=({framed},))\n" if boxes else ")\n")
+        + (f", boxes=({framed},)" if boxes else "")
+        + (", whole=True)\n" if whole else ")\n")
         + 'plot.save("relevance.svg")  # or .png, .pdf, .html, .csv\n'
     )
 

@@ -132,6 +132,7 @@ FIELDS: dict[str, Field] = {
     "colours": Field("amber", _one_of(*COLOURS)),
     "smooth": Field(False, _flag),
     "scale": Field("token", _one_of("token", "answer", "row")),
+    "whole": Field(False, _flag),
     "gallery": Field(False, _flag),
     "picture": Field("", _text),
     "measure": Field("", _text),

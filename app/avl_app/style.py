@@ -9,7 +9,7 @@ from __future__ import annotations
 from avl_analysis.figures import palette
 
 _ALWAYS = """
-.stMainBlockContainer { padding-top: 3.2rem; padding-bottom: 3rem; max-width: 1680px; }
+.stMainBlockContainer { padding-top: 4.2rem; padding-bottom: 3rem; max-width: 1680px; }
 [data-testid="stSidebarHeader"] { height: 2rem; }
 /* A long answer scrolls instead of pushing the picture off the screen. */
 .st-key-token [role="radiogroup"] { max-height: 8.6rem; overflow-y: auto; padding: 2px; }

@@ -46,11 +46,10 @@ def token_overlay(
         patches: attention on the picture's tokens, with their places.
         boxes: outlines in pixels of the picture.
         title: what stands above.
-        top: value drawn at full strength; None takes the largest.
+        top: value drawn at full strength; None takes the largest that is seen.
     """
-    largest = float(np.nanmax(patches.values, initial=0.0))
     # Limits must differ, also where no token of the picture got any attention.
-    axis = Axis(ATTENTION.label, ATTENTION.unit, (0.0, max(top or largest, 1e-6)))
+    axis = Axis(ATTENTION.label, ATTENTION.unit, (0.0, max(top or patches.largest, 1e-6)))
     return Overlay(picture, axis, patches, boxes=boxes, title=title)
 
 

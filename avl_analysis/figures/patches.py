@@ -117,6 +117,31 @@ class Patches:
         left, top, right, bottom = np.round(self.boxes, DIGITS).T
         return (right > left) & (bottom > top)  # NaN compares as False
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether both the whole image and parts of it have tokens with a place and a value."""
+        assert self.tile is not None
+        parts = self.tile[self.placed & np.isfinite(self.values)] > 0
+        return bool(parts.any() and not parts.all())
+
+    @property
+    def seen(self) -> NDArray[np.bool_]:
+        """(tokens,): tokens that are seen somewhere, not wholly covered by others."""
+        seen = np.zeros(self.values.shape, bool)
+        drawn = self.raster.token
+        seen[drawn[drawn >= 0]] = True
+        return seen
+
+    @property
+    def largest(self) -> float:
+        """The largest value that is seen, at least 0."""
+        return float(np.max(self.values[self.seen], initial=0.0))
+
+    def of_whole(self) -> Patches:
+        """The views of the whole image alone, which its parts cover otherwise."""
+        assert self.tile is not None
+        return Patches(np.where(self.tile > 0, np.nan, self.values), self.boxes, self.tile)
+
     @cached_property
     def raster(self) -> Raster:
         """Which token is seen where.

@@ -176,9 +176,28 @@ def switch(page: Any, key: str, on: bool) -> None:
 def test_a_token_of_the_first_screen_is_clicked(visitor: Visitor) -> None:
     page = visitor.go("", "The words it looked at").page
     assert "of its attention to the picture" in page.inner_text("body")
+    header = page.locator('[data-testid="stHeader"]').bounding_box()
+    views = page.locator(".st-key-view").bounding_box()
+    assert views["y"] >= header["y"] + header["height"]
     before = page.locator("h4").first.inner_text()
     click(page.locator(".st-key-token [role=radio]").nth(2), lambda: "token=2" in page.url)
     sync_api.expect(page.locator("h4").first).not_to_have_text(before, timeout=LONG)
+
+
+def test_a_conversation_is_led_and_led_back_in_the_browser(visitor: Visitor) -> None:
+    page = visitor.go("task=colour", "The words it looked at").page
+    field = page.locator(".st-key-further textarea")
+    field.fill("What shapes do you see?")
+    field.press("Enter")
+    visitor.links("earlier=")
+    visitor.sees("Ask this alone")
+    settled(page, LONG)
+    assert page.locator("h3", has_text="What shapes do you see?").count() == 1
+    assert page.locator(".st-key-further textarea").input_value() == ""
+    page.go_back()
+    visitor.sees("Ask this alone", gone=True)
+    settled(page, LONG)
+    assert "earlier" not in page.url
 
 
 def test_keys_alone_choose_another_token_and_another_view(visitor: Visitor) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
@@ -17,14 +18,17 @@ pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
 from PIL import Image
 
 import avl
-from avl_analysis import live, load_model, record
+from avl_analysis import Sample, live, load_model, record
 from avl_analysis.errors import InputError
+from avl_analysis.figures import Patches
 from avl_analysis.heads.taxonomy import KINDS
 from avl_app.examples import questions
 from avl_app.settings import VARIABLE, Settings
 from avl_app.views import heads
 from tests import tiny
 from tests.app.pages import ONE_WORD, address, errors, page, sources, texts
+from tests.avl_analysis.figures.test_patches import slow
+from tests.avl_analysis.models import folders
 
 # -- ask ------------------------------------------------------------------------------------------
 
@@ -37,6 +41,39 @@ def test_the_first_screen_shows_an_answered_example_and_one_sentence_about_it() 
     assert address(test, "token") == str(test.session_state["token"])
     assert [trace.proto for trace in test.get("plotly_chart")]
     assert any("answer" in html.proto.body for html in test.get("html"))
+
+
+def test_the_view_of_a_whole_picture_is_shown_without_the_parts_that_cover_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(folders.save_folder(tmp_path / "tiles", "llava_next"))
+    monkeypatch.setenv(VARIABLE, Settings((folder,)).as_json())
+    file = io.BytesIO()
+    Image.effect_noise((96, 54), 90).convert("RGB").save(file, "PNG")
+    test = page(source="upload", longest="3", token="1", layer="1", prompt="what is it")
+    test.file_uploader(key="file").set_value(("wide.png", file.getvalue(), "image/png")).run()
+    assert errors(test) == []
+    # By hand: attention of token 1 in layer 1, token by token of the picture.
+    vlm = load_model(folder)
+    sample = Sample("q", (np.asarray(Image.open(file)),), "what is it")
+    seen = live.observe(vlm, sample, max_new_tokens=3)
+    (tokens,) = seen.images
+    values = seen.weights[1][1].astype(np.float64).mean(0)[tokens.position]
+    for whole in (False, True):
+        drawn = np.where((tokens.tile > 0) & whole, np.nan, values)
+        pixels = slow(Patches(drawn, tokens.boxes, tokens.tile), 108, 192)
+        shown = np.isin(np.arange(len(values)), pixels)
+        assert 0 < shown.sum() < len(values)
+        test.toggle(key="whole").set_value(whole).run()
+        assert errors(test) == []
+        (scale,) = (c.value for c in test.caption if c.value.startswith("Full colour"))
+        assert f"Full colour: {values[shown].max():.1%} of" in scale
+        assert f"{values[~shown].sum():.1%} is on image tokens that are not seen here" in scale
+        assert any("whole=True" in block.value for block in test.code) == whole
+    assert address(test, "whole") == "1"
+    for method in ("value", "relative", "gradient", "chefer"):
+        test.segmented_control(key="map").set_value(method).run()
+        assert errors(test) == []
 
 
 def test_question_and_picture_are_there_before_the_libraries_of_models(

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import streamlit as st
 
-from avl_analysis.answer_plots import by_layer, plot_over_answer, plot_token, plot_video
+from avl_analysis.answer_plots import plot_over_answer, plot_token
 from avl_analysis.corpus.regions import Region, on_tokens, word_regions
 from avl_analysis.figures import Box, Figure, Overlay, looks
-from avl_analysis.live import FOCUS, Focus, Observation
+from avl_analysis.live import FOCUS, Floats, Focus, Observation
 from avl_analysis.relevance import METHODS
 from avl_analysis.scenes import SceneSample
 from avl_analysis.scenes.drawing import SIDE
@@ -28,9 +28,7 @@ from avl_app.page import (
     streaming,
     strip,
 )
-from avl_app.views import maps, tokens
-
-_FRAMES_IN_A_ROW = 3
+from avl_app.views import frames, maps, tokens
 
 
 def show(context: Context) -> None:
@@ -47,14 +45,15 @@ def show(context: Context) -> None:
             video = bool(context.question.picture.frames)
             # Relevance maps are drawn over one picture with known patches.
             method = maps.choose() if seen.drawable and not video else "raw"
+            whole = not video and _whole(seen)
             layer, head = _layer_and_head(seen)
         region = _region(seen, sample, step)
         with st.container(key="ask_pictures"):
             st.markdown(f"#### {_sentence(seen, step, layer, head, region)}")
             if video and seen.drawable:
-                figure, python = _video(context, seen, step, layer, head)
+                figure, python = frames.show(context, seen, step, layer, head)
             else:
-                figure, python = _pictures(context, seen, step, layer, head, region, method)
+                figure, python = _pictures(context, seen, step, layer, head, region, method, whole)
             keep(figure, python, "ask")
         with st.container(key="ask_words"):
             _words(seen, step, layer, head)
@@ -266,6 +265,7 @@ def _pictures(
     head: int | None,
     region: Region,
     method: str,
+    whole: bool,
 ) -> tuple[Figure, str]:
     """The picture as it is, with a map over it, and how layers divide their attention.
 
@@ -277,15 +277,16 @@ def _pictures(
         layer, head: the chosen ones; None for the mean.
         region: what the token is about.
         method: which map lies over the picture.
+        whole: whether the view of the whole picture is drawn without its parts.
     """
     pixels = context.question.picture.pixels
     framed = patch_frames(seen, region)
     top = _top(seen, layer, head)
     # Panels: the picture, the overlay where places of patches are known, and by layer.
-    figure = plot_token(seen, pixels, step, layer, head, boxes=framed, top=top).figure
+    figure = plot_token(seen, pixels, step, layer, head, boxes=framed, top=top, whole=whole).figure
     shown = None
     if method != "raw":
-        shown = maps.of_token(context, seen, step, layer, head, framed)
+        shown = maps.of_token(context, seen, step, layer, head, framed, whole)
     height = picture_height(pixels)
     plainly, over, lines = st.columns([1, 1, 1])
     with plainly:
@@ -296,6 +297,7 @@ def _pictures(
         st.markdown(f"**{name} for “{shown_token(seen.answer.words[step])}”**")
         if seen.drawable:
             overlay = figure.panels[1] if shown is None else shown.overlay(method)
+            assert isinstance(overlay, Overlay)
             plot(
                 overlay,
                 "overlay",
@@ -303,15 +305,10 @@ def _pictures(
                 opacity=float(state.get("opacity")),
                 height=height,
             )
-            # Largest attention of this token on a patch; under a common scale it can be far below
-            # `top`.
-            most = float(np.nanmax(seen.look(step, layer, head)[seen.image == 0], initial=0.0))
-            full = "Full colour" if top is None else f"Full colour: {top:.1%}; here at most"
-            st.caption(
-                f"{full}: {most:.1%} of all attention, on the patch that gets most."
-                if shown is None
-                else shown.caption(method)
-            )
+            if shown is None:
+                st.caption(_scale(seen, seen.look(step, layer, head), overlay, top))
+            else:
+                st.caption(shown.caption(method))
         else:
             st.info(
                 "This model does not say which patch of the picture a token stands for.",
@@ -322,7 +319,39 @@ def _pictures(
         plot(figure.panels[-1], "by_layer", titled=False, height=320)
     if shown is not None:
         return shown.figure, shown.code
-    return figure, code.token(context.question, step, layer, head, framed, top)
+    return figure, code.token(context.question, step, layer, head, framed, top, whole)
+
+
+def _whole(seen: Observation) -> bool:
+    """Of a picture seen as a whole and in parts: whether the view of the whole is drawn."""
+    if not seen.drawable or not seen.on_image(seen.look(0), seen.drawable[0]).in_parts:
+        return False
+    return st.toggle(
+        "View of the whole picture",
+        key="whole",
+        help="The model sees this picture twice: as a whole, and in parts of higher resolution."
+        " Tokens of the parts cover those of the whole unless this is on.",
+    )
+
+
+def _scale(seen: Observation, look: Floats, overlay: Overlay, top: float | None) -> str:
+    """What full colour stands for, and how much attention the drawing does not show.
+
+    Args:
+        seen: the answer, watched.
+        look: (positions,) attention of the chosen token.
+        overlay: the picture with it.
+        top: attention that is drawn at full strength; None for the largest that is seen.
+    """
+    assert overlay.patches is not None
+    # Under a common scale the largest attention of this token can be far below `top`.
+    full = "Full colour" if top is None else f"Full colour: {top:.1%}; here at most"
+    said = f"{full}: {overlay.patches.largest:.1%} of all attention, on the patch that gets most."
+    # Tokens of the other view, and those without a place, such as the ends of rows.
+    unseen = float(np.nansum(look[seen.images[0].position][~overlay.patches.seen]))
+    if unseen < 0.0005:
+        return said
+    return f"{said} {unseen:.1%} is on image tokens that are not seen here."
 
 
 def _top(seen: Observation, layer: int | None, head: int | None) -> float | None:
@@ -333,50 +362,6 @@ def _top(seen: Observation, layer: int | None, head: int | None) -> float | None
         return max(float(np.nanmax(look[seen.image == 0], initial=1e-6)) for look in looks_of_all)
     # A whole row of attention adds up to 1.
     return 1.0 if scale == "row" else None
-
-
-def _video(
-    context: Context, seen: Observation, step: int, layer: int | None, head: int | None
-) -> tuple[Figure, str]:
-    """The frames of a video with a map over each, and the strip over time.
-
-    Returns the figure to take away and the code that gives it.
-
-    Args:
-        seen: the answer, watched.
-        step: number of the chosen token.
-        layer, head: the chosen ones; None for the mean.
-    """
-    frames = context.question.picture.frames
-    figure = plot_video(seen, frames, step, layer, head).figure
-    # One overlay for each frame drawn; the last panel is the strip over time.
-    overlays = [panel for panel in figure.panels if isinstance(panel, Overlay)]
-    st.markdown(f"**Every frame, for “{shown_token(seen.answer.words[step])}”**")
-    for start in range(0, len(overlays), _FRAMES_IN_A_ROW):
-        row = overlays[start : start + _FRAMES_IN_A_ROW]
-        columns = st.columns(_FRAMES_IN_A_ROW)
-        for number, (column, panel) in enumerate(zip(columns, row, strict=False), start):
-            with column:
-                plot(
-                    panel,
-                    f"frame{number}",
-                    opacity=float(state.get("opacity")),
-                    height=picture_height(frames[0], 240),
-                )
-    # All frames are drawn on one scale, so the first says it for all.
-    top = overlays[0].value.limits[1] if overlays[0].value.limits else 0.0
-    st.caption(
-        f"Full colour: {top:.1%} of all attention, in every frame. Above each frame: its share of"
-        " all attention."
-    )
-    left, right = st.columns(2)
-    with left:
-        st.markdown("**Over time: which frame each word looks at**")
-        plot(figure.panels[-1], "over_time", titled=False, height=320)
-    with right:
-        st.markdown("**Picture or text, layer by layer**")
-        plot(by_layer(seen, step, head), "by_layer", titled=False, height=320)
-    return figure, code.video(context.question, step, layer, head)
 
 
 def patch_frames(seen: Observation, region: Region) -> tuple[Box, ...]:

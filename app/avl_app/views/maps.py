@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import streamlit as st
 
 from avl_analysis.figures import Box, Figure, Overlay
@@ -72,7 +71,7 @@ class Shown:
         """What full colour means on a map."""
         patches = self.overlay(method).patches
         assert patches is not None
-        top = float(np.nanmax(patches.values, initial=0.0))
+        top = patches.largest
         if method == "relative":
             usual = plain(self.found.instruction)
             return f"Full colour: {top:.1f} times its attention under “{usual}”"
@@ -93,6 +92,7 @@ def of_token(
     layer: int | None,
     head: int | None,
     framed: tuple[Box, ...],
+    whole: bool = False,
 ) -> Shown:
     """The maps of a token, computed where they are not known yet.
 
@@ -101,13 +101,16 @@ def of_token(
         step: number of the chosen token.
         layer, head: the chosen ones; None for the mean.
         framed: frames over the picture.
+        whole: whether the view of the whole picture is drawn without its parts.
     """
     from avl_analysis.map_plots import plot_relevance
 
     with st.spinner("Following the word back through the model …"):
         found = context.bench.relevance(context.question, seen.answer, step)
-    drawn = plot_relevance(found, context.question.picture.pixels, layer, head, boxes=framed)
-    return Shown(found, drawn.figure, code.relevance(context.question, step, layer, head, framed))
+    pixels = context.question.picture.pixels
+    drawn = plot_relevance(found, pixels, layer, head, boxes=framed, whole=whole)
+    python = code.relevance(context.question, step, layer, head, framed, whole)
+    return Shown(found, drawn.figure, python)
 
 
 def words_of_patches(context: Context, seen: Observation) -> None:

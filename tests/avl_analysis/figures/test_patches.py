@@ -65,6 +65,18 @@ def test_every_pixel_shows_the_token_that_a_search_through_all_tokens_finds(
     assert np.array_equal(patches.raster.pixels(80, 128), slow(patches, 80, 128))
 
 
+@pytest.mark.parametrize("patches", CASES.values(), ids=CASES)
+def test_the_scale_is_that_of_what_is_seen_with_and_without_the_parts(patches: Patches) -> None:
+    for shown, kept in ((patches, patches.tile >= 0), (patches.of_whole(), patches.tile == 0)):
+        values = np.where(kept, patches.values, np.nan)
+        pixels = slow(Patches(values, patches.boxes, patches.tile), 160, 256)
+        visible = set(pixels[pixels >= 0].tolist())
+        assert set(np.flatnonzero(shown.seen)) == visible
+        assert shown.largest == max((values[token] for token in visible), default=0.0)
+    views = {int(patches.tile[token] > 0) for token in np.flatnonzero(patches.placed)}
+    assert patches.in_parts == (len(views) == 2)
+
+
 def test_a_finer_view_covers_a_coarser_one_where_it_has_a_value_and_only_there() -> None:
     fine = Patches.grid([[0.5, np.nan]], (0.0, 0.0, 1.0, 0.5))
     views = together((fine, 1), (Patches.grid([[0.9]]), 0))
