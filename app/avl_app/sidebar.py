@@ -75,10 +75,10 @@ def show(given: Settings, bench: ModelServer) -> Question | None:
         return None
     if not prompt:
         raise InputError(f"The question is empty: write one, for example “{EXAMPLE}”")
-    if len(prompt) > state.MOST_TEXT:
+    if len(prompt) > state.MOST_QUESTION:
         raise InputError(
-            f"The question has {len(prompt)} characters; at most {state.MOST_TEXT} are accepted:"
-            " shorten it"
+            f"The question has {len(prompt)} characters; at most {state.MOST_QUESTION} are"
+            " accepted: shorten it"
         )
     question = Question(
         model,
@@ -206,7 +206,7 @@ def _more(given: Settings) -> None:
             "System prompt",
             key="system",
             height=68,
-            max_chars=state.MOST_TEXT,
+            max_chars=state.MOST_QUESTION,
             placeholder="the model's own",
         )
         st.selectbox("Colours over pictures", list(COLOURS), key="colours")
@@ -395,6 +395,8 @@ def _prompt(model: str, picture: Picture) -> str:
             placeholder="questions of each kind",
         )
     prompt = str(st.text_area("Your question", key="prompt", height=90))
+    if len(prompt) > state.MOST_TEXT:
+        st.caption("A text of this length stands in no link; a link to this page has another.")
     if embedded and (foreign := examples.unknown_words(prompt)):
         words = ", ".join(f"“{word}”" for word in foreign[:5])
         st.caption(

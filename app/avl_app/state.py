@@ -27,7 +27,11 @@ ALL = "all"
 AUTO = ""
 """No layer chosen yet: the one that says most is taken."""
 MOST_TEXT = 2000
-"""Characters of a question that are taken from an address or a text field."""
+"""Characters of a text that are taken from an address, and that stand in one."""
+MOST_QUESTION = 20_000
+"""Characters of a question or a system prompt, such as a long text to read."""
+LONG = ("prompt", "system")
+"""Choices that may be longer than an address carries; such a text stands in none."""
 MOST_EARLIER = 4000
 """Characters that the earlier questions of a conversation may take in an address."""
 
@@ -225,6 +229,9 @@ def begin() -> None:
     for name, field in FIELDS.items():
         if first or went_back:
             text = st.query_params.get(name)
+            if text is None and _too_long(name, kept.get(name)):
+                put(name, kept[name])  # what no address holds is not taken away by Back
+                continue
             value = None if text is None else field.read(text)
             # Copied because some defaults are lists, which all sessions would share.
             put(name, copy(field.default if value is None else value))
@@ -291,6 +298,7 @@ def finish() -> None:
             name: _written(kept[name])
             for name, field in FIELDS.items()
             if kept.get(name, field.default) not in (field.default, None)
+            and not _too_long(name, kept[name])
         }
         # Only a change is written, since each write is an entry in the browser's history.
         if dict(st.query_params.items()) != wanted:
@@ -360,6 +368,11 @@ def chosen(name: str) -> int | None:
     """Layer or head as a number, None for all."""
     value = st.session_state[name]
     return None if value == ALL else int(value)
+
+
+def _too_long(name: str, value: Any) -> bool:
+    """Whether a choice is a text that is too long for an address."""
+    return name in LONG and len(value or "") > MOST_TEXT
 
 
 def _written(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,8 +144,29 @@ def test_the_first_own_picture_is_asked_what_the_embedded_model_can_read() -> No
 
 def test_a_question_that_is_too_long_is_refused_with_both_numbers() -> None:
     test = page(task="own question")
-    test.text_area(key="prompt").set_value("a" * 10_000).run()
-    assert "10000 characters; at most 2000" in errors(test)[0]
+    test.text_area(key="prompt").set_value("a" * 30_000).run()
+    assert "30000 characters; at most 20000" in errors(test)[0]
+
+
+def test_a_text_that_no_link_carries_is_asked_and_stays_when_the_visitor_goes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, Settings((str(tiny.save_folder(tmp_path)),)).as_json())
+    long = "what is the colour? " * 105
+    assert len(long) > state.MOST_TEXT
+    test = page(task="own question", longest="2")
+    test.text_area(key="prompt").set_value(long).run()
+    assert errors(test) == []
+    assert "prompt" not in test.query_params
+    assert any("stands in no link" in caption.value for caption in test.caption)
+    strips = " ".join(re.sub(r"<[^>]*>", "", html.proto.body) for html in test.get("html"))
+    assert strips.count("colour") >= 105  # the model has read all of it
+    test.query_params["layer"] = "0"
+    test.run()
+    assert test.text_area(key="prompt").value == long
+    test.query_params["prompt"] = "where is it?"
+    test.run()
+    assert test.text_area(key="prompt").value == "where is it?"
 
 
 def test_a_model_that_cannot_be_used_leaves_the_whole_sidebar() -> None:
