@@ -168,30 +168,28 @@ class UsageLog:
             attended: keys each row attended to, by layer.
         """
         buffers = [layer.filled_buffer for layer in layers]
-        allocated = sum(buffer.bytes_allocated() for buffer in buffers)
+        sizes = [buffer.sizes() for buffer in buffers]
+        allocated = sum(size.allocated for size in sizes)
         self.peak = max(self.peak, allocated)
-        # From layers x rows to rows x layers.
-        by_row = zip(*(buffer.bytes_by_row() for buffer in buffers), strict=True)
-        coded = [buffer for buffer in buffers if buffer.coded_tier(True) is not None]
-        self.kernels = backend_for(coded[0].keys.device) if coded else ""
+        coded = next((buffer for buffer in buffers if buffer.coded_tier(True) is not None), None)
+        self.kernels = "" if coded is None else backend_for(coded.keys.device)
+        seen = [layer.seen for layer in layers]
+        # The stock cache holds a key and a value of every position seen, padding included, in the
+        # model's own precision.
+        full = sum(count * size.position for count, size in zip(seen, sizes, strict=True))
         self.steps.append(
             StepUsage(
                 step=step,
-                seen=max(layer.seen for layer in layers),
+                seen=max(seen),
                 attended=tuple(map(tuple, attended)),
-                held=tuple(tuple(buffer.held()) for buffer in buffers),
-                filled=sum(buffer.bytes_in_use() for buffer in buffers),
+                held=tuple([tuple(size.held) for size in sizes]),
+                filled=sum([size.in_use for size in sizes]),
                 allocated=allocated,
-                bookkeeping=sum(t.nbytes for buffer in buffers for t in buffer.bookkeeping()),
-                # The stock cache holds a key and a value of every position seen, padding included,
-                # in the model's own precision.
-                full=sum(layer.seen * layer.filled_buffer.position_bytes for layer in layers),
-                host=sum(
-                    buffer.quantized.nbytes(host=True)
-                    for buffer in buffers
-                    if buffer.quantized is not None
-                ),
-                by_row=tuple(map(sum, by_row)),
+                bookkeeping=sum([size.bookkeeping for size in sizes]),
+                full=full,
+                host=sum([size.host for size in sizes]),
+                # From layers x rows to rows x layers.
+                by_row=tuple(map(sum, zip(*[size.by_row for size in sizes], strict=True))),
             )
         )
 

@@ -135,16 +135,17 @@ def _register(backend: str) -> None:
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        # Looked up at each call: somebody may register another function under the backend's name.
-        function = _function(backend, module)
+        # The backend's function is looked up at each call: somebody may register another one under
+        # its name.
         owner = OWNERS.get(module)
         if owner is None or owner.forward is None:
+            function = _function(backend, module)
             return function(module, query, key, value, attention_mask, **options)
         # Eager attention also returns weights, which the model may hand on (`output_attentions`).
         weights: list[Tensor | None] = [None]
 
         def inner(call: AttentionCall) -> Tensor:
-            output, weights[0] = function(
+            output, weights[0] = _function(backend, module)(
                 call.module, call.query, call.key, call.value, call.mask, **call.options
             )
             return output

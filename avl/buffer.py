@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,28 @@ from avl.key_pages import KeyPages
 from avl.policies.base import Choice
 from avl.quantized_tier import QuantizedTier, Storage
 from avl.selection import members
+
+
+class BufferSizes(NamedTuple):
+    """What a buffer holds.
+
+    Attributes:
+        held: keys of each row (per key/value head).
+        in_use: bytes of keys and values in use on the model's device.
+        allocated: bytes of the key and value buffers there.
+        host: bytes of keys and values in host memory beside another device.
+        by_row: bytes of keys and values that each row holds, wherever they lie.
+        bookkeeping: bytes of positions and scores.
+        position: bytes of one position's keys and values in all rows and heads.
+    """
+
+    held: list[int]
+    in_use: int
+    allocated: int
+    host: int
+    by_row: list[float]
+    bookkeeping: int
+    position: int
 
 
 @dataclass(eq=False, kw_only=True)
@@ -79,6 +102,7 @@ class KeyBuffer:
     evictable: list[int] = field(default_factory=list)
     pages: KeyPages | None = None
     next_free_slot: Tensor | None = None
+    _fixed_sizes: tuple[int, int, int] | None = field(default=None, init=False)
 
     @classmethod
     def from_choice(
@@ -221,10 +245,11 @@ class KeyBuffer:
         """Whether any slot that a step reads is empty in some row."""
         # Padding that all rows share is not read at all (`first_used_slot`); only what one row has
         # and another has not must be masked.
-        uneven = len(set(self.padding_slots)) > 1 or any(
-            held < self.quantized_width for held in self.quantized_held
-        )
-        return any(self.free_slots) or (refresh and uneven)
+        if any(self.free_slots) or not refresh:
+            return any(self.free_slots)
+        width = self.quantized_width
+        uneven = len(self.padding_slots) > 1 and len(set(self.padding_slots)) > 1
+        return uneven or (width > 0 and min(self.quantized_held) < width)
 
     def coded_tier(self, refresh: bool) -> QuantizedTier | None:
         """The tier of codes that a step attends to without decoding it, None if there is none."""
@@ -362,6 +387,33 @@ class KeyBuffer:
         return copies[0], copies[1], positions
 
     # -- bytes -------------------------------------------------------------------------------------
+
+    def sizes(self) -> BufferSizes:
+        """Keys held and bytes, all at once."""
+        if self.quantized is not None or self.pages is not None:
+            return self._sizes_counted()
+        # Only the numbers of slots change as long as the tensors stay: asking every tensor at every
+        # step takes longer than an attention call.
+        if self._fixed_sizes is None:
+            bookkeeping = sum(tensor.nbytes for tensor in self.bookkeeping())
+            self._fixed_sizes = self.bytes_allocated(), bookkeeping, self.position_bytes
+        allocated, bookkeeping, position = self._fixed_sizes
+        held, each = self.held_in_buffer(), position / len(self.free_slots)
+        in_use = (self.filled - self.first_used_slot) * position
+        by_row = [count * each for count in held]
+        return BufferSizes(held, in_use, allocated, 0, by_row, bookkeeping, position)
+
+    def _sizes_counted(self) -> BufferSizes:
+        """`sizes`, every tensor asked."""
+        return BufferSizes(
+            self.held(),
+            self.bytes_in_use(),
+            self.bytes_allocated(),
+            0 if self.quantized is None else self.quantized.nbytes(host=True),
+            self.bytes_by_row(),
+            sum(tensor.nbytes for tensor in self.bookkeeping()),
+            self.position_bytes,
+        )
 
     @property
     def position_bytes(self) -> int:
@@ -561,6 +613,7 @@ class KeyBuffer:
 
     def _select_rows(self, rows: Tensor, names: Sequence[str]) -> None:
         """Take rows of some tensors, and of everything that has one number per row."""
+        self._fixed_sizes = None
         for name in names:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.index_select(0, rows))
@@ -572,7 +625,7 @@ class KeyBuffer:
     def _grow(self) -> None:
         """Move to buffers with room for more, leaving behind slots in front that no row uses."""
         # Everything that counts slots moves by `front`: widths, spans and padding, below.
-        front = self.first_used_slot
+        front, self._fixed_sizes = self.first_used_slot, None
         capacity = roomy(self.filled - front)
         for name in ("keys", "values", "positions", "scores"):
             old = getattr(self, name)

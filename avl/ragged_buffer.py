@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from avl.buffer import KeyBuffer, roomy
+from avl.buffer import BufferSizes, KeyBuffer, roomy
 from avl.policies.base import Choice
 
 
@@ -109,6 +109,9 @@ class RaggedBuffer(KeyBuffer):
         return self.keys[index], self.values[index]
 
     # -- bytes -------------------------------------------------------------------------------------
+
+    def sizes(self) -> BufferSizes:
+        return self._sizes_counted()
 
     @property
     def position_bytes(self) -> int:

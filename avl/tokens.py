@@ -14,7 +14,7 @@ without an image act through their text rule only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import pairwise
 
@@ -39,6 +39,8 @@ MODALITIES: tuple[str, ...] = ("system", "image", "text")
 
 _FIELDS = ("modality", "image", "row", "column", "frame")
 """Tensors of a `TokenLayout`."""
+_ROOM = 64
+"""Generated tokens that a layout leaves room for at a time."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class TokenLayout:
     column: Tensor
     frame: Tensor
     pictures: tuple[tuple[Picture, ...], ...]
+    _roomy: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
+    """These tensors, of which they are the beginning, with generated tokens behind them."""
 
     @property
     def batch(self) -> int:
@@ -93,7 +97,8 @@ class TokenLayout:
 
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout with its tensors on `device`."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors()})
+        moved = {name: tensor.to(device) for name, tensor in self._tensors()}
+        return replace(self, **moved, _roomy=())
 
     def select(self, rows: Tensor) -> TokenLayout:
         """Layout of rows `rows` of the batch, in that order; repetitions are allowed."""
@@ -147,17 +152,18 @@ class TokenLayout:
 
     def extend_text(self, count: int) -> TokenLayout:
         """This layout followed by `count` generated (text) tokens per row."""
-        new = (self.batch, count)
-        text = torch.full(new, int(Modality.TEXT), dtype=torch.int8, device=self.modality.device)
-        none = torch.full(new, -1, dtype=torch.int16, device=self.modality.device)
-        return TokenLayout(
-            torch.cat([self.modality, text], 1),
-            torch.cat([self.image, none], 1),
-            torch.cat([self.row, none], 1),
-            torch.cat([self.column, none], 1),
-            torch.cat([self.frame, none], 1),
-            self.pictures,
-        )
+        length, roomy = self.length + count, self._roomy
+        # Generated tokens are all alike, so layouts of one conversation are beginnings of the same
+        # tensors: joining them anew at every decode step takes some ten operations.
+        if not roomy or roomy[0].shape[1] < length:
+            new = (self.batch, count + _ROOM)
+            fills = [int(Modality.TEXT), *[-1] * (len(_FIELDS) - 1)]
+            roomy = tuple(
+                torch.cat([tensor, tensor.new_full(new, fill)], 1)
+                for (_, tensor), fill in zip(self._tensors(), fills, strict=True)
+            )
+        parts = (tensor.narrow(1, 0, length) for tensor in roomy)
+        return TokenLayout(*parts, self.pictures, roomy)  # type: ignore[call-arg]
 
 
 def token_layout(

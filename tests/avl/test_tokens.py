@@ -135,3 +135,24 @@ def test_frames_of_a_video_are_told_apart_and_carried_through_a_conversation():
     assert both.frame[0].tolist() == [-1, 0, 0, 1, 1, -1, -1, -1, -1]
     assert both.image[0].tolist() == [-1, 0, 0, 0, 0, -1, -1, 1, -1]
     assert torch.equal(both.select(torch.tensor([0, 0])).frame[1], both.frame[0])
+
+
+def test_generated_tokens_are_the_same_whether_added_singly_or_at_once():
+    ids = torch.tensor([[1, 2, 7, 7, 7, 7, 3], [0, 0, 1, 7, 7, 4, 5]])
+    mask = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])
+    prompt = token_layout(ids, [7], attention_mask=mask)
+    single = prompt
+    for count in range(1, 150):
+        single = single.extend_text(1)
+        assert single.length == 7 + count
+    at_once = prompt.extend_text(149)
+    later = at_once.select(torch.tensor([1, 0])).extend_text(1).to("cpu").extend_text(1)
+    for name in ("modality", "image", "row", "column", "frame"):
+        assert torch.equal(getattr(single, name), getattr(at_once, name))
+        assert torch.equal(getattr(single, name)[:, :7], getattr(prompt, name))
+        fill = int(Modality.TEXT) if name == "modality" else -1
+        assert (getattr(single, name)[:, 7:] == fill).all()
+        assert torch.equal(getattr(later, name)[:, :156], getattr(single, name)[[1, 0]])
+        assert (getattr(later, name)[:, 156:] == fill).all()
+    # What was handed out before stays as it was.
+    assert prompt.length == 7
