@@ -56,24 +56,18 @@ def _refresh_row(buffer: KeyBuffer, row: int, scores: Tensor) -> None:
         held = buffer.quantized_held[row]
         quantized = scores[tier_width - held : tier_width]
         secondary, core = _exchange_with_tier(buffer, row, quantized, secondary, core)
-    # A copy, as the scores follow their keys below. Where no slot between the segments is free they
-    # lie side by side.
-    count, adjacent = stop - start, buffer.quantized is None and start == buffer.secondary_width
-    if adjacent:
-        scores = buffer_scores[padding - front : stop - front].clone()
-    else:
-        scores = torch.cat([secondary, core])
+    # A copy, which follows the keys below: the caller may need its scores in their order.
+    candidates, others = torch.cat([secondary, core]), len(secondary)
     tensors = (buffer.keys[row], buffer.values[row], buffer.positions[row])
     # Secondary keys stand behind the row's padding, the core from `start` on.
-    exchange_best(tensors, scores, (padding, start), count)
+    exchange_best(tensors, candidates, (padding, start), stop - start)
     if buffer.secondary_scores is not None:
-        buffer.secondary_scores[row, padding : buffer.secondary_width] = scores[
-            : len(scores) - count
-        ]
+        buffer.secondary_scores[row, padding : buffer.secondary_width] = candidates[:others]
     if buffer.core_scores_at_refresh is not None:
         # Rows with a smaller core have their scores at the end, as `core_positions` has them.
         width = buffer.core_scores_at_refresh.shape[2]
-        buffer.core_scores_at_refresh[row, :, width - count :] = scores[len(scores) - count :]
+        first = width - (stop - start)
+        buffer.core_scores_at_refresh[row, :, first:] = candidates[others:]
 
 
 def _exchange_with_tier(
