@@ -316,16 +316,60 @@ plot.save("knockout.svg")  # or .png, .pdf, .html, .csv
     )
 
 
-def pattern(source: str, name: str) -> str:
-    """A figure of Patterns; `source` is code that gives `recording`."""
+def beside(files: Mapping[str, str], compared: str = "") -> tuple[str, str]:
+    """What else was measured of the model, for figures and reports that show it.
+
+    Args:
+        files: name of a measurement, "ablation", "frontier" or one of `avl_reports.further` -> name
+            of the file that was sent.
+        compared: code that gives a comparison as `result`; empty for none.
+
+    Returns:
+        Code that reads it all, and the arguments that hand it to `Run` or `build`, each after a
+        comma; two empty texts where there is nothing.
+    """
+    # The figure of the comparison itself is not what is shown here.
+    before, arguments = compared.removesuffix(COMPARED), ", comparison=result" * bool(compared)
+    imports, lines = [], []
+    further = []
+    for name, file in files.items():
+        if name == "ablation":
+            imports.append("from avl_analysis.heads.ablation import load_ablation")
+            lines.append(f"ablations = [load_ablation({file!r})]")
+            arguments += ", ablations=ablations"
+        elif name == "frontier":
+            imports.append("from avl_reports.frontiers import load_frontier")
+            lines.append(f"frontier = load_frontier({file!r})")
+            arguments += ", frontier=frontier"
+        else:
+            further.append(f"{name}={file}")
+    if further:
+        imports.append("from avl_reports.further import read_further")
+        lines.append(f"further = read_further({further!r})")
+        arguments += ", further=further"
+    read = "\n".join([*imports, "", *lines, ""]) if lines else ""
+    return "\n".join(part for part in (before, read) if part), arguments
+
+
+def pattern(source: str, name: str, measured: tuple[str, str] = ("", "")) -> str:
+    """A figure of Patterns.
+
+    Args:
+        source: code that gives `recording`.
+        name: of the figure.
+        measured: what it shows beside the recording, see `beside`.
+    """
+    read, arguments = measured
     return (
         source
+        + (f"\n{read}" if read else "")
         + f"""
 from avl_analysis.figures.plot import Plot
 from avl_reports import fig_{name}
 from avl_reports.run import Run
 
-plot = Plot(fig_{name}.section(Run(recording)).figure)
+run = Run(recording{arguments})
+plot = Plot(fig_{name}.section(run).figure)
 plot.save("{name}.svg")  # or .png, .pdf, .html, .csv
 """
     )
@@ -396,14 +440,24 @@ plot.save("compare.svg")  # or .png, .pdf, .html, .csv
 """The figure of a comparison, `result`."""
 
 
-def report(source: str) -> str:
-    """The report; `source` is code that gives `recording`."""
-    return f"""{source}
+def report(source: str, measured: tuple[str, str] = ("", "")) -> str:
+    """The report.
+
+    Args:
+        source: code that gives `recording`.
+        measured: what it shows beside the recording, see `beside`.
+    """
+    read, arguments = measured
+    return (
+        source
+        + (f"\n{read}" if read else "")
+        + f"""
 from avl_reports.build import build
 
-built = build(recording, "report")
+built = build(recording, "report"{arguments})
 print(built.page)
 """
+    )
 
 
 def compared(model: str, source: str, chosen: Mapping[str, avl.Policy], tokens: int) -> str:

@@ -65,7 +65,9 @@ class Axis:
     @property
     def counted(self) -> bool:
         """Whether the axis counts things, so that only whole numbers make sense as ticks."""
-        return self.unit in ("index", "tokens", "decode steps", "patches") and not self.log
+        return (
+            self.unit in ("index", "tokens", "decode steps", "frames", "patches") and not self.log
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -233,19 +233,17 @@ def build(
             missing,
             title=title,
             commands=commands,
-            drawings=_drawings(folder / "figures", sections.values()),
+            # Without "svg" among the formats, such files are those of an earlier report.
+            drawings=(_drawings(folder / "figures", sections.values()) if "svg" in formats else {}),
         ),
     )
     return Report(page, folder, tuple(sections.values()), missing)
 
 
 def _drawings(folder: Path, sections: Iterable[Section]) -> dict[str, bytes]:
-    """Name of a figure -> its SVG, of all that were written as one."""
-    # If "svg" is not among the formats there are no such files, and the page offers no drawings.
-    # Files of an earlier report in the same folder would be taken for those of this one.
+    """Name of a figure -> its SVG, as it was just written into `folder`."""
     names = [section.figure.name for section in sections]
-    paths = {name: folder / f"{name}.svg" for name in names}
-    return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+    return {name: (folder / f"{name}.svg").read_bytes() for name in names}
 
 
 def _numbers(section: Section) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def section(run: Run) -> Section:
     by_layer = estimate(lift, ("layer",))
     # Chosen as the largest mean, so the bars of this layer are no test of it; the finding below is
     # over all layers.
-    best = int(by_layer.mean["layer"].values[int(np.argmax(by_layer.mean.values))])
+    best = largest_layer(by_layer.mean)
     measured = int(np.isfinite(lift).any("layer").sum())
     axis = Axis("attention on the region / chance", "times")
     layers = by_layer.mean["layer"].values
@@ -72,6 +72,21 @@ def section(run: Run) -> Section:
     )
 
 
+def largest_layer(by_layer: xr.DataArray) -> int:
+    """The layer with the largest value; layers that were not measured (NaN) are passed over.
+
+    Args:
+        by_layer: (layer,).
+
+    Raises:
+        NotMeasured: no layer has a value.
+    """
+    # `argmax` would return the place of a NaN, and `nanargmax` fails where there is nothing else.
+    if not np.isfinite(by_layer).any():
+        raise NotMeasured(f"no layer has a value of {by_layer.name or 'what is shown'}")
+    return int(by_layer["layer"].values[int(np.nanargmax(by_layer.values))])
+
+
 def lifts(run: Run) -> xr.DataArray | None:
     """Share of image attention on the region over the region's share of the image.
 
@@ -104,8 +119,10 @@ def lifts(run: Run) -> xr.DataArray | None:
             .transpose("step", "layer", "token")
             .values
         )
-        # Of the attention on the picture; the step's other attention does not count.
-        share = np.nan_to_num(maps) / np.nansum(maps, axis=-1, keepdims=True)
+        # Of the attention on the picture; the step's other attention does not count. Without any
+        # (a layer that was not measured, say) the share is unknown.
+        total = np.nansum(maps, axis=-1, keepdims=True)
+        share = np.nan_to_num(maps) / np.where(total > 0, total, np.nan)
         places = [list(example.regions[step].tokens) for step in steps]
         # Attention on the region over the region's share of the image tokens, (layers,) for each
         # word.

@@ -12,7 +12,7 @@ from avl_analysis.figures import Axis, Figure, Overlay, Panel
 from avl_analysis.figures.strip import visible
 from avl_analysis.intervals import Estimate, estimate
 from avl_analysis.recordings.image_tokens import ImageTokens, images_of
-from avl_reports.fig_localisation import lifts
+from avl_reports.fig_localisation import largest_layer, lifts
 from avl_reports.run import Example, NotMeasured, Run, Section
 from avl_reports.script import run_script
 
@@ -98,6 +98,8 @@ def drawable(run: Run) -> dict[str, ImageTokens]:
 def missing(run: Run, what: str) -> str:
     """Why no sample can be drawn over its picture; `what` is what would be drawn."""
     if not any(example.picture is not None for example in run.examples):
+        if any(example.frames for example in run.examples):
+            return "it is drawn over one picture, and samples show videos, which fig_video draws"
         return f"no sample of the recording keeps its picture together with {what}"
     return (
         f"no sample of the recording has one picture, {what}, and known places of its tokens;"
@@ -132,12 +134,10 @@ def _leaves_out(image: ImageTokens) -> bool:
 
 def _layer(run: Run, by_layer: Estimate | None) -> int:
     """The layer with the largest lift; without known regions, the middle one."""
+    if by_layer is not None:
+        return largest_layer(by_layer.mean)
     layers = run["image_score"]["layer"].values
-    return int(
-        layers[len(layers) // 2]
-        if by_layer is None
-        else layers[int(np.argmax(by_layer.mean.values))]
-    )
+    return int(layers[len(layers) // 2])
 
 
 def _why(by_layer: Estimate | None) -> str:

@@ -9,6 +9,7 @@ from avl_analysis.figures import Axis, Box, Figure, Heat, Line, Lines, Overlay, 
 from avl_analysis.figures.strip import visible
 from avl_analysis.intervals import estimate
 from avl_analysis.recordings.image_tokens import ImageTokens, images_of
+from avl_reports.fig_localisation import largest_layer
 from avl_reports.fig_overlay import on_one_scale, short
 from avl_reports.run import Example, NotAsked, NotMeasured, Run, Section
 from avl_reports.script import run_script
@@ -88,7 +89,7 @@ def _layer(run: Run) -> int:
     """The layer with most attention on frames, over all samples."""
     # With `min_count` a sample without a video stays NaN; a plain sum would count it as 0.
     mass = run["frame_mass"].sum("frame", min_count=1).mean(("sample", "step"))
-    return int(mass["layer"].values[int(np.nanargmax(mass.values))])
+    return largest_layer(mass.rename("frame_mass"))
 
 
 def _overlays(

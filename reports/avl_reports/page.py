@@ -12,6 +12,7 @@ import gzip
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from itertools import groupby
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -124,11 +125,8 @@ def _view(name: str, section: Section, svgs: Mapping[str, str]) -> dict[str, Any
         "text": section.text,
         "figure": figure,
         "findings": section.findings,
-        "kind": _kind(figure),
         "moving": [_plot(panel, f"moving-{figure.name}") for panel in moving],
-        "plots": [
-            _plot(panel, f"{figure.name}-{number}") for number, panel in enumerate(figure.panels)
-        ],
+        "groups": _groups(figure),
         "legend": _legend(figure),
         "classes": _classes(figure),
         "table": section.table,
@@ -165,11 +163,16 @@ def _plot(panel: Panel, name: str) -> dict[str, str]:
     }
 
 
-def _kind(figure: Figure) -> str:
-    """How the page lays the panels out."""
-    if all(isinstance(panel, Overlay) for panel in figure.panels):
-        return "pictures"
-    return "single" if len(figure.panels) == 1 else "charts"
+def _groups(figure: Figure) -> list[dict[str, Any]]:
+    """The panels in groups that the page lays out alike: pictures, or charts, that follow."""
+    numbered = list(enumerate(figure.panels))
+    groups = []
+    for pictures, found in groupby(numbered, lambda entry: isinstance(entry[1], Overlay)):
+        plots = [_plot(panel, f"{figure.name}-{number}") for number, panel in found]
+        # A chart alone does not take the whole width, unless it is one of those that need it.
+        kind = "pictures" if pictures else "single" if len(plots) == 1 else "charts"
+        groups.append({"kind": kind, "plots": plots})
+    return groups
 
 
 def _legend(figure: Figure) -> str:
@@ -186,7 +189,7 @@ def _legend(figure: Figure) -> str:
     return (
         ""
         if limits is None
-        else f"Opacity of the amber patches: {text}, {limits[0]:g} to {limits[1]:g} or more."
+        else f"Opacity of the amber patches: {text}, {limits[0]:.2g} to {limits[1]:.2g} or more."
     )
 
 

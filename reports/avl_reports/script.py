@@ -41,7 +41,8 @@ def write_section(section: Section, folder: Path, formats: tuple[str, ...] = FOR
     if section.table:
         paths.append(folder / f"{figure.name}_table.csv")
         text = io.StringIO()
-        csv.writer(text).writerows(section.table)
+        # As `csv_text` ends its lines; the writer's own ending is that of Windows.
+        csv.writer(text, lineterminator="\n").writerows(section.table)
         write_text(paths[-1], text.getvalue())
     return paths
 

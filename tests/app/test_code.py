@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ pytest.importorskip("streamlit", reason="the dashboard needs the extra [app]")
 from PIL import Image
 from streamlit.testing.v1 import AppTest
 
+from avl_analysis.cli.main import main
+from avl_analysis.evaluation.frontier import write as write_frontier
 from avl_analysis.figures.spec import Figure, rows
 from avl_app import page as parts
 from avl_app.examples import moving_scene
+from avl_reports.further import KINDS
 from tests.app.pages import ONE_WORD, errors, page
+from tests.reports import made
 
 VIDEO = {"source": "video", "clip": "3", "task": "own question", "longest": "3"}
 """The address of a drawn video."""
@@ -35,8 +40,18 @@ def offered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         PAIRS.append((figure, code))
         keep(figure, code, key)
 
-    names = ("ask", "heads", "knockout", "maps", "patterns", "live", "benchmark", "tokens")
-    for view in names:
+    names = (
+        "ask",
+        "heads",
+        "knockout",
+        "maps",
+        "patterns",
+        "live",
+        "benchmark",
+        "tokens",
+        "report",
+    )
+    for view in (*names, "tokens", "report"):
         monkeypatch.setattr(f"avl_app.views.{view}.keep", noted)
     monkeypatch.chdir(tmp_path)  # where the code saves
 
@@ -133,6 +148,48 @@ def check_last(test: AppTest, name: str) -> None:
 
 def test_patterns_give_the_code_of_every_figure() -> None:
     check(page(view="patterns", **ONE_WORD, pattern="modality"), 1)
+
+
+@pytest.mark.parametrize("name", ["ablation", "frontier", *KINDS])
+def test_patterns_that_need_a_file_take_it_and_name_it_in_the_code(
+    name: str, tmp_path: Path
+) -> None:
+    figure = KINDS[name].figure if name in KINDS else name
+    file = tmp_path / f"my {name}.{ENDINGS.get(name, 'nc')}"
+    measure(name, file)
+    test = page(view="patterns", **ONE_WORD, pattern=figure)
+    uploader = test.file_uploader(key=f"{figure}_file")
+    uploader.set_value((file.name, file.read_bytes(), "application/octet-stream")).run()
+    check_last(test, figure)
+    assert file.name in PAIRS[-1][1]
+    PAIRS.clear()
+    test.segmented_control(key="view").set_value("report").run()
+    assert errors(test) == []
+    # the report itself is built in other tests; here only its code is read
+    compile(PAIRS[-1][1], "shown code", "exec")
+    assert file.name in PAIRS[-1][1]
+
+
+ENDINGS = {"ablation": "json", "frontier": "jsonl"}
+
+
+def measure(name: str, path: Path) -> None:
+    """Write a small file of this kind, of the model that the page shows."""
+    if name == "ablation":
+        replace(made.ablation(), model="scenes").save(path)
+    elif name == "frontier":
+        held = made.frontier()
+        write_frontier(path, [dict(line) for line in held.lines], held.about)
+    elif name in ("knockout", "sinks"):
+        numbers = {"knockout": made.knockout, "sinks": made.sinks}[name]()
+        KINDS[name].write(numbers.assign_attrs(model="scenes", model_revision=""), path)
+    else:
+        command = KINDS[name].command.split()[1]
+        # Longer answers about noisy pictures have right and wrong words.
+        task = "ocr" if name == "errors" else "colour"
+        with pytest.raises(SystemExit) as done:
+            main([command, "--scenes", "2", "--task", task, "--out", str(path)])
+        assert not done.value.code
 
 
 def test_an_own_picture_is_named_in_the_code(tmp_path: Path) -> None:

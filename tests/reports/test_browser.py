@@ -2,8 +2,11 @@
 width.
 """
 
+from dataclasses import replace
+
 import pytest
 
+from avl.policies import registry
 from avl_reports import fig_modality
 from avl_reports.build import build
 from tests.app.server import chromium
@@ -29,9 +32,18 @@ def page_file(tmp_path_factory):
         made.recording(hostile=True),
         folder,
         comparison=made.comparison(),
+        frontier=crowded(),
         formats=(),
         document=False,
     ).page
+
+
+def crowded():
+    """A frontier of every policy there is, which fills the legend of a narrow plot."""
+    few = made.frontier(hostile=True)
+    rival = [line for line in few.lines if line["policy"] == "random"]
+    more = [{**line, "policy": name} for name in registry.policies() for line in rival]
+    return replace(few, lines=[*few.lines, *(line for line in more if line["policy"] != "random")])
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +126,26 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(opened):
     page, _ = opened
     page.set_viewport_size({"width": 390, "height": 800})
     page.wait_for_function("document.documentElement.scrollWidth <= 390", timeout=60_000)
+
+
+OVER = """() => [...document.querySelectorAll('.plot')].filter((plot) => {
+    const [legend, title] = ['.legend', '.xtitle'].map((part) => plot.querySelector(part));
+    if (!legend || !title) return false;
+    const [a, b] = [legend, title].map((element) => element.getBoundingClientRect());
+    return a.top < b.bottom && b.top < a.bottom && a.left < b.right && b.left < a.right;
+}).map((plot) => plot.dataset.plot)"""
+"""Plots whose legend lies over the name of their axis."""
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_no_legend_lies_over_the_name_of_an_axis_or_has_to_be_scrolled(opened, width):
+    page, _ = opened
+    page.set_viewport_size({"width": width, "height": 900})
+    # plotly draws anew some time after the width has changed
+    page.wait_for_function(f"() => ({OVER})().length === 0", timeout=60_000)
+    assert page.locator("[data-plot=plot-glance-frontier] .legend .traces").count() > 15
+    bars = page.locator(".plot .legend .scrollbar")
+    assert all(float(bar.get_attribute("height") or 0) == 0 for bar in bars.all())
 
 
 SEEN = """() => [...document.querySelectorAll('.modebar')].filter((bar) => {

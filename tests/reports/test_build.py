@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import xarray as xr
 from PIL import Image
 
 from avl_analysis.errors import InputError
@@ -92,6 +93,20 @@ def test_every_caption_says_n_model_and_interval(report):
             r"|n = \d+ samples; model: made-up; 95 % BCa bootstrap intervals over samples\.",
             caption,
         )
+
+
+def test_every_csv_ends_its_lines_alike(report):
+    tables = sorted((report.folder / "figures").glob("*.csv"))
+    assert any(path.name.endswith("_table.csv") for path in tables)
+    assert [path.name for path in tables if b"\r" in path.read_bytes()] == []
+
+
+def test_drawings_of_an_earlier_report_do_not_enter_the_page(recording, tmp_path):
+    for formats, drawn in ((("svg",), True), ((), False)):
+        page = build(
+            recording, tmp_path, figures=[fig_modality], formats=formats, document=False
+        ).page
+        assert ("svg-modality" in page.read_text("utf-8")) is drawn
 
 
 def test_the_csv_holds_the_numbers_of_the_figure(report, recording):
@@ -254,6 +269,31 @@ def test_overlays_show_the_layer_with_the_largest_lift_and_outline_the_truth(rec
     assert all("layer 1" in panel.title for panel in maps[:3])
     assert all(panel.boxes for panel in maps)
     assert all(np.nansum(panel.patches.values) == pytest.approx(1) for panel in maps)
+
+
+def without_layer(layers):
+    """A recording whose maps of these layers are unknown."""
+    unknown = made.recording()
+    unknown.data["maps"]["image_score"].loc[{"layer": layers}] = np.nan
+    return unknown
+
+
+def test_layers_that_were_not_measured_are_passed_over_for_the_one_shown():
+    run = Run(without_layer([0]))
+    maps = [panel for panel in fig_overlay.section(run).figure.panels if panel.patches is not None]
+    assert all("layer 1" in panel.title for panel in maps[:3])
+    _, by_task = fig_localisation.section(run).figure.panels
+    assert by_task.title == "by task, layer 1"
+    assert np.isfinite(by_task.bars[0].values).all()
+
+
+def test_without_any_measured_layer_the_figures_say_what_is_missing():
+    run = Run(without_layer([0, 1, 2]))
+    with pytest.raises(NotMeasured, match="does not say what part of the picture"):
+        fig_localisation.section(run)
+    nothing = xr.DataArray([np.nan, np.nan], coords={"layer": [0, 1]}, name="lift")
+    with pytest.raises(NotMeasured, match="no layer has a value of lift"):
+        fig_localisation.largest_layer(nothing)
 
 
 def test_a_figure_is_a_script_of_its_own(report, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,9 @@ from avl_analysis.figures import Heat, Lines, Overlay
 from avl_analysis.models.loading import load_model
 from avl_analysis.recordings.recording import load_recording
 from avl_analysis.scenes import moving
-from avl_reports import fig_modality, fig_video
+from avl_reports import fig_modality, fig_overlay, fig_video
 from avl_reports.build import build
-from avl_reports.run import NotAsked, Run, load_run
+from avl_reports.run import NotAsked, NotMeasured, Run, load_run
 from tests.avl_analysis.models import folders
 from tests.avl_analysis.shared import questions, vlm
 from tests.reports import made
@@ -107,11 +108,27 @@ def test_a_report_without_a_video_leaves_the_figure_out_without_a_word(tmp_path)
 
 def test_a_report_of_videos_is_built_from_its_file(recording, tmp_path: Path):
     built = build(
-        recording, tmp_path / "report", figures=(fig_video,), formats=("svg",), document=False
+        recording,
+        tmp_path / "report",
+        figures=(fig_video, fig_overlay),
+        formats=("svg",),
+        document=False,
     )
     assert (tmp_path / "report/figures/video.svg").is_file()
-    assert "Where and when does the model look" in built.page.read_text()
+    page = built.page.read_text()
+    assert "Where and when does the model look" in page
+    # frames stand in a grid of pictures, the strip and the curves in one of charts
+    assert re.findall('class="panels (pictures|charts)"', page) == ["pictures", "charts"]
+    assert "samples show videos" in built.missing["fig_overlay"]
     assert len(load_run(built.folder / "run.nc").examples[0].frames) == FRAMES
+
+
+def test_videos_without_measured_attention_say_so(recording):
+    mass = recording["frame_mass"]
+    known = mass.where(mass["layer"] != 0)
+    assert fig_video._layer({"frame_mass": known}) in (1, 2)
+    with pytest.raises(NotMeasured, match="no layer has a value of frame_mass"):
+        fig_video._layer({"frame_mass": mass * np.nan})
 
 
 def test_boxes_that_are_not_one_for_every_frame_are_refused():

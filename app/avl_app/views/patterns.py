@@ -63,7 +63,8 @@ def show(context: Context) -> None:
     try:
         made = _made(recording, str(name), measured)
         draw_section(made)
-        keep(made.figure, code.pattern(source_code(context), str(name)), "pattern")
+        beside = measured_code(recording, str(name))
+        keep(made.figure, code.pattern(source_code(context), str(name), beside), "pattern")
     except NotMeasured as error:
         st.markdown(f"#### {plain(questions[str(name)])}")
         # Where a file was left out as another model's, asking for one again would mislead.
@@ -75,7 +76,10 @@ def show(context: Context) -> None:
 _FURTHER = {
     "ablation": ("What switching heads off changed, made by avl ablate (.json)", "json"),
     "frontier": ("Quality against bytes, made by avl frontier (.jsonl)", "jsonl"),
-    **{kind.name: (f"{kind.title}, made by {kind.command} (.nc)", "nc") for kind in KINDS.values()},
+    **{
+        kind.figure: (f"{kind.title}, made by {kind.command} (.nc)", "nc")
+        for kind in KINDS.values()
+    },
 }
 """Figures that need a file of their own: what is asked for, and the ending of its name."""
 _HINTS = {
@@ -123,6 +127,30 @@ def further() -> Measured:
             if st.session_state.get(f"{kind.figure}_file_held") is not None
         },
     )
+
+
+def measured_code(recording: Recording, figure: str = "") -> tuple[str, str]:
+    """Code for what stands beside a recording, as `code.beside` gives it.
+
+    Args:
+        recording: what of another model is left out beside it.
+        figure: the one whose measurement is wanted; empty for those of all figures.
+    """
+    if fitting(recording, further())[1]:
+        return code.beside({})
+    # Figure -> measurement. A comparison has code of its own.
+    needed = {"ablation": "ablation", "frontier": "frontier"}
+    needed |= {kind.figure: name for name, kind in KINDS.items()}
+    held = {one: st.session_state.get(f"{one}_file_held") for one in needed}
+    files = {
+        needed[one]: sent.name
+        for one, sent in held.items()
+        if sent is not None and figure in ("", one)
+    }
+    compared = ""
+    if st.session_state.get("comparison") is not None and figure in ("", "policies"):
+        compared = str(st.session_state.get("comparison_code") or "")
+    return code.beside(files, compared)
 
 
 def source_code(context: Context) -> str:

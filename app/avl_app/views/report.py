@@ -14,7 +14,7 @@ from avl_analysis.recordings.recording import Recording
 from avl_app import code
 from avl_app.page import Context, duration, keep, plain, problem, prose
 from avl_app.reporting import Built, build_report, figures, fitting
-from avl_app.views.patterns import choose_recording, further, source_code
+from avl_app.views.patterns import choose_recording, further, measured_code, source_code
 
 _PREVIEW_HEIGHT = 900
 _ICON = ":material/description:"
@@ -44,7 +44,7 @@ def show(context: Context) -> None:
     else:
         _offer(built)
     if recording is not None:
-        keep(None, code.report(source_code(context)), "report")
+        keep(None, code.report(source_code(context), measured_code(recording)), "report")
 
 
 def _build(recording: Recording, title: str) -> Built | None:

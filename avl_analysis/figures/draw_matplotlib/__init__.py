@@ -80,6 +80,9 @@ def save(
     """
     folder.mkdir(parents=True, exist_ok=True)
     canvas = draw(figure)
+    # Letters are not twice as wide at twice the dots per inch, so panels arranged for other dots
+    # than they are drawn with can push the name of an axis over the edge.
+    canvas.set_dpi(dpi)
     with matplotlib.rc_context(RC):
         canvas.draw_without_rendering()
     # Arranged once; arranging again for each file takes most of the time.

@@ -164,7 +164,7 @@ def _draw_panel(canvas: FigureBase, place: Axes, panel: Panel, *, legend: bool) 
         draw_overlay(canvas, place, panel.frames[0], legend=legend)
     if panel.title:
         # Rule labels stand above the frame.
-        crowned = any(rule.axis == "x" for rule in getattr(panel, "rules", ()))
+        crowned = any(rule.axis == "x" and rule.label for rule in getattr(panel, "rules", ()))
         width = min(28 if isinstance(panel, Overlay | Animation) else 46, _letters(canvas, place))
         place.set_title(textwrap.fill(panel.title, width), pad=15 if crowned else None)
     handles = handles_of(panel)

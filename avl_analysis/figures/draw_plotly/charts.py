@@ -18,6 +18,7 @@ from avl_analysis.figures.draw_plotly.look import (
     interval_of,
     literal,
     range_text,
+    room_for_legend,
     whole_ticks,
 )
 from avl_analysis.figures.palette import Theme
@@ -75,6 +76,7 @@ def draw_lines(panel: Lines, theme: Theme, dark: bool) -> go.Figure:
     if panel.x.counted:
         plot.update_xaxes(**whole_ticks([line.x for line in panel.lines]))
     plot.update_layout(showlegend=len(panel.lines) > 1)
+    room_for_legend(plot)
     return plot
 
 
@@ -233,6 +235,7 @@ def draw_bars(panel: Bars, theme: Theme, dark: bool) -> go.Figure:
         # Plotly would read names that look like numbers or dates as such.
         plot.update_xaxes(showgrid=False, type="category")
     plot.update_layout(showlegend=len(panel.bars) > 1, barmode="group")
+    room_for_legend(plot)
     return plot
 
 
@@ -242,6 +245,7 @@ def draw_scatter(panel: Scatter, theme: Theme, dark: bool) -> go.Figure:
     for points in panel.points:
         plot.add_trace(_point_trace(points, panel, dark))
     frame(plot, panel.x, panel.y, theme, panel.rules)
+    room_for_legend(plot)
     return plot
 
 

@@ -17,6 +17,12 @@ from avl_analysis.figures.spec import Array, Axis, Rule, log_ticks
 
 HEIGHT = 340
 """Pixels of a chart; pictures keep their own proportions."""
+_LINE = 40
+"""Letters of an axis title that fit the narrowest plots, 330 pixels wide."""
+_ROW = 19
+"""Pixels of a row of a legend."""
+_ROWS = 2
+"""Rows of a legend for which `HEIGHT` has room."""
 CLEAR = "rgba(0,0,0,0)"
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
@@ -26,6 +32,9 @@ def frame(plot: go.Figure, x: Axis, y: Axis, theme: Theme, rules: tuple[Rule, ..
     dress(plot, theme)
     plot.update_xaxes(**_axis(x, theme))
     plot.update_yaxes(**_axis(y, theme))
+    # At the bottom of the whole plot: placed by the height of the axes, a legend of many rows would
+    # squeeze them and lie over the name of the axis.
+    plot.update_layout(legend={"yref": "container", "y": 0, "yanchor": "bottom"})
     for rule in rules:
         _rule(plot, rule, x if rule.axis == "x" else y, theme)
 
@@ -65,7 +74,7 @@ def _rule(plot: go.Figure, rule: Rule, axis: Axis, theme: Theme) -> None:
 
 def _axis(axis: Axis, theme: Theme) -> dict[str, Any]:
     settings: dict[str, Any] = {
-        "title": {"text": literal(axis.text), "standoff": 8, "font": {"size": 12}},
+        "title": {"text": _title(axis), "standoff": 8, "font": {"size": 12}},
         "gridcolor": theme.grid,
         "linecolor": theme.muted,
         "zeroline": False,
@@ -93,6 +102,22 @@ def _axis(axis: Axis, theme: Theme) -> dict[str, Any]:
         settings |= {"tickmode": "array", "tickvals": [at for at, _ in axis.ticks]}
         settings["ticktext"] = [literal(name) for _, name in axis.ticks]
     return settings
+
+
+def _title(axis: Axis) -> str:
+    """Label and unit, on two lines where one would be cut off at the edge of a narrow plot."""
+    if len(axis.text) <= _LINE:
+        return literal(axis.text)
+    return f"{literal(axis.label)}<br>({literal(axis.unit)})"
+
+
+def room_for_legend(plot: go.Figure) -> None:
+    """Make a chart taller by the rows that its legend needs in a narrow place."""
+    if plot.layout.showlegend is False:
+        return
+    entries = sum(trace.showlegend is not False for trace in plot.data)
+    rows = -(-entries // 2)  # of two columns
+    plot.update_layout(height=plot.layout.height + _ROW * max(0, rows - _ROWS))
 
 
 def whole_ticks(values: Sequence[Array]) -> dict[str, Any]:

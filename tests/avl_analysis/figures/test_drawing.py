@@ -13,6 +13,7 @@ from PIL import Image
 
 from avl_analysis.figures import (
     Axis,
+    Bar,
     Caption,
     Figure,
     Line,
@@ -320,3 +321,19 @@ def test_titles_of_pictures_side_by_side_never_touch(page):
     boxes.sort(key=lambda box: box.x0)
     for left, right in itertools.pairwise(boxes):
         assert left.x1 < right.x0
+
+
+def test_names_of_axes_stay_on_a_saved_picture_whatever_its_dots_per_inch(tmp_path):
+    names = ("nothing", "visual heads", "random 1, same layers")
+    panel = replace(
+        specs.bars(),
+        category=Axis("silenced", "heads"),
+        categories=names,
+        bars=(Bar("accuracy", np.array([1.0, 0.9, 0.8])),),
+        horizontal=True,
+    )
+    figure = specs.figure("f", panel, panel, panel, panel)
+    (path,) = draw_matplotlib.save(figure, tmp_path, ["png"], dpi=200)
+    pixels = np.asarray(Image.open(path).convert("L"))
+    assert (pixels[:, :2] == 255).all()  # nothing touches the left edge
+    assert (pixels[:, 2:60] < 128).any()  # the name stands close to it
