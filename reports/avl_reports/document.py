@@ -62,12 +62,19 @@ def _judged(finding: Finding) -> list[Paragraph]:
     ]
 
 
+_ROWS = 40
+"""Rows of a table that are printed; longer ones would fill pages with small print."""
+
+
 def _table(section: Section) -> list[Paragraph]:
     """A table as lines of "heading value", since a page is narrow."""
     if not section.table:
         return []
     # The first column names the row, so its heading is not repeated in every line.
     header, *rows = section.table
+    if len(rows) > _ROWS:
+        name = f"figures/{section.figure.name}_table.csv"
+        return [Paragraph(f"The table of {len(rows)} rows is {name} beside this document.", size=8)]
     lines = [
         f"{row[0]}:  " + ";  ".join(f"{h} {v}" for h, v in zip(header[1:], row[1:], strict=True))
         for row in rows

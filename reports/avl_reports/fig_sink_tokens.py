@@ -129,15 +129,15 @@ def sentence(study: xr.Dataset) -> str:
     if bool(np.isfinite(known).any()):
         by_layer = known.mean(("sample", "token"))
         places = ", ".join(
-            f"{int(layer)}: {float(share):.0%}"
+            f"{int(layer)}: {100 * float(share):.0f} %"
             for layer, share in zip(by_layer["layer"].values, by_layer.values, strict=True)
             if np.isfinite(share)
         )
         chance = float(study["on_object"].mean())
         parts.append(
             f"Shares of them that lie on something drawn, by layer: {places}; of all image tokens"
-            f" {chance:.0%} do. Where most do, attention is concentrated on content, and “sink”"
-            " is the wrong word."
+            f" {100 * chance:.0f} % do. Where most do, attention is concentrated on content, and"
+            " “sink” is the wrong word."
         )
     return " ".join(parts)
 

@@ -115,7 +115,7 @@ def _overlays(
                 value,
                 frame.patches(weights),
                 boxes=_box(example, at),
-                title=f"frame {int(number)}, {np.nansum(weights):.0%}",
+                title=f"frame {int(number)}, {100 * np.nansum(weights):.0f} %",
             )
         )
     scaled = on_one_scale(panels)

@@ -9,6 +9,7 @@ import streamlit as st
 from avl_analysis.corpus.questions import scene_samples
 from avl_analysis.errors import InputError
 from avl_analysis.figures import Animation, Overlay
+from avl_analysis.figures.rows import across, panel_rows, wide
 from avl_analysis.heads.ablation import load_ablation
 from avl_analysis.recordings.recording import Recording, load_recording
 from avl_app import code, state
@@ -261,22 +262,24 @@ def draw_section(shown: Section) -> None:
     st.markdown(f"#### {plain(shown.question)}")
     for finding in shown.findings:
         _finding(finding)
-    # At most four side by side; further panels go below.
-    columns = st.columns(min(figure.columns, len(figure.panels), 4))
-    for number, panel in enumerate(figure.panels):
-        with columns[number % len(columns)]:
-            # an animation has no other place on the page for its title
-            if panel.title and not isinstance(panel, Animation):
-                st.markdown(f"**{plain(panel.title)}**")
-            height = 240 if isinstance(panel, Overlay) else None
-            plot(
-                panel,
-                f"{figure.name}{number}",
-                titled=isinstance(panel, Animation),
-                height=height,
-                # The classes of all panels are the same, and the animation below names them.
-                legend=shown.moving is None and number == len(figure.panels) - 1,
-            )
+    number = 0
+    for row in panel_rows(figure):
+        # At most four side by side; further panels of the row go below.
+        columns = st.columns(1 if wide(row) else min(across(figure, row), 4))
+        for place, panel in enumerate(row):
+            with columns[place % len(columns)]:
+                # an animation has no other place on the page for its title
+                if panel.title and not isinstance(panel, Animation):
+                    st.markdown(f"**{plain(panel.title)}**")
+                plot(
+                    panel,
+                    f"{figure.name}{number}",
+                    titled=isinstance(panel, Animation),
+                    height=240 if isinstance(panel, Overlay) else None,
+                    # The classes of all panels are the same, and the animation below names them.
+                    legend=shown.moving is None and number == len(figure.panels) - 1,
+                )
+            number += 1
     if shown.moving is not None:
         plot(shown.moving, f"{figure.name}_moving")
     if shown.table:

@@ -17,19 +17,26 @@ from avl_analysis.figures.draw_matplotlib.charts import (
 )
 from avl_analysis.figures.draw_matplotlib.look import handles_of, legend_columns, shared_legend
 from avl_analysis.figures.draw_matplotlib.overlays import attention_bar, draw_overlay
+from avl_analysis.figures.rows import across, alike, panel_rows, pictures, wide
 from avl_analysis.figures.spec import Animation, Bars, Figure, Heat, Lines, Overlay, Panel, Scatter
 
 PANEL_WIDTH, PANEL_HEIGHT = 3.5, 2.65
 """Inches of one chart panel; two of them fill a text width of 7 inches."""
+_SHARED_COLUMNS = 4
+"""Of a legend that serves several panels."""
 ALONE_WIDTH = 4.8
 """Inches of a figure with one panel, which has room for its title and its legend."""
 
 
 def size_of(figure: Figure) -> tuple[float, float]:
     """Width and height of a figure in inches, without a title."""
-    columns = min(figure.columns, len(figure.panels))
-    width = ALONE_WIDTH if len(figure.panels) == 1 else columns * _panel_size(figure.panels)[0]
-    return width, sum(_heights(figure))
+    if len(figure.panels) == 1:
+        return ALONE_WIDTH, sum(_heights(figure))
+    # Pictures are narrower than charts, so the widest row is not always the one with most panels.
+    widths = [
+        across(figure, row) * _panel_size(alike(figure, row))[0] for row in panel_rows(figure)
+    ]
+    return max(widths), sum(_heights(figure))
 
 
 def fill(canvas: FigureBase, figure: Figure) -> None:
@@ -38,18 +45,20 @@ def fill(canvas: FigureBase, figure: Figure) -> None:
     Pictures stand in one grid; rows of charts are laid out one by one, so that a colour bar in one
     row does not narrow the panels of another.
     """
-    columns = min(figure.columns, len(figure.panels))
-    rows = _rows(figure)
+    rows = panel_rows(figure)
     shared = shared_legend(figure.panels)
-    if len(rows) == 1 or _pictures(figure.panels):
+    if len(rows) == 1 or pictures(figure.panels):
+        columns = min(figure.columns, len(figure.panels))
         axes = canvas.subplots(len(rows), columns, squeeze=False).ravel()
         _fill(canvas, list(axes), figure.panels, shared)
         return
+    last = _last_with_series(rows)
     parts = canvas.subfigures(len(rows), 1, height_ratios=_heights(figure))
     for number, (part, row) in enumerate(zip(parts, rows, strict=True)):
+        columns = across(figure, row)
         if len(row) == columns:
             axes = part.subplots(1, columns, squeeze=False).ravel()
-        elif _wide(row):
+        elif wide(row):
             axes = part.subplots(1, 1, squeeze=False).ravel()
         else:  # a row that is not full stands in the middle
             # Hidden axes on both sides take half of the missing width each.
@@ -59,7 +68,7 @@ def fill(canvas: FigureBase, figure: Figure) -> None:
                 edge.set_visible(False)
             axes = every[1:-1]
         # A legend that serves all rows stands once, below the last of them.
-        _fill(part, list(axes), row, shared, legend=number == len(rows) - 1)
+        _fill(part, list(axes), row, shared, legend=number == last)
 
 
 def _fill(
@@ -76,54 +85,56 @@ def _fill(
         place.set_visible(False)
     attention_bar(canvas, axes, panels)
     if together and (legend or not shared):
-        handles = handles_of(panels[0])
-        canvas.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
-
-
-def _rows(figure: Figure) -> list[tuple[Panel, ...]]:
-    panels = figure.panels
-    return [
-        panels[start : start + figure.columns] for start in range(0, len(panels), figure.columns)
-    ]
+        # Maps come without handles, and may stand before the charts.
+        handles = next(found for panel in panels if (found := handles_of(panel)))
+        columns = min(_SHARED_COLUMNS, len(handles))
+        canvas.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def _heights(figure: Figure) -> list[float]:
     """Inches of each row."""
-    # Rows of one grid are all as tall as the tallest picture needs; a row of charts has its own
-    # height.
-    return [
-        _panel_size(figure.panels if _pictures(figure.panels) else row)[1] for row in _rows(figure)
-    ]
+    rows, shared = panel_rows(figure), shared_legend(figure.panels)
+    last = _last_with_series(rows)
+    found = []
+    for number, row in enumerate(rows):
+        legends = [_legend_rows(panel) for panel in row]
+        if shared or shared_legend(row):
+            # One legend, of more columns than one panel has room for, below the last row it serves.
+            entries = max(len(handles_of(panel)) for panel in row)
+            wanted = not shared or number == last
+            legends = [max(0, -(-entries // _SHARED_COLUMNS) - 1) if wanted else 0]
+        found.append(_panel_size(alike(figure, row), max(legends))[1])
+    return found
 
 
-def _pictures(panels: Sequence[Panel]) -> bool:
-    return all(isinstance(panel, Overlay | Animation) for panel in panels)
+def _last_with_series(rows: Sequence[Sequence[Panel]]) -> int:
+    """Place of the last row that a legend belongs to."""
+    known = [at for at, row in enumerate(rows) if any(handles_of(panel) for panel in row)]
+    return known[-1] if known else len(rows) - 1
 
 
-def _wide(row: Sequence[Panel]) -> bool:
-    """Whether a row holds one heat map of things with names, which need room."""
-    return len(row) == 1 and isinstance(row[0], Heat) and row[0].x.ticks is not None
+def _panel_size(panels: Sequence[Panel], legend_rows: int = 0) -> tuple[float, float]:
+    """Inches of each panel: pictures are square-ish, heat maps grow with their rows.
 
-
-def _panel_size(panels: Sequence[Panel]) -> tuple[float, float]:
-    """Inches of each panel: pictures are square-ish, heat maps grow with their rows."""
-    pictures = [
+    `legend_rows` are those of the legend below, beyond the first.
+    """
+    shown = [
         p.frames[0] if isinstance(p, Animation) else p
         for p in panels
         if isinstance(p, Overlay | Animation)
     ]
-    if _pictures(panels):
+    if pictures(panels):
         written = any(isinstance(p, Overlay) and p.words for p in panels)
         # Words on patches need the wide format, also where several pictures stand side by side.
         width = 2.1 if len(panels) > 1 and not written else 3.6
         return width, 0.94 * width * max(
-            p.picture.shape[0] / p.picture.shape[1] for p in pictures
+            p.picture.shape[0] / p.picture.shape[1] for p in shown
         ) + 0.42
     rows = max((p.values.shape[0] for p in panels if isinstance(p, Heat)), default=0)
     bars = max(
         (len(p.categories) for p in panels if isinstance(p, Bars) and p.horizontal), default=0
     )
-    legend = 0.16 * max(_legend_rows(panel) for panel in panels)
+    legend = 0.16 * legend_rows
     # Inches: 0.17 for a row of a heat map, 0.26 for a category of lying bars, and no panel above 6.
     return PANEL_WIDTH, min(6.0, max(PANEL_HEIGHT + legend, 0.9 + 0.17 * rows, 0.9 + 0.26 * bars))
 

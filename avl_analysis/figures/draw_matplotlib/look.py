@@ -135,6 +135,10 @@ def legend_columns(handles: Sequence[Any]) -> int:
 
 
 def shared_legend(panels: Sequence[Panel]) -> bool:
-    """Whether all panels show the same series, so that one legend below serves them all."""
+    """Whether all panels with series show the same ones, so that one legend below serves them all.
+
+    Maps have no series and need no legend.
+    """
     keys = [tuple(handle.get_label() for handle in handles_of(panel)) for panel in panels]
-    return len(panels) > 1 and len(keys[0]) > 1 and len(set(keys)) == 1
+    keys = [key for key in keys if key]
+    return len(keys) > 1 and len(keys[0]) > 1 and len(set(keys)) == 1

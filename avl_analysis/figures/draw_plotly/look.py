@@ -74,7 +74,7 @@ def _rule(plot: go.Figure, rule: Rule, axis: Axis, theme: Theme) -> None:
 
 def _axis(axis: Axis, theme: Theme) -> dict[str, Any]:
     settings: dict[str, Any] = {
-        "title": {"text": _title(axis), "standoff": 8, "font": {"size": 12}},
+        "title": {"text": title(axis), "standoff": 8, "font": {"size": 12}},
         "gridcolor": theme.grid,
         "linecolor": theme.muted,
         "zeroline": False,
@@ -104,9 +104,12 @@ def _axis(axis: Axis, theme: Theme) -> dict[str, Any]:
     return settings
 
 
-def _title(axis: Axis) -> str:
-    """Label and unit, on two lines where one would be cut off at the edge of a narrow plot."""
-    if len(axis.text) <= _LINE:
+def title(axis: Axis, letters: int = _LINE) -> str:
+    """Label and unit, on two lines where one would be cut off at the edge of a narrow plot.
+
+    `letters` is how many fit.
+    """
+    if len(axis.text) <= letters:
         return literal(axis.text)
     return f"{literal(axis.label)}<br>({literal(axis.unit)})"
 

@@ -24,6 +24,7 @@ from avl_analysis.figures import (
     palette,
 )
 from avl_analysis.figures.pictures import dimmed
+from avl_analysis.figures.rows import across, panel_rows
 from tests.avl_analysis.figures import specs
 
 
@@ -337,3 +338,22 @@ def test_names_of_axes_stay_on_a_saved_picture_whatever_its_dots_per_inch(tmp_pa
     pixels = np.asarray(Image.open(path).convert("L"))
     assert (pixels[:, :2] == 255).all()  # nothing touches the left edge
     assert (pixels[:, 2:60] < 128).any()  # the name stands close to it
+
+
+def test_pictures_and_charts_of_one_figure_do_not_share_a_row():
+    picture, chart, named = specs.overlay(), specs.lines(), specs.heat()
+    named = replace(named, x=replace(named.x, ticks=((0.0, "a"), (1.0, "b"))))
+    mixed = specs.figure("f", picture, picture, picture, named, chart, chart, chart, columns=4)
+    assert [len(row) for row in panel_rows(mixed)] == [3, 1, 2, 1]
+    assert [across(mixed, row) for row in panel_rows(mixed)] == [3, 2, 2, 2]
+    charts = specs.figure("f", *[chart] * 5, columns=3)
+    assert [len(row) for row in panel_rows(charts)] == [3, 2]
+    pictures = specs.figure("f", *[picture] * 5, columns=4)
+    assert [len(row) for row in panel_rows(pictures)] == [4, 1]
+
+
+def test_a_map_beside_charts_of_the_same_series_leaves_them_one_legend():
+    canvas = draw_matplotlib.draw(specs.figure("f", specs.lines(), specs.lines(), specs.heat()))
+    legends = [part.legends for part in canvas.subfigs]
+    assert [len(found) for found in legends] == [1, 0]  # below the last row of charts
+    assert all(axes.get_legend() is None for axes in canvas.axes)
