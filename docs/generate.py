@@ -29,7 +29,10 @@ def statistics_table(page: Path) -> None:
         "",
         "Every statistic is computed per sample while the model runs, without storing attention "
         "maps. `avl stats --list` prints this list, `recording[name]` gives the numbers, and "
-        "`avl_analysis.plot(recording, name)` draws them. Undefined values are NaN.",
+        "`avl_analysis.plot(recording, name)` draws them. Undefined values are NaN. They describe "
+        "what was read, not what an answer needs: silencing the nine heads of the embedded model "
+        "that look most at the right place costs 35 % of right answers, nine drawn at random 69 % "
+        "([what attention weights are evidence of](concepts/attention-as-evidence.md)).",
         "",
     ]
     for entry in catalogue():

@@ -1,6 +1,7 @@
 """The reference report: whole, small, and made from what a report folder holds."""
 
 import json
+import re
 
 import pytest
 
@@ -56,3 +57,17 @@ def test_the_committed_reference_says_where_it_comes_from():
     assert len(verdicts) > 15
     assert all("n = " in figure["caption"] for figure in numbers.values())
     assert (FOLDER / "index.html").stat().st_size < 6_000_000
+
+
+def test_pages_on_attention_weights_give_the_ablation_of_the_reference_as_the_example():
+    measured = json.loads((FOLDER / "numbers.json").read_text("utf-8"))["fig_ablation"]
+    first = measured["findings"][0]["measured"]
+    visual, others = re.findall(r"by -(\d+) %", first)[:2]
+    docs = FOLDER.parents[1] / "docs"
+    howto = ("dashboard", "errors", "grounding", "knockout", "relevance", "sinks", "video")
+    names = [*(f"howto/{name}" for name in howto), "concepts/recordings"]
+    for name in [*names, "concepts/attention-as-evidence"]:
+        said = " ".join((docs / f"{name}.md").read_text("utf-8").split())
+        costs = re.findall(r"costs? (\d+) %(?: \[[^]]*\])? of right answers", said)
+        assert costs == [visual], name
+        assert f"{others} %" in said, name

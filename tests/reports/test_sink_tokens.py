@@ -41,4 +41,4 @@ def test_the_sentence_says_where_sinks_lie() -> None:
     assert "massive in no dimension" in said
     assert "1.0 image tokens of a question are sinks" in said
     assert "by layer: 1: 0 %" in said
-    assert "of all image tokens 50% do" in said
+    assert "of all image tokens 50 % do" in said

@@ -229,17 +229,18 @@ def draw_bars(panel: Bars, theme: Theme, dark: bool) -> go.Figure:
         plot.add_trace(trace)
     axes = (panel.value, panel.category) if panel.horizontal else (panel.category, panel.value)
     frame(plot, *axes, theme, panel.rules)
-    # Said and not left to plotly, which cuts half of the first bar off where values are very small.
-    ends = [-0.5, len(names) - 0.5]
+    # Category 0 begins at -0.5; an axis that counts things would end at 0, amid its bar.
+    ends = {"minallowed": None, "nticks": None, "showgrid": False}
+    first, last = -0.5, len(names) - 0.5
     if panel.horizontal:
         # The first name stands at the top.
-        plot.update_yaxes(range=ends[::-1], automargin=True, showgrid=False)
+        plot.update_yaxes(range=[last, first], automargin=True, **ends)
         # The names beside the bars leave less room for what stands below them.
         plot.update_xaxes(title_text=title(panel.value, letters=26))
         plot.update_layout(height=max(HEIGHT, 110 + 26 * len(names)))
     else:
         # Plotly would read names that look like numbers or dates as such.
-        plot.update_xaxes(showgrid=False, type="category", range=ends)
+        plot.update_xaxes(type="category", range=[first, last], **ends)
     plot.update_layout(showlegend=len(panel.bars) > 1, barmode="group")
     room_for_legend(plot)
     return plot

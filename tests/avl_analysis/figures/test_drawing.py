@@ -357,3 +357,13 @@ def test_a_map_beside_charts_of_the_same_series_leaves_them_one_legend():
     legends = [part.legends for part in canvas.subfigs]
     assert [len(found) for found in legends] == [1, 0]  # below the last row of charts
     assert all(axes.get_legend() is None for axes in canvas.axes)
+
+
+@pytest.mark.parametrize("horizontal", [True, False])
+def test_bars_of_counted_things_are_whole(horizontal):
+    panel = replace(specs.bars(horizontal), category=Axis("hidden", "tokens"))
+    plot = draw_plotly.draw(panel)
+    axis = plot.layout.yaxis if horizontal else plot.layout.xaxis
+    assert sorted(axis.range) == [-0.5, 2.5]
+    assert axis.minallowed is None
+    assert (axis.range[0] > axis.range[1]) is horizontal  # the first one at the top
