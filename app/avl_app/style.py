@@ -19,8 +19,7 @@ _ALWAYS = """
   .stMainBlockContainer { padding-top: 4.6rem; }
   .st-key-token [role="radiogroup"] { max-height: 5.6rem; }
   /* The picture comes before the controls that change it. */
-  .st-key-ask > *:has(> .st-key-ask_controls) { order: 1; }
-  .st-key-ask > *:has(> .st-key-ask_words) { order: 2; }
+  .st-key-ask > *:has(> .st-key-ask_pictures) { order: -1; }
 }
 """
 _COLOURS = """

@@ -459,6 +459,10 @@ def test_on_a_telephone_the_picture_comes_early_and_nothing_is_covered(
     assert views["x"] + views["width"] <= 390
     picture = page.locator(".st-key-picture").bounding_box()
     assert picture["y"] + 100 < 844
+    # what changes the picture follows it, before what is seldom wanted
+    follow = [".st-key-layer", ".st-key-further", ".st-key-readers"]
+    places = [page.locator(key).bounding_box()["y"] for key in follow]
+    assert picture["y"] < places[0] < places[1] < places[2]
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     visitor.go("view=live&task=ocr", "What happens to every patch")
     assert page.locator('[data-testid="stElementToolbar"]:visible').count() == 0
