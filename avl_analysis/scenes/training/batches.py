@@ -36,6 +36,8 @@ from avl_analysis.scenes.world import COLUMNS, ROWS, SIZES, Scene
 
 ROW = 72
 ROWS_PER_PICTURE = 5
+SPELLED_ROW, SPELLED_ROWS_PER_PICTURE = 288, 2
+"""The same where answers are spelled letter by letter; no caption is longer."""
 MULTI_TURN = 0.17
 CAPTION_WEIGHT = 0.5
 LOOKS = tuple(f"{size} {shape}" for size in SIZES for shape in SHAPES)
@@ -82,6 +84,12 @@ def _word(word: str) -> tuple[int, ...]:
 def encode(text: str) -> list[int]:
     """Token ids of a text; word by word, which the tokenizer's splitting at spaces makes exact."""
     return [i for word in text.split() for i in _word(word)]
+
+
+def spell(text: str) -> list[int]:
+    """Token ids of a text in single letters, each word with the mark of its beginning in front."""
+    letters = [letter for word in text.split() for letter in f"▁{word}"]
+    return [int(i) for i in _TOKENIZER.convert_tokens_to_ids(letters)]
 
 
 def prefix_ids() -> list[int]:
@@ -135,15 +143,18 @@ class Batch:
     ]  # word group -> (B, 144) int64, index within the group, -1 where nothing is
 
 
-def branch(turns: list[questions.Question]) -> Branch:
-    """The tokens of a conversation after the picture; answers and their end marks are scored."""
+def branch(turns: list[questions.Question], spelled: bool = False) -> Branch:
+    """The tokens of a conversation after the picture; answers and their end marks are scored.
+
+    ``spelled`` cuts the words of answers into letters.
+    """
     ids: list[int] = []
     scored: list[int] = []
     for number, question in enumerate(turns):
         # The prefix ends with the user's mark and the picture, so the first turn brings none of its
         # own.
         ids += [*([_USER] if number else []), *encode(question.prompt), _ASSISTANT]
-        answer = [*encode(question.answer), _EOS]
+        answer = [*(spell if spelled else encode)(question.answer), _EOS]
         # Each position is scored on the token after it: the mark before the answer on its first
         # token, and the last token of the answer on the end mark.
         scored += range(len(ids) - 1, len(ids) - 1 + len(answer))
@@ -151,7 +162,7 @@ def branch(turns: list[questions.Question]) -> Branch:
     return Branch(tuple(ids), tuple(scored), tuple(question.task for question in turns))
 
 
-def _by_shape(rng: np.random.Generator, scene: Scene) -> Branch | None:
+def _by_shape(rng: np.random.Generator, scene: Scene, spelled: bool) -> Branch | None:
     """A question that finds its object by shape and never by colour or place.
 
     None after a few tries.
@@ -161,12 +172,16 @@ def _by_shape(rng: np.random.Generator, scene: Scene) -> Branch | None:
         # Compared below by how a word begins, so that plurals count as shapes too.
         words = question.prompt.strip("?.").split() if question else []
         if question and not set(words) & set(COLOURS) and any(w.startswith(SHAPES) for w in words):
-            return branch([question])
+            return branch([question], spelled)
     return None
 
 
 def _turns(
-    rng: np.random.Generator, scene: Scene, tasks: tuple[str, ...], odds: NDArray[np.float64]
+    rng: np.random.Generator,
+    scene: Scene,
+    tasks: tuple[str, ...],
+    odds: NDArray[np.float64],
+    spelled: bool,
 ) -> Branch | None:
     count = int(rng.integers(2, 5)) if rng.random() < MULTI_TURN else 1
     asked: dict[str, questions.Question] = {}
@@ -175,35 +190,45 @@ def _turns(
         if question:
             # By prompt, so that a conversation does not ask the same thing twice.
             asked[question.prompt] = question
-    return branch(list(asked.values())) if asked else None
+    return branch(list(asked.values()), spelled) if asked else None
 
 
 def lay(
-    rng: np.random.Generator, scene: Scene, mix: dict[str, float], by_shape: float = 0.0
+    rng: np.random.Generator,
+    scene: Scene,
+    mix: dict[str, float],
+    by_shape: float = 0.0,
+    spelled: bool = False,
 ) -> list[list[Branch]]:
     """Rows of branches for one scene: the caption first, then questions for as long as they fit.
 
-    ``by_shape`` is the share of questions that must find their object by its shape alone.
+    Args:
+        rng: source of the questions.
+        scene: what is asked about.
+        mix: task -> odds of being asked.
+        by_shape: share of questions that must find their object by its shape alone.
+        spelled: whether the words of answers are cut into letters.
     """
+    count, length = _rows(spelled)
     tasks, odds = tuple(mix), np.array(list(mix.values()))
     odds = odds / odds.sum()
-    rows: list[list[Branch]] = [[] for _ in range(ROWS_PER_PICTURE)]
-    room = [ROW] * ROWS_PER_PICTURE
+    rows: list[list[Branch]] = [[] for _ in range(count)]
+    room = [length] * count
     caption = questions.ask(rng, scene, "caption")
     extra = questions.ask(rng, scene, tasks[int(rng.integers(len(tasks)))])
     assert caption is not None
-    first = branch([caption])
+    first = branch([caption], spelled)
     if extra and rng.random() < 0.3:
-        both = branch([caption, extra] if rng.random() < 0.5 else [extra, caption])
+        both = branch([caption, extra] if rng.random() < 0.5 else [extra, caption], spelled)
         # A branch cannot be split over rows.
-        first = both if len(both.ids) <= ROW else first
+        first = both if len(both.ids) <= length else first
     rows[0].append(first)
     room[0] -= len(first.ids)
     misses = 0
     while misses < 3:
-        one = _by_shape(rng, scene) if rng.random() < by_shape else None
-        one = one or _turns(rng, scene, tasks, odds)
-        fitting = [i for i in range(ROWS_PER_PICTURE) if one and len(one.ids) <= room[i]]
+        one = _by_shape(rng, scene, spelled) if rng.random() < by_shape else None
+        one = one or _turns(rng, scene, tasks, odds, spelled)
+        fitting = [i for i in range(count) if one and len(one.ids) <= room[i]]
         if one is None or not fitting:
             misses += 1
             continue
@@ -212,6 +237,11 @@ def lay(
         rows[best].append(one)
         room[best] -= len(one.ids)
     return rows
+
+
+def _rows(spelled: bool) -> tuple[int, int]:
+    """Rows per picture, and their tokens."""
+    return (SPELLED_ROWS_PER_PICTURE, SPELLED_ROW) if spelled else (ROWS_PER_PICTURE, ROW)
 
 
 def patch_labels(scene: Scene) -> dict[str, NDArray[np.int64]]:
@@ -246,9 +276,10 @@ def patch_labels(scene: Scene) -> dict[str, NDArray[np.int64]]:
     return labels
 
 
-def pack(scenes: list[Scene], laid: list[list[list[Branch]]]) -> Batch:
-    """Arrays for scenes and their rows of branches."""
-    shape = (len(scenes), ROWS_PER_PICTURE, ROW)
+def pack(scenes: list[Scene], laid: list[list[list[Branch]]], spelled: bool = False) -> Batch:
+    """Arrays for scenes and their rows of branches; ``spelled`` as they were laid."""
+    count, length = _rows(spelled)
+    shape = (len(scenes), count, length)
     # Each (pictures, rows, tokens). Padding has the branch number -1, so no branch sees it, and
     # none of its positions is scored.
     ids, offsets = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -269,7 +300,7 @@ def pack(scenes: list[Scene], laid: list[list[list[Branch]]]) -> Batch:
                     n,
                 )
                 # Where the branch begins when (pictures, rows, tokens) is one axis.
-                flat = (b * ROWS_PER_PICTURE + r) * ROW + at
+                flat = (b * count + r) * length + at
                 scored += [flat + position for position in one.scored]
                 targets += [one.ids[position + 1] for position in one.scored]
                 weights += [CAPTION_WEIGHT if "caption" in one.turns else 1.0] * len(one.scored)
@@ -302,10 +333,18 @@ def make(
     mix: dict[str, float],
     most: int = 6,
     by_shape: float = 0.0,
+    spelled: bool = False,
 ) -> Batch:
-    """A batch of fresh scenes with up to ``most`` objects each.
+    """A batch of fresh scenes.
 
-    Questions are drawn by ``mix`` (task -> odds).
+    Args:
+        rng: source of scenes and questions.
+        pictures: how many scenes.
+        mix: task -> odds of being asked.
+        most: objects of a scene at most.
+        by_shape: share of questions that must find their object by its shape alone.
+        spelled: whether the words of answers are cut into letters.
     """
     scenes = [world.draw(rng, most) for _ in range(pictures)]
-    return pack(scenes, [lay(rng, scene, mix, by_shape) for scene in scenes])
+    laid = [lay(rng, scene, mix, by_shape, spelled) for scene in scenes]
+    return pack(scenes, laid, spelled)

@@ -82,6 +82,8 @@ class Settings:
     by_shape_latest: float = 0.82
     weight_decay: float = 0.1
     soften: float = 1.0
+    spelled: int = 0
+    """1: the words of answers are cut into letters."""
     seed: int = 0
 
 
@@ -178,12 +180,13 @@ class Trainer:
         pictures = s.early_pictures if share < s.early_share else s.pictures
         # `looked` is empty until the first look at held-out questions, so a resumed run is taken
         # for one that does not find objects yet, until it has looked.
+        spelled = bool(s.spelled)
         found = min(self.looked.get(task, 0.0) for task in ("colour", "where")) >= s.by_shape_until
         if not found and share < s.by_shape_latest:
-            return batches.make(rng, pictures, mix, s.easy_objects, s.by_shape)
+            return batches.make(rng, pictures, mix, s.easy_objects, s.by_shape, spelled)
         if share >= s.final_mix_from:
-            return batches.make(rng, pictures, batches.FINAL_MIX)
-        return batches.make(rng, pictures, mix, by_shape=0.1)
+            return batches.make(rng, pictures, batches.FINAL_MIX, spelled=spelled)
+        return batches.make(rng, pictures, mix, by_shape=0.1, spelled=spelled)
 
     def losses(self, batch: Batch, patches_only: bool) -> dict[str, Tensor]:
         # The parameters stay float32; their gradients pass back through this conversion.
@@ -265,7 +268,8 @@ class Trainer:
         for part in range(pictures // 16):
             # The same pictures at every look, other ones in every process.
             rng = np.random.default_rng([WATCH_SEED, self.rank, part])
-            batch = batches.make(rng, 16, {task: 1.0 for task in TASKS if task != "caption"})
+            mix, spelled = {task: 1.0 for task in TASKS if task != "caption"}, self.settings.spelled
+            batch = batches.make(rng, 16, mix, spelled=bool(spelled))
             image = packed.project(weights, packed.vision(weights, self.model.config, batch.pixels))
             hit = (
                 packed.decode(weights, self.model.config, image, batch).argmax(-1) == batch.targets

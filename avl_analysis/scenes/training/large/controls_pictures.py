@@ -1,8 +1,9 @@
-"""Controls that need pictures: losses on single patches, and words that move on to other objects.
+"""Controls that need pictures: losses on single patches, words in letters, steps of one phrase.
 
 ``python -m avl_analysis.scenes.training.large.controls_pictures labels --out FILE`` trains the
 shipped model further, once with the losses that gave it its patch labels and once without, on the
-same data from the same weights, and logs its attention. ``... phrases [--model FOLDER]`` compares
+same data from the same weights, and logs its attention. ``--only spelled`` trains it on the same
+scenes with the words of answers cut into letters. ``... phrases [--model FOLDER]`` compares
 the image tokens attended to by two steps that speak of one object with those of two that do not.
 """
 
@@ -40,10 +41,12 @@ FURTHER: dict[str, Any] = {
     "patches_only_minutes": 0.0,
     "by_shape_latest": 0.0,
 }
-LABELS = {
+LABELS: dict[str, dict[str, Any]] = {
     "with": {},
     "without": {"patch_weight": 0.0, "word_weight": 0.0},
+    "spelled": {"spelled": 1},
 }
+"""With and without the losses on single patches; "spelled" has them, and answers in letters."""
 
 
 def _eager(weights: dict[str, Tensor]) -> LlavaForConditionalGeneration:
@@ -59,7 +62,7 @@ def further(name: str, steps: int, every: int, log: Path, samples: int = 32) -> 
     """Train the shipped model further and log its attention every ``every`` steps.
 
     Args:
-        name: "with" or "without" the losses on single patches (``LABELS``).
+        name: which of ``LABELS``.
         steps: how many to make.
         every: steps between two measurements; the first is before any step.
         log: file of one JSON object a line.
@@ -77,7 +80,10 @@ def further(name: str, steps: int, every: int, log: Path, samples: int = 32) -> 
         if step % every == 0 or step == steps:
             # A copy with eager attention: the trainer's own kind does not return weights.
             attention = measure.image_attention(
-                _eager(trainer.model.state_dict()), processor, samples
+                _eager(trainer.model.state_dict()),
+                processor,
+                samples,
+                bool(trainer.settings.spelled),
             )
             line = {"control": name, "step": step, "losses": found} | attention
             line |= {"exact_match": trainer.watch(max(16, samples // 2))}

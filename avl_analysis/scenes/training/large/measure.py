@@ -22,6 +22,7 @@ from avl_analysis.scenes.language import ASSISTANT, conversation, load_processor
 from avl_analysis.scenes.questions import Question
 from avl_analysis.scenes.samples import SPLITS
 from avl_analysis.scenes.training import packed
+from avl_analysis.scenes.training.batches import spell
 from avl_analysis.scenes.training.large import conversations, texts
 from avl_analysis.scenes.training.large.forward import packed_logits, text_logits
 from avl_analysis.scenes.training.large.language import (
@@ -142,7 +143,10 @@ def caption_tokens(processor: LlavaProcessor, scene: Scene) -> list[str]:
 
 @torch.no_grad()
 def caption_attention(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, scene: Scene
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    scene: Scene,
+    spelled: bool = False,
 ) -> tuple[Tensor, range, int]:
     """Attention over a prompt and its caption (teacher forced), of either scenes model.
 
@@ -150,6 +154,7 @@ def caption_attention(
         model: with attention that returns weights ("eager").
         processor: the model's.
         scene: what is captioned.
+        spelled: whether the caption's words are cut into letters (of the small model's tokenizer).
 
     Returns:
         Weights (layers, heads, queries, keys), positions of the image tokens, row of the last
@@ -160,6 +165,10 @@ def caption_attention(
     text = processor.apply_chat_template([*conversation(question.prompt), answer])
     inputs = processor(text=text, images=scene.image, return_tensors="pt").to(model.device)
     ids = inputs["input_ids"][0, :-1]  # nothing is asked of the row of the end mark
+    if spelled:
+        mark = processor.tokenizer.convert_tokens_to_ids(ASSISTANT)
+        last = int((ids == mark).nonzero()[-1])
+        ids = torch.cat([ids[: last + 1], torch.tensor(spell(question.answer)).to(ids.device)])
     out = model(
         input_ids=ids[None],
         pixel_values=inputs["pixel_values"],
@@ -209,7 +218,10 @@ def describe_attention(weights: Tensor, image: range, last: int) -> dict[str, Te
 
 
 def image_attention(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, samples: int = 32
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    samples: int = 32,
+    spelled: bool = False,
 ) -> dict[str, Any]:
     """Attention while a caption is given (teacher forced), mean over held-out pictures.
 
@@ -217,10 +229,11 @@ def image_attention(
         model: with attention that returns weights ("eager").
         processor: the model's.
         samples: number of pictures, always the same ones.
+        spelled: whether the captions' words are cut into letters.
     """
     rng = np.random.default_rng([WATCH_SEED, 1])
     each = [
-        describe_attention(*caption_attention(model, processor, world.draw(rng)))
+        describe_attention(*caption_attention(model, processor, world.draw(rng), spelled))
         for _ in range(samples)
     ]
     stacked = {name: torch.stack([one[name] for one in each]) for name in each[0]}

@@ -11,7 +11,7 @@ from avl_analysis.scenes.training.large.language import PATCH, TOKENIZER
 
 SIZES: dict[str, Any] = {
     "width": 192,
-    "text_layers": 6,
+    "text_layers": 8,
     "vision_width": 160,
     "vision_layers": 4,
     "patch": PATCH,

@@ -18,8 +18,11 @@ from avl_analysis.scenes.language import pixel_values
 from avl_analysis.scenes.samples import TRAINING_SEED
 from avl_analysis.scenes.training.large import conversations, reader, texts
 from avl_analysis.scenes.training.large.conversations import TuningBatch
+from avl_analysis.scenes.training.large.language import IMAGE_TOKENS
 
 STAGES = ("text", "vision", "tune")
+HIDDEN_MOST = 0.6
+"""Largest share of a picture's image tokens that tuning hides from answers."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class StageSettings:
     tune_text_rows: int = 3
     text_weight: float = 0.3
     reader_weight: float = 0.5
+    hide: float = 0.0
+    """Share of tuning's pictures of which a random part of the image tokens, up to `HIDDEN_MOST`,
+    is hidden from the tokens that answer (the question still sees all), so that the model learns to
+    do with a part. Attention itself is in no loss."""
     seed: int = 0
     processes: int = 1
     workers: int = 0
@@ -74,6 +81,7 @@ class Step:
     pixels: Tensor | None = None  # (B, 3, 96, 96) float32
     labels: dict[str, Tensor] | None = None  # the reader's truth
     batch: TuningBatch | None = None
+    hidden: Tensor | None = None  # (B, I) bool, image tokens that answers do not see
 
     def to(self, device: torch.device) -> Step:
         """The same data on another device."""
@@ -82,6 +90,7 @@ class Step:
             None if self.pixels is None else self.pixels.to(device),
             self.labels and {group: label.to(device) for group, label in self.labels.items()},
             self.batch and self.batch.to(device),
+            None if self.hidden is None else self.hidden.to(device),
         )
 
 
@@ -113,4 +122,9 @@ class Steps(Dataset[Step]):
             found.labels = reader.labels(scenes)
             if self.stage == "tune":
                 found.batch = conversations.make(rng, scenes)
+                if s.hide:
+                    # Drawn last, so that scenes and questions are the same with and without it.
+                    share = rng.random(s.pictures) * HIDDEN_MOST * (rng.random(s.pictures) < s.hide)
+                    places = rng.random((s.pictures, IMAGE_TOKENS)) < share[:, None]
+                    found.hidden = torch.from_numpy(places)
         return found

@@ -132,7 +132,7 @@ class StageTrainer:
             found["reader"] = (1.0 if self.stage == "vision" else s.reader_weight, loss)
         if step.batch:
             image = packed.project(weights, features)
-            logits = packed_logits(weights, config, image, step.batch)
+            logits = packed_logits(weights, config, image, step.batch, step.hidden)
             found["answers"] = (1.0, mean_loss(logits, step.batch.ids, step.batch.weights))
         return found
 

@@ -21,6 +21,7 @@ from avl_analysis.scenes.training.large import (
     language,
     measure,
     reader,
+    steps,
     texts,
     train,
 )
@@ -441,3 +442,19 @@ def test_a_run_told_to_stop_saves_and_logs_its_last_step(
     assert signal.getsignal(signal.SIGTERM) == before
     assert train.read_log(tmp_path / "text.jsonl")[-1]["step"] == 2
     assert torch.load(tmp_path / "text.pt", weights_only=True)["step"] == 2
+
+
+def test_tuning_hides_a_part_of_some_pictures_and_changes_nothing_else() -> None:
+    plain, hiding = (
+        steps.Steps("tune", steps.StageSettings(pictures=8, hide=share), 0)[3]
+        for share in (0.0, 0.5)
+    )
+    assert plain.hidden is None
+    assert hiding.hidden is not None
+    assert torch.equal(plain.pixels, hiding.pixels)
+    assert torch.equal(plain.batch.ids, hiding.batch.ids)
+    shares = hiding.hidden.float().mean(1)
+    assert hiding.hidden.shape == (8, language.IMAGE_TOKENS)
+    assert (shares == 0).any()
+    assert (shares > 0).any()
+    assert (shares < steps.HIDDEN_MOST + 0.15).all()

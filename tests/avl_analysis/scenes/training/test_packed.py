@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from avl_analysis.scenes import questions, world
 from avl_analysis.scenes.training import batches, packed, train
 from avl_analysis.scenes.training.architecture import build_model
 from avl_analysis.scenes.training.muon import Muon, orthogonalise
@@ -169,3 +170,25 @@ def test_resuming_nothing_and_overwriting_a_run_are_refused(tmp_path) -> None:
     (tmp_path / "checkpoint.pt").touch()
     with pytest.raises(FileExistsError, match="--resume"):
         train.train(train.Settings(1.0, processes=1), tmp_path)
+
+
+def test_spelled_answers_are_letters_and_everything_else_stays() -> None:
+    rng = np.random.default_rng(7)
+    tokenizer = batches.build_tokenizer()
+    longest = 0
+    for _ in range(40):
+        scene = world.draw(rng)
+        question = questions.ask(rng, scene, "caption")
+        assert question is not None
+        whole, spelled = batches.branch([question]), batches.branch([question], spelled=True)
+        # The same question in front; in the answer single letters that say the same.
+        assert spelled.ids[: spelled.scored[0] + 1] == whole.ids[: whole.scored[0] + 1]
+        answer = [spelled.ids[position + 1] for position in spelled.scored[:-1]]
+        assert all(len(token) == 1 for token in tokenizer.convert_ids_to_tokens(answer))
+        assert tokenizer.decode(answer).strip() == question.answer
+        longest = max(longest, len(spelled.ids))
+    assert batches.ROW < longest <= batches.SPELLED_ROW
+    batch = batches.make(rng, 2, batches.LAST_MIX, spelled=True)
+    assert batch.ids.shape == (2, batches.SPELLED_ROWS_PER_PICTURE, batches.SPELLED_ROW)
+    flat = batch.ids.flatten()
+    assert torch.equal(flat[batch.scored + 1], batch.targets)
