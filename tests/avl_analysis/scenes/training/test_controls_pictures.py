@@ -55,10 +55,13 @@ def test_training_further_without_patch_labels_leaves_their_losses_out(tmp_path:
     for name in controls_pictures.LABELS:
         controls_pictures.further(name, steps=2, every=2, log=log, samples=2)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    with_labels, without = lines[:3], lines[3:]
+    with_labels, without, spelled = lines[:3], lines[3:6], lines[6:]
     assert with_labels[0]["settings"]["patch_weight"] == 1.0
     assert without[0]["settings"]["patch_weight"] == without[0]["settings"]["word_weight"] == 0.0
     # before the first step both are the shipped model; after two they differ
     assert with_labels[1]["keys95"] == without[1]["keys95"]
     assert with_labels[2]["losses"] != without[2]["losses"]
     assert {"overlap3", "sink_rate", "exact_match"} <= with_labels[2].keys()
+    # Answers in letters have the losses of the first, and steps between other tokens.
+    assert spelled[0]["settings"] == with_labels[0]["settings"] | {"spelled": 1}
+    assert spelled[1]["overlap1"] != with_labels[1]["overlap1"]
