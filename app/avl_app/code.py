@@ -325,8 +325,8 @@ def beside(files: Mapping[str, str], compared: str = "") -> tuple[str, str]:
         compared: code that gives a comparison as `result`; empty for none.
 
     Returns:
-        Code that reads it all, and the arguments that hand it to `Run` or `build`, each after a
-        comma; two empty texts where there is nothing.
+        Code that reads it all, to follow what gives the recording, and the arguments that hand it
+        to `Run` or `build`, each after a comma; two empty texts where there is nothing.
     """
     # The figure of the comparison itself is not what is shown here.
     before, arguments = compared.removesuffix(COMPARED), ", comparison=result" * bool(compared)
@@ -348,7 +348,8 @@ def beside(files: Mapping[str, str], compared: str = "") -> tuple[str, str]:
         lines.append(f"further = read_further({further!r})")
         arguments += ", further=further"
     read = "\n".join([*imports, "", *lines, ""]) if lines else ""
-    return "\n".join(part for part in (before, read) if part), arguments
+    # Each part begins a line of its own behind the code that gives the recording.
+    return "".join(f"\n{part}" for part in (before, read) if part), arguments
 
 
 def pattern(source: str, name: str, measured: tuple[str, str] = ("", "")) -> str:
@@ -362,7 +363,7 @@ def pattern(source: str, name: str, measured: tuple[str, str] = ("", "")) -> str
     read, arguments = measured
     return (
         source
-        + (f"\n{read}" if read else "")
+        + read
         + f"""
 from avl_analysis.figures.plot import Plot
 from avl_reports import fig_{name}
@@ -450,7 +451,7 @@ def report(source: str, measured: tuple[str, str] = ("", "")) -> str:
     read, arguments = measured
     return (
         source
-        + (f"\n{read}" if read else "")
+        + read
         + f"""
 from avl_reports.build import build
 

@@ -178,9 +178,9 @@ class Trainer:
         rng = np.random.default_rng([TRAINING_SEED + s.seed, self.rank, self.step])
         mix = batches.FIRST_MIX if share < s.last_mix_from else batches.LAST_MIX
         pictures = s.early_pictures if share < s.early_share else s.pictures
+        spelled = bool(s.spelled)
         # `looked` is empty until the first look at held-out questions, so a resumed run is taken
         # for one that does not find objects yet, until it has looked.
-        spelled = bool(s.spelled)
         found = min(self.looked.get(task, 0.0) for task in ("colour", "where")) >= s.by_shape_until
         if not found and share < s.by_shape_latest:
             return batches.make(rng, pictures, mix, s.easy_objects, s.by_shape, spelled)

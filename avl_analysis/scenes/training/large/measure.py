@@ -165,9 +165,9 @@ def caption_attention(
     text = processor.apply_chat_template([*conversation(question.prompt), answer])
     inputs = processor(text=text, images=scene.image, return_tensors="pt").to(model.device)
     ids = inputs["input_ids"][0, :-1]  # nothing is asked of the row of the end mark
+    mark = processor.tokenizer.convert_tokens_to_ids(ASSISTANT)
+    last = int((ids == mark).nonzero()[-1])
     if spelled:
-        mark = processor.tokenizer.convert_tokens_to_ids(ASSISTANT)
-        last = int((ids == mark).nonzero()[-1])
         ids = torch.cat([ids[: last + 1], torch.tensor(spell(question.answer)).to(ids.device)])
     out = model(
         input_ids=ids[None],
@@ -176,8 +176,6 @@ def caption_attention(
         use_cache=False,
     )
     image = (ids == model.config.image_token_id).nonzero()[:, 0].tolist()
-    mark = processor.tokenizer.convert_tokens_to_ids(ASSISTANT)
-    last = int((ids == mark).nonzero()[-1])
     return torch.cat(out.attentions).float(), range(image[0], image[-1] + 1), last
 
 
