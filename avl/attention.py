@@ -91,8 +91,9 @@ class AttentionCall:
             (batch, keys) or (batch, key/value heads, keys). None means key j is position j. May be
             set to a function that returns them; it is called before anything changes the keys.
         module: the attention module; `options` all further keyword arguments of the call.
-        coded_keys: reads the keys and values that were attended to as they are stored, in few bits,
-            and that `key` and `value` leave out in front; None if there are none. See `decode`.
+        all_keys: reads all keys and values that were attended to, where `key` and `value` are some
+            of them only: others may have been read where they are stored. None where they are all.
+            See `complete`.
     """
 
     forward: Forward
@@ -105,15 +106,13 @@ class AttentionCall:
     scaling: float
     options: dict[str, Any]
     key_positions: _KeyPositions = _KeyPositions()
-    coded_keys: Callable[[], tuple[Tensor, Tensor]] | None = None
+    all_keys: Callable[[], tuple[Tensor, Tensor]] | None = None
 
-    def decode(self) -> None:
-        """Put keys and values that were left out in front of `key` and `value`."""
-        if self.coded_keys is not None:
-            keys, values = self.coded_keys()
-            self.key = torch.cat([keys, self.key], 2)
-            self.value = torch.cat([values, self.value], 2)
-            self.coded_keys = None
+    def complete(self) -> None:
+        """Have `key` and `value` hold all that was attended to."""
+        if self.all_keys is not None:
+            self.key, self.value = self.all_keys()
+            self.all_keys = None
 
     @property
     def groups(self) -> int:
@@ -134,6 +133,11 @@ class AttentionCall:
         """(1 or batch, query heads, rows, keys) learned, per relative position (T5, Inkling)."""
         bias: Tensor | None = self.options.get("position_bias")
         return bias
+
+    @property
+    def plain(self) -> bool:
+        """Whether a decode step's weights are a softmax of scaled products and nothing else."""
+        return self.options.get("softcap") is None and self.options.get("s_aux") is None
 
     @property
     def causal(self) -> bool:
@@ -357,16 +361,11 @@ def attend_one_row(
     call: AttentionCall, empty: Tensor | None = None, tier: QuantizedTier | None = None
 ) -> tuple[Tensor, Tensor]:
     """Output and weights of a decode step; see `attend_with` for what is given and returned."""
-    plain = empty is None and not any(call.options.get(name) is not None for name in _BENDING)
-    if not plain or not compiled_for(call.query, call.key, call.value):
+    if empty is not None or not call.plain or not compiled_for(call.query, call.key, call.value):
         return attend_with(call, row_logits(call, tier), empty, tier)
     codes = None if tier is None else tier.codes()
     output, weights = row_attention(call.query, call.key, call.value, call.scaling, codes)
     return output.to(call.value.dtype), weights
-
-
-_BENDING = ("softcap", "s_aux")
-"""Options of a call that make a decode step's weights other than a softmax of scaled products."""
 
 
 def _in_kernels(one: Tensor, other: Tensor) -> bool:

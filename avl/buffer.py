@@ -22,7 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from avl.kernels.row_attention import NewKey, compiled_for, slot_attention
 from avl.kernels.slots import drop_worst, write_slot
+from avl.kernels.tables import SlotTable
 from avl.key_pages import KeyPages
 from avl.policies.base import Choice
 from avl.quantized_tier import QuantizedTier, Storage
@@ -102,7 +104,9 @@ class KeyBuffer:
     evictable: list[int] = field(default_factory=list)
     pages: KeyPages | None = None
     next_free_slot: Tensor | None = None
+    # Asked once, and again when a tensor was replaced.
     _fixed_sizes: tuple[int, int, int] | None = field(default=None, init=False)
+    _table: SlotTable | None = field(default=None, init=False)
 
     @classmethod
     def from_choice(
@@ -245,8 +249,11 @@ class KeyBuffer:
         """Whether any slot that a step reads is empty in some row."""
         # Padding that all rows share is not read at all (`first_used_slot`); only what one row has
         # and another has not must be masked.
-        if any(self.free_slots) or not refresh:
-            return any(self.free_slots)
+        return any(self.free_slots) or (refresh and self._padded)
+
+    @property
+    def _padded(self) -> bool:
+        """Whether a slot that only refreshes read is empty in some row."""
         width = self.quantized_width
         uneven = len(self.padding_slots) > 1 and len(set(self.padding_slots)) > 1
         return uneven or (width > 0 and min(self.quantized_held) < width)
@@ -269,6 +276,10 @@ class KeyBuffer:
         """
         first, coded = self.first_slot_read(refresh), self.coded_tier(refresh) is not None
         return self._read_from(first, refresh and not coded)
+
+    def decoded(self, *, refresh: bool) -> tuple[Tensor, Tensor]:
+        """`attended` with the keys and values of a `coded_tier`, which come first."""
+        return self._read_from(self.first_slot_read(refresh), refresh)
 
     def attended_positions(self, *, refresh: bool) -> Tensor:
         """(batch, heads, keys) sequence index of what a step reads.
@@ -517,6 +528,51 @@ class KeyBuffer:
         # A slot was added to every row if the buffer was extended, and one taken in every row.
         self.free_slots = [free + extend - 1 for free in self.free_slots]
 
+    def append_and_attend(
+        self,
+        query: Tensor,
+        new: tuple[Tensor, Tensor, int, float],
+        scaling: float,
+        *,
+        refresh: bool,
+    ) -> tuple[Tensor, Tensor] | None:
+        """`append`, and attention over what a step then reads, in one compiled call.
+
+        Args:
+            query: (batch, query heads, 1, head dim).
+            new: arguments of `append`.
+            scaling: factor on the products.
+            refresh: as in `attended`.
+
+        Returns:
+            Output and weights as of `row_attention`. None, and nothing was done, where it takes more
+            than one call: rows with other slots to leave out, pages, a tier that is not coded,
+            gradients, and where there is no compiled version.
+        """
+        key, value, position, arrival = new
+        free, tier = self.free_slots[0], self.quantized if refresh else None
+        # Afterwards no row may have a free slot: those would have to be masked.
+        even = free <= 1 and all(slots == free for slots in self.free_slots)
+        if not even or self.pages is not None or (refresh and self._padded):
+            return None
+        if (free and self.next_free_slot is None) or (tier is not None and tier.bits is None):
+            return None
+        if key.dtype != self.keys.dtype or not compiled_for(query, key, value):
+            return None
+        if free:
+            self.free_slots = [0] * len(self.free_slots)
+        else:
+            if self.filled == self.keys.shape[2]:
+                self._grow()
+            self.filled += 1
+        slots, self.next_free_slot = self.next_free_slot if free else None, None
+        if self._table is None:
+            self._table = SlotTable(self.keys, self.values, self.positions, self.scores)
+        written = NewKey(key, value, position, arrival, self.filled - 1, slots)
+        read = self.first_slot_read(refresh), self.filled
+        codes = None if tier is None else tier.codes()
+        return slot_attention(query, self._table, read, scaling, codes, written)
+
     def _write_last(self, key: Tensor, value: Tensor, position: int, arrival: float) -> None:
         """Write a key and value into the last slot of every row."""
         new = key, value, position, arrival
@@ -613,7 +669,7 @@ class KeyBuffer:
 
     def _select_rows(self, rows: Tensor, names: Sequence[str]) -> None:
         """Take rows of some tensors, and of everything that has one number per row."""
-        self._fixed_sizes = None
+        self._fixed_sizes = self._table = None
         for name in names:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.index_select(0, rows))
@@ -625,7 +681,8 @@ class KeyBuffer:
     def _grow(self) -> None:
         """Move to buffers with room for more, leaving behind slots in front that no row uses."""
         # Everything that counts slots moves by `front`: widths, spans and padding, below.
-        front, self._fixed_sizes = self.first_used_slot, None
+        front = self.first_used_slot
+        self._fixed_sizes = self._table = None
         capacity = roomy(self.filled - front)
         for name in ("keys", "values", "positions", "scores"):
             old = getattr(self, name)

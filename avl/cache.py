@@ -67,6 +67,9 @@ class AdaptiveLayer(CacheLayerMixin):
         buffer: what it holds; None until the prompt has passed and the policy has chosen.
         widths: heads, key width and value width of what the model caches.
         seen: tokens that passed this layer, padding included.
+        hands_over: whether a decode step's new key and value are written by the attention call, in
+            one with attention itself, and not by `update`. Only where the model attends to the very
+            tensors that its cache returns, as its prompt showed.
     """
 
     is_sliding = False
@@ -81,6 +84,8 @@ class AdaptiveLayer(CacheLayerMixin):
         self.buffer: KeyBuffer | None = None
         self.widths = (0, 0, 0)
         self.seen = 0
+        self.hands_over = False
+        self._returned_at = (0, 0)  # addresses of what `update` last returned as it came
 
     @property
     def filled_buffer(self) -> KeyBuffer:
@@ -107,7 +112,8 @@ class AdaptiveLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Take in new keys and values; returns what this pass attends to, held keys first.
 
-        Keys in few bits are left out of a decode step's, which attends to them as they are stored.
+        Keys in few bits are left out of a decode step's, which attends to them as they are stored;
+        where the layer `hands_over`, all but the new ones are.
 
         Args:
             key_states: (batch, key/value heads, new tokens, head dim).
@@ -131,15 +137,21 @@ class AdaptiveLayer(CacheLayerMixin):
         self.widths = (key_states.shape[1], key_states.shape[3], value_states.shape[3])
         self.seen = forward.start + forward.tokens
         # A prompt attends to all of itself; the policy chooses afterwards (`PrefillStep`).
-        if self.buffer is None:
+        decoding = forward.kind == "decode"
+        if self.buffer is None or (decoding and self.hands_over):
+            self._returned_at = key_states.data_ptr(), value_states.data_ptr()
             return key_states, value_states
-        if forward.kind == "decode":
+        if decoding:
             arrival = self.conversation.arrival
             self.buffer.append(key_states.detach(), value_states.detach(), forward.start, arrival)
             # The new key was appended first: a row always attends to its own token.
             return self.buffer.attended(refresh=self.conversation.is_refresh)
         keys, values = self.buffer.everything()
         return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+
+    def returned(self, key: Tensor, value: Tensor) -> bool:
+        """Whether these are, in memory, what `update` was given and returned as it was."""
+        return (key.data_ptr(), value.data_ptr()) == self._returned_at
 
     def get_seq_length(self) -> int:
         """Tokens seen, from which positions are computed; the number held is `buffer.held()`."""

@@ -85,25 +85,22 @@ class DecodeStep:
         if layer is None:
             return inner(call)
         buffer, refresh = layer.filled_buffer, self.conversation.is_refresh
-        # Keys of a tier of codes are attended to where they are stored and are not in `call.key`.
-        given, tier = buffer.slots_read(refresh), buffer.coded_tier(refresh)
-        if call.key.shape[2] != given:
-            raise UnsupportedModelError(
-                f"layer {call.layer} attends to {call.key.shape[2]} keys where its cache gave"
-                f" {given}; models that change keys behind the cache cannot be adapted"
-            )
-        if buffer.pages is not None:
-            return self._attend_pages(call, layer)
-        # `ragged` is known from numbers on the host: without empty slots nothing waits for the
-        # device, and no mask is built.
-        hidden = None
-        if buffer.ragged(refresh):
-            hidden = buffer.attended_positions(refresh=refresh) < 0
-        positions = partial(buffer.attended_positions, refresh=refresh)
         # Only a sparse step reads the same keys twice, and keeps their products for that.
-        sparse = self.cored is not None and self.cored.sparse
-        logits = row_logits(call, tier) if sparse else None
-        output, weights = self._read(call, positions, hidden, logits, tier)
+        sparse, logits = self.cored is not None and self.cored.sparse, None
+        found = None if sparse else self._append_and_attend(call, layer)
+        if found is None:
+            self._append(call, layer)
+            if buffer.pages is not None:
+                return self._attend_pages(call, layer)
+            # `ragged` is known from numbers on the host: without empty slots nothing waits for the
+            # device, and no mask is built.
+            hidden, tier = None, buffer.coded_tier(refresh)
+            if buffer.ragged(refresh):
+                hidden = buffer.attended_positions(refresh=refresh) < 0
+            positions = partial(buffer.attended_positions, refresh=refresh)
+            logits = row_logits(call, tier) if sparse else None
+            found = self._read(call, positions, hidden, logits, tier)
+        output, weights = found
         self.reads[layer.index] = buffer.reads(refresh=refresh)
         # The step is taken once more for outdated rows only; the others get the same result again,
         # as the keys they have not read before are hidden from them.
@@ -122,6 +119,51 @@ class DecodeStep:
         if self.policy.accumulates:
             self._weights[layer.index] = weights.detach()
         return output
+
+    def _append_and_attend(
+        self, call: AttentionCall, layer: AdaptiveLayer
+    ) -> tuple[Tensor, Tensor] | None:
+        """The usual step: the new key is written and the row attends, in one compiled call.
+
+        Returns:
+            Output and weights, as of `attend_with`; None, and nothing was done, where it takes more
+            than that.
+        """
+        if not layer.hands_over or not call.plain or not layer.returned(call.key, call.value):
+            return None
+        buffer, refresh = layer.filled_buffer, self.conversation.is_refresh
+        new = call.key, call.value, self.forward.start, self.conversation.arrival
+        found = buffer.append_and_attend(call.query, new, call.scaling, refresh=refresh)
+        if found is None:
+            return None
+        positions = partial(buffer.attended_positions, refresh=refresh)
+        call.all_keys = partial(buffer.decoded, refresh=refresh)
+        call.key_positions = partial(_without_heads, positions)
+        call.mask = None
+        output, weights = found
+        return output.to(call.value.dtype), weights
+
+    def _append(self, call: AttentionCall, layer: AdaptiveLayer) -> None:
+        """Have the call's keys be what the layer reads, its own new one included.
+
+        Raises:
+            UnsupportedModelError: the model attends to other keys than its cache returned.
+        """
+        buffer, refresh = layer.filled_buffer, self.conversation.is_refresh
+        # Keys of a tier of codes are attended to where they are stored and are not in `call.key`.
+        returned = 1 if layer.hands_over else buffer.slots_read(refresh)
+        changed = layer.hands_over and not layer.returned(call.key, call.value)
+        if changed or call.key.shape[2] != returned:
+            raise UnsupportedModelError(
+                f"layer {call.layer} attends to {call.key.shape[2]} keys that are not the"
+                f" {returned} its cache returned; models that change keys behind the cache cannot"
+                " be adapted"
+            )
+        if layer.hands_over:
+            new = call.key.detach(), call.value.detach()
+            buffer.append(*new, self.forward.start, self.conversation.arrival)
+            # The new key was appended first: a row always attends to its own token.
+            call.key, call.value = buffer.attended(refresh=refresh)
 
     @property
     def _ranks_at_refresh(self) -> bool:
@@ -148,7 +190,7 @@ class DecodeStep:
         Returns:
             Output and weights, as of `attend_with`.
         """
-        call.coded_keys = None if tier is None else tier.read
+        call.all_keys = None if tier is None else partial(_joined, tier, call.key, call.value)
         call.key_positions = partial(_without_heads, positions)
         call.mask = None if hidden is None else for_query_heads(~hidden, call)[:, :, None]
         if logits is None:
@@ -361,6 +403,12 @@ class DecodeStep:
         )
         positions = droppable.nonzero()[:, 0]
         return int(positions[-count]) if len(positions) >= count else 0
+
+
+def _joined(tier: QuantizedTier, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of a tier, then these."""
+    decoded_keys, decoded_values = tier.read()
+    return torch.cat([decoded_keys, keys], 2), torch.cat([decoded_values, values], 2)
 
 
 def _without_heads(positions: Callable[[], Tensor]) -> Tensor:

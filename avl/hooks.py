@@ -499,8 +499,8 @@ class AttentionHooks:
         call.key_positions = partial(_newest, call, call.key.shape[2])
         output = inner(call) if self.intervention is None else self.intervention.attend(call, inner)
         if self.observer is not None:
-            # The observer sees all keys, those that the intervention attended to as codes included.
-            call.decode()
+            # The observer sees all keys, those that the intervention read elsewhere included.
+            call.complete()
             self.observer.observe(call, output)
         return output
 

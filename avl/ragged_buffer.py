@@ -12,6 +12,7 @@ they did after the prompt.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,6 +151,10 @@ class RaggedBuffer(KeyBuffer):
         self.keys[entry] = key.flatten(0, 2)
         self.values[entry] = value.flatten(0, 2)
         self.free_slots = [free_slots - 1 for free_slots in self.free_slots]
+
+    def append_and_attend(self, *args: Any, **kwargs: Any) -> None:
+        """None: what is read is a copy, with slots that must be masked."""
+        return
 
     def _add_slot(self) -> None:
         """Give every head of every row one more slot."""

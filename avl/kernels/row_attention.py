@@ -7,30 +7,29 @@ sinks; here is what an ordinary decode step needs, compiled into one call.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from avl.kernels.backend import COMPILED, backend_for, on_threads
 from avl.kernels.row_products import head_parts
+from avl.kernels.tables import SlotTable, Table
 
 
-class Codes(NamedTuple):
+@dataclass(frozen=True)
+class Codes:
     """Keys and values in few bits as the compiled function takes them.
 
     Attributes:
-        arrays: codes of keys, groups, limits of keys, codes of values, limits of values.
-        key_bits, value_bits: of a code.
+        table: where they lie.
         width: keys.
         scratch: float32 numbers that a thread needs beside them.
     """
 
-    arrays: tuple[Any, ...]
-    key_bits: int
-    value_bits: int
+    table: Table
     width: int
     scratch: int
 
@@ -44,44 +43,63 @@ class Codes(NamedTuple):
         value_limits: Tensor,
         bits: tuple[int, int],
     ) -> Codes:
-        """Views of these tensors, on a processor, as `avl.kernels.codes` describes them.
+        """Of these tensors, on a processor, as `avl.kernels.codes` describes them.
 
         Args:
             keys: (batch, key/value heads, m, bytes).
-            groups: (batch, 1 or key/value heads, m).
+            groups: (batch, 1 or key/value heads, m) int16.
             key_limits: (batch, key/value heads, groups, 2, width) half precision.
             values: (batch, key/value heads, m, bytes).
             value_limits: (batch, key/value heads, m, groups of channels, 2) half precision.
             bits: of a key's and of a value's code.
         """
-        key_groups, width = key_limits.shape[2], key_limits.shape[4]
+        tensors = [part.contiguous() for part in (keys, groups, key_limits, values, value_limits)]
+        keys, groups, key_limits, values, value_limits = tensors
+        count, key_groups, width = keys.shape[2], key_limits.shape[2], key_limits.shape[4]
         value_groups = value_limits.shape[3]
-        folded = key_groups * keys.shape[3] * (8 // bits[0])
-        limits = key_groups * 2 * width + keys.shape[2] * value_groups * 2
-        # numba has no half precision: limits come as their bits, and are converted head by head, so
-        # that no second copy of them is ever held.
-        halves = (limit.contiguous().view(torch.uint16) for limit in (key_limits, value_limits))
-        of_keys, of_values = (limit.numpy() for limit in halves)
-        coded = (part.contiguous().numpy() for part in (keys, groups, values))
-        stored_keys, group, stored_values = coded
-        return cls(
-            (stored_keys, group, of_keys, stored_values, of_values),
+        numbers = (
+            count,
             *bits,
-            keys.shape[2],
-            limits + folded + max(key_groups, value_groups),
+            keys.data_ptr(),
+            keys.shape[3],
+            groups.data_ptr(),
+            groups.shape[1],
+            key_groups,
+            key_limits.data_ptr(),
+            values.data_ptr(),
+            values.shape[3],
+            value_limits.data_ptr(),
+            value_groups,
         )
+        # Limits in float32, which are made head by head, so that no second copy of them is ever
+        # held; a query with the limits of each group; and a number for each group.
+        limits = key_groups * 2 * width + count * value_groups * 2
+        folded = key_groups * keys.shape[3] * (8 // bits[0])
+        scratch = limits + folded + max(key_groups, value_groups)
+        return cls(Table(numbers, tensors), count, scratch)
 
 
-def _no_codes() -> Codes:
-    """Arrays of the same types without a key: numba compiles anew for every other type."""
-    with torch.inference_mode(False):
-        stored = torch.zeros(1, 1, 0, 1, dtype=torch.uint8)
-        limits = torch.zeros(1, 1, 0, 2, 0).half(), torch.zeros(1, 1, 0, 0, 2).half()
-        groups = torch.zeros(1, 1, 0, dtype=torch.int16)
-        return Codes.of(stored, groups, limits[0], stored, limits[1], (8, 8))
+@dataclass(slots=True)
+class NewKey:
+    """A key and value of each row and head, to be written before they are attended to.
+
+    Attributes:
+        key: (batch, key/value heads, 1, width).
+        value: (batch, key/value heads, 1, width of a value).
+        position: sequence index of the token.
+        score: what the key starts with.
+        slot: where it is written.
+        slots: (batch, position heads, 1) int64, where each head writes instead; or None.
+    """
+
+    key: Tensor
+    value: Tensor
+    position: int
+    score: float
+    slot: int
+    slots: Tensor | None = None
 
 
-_NO_CODES = _no_codes()
 _LIKE = {
     torch.float32: torch.zeros(0).numpy(),
     torch.bfloat16: torch.zeros(0, dtype=torch.uint16).numpy(),
@@ -115,46 +133,61 @@ def row_attention(
         Sums (batch, 1, query heads, width of a value) and weights (batch, key/value heads, query
             heads of each, keys), those of the codes first; float32.
     """
-    attend = _attend()
-    batch, heads, _, width = query.shape
-    kv_heads, full, value_width = keys.shape[1], keys.shape[2], values.shape[3]
     # No copies, where they are as attention layers make them: one row of a head follows another.
-    # Held until the call is over: the compiled function gets addresses.
+    keys, values = (part if part.stride(3) == 1 else part.contiguous() for part in (keys, values))
+    return slot_attention(query, SlotTable(keys, values), (0, keys.shape[2]), scaling, codes)
+
+
+def slot_attention(
+    query: Tensor,
+    table: SlotTable,
+    slots: tuple[int, int],
+    scaling: float,
+    codes: Codes | None = None,
+    new: NewKey | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`row_attention` over some slots of a buffer, and writing a new key there before.
+
+    Args:
+        query: (batch, query heads, 1, width), a multiple of the key/value heads.
+        table: of the buffer.
+        slots: first slot that is read, and the one behind the last.
+        scaling: factor on the products.
+        codes: keys and values in front of those in the slots.
+        new: what is written first, of the buffer's own type; None: nothing.
+
+    Returns:
+        As of `row_attention`.
+    """
+    attend, (first, last), heads = _attend(), slots, query.shape[1]
+    kv_heads, batch = table.kv_heads, table.batch
+    shared, like = heads // kv_heads, _LIKE[table.dtype]
+    coded, codes_at = (0, 0) if codes is None else (codes.width, codes.table.address)
+    # Held until the call is over, as the compiled function gets addresses. Nothing is copied where
+    # it is as attention layers make it.
     query = query.float().contiguous()
-    keys, key_strides = _in_rows(keys)
-    values, value_strides = _in_rows(values)
-    own = _NO_CODES if codes is None else codes
-    shared = heads // kv_heads
-    # Every weight is written; output is added to.
-    weights = torch.empty(batch, kv_heads, shared, own.width + full, dtype=torch.float32)
-    output = torch.zeros(batch, 1, heads, value_width, dtype=torch.float32)
-    arguments = (
-        kv_heads,
-        shared,
-        _LIKE[keys.dtype],
-        full,
-        query.data_ptr(),
-        scaling / math.log(2),
-        width,
-        keys.data_ptr(),
-        key_strides,
-        value_width,
-        values.data_ptr(),
-        value_strides,
-        own.arrays,
-        own.key_bits,
-        own.value_bits,
-    )
+    written: tuple[Any, ...] = 0, 0, 0, 0, 0, 0.0
+    if new is not None:
+        key, value, where = new.key.contiguous(), new.value.contiguous(), new.slots
+        where_at = 0 if where is None else where.data_ptr()
+        written = (
+            key.data_ptr(), value.data_ptr(), where_at, new.slot, new.position, float(new.score)
+        )
+    weights = torch.empty(batch, kv_heads, shared, coded + last - first, dtype=torch.float32)
+    output = torch.empty(batch, 1, heads, table.value_width, dtype=torch.float32)
+    of_table = like, table.address, codes_at, coded
+    of_query = first, last, query.data_ptr(), shared, scaling / math.log(2)
     results = weights.data_ptr(), output.data_ptr()
 
-    def some(part: Any) -> None:
-        scratch = _LIKE[torch.float32]  # nothing
-        if own.scratch:
-            scratch = torch.zeros(own.scratch, dtype=torch.float32).numpy()
-        attend(part, *arguments, scratch, *results)
+    def some(part: tuple[int, int]) -> None:
+        scratch_at = 0
+        if codes is not None:
+            scratch = torch.zeros(codes.scratch, dtype=torch.float32)
+            scratch_at = scratch.data_ptr()
+        attend(*part, *of_table, *written, *of_query, scratch_at, *results)
 
     # As many threads as there is work for: a small model's step is over before a thread starts.
-    size = batch * kv_heads * (own.width + full) * width
+    size = batch * kv_heads * (coded + last - first) * table.width
     on_threads(some, head_parts(batch * kv_heads, size))
     return output, weights
 
@@ -165,10 +198,3 @@ def _attend() -> Any:
     from avl.kernels.row_attention_compiled import attend
 
     return attend
-
-
-def _in_rows(tensor: Tensor) -> tuple[Tensor, Sequence[int]]:
-    """A tensor whose last numbers lie side by side, and the strides of the other dimensions."""
-    if tensor.stride(3) != 1:
-        tensor = tensor.contiguous()
-    return tensor, tensor.stride()[:3]

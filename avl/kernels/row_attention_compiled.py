@@ -1,8 +1,8 @@
 """A decode step's attention in one call; `row_attention.py` says what is computed.
 
 In one call, because a decode step of a small model is a matter of how often Python is asked: as
-operations of torch, a row's attention takes some twenty of them. For the same reason tensors come
-as addresses.
+operations of torch, writing a key and attending to all takes some thirty of them. For the same
+reason tensors come as addresses, most of them in tables (`tables.py`).
 
 Index spaces: a head is found by `flat`, which counts the key/value heads of all rows of the batch
 one after another, so that threads can share them whatever the batch is; `row` and `own` are its row
@@ -12,11 +12,39 @@ are counted with those in few bits first.
 
 from __future__ import annotations
 
-from numba import carray, float32, int32
+from numba import carray, float32, int16, int32, int64, uint8, uint16
 
 from avl.kernels import codes_compiled, row_products_compiled
 from avl.kernels.compiled import bits_of, compiled, from_bits, pointer
 from avl.kernels.prompt_rows_compiled import exponentials, largest
+from avl.kernels.tables import (
+    CAPACITY,
+    CODE_FIELDS,
+    CODED,
+    CODED_KEYS_AT,
+    CODED_VALUES_AT,
+    GROUP_HEADS,
+    GROUPS_AT,
+    KEY_BITS,
+    KEY_BYTES,
+    KEY_GROUPS,
+    KEY_LIMITS_AT,
+    KEY_STRIDES,
+    KEYS_AT,
+    KV_HEADS,
+    POSITION_HEADS,
+    POSITIONS_AT,
+    SCORES_AT,
+    SLOT_FIELDS,
+    VALUE_BITS,
+    VALUE_BYTES,
+    VALUE_GROUPS,
+    VALUE_LIMITS_AT,
+    VALUE_STRIDES,
+    VALUE_WIDTH,
+    VALUES_AT,
+    WIDTH,
+)
 
 
 @compiled
@@ -47,114 +75,182 @@ def _from_half(target, source):
 
 
 @compiled
+def _copy(target, source):
+    for place in range(source.shape[0]):
+        target[place] = source[place]
+
+
+@compiled
+def _know(table, row, own, slot, position, score):
+    """Write what is known of a head's new key; heads beyond those of the positions write nothing.
+
+    Positions and scores may be one for all heads, keys and values never are.
+    """
+    heads, capacity = table[POSITION_HEADS], table[CAPACITY]
+    if own >= heads:
+        return
+    place = (row * heads + own) * capacity
+    carray(pointer(table[POSITIONS_AT] + 4 * place), (capacity,), int32)[slot] = position
+    if table[SCORES_AT] != 0:
+        carray(pointer(table[SCORES_AT] + 4 * place), (capacity,), float32)[slot] = score
+
+
+@compiled
+def _attend_to_codes(query, weights, output, codes_at, row, kv_heads, own, factor, scratch_at):
+    """Weights of all keys of a head, and the part of the output that keys in few bits have.
+
+    Args:
+        query: (query heads, width).
+        weights: (query heads, m + count); the products of the keys in full are there.
+        output: (query heads, value width), zeros, where values are added.
+        codes_at: address of a table of codes.
+        row: of the batch; kv_heads: heads of a row; own: number of the head among them.
+        factor: of the softmax times log2(e).
+        scratch_at: address of as many float32 numbers as `Codes.scratch` says, zeros at first.
+    """
+    table = carray(pointer(codes_at), (CODE_FIELDS,), int64)
+    coded, key_bits, value_bits = table[CODED], table[KEY_BITS], table[VALUE_BITS]
+    key_groups, value_groups, width = table[KEY_GROUPS], table[VALUE_GROUPS], query.shape[1]
+    flat, of_keys, of_values = row * kv_heads + own, key_groups * 2 * width, coded * value_groups * 2
+    stored = table[KEY_BYTES]
+    keys = carray(
+        pointer(table[CODED_KEYS_AT] + flat * coded * stored), (coded, stored), uint8
+    )
+    filled = stored * (8 // key_bits)
+    stored = table[VALUE_BYTES]
+    values = carray(
+        pointer(table[CODED_VALUES_AT] + flat * coded * stored), (coded, stored), uint8
+    )
+    # One set of groups may stand for all heads of a row.
+    line = row * table[GROUP_HEADS] + min(own, table[GROUP_HEADS] - 1)
+    groups = carray(pointer(table[GROUPS_AT] + 2 * line * coded), (coded,), int16)
+    key_limits = carray(pointer(table[KEY_LIMITS_AT] + 2 * flat * of_keys), (of_keys,), uint16)
+    value_limits = carray(
+        pointer(table[VALUE_LIMITS_AT] + 2 * flat * of_values), (of_values,), uint16
+    )
+    # Limits are read in float32 by all queries that share the head: converted once.
+    wide_key_limits = carray(pointer(scratch_at), (key_groups, 2, width), float32)
+    _from_half(wide_key_limits.reshape(of_keys), key_limits)
+    scratch_at += 4 * of_keys
+    wide_value_limits = carray(pointer(scratch_at), (coded, value_groups, 2), float32)
+    _from_half(wide_value_limits.reshape(of_values), value_limits)
+    scratch_at += 4 * of_values
+    # Padded to full bytes with zeros, which no call writes to.
+    folded = carray(pointer(scratch_at), (key_groups, filled), float32)
+    scratch_at += 4 * key_groups * filled
+    constants = carray(pointer(scratch_at), (max(key_groups, value_groups),), float32)
+    for head in range(query.shape[0]):
+        codes_compiled.score_head(
+            query[head],
+            keys,
+            groups,
+            wide_key_limits,
+            key_bits,
+            weights[head, :coded],
+            folded,
+            constants,
+        )
+        # One softmax over both kinds of keys, whose weights lie side by side: nothing is joined.
+        _softmax(weights[head], factor)
+        codes_compiled.weighted_head(
+            weights[head, :coded],
+            values,
+            wide_value_limits,
+            value_bits,
+            output[head],
+            constants[:value_groups],
+        )
+
+
+@compiled
 def attend(
-    heads,
-    kv_heads,
-    shared,
+    first_head,
+    last_head,
     like,
-    count,
+    table_at,
+    codes_at,
+    coded,
+    new_key_at,
+    new_value_at,
+    slots_at,
+    slot,
+    position,
+    score,
+    first,
+    last,
     query_at,
+    shared,
     factor,
-    width,
-    keys_at,
-    key_strides,
-    value_width,
-    values_at,
-    value_strides,
-    codes,
-    key_bits,
-    value_bits,
-    scratch,
+    scratch_at,
     weights_at,
     output_at,
 ):
-    """Weights and sums of values of one query row per row of the batch.
+    """Write a new key and value of each head, then attend to keys of one query row of each.
 
     Args:
-        heads: (n,) which flat heads.
-        kv_heads: key/value heads of a row; shared: query heads of each.
+        first_head: the first of the flat heads to work on; last_head: the one behind the last.
         like: an array of the keys' and values' type.
-        count: keys and values of a head.
+        table_at: address of a table of slots.
+        codes_at: address of a table of codes; 0 where there are none.
+        coded: keys in few bits.
+        new_key_at: address of (rows * key/value heads, width) new keys; 0: none is written.
+        new_value_at: address of (rows * key/value heads, value width) new values.
+        slots_at: address of (rows, position heads) int64, the slots that are written; 0: all heads
+            write to `slot`.
+        position: of the new token; score: what its key starts with.
+        first: first slot that is read; last: the one behind the last.
         query_at: address of (rows * query heads, width) float32.
+        shared: query heads of each key/value head.
         factor: scaling times log2(e).
-        width: of a key.
-        keys_at: address of the first key; key_strides from row to row, head to head, key to key.
-        value_width, values_at, value_strides: likewise.
-        codes: arrays of keys and values in few bits: keys (batch, key/value heads, m, bytes),
-            groups (batch, 1 or key/value heads, m), limits of keys (batch, key/value heads,
-            groups, 2, width) as 16 bits each, values, and their limits (batch, key/value heads, m,
-            groups of channels, 2), likewise; m is 0 where there are none.
-        key_bits, value_bits: of a code.
-        scratch: (n,) float32, as `scratch_size` says; 0 where bytes are not full of codes.
-        weights_at: address of (rows * query heads, m + count) float32.
-        output_at: address of (rows * query heads, value_width) float32, zeros.
+        scratch_at: as in `_attend_to_codes`.
+        weights_at: address of (rows * query heads, coded + last - first) float32.
+        output_at: address of (rows * query heads, value width) float32.
     """
-    coded_keys, groups, key_limits, coded_values, value_limits = codes
-    coded, factor32 = coded_keys.shape[2], float32(factor)
-    key_groups, value_groups = key_limits.shape[2], value_limits.shape[3]
-    filled = coded_keys.shape[3] * (8 // key_bits)
-    # Where each part of the scratch memory begins.
-    of_values = key_groups * 2 * width
-    folded_at = of_values + coded * value_groups * 2
-    constants_at = folded_at + key_groups * filled
-    for at in range(heads.shape[0]):
-        flat = heads[at]
+    table = carray(pointer(table_at), (SLOT_FIELDS,), int64)
+    kv_heads, width, value_width = table[KV_HEADS], table[WIDTH], table[VALUE_WIDTH]
+    key_step, value_step = table[KEY_STRIDES + 2], table[VALUE_STRIDES + 2]
+    count, factor32, size = coded + last - first, float32(factor), like.itemsize
+    for flat in range(first_head, last_head):
         row, own = flat // kv_heads, flat % kv_heads
-        first = flat * shared  # query head, counted over all rows of the batch
-        query = carray(pointer(query_at + 4 * first * width), (shared, width), float32)
-        weights = carray(
-            pointer(weights_at + 4 * first * (coded + count)), (shared, coded + count), float32
-        )
-        output = carray(
-            pointer(output_at + 4 * first * value_width), (shared, value_width), float32
-        )
-        first_key = row * key_strides[0] + own * key_strides[1]
-        first_value = row * value_strides[0] + own * value_strides[1]
-        # From the first key of all to the head's last: slices are checked against the length.
+        # From the head's first key to its last: slices are checked against the length.
+        place = row * table[KEY_STRIDES] + own * table[KEY_STRIDES + 1]
         keys = carray(
-            pointer(keys_at), (first_key + (count - 1) * key_strides[2] + width,), like.dtype
+            pointer(table[KEYS_AT] + size * place), ((last - 1) * key_step + width,), like.dtype
         )
+        place = row * table[VALUE_STRIDES] + own * table[VALUE_STRIDES + 1]
         values = carray(
-            pointer(values_at),
-            (first_value + (count - 1) * value_strides[2] + value_width,),
+            pointer(table[VALUES_AT] + size * place),
+            ((last - 1) * value_step + value_width,),
             like.dtype,
         )
-        row_products_compiled.score_head(query, keys, first_key, key_strides[2], weights[:, coded:])
-        # One softmax over both kinds of keys, whose weights lie side by side: nothing is joined.
-        if coded == 0:
+        if new_key_at != 0:
+            if slots_at != 0:
+                heads = table[POSITION_HEADS]
+                line = row * heads + min(own, heads - 1)
+                slot = carray(pointer(slots_at), (line + 1,), int64)[line]
+            new = carray(pointer(new_key_at + size * flat * width), (width,), like.dtype)
+            _copy(keys[slot * key_step : slot * key_step + width], new)
+            new = carray(
+                pointer(new_value_at + size * flat * value_width), (value_width,), like.dtype
+            )
+            _copy(values[slot * value_step : slot * value_step + value_width], new)
+            _know(table, row, own, slot, position, float32(score))
+        head = flat * shared  # the first query head, counted over all rows of the batch
+        query = carray(pointer(query_at + 4 * head * width), (shared, width), float32)
+        weights = carray(pointer(weights_at + 4 * head * count), (shared, count), float32)
+        output = carray(
+            pointer(output_at + 4 * head * value_width), (shared, value_width), float32
+        )
+        output[:] = float32(0.0)
+        own_weights = weights[:, coded:]
+        row_products_compiled.score_head(query, keys, first * key_step, key_step, own_weights)
+        if codes_at == 0:
             for head in range(shared):
                 _softmax(weights[head], factor32)
         else:
-            # Limits are read in float32 by all queries that share the head: converted once.
-            halves = scratch[:of_values]
-            _from_half(halves, key_limits[row, own].reshape(of_values))
-            limits_of_keys = halves.reshape((key_groups, 2, width))
-            halves = scratch[of_values:folded_at]
-            _from_half(halves, value_limits[row, own].reshape(folded_at - of_values))
-            limits_of_values = halves.reshape((coded, value_groups, 2))
-            # Padded to full bytes with zeros, which no call writes to.
-            folded = scratch[folded_at:constants_at].reshape((key_groups, filled))
-            constants = scratch[constants_at:]
-            for head in range(shared):
-                codes_compiled.score_head(
-                    query[head],
-                    coded_keys[row, own],
-                    groups[row, min(own, groups.shape[1] - 1)],
-                    limits_of_keys,
-                    key_bits,
-                    weights[head, :coded],
-                    folded,
-                    constants,
-                )
-                _softmax(weights[head], factor32)
-                codes_compiled.weighted_head(
-                    weights[head, :coded],
-                    coded_values[row, own],
-                    limits_of_values,
-                    value_bits,
-                    output[head],
-                    constants[:value_groups],
-                )
+            _attend_to_codes(
+                query, weights, output, codes_at, row, kv_heads, own, factor32, scratch_at
+            )
         row_products_compiled.weighted_head(
-            weights[:, coded:], values, first_value, value_strides[2], output
+            own_weights, values, first * value_step, value_step, output
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -108,12 +108,12 @@ def _compiled(name: str, rows: Tensor, source: Tensor, result: Tensor) -> Tensor
     function, heads = getattr(row_products_compiled, name), len(source)
     flat, strides = flat_view(source)
     arrays = rows.contiguous().numpy(), flat, strides, len(rows) // heads, result.numpy()
-    on_threads(lambda some: function(some, *arrays), head_parts(heads, source.numel()))
+    on_threads(lambda part: function(*part, *arrays), head_parts(heads, source.numel()))
     return result
 
 
-def head_parts(heads: int, size: int) -> Sequence[Any]:
-    """Numbers of all heads, in as many parts as it pays to have threads.
+def head_parts(heads: int, size: int) -> Sequence[tuple[int, int]]:
+    """First of some heads and the one behind their last, in as many parts as it pays to have.
 
     Args:
         heads: how many.
@@ -123,7 +123,7 @@ def head_parts(heads: int, size: int) -> Sequence[Any]:
 
 
 @lru_cache(64)
-def _parts(heads: int, parts: int) -> Sequence[Any]:
-    """Arrays of head numbers; the same ones at every step of a generation."""
-    with torch.inference_mode(False):
-        return [some.numpy() for some in torch.arange(heads).tensor_split(parts)]
+def _parts(heads: int, parts: int) -> Sequence[tuple[int, int]]:
+    """`heads` in equal parts; the same ones at every step of a generation."""
+    ends = [heads * part // parts for part in range(parts + 1)]
+    return list(pairwise(ends))

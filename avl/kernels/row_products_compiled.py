@@ -40,20 +40,20 @@ def score_head(query, keys, start, step, result):
 
 
 @compiled
-def products(heads, query, keys, strides, shared, result):
+def products(first, last, query, keys, strides, shared, result):
     """Products of queries with keys.
 
     Args:
-        heads: (n,) which key/value heads.
+        first: the first key/value head to work on; last: the one behind the last.
         query: (query heads, width) float32.
         keys: flat view of the keys' memory, bfloat16 numbers as their 16 bits.
         strides: of key/value heads and of keys in it.
         shared: query heads per key/value head.
         result: (query heads, keys) float32.
     """
-    for at in range(heads.shape[0]):
-        own = slice(heads[at] * shared, (heads[at] + 1) * shared)
-        score_head(query[own], keys, heads[at] * strides[0], strides[1], result[own])
+    for head in range(first, last):
+        own = slice(head * shared, (head + 1) * shared)
+        score_head(query[own], keys, head * strides[0], strides[1], result[own])
 
 
 @compiled
@@ -111,17 +111,17 @@ def weighted_head(weights, values, start, step, result):
 
 
 @compiled
-def sums(heads, weights, values, strides, shared, result):
+def sums(first, last, weights, values, strides, shared, result):
     """Sums of values by weights; values whose weight is 0 may be left unread.
 
     Args:
-        heads: (n,) which key/value heads.
+        first: the first key/value head to work on; last: the one behind the last.
         weights: (query heads, values) float32.
         values: flat view of the values' memory, bfloat16 numbers as their 16 bits.
         strides: of key/value heads and of values in it.
         shared: query heads per key/value head.
         result: (query heads, width) float32, zeros.
     """
-    for at in range(heads.shape[0]):
-        own = slice(heads[at] * shared, (heads[at] + 1) * shared)
-        weighted_head(weights[own], values, heads[at] * strides[0], strides[1], result[own])
+    for head in range(first, last):
+        own = slice(head * shared, (head + 1) * shared)
+        weighted_head(weights[own], values, head * strides[0], strides[1], result[own])
