@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from avl.kernels.row_attention import NewKey, compiled_for, slot_attention
+from avl.kernels.row_attention import NewKey, compiled_for, gradients_wanted, slot_attention
 from avl.kernels.slots import drop_worst, write_slot
 from avl.kernels.tables import SlotTable
 from avl.key_pages import KeyPages
@@ -557,7 +557,9 @@ class KeyBuffer:
             return None
         if (free and self.next_free_slot is None) or (tier is not None and tier.bits is None):
             return None
-        if key.dtype != self.keys.dtype or not compiled_for(query, key, value):
+        if key.dtype != self.keys.dtype or gradients_wanted(query, key, value):
+            return None
+        if self._table is None and not compiled_for(query, key, value):
             return None
         if free:
             self.free_slots = [0] * len(self.free_slots)

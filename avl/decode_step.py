@@ -141,7 +141,7 @@ class DecodeStep:
         call.key_positions = partial(_without_heads, positions)
         call.mask = None
         output, weights = found
-        return output.to(call.value.dtype), weights
+        return output if call.value.dtype == output.dtype else output.to(call.value.dtype), weights
 
     def _append(self, call: AttentionCall, layer: AdaptiveLayer) -> None:
         """Have the call's keys be what the layer reads, its own new one included.

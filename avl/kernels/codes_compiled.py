@@ -12,11 +12,19 @@ from __future__ import annotations
 
 from numba import float32, int32, njit, uint8
 
-from avl.kernels.compiled import as_float32, compiled, larger, nearest, smaller
+from avl.kernels.compiled import SUMMING, as_float32, compiled, larger, nearest, smaller
 
 exact = njit(nogil=True, cache=True, error_model="numpy")
 """Like `compiled`, with every operation as written: what is stored must not depend on who stored
 it.
+"""
+
+
+inlined = njit(inline="always", fastmath=SUMMING, error_model="numpy")
+"""Compiled as part of its callers, so that a loop's length can be a number that a caller writes out.
+
+Of a loop of unknown length LLVM takes 64 steps at once, and does 32 or 16 one by one. And only where
+the length is known do sums over many keys stay in registers.
 """
 
 
@@ -66,7 +74,7 @@ def channel_extremes(pairs, source, strides, index, group_size, low, high, scrat
 
 @exact
 def _extremes_of_32(numbers):
-    """Like `_extremes`; why there is one for 32 numbers, `_add_32_codes` says."""
+    """Like `_extremes`; why there is one for 32 numbers, `inlined` says."""
     low, high = numbers[0], numbers[0]
     for place in range(32):
         low, high = smaller(low, numbers[place]), larger(high, numbers[place])
@@ -106,7 +114,7 @@ def _round(codes, numbers, low, step, most):
 
 @exact
 def _round_32(codes, numbers, low, step, most):
-    """Like `_round_alike`; why there is one for 32 numbers, `_add_32_codes` says."""
+    """Like `_round_alike`; why there is one for 32 numbers, `inlined` says."""
     divisor = larger(step, float32(1e-12))
     for channel in range(32):
         code = nearest((numbers[channel] - low) / divisor)
@@ -199,54 +207,6 @@ def _dot_eight(stored, query):
 
 
 @compiled
-def _dot_four(stored, one, other):
-    total = float32(0.0)
-    for byte in range(stored.shape[0]):
-        pair = int32(stored[byte])
-        total += (
-            float32(int32(pair & int32(15))) * one[byte]
-            + float32(int32(pair >> int32(4))) * other[byte]
-        )
-    return total
-
-
-@compiled
-def _dot_two(stored, first, second, third, fourth):
-    total = float32(0.0)
-    for byte in range(stored.shape[0]):
-        four = int32(stored[byte])
-        total += float32(int32(four & int32(3))) * first[byte]
-        total += float32(int32((four >> int32(2)) & int32(3))) * second[byte]
-        total += float32(int32((four >> int32(4)) & int32(3))) * third[byte]
-        total += float32(int32(four >> int32(6))) * fourth[byte]
-    return total
-
-
-@compiled
-def _dot_two_32(stored, first, second, third, fourth):
-    """Like `_dot_two`, for 32 bytes; see `_add_32_codes`."""
-    total = float32(0.0)
-    for byte in range(32):
-        four = int32(stored[byte])
-        total += float32(int32(four & int32(3))) * first[byte]
-        total += float32(int32((four >> int32(2)) & int32(3))) * second[byte]
-        total += float32(int32((four >> int32(4)) & int32(3))) * third[byte]
-        total += float32(int32(four >> int32(6))) * fourth[byte]
-    return total
-
-
-@compiled
-def _dot_four_32(stored, one, other):
-    """Like `_dot_four`, for 32 bytes; see `_add_32_codes`."""
-    total = float32(0.0)
-    for byte in range(32):
-        pair = int32(stored[byte])
-        low, high = float32(int32(pair & int32(15))), float32(int32(pair >> int32(4)))
-        total += low * one[byte] + high * other[byte]
-    return total
-
-
-@compiled
 def _fold(query, low, step, folded):
     """Fold a group's limits into a query: returns query . low, and writes query * step."""
     total = float32(0.0)
@@ -263,32 +223,53 @@ def _score_eight(numbers, of_key, folded, constants, result):
         result[key] = constants[group] + _dot_eight(numbers[key], folded[group])
 
 
+@inlined
+def _score_pairs(numbers, of_key, folded, constants, result, half):
+    for key in range(numbers.shape[0]):
+        group, stored, total = of_key[key], numbers[key], float32(0.0)
+        one, other = folded[group, :half], folded[group, half:]
+        for byte in range(half):
+            pair = int32(stored[byte])
+            low, high = float32(int32(pair & int32(15))), float32(int32(pair >> int32(4)))
+            total += low * one[byte] + high * other[byte]
+        result[key] = constants[group] + total
+
+
 @compiled
 def _score_four(numbers, of_key, folded, constants, result):
     half = numbers.shape[1]
+    if half == 32:
+        _score_pairs(numbers, of_key, folded, constants, result, 32)
+    else:
+        _score_pairs(numbers, of_key, folded, constants, result, half)
+
+
+@inlined
+def _score_quarters(numbers, of_key, folded, constants, result, part):
     for key in range(numbers.shape[0]):
-        group = of_key[key]
-        query = folded[group]
-        if half == 32:
-            total = _dot_four_32(numbers[key], query[:half], query[half:])
-        else:
-            total = _dot_four(numbers[key], query[:half], query[half:])
+        group, stored, total = of_key[key], numbers[key], float32(0.0)
+        one, two = folded[group, :part], folded[group, part : 2 * part]
+        three, four = folded[group, 2 * part : 3 * part], folded[group, 3 * part :]
+        for byte in range(part):
+            codes = int32(stored[byte])
+            total += (
+                float32(int32(codes & int32(3))) * one[byte]
+                + float32(int32((codes >> int32(2)) & int32(3))) * two[byte]
+                + float32(int32((codes >> int32(4)) & int32(3))) * three[byte]
+                + float32(int32(codes >> int32(6))) * four[byte]
+            )
         result[key] = constants[group] + total
 
 
 @compiled
 def _score_two(numbers, of_key, folded, constants, result):
     part = numbers.shape[1]
-    for key in range(numbers.shape[0]):
-        group = of_key[key]
-        query = folded[group]
-        one, two = query[:part], query[part : 2 * part]
-        three, four = query[2 * part : 3 * part], query[3 * part :]
-        if part == 32:
-            total = _dot_two_32(numbers[key], one, two, three, four)
-        else:
-            total = _dot_two(numbers[key], one, two, three, four)
-        result[key] = constants[group] + total
+    if part == 32:
+        _score_quarters(numbers, of_key, folded, constants, result, 32)
+    elif part == 16:
+        _score_quarters(numbers, of_key, folded, constants, result, 16)
+    else:
+        _score_quarters(numbers, of_key, folded, constants, result, part)
 
 
 @compiled
@@ -360,37 +341,24 @@ def _add_codes(target, stored, mask, factor):
         target[byte] += factor * float32(int32(int32(stored[byte]) & mask))
 
 
-@compiled
-def _add_32_codes(target, one, two, three, four, mask, first, second, third, fourth):
-    """Add 32 codes of each of four values.
+@inlined
+def _sum_run(weights, numbers, limits, group, unit, mask, total, length):
+    """Sums of channels of one group whose codes lie in bytes in a row, at the same bits.
 
-    The loop's length is written out: LLVM takes 64 steps of a loop of unknown length at once, and
-    would do 32 one by one.
-    """
-    for byte in range(32):
-        target[byte] += (
-            first * float32(int32(int32(one[byte]) & mask))
-            + second * float32(int32(int32(two[byte]) & mask))
-            + third * float32(int32(int32(three[byte]) & mask))
-            + fourth * float32(int32(int32(four[byte]) & mask))
-        )
-
-
-@compiled
-def _sum_32_channels(weights, numbers, limits, group, unit, mask, total):
-    """Sums of one group of 32 channels, over the leading values that make up fours.
+    Over the leading values that make up fours.
 
     Args:
         weights: (n,) of the values.
-        numbers: (n, 32) bytes with the group's codes.
+        numbers: (n, channels) bytes with the codes.
         limits: (n, groups, 2).
         group: which group.
         unit: factor on codes taken with `mask`.
-        mask: the group's bits in a byte.
-        total: (32,) where codes are added.
+        mask: the channels' bits in a byte.
+        total: (channels,) where codes are added.
+        length: channels.
 
     Returns:
-        What is to be added to every channel.
+        What is to be added to every channel of the group.
     """
     constant = float32(0.0)
     for key in range(0, weights.shape[0] - 3, 4):
@@ -403,47 +371,51 @@ def _sum_32_channels(weights, numbers, limits, group, unit, mask, total):
             + three * limits[key + 2, group, 0]
             + four * limits[key + 3, group, 0]
         )
-        _add_32_codes(
-            total,
-            numbers[key],
-            numbers[key + 1],
-            numbers[key + 2],
-            numbers[key + 3],
-            mask,
-            one * unit * limits[key, group, 1],
-            two * unit * limits[key + 1, group, 1],
-            three * unit * limits[key + 2, group, 1],
-            four * unit * limits[key + 3, group, 1],
-        )
+        one *= unit * limits[key, group, 1]
+        two *= unit * limits[key + 1, group, 1]
+        three *= unit * limits[key + 2, group, 1]
+        four *= unit * limits[key + 3, group, 1]
+        a, b, c, d = numbers[key], numbers[key + 1], numbers[key + 2], numbers[key + 3]
+        for byte in range(length):
+            total[byte] += (
+                one * float32(int32(int32(a[byte]) & mask))
+                + two * float32(int32(int32(b[byte]) & mask))
+                + three * float32(int32(int32(c[byte]) & mask))
+                + four * float32(int32(int32(d[byte]) & mask))
+            )
     return constant
 
 
 @compiled
 def _sum_by_four(weights, numbers, limits, bits, total, constants):
-    """Sums of values in groups of 32 channels, whose codes lie in 32 bytes in a row.
-
-    Of the leading values that make up fours. Returns how many these are.
-    """
-    bytes_, most = numbers.shape[1], (1 << bits) - 1
-    for group in range(limits.shape[1]):
-        channel = group * 32
-        place = channel // bytes_
-        start, shift = channel - place * bytes_, bits * place
-        constants[group] += _sum_32_channels(
-            weights,
-            numbers[:, start : start + 32],
-            limits,
-            group,
-            float32(1.0 / (1 << shift)),
-            int32(most << shift),
-            total[channel : channel + 32],
-        )
-    return weights.shape[0] - weights.shape[0] % 4
+    """Sums of the leading values that make up fours; returns how many these are."""
+    bytes_, most, groups = numbers.shape[1], (1 << bits) - 1, limits.shape[1]
+    size, fours = total.shape[0] // groups, weights.shape[0] - weights.shape[0] % 4
+    for group in range(groups):
+        channel, stop = group * size, (group + 1) * size
+        # The codes of a group's channels may lie in several places of their bytes.
+        while channel < stop:
+            place = channel // bytes_
+            end = min(stop, (place + 1) * bytes_)
+            shift = bits * place
+            length, unit = end - channel, float32(1.0 / (1 << shift))
+            numbers_of_run = numbers[:, channel - place * bytes_ : end - place * bytes_]
+            mask, own = int32(most << shift), total[channel:end]
+            if length == 32:
+                constant = _sum_run(weights, numbers_of_run, limits, group, unit, mask, own, 32)
+            elif length == 16:
+                constant = _sum_run(weights, numbers_of_run, limits, group, unit, mask, own, 16)
+            else:
+                constant = _sum_run(weights, numbers_of_run, limits, group, unit, mask, own, length)
+            if channel == group * size:
+                constants[group] += constant
+            channel = end
+    return fours
 
 
 @compiled
 def _sum_one_by_one(weights, numbers, limits, bits, total, constants):
-    """Sums of values in groups of any number of channels."""
+    """Like `_sum_by_four`, of all values, one at a time."""
     bytes_, most, groups = numbers.shape[1], (1 << bits) - 1, limits.shape[1]
     size = total.shape[0] // groups
     for key in range(numbers.shape[0]):
@@ -480,9 +452,7 @@ def weighted_head(weights, numbers, limits, bits, total, constants):
     size = total.shape[0] // groups
     # What is to be added to all channels of a group is summed up apart, once per value.
     constants[:] = float32(0.0)
-    done = 0
-    if size == 32 and numbers.shape[1] % 32 == 0:
-        done = _sum_by_four(weights, numbers, limits, bits, total, constants)
+    done = _sum_by_four(weights, numbers, limits, bits, total, constants)
     _sum_one_by_one(weights[done:], numbers[done:], limits[done:], bits, total, constants)
     for group in range(groups):
         for channel in range(group * size, (group + 1) * size):

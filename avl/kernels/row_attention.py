@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from avl.kernels.backend import COMPILED, backend_for, on_threads
 from avl.kernels.row_products import head_parts
-from avl.kernels.tables import SlotTable, Table
+from avl.kernels.tables import LIKE, SlotTable, Table
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ class Codes:
         return cls(Table(numbers, tensors), count, scratch)
 
 
-@dataclass(slots=True)
-class NewKey:
+class NewKey(NamedTuple):
     """A key and value of each row and head, to be written before they are attended to.
 
     Attributes:
@@ -100,21 +99,23 @@ class NewKey:
     slots: Tensor | None = None
 
 
-_LIKE = {
-    torch.float32: torch.zeros(0).numpy(),
-    torch.bfloat16: torch.zeros(0, dtype=torch.uint16).numpy(),
-}
-"""Arrays that tell the compiled function the type of keys; bfloat16 numbers are their 16 bits."""
+_NOTHING = (0, 0, 0, 0, 0, 0.0)
+"""What the compiled function gets where there is no new key."""
+_LOG2_E = 1 / math.log(2)
 
 
 def compiled_for(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether `row_attention` can run: on a processor, and where no gradients are wanted."""
-    if keys.dtype not in _LIKE or keys.dtype != values.dtype:
+    if gradients_wanted(query, keys, values) or keys.dtype != values.dtype:
         return False
-    gradients = query.requires_grad or keys.requires_grad or values.requires_grad
-    if gradients and torch.is_grad_enabled():
-        return False
-    return backend_for(keys.device) == COMPILED
+    return keys.dtype in LIKE and backend_for(keys.device) == COMPILED
+
+
+def gradients_wanted(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether gradients are to flow through attention, which compiled code cuts off."""
+    return torch.is_grad_enabled() and (
+        query.requires_grad or keys.requires_grad or values.requires_grad
+    )
 
 
 def row_attention(
@@ -159,25 +160,25 @@ def slot_attention(
     Returns:
         As of `row_attention`.
     """
-    attend, (first, last), heads = _attend(), slots, query.shape[1]
-    kv_heads, batch = table.kv_heads, table.batch
-    shared, like = heads // kv_heads, _LIKE[table.dtype]
+    (first, last), heads = slots, query.shape[1]
+    kv_heads = table.batch * table.kv_heads
     coded, codes_at = (0, 0) if codes is None else (codes.width, codes.table.address)
+    count, shared = coded + last - first, heads // table.kv_heads
     # Held until the call is over, as the compiled function gets addresses. Nothing is copied where
     # it is as attention layers make it.
     query = query.float().contiguous()
-    written: tuple[Any, ...] = 0, 0, 0, 0, 0, 0.0
+    written: tuple[Any, ...] = _NOTHING
     if new is not None:
         key, value, where = new.key.contiguous(), new.value.contiguous(), new.slots
-        where_at = 0 if where is None else where.data_ptr()
-        written = (
-            key.data_ptr(), value.data_ptr(), where_at, new.slot, new.position, float(new.score)
-        )
-    weights = torch.empty(batch, kv_heads, shared, coded + last - first, dtype=torch.float32)
-    output = torch.empty(batch, 1, heads, table.value_width, dtype=torch.float32)
-    of_table = like, table.address, codes_at, coded
-    of_query = first, last, query.data_ptr(), shared, scaling / math.log(2)
+        slots_at = 0 if where is None else where.data_ptr()
+        numbers = new.slot, new.position, float(new.score)
+        written = key.data_ptr(), value.data_ptr(), slots_at, *numbers
+    weights = torch.empty(table.batch, table.kv_heads, shared, count, dtype=torch.float32)
+    output = torch.empty(table.batch, 1, heads, table.value_width, dtype=torch.float32)
+    of_table = table.like, table.address, codes_at, coded
+    of_query = first, last, query.data_ptr(), shared, scaling * _LOG2_E
     results = weights.data_ptr(), output.data_ptr()
+    attend = _attend()
 
     def some(part: tuple[int, int]) -> None:
         scratch_at = 0
@@ -187,8 +188,7 @@ def slot_attention(
         attend(*part, *of_table, *written, *of_query, scratch_at, *results)
 
     # As many threads as there is work for: a small model's step is over before a thread starts.
-    size = batch * kv_heads * (coded + last - first) * table.width
-    on_threads(some, head_parts(batch * kv_heads, size))
+    on_threads(some, head_parts(kv_heads, kv_heads * count * table.width))
     return output, weights
 
 

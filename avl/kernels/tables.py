@@ -30,6 +30,13 @@ VALUE_LIMITS_AT, VALUE_GROUPS = 11, 12
 CODE_FIELDS = 13
 
 
+LIKE = {
+    torch.float32: torch.zeros(0).numpy(),
+    torch.bfloat16: torch.zeros(0, dtype=torch.uint16).numpy(),
+}
+"""Arrays that tell a compiled function the type of keys; bfloat16 numbers are their 16 bits."""
+
+
 class Table:
     """Numbers for compiled functions, and the tensors they were read from.
 
@@ -50,6 +57,7 @@ class SlotTable(Table):
     Attributes:
         batch, kv_heads, width, value_width: of the keys and values.
         dtype: of their numbers.
+        like: an array of the same type.
     """
 
     def __init__(
@@ -69,7 +77,7 @@ class SlotTable(Table):
             scores: same shape, float32, contiguous, or None.
         """
         self.batch, self.kv_heads, _, self.width = keys.shape
-        self.value_width, self.dtype = values.shape[3], keys.dtype
+        self.value_width, self.dtype, self.like = values.shape[3], keys.dtype, LIKE[keys.dtype]
         known = (0, 0, 0)
         if positions is not None:
             known = positions.data_ptr(), positions.shape[1], positions.shape[2]
