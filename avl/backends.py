@@ -124,9 +124,6 @@ def _register(backend: str) -> None:
     if name in ALL_ATTENTION_FUNCTIONS:
         return
 
-    # A compiled model leaves its graph here and comes back behind it: what owners do depends on
-    # where in a sequence a pass stands, which must not be compiled in.
-    @torch.compiler.disable
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -135,6 +132,10 @@ def _register(backend: str) -> None:
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        # A compiled model leaves its graph here and comes back behind it: what owners do depends on
+        # where in a sequence a pass stands, which must not be compiled in.
+        if torch.compiler.is_compiling():
+            return outside(module, query, key, value, attention_mask, **options)
         # The backend's function is looked up at each call: somebody may register another one under
         # its name.
         owner = OWNERS.get(module)
@@ -165,6 +166,7 @@ def _register(backend: str) -> None:
         )
         return owner.call(inner, call), weights[0]
 
+    outside = torch.compiler.disable(attention)
     ALL_ATTENTION_FUNCTIONS.register(name, attention)
     # a name without a mask function silently loses the padding mask
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[backend])

@@ -53,6 +53,24 @@ class BufferSizes(NamedTuple):
     position: int
 
 
+class _FixedBytes(NamedTuple):
+    """Bytes that change only when a tensor is replaced.
+
+    Attributes:
+        position, allocated, host, bookkeeping: as in `BufferSizes`.
+        beside: bytes on the model's device that stand for keys and values outside the buffer: of
+            the quantised tier and of the bounds of pages.
+        beside_by_row: bytes of each row outside the buffer, wherever they lie.
+    """
+
+    position: int
+    allocated: int
+    beside: int
+    beside_by_row: list[float]
+    host: int
+    bookkeeping: int
+
+
 @dataclass(eq=False, kw_only=True)
 class KeyBuffer:
     """Keys and values of one layer, as a policy's choice left them. Made by `from_choice`.
@@ -105,7 +123,7 @@ class KeyBuffer:
     pages: KeyPages | None = None
     next_free_slot: Tensor | None = None
     # Asked once, and again when a tensor was replaced.
-    _fixed_sizes: tuple[int, int, int] | None = field(default=None, init=False)
+    _fixed_bytes: _FixedBytes | None = field(default=None, init=False)
     _table: SlotTable | None = field(default=None, init=False)
 
     @classmethod
@@ -401,63 +419,49 @@ class KeyBuffer:
 
     def sizes(self) -> BufferSizes:
         """Keys held and bytes, all at once."""
-        if self.quantized is not None or self.pages is not None:
-            return self._sizes_counted()
-        # Only the numbers of slots change as long as the tensors stay: asking every tensor at every
-        # step takes longer than an attention call.
-        if self._fixed_sizes is None:
-            bookkeeping = sum(tensor.nbytes for tensor in self.bookkeeping())
-            self._fixed_sizes = self.bytes_allocated(), bookkeeping, self.position_bytes
-        allocated, bookkeeping, position = self._fixed_sizes
-        held, each = self.held_in_buffer(), position / len(self.free_slots)
-        in_use = (self.filled - self.first_used_slot) * position
-        by_row = [count * each for count in held]
-        return BufferSizes(held, in_use, allocated, 0, by_row, bookkeeping, position)
-
-    def _sizes_counted(self) -> BufferSizes:
-        """`sizes`, every tensor asked."""
-        return BufferSizes(
-            self.held(),
-            self.bytes_in_use(),
-            self.bytes_allocated(),
-            0 if self.quantized is None else self.quantized.nbytes(host=True),
-            self.bytes_by_row(),
-            sum(tensor.nbytes for tensor in self.bookkeeping()),
-            self.position_bytes,
-        )
-
-    @property
-    def position_bytes(self) -> int:
-        """Bytes of one position's keys and values in all rows and heads."""
-        return (self.keys.nbytes + self.values.nbytes) // int(self.keys.shape[2])
-
-    def bytes_in_use(self) -> int:
-        """Bytes of keys and values in use on the model's device.
-
-        Empty slots between them are included.
-        """
+        # Only the numbers of slots in use change as long as the tensors stay: asking every tensor
+        # at every step takes longer than an attention call. Pages are added all the time.
+        if self._fixed_bytes is None or self.pages is not None:
+            self._fixed_bytes = self._count_bytes()
+        fixed, in_buffer = self._fixed_bytes, self.held_in_buffer()
         # Slots in front that no row uses are allocated but hold nothing; they go when the buffer
         # grows.
-        slots = self.filled - self.first_used_slot
-        return slots * self.position_bytes + self._bytes_beside()
+        slots, each = self.filled - self.first_used_slot, fixed.position / len(in_buffer)
+        by_row = zip(in_buffer, fixed.beside_by_row, strict=True)
+        return BufferSizes(
+            held=self.held(),
+            in_use=slots * fixed.position + fixed.beside,
+            allocated=fixed.allocated,
+            host=fixed.host,
+            by_row=[count * each + beside for count, beside in by_row],
+            bookkeeping=fixed.bookkeeping,
+            position=fixed.position,
+        )
+
+    def _count_bytes(self) -> _FixedBytes:
+        """Ask every tensor."""
+        tier, pages, rows = self.quantized, self.pages, len(self.free_slots)
+        of_pages = 0 if pages is None else pages.nbytes
+        by_row = [of_pages / rows] * rows
+        beside, host = of_pages, 0
+        if tier is not None:
+            beside += tier.nbytes(host=False)
+            host = tier.nbytes(host=True)
+            in_tier = tier.bytes_by_row(self.quantized_held)
+            by_row = [a + b for a, b in zip(by_row, in_tier, strict=True)]
+        in_buffer = self.keys.nbytes + self.values.nbytes
+        return _FixedBytes(
+            position=in_buffer // self.keys.shape[2],
+            allocated=in_buffer + beside,
+            beside=beside,
+            beside_by_row=by_row,
+            host=host,
+            bookkeeping=sum(tensor.nbytes for tensor in self.bookkeeping()),
+        )
 
     def bytes_allocated(self) -> int:
-        """Bytes of the key and value buffers on the model's device."""
-        return self.keys.nbytes + self.values.nbytes + self._bytes_beside()
-
-    def bytes_by_row(self) -> list[float]:
-        """Bytes of keys and values that each row holds, wherever they lie.
-
-        Empty slots are no row's.
-        """
-        rows = len(self.free_slots)
-        shared = 0.0 if self.pages is None else self.pages.nbytes / rows
-        each = self.position_bytes / rows
-        in_buffer = [count * each + shared for count in self.held_in_buffer()]
-        if self.quantized is None:
-            return in_buffer
-        in_tier = self.quantized.bytes_by_row(self.quantized_held)
-        return [a + b for a, b in zip(in_buffer, in_tier, strict=True)]
+        """Bytes of keys and values on the model's device, empty slots and pages' bounds included."""
+        return self.sizes().allocated
 
     def tensors(self) -> list[Tensor]:
         """Everything that is held: keys and values in any form, and what is kept about them."""
@@ -477,14 +481,6 @@ class KeyBuffer:
             tier = self.quantized
             tensors += [tier.positions, tier.groups, tier.image]
         return [tensor for tensor in tensors if tensor is not None]
-
-    def _bytes_beside(self) -> int:
-        """Bytes that stand for keys and values outside the buffer.
-
-        Of the quantised tier, and of the bounds of pages.
-        """
-        tier = 0 if self.quantized is None else self.quantized.nbytes(host=False)
-        return tier + (0 if self.pages is None else self.pages.nbytes)
 
     # -- one key more, one key less ----------------------------------------------------------------
 
@@ -647,6 +643,7 @@ class KeyBuffer:
         wanted = torch.tensor(list(rows), device=slots.device)[:, None, None]
         index = torch.where(wanted, slots, -1)
         keys, values = self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        self._fixed_bytes = None
         # A block has limits of its own: limits of earlier blocks must not change, or their codes
         # would mean other numbers.
         block = QuantizedTier.hold(self.storage, keys, values, positions, index, [])
@@ -671,7 +668,7 @@ class KeyBuffer:
 
     def _select_rows(self, rows: Tensor, names: Sequence[str]) -> None:
         """Take rows of some tensors, and of everything that has one number per row."""
-        self._fixed_sizes = self._table = None
+        self._fixed_bytes = self._table = None
         for name in names:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.index_select(0, rows))
@@ -684,7 +681,7 @@ class KeyBuffer:
         """Move to buffers with room for more, leaving behind slots in front that no row uses."""
         # Everything that counts slots moves by `front`: widths, spans and padding, below.
         front = self.first_used_slot
-        self._fixed_sizes = self._table = None
+        self._fixed_bytes = self._table = None
         capacity = roomy(self.filled - front)
         for name in ("keys", "values", "positions", "scores"):
             old = getattr(self, name)

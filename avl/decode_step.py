@@ -67,9 +67,7 @@ class DecodeStep:
         self._drifted_rows: dict[int, list[bool]] = {}  # rows whose core was outdated
         self._thresholds: dict[tuple[int, ...], Tensor | int] = {}
         layout = forward.layout
-        self._arrived = torch.full(
-            (layout.batch, 1, 1), forward.start, device=layout.modality.device
-        )
+        self._arrived = torch.full((layout.batch, 1, 1), forward.start, device=layout.device)
 
     def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
         """Attention over what the layer hands out: once, or once more over other keys.

@@ -27,11 +27,18 @@ class ModuleHook:
         self._function: Callable[..., Any] | None = function
         self._handle: RemovableHandle | None = None
 
-    @torch.compiler.disable  # a pass stands somewhere in a sequence, which must not be compiled in
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        # A pass stands somewhere in a sequence, which must not be compiled in.
+        if torch.compiler.is_compiling():
+            return self._outside(module, *arguments)
         if self._function is None or module is not self._module():
             return None
         return self._function(module, *arguments)
+
+    @torch.compiler.disable
+    def _outside(self, module: nn.Module, *arguments: Any) -> Any:
+        """The same, outside a compiled graph."""
+        return self(module, *arguments)
 
     def remove(self) -> None:
         """Take the hook off; copies of the module, which still have it, keep nothing alive."""

@@ -112,24 +112,19 @@ class RaggedBuffer(KeyBuffer):
     # -- bytes -------------------------------------------------------------------------------------
 
     def sizes(self) -> BufferSizes:
-        return self._sizes_counted()
-
-    @property
-    def position_bytes(self) -> int:
         batch, heads, _ = self.table.shape
-        return batch * heads * self._entry_bytes
-
-    @property
-    def _entry_bytes(self) -> int:
-        """Bytes of one key and its value."""
-        return (self.keys.nbytes + self.values.nbytes) // self.keys.shape[0]
-
-    def bytes_in_use(self) -> int:
-        return self.entries * self._entry_bytes
-
-    def bytes_by_row(self) -> list[float]:
-        counts = (self.positions[:, :, : self.filled] >= 0).sum((1, 2)).tolist()
-        return [float(count * self._entry_bytes) for count in counts]
+        allocated = self.keys.nbytes + self.values.nbytes
+        entry = allocated // self.keys.shape[0]  # one key and its value
+        by_row = (self.positions[:, :, : self.filled] >= 0).sum((1, 2)).tolist()
+        return BufferSizes(
+            held=self.held(),
+            in_use=self.entries * entry,
+            allocated=allocated,
+            host=0,
+            by_row=[float(count * entry) for count in by_row],
+            bookkeeping=sum(tensor.nbytes for tensor in self.bookkeeping()),
+            position=batch * heads * entry,
+        )
 
     def bookkeeping(self) -> list[Tensor]:
         return [*super().bookkeeping(), self.table]

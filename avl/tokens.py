@@ -14,9 +14,10 @@ without an image act through their text rule only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,11 @@ class TokenLayout:
         return self.modality.shape[1]
 
     @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.modality.device
+
+    @property
     def valid(self) -> Tensor:
         """(batch, length) bool: positions that are not padding."""
         return self.modality != Modality.PADDING
@@ -98,7 +104,7 @@ class TokenLayout:
     def to(self, device: torch.device | str) -> TokenLayout:
         """The same layout with its tensors on `device`."""
         moved = {name: tensor.to(device) for name, tensor in self._tensors()}
-        return replace(self, **moved, _roomy=())
+        return TokenLayout(**moved, pictures=self.pictures)
 
     def select(self, rows: Tensor) -> TokenLayout:
         """Layout of rows `rows` of the batch, in that order; repetitions are allowed."""
@@ -162,8 +168,41 @@ class TokenLayout:
                 torch.cat([tensor, tensor.new_full(new, fill)], 1)
                 for (_, tensor), fill in zip(self._tensors(), fills, strict=True)
             )
-        parts = (tensor.narrow(1, 0, length) for tensor in roomy)
-        return TokenLayout(*parts, self.pictures, roomy)  # type: ignore[call-arg]
+        return _Beginning(roomy, length, self.pictures)
+
+
+class _Beginning(TokenLayout):
+    """The first positions of a longer layout, whose tensors are cut when somebody asks.
+
+    Nobody does at most decode steps.
+    """
+
+    def __init__(
+        self, roomy: tuple[Tensor, ...], length: int, pictures: tuple[tuple[Picture, ...], ...]
+    ) -> None:
+        # A frozen dataclass's attributes are set this way.
+        vars(self).update(_roomy=roomy, _length=length, pictures=pictures)
+
+    def __getattr__(self, name: str) -> Any:
+        """A tensor that was not asked for before."""
+        if name not in _FIELDS:
+            raise AttributeError(name)
+        tensor = self._roomy[_FIELDS.index(name)].narrow(1, 0, self.length)
+        vars(self)[name] = tensor
+        return tensor
+
+    @property
+    def batch(self) -> int:
+        return self._roomy[0].shape[0]
+
+    @property
+    def length(self) -> int:
+        length: int = vars(self)["_length"]
+        return length
+
+    @property
+    def device(self) -> torch.device:
+        return self._roomy[0].device
 
 
 def token_layout(
