@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from avl.kernels.row_attention import NewKey, compiled_for, gradients_wanted, slot_attention
+from avl.kernels.row_attention import NewKey, gradients_wanted, slot_attention
 from avl.kernels.slots import drop_worst, write_slot
 from avl.kernels.tables import SlotTable
 from avl.key_pages import KeyPages
@@ -124,7 +124,7 @@ class KeyBuffer:
     next_free_slot: Tensor | None = None
     # Asked once, and again when a tensor was replaced.
     _fixed_bytes: _FixedBytes | None = field(default=None, init=False)
-    _table: SlotTable | None = field(default=None, init=False)
+    _slot_table: SlotTable | None = field(default=None, init=False)
 
     @classmethod
     def from_choice(
@@ -227,6 +227,13 @@ class KeyBuffer:
                 )
 
     # -- reading -----------------------------------------------------------------------------------
+
+    @property
+    def slot_table(self) -> SlotTable:
+        """The buffer's tensors as kernels take them."""
+        if self._slot_table is None:
+            self._slot_table = SlotTable(self.keys, self.values, self.positions, self.scores)
+        return self._slot_table
 
     @property
     def first_used_slot(self) -> int:
@@ -531,7 +538,9 @@ class KeyBuffer:
         scaling: float,
         *,
         refresh: bool,
-    ) -> tuple[Tensor, Tensor] | None:
+        accumulate: bool = False,
+        weights_wanted: bool = True,
+    ) -> tuple[Tensor, Tensor | None] | None:
         """`append`, and attention over what a step then reads, in one compiled call.
 
         Args:
@@ -539,11 +548,14 @@ class KeyBuffer:
             new: arguments of `append`.
             scaling: factor on the products.
             refresh: as in `attended`.
+            accumulate: whether the weights of always attended and core keys are added to their
+                scores.
+            weights_wanted: whether weights are returned.
 
         Returns:
-            Output and weights as of `row_attention`. None, and nothing was done, where it takes more
-            than one call: rows with other slots to leave out, pages, a tier that is not coded,
-            gradients, and where there is no compiled version.
+            Output and weights as of `slot_attention`. None, and nothing was done, where it takes
+            more than one call: rows with other slots to leave out, pages, a tier that is not coded,
+            gradients, scores for several heads in one, and where there is no compiled version.
         """
         key, value, position, arrival = new
         free, tier = self.free_slots[0], self.quantized if refresh else None
@@ -553,9 +565,11 @@ class KeyBuffer:
             return None
         if (free and self.next_free_slot is None) or (tier is not None and tier.bits is None):
             return None
+        if accumulate and self.positions.shape[1] != self.keys.shape[1]:
+            return None
         if key.dtype != self.keys.dtype or gradients_wanted(query, key, value):
             return None
-        if self._table is None and not compiled_for(query, key, value):
+        if not self.slot_table.compiled:
             return None
         if free:
             self.free_slots = [0] * len(self.free_slots)
@@ -564,12 +578,17 @@ class KeyBuffer:
                 self._grow()
             self.filled += 1
         slots, self.next_free_slot = self.next_free_slot if free else None, None
-        if self._table is None:
-            self._table = SlotTable(self.keys, self.values, self.positions, self.scores)
         written = NewKey(key, value, position, arrival, self.filled - 1, slots)
-        read = self.first_slot_read(refresh), self.filled
-        codes = None if tier is None else tier.codes()
-        return slot_attention(query, self._table, read, scaling, codes, written)
+        return slot_attention(
+            query,
+            self.slot_table,
+            (self.first_slot_read(refresh), self.filled),
+            scaling,
+            None if tier is None else tier.codes(),
+            written,
+            scored=self.secondary_width if accumulate else None,
+            weights_wanted=weights_wanted,
+        )
 
     def _write_last(self, key: Tensor, value: Tensor, position: int, arrival: float) -> None:
         """Write a key and value into the last slot of every row."""
@@ -668,7 +687,7 @@ class KeyBuffer:
 
     def _select_rows(self, rows: Tensor, names: Sequence[str]) -> None:
         """Take rows of some tensors, and of everything that has one number per row."""
-        self._fixed_bytes = self._table = None
+        self._fixed_bytes = self._slot_table = None
         for name in names:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.index_select(0, rows))
@@ -681,7 +700,7 @@ class KeyBuffer:
         """Move to buffers with room for more, leaving behind slots in front that no row uses."""
         # Everything that counts slots moves by `front`: widths, spans and padding, below.
         front = self.first_used_slot
-        self._fixed_bytes = self._table = None
+        self._fixed_bytes = self._slot_table = None
         capacity = roomy(self.filled - front)
         for name in ("keys", "values", "positions", "scores"):
             old = getattr(self, name)

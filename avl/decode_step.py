@@ -61,6 +61,7 @@ class DecodeStep:
         self.selection_log = selection_log
         self.reads: dict[int, list[int]] = {}
         self._weights: dict[int, Tensor] = {}  # to add to the scores of keys, by layer
+        self._accumulated: set[int] = set()  # layers whose weights were added already
         self._slots_before_core: dict[int, int] = {}  # of the keys these weights are for
         self._ranks: dict[int, Tensor] = {}  # of image keys, where the core is chosen anew
         self._sparse_core: dict[int, Tensor] = {}  # positions a sparse step attended to
@@ -102,38 +103,51 @@ class DecodeStep:
         self.reads[layer.index] = buffer.reads(refresh=refresh)
         # The step is taken once more for outdated rows only; the others get the same result again,
         # as the keys they have not read before are hidden from them.
-        if not refresh and (rows := self._drifted(buffer, weights)) is not None:
+        rows = None if refresh or weights is None else self._drifted(buffer, weights)
+        if rows is not None:
             refresh = True
             output, weights, logits = self._refresh(call, layer, rows)
-        if refresh and buffer.has_secondary and self._ranks_at_refresh:
+        if refresh and self._ranks_keys(buffer):
             assert self.cored is not None
+            assert weights is not None
             self._ranks[layer.index] = self.cored.core_scores(weights.detach())
             if sparse and logits is not None:
                 tier = buffer.coded_tier(True)
                 output, weights = self._narrow(call, layer, logits, tier)
         self._slots_before_core[layer.index] = buffer.slots_before_core(refresh)
-        # Added at the end of the pass: an eviction in the middle of it would change what a
-        # recorder, which looks at the call after this function, finds at the positions.
-        if self.policy.accumulates:
+        # Where they were not added in one with attention.
+        if self._accumulates(buffer) and layer.index not in self._accumulated:
+            assert weights is not None
             self._weights[layer.index] = weights.detach()
         return output
 
     def _append_and_attend(
         self, call: AttentionCall, layer: AdaptiveLayer
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> tuple[Tensor, Tensor | None] | None:
         """The usual step: the new key is written and the row attends, in one compiled call.
 
         Returns:
-            Output and weights, as of `attend_with`; None, and nothing was done, where it takes more
-            than that.
+            Output and weights, as of `attend_with`, None for weights that nobody reads; None, and
+            nothing was done, where it takes more than that.
         """
         if not layer.hands_over or not call.plain or not layer.returned(call.key, call.value):
             return None
         buffer, refresh = layer.filled_buffer, self.conversation.is_refresh
-        new = call.key, call.value, self.forward.start, self.conversation.arrival
-        found = buffer.append_and_attend(call.query, new, call.scaling, refresh=refresh)
+        # A step that may be taken once more adds the weights of the last time only.
+        drifts = not refresh and self._watches_drift(buffer)
+        accumulate = self._accumulates(buffer) and not drifts
+        found = buffer.append_and_attend(
+            call.query,
+            (call.key, call.value, self.forward.start, self.conversation.arrival),
+            call.scaling,
+            refresh=refresh,
+            accumulate=accumulate,
+            weights_wanted=drifts or (refresh and self._ranks_keys(buffer)),
+        )
         if found is None:
             return None
+        if accumulate:
+            self._accumulated.add(layer.index)
         positions = partial(buffer.attended_positions, refresh=refresh)
         call.all_keys = partial(buffer.decoded, refresh=refresh)
         call.key_positions = partial(_without_heads, positions)
@@ -163,10 +177,18 @@ class DecodeStep:
             # The new key was appended first: a row always attends to its own token.
             call.key, call.value = buffer.attended(refresh=refresh)
 
-    @property
-    def _ranks_at_refresh(self) -> bool:
-        """Whether a refresh ranks image keys anew."""
-        return self.cored is not None and (self.cored.rotates or self.cored.sparse)
+    def _accumulates(self, buffer: KeyBuffer) -> bool:
+        """Whether this step's weights are added to the scores of the keys in a buffer."""
+        return buffer.scores is not None and self.policy.accumulates
+
+    def _ranks_keys(self, buffer: KeyBuffer) -> bool:
+        """Whether a refresh ranks the image keys of a buffer anew."""
+        ranks = self.cored is not None and (self.cored.rotates or self.cored.sparse)
+        return ranks and buffer.has_secondary
+
+    def _watches_drift(self, buffer: KeyBuffer) -> bool:
+        """Whether an ordinary step may find the core of a buffer outdated."""
+        return buffer.core_scores_at_refresh is not None and buffer.has_secondary
 
     def _read(
         self,
@@ -232,7 +254,7 @@ class DecodeStep:
     def _drifted(self, buffer: KeyBuffer, weights: Tensor) -> list[bool] | None:
         """Rows whose core is outdated, by this step's weights on it; None if there are none."""
         before = buffer.core_scores_at_refresh
-        if self.cored is None or before is None or not buffer.has_secondary:
+        if self.cored is None or before is None or not self._watches_drift(buffer):
             return None
         now = buffer.core_scores_now(self.cored.core_scores(weights.detach()))
         rows = self.cored.drifted(before, now)
@@ -319,7 +341,8 @@ class DecodeStep:
                 segments.refresh_core(buffer, ranks, self._drifted_rows.get(layer.index))
             core = self._sparse_core.get(layer.index)
             log.note(layer.index, "core", buffer.core_positions() if core is None else core)
-        if weights is not None and buffer.scores is not None:
+        if weights is not None:
+            assert buffer.scores is not None
             first = self._slots_before_core[layer.index]
             # Weights are of all keys read, scores are added for the always attended and core keys,
             # which are the last of them: the columns from `first` on are the slots from

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from avl.kernels.backend import COMPILED, backend_for, on_threads
 from avl.kernels.row_products import head_parts
-from avl.kernels.tables import LIKE, SlotTable, Table
+from avl.kernels.tables import LIKE, SlotTable, Table, scratch
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,10 @@ def row_attention(
     """
     # No copies, where they are as attention layers make them: one row of a head follows another.
     keys, values = (part if part.stride(3) == 1 else part.contiguous() for part in (keys, values))
-    return slot_attention(query, SlotTable(keys, values), (0, keys.shape[2]), scaling, codes)
+    slots = 0, keys.shape[2]
+    output, weights = slot_attention(query, SlotTable(keys, values), slots, scaling, codes)
+    assert weights is not None
+    return output, weights
 
 
 def slot_attention(
@@ -146,8 +149,11 @@ def slot_attention(
     scaling: float,
     codes: Codes | None = None,
     new: NewKey | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`row_attention` over some slots of a buffer, and writing a new key there before.
+    *,
+    scored: int | None = None,
+    weights_wanted: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """`row_attention` over some slots of a buffer, and what else a decode step does there.
 
     Args:
         query: (batch, query heads, 1, width), a multiple of the key/value heads.
@@ -156,39 +162,53 @@ def slot_attention(
         scaling: factor on the products.
         codes: keys and values in front of those in the slots.
         new: what is written first, of the buffer's own type; None: nothing.
+        scored: first slot of those whose keys' weights are added to their scores, which must be kept
+            for each key/value head; None: none.
+        weights_wanted: whether weights are returned.
 
     Returns:
-        As of `row_attention`.
+        As of `row_attention`; None in the place of weights that are not wanted.
     """
     (first, last), heads = slots, query.shape[1]
     kv_heads = table.batch * table.kv_heads
-    coded, codes_at = (0, 0) if codes is None else (codes.width, codes.table.address)
-    count, shared = coded + last - first, heads // table.kv_heads
-    # Held until the call is over, as the compiled function gets addresses. Nothing is copied where
-    # it is as attention layers make it.
+    count = last - first
+    codes_at, coded, between = 0, 0, 0
+    if codes is not None:
+        codes_at, coded, between = codes.table.address, codes.width, codes.scratch
+        count += coded
+    # As many threads as there is work for: a small model's step is over before a thread starts.
+    parts = head_parts(kv_heads, kv_heads * count * table.width)
+    # All tensors are held until the call is over, as the compiled function gets addresses. Nothing
+    # is copied where it is as attention layers make it.
     query = query.float().contiguous()
     written: tuple[Any, ...] = _NOTHING
     if new is not None:
-        key, value, where = new.key.contiguous(), new.value.contiguous(), new.slots
-        slots_at = 0 if where is None else where.data_ptr()
+        key, value = new.key.contiguous(), new.value.contiguous()
+        slots_at = 0 if new.slots is None else new.slots.data_ptr()
         numbers = new.slot, new.position, float(new.score)
         written = key.data_ptr(), value.data_ptr(), slots_at, *numbers
-    weights = torch.empty(table.batch, table.kv_heads, shared, count, dtype=torch.float32)
+    shared, weights = heads // table.kv_heads, None
+    if weights_wanted:
+        weights = torch.empty(table.batch, table.kv_heads, shared, count, dtype=torch.float32)
+        scratch_at = scratch(between * len(parts)) if between else 0
+        weights_at = weights.data_ptr()
+    else:
+        weights_at = scratch(between * len(parts) + table.batch * heads * count)
+        scratch_at, weights_at = weights_at, weights_at + 4 * between * len(parts)
     output = torch.empty(table.batch, 1, heads, table.value_width, dtype=torch.float32)
     of_table = table.like, table.address, codes_at, coded
-    of_query = first, last, query.data_ptr(), shared, scaling * _LOG2_E
-    results = weights.data_ptr(), output.data_ptr()
-    attend = _attend()
+    read = first, last, -1 if scored is None else scored
+    of_query = query.data_ptr(), shared, scaling * _LOG2_E
+    output_at, attend = output.data_ptr(), _attend()
 
-    def some(part: tuple[int, int]) -> None:
-        scratch_at = 0
-        if codes is not None:
-            scratch = torch.zeros(codes.scratch, dtype=torch.float32)
-            scratch_at = scratch.data_ptr()
-        attend(*part, *of_table, *written, *of_query, scratch_at, *results)
+    def some(number: int) -> None:
+        own_scratch_at = scratch_at + 4 * between * number
+        attend(
+            *parts[number], *of_table, *written, *read, *of_query,
+            own_scratch_at, weights_at, output_at,
+        )  # fmt: skip
 
-    # As many threads as there is work for: a small model's step is over before a thread starts.
-    on_threads(some, head_parts(kv_heads, kv_heads * count * table.width))
+    on_threads(some, range(len(parts)))
     return output, weights
 
 

@@ -96,6 +96,17 @@ def _know(table, row, own, slot, position, score):
 
 
 @compiled
+def _add_received(scores, weights):
+    """Add the weights of the query heads that share a head to its scores."""
+    for key in range(scores.shape[0]):
+        # Their sum is taken first, as in the plain version.
+        total = weights[0, key]
+        for head in range(1, weights.shape[0]):
+            total += weights[head, key]
+        scores[key] += total
+
+
+@compiled
 def _attend_to_codes(query, weights, output, codes_at, row, kv_heads, own, factor, scratch_at):
     """Weights of all keys of a head, and the part of the output that keys in few bits have.
 
@@ -106,7 +117,7 @@ def _attend_to_codes(query, weights, output, codes_at, row, kv_heads, own, facto
         codes_at: address of a table of codes.
         row: of the batch; kv_heads: heads of a row; own: number of the head among them.
         factor: of the softmax times log2(e).
-        scratch_at: address of as many float32 numbers as `Codes.scratch` says, zeros at first.
+        scratch_at: address of as many float32 numbers as `Codes.scratch` says.
     """
     table = carray(pointer(codes_at), (CODE_FIELDS,), int64)
     coded, key_bits, value_bits = table[CODED], table[KEY_BITS], table[VALUE_BITS]
@@ -135,8 +146,8 @@ def _attend_to_codes(query, weights, output, codes_at, row, kv_heads, own, facto
     wide_value_limits = carray(pointer(scratch_at), (coded, value_groups, 2), float32)
     _from_half(wide_value_limits.reshape(of_values), value_limits)
     scratch_at += 4 * of_values
-    # Padded to full bytes with zeros, which no call writes to.
     folded = carray(pointer(scratch_at), (key_groups, filled), float32)
+    folded[:, width:] = float32(0.0)  # the last byte's codes may be more than there are channels
     scratch_at += 4 * key_groups * filled
     constants = carray(pointer(scratch_at), (max(key_groups, value_groups),), float32)
     for head in range(query.shape[0]):
@@ -178,6 +189,7 @@ def attend(
     score,
     first,
     last,
+    scored,
     query_at,
     shared,
     factor,
@@ -199,10 +211,12 @@ def attend(
             write to `slot`.
         position: of the new token; score: what its key starts with.
         first: first slot that is read; last: the one behind the last.
+        scored: first slot of those whose keys' weights are added to their scores, which are kept
+            head by head; -1: no weights are added.
         query_at: address of (rows * query heads, width) float32.
         shared: query heads of each key/value head.
         factor: scaling times log2(e).
-        scratch_at: as in `_attend_to_codes`.
+        scratch_at: as in `_attend_to_codes`; 0 without codes.
         weights_at: address of (rows * query heads, coded + last - first) float32.
         output_at: address of (rows * query heads, value width) float32.
     """
@@ -251,6 +265,12 @@ def attend(
             _attend_to_codes(
                 query, weights, output, codes_at, row, kv_heads, own, factor32, scratch_at
             )
+        if scored >= 0:
+            capacity = table[CAPACITY]
+            scores = carray(
+                pointer(table[SCORES_AT] + 4 * flat * capacity), (capacity,), float32
+            )
+            _add_received(scores[scored:last], own_weights[:, scored - first :])
         row_products_compiled.weighted_head(
             own_weights, values, first * value_step, value_step, output
         )

@@ -9,9 +9,13 @@ get. A table is right as long as its tensors are the ones it was made of, and ke
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import local
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from avl.kernels.backend import COMPILED, backend_for
 
 # Places in a table of slots; strides and widths count numbers, addresses bytes.
 KV_HEADS, WIDTH, VALUE_WIDTH = 0, 1, 2
@@ -56,8 +60,10 @@ class SlotTable(Table):
 
     Attributes:
         batch, kv_heads, width, value_width: of the keys and values.
-        dtype: of their numbers.
-        like: an array of the same type.
+        keys, values, positions, scores: the tensors.
+        compiled: whether compiled functions can read them: numbers in main memory, of one type that
+            they know.
+        like: an array of that type.
     """
 
     def __init__(
@@ -77,7 +83,14 @@ class SlotTable(Table):
             scores: same shape, float32, contiguous, or None.
         """
         self.batch, self.kv_heads, _, self.width = keys.shape
-        self.value_width, self.dtype, self.like = values.shape[3], keys.dtype, LIKE[keys.dtype]
+        self.value_width = values.shape[3]
+        self.keys, self.values, self.positions, self.scores = keys, values, positions, scores
+        self.like: Any = LIKE.get(keys.dtype)
+        self.compiled = (
+            self.like is not None
+            and keys.dtype == values.dtype
+            and backend_for(keys.device) == COMPILED
+        )
         known = (0, 0, 0)
         if positions is not None:
             known = positions.data_ptr(), positions.shape[1], positions.shape[2]
@@ -92,5 +105,28 @@ class SlotTable(Table):
             *known,
             0 if scores is None else scores.data_ptr(),
         )
-        tensors = (keys, values, positions, scores)
-        super().__init__(numbers, [tensor for tensor in tensors if tensor is not None])
+        super().__init__(numbers, ())
+
+
+class _Scratch(local):
+    """Memory of one thread for what lies between the steps of a compiled function."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+        self.address = 0
+
+
+_SCRATCH = _Scratch()
+
+
+def scratch(size: int) -> int:
+    """Address of so many float32 numbers, until this thread asks again.
+
+    The memory is kept: fresh memory for every layer of every step takes longer than what is done
+    with it.
+    """
+    if size > len(_SCRATCH.memory):
+        with torch.inference_mode(False):
+            _SCRATCH.memory = torch.empty(size)
+        _SCRATCH.address = _SCRATCH.memory.data_ptr()
+    return _SCRATCH.address
