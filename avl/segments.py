@@ -56,18 +56,17 @@ def _refresh_row(buffer: KeyBuffer, row: int, scores: Tensor) -> None:
         held = buffer.quantized_held[row]
         quantized = scores[tier_width - held : tier_width]
         secondary, core = _exchange_with_tier(buffer, row, quantized, secondary, core)
-    # A copy, which follows the keys below: the caller may need its scores in their order.
-    candidates, others = torch.cat([secondary, core]), len(secondary)
-    tensors = (buffer.keys[row], buffer.values[row], buffer.positions[row])
+    keep = buffer.secondary_scores is not None or buffer.core_scores_at_refresh is not None
     # Secondary keys stand behind the row's padding, the core from `start` on.
-    exchange_best(tensors, candidates, (padding, start), stop - start)
-    if buffer.secondary_scores is not None:
-        buffer.secondary_scores[row, padding : buffer.secondary_width] = candidates[:others]
-    if buffer.core_scores_at_refresh is not None:
+    slots, others = (padding, start), len(secondary)
+    kept = exchange_best(buffer.slot_table, row, slots, (secondary, core), keep=keep)
+    if kept is not None and buffer.secondary_scores is not None:
+        buffer.secondary_scores[row, padding : buffer.secondary_width] = kept[:others]
+    if kept is not None and buffer.core_scores_at_refresh is not None:
         # Rows with a smaller core have their scores at the end, as `core_positions` has them.
         width = buffer.core_scores_at_refresh.shape[2]
         first = width - (stop - start)
-        buffer.core_scores_at_refresh[row, :, first:] = candidates[others:]
+        buffer.core_scores_at_refresh[row, :, first:] = kept[others:]
 
 
 def _exchange_with_tier(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from avl.kernels.backend import COMPILED, backend_for
+from avl.kernels.tables import SlotTable, scratch
 
 
 def write_slot(
@@ -126,77 +126,71 @@ def drop_worst(
 
 
 def exchange_best(
-    tensors: Sequence[Tensor], scores: Tensor, slots: tuple[int, int], count: int
-) -> None:
-    """Swap keys of two segments so that the second holds the best of both, in place.
+    table: SlotTable, row: int, slots: tuple[int, int], scores: tuple[Tensor, Tensor], *, keep: bool
+) -> Tensor | None:
+    """Swap keys of two segments of a row so that the second holds the best of both, in place.
 
     As many enter the second segment as leave it, because its size stays: entering and leaving keys
-    are of one number and swap pairwise, in the order of their slots.
+    are of one number and swap pairwise, in the order of their slots. Which of equal scores are
+    among the best is left open; in the compiled version keys of the second segment stay there.
 
     Args:
-        tensors: (heads, slots, ...), contiguous; the first may have more heads than the others.
-        scores: (n,) float32, contiguous, of the keys of the first segment, then of the `count` keys
-            of the second; they follow their keys.
+        table: of keys, values and positions, contiguous.
+        row: of the batch.
         slots: first slot of either segment.
-        count: keys of the second segment.
+        scores: of the keys of the first segment, (n,), and of the second, (m,).
+        keep: whether scores are returned.
+
+    Returns:
+        (n + m,) scores of the keys that are now in the first segment, then of the others; None if
+        they are not wanted.
     """
-    best, others = scores.topk(count).indices, len(scores) - count
-    sizes = [math.prod(tensor.shape[2:]) * tensor.element_size() for tensor in tensors]
+    first, second = scores
+    others, count = len(first), len(second)
+    size = table.keys.element_size()
     # In words of 32 bits; a head of an odd number of bfloat16 numbers has half a word left.
-    compiled = backend_for(scores.device) == COMPILED and scores.dtype == torch.float32
-    if compiled and all(size % 4 == 0 for size in sizes):
+    words = table.width * size % 4 == 0 and table.value_width * size % 4 == 0
+    packed = first.is_contiguous() and second.is_contiguous()
+    if table.compiled and words and packed and first.dtype == torch.float32:
         from avl.kernels import slots_compiled  # importing numba takes a while
 
-        pairs = torch.empty(2, count, dtype=torch.int64)
-        chosen = torch.zeros(len(scores), dtype=torch.uint8)
-        work = chosen.data_ptr(), pairs.data_ptr()
-        number = slots_compiled.pair_up(
-            best.data_ptr(), count, scores.data_ptr(), others, slots, *work
+        kept = torch.empty(others + count, dtype=torch.float32) if keep else None
+        # Scores that follow their keys, and twice as many slots as there are pairs.
+        scratch_at = scratch(others + 3 * count)
+        slots_compiled.exchange_best(
+            table.address,
+            size,
+            row,
+            *slots,
+            first.data_ptr(),
+            others,
+            second.data_ptr(),
+            count,
+            scratch_at if kept is None else kept.data_ptr(),
+            scratch_at + 4 * (others + count),
         )
-        for tensor, size in zip(tensors, sizes, strict=True):
-            shape = tensor.shape[0], tensor.shape[1], size // 4
-            first, second = pairs.data_ptr(), pairs.data_ptr() + 8 * count
-            slots_compiled.swap_slots(tensor.data_ptr(), *shape, first, second, number)
-        return
-    chosen = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True)
+        return kept
+    joined = torch.cat([first, second])
+    best = joined.topk(count).indices
+    chosen = torch.zeros_like(joined, dtype=torch.bool).index_fill_(0, best, True)
     entering = chosen[:others].nonzero()[:, 0]  # numbers among the first segment's keys
     leaving = (~chosen[others:]).nonzero()[:, 0]  # numbers among the second segment's keys
-    swap_slots(tensors, entering + slots[0], leaving + slots[1])
+    assert table.positions is not None
+    tensors = table.keys[row], table.values[row], table.positions[row]
+    _swap_slots(tensors, entering + slots[0], leaving + slots[1])
+    if not keep:
+        return None
     moved = torch.cat([entering, leaving + others])
-    scores[moved] = scores[torch.cat([leaving + others, entering])]
+    joined[moved] = joined[torch.cat([leaving + others, entering])]
+    return joined
 
 
-def swap_slots(tensors: Sequence[Tensor], first: Tensor, second: Tensor) -> None:
+def _swap_slots(tensors: Sequence[Tensor], first: Tensor, second: Tensor) -> None:
     """Swap slots first[i] and second[i] in every head, in place.
 
-    Args:
-        tensors: (heads, slots, ...), contiguous; the first may have more heads than the others.
-        first: (n,) int64 slots.
-        second: (n,) int64 slots, none of them in `first`.
-    """
-    compiled = backend_for(first.device) == COMPILED
-    others = []
-    for tensor in tensors:
-        size = math.prod(tensor.shape[2:]) * tensor.element_size()
-        # In words of 32 bits; a head of an odd number of bfloat16 numbers has half a word left.
-        if compiled and size % 4 == 0:
-            from avl.kernels import slots_compiled  # importing numba takes a while
-
-            pairs = first.contiguous(), second.contiguous()
-            addresses = [part.data_ptr() for part in pairs]
-            shape = tensor.shape[0], tensor.shape[1], size // 4
-            slots_compiled.swap_slots(tensor.data_ptr(), *shape, *addresses, len(first))
-        else:
-            others.append(tensor)
-    if others:
-        _swap_as_rows(others, first, second)
-
-
-def _swap_as_rows(tensors: Sequence[Tensor], first: Tensor, second: Tensor) -> None:
-    """The plain version.
-
-    The tensors are taken as one long list of rows: on a processor torch follows an index into a
-    middle dimension number by number, an index into the first row by row.
+    The tensors are (heads, slots, ...), contiguous, the first with as many heads as any other. They
+    are taken as one long list of rows: on a processor torch follows an index into a middle
+    dimension number by number, an index into the first row by row.
     """
     heads, slots = tensors[0].shape[:2]
     # (heads, 1) + (2n,): for every head the rows to move, in the flat list of heads x slots.

@@ -11,7 +11,20 @@ from math import inf
 
 from numba import carray, float32, int32, int64, uint8
 
-from avl.kernels.compiled import compiled, pointer
+from avl.kernels.compiled import bits_of, compiled, pointer
+from avl.kernels.tables import (
+    CAPACITY,
+    KEY_STRIDES,
+    KEYS_AT,
+    KV_HEADS,
+    POSITION_HEADS,
+    POSITIONS_AT,
+    SLOT_FIELDS,
+    VALUE_STRIDES,
+    VALUE_WIDTH,
+    VALUES_AT,
+    WIDTH,
+)
 
 LARGEST = 3.4028234663852886e38
 """The largest float32 number."""
@@ -135,58 +148,108 @@ def drop_worst(positions_at, scores_at, lines, capacity, start, stop, newest, sl
 
 
 @compiled
-def pair_up(best_at, count, scores_at, others, slots, chosen_at, pairs_at):
-    """Slots that change places, and their scores swapped; see `slots.exchange_best`.
-
-    Args:
-        best_at: address of (count,) int64, numbers of the best keys of both segments.
-        count: keys of the second segment.
-        scores_at: address of (others + count,) float32.
-        others: keys of the first segment.
-        slots: first slot of either segment.
-        chosen_at: address of (others + count,) bytes, zeros, to work in.
-        pairs_at: address of (2, count) int64, the slots found.
-
-    Returns:
-        How many pairs there are.
-    """
-    best = carray(pointer(best_at), (count,), int64)
-    scores = carray(pointer(scores_at), (others + count,), float32)
-    pairs = carray(pointer(pairs_at), (2, count), int64)
-    chosen = carray(pointer(chosen_at), (others + count,), uint8)
-    for at in range(count):
-        chosen[best[at]] = 1
-    number, leaving = 0, others
-    for entering in range(others):
-        if chosen[entering] == 0:
-            continue
-        # As many enter as leave, so that there is one left for each.
-        while chosen[leaving] == 1:
-            leaving += 1
-        pairs[0, number], pairs[1, number] = slots[0] + entering, slots[1] + leaving - others
-        scores[entering], scores[leaving] = scores[leaving], scores[entering]
-        number, leaving = number + 1, leaving + 1
-    return number
+def _copy(target, source):
+    for place in range(source.shape[0]):
+        target[place] = source[place]
 
 
 @compiled
-def swap_slots(address, heads, slots, words, first_at, second_at, count):
-    """Swap slots first[i] and second[i] of every head.
+def _rank(score):
+    """A number that orders scores as they are ordered, as 32 bits without a sign.
+
+    The bits of a float32 number order positive numbers, and negative ones the other way round.
+    """
+    bits = bits_of(score)
+    flipped = int32(bits ^ int32(bits >> int32(31)) & int32(0x7FFFFFFF))
+    return int64(flipped) + (int64(1) << 31)
+
+
+@compiled
+def _least_of_best(scores, count):
+    """The rank of the worst of the `count` best scores, and how many of that rank are among them.
+
+    The rank is found bit by bit, from the highest on: the largest number that at least `count`
+    ranks reach.
+    """
+    least = int64(0)
+    for bit in range(31, -1, -1):
+        tried, reached = least | (int64(1) << bit), 0
+        for at in range(scores.shape[0]):
+            reached += _rank(scores[at]) >= tried
+        if reached >= count:
+            least = tried
+    better = 0
+    for at in range(scores.shape[0]):
+        better += _rank(scores[at]) > least
+    return least, count - better
+
+
+@compiled
+def _swap_words(address, step, words, first, second):
+    """Swap slots first[i] and second[i] of a head: `words` numbers of 32 bits, `step` bytes apart."""
+    for pair in range(first.shape[0]):
+        one = carray(pointer(address + step * first[pair]), (words,), int32)
+        other = carray(pointer(address + step * second[pair]), (words,), int32)
+        for word in range(words):
+            kept = one[word]
+            one[word] = other[word]
+            other[word] = kept
+
+
+@compiled
+def exchange_best(
+    table_at, size, row, first_slot, second_slot, first_at, others, second_at, count, scores_at,
+    pairs_at,
+):  # fmt: skip
+    """Have the second of two segments of a row hold the best keys; see `slots.exchange_best`.
 
     Args:
-        address: of (heads, slots, words) numbers of 32 bits, contiguous.
-        heads, slots, words: its shape.
-        first_at: address of (count,) int64 slots; second_at: likewise, none of them in both.
-        count: how many pairs.
+        table_at: address of a table of slots, with positions.
+        size: bytes of a number of keys and values.
+        row: of the batch.
+        first_slot: first slot of the first segment, second_slot: of the second.
+        first_at: address of (others,) float32 scores of the first segment.
+        second_at: address of (count,) float32 scores of the second segment.
+        scores_at: address of (others + count,) float32, which become the scores after the exchange.
+        pairs_at: address of (2, count) int32 to work in.
     """
-    numbers = carray(pointer(address), (heads, slots, words), int32)
-    first = carray(pointer(first_at), (count,), int64)
-    second = carray(pointer(second_at), (count,), int64)
+    scores = carray(pointer(scores_at), (others + count,), float32)
+    _copy(scores[:others], carray(pointer(first_at), (others,), float32))
+    _copy(scores[others:], carray(pointer(second_at), (count,), float32))
+    least, equal = _least_of_best(scores, count)
+    # Of equal keys those belong to the best that need not move.
+    pairs, leaving = carray(pointer(pairs_at), (2, count), int32), 0
+    for at in range(others, others + count):
+        rank = _rank(scores[at])
+        if rank > least or (rank == least and equal > 0):
+            equal -= rank == least
+            continue
+        pairs[1, leaving] = at
+        leaving += 1
+    number = 0
+    for at in range(others):
+        rank = _rank(scores[at])
+        if rank < least or (rank == least and equal == 0):
+            continue
+        equal -= rank == least
+        pairs[0, number] = at
+        number += 1
+    # As many enter as leave.
+    for pair in range(number):
+        entering, leaves = pairs[0, pair], pairs[1, pair]
+        scores[entering], scores[leaves] = scores[leaves], scores[entering]
+        pairs[0, pair] = first_slot + entering
+        pairs[1, pair] = second_slot + leaves - others
+    first, second = pairs[0, :number], pairs[1, :number]
+    table = carray(pointer(table_at), (SLOT_FIELDS,), int64)
     # Heads outside: slots of a head lie side by side, those of another far away.
-    for head in range(heads):
-        for pair in range(count):
-            one, other = numbers[head, first[pair]], numbers[head, second[pair]]
-            for word in range(words):
-                kept = one[word]
-                one[word] = other[word]
-                other[word] = kept
+    for head in range(table[KV_HEADS]):
+        place = row * table[KEY_STRIDES] + head * table[KEY_STRIDES + 1]
+        width = size * table[WIDTH]
+        _swap_words(table[KEYS_AT] + size * place, width, width // 4, first, second)
+        place = row * table[VALUE_STRIDES] + head * table[VALUE_STRIDES + 1]
+        width = size * table[VALUE_WIDTH]
+        _swap_words(table[VALUES_AT] + size * place, width, width // 4, first, second)
+    for head in range(table[POSITION_HEADS]):
+        line = row * table[POSITION_HEADS] + head
+        _swap_words(table[POSITIONS_AT] + 4 * line * table[CAPACITY], 4, 1, first, second)

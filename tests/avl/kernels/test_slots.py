@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from avl.kernels import backend, slots
+from avl.kernels import backend, slots, tables
 
 pytestmark = pytest.mark.skipif(not backend.compiled_available(), reason="numba is not installed")
 
@@ -14,7 +14,8 @@ def both(function, *arguments, patch):
     """What each version makes of copies of the arguments: results and changed arguments."""
     outcomes = []
     for version in ("numba", "torch"):
-        patch.setattr(slots, "backend_for", lambda device, version=version: version)
+        for module in (slots, tables):
+            patch.setattr(module, "backend_for", lambda device, version=version: version)
         own = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
         outcomes.append((function(*own), own))
     return outcomes
@@ -56,21 +57,6 @@ def test_the_worst_key_is_dropped(newest, monkeypatch):
         assert found[1][0].item() == 5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_slots_change_places_in_every_head(dtype, monkeypatch):
-    keys, narrow = torch.randn(3, 11, 6).to(dtype), torch.randn(3, 11, 1).to(dtype)
-    positions = torch.arange(11, dtype=torch.int32)[None]
-    first, second = torch.tensor([0, 7, 3]), torch.tensor([10, 1, 2])
-
-    def swap(*tensors):
-        slots.swap_slots(tensors, first, second)
-
-    (_, found), (_, expected) = both(swap, keys, narrow, positions, patch=monkeypatch)
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
-    assert found[2].tolist() == [[10, 7, 3, 2, 4, 5, 6, 1, 8, 9, 0]]
-
-
 @pytest.mark.parametrize("shared", [1, 3])
 def test_received_weights_are_added_to_the_slots_that_were_read(shared, monkeypatch):
     scores, weights = torch.rand(2, 3, 12), torch.rand(2, 3, shared, 9)
@@ -87,25 +73,60 @@ def test_received_weights_are_added_to_the_slots_that_were_read(shared, monkeypa
     assert torch.equal(found[0][:, :, 11:], scores[:, :, 11:])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def segments_of_two_rows(dtype, heads=3):
+    """Keys, values and positions of 14 slots, each of which holds its own number."""
+    number = torch.arange(14)
+    keys, values = (
+        number[None, None, :, None].expand(2, heads, -1, width).contiguous().to(dtype)
+        for width in (4, 6)
+    )
+    positions = number[None, None].expand(2, -1, -1).to(torch.int32).contiguous()
+    return keys, values, positions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_second_segment_gets_the_best_keys_of_both(dtype, seed, monkeypatch):
     torch.manual_seed(seed)
-    # Slots 2 to 6 are the first segment, 9 to 11 the second; each key holds its slot's number.
-    number = torch.arange(14)
-    keys = number[None, :, None].expand(3, -1, 4).contiguous().to(dtype)
-    positions, scores = number[None].to(torch.int32).contiguous(), torch.randperm(8).float()
+    # Slots 2 to 6 are the first segment, 9 to 11 the second.
+    scores = torch.randperm(8).float() - 4.5
 
-    def exchange(keys, positions, scores):
-        slots.exchange_best((keys, positions), scores, (2, 9), 3)
+    def exchange(keys, values, positions, scores):
+        table = tables.SlotTable(keys, values, positions)
+        segments = scores[:5], scores[5:]
+        return slots.exchange_best(table, 1, (2, 9), segments, keep=True)
 
-    (_, found), (_, expected) = both(exchange, keys, positions, scores, patch=monkeypatch)
+    tensors = segments_of_two_rows(dtype)
+    (kept, found), (kept_too, expected) = both(exchange, *tensors, scores, patch=monkeypatch)
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
     places = [2, 3, 4, 5, 6, 9, 10, 11]
     score_of = dict(zip(places, scores.tolist(), strict=True))
-    best = {slot for slot, score in score_of.items() if score >= 5}
-    assert set(found[1][0, 9:12].tolist()) == best
-    assert torch.equal(found[0][0, :, 0].int(), found[1][0])  # positions go with their keys
-    # ... and so do the scores.
-    assert found[2].tolist() == [score_of[slot] for slot in found[1][0, places].tolist()]
+    best = {slot for slot, score in score_of.items() if score >= 0.5}
+    keys, values, positions, after = found
+    assert set(positions[1, 0, 9:12].tolist()) == best
+    for tensor in (keys, values):  # positions go with their keys, in every head
+        assert bool((tensor[1] == positions[1, 0, :, None].to(dtype)).all())
+    assert torch.equal(keys[0], tensors[0][0])  # the other row is left alone
+    assert torch.equal(after, scores)
+    # The scores that are returned are of the keys that are there now.
+    assert kept.tolist() == kept_too.tolist()
+    assert kept.tolist() == [score_of[slot] for slot in positions[1, 0, places].tolist()]
+
+
+def test_of_equal_keys_those_in_the_second_segment_stay():
+    tensors = segments_of_two_rows(torch.float32)
+    before = tensors[2].clone()
+    scores = torch.tensor([0.5, 0.0, 0.0, -0.0, 0.25]), torch.tensor([0.5, 0.25, 0.25])
+    table = tables.SlotTable(*tensors)
+    assert slots.exchange_best(table, 0, (2, 9), scores, keep=False) is None
+    # 0.5 enters, and one 0.25 leaves; the other one, equal to that in slot 6, stays.
+    assert sorted(tensors[2][0, 0, 9:12].tolist()) == [2, 9, 10]
+    assert torch.equal(tensors[2][0, 0, 3:9], before[0, 0, 3:9])
+
+
+def test_a_score_that_is_no_number_counts_as_best():
+    tensors = segments_of_two_rows(torch.float32)
+    scores = torch.tensor([0.5, torch.nan, 0.1]), torch.tensor([torch.inf])
+    slots.exchange_best(tables.SlotTable(*tensors), 0, (2, 9), scores, keep=False)
+    assert tensors[2][0, 0, 9].item() == 3
