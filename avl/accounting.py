@@ -167,29 +167,39 @@ class UsageLog:
             layers: those that are counted, all filled.
             attended: keys each row attended to, by layer.
         """
-        buffers = [layer.filled_buffer for layer in layers]
-        sizes = [buffer.sizes() for buffer in buffers]
-        allocated = sum(size.allocated for size in sizes)
+        # One loop: this is done at every step, and each sum of its own takes as long as this.
+        filled = allocated = bookkeeping = host = full = seen = 0
+        by_row = [0.0] * len(attended[0])
+        held, self.kernels = [], ""
+        for layer in layers:
+            buffer = layer.filled_buffer
+            sizes = buffer.sizes()
+            held.append(tuple(sizes.held))
+            filled += sizes.in_use
+            allocated += sizes.allocated
+            bookkeeping += sizes.bookkeeping
+            host += sizes.host
+            # The stock cache holds a key and a value of every position seen, padding included, in
+            # the model's own precision.
+            full += layer.seen * sizes.position
+            seen = max(seen, layer.seen)
+            for row, count in enumerate(sizes.by_row):
+                by_row[row] += count
+            if buffer.coded_tier(True) is not None:
+                self.kernels = backend_for(buffer.keys.device)
         self.peak = max(self.peak, allocated)
-        coded = next((buffer for buffer in buffers if buffer.coded_tier(True) is not None), None)
-        self.kernels = "" if coded is None else backend_for(coded.keys.device)
-        seen = [layer.seen for layer in layers]
-        # The stock cache holds a key and a value of every position seen, padding included, in the
-        # model's own precision.
-        full = sum(count * size.position for count, size in zip(seen, sizes, strict=True))
         self.steps.append(
             StepUsage(
-                step=step,
-                seen=max(seen),
-                attended=tuple(map(tuple, attended)),
-                held=tuple([tuple(size.held) for size in sizes]),
-                filled=sum([size.in_use for size in sizes]),
-                allocated=allocated,
-                bookkeeping=sum([size.bookkeeping for size in sizes]),
-                full=full,
-                host=sum([size.host for size in sizes]),
-                # From layers x rows to rows x layers.
-                by_row=tuple(map(sum, zip(*[size.by_row for size in sizes], strict=True))),
+                step,
+                seen,
+                tuple(map(tuple, attended)),
+                tuple(held),
+                filled,
+                allocated,
+                bookkeeping,
+                full,
+                host,
+                tuple(by_row),
             )
         )
 

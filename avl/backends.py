@@ -51,14 +51,19 @@ class _Name(str):
     backend's.
     """
 
-    __slots__ = ()
+    __slots__ = ("_backend",)
+    _backend: str
+
+    def __new__(cls, name: str) -> _Name:
+        self = super().__new__(cls, name)
+        self._backend = backend_name(name)
+        return self
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, str):
-            return False
-        # A decoder asks some twenty times a token, with the backend's own name or with this one.
-        own = str.removeprefix(self, _PREFIX)
-        return str.__eq__(other, own) or str.removeprefix(other, _PREFIX) == own
+        # A decoder asks some twenty times a token, nearly always with a name that is not of ours.
+        if type(other) is str and other == self._backend:
+            return True
+        return isinstance(other, str) and backend_name(str(other)) == self._backend
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -72,7 +77,7 @@ class _Name(str):
 
 def backend_name(name: str | None) -> str:
     """The backend behind a name that may be ours; None means eager attention."""
-    return (name or "eager").removeprefix(_PREFIX)
+    return str.removeprefix(name or "eager", _PREFIX)
 
 
 def rename(config: Any) -> None:

@@ -431,18 +431,19 @@ class KeyBuffer:
         if self._fixed_bytes is None or self.pages is not None:
             self._fixed_bytes = self._count_bytes()
         fixed, in_buffer = self._fixed_bytes, self.held_in_buffer()
+        in_tier = self.quantized_held
         # Slots in front that no row uses are allocated but hold nothing; they go when the buffer
         # grows.
         slots, each = self.filled - self.first_used_slot, fixed.position / len(in_buffer)
         by_row = zip(in_buffer, fixed.beside_by_row, strict=True)
         return BufferSizes(
-            held=self.held(),
-            in_use=slots * fixed.position + fixed.beside,
-            allocated=fixed.allocated,
-            host=fixed.host,
-            by_row=[count * each + beside for count, beside in by_row],
-            bookkeeping=fixed.bookkeeping,
-            position=fixed.position,
+            [a + b for a, b in zip(in_buffer, in_tier, strict=True)],
+            slots * fixed.position + fixed.beside,
+            fixed.allocated,
+            fixed.host,
+            [count * each + beside for count, beside in by_row],
+            fixed.bookkeeping,
+            fixed.position,
         )
 
     def _count_bytes(self) -> _FixedBytes:
@@ -467,7 +468,10 @@ class KeyBuffer:
         )
 
     def bytes_allocated(self) -> int:
-        """Bytes of keys and values on the model's device, empty slots and pages' bounds included."""
+        """Bytes of keys and values on the model's device.
+
+        Empty slots, the tier and the bounds of pages are included.
+        """
         return self.sizes().allocated
 
     def tensors(self) -> list[Tensor]:
@@ -558,18 +562,17 @@ class KeyBuffer:
             gradients, scores for several heads in one, and where there is no compiled version.
         """
         key, value, position, arrival = new
-        free, tier = self.free_slots[0], self.quantized if refresh else None
+        table, tier = self.slot_table, self.quantized if refresh else None
         # Afterwards no row may have a free slot: those would have to be masked.
-        even = free <= 1 and all(slots == free for slots in self.free_slots)
+        free = self.free_slots[0]
+        even = free <= 1 and (len(self.free_slots) == 1 or len(set(self.free_slots)) == 1)
         if not even or self.pages is not None or (refresh and self._padded):
             return None
         if (free and self.next_free_slot is None) or (tier is not None and tier.bits is None):
             return None
-        if accumulate and self.positions.shape[1] != self.keys.shape[1]:
+        if not table.compiled or key.dtype != table.dtype or (accumulate and not table.by_head):
             return None
-        if key.dtype != self.keys.dtype or gradients_wanted(query, key, value):
-            return None
-        if not self.slot_table.compiled:
+        if gradients_wanted(query, key, value):
             return None
         if free:
             self.free_slots = [0] * len(self.free_slots)

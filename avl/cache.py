@@ -31,6 +31,7 @@ class Conversation:
         arrival: score with which a new key starts.
         rows: which original row each row of the batch continues, where rows have been rearranged.
         moved: the same since the last pass, or None.
+        saw_inference: whether a pass ran inside torch.inference_mode().
         layers: layers of the cache that are ours, by index.
     """
 
@@ -40,10 +41,13 @@ class Conversation:
     arrival: float = 0.0
     rows: Tensor | None = None
     moved: Tensor | None = None
+    saw_inference: bool = False
     layers: dict[int, AdaptiveLayer] = field(default_factory=dict)
 
     def is_inference(self) -> bool:
         """Whether a layer holds tensors that only torch.inference_mode() can change."""
+        if not self.saw_inference:  # tensors are not asked one by one at every step
+            return False
         buffers = [layer.buffer for layer in self.layers.values() if layer.buffer is not None]
         return any(tensor.is_inference() for buffer in buffers for tensor in buffer.tensors())
 

@@ -61,11 +61,18 @@ class DecodeStep:
         self.selection_log = selection_log
         self.reads: dict[int, list[int]] = {}
         self._weights: dict[int, Tensor] = {}  # to add to the scores of keys, by layer
+        # Asked once for all layers.
+        self._sparse = self.cored is not None and self.cored.sparse
+        self._ranks_anew = self.cored is not None and (self.cored.rotates or self.cored.sparse)
+        self._accumulates = policy.accumulates
         self._accumulated: set[int] = set()  # layers whose weights were added already
         self._slots_before_core: dict[int, int] = {}  # of the keys these weights are for
         self._ranks: dict[int, Tensor] = {}  # of image keys, where the core is chosen anew
         self._sparse_core: dict[int, Tensor] = {}  # positions a sparse step attended to
         self._drifted_rows: dict[int, list[bool]] = {}  # rows whose core was outdated
+        # What layers mostly have in common: most evictable keys of each row by its shares of the
+        # budget, and the position from which on keys are safe by these limits.
+        self._limits: dict[tuple[float, ...], list[int | None]] = {}
         self._thresholds: dict[tuple[int, ...], Tensor | int] = {}
         layout = forward.layout
         self._arrived = torch.full((layout.batch, 1, 1), forward.start, device=layout.device)
@@ -85,8 +92,8 @@ class DecodeStep:
             return inner(call)
         buffer, refresh = layer.filled_buffer, self.conversation.is_refresh
         # Only a sparse step reads the same keys twice, and keeps their products for that.
-        sparse, logits = self.cored is not None and self.cored.sparse, None
-        found = None if sparse else self._append_and_attend(call, layer)
+        logits = None
+        found = None if self._sparse else self._append_and_attend(call, layer)
         if found is None:
             self._append(call, layer)
             if buffer.pages is not None:
@@ -97,7 +104,7 @@ class DecodeStep:
             if buffer.ragged(refresh):
                 hidden = buffer.attended_positions(refresh=refresh) < 0
             positions = partial(buffer.attended_positions, refresh=refresh)
-            logits = row_logits(call, tier) if sparse else None
+            logits = row_logits(call, tier) if self._sparse else None
             found = self._read(call, positions, hidden, logits, tier)
         output, weights = found
         self.reads[layer.index] = buffer.reads(refresh=refresh)
@@ -111,12 +118,13 @@ class DecodeStep:
             assert self.cored is not None
             assert weights is not None
             self._ranks[layer.index] = self.cored.core_scores(weights.detach())
-            if sparse and logits is not None:
+            if self._sparse and logits is not None:
                 tier = buffer.coded_tier(True)
                 output, weights = self._narrow(call, layer, logits, tier)
         self._slots_before_core[layer.index] = buffer.slots_before_core(refresh)
         # Where they were not added in one with attention.
-        if self._accumulates(buffer) and layer.index not in self._accumulated:
+        added = buffer.scores is None or layer.index in self._accumulated
+        if self._accumulates and not added:
             assert weights is not None
             self._weights[layer.index] = weights.detach()
         return output
@@ -135,7 +143,7 @@ class DecodeStep:
         buffer, refresh = layer.filled_buffer, self.conversation.is_refresh
         # A step that may be taken once more adds the weights of the last time only.
         drifts = not refresh and self._watches_drift(buffer)
-        accumulate = self._accumulates(buffer) and not drifts
+        accumulate = self._accumulates and buffer.scores is not None and not drifts
         found = buffer.append_and_attend(
             call.query,
             (call.key, call.value, self.forward.start, self.conversation.arrival),
@@ -177,14 +185,9 @@ class DecodeStep:
             # The new key was appended first: a row always attends to its own token.
             call.key, call.value = buffer.attended(refresh=refresh)
 
-    def _accumulates(self, buffer: KeyBuffer) -> bool:
-        """Whether this step's weights are added to the scores of the keys in a buffer."""
-        return buffer.scores is not None and self.policy.accumulates
-
     def _ranks_keys(self, buffer: KeyBuffer) -> bool:
         """Whether a refresh ranks the image keys of a buffer anew."""
-        ranks = self.cored is not None and (self.cored.rotates or self.cored.sparse)
-        return ranks and buffer.has_secondary
+        return self._ranks_anew and buffer.has_secondary
 
     def _watches_drift(self, buffer: KeyBuffer) -> bool:
         """Whether an ordinary step may find the core of a buffer outdated."""
@@ -350,19 +353,23 @@ class DecodeStep:
             slots = slice(buffer.secondary_width, buffer.filled)
             add_received(buffer.scores, weights, slots, first)
         log.note(layer.index, "added", self._arrived)
-        self._evict(layer)
-        self._drop_secondary(layer)
-        self._quantize_oldest(layer)
+        if buffer.scores is not None:
+            self._evict(layer)
+        if self.cored is not None and buffer.secondary_scores is not None:
+            self._drop_secondary(layer, self.cored)
+        if (newest := self.policy.newest_in_full) is not None:
+            self._quantize_oldest(layer, newest)
 
     def _evict(self, layer: AdaptiveLayer) -> None:
         """Drop one always attended key of each row that holds more than its limit."""
         buffer = layer.filled_buffer
-        if buffer.scores is None:
-            return
         # The new token's key is one that may be dropped later.
         buffer.evictable = [count + 1 for count in buffer.evictable]
-        rows = zip(self.conversation.counts, buffer.budget_share, strict=True)
-        limits = [self.policy.limit(counts, share) for counts, share in rows]
+        shares = tuple(buffer.budget_share)
+        if shares not in self._limits:
+            rows = zip(self.conversation.counts, shares, strict=True)
+            self._limits[shares] = [self.policy.limit(counts, share) for counts, share in rows]
+        limits = self._limits[shares]
         over = [
             limit is not None and held > limit
             for held, limit in zip(buffer.evictable, limits, strict=True)
@@ -371,14 +378,12 @@ class DecodeStep:
             dropped = buffer.evict(over, self._newest(limits))
             self.selection_log.note(layer.index, "dropped", dropped)
 
-    def _drop_secondary(self, layer: AdaptiveLayer) -> None:
+    def _drop_secondary(self, layer: AdaptiveLayer, policy: CoredPolicy) -> None:
         """Drop one secondary key of each row that holds more image keys than its limit."""
         buffer = layer.filled_buffer
-        if self.cored is None or buffer.secondary_scores is None:
-            return
         dropped = torch.full_like(buffer.positions[:, :1, :1], -1)
         for row, counts in enumerate(self.conversation.counts):
-            limit = self.cored.image_limit(counts, buffer.evictable[row])
+            limit = policy.image_limit(counts, buffer.evictable[row])
             start, stop = buffer.core_spans[row]
             secondary = buffer.secondary_held(row)
             # One key per step is enough: a step adds one text key, so the limit falls by at most
@@ -387,11 +392,13 @@ class DecodeStep:
                 dropped[row] = buffer.drop_secondary(row)
                 self.selection_log.note(layer.index, "dropped", dropped)
 
-    def _quantize_oldest(self, layer: AdaptiveLayer) -> None:
-        """Quantise a block of the oldest keys of each row that holds one too many in full."""
-        newest = self.policy.newest_in_full
-        if newest is None:
-            return
+    def _quantize_oldest(self, layer: AdaptiveLayer, newest: int) -> None:
+        """Quantise a block of the oldest keys of each row that holds one too many in full.
+
+        Args:
+            layer: the layer.
+            newest: keys that stay in full precision.
+        """
         buffer = layer.filled_buffer
         rows = [held >= newest + QUANTIZED_BLOCK for held in buffer.held_in_buffer()]
         if any(rows):

@@ -332,14 +332,14 @@ class AttentionHooks:
         self._claim()
         self._check_backend()
         given = named_arguments(module, args, kwargs)
-        inputs, shown, embedded = (
-            getattr(self._pending, name) for name in ("inputs", "shown", "embedded")
-        )
+        pending = self._pending
+        inputs, shown, embedded = pending.inputs, pending.shown, pending.embedded
         # `generate` encodes images once per prompt and repeats the rows afterwards; a model that
         # encodes them in its own forward gets rows that are repeated already.
-        copies = self._copies if self._pending.shown_first else 1
-        self._pending.clear()
-        new = _first(given, "input_ids", "inputs_embeds")
+        copies = self._copies if pending.shown_first else 1
+        pending.clear()
+        new = given.get("input_ids")
+        new = given.get("inputs_embeds") if new is None else new
         if new is None:
             raise HookError("the decoder was called without input_ids and inputs_embeds")
         cache = find_cache(given)
@@ -564,8 +564,3 @@ def _newest(call: AttentionCall, count: int) -> Tensor | None:
         return forward.rows
     total = forward.start + forward.tokens
     return torch.arange(total - count, total, device=call.key.device) if count < total else None
-
-
-def _first(arguments: dict[str, Any], *names: str) -> Tensor | None:
-    """The first of these arguments that is given."""
-    return next((arguments[name] for name in names if arguments.get(name) is not None), None)

@@ -58,7 +58,7 @@ def _refresh_row(buffer: KeyBuffer, row: int, scores: Tensor) -> None:
         secondary, core = _exchange_with_tier(buffer, row, quantized, secondary, core)
     keep = buffer.secondary_scores is not None or buffer.core_scores_at_refresh is not None
     # Secondary keys stand behind the row's padding, the core from `start` on.
-    slots, others = (padding, start), len(secondary)
+    slots, others = (padding, start), secondary.shape[0]
     kept = exchange_best(buffer.slot_table, row, slots, (secondary, core), keep=keep)
     if kept is not None and buffer.secondary_scores is not None:
         buffer.secondary_scores[row, padding : buffer.secondary_width] = kept[:others]

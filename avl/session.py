@@ -49,13 +49,14 @@ class AdaptiveSession(Intervention):
     @property
     def description(self) -> str:
         """The policy, as its `repr` states it."""
-        return repr(self.policy)
+        return self._description
 
     def __init__(self, model: nn.Module, policy: Policy) -> None:
         if not isinstance(policy, Policy):
             raise TypeError(f"policy must be a policy such as avl.AdaptivePolicy(); got {policy!r}")
         self.model = model
         self.policy = policy
+        self._description = repr(policy)  # asked for at every pass
         self._hooks: AttentionHooks | None = None
         self._filter: PrefillFilter | None = None
         self._encoder: EncoderAttention | None = None
@@ -178,6 +179,7 @@ class AdaptiveSession(Intervention):
             if conversation.rows is not None:
                 forward.layout = forward.layout.select(conversation.rows)
         conversation.forward = forward
+        conversation.saw_inference |= torch.is_inference_mode_enabled()
         conversation.arrival = self.policy.arrival(forward.start)
         self._count(conversation, forward)
         # Prompts and policies without a core read everything.

@@ -21,10 +21,10 @@ it.
 
 
 inlined = njit(inline="always", fastmath=SUMMING, error_model="numpy")
-"""Compiled as part of its callers, so that a loop's length can be a number that a caller writes out.
+"""Compiled as part of its callers, so that a caller can write the length of a loop out.
 
-Of a loop of unknown length LLVM takes 64 steps at once, and does 32 or 16 one by one. And only where
-the length is known do sums over many keys stay in registers.
+Of a loop of unknown length LLVM takes 64 steps at once, and does 32 or 16 one by one. And only
+where the length is known do sums over many keys stay in registers.
 """
 
 

@@ -162,8 +162,8 @@ def slot_attention(
         scaling: factor on the products.
         codes: keys and values in front of those in the slots.
         new: what is written first, of the buffer's own type; None: nothing.
-        scored: first slot of those whose keys' weights are added to their scores, which must be kept
-            for each key/value head; None: none.
+        scored: first slot of those whose keys' weights are added to their scores, which must be
+            kept for each key/value head; None: none.
         weights_wanted: whether weights are returned.
 
     Returns:

@@ -122,16 +122,16 @@ def _attend_to_codes(query, weights, output, codes_at, row, kv_heads, own, facto
     table = carray(pointer(codes_at), (CODE_FIELDS,), int64)
     coded, key_bits, value_bits = table[CODED], table[KEY_BITS], table[VALUE_BITS]
     key_groups, value_groups, width = table[KEY_GROUPS], table[VALUE_GROUPS], query.shape[1]
-    flat, of_keys, of_values = row * kv_heads + own, key_groups * 2 * width, coded * value_groups * 2
-    stored = table[KEY_BYTES]
-    keys = carray(
-        pointer(table[CODED_KEYS_AT] + flat * coded * stored), (coded, stored), uint8
+    flat, of_keys, of_values = (
+        row * kv_heads + own,
+        key_groups * 2 * width,
+        coded * value_groups * 2,
     )
+    stored = table[KEY_BYTES]
+    keys = carray(pointer(table[CODED_KEYS_AT] + flat * coded * stored), (coded, stored), uint8)
     filled = stored * (8 // key_bits)
     stored = table[VALUE_BYTES]
-    values = carray(
-        pointer(table[CODED_VALUES_AT] + flat * coded * stored), (coded, stored), uint8
-    )
+    values = carray(pointer(table[CODED_VALUES_AT] + flat * coded * stored), (coded, stored), uint8)
     # One set of groups may stand for all heads of a row.
     line = row * table[GROUP_HEADS] + min(own, table[GROUP_HEADS] - 1)
     groups = carray(pointer(table[GROUPS_AT] + 2 * line * coded), (coded,), int16)
@@ -252,9 +252,7 @@ def attend(
         head = flat * shared  # the first query head, counted over all rows of the batch
         query = carray(pointer(query_at + 4 * head * width), (shared, width), float32)
         weights = carray(pointer(weights_at + 4 * head * count), (shared, count), float32)
-        output = carray(
-            pointer(output_at + 4 * head * value_width), (shared, value_width), float32
-        )
+        output = carray(pointer(output_at + 4 * head * value_width), (shared, value_width), float32)
         output[:] = float32(0.0)
         own_weights = weights[:, coded:]
         row_products_compiled.score_head(query, keys, first * key_step, key_step, own_weights)
@@ -267,9 +265,7 @@ def attend(
             )
         if scored >= 0:
             capacity = table[CAPACITY]
-            scores = carray(
-                pointer(table[SCORES_AT] + 4 * flat * capacity), (capacity,), float32
-            )
+            scores = carray(pointer(table[SCORES_AT] + 4 * flat * capacity), (capacity,), float32)
             _add_received(scores[scored:last], own_weights[:, scored - first :])
         row_products_compiled.weighted_head(
             own_weights, values, first * value_step, value_step, output

@@ -146,7 +146,7 @@ def exchange_best(
         they are not wanted.
     """
     first, second = scores
-    others, count = len(first), len(second)
+    others, count = first.shape[0], second.shape[0]
     size = table.keys.element_size()
     # In words of 32 bits; a head of an odd number of bfloat16 numbers has half a word left.
     words = table.width * size % 4 == 0 and table.value_width * size % 4 == 0

@@ -186,7 +186,10 @@ def _least_of_best(scores, count):
 
 @compiled
 def _swap_words(address, step, words, first, second):
-    """Swap slots first[i] and second[i] of a head: `words` numbers of 32 bits, `step` bytes apart."""
+    """Swap slots first[i] and second[i] of a head, `words` numbers of 32 bits each.
+
+    Slots are `step` bytes apart.
+    """
     for pair in range(first.shape[0]):
         one = carray(pointer(address + step * first[pair]), (words,), int32)
         other = carray(pointer(address + step * second[pair]), (words,), int32)

@@ -61,6 +61,8 @@ class SlotTable(Table):
     Attributes:
         batch, kv_heads, width, value_width: of the keys and values.
         keys, values, positions, scores: the tensors.
+        dtype: of the keys.
+        by_head: whether scores are kept for each key/value head.
         compiled: whether compiled functions can read them: numbers in main memory, of one type that
             they know.
         like: an array of that type.
@@ -85,6 +87,10 @@ class SlotTable(Table):
         self.batch, self.kv_heads, _, self.width = keys.shape
         self.value_width = values.shape[3]
         self.keys, self.values, self.positions, self.scores = keys, values, positions, scores
+        self.dtype, self.by_head = (
+            keys.dtype,
+            scores is not None and scores.shape[1] == keys.shape[1],
+        )
         self.like: Any = LIKE.get(keys.dtype)
         self.compiled = (
             self.like is not None
@@ -113,7 +119,7 @@ class _Scratch(local):
 
     def __init__(self) -> None:
         self.memory = torch.empty(0)
-        self.address = 0
+        self.size, self.address = 0, 0
 
 
 _SCRATCH = _Scratch()
@@ -125,8 +131,8 @@ def scratch(size: int) -> int:
     The memory is kept: fresh memory for every layer of every step takes longer than what is done
     with it.
     """
-    if size > len(_SCRATCH.memory):
+    if size > _SCRATCH.size:
         with torch.inference_mode(False):
             _SCRATCH.memory = torch.empty(size)
-        _SCRATCH.address = _SCRATCH.memory.data_ptr()
+        _SCRATCH.size, _SCRATCH.address = size, _SCRATCH.memory.data_ptr()
     return _SCRATCH.address
