@@ -150,6 +150,18 @@ class AttentionCall:
         return self.mask is None and self.query.shape[2] > 1 and bool(wanted)
 
 
+def newest_positions(forward: Forward, key: Tensor) -> Tensor | None:
+    """Positions of the keys a model's cache handed out, where they are not simply 0, 1, ...
+
+    A sliding window's cache hands out the newest keys only.
+    """
+    count = key.shape[2]
+    if forward.rows is not None and forward.rows.shape[1] == count:
+        return forward.rows
+    total = forward.start + forward.tokens
+    return torch.arange(total - count, total, device=key.device) if count < total else None
+
+
 class MaskPart(NamedTuple):
     """What a mask says about some rows and keys.
 

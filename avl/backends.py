@@ -10,15 +10,15 @@ takes that back. What owners do with a call is not known here.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from avl.attention import Attend, AttentionCall, Forward
+from avl.attention import Attend, AttentionCall, Forward, newest_positions
 from avl.families import UnsupportedModelError
 
 _PREFIX = "avl_"
@@ -33,8 +33,8 @@ class Owner(Protocol):
         """The output of one call; `inner` is the backend's own attention."""
 
 
-OWNERS: WeakKeyDictionary[nn.Module, Owner] = WeakKeyDictionary()
-"""Attention module -> who gets its calls."""
+OWNERS: dict[nn.Module, Owner] = {}
+"""Attention module -> who gets its calls. An owner holds its modules as long as it is here."""
 
 _RENAMED: dict[int, list[Any]] = {}
 """Id of a config -> the config, its original name, how many use our name in it: two models may
@@ -51,19 +51,17 @@ class _Name(str):
     backend's.
     """
 
-    __slots__ = ("_backend",)
-    _backend: str
+    __slots__ = ("_names",)
+    _names: frozenset[str]
 
-    def __new__(cls, name: str) -> _Name:
-        self = super().__new__(cls, name)
-        self._backend = backend_name(name)
+    def __new__(cls, backend: str) -> _Name:
+        self = super().__new__(cls, _PREFIX + backend)
+        self._names = frozenset((backend, _PREFIX + backend))
         return self
 
     def __eq__(self, other: object) -> bool:
-        # A decoder asks some twenty times a token, nearly always with a name that is not of ours.
-        if type(other) is str and other == self._backend:
-            return True
-        return isinstance(other, str) and backend_name(str(other)) == self._backend
+        # A decoder asks some twenty times a token.
+        return isinstance(other, str) and other in self._names
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -100,7 +98,7 @@ def rename(config: Any) -> None:
         )
     _register(backend)
     _RENAMED[id(config)] = [config, original, 1]
-    config._attn_implementation_internal = _Name(_PREFIX + backend)
+    config._attn_implementation_internal = _Name(backend)
 
 
 def restore(config: Any) -> None:
@@ -168,6 +166,7 @@ def _register(backend: str) -> None:
             attention_mask,
             scaling,
             options,
+            partial(newest_positions, owner.forward, key),
         )
         return owner.call(inner, call), weights[0]
 

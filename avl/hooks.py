@@ -19,7 +19,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -496,7 +495,6 @@ class AttentionHooks:
     def call(self, inner: Attend, call: AttentionCall) -> Tensor:
         """The output of one attention call, after intervention and observer."""
         self._calls += 1
-        call.key_positions = partial(_newest, call, call.key.shape[2])
         output = inner(call) if self.intervention is None else self.intervention.attend(call, inner)
         if self.observer is not None:
             # The observer sees all keys, those that the intervention read elsewhere included.
@@ -545,22 +543,3 @@ def attached(model: nn.Module, hook: Observer | Intervention) -> Iterator[Attent
         yield hooks
     finally:
         hooks.detach(hook)
-
-
-# -- helpers ---------------------------------------------------------------------------------------
-
-
-def _newest(call: AttentionCall, count: int) -> Tensor | None:
-    """Positions of keys that are not simply 0, 1, ...
-
-    A sliding window's cache hands out the newest keys only.
-
-    Args:
-        call: of the model.
-        count: keys that the model's cache handed out.
-    """
-    forward = call.forward
-    if forward.rows is not None and forward.rows.shape[1] == count:
-        return forward.rows
-    total = forward.start + forward.tokens
-    return torch.arange(total - count, total, device=call.key.device) if count < total else None

@@ -60,8 +60,7 @@ def on_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> lis
     for the processor. This pays where the function spends its time in compiled code that releases
     Python's lock (torch operations, numba's `nogil` functions, NumPy's sorting).
     """
-    threads = min(torch.get_num_threads(), len(items))
-    if threads <= 1:
+    if len(items) <= 1 or torch.get_num_threads() <= 1:
         return [function(item) for item in items]
 
     inference = torch.is_inference_mode_enabled()

@@ -119,6 +119,8 @@ def head_parts(heads: int, size: int) -> Sequence[tuple[int, int]]:
         heads: how many.
         size: numbers that all of them together have to do with.
     """
+    if size < 2 * _SMALL:
+        return ((0, heads),)
     return _parts(heads, max(1, min(torch.get_num_threads(), heads, size // _SMALL)))
 
 

@@ -258,7 +258,7 @@ def test_sinks_may_depend_on_the_query():
 
 
 def test_the_name_of_a_watched_backend_equals_the_backend_and_is_found_under_its_own():
-    name = _Name("avl_sdpa")
+    name = _Name("sdpa")
     assert name == "sdpa"
     assert name in ("eager", "sdpa")
     assert name == "avl_sdpa"
