@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from avl.kernels.row_attention import NewKey, gradients_wanted, slot_attention
-from avl.kernels.slots import drop_worst, write_slot
+from avl.kernels.row_attention import NewKey, SlotAttention
+from avl.kernels.slots import drop_worst
 from avl.kernels.tables import SlotTable
 from avl.key_pages import KeyPages
 from avl.policies.base import Choice
@@ -506,9 +506,14 @@ class KeyBuffer:
             position: sequence index of the token.
             arrival: score its key starts with.
         """
-        # The bounds of a page are taken over keys as they arrive; a page is never evicted from.
-        if self.pages is not None:
-            self.pages.add(key, position)
+        self.write(self.reserve(), key, value, position, arrival)
+
+    def reserve(self) -> Tensor | None:
+        """Take a slot in every row for one new key, which must be written before slots are read.
+
+        Returns:
+            (batch, heads, 1) int64 slots; None: the last slot, in every row and head.
+        """
         # One row without a free slot is enough: all rows get one more, and rows that had one keep
         # it.
         extend = min(self.free_slots) == 0
@@ -518,85 +523,78 @@ class KeyBuffer:
             self.filled += 1
         # The usual step: no row has a free slot, so every row writes to the same, last one.
         if extend and not any(self.free_slots):
-            self._write_last(key, value, position, arrival)
-            return
+            return None
         if extend:
             self._clear_last()
-        slot, self.next_free_slot = self.next_free_slot, None
-        if slot is None:
+        slots, self.next_free_slot = self.next_free_slot, None
+        if slots is None:
             empty = self.positions[:, :, self.secondary_width : self.filled] < 0
             # argmax of equal numbers gives the first
-            slot = self.secondary_width + empty.to(torch.uint8).argmax(2, keepdim=True)
-        self.positions.scatter_(2, slot, position)
-        if self.scores is not None:
-            self.scores.scatter_(2, slot, arrival)
-        self.keys.scatter_(2, slot[..., None].expand_as(key), key)
-        self.values.scatter_(2, slot[..., None].expand_as(value), value)
+            slots = self.secondary_width + empty.to(torch.uint8).argmax(2, keepdim=True)
         # A slot was added to every row if the buffer was extended, and one taken in every row.
         self.free_slots = [free + extend - 1 for free in self.free_slots]
+        return slots
 
-    def append_and_attend(
+    def write(
+        self, slots: Tensor | None, key: Tensor, value: Tensor, position: int, arrival: float
+    ) -> None:
+        """Write one new key and value per row into slots as of `reserve`; others as of `append`."""
+        # The bounds of a page are taken over keys as they arrive; a page is never evicted from.
+        if self.pages is not None:
+            self.pages.add(key, position)
+        if slots is None:
+            last = self.filled - 1
+            self.keys.narrow(2, last, 1).copy_(key)
+            self.values.narrow(2, last, 1).copy_(value)
+            self.positions.select(2, last).fill_(position)
+            if self.scores is not None:
+                self.scores.select(2, last).fill_(arrival)
+            return
+        self.positions.scatter_(2, slots, position)
+        if self.scores is not None:
+            self.scores.scatter_(2, slots, arrival)
+        self.keys.scatter_(2, slots[..., None].expand_as(key), key)
+        self.values.scatter_(2, slots[..., None].expand_as(value), value)
+
+    def slot_attention(
         self,
-        query: Tensor,
-        new: tuple[Tensor, Tensor, int, float],
-        scaling: float,
+        slots: Tensor | None,
+        position: int,
+        arrival: float,
         *,
         refresh: bool,
-        accumulate: bool = False,
-        weights_wanted: bool = True,
-    ) -> tuple[Tensor, Tensor | None] | None:
-        """`append`, and attention over what a step then reads, in one compiled call.
+        accumulate: bool,
+        weights_wanted: bool,
+    ) -> SlotAttention | None:
+        """`write`, and attention over what a step then reads, in one compiled call.
 
         Args:
-            query: (batch, query heads, 1, head dim).
-            new: arguments of `append`.
-            scaling: factor on the products.
+            slots: as of `reserve`.
+            position: sequence index of the token.
+            arrival: score its key starts with.
             refresh: as in `attended`.
             accumulate: whether the weights of always attended and core keys are added to their
                 scores.
             weights_wanted: whether weights are returned.
 
         Returns:
-            Output and weights as of `slot_attention`. None, and nothing was done, where it takes
-            more than one call: rows with other slots to leave out, pages, a tier that is not coded,
-            gradients, scores for several heads in one, and where there is no compiled version.
+            What is to be called; None where it takes more than one call: empty slots among those
+            that are read, pages, a tier that is not coded, scores for several heads in one, and
+            where there is no compiled version.
         """
-        key, value, position, arrival = new
         table, tier = self.slot_table, self.quantized if refresh else None
-        # Afterwards no row may have a free slot: those would have to be masked.
-        free = self.free_slots[0]
-        even = free <= 1 and (len(self.free_slots) == 1 or len(set(self.free_slots)) == 1)
-        if not even or self.pages is not None or (refresh and self._padded):
+        if self.pages is not None or not table.compiled or self.ragged(refresh):
             return None
-        if (free and self.next_free_slot is None) or (tier is not None and tier.bits is None):
+        if (tier is not None and tier.bits is None) or (accumulate and not table.by_head):
             return None
-        if not table.compiled or key.dtype != table.dtype or (accumulate and not table.by_head):
-            return None
-        if gradients_wanted(query, key, value):
-            return None
-        if free:
-            self.free_slots = [0] * len(self.free_slots)
-        else:
-            if self.filled == self.keys.shape[2]:
-                self._grow()
-            self.filled += 1
-        slots, self.next_free_slot = self.next_free_slot if free else None, None
-        written = NewKey(key, value, position, arrival, self.filled - 1, slots)
-        return slot_attention(
-            query,
-            self.slot_table,
+        return SlotAttention(
+            table,
             (self.first_slot_read(refresh), self.filled),
-            scaling,
             None if tier is None else tier.codes(),
-            written,
+            NewKey(position, arrival, self.filled - 1, slots),
             scored=self.secondary_width if accumulate else None,
             weights_wanted=weights_wanted,
         )
-
-    def _write_last(self, key: Tensor, value: Tensor, position: int, arrival: float) -> None:
-        """Write a key and value into the last slot of every row."""
-        new = key, value, position, arrival
-        write_slot(self.keys, self.values, self.positions, self.scores, self.filled - 1, new)
 
     def _clear_last(self) -> None:
         """Make the last slot of every row empty: zero, as what is read there must be finite."""
@@ -618,9 +616,7 @@ class KeyBuffer:
             (batch, heads, 1) int32 positions dropped, -1 for none.
         """
         assert self.scores is not None
-        slots, dropped = drop_worst(
-            self.positions, self.scores, self.secondary_width, self.filled, newest
-        )
+        slots, dropped = drop_worst(self.slot_table, self.secondary_width, self.filled, newest)
         self.next_free_slot = slots
         if not all(rows):
             self.next_free_slot = None

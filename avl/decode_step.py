@@ -9,6 +9,7 @@ wait for the end of the pass, so that a recorder sees what was attended.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -27,7 +28,7 @@ from avl.attention import (
 from avl.buffer import KeyBuffer
 from avl.cache import AdaptiveLayer, Conversation
 from avl.families import UnsupportedModelError
-from avl.kernels.slots import add_received
+from avl.kernels.row_attention import SlotAttention, gradients_wanted
 from avl.policies.base import CoredPolicy, PagedPolicy, Policy
 from avl.quantized_tier import QuantizedTier
 from avl.selection import SelectionLog, best
@@ -37,6 +38,22 @@ QUANTIZED_BLOCK = 32
 """Keys that are quantised at once while decoding, and share the limits of a channel (KIVI, arXiv
 2402.02750).
 """
+
+
+@dataclass(slots=True)
+class _Ready:
+    """A layer whose step is the usual one.
+
+    Attributes:
+        attention: writes the new key and attends.
+        all_keys, key_positions: of the call afterwards.
+        accumulates: whether attention adds weights to the scores of keys.
+    """
+
+    attention: SlotAttention
+    all_keys: Callable[[], tuple[Tensor, Tensor]]
+    key_positions: Callable[[], Tensor]
+    accumulates: bool
 
 
 class DecodeStep:
@@ -65,6 +82,9 @@ class DecodeStep:
         self._sparse = self.cored is not None and self.cored.sparse
         self._ranks_anew = self.cored is not None and (self.cored.rotates or self.cored.sparse)
         self._accumulates = policy.accumulates
+        self._prepared = False
+        self._slots: dict[int, Tensor | None] = {}  # where new keys are written, by layer
+        self._ready: dict[int, _Ready] = {}  # layers whose step is the usual one
         self._accumulated: set[int] = set()  # layers whose weights were added already
         self._slots_before_core: dict[int, int] = {}  # of the keys these weights are for
         self._ranks: dict[int, Tensor] = {}  # of image keys, where the core is chosen anew
@@ -74,8 +94,6 @@ class DecodeStep:
         # budget, and the position from which on keys are safe by these limits.
         self._limits: dict[tuple[float, ...], list[int | None]] = {}
         self._thresholds: dict[tuple[int, ...], Tensor | int] = {}
-        layout = forward.layout
-        self._arrived = torch.full((layout.batch, 1, 1), forward.start, device=layout.device)
 
     def attend(self, call: AttentionCall, inner: Attend) -> Tensor:
         """Attention over what the layer hands out: once, or once more over other keys.
@@ -90,10 +108,13 @@ class DecodeStep:
         layer = self.conversation.layers.get(call.layer)
         if layer is None:
             return inner(call)
-        buffer, refresh = layer.filled_buffer, self.conversation.is_refresh
-        # Only a sparse step reads the same keys twice, and keeps their products for that.
-        logits = None
-        found = None if self._sparse else self._append_and_attend(call, layer)
+        if not self._prepared:
+            self._prepare()
+        refresh, logits = self.conversation.is_refresh, None
+        found = self._attend_at_once(call, layer)
+        if found is not None and found[1] is None:
+            return found[0]  # nobody reads the weights
+        buffer = layer.filled_buffer
         if found is None:
             self._append(call, layer)
             if buffer.pages is not None:
@@ -104,32 +125,64 @@ class DecodeStep:
             if buffer.ragged(refresh):
                 hidden = buffer.attended_positions(refresh=refresh) < 0
             positions = partial(buffer.attended_positions, refresh=refresh)
+            # Only a sparse step reads the same keys twice, and keeps their products for that.
             logits = row_logits(call, tier) if self._sparse else None
             found = self._read(call, positions, hidden, logits, tier)
         output, weights = found
-        self.reads[layer.index] = buffer.reads(refresh=refresh)
+        assert weights is not None
         # The step is taken once more for outdated rows only; the others get the same result again,
         # as the keys they have not read before are hidden from them.
-        rows = None if refresh or weights is None else self._drifted(buffer, weights)
+        rows = None if refresh else self._drifted(buffer, weights)
         if rows is not None:
             refresh = True
             output, weights, logits = self._refresh(call, layer, rows)
         if refresh and self._ranks_keys(buffer):
             assert self.cored is not None
-            assert weights is not None
             self._ranks[layer.index] = self.cored.core_scores(weights.detach())
             if self._sparse and logits is not None:
                 tier = buffer.coded_tier(True)
                 output, weights = self._narrow(call, layer, logits, tier)
-        self._slots_before_core[layer.index] = buffer.slots_before_core(refresh)
         # Where they were not added in one with attention.
-        added = buffer.scores is None or layer.index in self._accumulated
-        if self._accumulates and not added:
-            assert weights is not None
+        if self._accumulates and buffer.scores is not None and layer.index not in self._accumulated:
             self._weights[layer.index] = weights.detach()
+            self._slots_before_core[layer.index] = buffer.slots_before_core(refresh)
         return output
 
-    def _append_and_attend(
+    def _prepare(self) -> None:
+        """Take a slot in each layer for the new token, and prepare the attention of the usual step.
+
+        All layers at once, before the first attends: done one by one between the layers' own work,
+        it takes several times as long.
+        """
+        self._prepared, refresh = True, self.conversation.is_refresh
+        position, arrival = self.forward.start, self.conversation.arrival
+        for index, layer in self.conversation.layers.items():
+            if not layer.hands_over:
+                continue
+            buffer = layer.filled_buffer
+            self._slots[index] = slots = buffer.reserve()
+            # A step that may be taken once more adds the weights of the last time only.
+            drifts = not refresh and self._watches_drift(buffer)
+            accumulate = self._accumulates and buffer.scores is not None and not drifts
+            attention = buffer.slot_attention(
+                slots,
+                position,
+                arrival,
+                refresh=refresh,
+                accumulate=accumulate,
+                weights_wanted=drifts or (refresh and self._ranks_keys(buffer)),
+            )
+            if attention is None or self._sparse:
+                continue
+            positions = partial(buffer.attended_positions, refresh=refresh)
+            self._ready[index] = _Ready(
+                attention,
+                partial(buffer.decoded, refresh=refresh),
+                partial(_without_heads, positions),
+                accumulate,
+            )
+
+    def _attend_at_once(
         self, call: AttentionCall, layer: AdaptiveLayer
     ) -> tuple[Tensor, Tensor | None] | None:
         """The usual step: the new key is written and the row attends, in one compiled call.
@@ -138,30 +191,17 @@ class DecodeStep:
             Output and weights, as of `attend_with`, None for weights that nobody reads; None, and
             nothing was done, where it takes more than that.
         """
-        if not layer.hands_over or not call.plain or not layer.returned(call.key, call.value):
+        ready, key, value = self._ready.get(call.layer), call.key, call.value
+        if ready is None or not call.plain or not layer.returned(key, value):
             return None
-        buffer, refresh = layer.filled_buffer, self.conversation.is_refresh
-        # A step that may be taken once more adds the weights of the last time only.
-        drifts = not refresh and self._watches_drift(buffer)
-        accumulate = self._accumulates and buffer.scores is not None and not drifts
-        found = buffer.append_and_attend(
-            call.query,
-            (call.key, call.value, self.forward.start, self.conversation.arrival),
-            call.scaling,
-            refresh=refresh,
-            accumulate=accumulate,
-            weights_wanted=drifts or (refresh and self._ranks_keys(buffer)),
-        )
-        if found is None:
+        dtype = layer.dtype
+        if key.dtype != dtype or value.dtype != dtype or gradients_wanted(call.query, key, value):
             return None
-        if accumulate:
-            self._accumulated.add(layer.index)
-        positions = partial(buffer.attended_positions, refresh=refresh)
-        call.all_keys = partial(buffer.decoded, refresh=refresh)
-        call.key_positions = partial(_without_heads, positions)
-        call.mask = None
-        output, weights = found
-        return output if call.value.dtype == output.dtype else output.to(call.value.dtype), weights
+        output, weights = ready.attention(call.query, call.scaling, key, value)
+        call.all_keys, call.key_positions, call.mask = ready.all_keys, ready.key_positions, None
+        if ready.accumulates:
+            self._accumulated.add(call.layer)
+        return output if dtype == output.dtype else output.to(dtype), weights
 
     def _append(self, call: AttentionCall, layer: AdaptiveLayer) -> None:
         """Have the call's keys be what the layer reads, its own new one included.
@@ -181,8 +221,9 @@ class DecodeStep:
             )
         if layer.hands_over:
             new = call.key.detach(), call.value.detach()
-            buffer.append(*new, self.forward.start, self.conversation.arrival)
-            # The new key was appended first: a row always attends to its own token.
+            slots, arrival = self._slots[layer.index], self.conversation.arrival
+            buffer.write(slots, *new, self.forward.start, arrival)
+            # The new key was written first: a row always attends to its own token.
             call.key, call.value = buffer.attended(refresh=refresh)
 
     def _ranks_keys(self, buffer: KeyBuffer) -> bool:
@@ -332,7 +373,11 @@ class DecodeStep:
 
     def end(self) -> None:
         """The pass is over: change what its weights change."""
-        for layer in self.conversation.layers.values():
+        self.selection_log.arrive(self.forward.start)
+        refresh = self.conversation.is_refresh
+        for index, layer in self.conversation.layers.items():
+            if index not in self.reads:
+                self.reads[index] = layer.filled_buffer.reads(refresh=refresh)
             self._after_step(layer)
 
     def _after_step(self, layer: AdaptiveLayer) -> None:
@@ -351,8 +396,7 @@ class DecodeStep:
             # which are the last of them: the columns from `first` on are the slots from
             # `secondary_width` on.
             slots = slice(buffer.secondary_width, buffer.filled)
-            add_received(buffer.scores, weights, slots, first)
-        log.note(layer.index, "added", self._arrived)
+            buffer.scores[:, :, slots].add_(weights[..., first:].sum(2))
         if buffer.scores is not None:
             self._evict(layer)
         if self.cored is not None and buffer.secondary_scores is not None:

@@ -12,12 +12,12 @@ they did after the prompt.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from avl.buffer import BufferSizes, KeyBuffer, roomy
+from avl.kernels.tables import SlotTable
 from avl.policies.base import Choice
 
 
@@ -90,6 +90,13 @@ class RaggedBuffer(KeyBuffer):
 
     # -- reading -----------------------------------------------------------------------------------
 
+    @property
+    def slot_table(self) -> SlotTable:
+        """Of positions and scores; keys and values do not lie as it says."""
+        shape = (*self.positions.shape[:2], -1, -1)
+        keys, values = (flat[None, None].expand(shape) for flat in (self.keys, self.values))
+        return SlotTable(keys, values, self.positions, self.scores)
+
     def ragged(self, refresh: bool) -> bool:
         return True
 
@@ -131,25 +138,27 @@ class RaggedBuffer(KeyBuffer):
 
     # -- one key more ------------------------------------------------------------------------------
 
-    def append(self, key: Tensor, value: Tensor, position: int, arrival: float) -> None:
+    def reserve(self) -> Tensor | None:
         if min(self.free_slots) == 0:
             self._add_slot()
-        slot, self.next_free_slot = self.next_free_slot, None
-        if slot is None:
+        slots, self.next_free_slot = self.next_free_slot, None
+        if slots is None:
             free = (self.positions < 0) & (self.table >= 0)
             free = free[:, :, : self.filled]
-            slot = free.to(torch.uint8).argmax(2, keepdim=True)
-        self.positions.scatter_(2, slot, position)
+            slots = free.to(torch.uint8).argmax(2, keepdim=True)
+        self.free_slots = [free_slots - 1 for free_slots in self.free_slots]
+        return slots
+
+    def write(
+        self, slots: Tensor | None, key: Tensor, value: Tensor, position: int, arrival: float
+    ) -> None:
+        assert slots is not None, "heads of different lengths have no last slot in common"
+        self.positions.scatter_(2, slots, position)
         if self.scores is not None:
-            self.scores.scatter_(2, slot, arrival)
-        entry = self.table.gather(2, slot).flatten()
+            self.scores.scatter_(2, slots, arrival)
+        entry = self.table.gather(2, slots).flatten()
         self.keys[entry] = key.flatten(0, 2)
         self.values[entry] = value.flatten(0, 2)
-        self.free_slots = [free_slots - 1 for free_slots in self.free_slots]
-
-    def append_and_attend(self, *args: Any, **kwargs: Any) -> None:
-        """None: what is read is a copy, with slots that must be masked."""
-        return
 
     def _add_slot(self) -> None:
         """Give every head of every row one more slot."""

@@ -12,7 +12,7 @@ nothing about policies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -146,6 +146,7 @@ class Selection:
     layers: tuple[int, ...]
     _lengths: list[int] = field(default_factory=list, repr=False)
     _events: dict[int, list[_Event]] = field(default_factory=dict, repr=False)
+    _arrivals: dict[int, int] = field(default_factory=dict, repr=False)
 
     @property
     def steps(self) -> int:
@@ -178,7 +179,7 @@ class Selection:
         state = torch.zeros(
             first.shape[0], heads, self.layout.length + 1, dtype=torch.int8, device=first.device
         )
-        for event in events:
+        for event in self._in_order(layer):
             if event.kind == "rows":  # also later ones: rows are told as their ancestors' history
                 state = state.index_select(0, event.what)
                 continue
@@ -192,9 +193,20 @@ class Selection:
                 )
             # What is no position goes to one more column, which is cut off in the end.
             index = torch.where(event.what < 0, self.layout.length, event.what).long()
-            state.scatter_(-1, index.expand(-1, heads, -1), int(_AFTER[event.kind]))
+            index = index.to(state.device).expand(state.shape[0], heads, -1)
+            state.scatter_(-1, index, int(_AFTER[event.kind]))
         hidden = ~self.layout.valid[:, None, :length].to(state.device)
         return state[..., :length].masked_fill(hidden, int(State.PADDING))
+
+    def _in_order(self, layer: int) -> Iterator[_Event]:
+        """Events of a layer, and in front of those of a step the token that arrived in it."""
+        events, at = self._events[layer], 0
+        for step, position in sorted(self._arrivals.items()):
+            while at < len(events) and events[at].step < step:
+                yield events[at]
+                at += 1
+            yield _Event(step, "added", torch.tensor([[[position]]]))
+        yield from events[at:]
 
     def images(self, state: State, layer: int, step: int | None = None) -> list[list[int]]:
         """Image positions of each row that are in `state` in the given layer after the given step.
@@ -214,6 +226,10 @@ class SelectionLog(Selection):
         """A pass begins; a later turn's prompt belongs to the step before it."""
         self.layout = layout
         self._lengths[step:] = [layout.length]
+
+    def arrive(self, position: int) -> None:
+        """Every layer takes in the token of a decode step, in every row and head."""
+        self._arrivals[self.steps] = position
 
     def note(self, layer: int, kind: str, what: Tensor) -> None:
         """Write an event down.

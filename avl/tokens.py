@@ -80,11 +80,6 @@ class TokenLayout:
         return self.modality.shape[1]
 
     @property
-    def device(self) -> torch.device:
-        """Where the tensors are."""
-        return self.modality.device
-
-    @property
     def valid(self) -> Tensor:
         """(batch, length) bool: positions that are not padding."""
         return self.modality != Modality.PADDING
@@ -199,10 +194,6 @@ class _Beginning(TokenLayout):
     def length(self) -> int:
         length: int = vars(self)["_length"]
         return length
-
-    @property
-    def device(self) -> torch.device:
-        return self._roomy[0].device
 
 
 def token_layout(

@@ -80,26 +80,22 @@ class Codes:
 
 
 class NewKey(NamedTuple):
-    """A key and value of each row and head, to be written before they are attended to.
+    """Where a new key and value of each row and head are written before they are attended to.
 
     Attributes:
-        key: (batch, key/value heads, 1, width).
-        value: (batch, key/value heads, 1, width of a value).
         position: sequence index of the token.
         score: what the key starts with.
         slot: where it is written.
         slots: (batch, position heads, 1) int64, where each head writes instead; or None.
     """
 
-    key: Tensor
-    value: Tensor
     position: int
     score: float
     slot: int
     slots: Tensor | None = None
 
 
-_NOTHING = (0, 0, 0, 0, 0, 0.0)
+_NOTHING = NewKey(0, 0.0, 0)
 """What the compiled function gets where there is no new key."""
 _LOG2_E = 1 / math.log(2)
 
@@ -136,80 +132,106 @@ def row_attention(
     """
     # No copies, where they are as attention layers make them: one row of a head follows another.
     keys, values = (part if part.stride(3) == 1 else part.contiguous() for part in (keys, values))
-    slots = 0, keys.shape[2]
-    output, weights = slot_attention(query, SlotTable(keys, values), slots, scaling, codes)
+    attention = SlotAttention(SlotTable(keys, values), (0, keys.shape[2]), codes)
+    output, weights = attention(query, scaling)
     assert weights is not None
     return output, weights
 
 
-def slot_attention(
-    query: Tensor,
-    table: SlotTable,
-    slots: tuple[int, int],
-    scaling: float,
-    codes: Codes | None = None,
-    new: NewKey | None = None,
-    *,
-    scored: int | None = None,
-    weights_wanted: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+class SlotAttention:
     """`row_attention` over some slots of a buffer, and what else a decode step does there.
 
-    Args:
-        query: (batch, query heads, 1, width), a multiple of the key/value heads.
-        table: of the buffer.
-        slots: first slot that is read, and the one behind the last.
-        scaling: factor on the products.
-        codes: keys and values in front of those in the slots.
-        new: what is written first, of the buffer's own type; None: nothing.
-        scored: first slot of those whose keys' weights are added to their scores, which must be
-            kept for each key/value head; None: none.
+    What is known before the query is prepared here, so that many layers can be prepared together.
+
+    Attributes:
         weights_wanted: whether weights are returned.
-
-    Returns:
-        As of `row_attention`; None in the place of weights that are not wanted.
     """
-    (first, last), heads = slots, query.shape[1]
-    kv_heads = table.batch * table.kv_heads
-    count = last - first
-    codes_at, coded, between = 0, 0, 0
-    if codes is not None:
-        codes_at, coded, between = codes.table.address, codes.width, codes.scratch
-        count += coded
-    # As many threads as there is work for: a small model's step is over before a thread starts.
-    parts = head_parts(kv_heads, kv_heads * count * table.width)
-    # All tensors are held until the call is over, as the compiled function gets addresses. Nothing
-    # is copied where it is as attention layers make it.
-    query = query.float().contiguous()
-    written: tuple[Any, ...] = _NOTHING
-    if new is not None:
-        key, value = new.key.contiguous(), new.value.contiguous()
-        slots_at = 0 if new.slots is None else new.slots.data_ptr()
-        numbers = new.slot, new.position, float(new.score)
-        written = key.data_ptr(), value.data_ptr(), slots_at, *numbers
-    shared, weights = heads // table.kv_heads, None
-    if weights_wanted:
-        weights = torch.empty(table.batch, table.kv_heads, shared, count, dtype=torch.float32)
-        scratch_at = scratch(between * len(parts)) if between else 0
-        weights_at = weights.data_ptr()
-    else:
-        weights_at = scratch(between * len(parts) + table.batch * heads * count)
-        scratch_at, weights_at = weights_at, weights_at + 4 * between * len(parts)
-    output = torch.empty(table.batch, 1, heads, table.value_width, dtype=torch.float32)
-    of_table = table.like, table.address, codes_at, coded
-    read = first, last, -1 if scored is None else scored
-    of_query = query.data_ptr(), shared, scaling * _LOG2_E
-    output_at, attend = output.data_ptr(), _attend()
 
-    def some(number: int) -> None:
-        own_scratch_at = scratch_at + 4 * between * number
-        attend(
-            *parts[number], *of_table, *written, *read, *of_query,
-            own_scratch_at, weights_at, output_at,
-        )  # fmt: skip
+    def __init__(
+        self,
+        table: SlotTable,
+        slots: tuple[int, int],
+        codes: Codes | None = None,
+        new: NewKey | None = None,
+        *,
+        scored: int | None = None,
+        weights_wanted: bool = True,
+    ) -> None:
+        """Prepare.
 
-    on_threads(some, range(len(parts)))
-    return output, weights
+        Args:
+            table: of the buffer.
+            slots: first slot that is read, and the one behind the last.
+            codes: keys and values in front of those in the slots.
+            new: where a new key is written first; None: there is none.
+            scored: first slot of those whose keys' weights are added to their scores, which must be
+                kept for each key/value head; None: none.
+            weights_wanted: whether weights are returned.
+        """
+        self.weights_wanted, (first, last) = weights_wanted, slots
+        # Tensors whose addresses are noted are held.
+        self._table, self._codes, self._new = table, codes, new
+        codes_at, coded, self._between = 0, 0, 0
+        if codes is not None:
+            codes_at, coded, self._between = codes.table.address, codes.width, codes.scratch
+        self._count, kv_heads = coded + last - first, table.batch * table.kv_heads
+        # As many threads as there is work for: a small model's step is over before a thread starts.
+        self._parts = head_parts(kv_heads, kv_heads * self._count * table.width)
+        position, score, slot, where = new or _NOTHING
+        where_at = 0 if where is None else where.data_ptr()
+        of_table = table.like, table.address, codes_at, coded
+        of_slots = first, last, -1 if scored is None else scored
+        self._prepared = (*of_table, where_at, slot, position, float(score), *of_slots)
+
+    def __call__(
+        self,
+        query: Tensor,
+        scaling: float,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            query: (batch, query heads, 1, width), a multiple of the key/value heads.
+            scaling: factor on the products.
+            key: (batch, key/value heads, 1, width), of the buffer's own type, where a new key is
+                written.
+            value: (batch, key/value heads, 1, width of a value), likewise.
+
+        Returns:
+            As of `row_attention`; None in the place of weights that are not wanted.
+        """
+        table, heads, parts = self._table, query.shape[1], self._parts
+        shared = heads // table.kv_heads
+        # All tensors are held until the call is over, as the compiled function gets addresses.
+        # Nothing is copied where it is as attention layers make it.
+        query = query.float().contiguous()
+        new = 0, 0
+        if key is not None and value is not None:
+            key, value = key.contiguous(), value.contiguous()
+            new = key.data_ptr(), value.data_ptr()
+        output = torch.empty(table.batch, 1, heads, table.value_width, dtype=torch.float32)
+        between, weights = self._between * len(parts), None
+        if self.weights_wanted:
+            shape = table.batch, table.kv_heads, shared, self._count
+            weights = torch.empty(shape, dtype=torch.float32)
+            scratch_at, weights_at = scratch(between), weights.data_ptr()
+        else:
+            scratch_at = scratch(between + table.batch * heads * self._count)
+            weights_at = scratch_at + 4 * between
+        of_query = *new, query.data_ptr(), shared, scaling * _LOG2_E
+        results, attend = (weights_at, output.data_ptr()), _attend()
+
+        def some(number: int) -> None:
+            own_scratch_at = scratch_at + 4 * self._between * number
+            attend(*parts[number], *self._prepared, *of_query, own_scratch_at, *results)
+
+        if len(parts) == 1:
+            some(0)
+        else:
+            on_threads(some, range(len(parts)))
+        return output, weights
 
 
 @cache

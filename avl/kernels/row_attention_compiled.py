@@ -181,8 +181,6 @@ def attend(
     table_at,
     codes_at,
     coded,
-    new_key_at,
-    new_value_at,
     slots_at,
     slot,
     position,
@@ -190,6 +188,8 @@ def attend(
     first,
     last,
     scored,
+    new_key_at,
+    new_value_at,
     query_at,
     shared,
     factor,
@@ -205,14 +205,14 @@ def attend(
         table_at: address of a table of slots.
         codes_at: address of a table of codes; 0 where there are none.
         coded: keys in few bits.
-        new_key_at: address of (rows * key/value heads, width) new keys; 0: none is written.
-        new_value_at: address of (rows * key/value heads, value width) new values.
         slots_at: address of (rows, position heads) int64, the slots that are written; 0: all heads
             write to `slot`.
         position: of the new token; score: what its key starts with.
         first: first slot that is read; last: the one behind the last.
         scored: first slot of those whose keys' weights are added to their scores, which are kept
             head by head; -1: no weights are added.
+        new_key_at: address of (rows * key/value heads, width) new keys; 0: none is written.
+        new_value_at: address of (rows * key/value heads, value width) new values.
         query_at: address of (rows * query heads, width) float32.
         shared: query heads of each key/value head.
         factor: scaling times log2(e).

@@ -79,6 +79,19 @@ def row_sums(weights: Tensor, values: Tensor) -> Tensor:
     return result.flatten(0, 1)
 
 
+def head_means(weights: Tensor) -> Tensor:
+    """Means over heads: (batch, heads, keys) weights, (batch, keys) results."""
+    compiled = backend_for(weights.device) == COMPILED and weights.dtype == torch.float32
+    if not compiled or not weights.is_contiguous() or weights.requires_grad:
+        return weights.mean(1)
+    from avl.kernels import row_products_compiled  # importing numba takes a while
+
+    # torch's mean over any but the last axis takes longer to start than these few numbers take.
+    result = torch.empty(weights.shape[0], weights.shape[2], dtype=torch.float32)
+    row_products_compiled.head_means(weights.data_ptr(), *weights.shape, result.data_ptr())
+    return result
+
+
 def _in_float32(source: Tensor, use: Callable[[slice, Tensor], None]) -> None:
     """Have keys or values used in float32, all at once or a few heads at a time."""
     heads, count, width = source.shape

@@ -8,9 +8,9 @@ heads far apart.
 
 from __future__ import annotations
 
-from numba import float32
+from numba import carray, float32
 
-from avl.kernels.compiled import as_float32, compiled
+from avl.kernels.compiled import as_float32, compiled, pointer
 
 
 @compiled
@@ -125,3 +125,25 @@ def sums(first, last, weights, values, strides, shared, result):
     for head in range(first, last):
         own = slice(head * shared, (head + 1) * shared)
         weighted_head(weights[own], values, head * strides[0], strides[1], result[own])
+
+
+@compiled
+def head_means(weights_at, batch, heads, keys, result_at):
+    """Means over heads.
+
+    Args:
+        weights_at: address of (batch, heads, keys) float32.
+        batch, heads, keys: its shape.
+        result_at: address of (batch, keys) float32.
+    """
+    weights = carray(pointer(weights_at), (batch, heads, keys), float32)
+    result = carray(pointer(result_at), (batch, keys), float32)
+    for row in range(batch):
+        total = result[row]
+        total[:] = weights[row, 0]
+        for head in range(1, heads):
+            own = weights[row, head]
+            for key in range(keys):
+                total[key] += own[key]
+        for key in range(keys):
+            total[key] *= float32(1.0 / heads)

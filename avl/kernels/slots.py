@@ -1,4 +1,4 @@
-"""Writing a new key into a slot of a buffer, and swapping the keys of slots."""
+"""Dropping a key from a slot of a buffer, and exchanging the keys of slots."""
 
 from __future__ import annotations
 
@@ -7,90 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from avl.kernels.backend import COMPILED, backend_for
 from avl.kernels.tables import SlotTable, scratch
 
 
-def write_slot(
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    scores: Tensor | None,
-    slot: int,
-    new: tuple[Tensor, Tensor, int, float],
-) -> None:
-    """Write one key and value of every row and head into a slot, in place.
-
-    Args:
-        keys: (batch, key/value heads, slots, width).
-        values: (batch, key/value heads, slots, width of a value).
-        positions: (batch, heads, slots) int32, contiguous.
-        scores: (batch, heads, slots) float32, contiguous, or None.
-        slot: which slot.
-        new: key (batch, key/value heads, 1, width), value, position, and score.
-    """
-    key, value, position, score = new
-    same = key.dtype == keys.dtype == value.dtype == values.dtype
-    packed = key.stride(3) == 1 and value.stride(3) == 1
-    if not (same and packed) or backend_for(keys.device) != COMPILED:
-        keys.narrow(2, slot, 1).copy_(key)
-        values.narrow(2, slot, 1).copy_(value)
-        positions.select(2, slot).fill_(position)
-        if scores is not None:
-            scores.select(2, slot).fill_(score)
-        return
-    from avl.kernels import slots_compiled  # importing numba takes a while
-
-    batch, heads, _, width = keys.shape
-    # Copied as bytes: then one compiled version does for every precision.
-    slots_compiled.write_slot(
-        (batch, heads),
-        slot,
-        key.element_size(),
-        keys.data_ptr(),
-        keys.stride(),
-        key.data_ptr(),
-        key.stride(),
-        width,
-        values.data_ptr(),
-        values.stride(),
-        value.data_ptr(),
-        value.stride(),
-        value.shape[3],
-        positions.data_ptr(),
-        positions.shape[1],
-        positions.shape[2],
-        position,
-        0 if scores is None else scores.data_ptr(),
-        float(score),
-    )
-
-
-def add_received(scores: Tensor, weights: Tensor, slots: slice, first: int) -> None:
-    """Add what the keys in some slots received to their scores, in place.
-
-    Args:
-        scores: (batch, key/value heads, slots) float32, contiguous.
-        weights: (batch, key/value heads, query heads of each, keys) float32; summed over the query
-            heads.
-        slots: which slots, one behind the other.
-        first: key of the first of them; the keys behind it are those of the next slots.
-    """
-    compiled = backend_for(scores.device) == COMPILED and weights.is_contiguous()
-    if not compiled or weights.dtype != torch.float32 or scores.shape[:2] != weights.shape[:2]:
-        scores[:, :, slots].add_(weights[..., first:].sum(2))
-        return
-    from avl.kernels import slots_compiled  # importing numba takes a while
-
-    batch, heads, shared, keys = weights.shape
-    lines = batch * heads, scores.shape[2], shared, keys
-    slots_compiled.add_received(
-        scores.data_ptr(), weights.data_ptr(), lines, slots.start, slots.stop, first
-    )
-
-
 def drop_worst(
-    positions: Tensor, scores: Tensor, start: int, stop: int, newest: Tensor | int
+    table: SlotTable, start: int, stop: int, newest: Tensor | int
 ) -> tuple[Tensor, Tensor]:
     """Empty the slot of the worst key of each row and head, in place.
 
@@ -98,24 +19,25 @@ def drop_worst(
     and safe keys never, unless there is nothing else at all.
 
     Args:
-        positions: (batch, heads, slots) int32, contiguous, -1 for an empty slot.
-        scores: (batch, heads, slots) float32, contiguous.
+        table: of positions, -1 for an empty slot, and scores.
         start: first slot to look at; `stop` the one behind the last.
         newest: keys at this position or later are safe; a number, or (batch, 1, 1).
 
     Returns:
         Slots (batch, heads, 1) int64 and the positions that were there, int32.
     """
-    if isinstance(newest, int) and backend_for(positions.device) == COMPILED:
+    positions, scores = table.positions, table.scores
+    assert positions is not None
+    assert scores is not None
+    if isinstance(newest, int) and table.compiled:
         from avl.kernels import slots_compiled  # importing numba takes a while
 
-        batch, heads, capacity = positions.shape
-        slots = torch.empty(batch, heads, 1, dtype=torch.int64)
-        dropped = torch.empty(batch, heads, 1, dtype=torch.int32)
         # A threshold of its own for each row is left to the plain version: it is rare.
-        addresses = [part.data_ptr() for part in (positions, scores, slots, dropped)]
-        lines = batch * heads, capacity
-        slots_compiled.drop_worst(*addresses[:2], *lines, start, stop, newest, *addresses[2:])
+        shape = (*positions.shape[:2], 1)
+        slots = torch.empty(shape, dtype=torch.int64)
+        dropped = torch.empty(shape, dtype=torch.int32)
+        found = slots.data_ptr(), dropped.data_ptr()
+        slots_compiled.drop_worst(table.address, table.batch, start, stop, newest, *found)
         return slots, dropped
     own = positions[..., start:stop]
     finite = scores[..., start:stop].clamp_max(torch.finfo(scores.dtype).max)

@@ -1,15 +1,14 @@
-"""Moving keys and values between slots of a buffer; `slots.py` says what is computed.
+"""Dropping keys from slots of a buffer and exchanging them; `slots.py` says what is computed.
 
-What is moved is bytes, whatever numbers they are, and comes as an address: see `pointer`. A
-compiled copy of a few hundred bytes a head takes less time than one operation of torch takes to
-start.
+Tensors come as addresses, most of them in a table of slots (`tables.py`). What is moved is words of
+32 bits, whatever numbers they are.
 """
 
 from __future__ import annotations
 
 from math import inf
 
-from numba import carray, float32, int32, int64, uint8
+from numba import carray, float32, int32, int64
 
 from avl.kernels.compiled import bits_of, compiled, pointer
 from avl.kernels.tables import (
@@ -19,6 +18,7 @@ from avl.kernels.tables import (
     KV_HEADS,
     POSITION_HEADS,
     POSITIONS_AT,
+    SCORES_AT,
     SLOT_FIELDS,
     VALUE_STRIDES,
     VALUE_WIDTH,
@@ -31,105 +31,20 @@ LARGEST = 3.4028234663852886e38
 
 
 @compiled
-def _write(target_at, target_strides, source_at, source_strides, heads, slot, width, size):
-    """Copy one slot of each head: `width` numbers of `size` bytes; strides count numbers."""
-    for row in range(heads[0]):
-        for head in range(heads[1]):
-            to = row * target_strides[0] + head * target_strides[1] + slot * target_strides[2]
-            start = row * source_strides[0] + head * source_strides[1]
-            target = carray(pointer(target_at + size * to), (width * size,), uint8)
-            source = carray(pointer(source_at + size * start), (width * size,), uint8)
-            for byte in range(width * size):
-                target[byte] = source[byte]
-
-
-@compiled
-def write_slot(
-    heads,
-    slot,
-    size,
-    keys_at,
-    key_strides,
-    key_at,
-    new_key_strides,
-    key_width,
-    values_at,
-    value_strides,
-    value_at,
-    new_value_strides,
-    value_width,
-    positions_at,
-    position_heads,
-    capacity,
-    position,
-    scores_at,
-    score,
-):
-    """Write one key and value of each row and head into a slot, and what is known of it.
+def drop_worst(table_at, batch, start, stop, newest, slots_at, dropped_at):
+    """Empty the worst slot of each row and head; see `slots.drop_worst`.
 
     Args:
-        heads: rows and key/value heads.
-        slot: which.
-        size: bytes of a number.
-        keys_at: address of the buffer's keys; key_strides in numbers; values likewise.
-        key_at: address of the new keys, one a head; new_key_strides in numbers; key_width numbers
-            of one; values likewise.
-        positions_at: address of (rows, position_heads, capacity) int32.
-        position_heads: heads of positions and scores.
-        capacity: slots of the buffer.
-        position: of the new token.
-        scores_at: address of as many float32 numbers; 0 where there are none.
-        score: of the new key.
-    """
-    _write(keys_at, key_strides, key_at, new_key_strides, heads, slot, key_width, size)
-    _write(values_at, value_strides, value_at, new_value_strides, heads, slot, value_width, size)
-    # Positions and scores may be one for all heads; keys and values never are.
-    lines = heads[0] * position_heads
-    positions = carray(pointer(positions_at), (lines, capacity), int32)
-    for line in range(lines):
-        positions[line, slot] = position
-    if scores_at != 0:
-        scores = carray(pointer(scores_at), (lines, capacity), float32)
-        for line in range(lines):
-            scores[line, slot] = score
-
-
-@compiled
-def add_received(scores_at, weights_at, shape, start, stop, first):
-    """Add the weights of the query heads that share a head to its scores.
-
-    Args:
-        scores_at: address of (lines, capacity) float32.
-        weights_at: address of (lines, query heads, keys) float32.
-        shape: lines (rows times heads), capacity, query heads, keys.
-        start: first slot that is added to, for the key `first`; stop: the slot behind the last.
-    """
-    lines, capacity, shared, keys = shape
-    scores = carray(pointer(scores_at), (lines, capacity), float32)
-    weights = carray(pointer(weights_at), (lines, shared, keys), float32)
-    for line in range(lines):
-        target = scores[line, start:stop]
-        # Query heads inside: their sum is taken first, as in the plain version.
-        for at in range(stop - start):
-            total = weights[line, 0, first + at]
-            for head in range(1, shared):
-                total += weights[line, head, first + at]
-            target[at] += total
-
-
-@compiled
-def drop_worst(positions_at, scores_at, lines, capacity, start, stop, newest, slots_at, dropped_at):
-    """Empty the worst slot of each line; see `slots.drop_worst`.
-
-    Args:
-        positions_at: address of (lines, capacity) int32, scores_at of as many float32 numbers.
-        lines: rows times heads.
-        capacity: slots of the buffer; start, stop: the range that is looked at.
+        table_at: address of a table of slots, with positions and scores.
+        batch: rows.
+        start, stop: the range that is looked at.
         newest: keys at this position or later are safe.
-        slots_at: address of (lines,) int64, the slots found; dropped_at: of (lines,) int32.
+        slots_at: address of (rows * heads,) int64, the slots found; dropped_at: of as many int32.
     """
-    positions = carray(pointer(positions_at), (lines, capacity), int32)
-    scores = carray(pointer(scores_at), (lines, capacity), float32)
+    table = carray(pointer(table_at), (SLOT_FIELDS,), int64)
+    lines, capacity = batch * table[POSITION_HEADS], table[CAPACITY]
+    positions = carray(pointer(table[POSITIONS_AT]), (lines, capacity), int32)
+    scores = carray(pointer(table[SCORES_AT]), (lines, capacity), float32)
     slots = carray(pointer(slots_at), (lines,), int64)
     dropped = carray(pointer(dropped_at), (lines,), int32)
     for line in range(lines):

@@ -21,6 +21,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from avl.kernels.row_products import head_means
 from avl.policies.prompt import Counts, Prompt
 from avl.quantized_tier import Storage
 from avl.selection import members
@@ -207,7 +208,7 @@ class Policy(ABC):
         Returns:
             (batch, keys).
         """
-        return weights.mean(1)
+        return head_means(weights)
 
     @property
     def filter_layer(self) -> int | None:
