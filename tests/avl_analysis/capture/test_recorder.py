@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import avl
-from avl import decode_step
 from avl.attention import AttentionCall, attention_weights
+from avl.buffer import KeyBuffer
+from avl.decode_step import DecodeStep
 from avl.hooks import HookError, Observer, attached
 from avl.kernels import backend, prompt_rows
 from avl_analysis.capture import reduce_prompt, softmax
@@ -429,16 +430,20 @@ class Watch(Observer):
 
 def test_a_recording_holds_the_weights_with_which_keys_in_few_bits_were_attended(sdpa, monkeypatch):
     batch, taken = tiny.inputs(sdpa, [12]), []
-    attend = decode_step.attend_one_row
+    prepare, attend = KeyBuffer.slot_attention, DecodeStep._attend_at_once
 
-    def watched(call, *arguments):
-        output, weights = attend(call, *arguments)
+    def with_weights(buffer, *arguments, **options):
+        return prepare(buffer, *arguments, **{**options, "weights_wanted": True})
+
+    def watched(step, call, layer):
+        output, weights = attend(step, call, layer)
         positions = call.key_positions[0].long()
         taken.append(torch.zeros(4, int(positions.max()) + 1))
         taken[-1][:, positions] = weights[0].flatten(0, 1)
         return output, weights
 
-    monkeypatch.setattr(decode_step, "attend_one_row", watched)
+    monkeypatch.setattr(KeyBuffer, "slot_attention", with_weights)
+    monkeypatch.setattr(DecodeStep, "_attend_at_once", watched)
     policy = avl.AdaptivePolicy.with_cold_tier()
     with avl.adaptive(sdpa, policy), record(sdpa, keep="attention", queries="decode") as recording:
         generate(sdpa, batch, steps=3)
