@@ -80,3 +80,15 @@ def test_weights_that_are_not_numbers_reach_the_sums(version: str, dtype: torch.
     weights = torch.zeros(1, 9)
     weights[0, 5] = torch.nan
     assert bool(row_products.row_sums(weights, as_cached(1, 9, 8, dtype)).isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 6, 195)])
+def test_means_over_heads(version: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    weights = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    torch.testing.assert_close(row_products.head_means(weights), weights.mean(1))
+    with_gradient = weights.clone().requires_grad_()
+    row_products.head_means(with_gradient).sum().backward()
+    assert with_gradient.grad is not None
+    parts = weights.repeat(1, 1, 2)[..., ::2]  # numbers that do not lie side by side
+    torch.testing.assert_close(row_products.head_means(parts), parts.mean(1))
