@@ -87,7 +87,7 @@ class DecodeStep:
         self._ready: dict[int, _Ready] = {}  # layers whose step is the usual one
         self._accumulated: set[int] = set()  # layers whose weights were added already
         self._slots_before_core: dict[int, int] = {}  # of the keys these weights are for
-        self._ranks: dict[int, Tensor] = {}  # of image keys, where the core is chosen anew
+        self._to_rank: dict[int, Tensor] = {}  # weights by which the core is chosen anew
         self._sparse_core: dict[int, Tensor] = {}  # positions a sparse step attended to
         self._drifted_rows: dict[int, list[bool]] = {}  # rows whose core was outdated
         # What layers mostly have in common: most evictable keys of each row by its shares of the
@@ -137,8 +137,7 @@ class DecodeStep:
             refresh = True
             output, weights, logits = self._refresh(call, layer, rows)
         if refresh and self._ranks_keys(buffer):
-            assert self.cored is not None
-            self._ranks[layer.index] = self.cored.core_scores(weights.detach())
+            self._to_rank[layer.index] = weights.detach()
             if self._sparse and logits is not None:
                 tier = buffer.coded_tier(True)
                 output, weights = self._narrow(call, layer, logits, tier)
@@ -353,7 +352,9 @@ class DecodeStep:
         Returns:
             Output and weights, as of `attend_with`.
         """
-        buffer, ranks = layer.filled_buffer, self._ranks[layer.index]
+        assert self.cored is not None
+        buffer = layer.filled_buffer
+        ranks = self.cored.core_scores(self._to_rank[layer.index])
         positions = buffer.attended_positions(refresh=True)
         image = buffer.image_slots() & (positions[:, :1] >= 0)
         # (batch, 1, largest budget), columns of what a refresh reads.
@@ -383,9 +384,10 @@ class DecodeStep:
     def _after_step(self, layer: AdaptiveLayer) -> None:
         """New core, older text: what this step's weights change."""
         buffer, log = layer.filled_buffer, self.selection_log
-        weights, ranks = self._weights.get(layer.index), self._ranks.get(layer.index)
-        if ranks is not None and self.cored is not None:
+        weights, to_rank = self._weights.get(layer.index), self._to_rank.get(layer.index)
+        if to_rank is not None and self.cored is not None:
             if self.cored.rotates:
+                ranks = self.cored.core_scores(to_rank)
                 segments.refresh_core(buffer, ranks, self._drifted_rows.get(layer.index))
             core = self._sparse_core.get(layer.index)
             log.note(layer.index, "core", buffer.core_positions() if core is None else core)
