@@ -12,11 +12,13 @@ acts on are counted; sliding-window and linear layers of hybrid models keep thei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from avl.buffer import BufferSizes
 from avl.cache import AdaptiveLayer
 from avl.kernels import backend_for
 
@@ -141,13 +143,33 @@ class Usage:
 
 
 @dataclass(eq=False)
+class _Pass:
+    """A pass as it was written down; `StepUsage` has what is worked out from it.
+
+    Attributes:
+        step: as in `StepUsage`.
+        attended: by layer, keys each row attended to.
+        seen: by layer, tokens that passed.
+        sizes: by layer, what returns its sizes after the pass.
+        device: of the first layer.
+    """
+
+    step: int
+    attended: Sequence[Sequence[int]]
+    seen: list[int]
+    sizes: list[Callable[[], BufferSizes]]
+    device: torch.device
+
+
+@dataclass(eq=False)
 class UsageLog:
     """Writes down every pass of one conversation; `usage` makes the record."""
 
     layers: tuple[int, ...]
-    steps: list[StepUsage] = field(default_factory=list)
     peak: int = 0
     kernels: str = ""
+    _steps: list[StepUsage] = field(default_factory=list)
+    _passes: list[_Pass] = field(default_factory=list)  # that are not among the steps yet
 
     def hold(self, layers: Iterable[AdaptiveLayer], passing: Iterable[Tensor]) -> None:
         """Note a moment at which `passing` tensors exist beside the layers' buffers."""
@@ -167,41 +189,47 @@ class UsageLog:
             layers: those that are counted, all filled.
             attended: keys each row attended to, by layer.
         """
-        # One loop: this is done at every step, and each sum of its own takes as long as this.
-        filled = allocated = bookkeeping = host = full = seen = 0
-        by_row = [0.0] * len(attended[0])
-        held, self.kernels = [], ""
-        for layer in layers:
-            buffer = layer.filled_buffer
-            sizes = buffer.sizes()
-            held.append(tuple(sizes.held))
-            filled += sizes.in_use
-            allocated += sizes.allocated
-            bookkeeping += sizes.bookkeeping
-            host += sizes.host
-            # The stock cache holds a key and a value of every position seen, padding included, in
-            # the model's own precision.
-            full += layer.seen * sizes.position
-            seen = max(seen, layer.seen)
-            for row, count in enumerate(sizes.by_row):
-                by_row[row] += count
-            if buffer.coded_tier(True) is not None:
-                self.kernels = backend_for(buffer.keys.device)
-        self.peak = max(self.peak, allocated)
-        self.steps.append(
-            StepUsage(
+        # Sums are left for later: taken at every step they cost as much as a layer's attention.
+        buffers = [layer.filled_buffer for layer in layers]
+        self._passes.append(
+            _Pass(
                 step,
-                seen,
-                tuple(map(tuple, attended)),
-                tuple(held),
-                filled,
-                allocated,
-                bookkeeping,
-                full,
-                host,
-                tuple(by_row),
+                attended,
+                [layer.seen for layer in layers],
+                [buffer.sizes_later() for buffer in buffers],
+                layers[0].device,
             )
         )
 
+    @property
+    def empty(self) -> bool:
+        """Whether there was no pass yet."""
+        return not self._steps and not self._passes
+
     def usage(self) -> Usage:
-        return Usage(self.layers, tuple(self.steps), self.peak, self.kernels)
+        """The record of all passes so far."""
+        for one in self._passes:
+            sizes = [size() for size in one.sizes]
+            allocated = sum(size.allocated for size in sizes)
+            self.peak = max(self.peak, allocated)
+            self.kernels = backend_for(one.device) if any(s.coded for s in sizes) else ""
+            # The stock cache holds a key and a value of every position seen, padding included, in
+            # the model's own precision.
+            full = sum(n * size.position for n, size in zip(one.seen, sizes, strict=True))
+            self._steps.append(
+                StepUsage(
+                    step=one.step,
+                    seen=max(one.seen),
+                    attended=tuple(map(tuple, one.attended)),
+                    held=tuple(tuple(size.held) for size in sizes),
+                    filled=sum(size.in_use for size in sizes),
+                    allocated=allocated,
+                    bookkeeping=sum(size.bookkeeping for size in sizes),
+                    full=full,
+                    host=sum(size.host for size in sizes),
+                    # From layers x rows to rows x layers.
+                    by_row=tuple(map(sum, zip(*[size.by_row for size in sizes], strict=True))),
+                )
+            )
+        self._passes.clear()
+        return Usage(self.layers, tuple(self._steps), self.peak, self.kernels)

@@ -15,8 +15,9 @@ there is nothing to mask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ class BufferSizes(NamedTuple):
         by_row: bytes of keys and values that each row holds, wherever they lie.
         bookkeeping: bytes of positions and scores.
         position: bytes of one position's keys and values in all rows and heads.
+        coded: whether some keys are held in few bits.
     """
 
     held: list[int]
@@ -51,13 +53,14 @@ class BufferSizes(NamedTuple):
     by_row: list[float]
     bookkeeping: int
     position: int
+    coded: bool = False
 
 
 class _FixedBytes(NamedTuple):
     """Bytes that change only when a tensor is replaced.
 
     Attributes:
-        position, allocated, host, bookkeeping: as in `BufferSizes`.
+        position, allocated, host, bookkeeping, coded: as in `BufferSizes`.
         beside: bytes on the model's device that stand for keys and values outside the buffer: of
             the quantised tier and of the bounds of pages.
         beside_by_row: bytes of each row outside the buffer, wherever they lie.
@@ -69,6 +72,7 @@ class _FixedBytes(NamedTuple):
     beside_by_row: list[float]
     host: int
     bookkeeping: int
+    coded: bool
 
 
 @dataclass(eq=False, kw_only=True)
@@ -426,25 +430,18 @@ class KeyBuffer:
 
     def sizes(self) -> BufferSizes:
         """Keys held and bytes, all at once."""
+        return self.sizes_later()()
+
+    def sizes_later(self) -> Callable[[], BufferSizes]:
+        """What returns the `sizes` of now whenever it is called: of most steps nobody asks."""
         # Only the numbers of slots in use change as long as the tensors stay: asking every tensor
         # at every step takes longer than an attention call. Pages are added all the time.
         if self._fixed_bytes is None or self.pages is not None:
             self._fixed_bytes = self._count_bytes()
-        fixed, in_buffer = self._fixed_bytes, self.held_in_buffer()
-        in_tier = self.quantized_held
         # Slots in front that no row uses are allocated but hold nothing; they go when the buffer
         # grows.
-        slots, each = self.filled - self.first_used_slot, fixed.position / len(in_buffer)
-        by_row = zip(in_buffer, fixed.beside_by_row, strict=True)
-        return BufferSizes(
-            [a + b for a, b in zip(in_buffer, in_tier, strict=True)],
-            slots * fixed.position + fixed.beside,
-            fixed.allocated,
-            fixed.host,
-            [count * each + beside for count, beside in by_row],
-            fixed.bookkeeping,
-            fixed.position,
-        )
+        slots = self.filled - self.first_used_slot
+        return partial(_sizes, self.held_in_buffer(), self.quantized_held, slots, self._fixed_bytes)
 
     def _count_bytes(self) -> _FixedBytes:
         """Ask every tensor."""
@@ -465,6 +462,7 @@ class KeyBuffer:
             beside_by_row=by_row,
             host=host,
             bookkeeping=sum(tensor.nbytes for tensor in self.bookkeeping()),
+            coded=tier is not None and tier.bits is not None,
         )
 
     def bytes_allocated(self) -> int:
@@ -738,6 +736,29 @@ _LISTS = (
 def roomy(filled: int) -> int:
     """Slots to allocate for `filled` keys: 1/16 more, at least 64."""
     return filled + max(64, filled // 16)
+
+
+def _sizes(in_buffer: list[int], in_tier: list[int], slots: int, fixed: _FixedBytes) -> BufferSizes:
+    """Sizes of a buffer.
+
+    Args:
+        in_buffer: keys each row holds in the buffer.
+        in_tier: keys each row holds in the quantised tier.
+        slots: of the buffer, in use.
+        fixed: the buffer's.
+    """
+    each = fixed.position / len(in_buffer)
+    by_row = zip(in_buffer, fixed.beside_by_row, strict=True)
+    return BufferSizes(
+        held=[a + b for a, b in zip(in_buffer, in_tier, strict=True)],
+        in_use=slots * fixed.position + fixed.beside,
+        allocated=fixed.allocated,
+        host=fixed.host,
+        by_row=[count * each + beside for count, beside in by_row],
+        bookkeeping=fixed.bookkeeping,
+        position=fixed.position,
+        coded=fixed.coded,
+    )
 
 
 def _scores_at(scores: Tensor | None, index: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ they did after the prompt.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +119,12 @@ class RaggedBuffer(KeyBuffer):
 
     # -- bytes -------------------------------------------------------------------------------------
 
-    def sizes(self) -> BufferSizes:
+    def sizes_later(self) -> Callable[[], BufferSizes]:
+        sizes = self._sizes_now()
+        return lambda: sizes
+
+    def _sizes_now(self) -> BufferSizes:
+        """Sizes, every tensor asked."""
         batch, heads, _ = self.table.shape
         allocated = self.keys.nbytes + self.values.nbytes
         entry = allocated // self.keys.shape[0]  # one key and its value

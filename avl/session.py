@@ -135,7 +135,7 @@ class AdaptiveSession(Intervention):
         Raises:
             ValueError: nothing has run under the policy yet.
         """
-        if self._usage_log is None or not self._usage_log.steps:
+        if self._usage_log is None or self._usage_log.empty:
             raise ValueError(
                 "nothing has run under this policy yet; generate something inside the block first"
             )

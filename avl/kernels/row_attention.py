@@ -222,15 +222,15 @@ class SlotAttention:
             weights_at = scratch_at + 4 * between
         of_query = *new, query.data_ptr(), shared, scaling * _LOG2_E
         results, attend = (weights_at, output.data_ptr()), _attend()
+        if len(parts) == 1:
+            attend(*parts[0], *self._prepared, *of_query, scratch_at, *results)
+            return output, weights
 
         def some(number: int) -> None:
             own_scratch_at = scratch_at + 4 * self._between * number
             attend(*parts[number], *self._prepared, *of_query, own_scratch_at, *results)
 
-        if len(parts) == 1:
-            some(0)
-        else:
-            on_threads(some, range(len(parts)))
+        on_threads(some, range(len(parts)))
         return output, weights
 
 
