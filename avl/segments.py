@@ -45,55 +45,58 @@ def _refresh_row(buffer: KeyBuffer, row: int, scores: Tensor) -> None:
     """
     padding, (start, stop) = buffer.padding_slots[row], buffer.core_spans[row]
     tier_width, front = buffer.quantized_width, buffer.first_used_slot
+    secondary, core = buffer.secondary_width - padding, stop - start
     # Columns of the scores: first the tier's places, then the slots from `front` on.
-    # Slot s has column tier_width + s - front; below, `buffer_scores` starts at the tier's end, so
-    # that slot s is at s - front.
-    buffer_scores = scores[tier_width:]
-    secondary = buffer_scores[padding - front : buffer.secondary_width - front]
-    core = buffer_scores[start - front : stop - front]
+    # Slot s has column tier_width + s - front.
+    columns = tier_width + padding - front, tier_width + start - front
     if buffer.quantized is not None:
         # The row's keys stand at the end of the tier's places, behind its empty ones.
         held = buffer.quantized_held[row]
-        quantized = scores[tier_width - held : tier_width]
-        secondary, core = _exchange_with_tier(buffer, row, quantized, secondary, core)
+        in_buffer = torch.cat(
+            [scores.narrow(0, columns[0], secondary), scores.narrow(0, columns[1], core)]
+        )
+        scores = _exchange_with_tier(
+            buffer, row, scores[tier_width - held : tier_width], in_buffer, secondary
+        )
+        columns = 0, secondary
     keep = buffer.secondary_scores is not None or buffer.core_scores_at_refresh is not None
     # Secondary keys stand behind the row's padding, the core from `start` on.
-    slots, others = (padding, start), secondary.shape[0]
-    kept = exchange_best(buffer.slot_table, row, slots, (secondary, core), keep=keep)
+    kept = exchange_best(
+        buffer.slot_table, row, scores, columns, (padding, start), (secondary, core), keep=keep
+    )
     if kept is not None and buffer.secondary_scores is not None:
-        buffer.secondary_scores[row, padding : buffer.secondary_width] = kept[:others]
+        buffer.secondary_scores[row, padding : buffer.secondary_width] = kept[:secondary]
     if kept is not None and buffer.core_scores_at_refresh is not None:
         # Rows with a smaller core have their scores at the end, as `core_positions` has them.
         width = buffer.core_scores_at_refresh.shape[2]
         first = width - (stop - start)
-        buffer.core_scores_at_refresh[row, :, first:] = kept[others:]
+        buffer.core_scores_at_refresh[row, :, first:] = kept[secondary:]
 
 
 def _exchange_with_tier(
-    buffer: KeyBuffer, row: int, quantized: Tensor, secondary: Tensor, core: Tensor
-) -> tuple[Tensor, Tensor]:
+    buffer: KeyBuffer, row: int, quantized: Tensor, in_buffer: Tensor, secondary: int
+) -> Tensor:
     """Exchange keys with the quantised tier so that the best are in the buffer.
 
     Args:
         buffer: changed in place.
         row: of the batch.
         quantized: scores of the row's quantised keys.
-        secondary: scores of its secondary keys.
-        core: scores of its core keys.
+        in_buffer: scores of its secondary keys, then of its core keys.
+        secondary: number of its secondary keys.
 
     Returns:
         Scores of the secondary and of the core keys after the exchange.
     """
     tier = buffer.quantized
     assert tier is not None
-    in_buffer = torch.cat([secondary, core])
     # First who is in full precision at all; which of these are core is decided afterwards, by the
     # caller, from the scores that are returned.
     best = _best(torch.cat([quantized, in_buffer]), len(in_buffer))
     entering = best[: len(quantized)].nonzero()[:, 0]  # numbers among the quantised keys
     leaving = (~best[len(quantized) :]).nonzero()[:, 0]  # numbers among those in the buffer
     if not len(entering):
-        return secondary, core
+        return in_buffer
     secondary_slots = torch.arange(buffer.padding_slots[row], buffer.secondary_width)
     core_slots = torch.arange(*buffer.core_spans[row])
     # Numbers among the keys in the buffer become slots, numbers among the tier's keys places.
@@ -107,8 +110,7 @@ def _exchange_with_tier(
     for tensor, new in zip(tensors, (keys, values, positions), strict=True):
         # The tier may keep one set of positions for all heads where the buffer has one per head.
         tensor.index_copy_(1, slots, new.expand(tensor.shape[0], *new.shape[1:]))
-    in_buffer = in_buffer.index_copy(0, leaving, quantized[entering])
-    return in_buffer[: len(secondary)], in_buffer[len(secondary) :]
+    return in_buffer.index_copy(0, leaving, quantized[entering])
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

@@ -48,7 +48,14 @@ def drop_worst(
 
 
 def exchange_best(
-    table: SlotTable, row: int, slots: tuple[int, int], scores: tuple[Tensor, Tensor], *, keep: bool
+    table: SlotTable,
+    row: int,
+    scores: Tensor,
+    columns: tuple[int, int],
+    slots: tuple[int, int],
+    counts: tuple[int, int],
+    *,
+    keep: bool,
 ) -> Tensor | None:
     """Swap keys of two segments of a row so that the second holds the best of both, in place.
 
@@ -59,40 +66,41 @@ def exchange_best(
     Args:
         table: of keys, values and positions, contiguous.
         row: of the batch.
+        scores: (n,) of both segments' keys, among others.
+        columns: where the scores of either segment begin.
         slots: first slot of either segment.
-        scores: of the keys of the first segment, (n,), and of the second, (m,).
+        counts: keys of either segment.
         keep: whether scores are returned.
 
     Returns:
-        (n + m,) scores of the keys that are now in the first segment, then of the others; None if
-        they are not wanted.
+        Scores of the keys that are now in the first segment, then of the others; None if they are
+        not wanted.
     """
-    first, second = scores
-    others, count = first.shape[0], second.shape[0]
+    others, count = counts
     size = table.keys.element_size()
     # In words of 32 bits; a head of an odd number of bfloat16 numbers has half a word left.
     words = table.width * size % 4 == 0 and table.value_width * size % 4 == 0
-    packed = first.is_contiguous() and second.is_contiguous()
-    if table.compiled and words and packed and first.dtype == torch.float32:
+    packed = scores.is_contiguous() and scores.dtype == torch.float32
+    if table.compiled and words and packed:
         from avl.kernels import slots_compiled  # importing numba takes a while
 
         kept = torch.empty(others + count, dtype=torch.float32) if keep else None
         # Scores that follow their keys, and twice as many slots as there are pairs.
-        scratch_at = scratch(others + 3 * count)
+        scratch_at, scores_at = scratch(others + 3 * count), scores.data_ptr()
         slots_compiled.exchange_best(
             table.address,
             size,
             row,
             *slots,
-            first.data_ptr(),
+            scores_at + 4 * columns[0],
             others,
-            second.data_ptr(),
+            scores_at + 4 * columns[1],
             count,
             scratch_at if kept is None else kept.data_ptr(),
             scratch_at + 4 * (others + count),
         )
         return kept
-    joined = torch.cat([first, second])
+    joined = torch.cat([scores.narrow(0, *one) for one in zip(columns, counts, strict=True)])
     best = joined.topk(count).indices
     chosen = torch.zeros_like(joined, dtype=torch.bool).index_fill_(0, best, True)
     entering = chosen[:others].nonzero()[:, 0]  # numbers among the first segment's keys

@@ -13,7 +13,10 @@ pytestmark = pytest.mark.skipif(not backend.compiled_available(), reason="numba 
 
 @pytest.mark.parametrize("bits", [None, 8, 4, 2, (8, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("batch", "kv_heads", "shared", "width"), [(1, 1, 1, 8), (1, 2, 3, 32), (2, 3, 4, 64), (1, 1, 2, 96)])
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "shared", "width"),
+    [(1, 1, 1, 8), (1, 2, 3, 32), (2, 3, 4, 64), (1, 1, 2, 96)],
+)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_it_is_the_softmax_over_decoded_and_full_keys(
     bits, dtype, batch, kv_heads, shared, width, threads, monkeypatch

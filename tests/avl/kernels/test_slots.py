@@ -60,8 +60,9 @@ def test_the_second_segment_gets_the_best_keys_of_both(dtype, seed, monkeypatch)
 
     def exchange(keys, values, positions, scores):
         table = tables.SlotTable(keys, values, positions)
-        segments = scores[:5], scores[5:]
-        return slots.exchange_best(table, 1, (2, 9), segments, keep=True)
+        # Among other numbers, and those of the second segment in front.
+        joined = torch.cat([torch.full((3,), 9.0), scores[5:], torch.full((2,), 9.0), scores[:5]])
+        return slots.exchange_best(table, 1, joined, (8, 3), (2, 9), (5, 3), keep=True)
 
     tensors = segments_of_two_rows(dtype)
     (kept, found), (kept_too, expected) = both(exchange, *tensors, scores, patch=monkeypatch)
@@ -84,9 +85,9 @@ def test_the_second_segment_gets_the_best_keys_of_both(dtype, seed, monkeypatch)
 def test_of_equal_keys_those_in_the_second_segment_stay():
     tensors = segments_of_two_rows(torch.float32)
     before = tensors[2].clone()
-    scores = torch.tensor([0.5, 0.0, 0.0, -0.0, 0.25]), torch.tensor([0.5, 0.25, 0.25])
+    scores = torch.tensor([0.5, 0.0, 0.0, -0.0, 0.25, 0.5, 0.25, 0.25])
     table = tables.SlotTable(*tensors)
-    assert slots.exchange_best(table, 0, (2, 9), scores, keep=False) is None
+    assert slots.exchange_best(table, 0, scores, (0, 5), (2, 9), (5, 3), keep=False) is None
     # 0.5 enters, and one 0.25 leaves; the other one, equal to that in slot 6, stays.
     assert sorted(tensors[2][0, 0, 9:12].tolist()) == [2, 9, 10]
     assert torch.equal(tensors[2][0, 0, 3:9], before[0, 0, 3:9])
@@ -94,6 +95,6 @@ def test_of_equal_keys_those_in_the_second_segment_stay():
 
 def test_a_score_that_is_no_number_counts_as_best():
     tensors = segments_of_two_rows(torch.float32)
-    scores = torch.tensor([0.5, torch.nan, 0.1]), torch.tensor([torch.inf])
-    slots.exchange_best(tables.SlotTable(*tensors), 0, (2, 9), scores, keep=False)
+    scores, table = torch.tensor([0.5, torch.nan, 0.1, torch.inf]), tables.SlotTable(*tensors)
+    slots.exchange_best(table, 0, scores, (0, 3), (2, 9), (3, 1), keep=False)
     assert tensors[2][0, 0, 9].item() == 3
