@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -229,6 +229,10 @@ class KeyBuffer:
                 self.scores[:, :, slots] = scores.expand(-1, heads, -1).gather(
                     2, entries.expand(-1, heads, -1)
                 )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Attributes for a copy, whose tensors lie elsewhere than the table says."""
+        return {**vars(self), "_slot_table": None}
 
     # -- reading -----------------------------------------------------------------------------------
 

@@ -89,7 +89,8 @@ class AdaptiveLayer(CacheLayerMixin):
         self.widths = (0, 0, 0)
         self.seen = 0
         self.hands_over = False
-        self._returned_at = (0, 0)  # addresses of what `update` last returned as it came
+        # What `update` last returned as it came. Held, so that nothing else gets its memory.
+        self._returned: tuple[Tensor, Tensor] | None = None
 
     @property
     def filled_buffer(self) -> KeyBuffer:
@@ -143,7 +144,7 @@ class AdaptiveLayer(CacheLayerMixin):
         # A prompt attends to all of itself; the policy chooses afterwards (`PrefillStep`).
         decoding = forward.kind == "decode"
         if self.buffer is None or (decoding and self.hands_over):
-            self._returned_at = key_states.data_ptr(), value_states.data_ptr()
+            self._returned = key_states, value_states
             return key_states, value_states
         if decoding:
             arrival = self.conversation.arrival
@@ -155,7 +156,15 @@ class AdaptiveLayer(CacheLayerMixin):
 
     def returned(self, key: Tensor, value: Tensor) -> bool:
         """Whether these are, in memory, what `update` was given and returned as it was."""
-        return (key.data_ptr(), value.data_ptr()) == self._returned_at
+        if self._returned is None:
+            return False
+        own_key, own_value = self._returned
+        return key.data_ptr() == own_key.data_ptr() and value.data_ptr() == own_value.data_ptr()
+
+    def learn(self, key: Tensor, value: Tensor) -> None:
+        """See in a prompt's attention call whether the model attends to what `update` returns."""
+        self.hands_over = self.returned(key, value)
+        self._returned = None  # a prompt's keys are not kept
 
     def get_seq_length(self) -> int:
         """Tokens seen, from which positions are computed; the number held is `buffer.held()`."""

@@ -160,6 +160,8 @@ class DecodeStep:
                 continue
             buffer = layer.filled_buffer
             self._slots[index] = slots = buffer.reserve()
+            if self._sparse:  # reads the same keys twice
+                continue
             # A step that may be taken once more adds the weights of the last time only.
             drifts = not refresh and self._watches_drift(buffer)
             accumulate = self._accumulates and buffer.scores is not None and not drifts
@@ -171,7 +173,7 @@ class DecodeStep:
                 accumulate=accumulate,
                 weights_wanted=drifts or (refresh and self._ranks_keys(buffer)),
             )
-            if attention is None or self._sparse:
+            if attention is None:
                 continue
             positions = partial(buffer.attended_positions, refresh=refresh)
             self._ready[index] = _Ready(

@@ -79,7 +79,7 @@ class PrefillStep:
             )
         _check_keys(call, layer)
         if buffer is None:
-            layer.hands_over = layer.returned(call.key, call.value)
+            layer.learn(call.key, call.value)
         rows = _row_positions(call.forward, call.key.device)
         # (batch, 1, new tokens): what the new keys are. Those held from earlier turns come in front
         # of them, as the cache hands them out.

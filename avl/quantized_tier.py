@@ -21,6 +21,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,6 +132,10 @@ class QuantizedTier:
             tier.limits = codes.key_limits(keys, index, KEY_GROUP, tier.bits[0])
         tier.moving = tier._encode(keys, values, chosen, tier.groups, tier.limits)
         return tier
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Attributes for a copy, whose tensors lie elsewhere than `codes` says."""
+        return {**vars(self), "_codes": None, "_viewed": ()}
 
     @property
     def bits(self) -> tuple[int, int] | None:

@@ -1,5 +1,6 @@
 """The usual decode step, one compiled call a layer, against the same step in single operations."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -194,3 +195,31 @@ def test_a_step_that_needs_gradients_keeps_them() -> None:
     gradient = model.get_decoder().layers[0].self_attn.q_proj.weight.grad
     assert gradient is not None
     assert float(gradient.abs().sum()) > 0
+
+
+@needs_numba
+@pytest.mark.parametrize("name", ["a-vl", "preset"])
+def test_a_copy_of_a_buffer_leaves_the_original_alone(name: str) -> None:
+    model = tiny.llava(kv_heads=2)
+    inputs = tiny.inputs(model, [9])
+    with avl.adaptive(model, POLICIES[name]), torch.no_grad():
+        output = model(**inputs)
+        token = output.logits[:, -1:].argmax(-1)
+        model(input_ids=token, past_key_values=output.past_key_values)  # makes the tables
+        buffer = output.past_key_values.layers[0].filled_buffer
+        before = copy.deepcopy(buffer)
+        another = copy.deepcopy(buffer)
+    query, key, value = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
+    options = {"refresh": True, "accumulate": False, "weights_wanted": True}
+    attention = another.slot_attention(another.reserve(), 99, 0.0, **options)
+    assert attention is not None
+    _, weights = attention(query, 0.3, key, value)
+    for one, same in zip(buffer.tensors(), before.tensors(), strict=True):
+        assert torch.equal(one, same)
+    assert bool(another.positions.eq(99).any())
+    # Its own codes were read, and its own key.
+    assert weights is not None
+    keys, _ = another.decoded(refresh=True)
+    wide = keys.float().repeat_interleave(2, 1)
+    expected = torch.softmax(query @ wide.transpose(2, 3) * 0.3, -1)
+    torch.testing.assert_close(weights.flatten(1, 2)[:, :, None], expected, rtol=0, atol=1e-5)
