@@ -12,9 +12,17 @@ from __future__ import annotations
 
 from numba import float32, int32, njit, uint8
 
-from avl.kernels.compiled import SUMMING, as_float32, compiled, larger, nearest, smaller
+from avl.kernels.compiled import (
+    SUMMING,
+    as_float32,
+    compiled,
+    kept_on_disk,
+    larger,
+    nearest,
+    smaller,
+)
 
-exact = njit(nogil=True, cache=True, error_model="numpy")
+exact = kept_on_disk()
 """Like `compiled`, with every operation as written: what is stored must not depend on who stored
 it.
 """

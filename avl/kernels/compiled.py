@@ -7,10 +7,14 @@ processor has, and numba's cache on disk keeps one version for each kind of proc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from llvmlite import ir
 from numba import float32, int32, int64, njit, types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic
 
 SUMMING = {"reassoc", "contract", "nsz", "arcp"}
@@ -18,7 +22,45 @@ SUMMING = {"reassoc", "contract", "nsz", "arcp"}
 what they are, so that a model's broken numbers reach the result.
 """
 
-compiled = njit(nogil=True, cache=True, fastmath=SUMMING, error_model="numpy")
+
+def _sources() -> str:
+    """What tells one state of the kernels' sources from another."""
+    digest = sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+_SOURCES = _sources()
+
+
+class _Cache(FunctionCache):
+    """numba's cache on disk, with entries of their own for each state of the kernels' sources.
+
+    The machine code of a function contains that of what it calls, and numba only notices changes of
+    the file the function itself is in.
+    """
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return *super()._index_key(sig, codegen), _SOURCES
+
+
+def kept_on_disk(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compile functions at their first call and keep them; they release Python's lock.
+
+    Args:
+        options: of `numba.njit`.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        dispatcher = njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+        dispatcher._cache = _Cache(function)
+        return dispatcher
+
+    return decorate
+
+
+compiled = kept_on_disk(fastmath=SUMMING)
 """Compile a function at its first call, release Python's lock while it runs, and keep it on disk.
 """
 

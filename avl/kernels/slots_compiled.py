@@ -163,11 +163,11 @@ def exchange_best(
     # Heads outside: slots of a head lie side by side, those of another far away.
     for head in range(table[KV_HEADS]):
         place = row * table[KEY_STRIDES] + head * table[KEY_STRIDES + 1]
-        width = size * table[WIDTH]
-        _swap_words(table[KEYS_AT] + size * place, width, width // 4, first, second)
+        step, words = size * table[KEY_STRIDES + 2], size * table[WIDTH] // 4
+        _swap_words(table[KEYS_AT] + size * place, step, words, first, second)
         place = row * table[VALUE_STRIDES] + head * table[VALUE_STRIDES + 1]
-        width = size * table[VALUE_WIDTH]
-        _swap_words(table[VALUES_AT] + size * place, width, width // 4, first, second)
+        step, words = size * table[VALUE_STRIDES + 2], size * table[VALUE_WIDTH] // 4
+        _swap_words(table[VALUES_AT] + size * place, step, words, first, second)
     for head in range(table[POSITION_HEADS]):
         line = row * table[POSITION_HEADS] + head
         _swap_words(table[POSITIONS_AT] + 4 * line * table[CAPACITY], 4, 1, first, second)

@@ -87,10 +87,8 @@ class SlotTable(Table):
         self.batch, self.kv_heads, _, self.width = keys.shape
         self.value_width = values.shape[3]
         self.keys, self.values, self.positions, self.scores = keys, values, positions, scores
-        self.dtype, self.by_head = (
-            keys.dtype,
-            scores is not None and scores.shape[1] == keys.shape[1],
-        )
+        self.dtype = keys.dtype
+        self.by_head = scores is not None and scores.shape[1] == keys.shape[1]
         self.like: Any = LIKE.get(keys.dtype)
         self.compiled = (
             self.like is not None

@@ -106,3 +106,18 @@ def test_products_are_as_exact_as_their_numbers_and_the_callers_setting_comes_ba
     finally:
         torch.set_float32_matmul_precision(before)
     assert float((found - one.double() @ other.double().T).abs().max()) < 5e-5
+
+
+@pytest.mark.skipif(not backend.compiled_available(), reason="numba is not installed")
+def test_machine_code_on_disk_is_that_of_the_sources_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from avl.kernels import compiled, slots_compiled
+
+    function = slots_compiled.drop_worst
+    arguments = (), function.targetctx.codegen()
+    before = function._cache._index_key(*arguments)
+    assert function._cache._index_key(*arguments) == before
+    # A change in any file of the folder, for example of a function that this one calls.
+    monkeypatch.setattr(compiled, "_SOURCES", "others")
+    assert function._cache._index_key(*arguments) != before
