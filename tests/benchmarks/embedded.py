@@ -1,6 +1,6 @@
 """What a token of the embedded model takes under a policy, as a multiple of one under none.
 
-    python tests/benchmarks/embedded.py                       # about a minute
+    python tests/benchmarks/embedded.py                       # about two minutes
     python tests/benchmarks/embedded.py --processor-time --threads 1   # on a busy machine
 
 The model is so small that Python's work decides. Captions of one drawn picture are generated with
@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=12, help="turns of all policies (default 12)")
+    parser.add_argument("--rounds", type=int, default=40, help="turns of all policies (default 40)")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer (default 64)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument("--processor-time", action="store_true", help=PROCESSOR_TIME)
