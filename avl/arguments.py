@@ -21,7 +21,13 @@ CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 def named_arguments(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All arguments of a forward call by name."""
+    """All arguments of a forward call by name.
+
+    Args:
+        module: whose `forward` is called.
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
     if not args:
         return dict(kwargs)
     return {**dict(zip(signature(module.forward).parameters, args, strict=False)), **kwargs}

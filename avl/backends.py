@@ -135,6 +135,18 @@ def _register(backend: str) -> None:
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """Attention as transformers asks a backend for it.
+
+        Args:
+            module: the attention layer.
+            query: (batch, query heads, rows, head dim).
+            key, value: (batch, key/value heads, keys, head dim).
+            attention_mask: as the backend's mask function made it.
+            options: further keyword arguments of the backend.
+
+        Returns:
+            Output (batch, rows, query heads, head dim), and weights where the backend has them.
+        """
         # A compiled model leaves its graph here and comes back behind it: what owners do depends on
         # where in a sequence a pass stands, which must not be compiled in.
         if torch.compiler.is_compiling():

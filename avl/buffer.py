@@ -540,7 +540,15 @@ class KeyBuffer:
     def write(
         self, slots: Tensor | None, key: Tensor, value: Tensor, position: int, arrival: float
     ) -> None:
-        """Write one new key and value per row into slots as of `reserve`; others as of `append`."""
+        """Write one new key and value per row into the slots that were reserved for them.
+
+        Args:
+            slots: as of `reserve`.
+            key: (batch, key/value heads, 1, head dim).
+            value: (batch, key/value heads, 1, head dim).
+            position: sequence index of the token.
+            arrival: score its key starts with.
+        """
         # The bounds of a page are taken over keys as they arrive; a page is never evicted from.
         if self.pages is not None:
             self.pages.add(key, position)

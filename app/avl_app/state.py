@@ -340,6 +340,11 @@ def within(name: str, options: Sequence[Value], fallback: Value) -> Value:
     """The present value if it is among the possible options, else `fallback`.
 
     The fallback then becomes the value.
+
+    Args:
+        name: of the value in the session.
+        options: what it may be.
+        fallback: one of the options.
     """
     if st.session_state.get(name) not in options:
         put(name, fallback)

@@ -67,7 +67,13 @@ class ProductBlock:
 
 
 def share_of_maps(view: SampleCall, least: int, most: int) -> int:
-    """A fiftieth of the bytes of the layer's maps in float32, within bounds."""
+    """A fiftieth of the bytes of the layer's maps in float32, within bounds.
+
+    Args:
+        view: of one row of the batch; its maps are (query heads, rows, keys).
+        least: fewest bytes that are returned.
+        most: most bytes that are returned.
+    """
     maps = view.query.shape[0] * view.query.shape[1] * view.key.shape[1] * 4
     return max(least, min(most, maps // 50))
 

@@ -59,6 +59,13 @@ def _build(recording: Recording, title: str) -> Built | None:
         st.button("Cancel", key="cancel_report", icon=":material/stop:")
 
         def progress(done: int, total: int, part: str) -> None:
+            """Show how far the report is.
+
+            Args:
+                done: parts that are drawn.
+                total: parts in all.
+                part: name of the one that is drawn now.
+            """
             # Mean seconds of a part so far, times the parts left.
             left = (time.monotonic() - started) / max(done, 1) * (total - done)
             rest = f" · about {duration(left)} left" if done else ""
