@@ -140,7 +140,8 @@ def _register(backend: str) -> None:
         Args:
             module: the attention layer.
             query: (batch, query heads, rows, head dim).
-            key, value: (batch, key/value heads, keys, head dim).
+            key: (batch, key/value heads, keys, head dim).
+            value: (batch, key/value heads, keys, head dim).
             attention_mask: as the backend's mask function made it.
             options: further keyword arguments of the backend.
 

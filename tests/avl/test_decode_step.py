@@ -215,7 +215,8 @@ def test_a_copy_of_a_buffer_leaves_the_original_alone(name: str) -> None:
     assert attention is not None
     _, weights = attention(query, 0.3, key, value)
     for one, same in zip(buffer.tensors(), before.tensors(), strict=True):
-        assert torch.equal(one, same)
+        # Slots that are not in use hold whatever was in memory, which may be no number.
+        torch.testing.assert_close(one, same, rtol=0, atol=0, equal_nan=True)
     assert bool(another.positions.eq(99).any())
     # Its own codes were read, and its own key.
     assert weights is not None
