@@ -200,25 +200,37 @@ def build(
             f"the recording answers no figure of the report: {'; '.join(missing.values())}"
         )
     say("recording")
+    # In a folder that is used again there may be measurements of an earlier report, too.
+    files = ["run.nc"]
     recording.save(folder / "run.nc")
     if beside is not None:
+        files.append("beside.nc")
         beside.save(folder / "beside.nc")
     if comparison is not None:
+        files.append("compare.nc")
         comparison.save(folder / "compare.nc")
     for number, ablation in enumerate(ablations, 1):
         # `avl report` prints the same names in the command that draws the report again; the two
         # must agree (command.py).
-        ablation.save(folder / ("ablation.json" if number == 1 else f"ablation-{number}.json"))
+        files.append("ablation.json" if number == 1 else f"ablation-{number}.json")
+        ablation.save(folder / files[-1])
     if frontier is not None:
+        files.append("frontier.jsonl")
         frontier_file.write(
             folder / "frontier.jsonl", [dict(line) for line in frontier.lines], frontier.about
         )
     for name, dataset in (further or {}).items():
+        files.append(KINDS[name].file)
         KINDS[name].write(dataset, folder / KINDS[name].file)
     # Every number of every figure by the name of its module, "fig_modality" for example.
     numbers = {name: _numbers(section) for name, section in sections.items()}
     write_text(folder / "numbers.json", json.dumps(_plain(numbers), indent=1))
-    about = {"title": title, "commands": list(commands), "recording": dict(provenance(run))}
+    about = {
+        "title": title,
+        "commands": list(commands),
+        "measurements": files,
+        "recording": dict(provenance(run)),
+    }
     write_text(folder / "provenance.json", json.dumps(about, indent=1) + "\n")
     if document:
         say("document")

@@ -129,10 +129,9 @@ def read_further(named: Iterable[str]) -> dict[str, xr.Dataset]:
     return found
 
 
-def found_in(folder: Path) -> dict[str, xr.Dataset]:
-    """What lies in the folder of a report."""
+def found_in(files: Iterable[Path]) -> dict[str, xr.Dataset]:
+    """What the files of a report hold."""
+    by_name = {path.name: path for path in files}
     return {
-        name: kind.read(folder / kind.file)
-        for name, kind in KINDS.items()
-        if (folder / kind.file).is_file()
+        name: kind.read(by_name[kind.file]) for name, kind in KINDS.items() if kind.file in by_name
     }

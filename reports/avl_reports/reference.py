@@ -45,18 +45,23 @@ def condense(source: Path, target: Path = FOLDER, frontier: Path | None = None) 
     if not about.is_file():
         raise InputError(f"{source} is no folder that avl report wrote: it has no provenance.json")
     known = json.loads(about.read_text(encoding="utf-8"))
-    comparison, held = source / "compare.nc", frontier or source / "frontier.jsonl"
-    # By length first: ablation.json, ablation-2.json, ..., ablation-10.json.
-    silenced = sorted(source.glob("ablation*.json"), key=lambda path: (len(path.name), path.name))
+    # Others in the folder are of an earlier report. By length first: ablation.json,
+    # ablation-2.json, ..., ablation-10.json.
+    names = known.get("measurements") or [path.name for path in source.iterdir()]
+    files = [source / name for name in sorted(names, key=lambda name: (len(name), name))]
+    comparison, held = source / "compare.nc", source / "frontier.jsonl"
+    silenced = [path for path in files if path.name.startswith("ablation")]
+    if frontier is None and held in files:
+        frontier = held
     # Drawings that an earlier report left here would be put into the new page.
     shutil.rmtree(target / "figures", ignore_errors=True)
     built = build(
         load_recording(source / "run.nc"),
         target,
-        comparison=load_comparison(comparison) if comparison.exists() else None,
+        comparison=load_comparison(comparison) if comparison in files else None,
         ablations=[load_ablation(path) for path in silenced],
-        frontier=load_frontier(held) if held.exists() else None,
-        further=found_in(source),
+        frontier=None if frontier is None else load_frontier(frontier),
+        further=found_in(files),
         title=known["title"],
         # Those that measured, not the one that condenses.
         commands=known["commands"],

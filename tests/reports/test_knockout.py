@@ -63,7 +63,7 @@ def test_a_report_keeps_the_file_and_is_drawn_again_from_it(tmp_path: Path) -> N
         formats=(),
         document=False,
     )
-    again = found_in(tmp_path / "out")["knockout"]
+    again = found_in((tmp_path / "out").iterdir())["knockout"]
     np.testing.assert_array_equal(again["log_prob_change"], cut["log_prob_change"])
     recording = load_recording(tmp_path / "out" / "run.nc")
     section = fig_knockout.section(Run(recording, further={"knockout": again}))

@@ -49,6 +49,24 @@ def test_a_report_is_condensed_without_its_recording_and_drawn_figures(tmp_path)
         condense(tmp_path / "kept" / "figures", tmp_path / "other")
 
 
+def test_measurements_of_an_earlier_report_in_the_folder_are_left_out(tmp_path):
+    options = {"formats": (), "document": False}
+    build(
+        made.recording(),
+        tmp_path / "report",
+        comparison=made.comparison(),
+        ablations=[made.ablation(), made.ablation(same_layers=True)],
+        **options,
+    )
+    build(made.recording(), tmp_path / "report", ablations=[made.ablation()], **options)
+    assert (tmp_path / "report" / "compare.nc").exists()  # nobody's file is removed
+    condense(tmp_path / "report", tmp_path / "kept")
+    assert (tmp_path / "kept" / "ablation.json").exists()
+    assert not (tmp_path / "kept" / "ablation-2.json").exists()
+    about = json.loads((tmp_path / "kept" / "provenance.json").read_text("utf-8"))
+    assert about["measurements"] == ["run.nc", "ablation.json"]
+
+
 def test_the_committed_reference_says_where_it_comes_from():
     about = json.loads((FOLDER / "provenance.json").read_text("utf-8"))
     assert about["commands"][0].startswith("avl report ")
