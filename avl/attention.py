@@ -294,7 +294,13 @@ def attention_weights(
 ) -> Tensor:
     """Softmax weights of some query rows.
 
-    (batch, query heads, rows, keys) float32, each row summing to 1 (or 0).
+    Args:
+        call: the attention call.
+        rows: which query rows.
+        keys: only the first `keys` keys, as in `attention_logits`.
+
+    Returns:
+        (batch, query heads, rows, keys) float32, each row summing to 1 (or 0).
     """
     return softmax_weights(attention_logits(call, rows, keys), sinks_of(call, rows))
 
@@ -372,7 +378,17 @@ def attend_with(
 def attend_one_row(
     call: AttentionCall, empty: Tensor | None = None, tier: QuantizedTier | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Output and weights of a decode step; see `attend_with` for what is given and returned."""
+    """Output and weights of a decode step, in one compiled call where that is possible.
+
+    Args:
+        call: one query row per row of the batch; its mask is not read.
+        empty: (batch, 1 or key/value heads, keys) bool, keys that are left out; None if there are
+            none.
+        tier: keys in few bits in front of the call's, or None.
+
+    Returns:
+        As of `attend_with`.
+    """
     if empty is not None or not call.plain or not compiled_for(call.query, call.key, call.value):
         return attend_with(call, row_logits(call, tier), empty, tier)
     codes = None if tier is None else tier.codes()

@@ -437,7 +437,10 @@ class KeyBuffer:
         return self.sizes_later()()
 
     def sizes_later(self) -> Callable[[], BufferSizes]:
-        """What returns the `sizes` of now whenever it is called: of most steps nobody asks."""
+        """A function that works out the present `sizes` when it is called.
+
+        The sizes of most steps are never asked for.
+        """
         # Only the numbers of slots in use change as long as the tensors stay: asking every tensor
         # at every step takes longer than an attention call. Pages are added all the time.
         if self._fixed_bytes is None or self.pages is not None:

@@ -85,7 +85,6 @@ class DecodeStep:
         self._prepared = False
         self._slots: dict[int, Tensor | None] = {}  # where new keys are written, by layer
         self._ready: dict[int, _Ready] = {}  # layers whose step is the usual one
-        self._accumulated: set[int] = set()  # layers whose weights were added already
         self._slots_before_core: dict[int, int] = {}  # of the keys these weights are for
         self._to_rank: dict[int, Tensor] = {}  # weights by which the core is chosen anew
         self._sparse_core: dict[int, Tensor] = {}  # positions a sparse step attended to
@@ -113,7 +112,9 @@ class DecodeStep:
         refresh, logits = self.conversation.is_refresh, None
         found = self._attend_at_once(call, layer)
         if found is not None and found[1] is None:
-            return found[0]  # nobody reads the weights
+            return found[0]  # the weights are not needed
+        # Whether weights were added in one with attention.
+        accumulated = found is not None and self._ready[call.layer].accumulates
         buffer = layer.filled_buffer
         if found is None:
             self._append(call, layer)
@@ -141,8 +142,7 @@ class DecodeStep:
             if self._sparse and logits is not None:
                 tier = buffer.coded_tier(True)
                 output, weights = self._narrow(call, layer, logits, tier)
-        # Where they were not added in one with attention.
-        if self._accumulates and buffer.scores is not None and layer.index not in self._accumulated:
+        if self._accumulates and buffer.scores is not None and not accumulated:
             self._weights[layer.index] = weights.detach()
             self._slots_before_core[layer.index] = buffer.slots_before_core(refresh)
         return output
@@ -189,7 +189,7 @@ class DecodeStep:
         """The usual step: the new key is written and the row attends, in one compiled call.
 
         Returns:
-            Output and weights, as of `attend_with`, None for weights that nobody reads; None, and
+            Output and weights, as of `attend_with`, None for weights that are not needed; None, and
             nothing was done, where it takes more than that.
         """
         ready, key, value = self._ready.get(call.layer), call.key, call.value
@@ -200,8 +200,6 @@ class DecodeStep:
             return None
         output, weights = ready.attention(call.query, call.scaling, key, value)
         call.all_keys, call.key_positions, call.mask = ready.all_keys, ready.key_positions, None
-        if ready.accumulates:
-            self._accumulated.add(call.layer)
         return output if dtype == output.dtype else output.to(dtype), weights
 
     def _append(self, call: AttentionCall, layer: AdaptiveLayer) -> None:

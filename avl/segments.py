@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from avl.buffer import KeyBuffer
-from avl.kernels.slots import exchange_best
+from avl.kernels.slots import among_best, exchange_best
 
 
 def refresh_core(buffer: KeyBuffer, scores: Tensor, rows: Sequence[bool] | None = None) -> None:
@@ -92,7 +92,7 @@ def _exchange_with_tier(
     assert tier is not None
     # First who is in full precision at all; which of these are core is decided afterwards, by the
     # caller, from the scores that are returned.
-    best = _best(torch.cat([quantized, in_buffer]), len(in_buffer))
+    best = among_best(torch.cat([quantized, in_buffer]), len(in_buffer))
     entering = best[: len(quantized)].nonzero()[:, 0]  # numbers among the quantised keys
     leaving = (~best[len(quantized) :]).nonzero()[:, 0]  # numbers among those in the buffer
     if not len(entering):
@@ -111,9 +111,3 @@ def _exchange_with_tier(
         # The tier may keep one set of positions for all heads where the buffer has one per head.
         tensor.index_copy_(1, slots, new.expand(tensor.shape[0], *new.shape[1:]))
     return in_buffer.index_copy(0, leaving, quantized[entering])
-
-
-def _best(scores: Tensor, count: int) -> Tensor:
-    """(n,) bool: the `count` largest of some scores."""
-    best = torch.zeros_like(scores, dtype=torch.bool)
-    return best.index_fill_(0, scores.topk(count).indices, True)

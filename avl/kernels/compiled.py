@@ -178,6 +178,13 @@ def as_float32(context: Any, stored: Any) -> Any:
 
 
 @compiled
+def copy(target, source):
+    """Copy a row into another of the same type."""
+    for place in range(source.shape[0]):
+        target[place] = source[place]
+
+
+@compiled
 def power_of_two(exponent):
     """2^exponent for exponents up to 127, to within 2e-7 of it; 0 below 2^-126.
 

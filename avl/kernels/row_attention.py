@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from avl.kernels.backend import COMPILED, backend_for, on_threads
+from avl.kernels.backend import on_threads
 from avl.kernels.row_products import head_parts
-from avl.kernels.tables import LIKE, SlotTable, Table, scratch
+from avl.kernels.tables import SlotTable, Table, readable, scratch
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,7 @@ _LOG2_E = 1 / math.log(2)
 
 def compiled_for(query: Tensor, keys: Tensor, values: Tensor) -> bool:
     """Whether `row_attention` can run: on a processor, and where no gradients are wanted."""
-    if gradients_wanted(query, keys, values) or keys.dtype != values.dtype:
-        return False
-    return keys.dtype in LIKE and backend_for(keys.device) == COMPILED
+    return readable(keys, values) and not gradients_wanted(query, keys, values)
 
 
 def gradients_wanted(query: Tensor, keys: Tensor, values: Tensor) -> bool:

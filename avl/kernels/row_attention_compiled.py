@@ -15,7 +15,7 @@ from __future__ import annotations
 from numba import carray, float32, int16, int32, int64, uint8, uint16
 
 from avl.kernels import codes_compiled, row_products_compiled
-from avl.kernels.compiled import bits_of, compiled, from_bits, pointer
+from avl.kernels.compiled import bits_of, compiled, copy, from_bits, pointer
 from avl.kernels.prompt_rows_compiled import exponentials, largest
 from avl.kernels.tables import (
     CAPACITY,
@@ -75,12 +75,6 @@ def _from_half(target, source):
 
 
 @compiled
-def _copy(target, source):
-    for place in range(source.shape[0]):
-        target[place] = source[place]
-
-
-@compiled
 def _know(table, row, own, slot, position, score):
     """Write what is known of a head's new key; heads beyond those of the positions write nothing.
 
@@ -122,11 +116,8 @@ def _attend_to_codes(query, weights, output, codes_at, row, kv_heads, own, facto
     table = carray(pointer(codes_at), (CODE_FIELDS,), int64)
     coded, key_bits, value_bits = table[CODED], table[KEY_BITS], table[VALUE_BITS]
     key_groups, value_groups, width = table[KEY_GROUPS], table[VALUE_GROUPS], query.shape[1]
-    flat, of_keys, of_values = (
-        row * kv_heads + own,
-        key_groups * 2 * width,
-        coded * value_groups * 2,
-    )
+    flat = row * kv_heads + own
+    of_keys, of_values = key_groups * 2 * width, coded * value_groups * 2
     stored = table[KEY_BYTES]
     keys = carray(pointer(table[CODED_KEYS_AT] + flat * coded * stored), (coded, stored), uint8)
     filled = stored * (8 // key_bits)
@@ -243,11 +234,11 @@ def attend(
                 line = row * heads + min(own, heads - 1)
                 slot = carray(pointer(slots_at), (line + 1,), int64)[line]
             new = carray(pointer(new_key_at + size * flat * width), (width,), like.dtype)
-            _copy(keys[slot * key_step : slot * key_step + width], new)
+            copy(keys[slot * key_step : slot * key_step + width], new)
             new = carray(
                 pointer(new_value_at + size * flat * value_width), (value_width,), like.dtype
             )
-            _copy(values[slot * value_step : slot * value_step + value_width], new)
+            copy(values[slot * value_step : slot * value_step + value_width], new)
             _know(table, row, own, slot, position, float32(score))
         head = flat * shared  # the first query head, counted over all rows of the batch
         query = carray(pointer(query_at + 4 * head * width), (shared, width), float32)

@@ -47,6 +47,12 @@ def drop_worst(
     return worst + start, dropped
 
 
+def among_best(scores: Tensor, count: int) -> Tensor:
+    """(n,) bool: the `count` largest of some scores."""
+    best = torch.zeros_like(scores, dtype=torch.bool)
+    return best.index_fill_(0, scores.topk(count).indices, True)
+
+
 def exchange_best(
     table: SlotTable,
     row: int,
@@ -101,8 +107,7 @@ def exchange_best(
         )
         return kept
     joined = torch.cat([scores.narrow(0, *one) for one in zip(columns, counts, strict=True)])
-    best = joined.topk(count).indices
-    chosen = torch.zeros_like(joined, dtype=torch.bool).index_fill_(0, best, True)
+    chosen = among_best(joined, count)
     entering = chosen[:others].nonzero()[:, 0]  # numbers among the first segment's keys
     leaving = (~chosen[others:]).nonzero()[:, 0]  # numbers among the second segment's keys
     assert table.positions is not None

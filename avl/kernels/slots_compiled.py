@@ -10,7 +10,7 @@ from math import inf
 
 from numba import carray, float32, int32, int64
 
-from avl.kernels.compiled import bits_of, compiled, pointer
+from avl.kernels.compiled import bits_of, compiled, copy, pointer
 from avl.kernels.tables import (
     CAPACITY,
     KEY_STRIDES,
@@ -60,12 +60,6 @@ def drop_worst(table_at, batch, start, stop, newest, slots_at, dropped_at):
                 worst, least = slot, score
         slots[line], dropped[line] = worst, positions[line, worst]
         positions[line, worst] = -1
-
-
-@compiled
-def _copy(target, source):
-    for place in range(source.shape[0]):
-        target[place] = source[place]
 
 
 @compiled
@@ -132,8 +126,8 @@ def exchange_best(
         pairs_at: address of (2, count) int32 to work in.
     """
     scores = carray(pointer(scores_at), (others + count,), float32)
-    _copy(scores[:others], carray(pointer(first_at), (others,), float32))
-    _copy(scores[others:], carray(pointer(second_at), (count,), float32))
+    copy(scores[:others], carray(pointer(first_at), (others,), float32))
+    copy(scores[others:], carray(pointer(second_at), (count,), float32))
     least, equal = _least_of_best(scores, count)
     # Of equal keys those belong to the best that need not move.
     pairs, leaving = carray(pointer(pairs_at), (2, count), int32), 0

@@ -41,6 +41,12 @@ LIKE = {
 """Arrays that tell a compiled function the type of keys; bfloat16 numbers are their 16 bits."""
 
 
+def readable(keys: Tensor, values: Tensor) -> bool:
+    """Whether compiled functions can read keys and values: on a processor, of one known type."""
+    known = keys.dtype in LIKE and keys.dtype == values.dtype
+    return known and backend_for(keys.device) == COMPILED
+
+
 class Table:
     """Numbers for compiled functions, and the tensors they were read from.
 
@@ -63,8 +69,7 @@ class SlotTable(Table):
         keys, values, positions, scores: the tensors.
         dtype: of the keys.
         by_head: whether scores are kept for each key/value head.
-        compiled: whether compiled functions can read them: numbers in main memory, of one type that
-            they know.
+        compiled: whether compiled functions can read them; see `readable`.
         like: an array of that type.
     """
 
@@ -90,11 +95,7 @@ class SlotTable(Table):
         self.dtype = keys.dtype
         self.by_head = scores is not None and scores.shape[1] == keys.shape[1]
         self.like: Any = LIKE.get(keys.dtype)
-        self.compiled = (
-            self.like is not None
-            and keys.dtype == values.dtype
-            and backend_for(keys.device) == COMPILED
-        )
+        self.compiled = readable(keys, values)
         known = (0, 0, 0)
         if positions is not None:
             known = positions.data_ptr(), positions.shape[1], positions.shape[2]

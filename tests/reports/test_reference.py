@@ -59,7 +59,7 @@ def test_measurements_of_an_earlier_report_in_the_folder_are_left_out(tmp_path):
         **options,
     )
     build(made.recording(), tmp_path / "report", ablations=[made.ablation()], **options)
-    assert (tmp_path / "report" / "compare.nc").exists()  # nobody's file is removed
+    assert (tmp_path / "report" / "compare.nc").exists()  # files of before stay
     condense(tmp_path / "report", tmp_path / "kept")
     assert (tmp_path / "kept" / "ablation.json").exists()
     assert not (tmp_path / "kept" / "ablation-2.json").exists()
