@@ -13,7 +13,6 @@ from __future__ import annotations
 from numba import float32, int32, njit, uint8
 
 from avl.kernels.compiled import (
-    SUMMING,
     as_float32,
     compiled,
     kept_on_disk,
@@ -28,7 +27,7 @@ it.
 """
 
 
-inlined = njit(inline="always", fastmath=SUMMING, error_model="numpy")
+inlined = njit(inline="always", error_model="numpy")
 """Compiled as part of its callers, so that a caller can write the length of a loop out.
 
 Of a loop of unknown length LLVM takes 64 steps at once, and does 32 or 16 one by one. And only
@@ -65,9 +64,15 @@ def _widen(low, high, numbers):
 
 @exact
 def channel_extremes(pairs, source, strides, index, group_size, low, high, scratch):
-    """Smallest and largest number of each channel in each group of `group_size` keys.
+    """Smallest and largest number of each channel in each group of keys.
 
-    `index` is -1 for no key.
+    Args:
+        pairs: (row, head).
+        source: flat view of all keys; strides from row to row, head to head, key to key.
+        index: (batch, 1 or heads, n) which keys, -1 for none.
+        group_size: keys of a group.
+        low: (batch, heads, groups, width) float32, lowered in place; high: likewise, raised.
+        scratch: (width,) float32.
     """
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
@@ -80,26 +85,22 @@ def channel_extremes(pairs, source, strides, index, group_size, low, high, scrat
                 _widen(low[row, head, group], high[row, head, group], scratch)
 
 
-@exact
-def _extremes_of_32(numbers):
-    """Like `_extremes`; why there is one for 32 numbers, `inlined` says."""
+@inlined
+def _extremes(numbers, length):
     low, high = numbers[0], numbers[0]
-    for place in range(32):
-        low, high = smaller(low, numbers[place]), larger(high, numbers[place])
-    return low, high
-
-
-@exact
-def _extremes(numbers):
-    low, high = numbers[0], numbers[0]
-    for place in range(numbers.shape[0]):
+    for place in range(length):
         low, high = smaller(low, numbers[place]), larger(high, numbers[place])
     return low, high
 
 
 @exact
 def value_extremes(pairs, source, strides, index, low, high, scratch):
-    """Smallest and largest number of each token in each group of channels."""
+    """Smallest and largest number of each token in each group of channels.
+
+    Args:
+        pairs, source, strides, index, scratch: as in `channel_extremes`.
+        low: (batch, heads, n, groups) float32, written; high: likewise.
+    """
     width, groups = scratch.shape[0], low.shape[3]
     size = width // groups
     for pair in range(pairs.shape[0]):
@@ -109,7 +110,10 @@ def value_extremes(pairs, source, strides, index, low, high, scratch):
             _load(scratch, source, strides, row, head, index[row, own, at])
             for group in range(groups):
                 some = scratch[group * size : (group + 1) * size]
-                ends = _extremes_of_32(some) if size == 32 else _extremes(some)
+                if size == 32:
+                    ends = _extremes(some, 32)
+                else:
+                    ends = _extremes(some, size)
                 low[row, head, at, group], high[row, head, at, group] = ends
 
 
@@ -120,19 +124,10 @@ def _round(codes, numbers, low, step, most):
         codes[channel] = smaller(larger(code, float32(0.0)), most)
 
 
-@exact
-def _round_32(codes, numbers, low, step, most):
-    """Like `_round_alike`; why there is one for 32 numbers, `inlined` says."""
+@inlined
+def _round_alike(codes, numbers, low, step, most, length):
     divisor = larger(step, float32(1e-12))
-    for channel in range(32):
-        code = nearest((numbers[channel] - low) / divisor)
-        codes[channel] = smaller(larger(code, float32(0.0)), most)
-
-
-@exact
-def _round_alike(codes, numbers, low, step, most):
-    divisor = larger(step, float32(1e-12))
-    for channel in range(numbers.shape[0]):
+    for channel in range(length):
         code = nearest((numbers[channel] - low) / divisor)
         codes[channel] = smaller(larger(code, float32(0.0)), most)
 
@@ -165,7 +160,16 @@ def _pack(stored, codes, bits):
 
 @exact
 def store_keys(pairs, source, strides, index, groups, limits, bits, stored, scratch, codes):
-    """Codes of keys; `codes` is longer than a key where the last byte is not full, and 0 there."""
+    """Codes of keys.
+
+    Args:
+        pairs, source, strides, index, scratch: as in `channel_extremes`.
+        groups: (batch, 1 or heads, n) group of each key.
+        limits: (batch, heads, groups, 2, width) float32, low and step.
+        bits: of a code.
+        stored: (batch, heads, n, bytes) uint8, written.
+        codes: scratch, longer than a key where the last byte is not full, and 0 there.
+    """
     width, most = scratch.shape[0], float32((1 << bits) - 1)
     for pair in range(pairs.shape[0]):
         row, head = pairs[pair]
@@ -185,7 +189,13 @@ def store_keys(pairs, source, strides, index, groups, limits, bits, stored, scra
 
 @exact
 def store_values(pairs, source, strides, index, limits, bits, stored, scratch, codes):
-    """Codes of values."""
+    """Codes of values.
+
+    Args:
+        pairs, source, strides, index, scratch: as in `channel_extremes`.
+        limits: (batch, heads, n, groups of channels, 2) float32, low and step.
+        bits, stored, codes: as in `store_keys`.
+    """
     width, groups, most = scratch.shape[0], limits.shape[3], float32((1 << bits) - 1)
     size = width // groups
     for pair in range(pairs.shape[0]):
@@ -197,9 +207,9 @@ def store_values(pairs, source, strides, index, limits, bits, stored, scratch, c
                 some = slice(group * size, (group + 1) * size)
                 low, step = limits[row, head, at, group]
                 if size == 32:
-                    _round_32(codes[some], scratch[some], low, step, most)
+                    _round_alike(codes[some], scratch[some], low, step, most, 32)
                 else:
-                    _round_alike(codes[some], scratch[some], low, step, most)
+                    _round_alike(codes[some], scratch[some], low, step, most, size)
             _pack(stored[row, head, at], codes, bits)
 
 
